@@ -1,0 +1,62 @@
+# One entry point a job; each sets itself up in .venv on a fresh machine. `make lint` never edits; `make format` does.
+PYTHON ?= python3
+# Any pip requirement, options included: see "Choosing the torch build" in README.md.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A new torch or a new pyproject.toml means a new set-up; native sources mean a new build.
+TORCH_STAMP = $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CLANG_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help setup demo test lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    DP-fine-tune a small speech recogniser on this machine; prints WER and epsilon, writes a report"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff, mypy, clang-format; changes nothing"
+	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make setup   only create $(VENV) and install into it"
+	@echo "TORCH='torch==2.13.0' chooses the torch build, PYTHON=python3.12 the interpreter, VENV=.venv the folder"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11; mend: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "error: $(PYTHON) cannot create virtual environments; mend: apt-get install python3-venv (Debian, Ubuntu)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(TORCH_STAMP): | $(VENV)/bin/python
+	@echo "installing $(TORCH)"
+	$(PIP) $(TORCH)
+	@rm -f $(VENV)/.torch-* && touch $@
+
+$(STAMP): pyproject.toml $(NATIVE) $(TORCH_STAMP)
+	@echo "building the kernels and installing what the tests and the demo need"
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/asr-finetune demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_SOURCES)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix-only --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CLANG_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info dpkernels/lib

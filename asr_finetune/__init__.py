@@ -1,0 +1,1 @@
+"""Differentially private fine-tuning of speech recognisers, on the public API of `dpkernels`."""

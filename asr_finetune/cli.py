@@ -1,0 +1,423 @@
+"""The command line: plan, train, evaluate, report, demo.
+
+Modules that load torch are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from asr_finetune.config import Config, ConfigError, load_yaml, overridden, template
+
+if TYPE_CHECKING:
+    from asr_finetune.plan import Plan, Probe
+
+# Errors that are messages to the user whatever their base class, by the module that defines them.
+_EXPECTED = {
+    "asr_finetune.loop": ("Interrupted",),
+    "dpkernels.privacy": ("BudgetExhausted", "SelfCheckError"),
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Fine-tune speech recognisers with differential privacy: plan, train, evaluate, report.",
+)
+
+_Configuration = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file; flags and --set go over it.", show_default=False),
+]
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the configuration; may be repeated."),
+]
+_Model = Annotated[
+    str | None, typer.Option("--model", help="Folder or hub id of the recogniser.", show_default=False)
+]
+_Method = Annotated[str | None, typer.Option(help="full, lora, bitfit, dp_rp or head.", show_default=False)]
+_Epsilon = Annotated[float | None, typer.Option(help="Target ε.", show_default=False)]
+_Delta = Annotated[
+    float | None, typer.Option(help="δ, well below 1 / number of examples.", show_default=False)
+]
+_Noise = Annotated[float | None, typer.Option("--noise-multiplier", help="σ by hand.", show_default=False)]
+_Batch = Annotated[
+    int | None, typer.Option("--batch-size", help="Expected logical batch.", show_default=False)
+]
+_Physical = Annotated[
+    int | None, typer.Option("--physical-batch-size", help="Utterances in one forward.", show_default=False)
+]
+_Steps = Annotated[int | None, typer.Option(help="Logical steps.", show_default=False)]
+_Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", show_default=False)]
+
+
+@app.command()
+def plan(
+    examples: Annotated[
+        int | None, typer.Option(help="Number of training examples (or speakers).", show_default=False)
+    ] = None,
+    epsilon: _Epsilon = None,
+    delta: _Delta = None,
+    batch_size: _Batch = None,
+    steps: _Steps = None,
+    noise_multiplier: _Noise = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(help="Capacity of truncated Poisson batches.", show_default=False)
+    ] = None,
+    config: _Configuration = None,
+    model: _Model = None,
+    method: _Method = None,
+    physical_batch_size: _Physical = None,
+    seconds: Annotated[float, typer.Option(help="With --model: length of an utterance.")] = 12.3,
+    settings: _Settings = None,
+) -> None:
+    """How much noise a target ε needs; with a model, how long a run takes and how much memory.
+
+    Without a model nothing is loaded: the noise multiplier σ by PLD and by RDP, the sampling rate, and ε on
+    the way. With --model or --config, a few micro-batches of synthetic audio are timed on this machine.
+
+    **Examples**
+
+    - `asr-finetune plan --examples 281241 --epsilon 10 --delta 3.52e-6 --batch-size 4096 --steps 2000`
+    - `asr-finetune plan --config run.yaml`
+    - `asr-finetune plan --examples 28000 --epsilon 8 --delta 1e-6 --batch-size 512 --steps 500 --model`
+    openai/whisper-tiny.en
+    """
+    from asr_finetune import plan as planning
+
+    flags = {
+        "privacy.epsilon": epsilon,
+        "privacy.delta": delta,
+        "privacy.noise_multiplier": noise_multiplier,
+        "privacy.max_batch_size": max_batch_size,
+        "train.batch_size": batch_size,
+        "train.steps": steps,
+        "train.physical_batch_size": physical_batch_size,
+        "model.name": model,
+        "method.kind": method,
+    }
+    loaded = _plan_config(config, flags, settings)
+    corpus = recognizer = None
+    if config is not None:
+        recognizer, corpus = planning.subject(loaded)
+        examples = planning.units(loaded, corpus) if examples is None else examples
+    needed = {"--examples": examples, "--delta": loaded.privacy.delta}
+    if config is None:
+        needed |= {"--batch-size": batch_size, "--steps": steps}
+    missing = [flag for flag, value in needed.items() if value is None]
+    if missing:
+        raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
+    assert examples is not None
+    assert loaded.privacy.delta is not None
+    by_hand = loaded.privacy.noise_multiplier
+    made = planning.plan(
+        examples=examples,
+        delta=loaded.privacy.delta,
+        batch_size=loaded.train.batch_size,
+        steps=loaded.train.steps,
+        epsilon=loaded.privacy.epsilon if by_hand is None else None,
+        noise_multiplier=by_hand,
+        max_batch_size=loaded.privacy.max_batch_size,
+    )
+    _print_plan(made)
+    if model is not None and recognizer is None:
+        from asr_finetune.models import load_recognizer
+
+        recognizer = load_recognizer(loaded.model)
+    if recognizer is not None:
+        _print_probe(planning.probe(loaded, recognizer, corpus, seconds=seconds))
+
+
+@app.command()
+def train(
+    config: _Configuration = None,
+    model: _Model = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", "--train", help="Training data: folder, manifest or `datasets` id.", show_default=False
+        ),
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Data for error rates before and after.", show_default=False)
+    ] = None,
+    valid: Annotated[str | None, typer.Option(help="Public data for the curve.", show_default=False)] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Folder that everything is written to.", show_default=False),
+    ] = None,
+    method: _Method = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of LoRA.", show_default=False)] = None,
+    epsilon: _Epsilon = None,
+    delta: _Delta = None,
+    noise_multiplier: _Noise = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clipping bound C.", show_default=False)] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="What is protected: example or speaker.", show_default=False)
+    ] = None,
+    batch_size: _Batch = None,
+    physical_batch_size: _Physical = None,
+    steps: _Steps = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Initialisation; never noise or sampling.", show_default=False)
+    ] = None,
+    device: _Device = None,
+    not_private: Annotated[
+        bool, typer.Option("--not-private", help="Ordinary training, for comparison. No guarantee.")
+    ] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a finished --not-private run to put beside this one.", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue a run that is in the output folder.")] = True,
+    settings: _Settings = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the configuration, every key explained, and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune a recogniser with a stated (ε, δ), evaluate it before and after, and write an auditable
+    record.
+
+    A run that was killed or interrupted continues when the same command is given again; what was spent is in
+    the output folder's ledger and is never forgotten. Sampling and noise use fresh keys from the operating
+    system.
+
+    **Examples**
+
+    - `asr-finetune train --print-config > run.yaml`
+    - `asr-finetune train --config run.yaml --epsilon 8 --delta 1e-6 --output runs/first`
+    - `asr-finetune train --config run.yaml --not-private --output runs/plain`
+    - `asr-finetune train --config run.yaml --set train.steps=60 --set data.speakers=[anna,ben]`
+    """
+    flags = {
+        "model.name": model,
+        "model.device": device,
+        "data.train": data,
+        "data.test": test,
+        "data.valid": valid,
+        "method.kind": method,
+        "method.rank": rank,
+        "privacy.epsilon": epsilon,
+        "privacy.delta": delta,
+        "privacy.noise_multiplier": noise_multiplier,
+        "privacy.max_grad_norm": max_grad_norm,
+        "privacy.unit": unit,
+        "privacy.enabled": False if not_private else None,
+        "train.batch_size": batch_size,
+        "train.physical_batch_size": physical_batch_size,
+        "train.steps": steps,
+        "train.learning_rate": learning_rate,
+        "train.seed": seed,
+        "output": output,
+    }
+    values = load_yaml(config) if config is not None else {}
+    given = overridden(values, flags, settings or ())
+    if print_config:
+        typer.echo(Config.from_dict(given).commented() if given else template(), nl=False)
+        return
+    loaded = Config.from_dict(given)
+    loaded.check_trainable()
+    from asr_finetune.train import train as run_training
+
+    run_training(loaded, progress=not quiet, resume=resume, compare=compare)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Option(help="Folder, manifest or `datasets` id.")],
+    model: _Model = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an adapter; alone: on the model it was trained on.", show_default=False),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split, subset, or a manifest's `split` value.", show_default=False)
+    ] = None,
+    device: _Device = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the result and all transcripts as JSON.", show_default=False)
+    ] = None,
+    settings: _Settings = None,
+) -> None:
+    """Word and character error rates of a recogniser, with a 95 % bootstrap interval over utterances.
+
+    Texts are compared in lower case without punctuation (--set evaluate.normalize=none compares them as they
+    are).
+
+    **Examples**
+
+    - `asr-finetune evaluate --model openai/whisper-tiny.en --data test.jsonl`
+    - `asr-finetune evaluate --model openai/whisper-tiny.en --adapter runs/first/adapter --data test.jsonl`
+    - `asr-finetune evaluate --model runs/first/model --data LibriSpeech --split test-clean --set`
+    evaluate.batch_size=8
+    """
+    if model is None and adapter is None:
+        raise ConfigError("evaluate: give --model, --adapter, or both")
+    flags = {"model.name": model or str(adapter), "model.device": device, "data.train": data, "output": "."}
+    loaded = Config.from_dict(overridden({}, flags, settings or ()))
+    from asr_finetune import checkpoint
+    from asr_finetune.evaluate import evaluate as run_evaluation
+    from asr_finetune.evaluate import load_with_adapter
+    from asr_finetune.models import load_recognizer
+    from asr_finetune.prepare import load, quiet_libraries
+    from asr_finetune.progress import Reporter
+
+    quiet_libraries()
+    reporter = Reporter()
+    if model is not None and adapter is not None:
+        recognizer = load_with_adapter(loaded.model, adapter)
+    else:
+        recognizer = load_recognizer(loaded.model)
+    corpus = load(data, split, loaded.data, reporter, "data", recognizer)
+    result = run_evaluation(recognizer, corpus, loaded.evaluate, reporter=reporter)
+    reporter.say(str(result))
+    if out is not None:
+        checkpoint.write_json(out, result.to_dict(hypotheses=True))
+        reporter.say(f"written to {out}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Output folder of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file.", show_default="RUN/report.html")
+    ] = None,
+) -> None:
+    """The privacy report of a finished run, one HTML file: the guarantee, what it covers, the error rates.
+
+    It holds nothing that was computed from the private data without noise.
+
+    **Example**
+
+    - `asr-finetune report runs/first`
+    """
+    from asr_finetune.report import write_report
+
+    written = write_report(run, out if out is not None else run / "report.html")
+    typer.echo(f"written to {written}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the demo's run.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Make speech, train a small recogniser on it with differential privacy, and show the report. No
+    download.
+
+    **Example**
+
+    - `asr-finetune demo --output runs/demo`
+    """
+    from asr_finetune.demo import run
+
+    run(output)
+
+
+def _plan_config(config: Path | None, flags: dict[str, Any], settings: list[str] | None) -> Config:
+    """The configuration a plan is for; what a plan does not need is filled in."""
+    values = load_yaml(config) if config is not None else {}
+    defaults: dict[str, Any] = {"output": "."}
+    if config is None:
+        defaults |= {"data": {"train": "-"}}
+        if flags["model.name"] is None:
+            defaults |= {"model": {"name": "-"}}
+    return Config.from_dict(overridden({**defaults, **values}, flags, settings or ()))
+
+
+def _print_plan(made: Plan) -> None:
+    table = Table(
+        title=f"ε = {made.epsilon:.3g} at δ = {made.delta:g}", show_header=False, title_justify="left"
+    )
+    table.add_row("noise multiplier σ (PLD)", f"{made.noise_multiplier:.3f}")
+    if made.noise_multiplier_rdp is not None:
+        table.add_row("  by RDP it would be", f"{made.noise_multiplier_rdp:.3f}")
+    if made.epsilon_rdp is not None:
+        table.add_row("  ε of this σ by RDP", f"{made.epsilon_rdp:.3f}")
+    sampling = (
+        "Poisson" if made.max_batch_size is None else f"truncated Poisson, at most {made.max_batch_size:,}"
+    )
+    table.add_row(
+        "sampling", f"{sampling}; rate {made.sample_rate:.5f} ({made.batch_size:,} of {made.examples:,})"
+    )
+    table.add_row("steps", f"{made.steps:,}: each example is seen {made.epochs:.1f} times on average")
+    for step, value in made.epsilon_at:
+        table.add_row(f"  ε after step {step:,}", f"{value:.3f}")
+    Console().print(table)
+
+
+def _print_probe(measured: Probe) -> None:
+    from asr_finetune.plan import describe_probe
+
+    table = Table(title="measured on this machine, synthetic audio", show_header=False, title_justify="left")
+    for row in describe_probe(measured):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def expected(error: BaseException) -> bool:
+    """Whether an error is a message of ours to the user, rather than a fault to be traced.
+
+    ValueError and FileNotFoundError count where this package or dpkernels raised them; the same classes
+    raised inside another library are faults.
+    """
+    for module, names in _EXPECTED.items():
+        loaded = sys.modules.get(module)  # not loaded: the error cannot be one of its classes
+        if loaded is not None and isinstance(error, tuple(getattr(loaded, name) for name in names)):
+            return True
+    if not isinstance(error, ValueError | FileNotFoundError):
+        return False
+    return _raising_module(error.__traceback__).split(".")[0] in ("asr_finetune", "dpkernels")
+
+
+def _raising_module(trace: TracebackType | None) -> str:
+    name = ""
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__", ""))
+        trace = trace.tb_next
+    return name
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    Console(stderr=True, soft_wrap=True).print(
+        f"warning: {message}", style="yellow", markup=False, highlight=False
+    )
+
+
+def main() -> None:
+    """Entry point. Expected errors are printed as a message, exit code 2 (130 after an interruption)."""
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can mend
+    try:
+        app()
+    except Exception as error:
+        if not expected(error):
+            raise
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False
+        )
+        sys.exit(130 if type(error).__name__ == "Interrupted" else 2)

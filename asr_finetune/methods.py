@@ -1,0 +1,142 @@
+"""What is trained: everything, adapters, biases, or the output layer; and how the result is saved.
+
+    full     every parameter
+    lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj)
+    bitfit   the biases of linear and convolution layers; those of norms stay frozen
+    dp_rp    LoRA whose factor A stays at its random start: half the trained parameters
+    head     the output layer
+
+A freshly initialised output layer is trained along with any of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import dpkernels.nn
+from asr_finetune.config import ConfigError, MethodConfig
+from asr_finetune.recognizer import Recognizer, switch_off_shared_randomness
+
+_HEADS = ("ctc_head", "lm_head", "proj_out")
+# Whisper's sinusoids are constants; the embedding of the model's own masks, switched off here, is never read.
+_NEVER_TRAINED = ("encoder.embed_positions.weight", "masked_spec_embed")
+_CONFORMER_TARGETS = ["linear_q", "linear_k", "linear_v", "linear_out", "intermediate_dense", "output_dense"]
+_DEFAULT_TARGETS = {
+    "whisper": ["q_proj", "v_proj"],
+    "parakeet_ctc": ["q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"],
+    "wav2vec2-bert": _CONFORMER_TARGETS,
+    "wav2vec2": ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"],
+    "wav2vec2-conformer": _CONFORMER_TARGETS,
+}
+
+
+def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
+    """Choose what is trained, in place.
+
+    Also freezes the statistics of batch norms and switches LayerDrop and the model's own masks off. Adapters are initialised from torch's generator: seed it (publicly) beforehand to repeat a run's start.
+
+    Raises:
+        ConfigError: layers or targets that the model does not have, or a method that was applied already.
+    """
+    model = recognizer.base
+    if recognizer.model is not model:
+        raise ConfigError(
+            f"method.kind={method.kind}: {recognizer.name} has an adapter already; merge it first, or start "
+            "from its base model"
+        )
+    if method.layers == "decoder" and recognizer.kind != "seq2seq":
+        raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")
+    switch_off_shared_randomness(model)
+    dpkernels.nn.freeze_batch_norm(model)
+    trainable = _within(model, method.layers)
+    model.requires_grad_(False)
+    head = head_name(model)
+    if method.kind == "full":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(trainable) and not name.endswith(_NEVER_TRAINED))
+    elif method.kind in ("lora", "dp_rp"):
+        recognizer.model = _with_lora(recognizer, method, trainable, head)
+    elif method.kind == "bitfit":
+        _train_biases(model, trainable)
+    else:
+        _train(model.get_submodule(head))
+    if recognizer.new_head and method.kind in ("full", "bitfit"):
+        _train(model.get_submodule(head))
+    if trained_parameters(recognizer.model) == 0:
+        raise ConfigError(
+            f"method.kind={method.kind}, layers={method.layers}: nothing is trained in {recognizer.name}"
+        )
+
+
+def head_name(model: nn.Module) -> str:
+    """The output layer's name."""
+    return next(name for name in _HEADS if hasattr(model, name))
+
+
+def _within(model: Any, layers: str) -> tuple[str, ...]:
+    """Prefixes of the names of the parameters and modules that may be trained."""
+    if layers == "all":
+        return ("",)
+    if hasattr(model, "proj_out"):
+        return (f"model.{layers}.",)
+    return tuple(f"{name}." for name, _ in model.named_children() if name not in _HEADS)
+
+
+def _train(module: nn.Module) -> None:
+    module.requires_grad_(True)
+
+
+def _train_biases(model: nn.Module, trainable: tuple[str, ...]) -> None:
+    for name, module in model.named_modules():
+        layer = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+        if layer and name.startswith(trainable) and module.bias is not None:
+            module.bias.requires_grad_(True)
+
+
+def _with_lora(
+    recognizer: Recognizer, method: MethodConfig, trainable: tuple[str, ...], head: str
+) -> nn.Module:
+    import peft
+
+    model = recognizer.base
+    targets = method.targets or _DEFAULT_TARGETS[model.config.model_type]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [
+        name
+        for name in linear
+        if name.startswith(trainable) and any(name == end or name.endswith(f".{end}") for end in targets)
+    ]
+    if not chosen:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise ConfigError(
+            f"method.targets={targets} with method.layers={method.layers}: no linear layer of "
+            f"{recognizer.name} ends so; there: {', '.join(known)}"
+        )
+    configuration = peft.LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]
+        lora_dropout=method.dropout,
+        target_modules=chosen,
+        modules_to_save=[head] if recognizer.new_head else None,
+    )
+    adapted = peft.get_peft_model(model, configuration)
+    if method.kind == "dp_rp":
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+    return adapted
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of trained values; a tensor that two modules share counts once."""
+    return sum({id(p): p.numel() for p in model.parameters() if p.requires_grad}.values())
+
+
+def save_trained(recognizer: Recognizer, folder: Path | str) -> None:
+    """What training made: adapters in PEFT's format, which plain PEFT loads; else the whole model in
+    transformers'.
+    """
+    recognizer.save(folder)

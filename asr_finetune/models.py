@@ -1,0 +1,225 @@
+"""Recognisers: loading them from a folder or the hub, and building small ones.
+
+The classes are in `recognizer.py` (what all do), `ctc.py` and `whisper.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from asr_finetune.config import ConfigError, ModelConfig
+from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
+from asr_finetune.recognizer import SETTINGS, Recognizer
+from asr_finetune.whisper import WhisperRecognizer, trim_encoder
+
+__all__ = ["CTCRecognizer", "Recognizer", "WhisperRecognizer", "load_recognizer", "tiny_parakeet"]
+
+
+def load_recognizer(config: ModelConfig) -> Recognizer:
+    """The recogniser of a checkpoint (folder or hub id), or of a PEFT adapter's folder.
+
+    Raises:
+        ConfigError: no such checkpoint (or the hub cannot be reached), a model type that is not supported, or
+            options that do not fit it; the message names the option and the mend.
+    """
+    adapter = Path(config.name) / "adapter_config.json"
+    if adapter.is_file():
+        return _with_adapter(config, adapter)
+    found = _read(transformers.AutoConfig, config)
+    settings = Path(config.name) / SETTINGS
+    options = {"name": config.name, "revision": config.revision}
+    if settings.is_file():
+        saved = json.loads(settings.read_text(encoding="utf-8"))
+        options["target_prefix"] = saved["target_prefix"]
+    if found.model_type == "whisper":
+        return _load_whisper(config, options)
+    if found.model_type not in SUPPORTED:
+        raise ConfigError(
+            f"model.name={config.name!r} is a {found.model_type} model; supported: whisper, "
+            f"{', '.join(SUPPORTED)}"
+        )
+    return _load_ctc(config, found, options)
+
+
+def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
+    if config.new_head or config.vocabulary != "keep":
+        raise ConfigError(
+            "model.new_head and model.vocabulary are for CTC models; Whisper's output layer is its token table: "
+            "leave new_head false and vocabulary keep"
+        )
+    model = _read(transformers.WhisperForConditionalGeneration, config, dtype=_dtype(config))
+    if config.window_seconds is not None:
+        try:
+            trim_encoder(model, config.window_seconds)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    processor = _read(transformers.WhisperProcessor, config)
+    return WhisperRecognizer(_placed(model, config), processor, **options)
+
+
+def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recognizer:
+    if config.window_seconds is not None:
+        raise ConfigError(
+            f"model.window_seconds={config.window_seconds:g} is for Whisper; a CTC model takes any length: "
+            "leave it null"
+        )
+    if config.vocabulary == "words":
+        raise ConfigError(
+            "model.vocabulary=words: the list of words has to be public and is not known here; build the "
+            "recogniser with asr_finetune.models.tiny_parakeet(words), save it, and load that folder with "
+            "vocabulary keep"
+        )
+    if config.new_head != (config.vocabulary == "characters"):
+        raise ConfigError(
+            f"model.new_head={config.new_head} with model.vocabulary={config.vocabulary}: a new output layer "
+            "is for a new vocabulary: set new_head true and vocabulary characters, or neither"
+        )
+    # Eager attention gives NaN on rows that are masked altogether, which padding makes; sdpa does not.
+    load: dict[str, Any] = {"dtype": _dtype(config), "attn_implementation": "sdpa"}
+    if not config.new_head:
+        model = _read(transformers.AutoModelForCTC, config, **load)
+        return CTCRecognizer(_placed(model, config), _read(transformers.AutoProcessor, config), **options)
+    tokenizer = ctc_tokenizer(CHARACTERS, "characters")
+    found.vocab_size, found.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # public: the new layer's initialisation
+        model = _read(
+            transformers.AutoModelForCTC, config, config=found, ignore_mismatched_sizes=True, **load
+        )
+    extractor = _read(transformers.AutoFeatureExtractor, config)
+    processor = processor_class(found.model_type)(extractor, tokenizer)
+    return CTCRecognizer(_placed(model, config), processor, new_head=True, **options)
+
+
+def _with_adapter(config: ModelConfig, adapter: Path) -> Recognizer:
+    """A base model with a saved PEFT adapter: the base is loaded as it was for training."""
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not base:
+        raise ConfigError(
+            f"model.name={config.name!r} is an adapter whose base model was never saved, so it cannot be "
+            "loaded alone; save the base model to a folder before training, and train from that folder"
+        )
+    settings = Path(config.name) / SETTINGS
+    saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    window = config.window_seconds if config.window_seconds is not None else saved.get("window_seconds")
+    new_head = bool(saved.get("new_head", config.new_head))
+    recognizer = load_recognizer(
+        replace(
+            config,
+            name=base,
+            window_seconds=window,
+            new_head=new_head,
+            vocabulary="characters" if new_head else "keep",
+        )
+    )
+    recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
+    recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, config.name)
+    recognizer.name = config.name
+    return recognizer
+
+
+def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
+    """`reader.from_pretrained` of the checkpoint, its failure said in our words."""
+    try:
+        return reader.from_pretrained(asked.name, revision=asked.revision, **options)
+    except OSError as error:
+        folder = Path(asked.name)
+        what = (
+            f"the folder is there, but {reader.__name__} finds no checkpoint in it"
+            if folder.is_dir()
+            else "there is no such folder, and the hub does not know it or cannot be reached"
+        )
+        raise ConfigError(
+            f"model.name={asked.name!r}: {what}. Give a folder with config.json, model.safetensors and the "
+            "processor's files, or a hub id (and model.revision) that this machine can download; transformers "
+            f"says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        ) from error
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+
+
+def _placed(model: nn.Module, config: ModelConfig) -> nn.Module:
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"model.device={device!r}: torch sees no CUDA device here; use auto or cpu")
+    return model.to(device).eval()
+
+
+def processor_class(model_type: str) -> Any:
+    """transformers' processor for a CTC model type."""
+    names = {"parakeet_ctc": "ParakeetProcessor", "wav2vec2-bert": "Wav2Vec2BertProcessor"}
+    return getattr(transformers, names.get(model_type, "Wav2Vec2Processor"))
+
+
+def tiny_parakeet(
+    vocabulary: Sequence[str],
+    *,
+    unit: Literal["words", "characters"] | None = None,
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    channels: int = 64,
+    subsampling: int = 8,
+    mels: int = 80,
+    seed: int = 0,
+    **encoder: Any,
+) -> CTCRecognizer:
+    """A small ParakeetForCTC with fresh weights: it runs the very path of the 608.8 M-parameter one.
+
+    Args:
+        vocabulary: words or characters; it becomes part of the model, so it must be public.
+        unit: what one label is; None: characters where every entry is one letter.
+        hidden: width; the feed-forward layers are 4 times as wide.
+        layers: conformer blocks.
+        heads: attention heads.
+        channels: of the subsampling convolutions.
+        subsampling: feature frames (10 ms) in an output frame: 2, 4 or 8.
+        mels: log-mel bins.
+        seed: of the initialisation; public.
+        encoder: more fields of transformers' ParakeetEncoderConfig.
+
+    Raises:
+        ValueError: a vocabulary that `ctc_tokenizer` refuses, or a width that the heads do not divide.
+    """
+    if hidden % heads:
+        raise ValueError(f"tiny_parakeet: hidden={hidden} is not a multiple of heads={heads}")
+    unit = unit or ("characters" if all(len(entry) == 1 for entry in vocabulary) else "words")
+    tokenizer = ctc_tokenizer(vocabulary, unit)
+    config = transformers.ParakeetCTCConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        encoder_config={
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * hidden,
+            "subsampling_conv_channels": channels,
+            "subsampling_factor": subsampling,
+            "num_mel_bins": mels,
+            "dropout": 0.0,
+            "activation_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "layerdrop": 0.0,
+            **encoder,
+        },
+    )
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.ParakeetForCTC(config)
+    extractor = transformers.ParakeetFeatureExtractor(feature_size=mels)
+    processor = transformers.ParakeetProcessor(extractor, tokenizer)
+    return CTCRecognizer(model.eval(), processor, name="tiny-parakeet")

@@ -1,0 +1,370 @@
+"""Planning: the noise that a target ε needs, and what a run would take on this machine."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from asr_finetune.config import Config, ConfigError
+from asr_finetune.progress import duration
+from dpkernels.privacy import epsilon as epsilon_of
+from dpkernels.privacy import noise_multiplier as sigma_for
+
+if TYPE_CHECKING:
+    from asr_finetune.data import Corpus
+    from asr_finetune.recognizer import Recognizer
+
+CHECKPOINTS = (0.1, 0.25, 0.5, 0.75, 1.0)
+# LibriSpeech's mean: what a probe without data assumes.
+TYPICAL_SECONDS = 12.3
+TYPICAL_LABELS_PER_SECOND = 4.0
+MICRO_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would spend.
+
+    Attributes:
+        examples: N, number of privacy units.
+        epsilon: the target, or what the given noise spends.
+        delta: δ.
+        batch_size: expected logical batch.
+        steps: logical steps.
+        max_batch_size: capacity of truncated Poisson sampling, or None.
+        noise_multiplier: σ by PLD (the one to train with).
+        noise_multiplier_rdp: σ by RDP for the same target; None with truncated sampling or when σ was given.
+        sample_rate: q = batch_size / N.
+        epochs: expected times that each example is seen, q × steps.
+        epsilon_at: (step, ε by PLD) on the way.
+        epsilon_rdp: ε by RDP at the end with `noise_multiplier`; None with truncated sampling.
+    """
+
+    examples: int
+    epsilon: float
+    delta: float
+    batch_size: int
+    steps: int
+    max_batch_size: int | None
+    noise_multiplier: float
+    noise_multiplier_rdp: float | None
+    sample_rate: float
+    epochs: float
+    epsilon_at: list[tuple[int, float]]
+    epsilon_rdp: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def plan(
+    *,
+    examples: int,
+    delta: float,
+    batch_size: int,
+    steps: int,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    max_batch_size: int | None = None,
+) -> Plan:
+    """σ for a target ε (or ε for a given σ), by PLD and by RDP.
+
+    Args:
+        examples: N.
+        delta: δ in (0, 1).
+        batch_size: expected logical batch, <= N.
+        steps: logical steps.
+        epsilon: target ε; or
+        noise_multiplier: σ > 0. Exactly one of the two.
+        max_batch_size: capacity of truncated Poisson sampling.
+
+    Raises:
+        ValueError: an argument out of range, named.
+    """
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ConfigError(
+            f"plan: give exactly one of --epsilon and --noise-multiplier, got {epsilon} and "
+            f"{noise_multiplier}"
+        )
+    if not 0 < batch_size <= examples:
+        raise ConfigError(f"plan: --batch-size {batch_size} must lie between 1 and --examples {examples}")
+    if noise_multiplier is not None and not noise_multiplier > 0:
+        raise ConfigError(
+            f"plan: --noise-multiplier {noise_multiplier} must be above 0: without noise epsilon is infinite"
+        )
+    rate = batch_size / examples
+    sampled: dict[str, Any] = {"max_batch_size": max_batch_size, "dataset_size": examples}
+    sigma_rdp = None
+    if noise_multiplier is not None:
+        sigma = noise_multiplier
+    else:
+        assert epsilon is not None
+        sigma = sigma_for(epsilon, delta, rate, steps, **sampled)
+        if max_batch_size is None:
+            sigma_rdp = sigma_for(epsilon, delta, rate, steps, accountant="rdp", dataset_size=examples)
+    marks = sorted({max(1, round(share * steps)) for share in CHECKPOINTS})
+    curve = epsilon_of(sigma, rate, marks, delta, **sampled)
+    by_rdp = None
+    if max_batch_size is None:
+        by_rdp = epsilon_of(sigma, rate, steps, delta, accountant="rdp", dataset_size=examples)
+    return Plan(
+        examples=examples,
+        epsilon=curve[-1],
+        delta=delta,
+        batch_size=batch_size,
+        steps=steps,
+        max_batch_size=max_batch_size,
+        noise_multiplier=sigma,
+        noise_multiplier_rdp=sigma_rdp,
+        sample_rate=rate,
+        epochs=rate * steps,
+        epsilon_at=list(zip(marks, curve, strict=True)),
+        epsilon_rdp=by_rdp,
+    )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a short measurement on this machine says about a run. Bytes and seconds.
+
+    Attributes:
+        device: where it ran.
+        seconds_of_audio: length of the synthetic utterances that were timed.
+        longest_seconds: length of those that memory was measured with.
+        physical_batch_size: utterances in a micro-batch.
+        seconds_per_example: forward and private backward, per utterance.
+        seconds_per_step: noise and optimizer, once a logical step.
+        total_seconds: batch_size × steps × seconds_per_example + steps × seconds_per_step.
+        parameters: bytes of the weights.
+        optimizer: bytes of the optimizer's state.
+        sums: bytes of the float64 sums of clipped gradients.
+        peak: highest memory with a micro-batch of the longest utterances: of the process (CPU), or allocated
+            on the GPU.
+        trained_parameters: how many.
+        total_parameters: how many.
+    """
+
+    device: str
+    seconds_of_audio: float
+    longest_seconds: float
+    physical_batch_size: int
+    seconds_per_example: float
+    seconds_per_step: float
+    total_seconds: float
+    parameters: int
+    optimizer: int
+    sums: int
+    peak: int
+    trained_parameters: int
+    total_parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def probe(
+    config: Config, recognizer: Recognizer, corpus: Corpus | None = None, *, seconds: float = TYPICAL_SECONDS
+) -> Probe:
+    """Time a few private micro-batches of noise with this model, and see how much memory they take.
+
+    The audio is synthetic, as long as the training data's mean (memory: as its longest): nothing is read.
+
+    Args:
+        config: method, batch sizes, optimizer. `privacy` may be incomplete; σ = 1 here.
+        recognizer: the model; the method is applied to it.
+        corpus: where lengths are taken from; None: `seconds`.
+        seconds: length of the utterances without a corpus.
+
+    Raises:
+        ValueError: a method or a layer that cannot be trained.
+    """
+    # Here: a plan without a model must not load transformers.
+    from asr_finetune.methods import apply_method
+    from asr_finetune.prepare import make_optimizer
+    from dpkernels import PrivacyEngine
+
+    mean, longest, per_second = seconds, seconds, TYPICAL_LABELS_PER_SECOND
+    if corpus is not None:
+        lengths = [utterance.seconds for utterance in corpus.utterances]
+        mean, longest = float(np.mean(lengths)), float(np.max(lengths))
+        text = max((utterance.text for utterance in corpus.utterances), key=len)
+        per_second = len(recognizer.encode_text(text)) / longest
+    apply_method(recognizer, config.method)
+    model = recognizer.model.train()
+    width = min(config.train.physical_batch_size, config.train.batch_size)
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(config.train, model)
+    dataset = _Synthetic(recognizer, longest, mean, width, per_second)
+    engine = PrivacyEngine()
+    with closing(engine):
+        # q = 1: the one logical batch is the whole set, so the number of micro-batches is known.
+        _, private, loader = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            data_loader=torch.utils.data.DataLoader(
+                dataset, batch_size=len(dataset), collate_fn=recognizer.collate
+            ),
+            noise_multiplier=1.0,
+            max_grad_norm=config.privacy.max_grad_norm,
+            strategy=config.privacy.strategy,
+            physical_batch_size=width,
+            steps=1,
+            lengths=dataset.order,
+        )
+        return _measure(config, recognizer, device, private, loader, (mean, longest, width))
+
+
+def _measure(
+    config: Config,
+    recognizer: Recognizer,
+    device: torch.device,
+    private: Any,
+    loader: Any,
+    sizes: tuple[float, float, int],
+) -> Probe:
+    from asr_finetune.recognizer import to_device
+
+    mean, longest, width = sizes
+    model, times = recognizer.model, []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for logical_batch in loader:
+        for batch in logical_batch:
+            began = _clock(device)
+            private.backward(recognizer.loss_per_example(model, to_device(batch, device)))
+            times.append(_clock(device) - began)
+        began = _clock(device)
+        private.step()
+        step = _clock(device) - began
+        private.zero_grad()
+    # The first micro-batch is the longest's, the second warms up the ordinary length.
+    per_example = float(np.median(times[2:])) / width
+    total = config.train.steps * (config.train.batch_size * per_example + step)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Probe(
+        device=str(device),
+        seconds_of_audio=mean,
+        longest_seconds=longest,
+        physical_batch_size=width,
+        seconds_per_example=per_example,
+        seconds_per_step=step,
+        total_seconds=total,
+        parameters=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        optimizer=_state_bytes(private.state),
+        sums=sum(8 * parameter.numel() for parameter in trained),
+        peak=_peak_bytes(device),
+        trained_parameters=sum(parameter.numel() for parameter in trained),
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+class _Synthetic(torch.utils.data.Dataset[dict[str, Any]]):
+    """A micro-batch of the longest utterances, then some of the mean length: noise, made-up transcripts."""
+
+    def __init__(
+        self, recognizer: Recognizer, longest: float, mean: float, width: int, labels_per_second: float
+    ) -> None:
+        self._kinds = [
+            self._item(recognizer, seconds, max(1, round(seconds * labels_per_second)))
+            for seconds in (longest, mean)
+        ]
+        self._width = width
+        # The loader sorts by these, longest first: the first micro-batch is the one that memory is measured
+        # with.
+        self.order = [2] * width + [1] * (width * (MICRO_BATCHES + 1))
+
+    @staticmethod
+    def _item(recognizer: Recognizer, seconds: float, labels: int) -> dict[str, Any]:
+        noise = np.random.default_rng(0).normal(size=max(round(seconds * recognizer.sampling_rate), 1))
+        # Two classes in turn, neither of them padding or blank: which ones is of no matter to time or memory.
+        pad = recognizer.base.config.pad_token_id
+        first, second = [number for number in range(4) if number != pad][:2]
+        text = torch.tensor([first, second] * labels)[:labels]
+        return {**recognizer.encode_audio(0.1 * noise.astype(np.float32)), "labels": text}
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._kinds[0 if index < self._width else 1], "index": index}
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _state_bytes(state: Any) -> int:
+    tensors = (
+        value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: KiB on Linux
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def subject(config: Config) -> tuple[Recognizer, Corpus]:
+    """The recogniser and the training data of a configuration, without what the recogniser cannot take.
+
+    Raises:
+        ValueError, FileNotFoundError: a model or data that cannot be read.
+    """
+    from asr_finetune.data import load_corpus
+    from asr_finetune.models import load_recognizer
+    from asr_finetune.prepare import quiet_libraries
+
+    quiet_libraries()
+    recognizer = load_recognizer(config.model)
+    corpus = load_corpus(config.data.train, split=config.data.train_split, data=config.data)
+    return recognizer, corpus.fit(recognizer)
+
+
+def units(config: Config, corpus: Corpus) -> int:
+    """N: the number of utterances, or of speakers."""
+    return len(set(corpus.speakers)) if config.privacy.unit == "speaker" else len(corpus)
+
+
+def describe_probe(measured: Probe) -> list[tuple[str, str]]:
+    """(what, value) rows for the screen."""
+    return [
+        ("device", measured.device),
+        ("trained parameters", f"{measured.trained_parameters:,} of {measured.total_parameters:,}"),
+        (
+            "time per utterance",
+            f"{1000 * measured.seconds_per_example:.1f} ms at {measured.seconds_of_audio:.1f} s of audio",
+        ),
+        ("time per step, noise and optimizer", duration(measured.seconds_per_step)),
+        ("time in all", duration(measured.total_seconds)),
+        ("weights", size(measured.parameters)),
+        ("optimizer state", size(measured.optimizer)),
+        ("float64 sums", size(measured.sums)),
+        (
+            "peak memory",
+            f"{size(measured.peak)} with {measured.physical_batch_size} utterances of "
+            f"{measured.longest_seconds:.1f} s",
+        ),
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes, readable."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

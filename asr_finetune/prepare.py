@@ -1,0 +1,191 @@
+"""From a configuration to what the loop needs: corpora, datasets, the optimizer, their private versions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+
+from asr_finetune.augment import SpecAugment
+from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
+from asr_finetune.data import Corpus, SpeechDataset, load_corpus
+from asr_finetune.progress import Reporter, duration
+from asr_finetune.recognizer import Recognizer, to_device
+from dpkernels import PrivacyEngine
+from dpkernels.privacy import noise_multiplier, plan_sampling, read_ledger
+
+SELF_CHECK_EXAMPLES = 3
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_NAMES_SHOWN = 10
+
+
+def load(
+    source: str, split: str | None, data: DataConfig, reporter: Reporter, name: str, recognizer: Recognizer
+) -> Corpus:
+    """Load what the recogniser can take of a corpus, and say what is in it and what was left out.
+
+    Args:
+        source: as in `data.load_corpus`.
+        split: as there.
+        data: filters and preparation of transcripts.
+        reporter: where to say it.
+        name: "train", or what else it is for; transcripts must be learnable for "train" only.
+        recognizer: leaves out what it cannot take.
+
+    Raises:
+        ConfigError: no such corpus, or nothing usable in it.
+    """
+    corpus = load_corpus(source, split=split, data=data).fit(recognizer, training=name == "train")
+    reporter.say(f"{name}: {corpus.summary()}")
+    for problem in corpus.problems[:_NAMES_SHOWN]:
+        reporter.say(f"  left out {problem.id}: {problem.reason}")
+    if len(corpus.problems) > _NAMES_SHOWN:
+        reporter.say(f"  and {len(corpus.problems) - _NAMES_SHOWN} more")
+    return corpus
+
+
+def quiet_libraries() -> None:
+    """Turn off transformers' own progress bars: they break ours."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+def training_dataset(config: Config, corpus: Corpus, recognizer: Recognizer) -> SpeechDataset:
+    """The training data as tensors."""
+    return SpeechDataset(
+        corpus,
+        recognizer,
+        cache=config.train.cache_features,
+        augment=SpecAugment() if config.train.spec_augment else None,
+        target_prefix=config.data.target_prefix,
+    )
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer over the trained parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return _OPTIMIZERS[config.optimizer](trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def make_private(
+    config: Config,
+    recognizer: Recognizer,
+    optimizer: torch.optim.Optimizer,
+    dataset: SpeechDataset,
+    lengths: Sequence[int],
+    reporter: Reporter,
+    ledger: Path | None,
+    remaining: int,
+) -> tuple[PrivacyEngine, Any, Iterable[Any]]:
+    """The engine, the private optimizer and the private loader for `remaining` more steps.
+
+    σ is the one that the ledger's first run used; else `privacy.noise_multiplier`; else the smallest for the
+    target ε over `train.steps` steps. On resume it must not be found anew: the steps that were lost are
+    spent.
+    """
+    privacy = config.privacy
+    unit = _unit_arguments(config, dataset.corpus)
+    data_loader = DataLoader(
+        dataset,
+        batch_size=config.train.batch_size,
+        collate_fn=recognizer.collate,
+        num_workers=config.train.num_workers,
+        persistent_workers=config.train.num_workers > 0,
+    )
+    sampling = plan_sampling(data_loader, **unit)
+    contents = read_ledger(ledger) if ledger is not None and ledger.exists() else None
+    spent = contents.steps if contents else 0
+    if contents and contents.runs:
+        sigma = contents.runs[0].mechanism.noise_multiplier
+        reporter.say(f"noise multiplier {sigma:g}, as before (ledger: {spent} steps spent)")
+    elif privacy.noise_multiplier is not None:
+        sigma = privacy.noise_multiplier
+    else:
+        assert privacy.epsilon is not None  # check_trainable saw to it
+        assert privacy.delta is not None
+        sigma = noise_multiplier(
+            privacy.epsilon,
+            privacy.delta,
+            sampling.sample_rate,
+            config.train.steps,
+            accountant=privacy.accountant,
+            max_batch_size=privacy.max_batch_size,
+            dataset_size=sampling.units,
+        )
+        reporter.say(
+            f"noise multiplier {sigma:g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
+            f"{config.train.steps} steps, sampling rate {sampling.sample_rate:.4g} of {sampling.units:,} "
+            f"{sampling.unit}s"
+        )
+    engine = PrivacyEngine(accountant=privacy.accountant, ledger=ledger)
+    _, private, loader = engine.make_private(
+        module=recognizer.model,
+        optimizer=optimizer,
+        data_loader=data_loader,
+        noise_multiplier=sigma,
+        max_grad_norm=privacy.max_grad_norm,
+        strategy=privacy.strategy,
+        physical_batch_size=config.train.physical_batch_size,
+        lengths=list(lengths),
+        steps=max(spent + remaining, 1),
+        target_epsilon=privacy.epsilon,
+        target_delta=privacy.delta,
+        **unit,
+    )
+    return engine, private, loader
+
+
+def _unit_arguments(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """What make_private and plan_sampling need to know about the privacy unit."""
+    privacy = config.privacy
+    if privacy.unit == "example":
+        return {"unit": "example", "max_batch_size": privacy.max_batch_size}
+    nameless = [utterance.id for utterance in corpus.utterances if utterance.speaker is None]
+    if nameless:
+        raise ConfigError(
+            f"privacy.unit=speaker needs the speaker of every utterance; {len(nameless)} have none, e.g. "
+            f"{nameless[0]}. Add them to the data (manifest: `speaker`; datasets: data.speaker_column), or "
+            "set privacy.unit=example"
+        )
+    if privacy.max_examples_per_speaker is None:
+        raise ConfigError(
+            "privacy.unit=speaker needs privacy.max_examples_per_speaker, the most utterances of one "
+            "speaker in a step: the noise grows with it. Try 4"
+        )
+    return {
+        "unit": "speaker",
+        "speakers": corpus.speakers,
+        "max_examples_per_speaker": privacy.max_examples_per_speaker,
+        "max_batch_size": privacy.max_batch_size,  # the engine refuses it, with the reason
+    }
+
+
+def self_check(
+    engine: PrivacyEngine,
+    recognizer: Recognizer,
+    dataset: SpeechDataset,
+    lengths: Sequence[int],
+    reporter: Reporter,
+) -> None:
+    """A few utterances of unlike lengths, together and one by one: their gradients must agree.
+
+    Raises:
+        SelfCheckError: they do not; the message names the layers.
+    """
+    order = np.argsort(lengths)
+    places = np.linspace(0.1, 0.9, min(SELF_CHECK_EXAMPLES, len(order))) * (len(order) - 1)
+    items = [dataset[int(order[int(place)])] for place in places]
+    singles = [to_device(recognizer.collate([item]), recognizer.device) for item in items]
+    batch = to_device(recognizer.collate(items), recognizer.device)
+    began = time.monotonic()
+    engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
+    reporter.say(
+        f"self-check passed: the gradients of {len(items)} utterances are the same in a batch and alone "
+        f"({duration(time.monotonic() - began)})"
+    )

@@ -1,0 +1,121 @@
+"""run.json: the record of a finished run, which the report is made from.
+
+Nothing in it comes from gradients without noise: it is meant for others.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from asr_finetune.config import Config, ConfigError
+from asr_finetune.data import Corpus
+from asr_finetune.loop import Run
+from dpkernels import PrivacyEngine, __version__
+
+_PACKAGES = ("torch", "transformers", "peft", "datasets", "jiwer", "dp-accounting", "numpy")
+
+
+def run_record(run: Run, corpus: Corpus, evaluation: dict[str, Any], epsilon: float | None) -> dict[str, Any]:
+    """The values of run.json.
+
+    Args:
+        run: after its last step.
+        corpus: the training data.
+        evaluation: "before", "after", "non_private": Evaluation.to_dict() or None.
+        epsilon: ε spent; None without privacy or without noise.
+    """
+    config = run.config
+    return {
+        "privacy": privacy_record(config, run.engine, epsilon),
+        "data": {
+            "source": config.data.train,
+            "utterances": len(corpus.utterances),
+            "hours": corpus.hours,
+            "speakers": len(set(corpus.speakers) - {None}),
+            "problems": len(corpus.problems),
+            "fingerprint": corpus.fingerprint(),
+        },
+        "model": run.recognizer.describe(),
+        "method": asdict(config.method),
+        "training": asdict(config.train),
+        "steps": run.step,
+        "versions": versions(),
+        "evaluation": evaluation,
+        "curve": run.curve,
+        "seconds": run.seconds,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def privacy_record(config: Config, engine: PrivacyEngine | None, epsilon: float | None) -> dict[str, Any]:
+    """The privacy section; every figure None for a run without privacy."""
+    privacy = config.privacy
+    values: dict[str, Any] = {
+        "enabled": engine is not None,
+        "epsilon": epsilon,
+        "delta": privacy.delta if engine else None,
+        "target_epsilon": privacy.epsilon if engine else None,
+        "max_grad_norm": privacy.max_grad_norm if engine else None,
+        "unit": privacy.unit if engine else None,
+        "accountant": privacy.accountant if engine else None,
+        "max_batch_size": privacy.max_batch_size if engine else None,
+        "max_examples_per_speaker": privacy.max_examples_per_speaker if engine else None,
+        "expected_batch_size": config.train.batch_size,
+    }
+    if engine is None:
+        absent = (
+            "noise_multiplier",
+            "adjacency",
+            "sampling",
+            "epsilon_rdp",
+            "steps",
+            "sample_rate",
+            "dataset_size",
+        )
+        return values | dict.fromkeys(absent)
+    sampling = engine.sampling
+    has_rdp = epsilon is not None and privacy.max_batch_size is None  # RDP has no rule for truncated Poisson
+    return values | {
+        "noise_multiplier": engine.noise_multiplier,
+        "adjacency": f"add or remove one {sampling.unit}",
+        "sampling": "poisson" if sampling.max_batch_size is None else "truncated_poisson",
+        "epsilon_rdp": engine.get_epsilon(privacy.delta, accountant="rdp") if has_rdp else None,
+        "steps": engine.steps,
+        "sample_rate": sampling.sample_rate,
+        "dataset_size": sampling.units,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    return {
+        "python": platform.python_version(),
+        "dpkernels": __version__,
+        **{name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
+    """The error rates after training of a finished run without privacy; None for no folder.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+        ConfigError: it is a private run, or one without an evaluation.
+    """
+    if folder is None:
+        return None
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--compare {folder}: no run.json, so no finished run there")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values["privacy"]["enabled"]:
+        raise ConfigError(f"--compare {folder}: that run is private; give one made with --not-private")
+    if values["evaluation"]["after"] is None:
+        raise ConfigError(f"--compare {folder}: that run was not evaluated (data.test was not set)")
+    return dict(values["evaluation"]["after"])

@@ -1,0 +1,225 @@
+"""The three places that a corpus comes from: a LibriSpeech tree, a manifest, a `datasets` table.
+
+Each yields records, and records become utterances or problems one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asr_finetune.audio import AudioError, DatasetRow, Encoded, duration
+from asr_finetune.config import ConfigError, DataConfig
+from asr_finetune.data import Corpus, Problem, Utterance, prepare_text
+
+_AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a source says about one recording; `reason` when it cannot be used at all."""
+
+    id: str
+    text: str | None = None
+    path: Path | None = None
+    speaker: str | None = None
+    encoded: Encoded | None = None
+    reason: str | None = None
+
+
+def read(source: str, split: str | None, data: DataConfig) -> Corpus:
+    """The corpus of any source; see `data.load_corpus`. It may be empty.
+
+    Raises:
+        ConfigError: no such source or split.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".jsonl":
+        if not path.is_file():
+            raise ConfigError(f"data: no manifest at {source!r}: give the path of a .jsonl file that exists")
+        records = _manifest(path, split, data)
+    elif path.is_dir():
+        trees = sorted(path.rglob("*.trans.txt"))
+        records = _librispeech(path, trees, split) if trees else _table(source, split, data)
+    elif path.is_absolute() or source.startswith((".", "~")) or path.exists():
+        raise ConfigError(
+            f"data: {source!r} is not a folder and not a .jsonl manifest: give a LibriSpeech folder, a "
+            "manifest with "
+            "one JSON object a line, or the id of a `datasets` dataset"
+        )
+    else:
+        records = _table(source, split, data)
+    speaks = _speaker_filter(data)
+    utterances: list[Utterance] = []
+    problems: list[Problem] = []
+    for record in records:
+        if not speaks(record.speaker):
+            continue
+        result = _utterance(record, data)
+        if isinstance(result, Problem):
+            problems.append(result)
+        else:
+            utterances.append(result)
+    return Corpus(utterances, problems, source)
+
+
+def _speaker_filter(data: DataConfig) -> Callable[[str | None], bool]:
+    wanted = None if data.speakers is None else set(data.speakers)
+    unwanted = set(data.exclude_speakers or ())
+    return lambda speaker: (wanted is None or speaker in wanted) and speaker not in unwanted
+
+
+def _utterance(record: _Record, data: DataConfig) -> Utterance | Problem:
+    if record.reason is not None:
+        return Problem(record.id, record.reason)
+    text = prepare_text(record.text or "", data)
+    if not text:
+        return Problem(record.id, "no transcript")
+    try:
+        source = record.encoded.read() if record.encoded is not None else record.path
+        if source is None:
+            return Problem(record.id, "no audio")
+        seconds = duration(source)
+    except (AudioError, OSError) as error:
+        return Problem(record.id, str(error))
+    if seconds < data.min_seconds:
+        return Problem(record.id, f"too short: {seconds:.3f} s, below data.min_seconds={data.min_seconds:g}")
+    if seconds > data.max_seconds:
+        return Problem(record.id, f"too long: {seconds:.3f} s, above data.max_seconds={data.max_seconds:g}")
+    return Utterance(record.id, record.path, None, None, text, record.speaker, seconds, record.encoded)
+
+
+def _librispeech(root: Path, transcripts: list[Path], split: str | None) -> Iterator[_Record]:
+    """<root>/[.../]<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt, with <id>.flac beside it."""
+    subsets = {path.parents[2].name for path in transcripts}
+    wanted = set(split.split("+")) if split else subsets
+    if not wanted <= subsets:
+        raise ConfigError(
+            f"data: no subset {', '.join(sorted(wanted - subsets))!r} in {str(root)!r}; there: "
+            f"{', '.join(sorted(subsets))}"
+        )
+    for listing in transcripts:
+        if listing.parents[2].name not in wanted:
+            continue
+        speaker, seen = listing.parents[1].name, set()
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            if not line.strip():
+                continue
+            name, _, text = line.strip().partition(" ")
+            seen.add(name)
+            files = [listing.parent / f"{name}{suffix}" for suffix in _AUDIO_SUFFIXES]
+            path = next((file for file in files if file.is_file()), files[0])
+            yield _Record(name, text, path, speaker)
+        for file in sorted(listing.parent.iterdir()):
+            if file.suffix in _AUDIO_SUFFIXES and file.stem not in seen:
+                yield _Record(file.stem, speaker=speaker, reason=f"no line in {listing.name}")
+
+
+def _manifest(path: Path, split: str | None, data: DataConfig) -> Iterator[_Record]:
+    splits: set[str] = set()
+    corpora: set[str] = set()
+    matched = False
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        name = f"{path.name}:{number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield _Record(name, reason=f"not JSON: {error.msg} at column {error.colno}")
+            continue
+        if not isinstance(entry, dict):
+            yield _Record(name, reason="not a JSON object with audio and text")
+            continue
+        splits.add(str(entry.get("split")))
+        corpora.add(str(entry.get("corpus")))
+        if split is not None and entry.get("split") not in split.split("+"):
+            continue
+        if data.corpus is not None and entry.get("corpus") != data.corpus:
+            continue
+        matched = True
+        yield _manifest_record(path, name, entry)
+    if not matched and (split is not None or data.corpus is not None):
+        raise ConfigError(
+            f"data: no line of {str(path)!r} has split={split!r} and data.corpus={data.corpus!r}; "
+            f"splits there: {', '.join(sorted(splits))}; corpora: {', '.join(sorted(corpora))}"
+        )
+
+
+def _manifest_record(path: Path, name: str, entry: dict[str, Any]) -> _Record:
+    audio, text = entry.get("audio"), entry.get("text")
+    identity = str(entry.get("utt_id") or (Path(audio).stem if isinstance(audio, str) and audio else name))
+    speaker = None if entry.get("speaker") is None else str(entry["speaker"])
+    if not isinstance(audio, str) or not audio:
+        return _Record(identity, speaker=speaker, reason=f"{name} has no `audio` path")
+    if entry.get("offset"):
+        return _Record(
+            identity,
+            speaker=speaker,
+            reason="a piece of a longer recording (`offset`): pieces of one recording would count as several "
+            "examples; cut it into a file of its own if a piece is what is to be protected",
+        )
+    if not isinstance(text, str):
+        return _Record(identity, speaker=speaker, reason="no transcript")
+    return _Record(identity, text, path.parent / audio, speaker)
+
+
+def _table(source: str, split: str | None, data: DataConfig) -> Iterator[_Record]:
+    import datasets
+
+    tables = _load_table(source, split)
+    for label, table in tables.items():
+        for option, column in (("audio_column", data.audio_column), ("text_column", data.text_column)):
+            if column not in table.column_names:
+                raise ConfigError(
+                    f"data.{option}={column!r}: {source!r} has the columns {', '.join(table.column_names)}"
+                )
+        # The default decoder (torchcodec) needs FFmpeg; soundfile reads the same bytes.
+        table = table.cast_column(data.audio_column, datasets.Audio(decode=False))
+        rest = table.remove_columns([data.audio_column])
+        for index, row in enumerate(rest):
+            speaker = row.get(data.speaker_column)
+            yield _Record(
+                id=str(row.get("id") or f"{label}-{index}"),
+                text=row[data.text_column],
+                speaker=None if speaker is None else str(speaker),
+                encoded=DatasetRow(table, index, data.audio_column),
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load_table(source: str, split: str | None) -> dict[str, Any]:
+    """split -> datasets.Dataset."""
+    import datasets
+
+    folder = Path(source).expanduser()
+    name, _, configuration = source.partition(":")
+    try:
+        if folder.is_dir() and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(str(folder))
+        else:
+            loaded = datasets.load_dataset(str(folder) if folder.is_dir() else name, configuration or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(
+            f"data: `datasets` cannot load {source!r}: give a folder with *.trans.txt, a .jsonl manifest, or a "
+            f"dataset id that this machine can download; it says: {_first_line(error)}"
+        ) from error
+    if isinstance(loaded, datasets.Dataset):
+        if split is not None and str(loaded.split) != split:
+            raise ConfigError(
+                f"data: {source!r} is one table (split {loaded.split}); leave the split {split!r} out"
+            )
+        return {str(loaded.split or "row"): loaded}
+    unknown = set(split.split("+") if split else ()) - set(loaded)
+    if unknown:
+        raise ConfigError(
+            f"data: no split {', '.join(sorted(unknown))!r} in {source!r}; there: "
+            f"{', '.join(map(str, loaded))}"
+        )
+    return {key: loaded[key] for key in (split.split("+") if split else loaded)}

@@ -1,0 +1,267 @@
+"""Training: one loop for private and ordinary runs, with checkpoints that a killed run continues from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asr_finetune import checkpoint, record
+from asr_finetune.config import Config, ConfigError
+from asr_finetune.data import Corpus, SpeechDataset
+from asr_finetune.evaluate import Evaluation, evaluate
+from asr_finetune.loop import Interrupted, Run, epsilon_spent, run_steps
+from asr_finetune.methods import apply_method, save_trained, trained_parameters
+from asr_finetune.models import load_recognizer
+from asr_finetune.plain import PlainLoader, PlainOptimizer
+from asr_finetune.prepare import (
+    load,
+    make_optimizer,
+    make_private,
+    quiet_libraries,
+    self_check,
+    training_dataset,
+)
+from asr_finetune.progress import Reporter, duration
+from asr_finetune.recognizer import Recognizer
+from asr_finetune.run_folder import RunFolder
+from dpkernels import PrivacyEngine
+
+__all__ = ["Interrupted", "TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        output: its folder.
+        epsilon: ε spent at `delta`; None for a run without privacy or without noise.
+        delta: δ; None without privacy.
+        noise_multiplier: σ; None without privacy.
+        steps: logical steps that the model took.
+        seconds: time spent training, resumed parts included.
+        history: one dict a step; NOT PRIVATE.
+    """
+
+    output: Path
+    epsilon: float | None
+    delta: float | None
+    noise_multiplier: float | None
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What every part of a run needs."""
+
+    config: Config
+    folder: RunFolder
+    reporter: Reporter
+    recognizer: Recognizer
+
+    def load(self, name: str, source: str, split: str | None) -> Corpus:
+        """A corpus; the names of what was left out go to the folder of what is not for others."""
+        corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
+        lines = "".join(f"{problem.id}\t{problem.reason}\n" for problem in corpus.problems)
+        checkpoint.write_text(self.folder.not_private / f"problems_{name}.tsv", lines)
+        return corpus
+
+    def evaluation_set(
+        self, name: str, source: str | None, split: str | None
+    ) -> tuple[Corpus, SpeechDataset] | None:
+        """A corpus with its features, kept for several evaluations; None where no source is set."""
+        if source is None:
+            return None
+        corpus = self.load(name, source, split)
+        return corpus, SpeechDataset(corpus, self.recognizer, cache=self.config.train.cache_features)
+
+    def evaluate(self, name: str, data: tuple[Corpus, SpeechDataset]) -> Evaluation:
+        """Error rates, said on the screen; transcripts go to the folder of what is not for others."""
+        corpus, dataset = data
+        result = evaluate(
+            self.recognizer,
+            corpus,
+            self.config.evaluate,
+            dataset=dataset,
+            reporter=self.reporter,
+            name=name,
+        )
+        self.reporter.say(f"{name}: {result}")
+        lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
+        checkpoint.write_text(self.folder.not_private / f"transcripts_{name}.tsv", lines)
+        return result
+
+
+def train(
+    config: Config, *, progress: bool = True, resume: bool = True, compare: str | Path | None = None
+) -> TrainResult:
+    """Fine-tune a recogniser as `config` says, and write everything to `config.output` (see `run_folder`).
+
+    A run that was killed continues from its last checkpoint when it is called again with the same
+    configuration: the steps since that checkpoint are taken again with fresh noise and counted again, and
+    training stops before the target ε would be exceeded. A finished run is returned as it is.
+
+    Args:
+        config: the run.
+        progress: print lines and bars.
+        resume: continue a run in `config.output`; False refuses instead.
+        compare: folder of a finished run without privacy, whose error rates are put beside this one's.
+
+    Raises:
+        ConfigError: parts of the configuration that do not fit together, or differ from the run being
+            resumed.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+        FileNotFoundError, ValueError: data or model that cannot be read.
+        dpkernels.privacy.SelfCheckError: an utterance's gradient depends on its batch.
+    """
+    config.check_trainable()
+    reporter = Reporter(progress)
+    folder = RunFolder(Path(config.output))
+    non_private = record.read_comparison(compare)
+    resuming = folder.prepare(config, resume=resume)
+    finished = folder.read_json(folder.run)
+    if finished is not None:
+        reporter.say(f"{folder.run} is there: this run is finished. Another run needs another --output.")
+        return _result(folder, finished)
+    if not config.privacy.enabled:
+        reporter.say("NOT PRIVATE: privacy.enabled is false. This run has no epsilon.", style="bold red")
+
+    quiet_libraries()
+    torch.manual_seed(config.train.seed)
+    recognizer = load_recognizer(config.model)
+    recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
+    session = _Session(config, folder, reporter, recognizer)
+    corpus = session.load("train", config.data.train, config.data.train_split)
+    tests = session.evaluation_set("test", config.data.test, config.data.test_split)
+    if tests is None:
+        reporter.say("data.test is not set: no error rates before and after")
+    before = _evaluate_before(session, tests)
+    torch.manual_seed(config.train.seed)  # adapters start the same, whatever was drawn before
+    apply_method(recognizer, config.method)
+    with ExitStack() as stack:
+        run = _prepare(session, corpus, stack)
+        if resuming:
+            _restore(run)
+        run_steps(run, stack)
+        return _finish(run, session, corpus, tests, {"before": before, "non_private": non_private})
+
+
+def _evaluate_before(session: _Session, tests: tuple[Corpus, SpeechDataset] | None) -> dict[str, Any] | None:
+    """Error rates of the recogniser as it was; read back on resume."""
+    noted = session.folder.read_json(session.folder.metrics) or {}
+    if tests is None or "before" in noted:
+        return noted.get("before")
+    result = session.evaluate("before", tests).to_dict()
+    session.folder.note_metrics(private=session.config.privacy.enabled, before=result)
+    return result
+
+
+def _prepare(session: _Session, corpus: Corpus, stack: ExitStack) -> Run:
+    """Model, optimizer and loader, private or not, checked and ready."""
+    config, recognizer, reporter = session.config, session.recognizer, session.reporter
+    model = recognizer.model
+    trained, total = trained_parameters(model), sum(parameter.numel() for parameter in model.parameters())
+    reporter.say(f"{recognizer.name}: {trained:,} of {total:,} parameters are trained ({config.method.kind})")
+    if config.train.batch_size > len(corpus):
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} exceeds the {len(corpus)} training utterances"
+        )
+    dataset = training_dataset(config, corpus, recognizer)
+    lengths = [recognizer.length(utterance) for utterance in corpus.utterances]
+    valid = None
+    if config.train.eval_every:
+        valid = session.evaluation_set("valid", config.data.valid, config.data.valid_split)
+    model.train()
+    plain = make_optimizer(config.train, model)
+    optimizer: Any
+    loader: Iterable[Any]
+    engine: PrivacyEngine | None = None
+    if config.privacy.enabled:
+        # Where a run was here before, its ledger holds σ and what was spent, the checkpoint the model's step.
+        saved = checkpoint.load(session.folder.checkpoint)
+        remaining = config.train.steps - (saved.step if saved else 0)
+        engine, optimizer, loader = make_private(
+            config, recognizer, plain, dataset, lengths, reporter, session.folder.ledger, remaining
+        )
+        stack.callback(engine.close)
+        self_check(engine, recognizer, dataset, lengths, reporter)
+    else:
+        optimizer = PlainOptimizer(plain, config.train.batch_size)
+        loader = PlainLoader(config.train, dataset, recognizer, lengths)
+    return Run(config, session.folder, reporter, recognizer, optimizer, loader, engine, valid=valid)
+
+
+def _restore(run: Run) -> None:
+    """Continue from the checkpoint, where there is one, and say what that means."""
+    saved = checkpoint.load(run.folder.checkpoint)
+    spent = run.engine.steps if run.engine else 0
+    if saved is None:
+        lost = f" {spent} steps were spent before the first checkpoint and stay counted." if spent else ""
+        run.folder.trim_history(0)
+        run.reporter.say(f"resuming: no checkpoint yet, starting from step 0.{lost}")
+        return
+    checkpoint.restore_parameters(run.recognizer.model, saved.parameters)
+    run.optimizer.load_state_dict(saved.optimizer)
+    checkpoint.restore_random(saved.random)
+    run.step, run.seconds, run.curve = saved.step, saved.seconds, saved.curve
+    run.folder.trim_history(saved.step)
+    if isinstance(run.loader, PlainLoader):
+        run.loader.first_step = saved.step
+    message = f"resuming from the checkpoint at step {saved.step} of {run.config.train.steps}"
+    if run.engine is not None and saved.privacy is not None:
+        run.engine.load_state_dict(saved.privacy)
+        replayed = spent - sum(int(entry["steps"]) for entry in saved.privacy["runs"].values())
+        message += (
+            f"; the ledger counts {spent} steps, {replayed} of them after it: they are taken again with "
+            "fresh noise, and count twice"
+        )
+    run.reporter.say(message)
+
+
+def _finish(
+    run: Run,
+    session: _Session,
+    corpus: Corpus,
+    tests: tuple[Corpus, SpeechDataset] | None,
+    evaluation: dict[str, Any],
+) -> TrainResult:
+    """Evaluate and save the recogniser; run.json comes last: its presence says the run is finished."""
+    config, folder, reporter = run.config, run.folder, run.reporter
+    evaluation["after"] = None
+    if tests is not None:
+        evaluation["after"] = session.evaluate("after", tests).to_dict()
+        folder.note_metrics(private=config.privacy.enabled, after=evaluation["after"])
+    adapters = config.method.kind in ("lora", "dp_rp")
+    save_trained(run.recognizer, folder.path / ("adapter" if adapters else "model"))
+    epsilon = epsilon_spent(run)
+    values = record.run_record(run, corpus, evaluation, epsilon)
+    checkpoint.write_json(folder.run, values)
+    if run.engine is None:
+        reporter.say("this model is NOT PRIVATE", style="bold red")
+    elif epsilon is None:
+        reporter.say("this model is NOT PRIVATE: it was trained without noise", style="bold red")
+    else:
+        spent = f"epsilon {epsilon:.3f} at delta {config.privacy.delta:g}"
+        reporter.say(f"{spent}, {run.step} steps, {duration(run.seconds)}", style="bold")
+    reporter.say(f"written to {folder.path}")
+    return _result(folder, values)
+
+
+def _result(folder: RunFolder, values: dict[str, Any]) -> TrainResult:
+    privacy = values["privacy"]
+    return TrainResult(
+        output=folder.path,
+        epsilon=privacy["epsilon"],
+        delta=privacy["delta"],
+        noise_multiplier=privacy["noise_multiplier"],
+        steps=values["steps"],
+        seconds=values["seconds"],
+        history=folder.history(),
+    )

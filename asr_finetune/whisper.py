@@ -1,0 +1,245 @@
+"""Whisper: mean token loss per utterance, greedy or restricted decoding, an encoder trimmed to a short
+window.
+
+Whisper's encoder always takes its whole window, 30 s as it comes. For short recordings `trim_encoder` cuts
+the window (and the position table) to a few seconds: the encoder's work shrinks in proportion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
+
+from asr_finetune.losses import IGNORED, seq2seq_loss_per_example, sequence_log_likelihood
+from asr_finetune.recognizer import Recognizer, pad_rows, to_device
+
+if TYPE_CHECKING:
+    from asr_finetune.data import Utterance
+
+FRAMES_PER_POSITION = 2  # conv2 has stride 2
+# Speech has some 6 tokens a second at most; a greedy decoder that has lost its way would run to 448. A window that
+# is much shorter than those of pretraining makes it repeat itself until the model is fine-tuned.
+TOKENS_PER_SECOND, TOKENS_LEAST = 8, 8
+SCORED_AT_ONCE = 512  # sequences in one forward of restricted decoding
+
+
+class WhisperRecognizer(Recognizer):
+    """A Whisper model. Items hold input_features [T, F] of the whole window, or encoder_states [S, d] when
+    cached.
+
+    English-only models need no language; a multilingual one takes `language` (default: English) and
+    transcribes. The decoder's prompt (start, language, task, no timestamps) is given, and not learnt: losses
+    and scores are of the text and the end token.
+    """
+
+    kind: ClassVar[Literal["ctc", "seq2seq"]] = "seq2seq"
+
+    def __init__(self, model: nn.Module, processor: Any, *, language: str = "en", **options: Any) -> None:
+        # " 5", not "5": Whisper was trained on texts with a space before the first word.
+        super().__init__(model, processor, **{"target_prefix": " ", **options})
+        generation = self.base.generation_config
+        self.multilingual = bool(getattr(generation, "is_multilingual", False))
+        self.language = language if self.multilingual else None
+        self.prompt = self._prompt()
+        self.end = int(self.base.config.eos_token_id)
+
+    def _prompt(self) -> list[int]:
+        generation = self.base.generation_config
+        prompt = [int(self.base.config.decoder_start_token_id)]
+        if self.multilingual:
+            languages = generation.lang_to_id
+            token = f"<|{self.language}|>"
+            if token not in languages:
+                raise ValueError(
+                    f"language={self.language!r}: {self.name} knows {', '.join(sorted(languages))}"
+                )
+            prompt += [int(languages[token]), int(generation.task_to_id["transcribe"])]
+        # Plain text follows this token; old English-only checkpoints name it in the tokenizer only.
+        no_timestamps = self.tokenizer.convert_tokens_to_ids("<|notimestamps|>")
+        if no_timestamps is not None and no_timestamps != self.tokenizer.unk_token_id:
+            prompt.append(int(no_timestamps))
+        return prompt
+
+    @property
+    def window_seconds(self) -> float:
+        """Seconds of audio that the encoder takes."""
+        return self._window_samples / self.sampling_rate
+
+    @property
+    def _window_samples(self) -> int:
+        positions = int(self.base.config.max_source_positions)
+        return positions * FRAMES_PER_POSITION * int(self.feature_extractor.hop_length)
+
+    def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
+        """See Recognizer; silence fills the window."""
+        if len(array) > self._window_samples:
+            raise ValueError(self._too_long(len(array) / self.sampling_rate))
+        features = self.feature_extractor(
+            array,
+            sampling_rate=self.sampling_rate,
+            max_length=self._window_samples,
+            padding="max_length",
+            return_tensors="pt",
+        )["input_features"][0]
+        return {"input_features": features.T.contiguous()}
+
+    def encode_text(self, text: str) -> Tensor:
+        """See Recognizer; the text's tokens and the end token, without the decoder's prompt."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, self.end], dtype=torch.int64)
+
+    def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        name = "encoder_states" if "encoder_states" in items[0] else "input_features"
+        return {name: torch.stack([item[name] for item in items])}
+
+    def can_cache_states(self) -> bool:
+        """True when nothing in the encoder is trained and none of it is random."""
+        encoder = self.base.model.encoder
+        dropout = max(float(encoder.dropout), float(self.base.config.attention_dropout))
+        return (
+            not any(parameter.requires_grad for parameter in encoder.parameters())
+            and max(dropout, float(self.base.config.activation_dropout)) == 0.0
+        )
+
+    def cached_inputs(self, item: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The frozen encoder's output instead of the features: [S, d], in the model's dtype, on the CPU."""
+        if not self.can_cache_states():
+            return item
+        kept = {key: value for key, value in item.items() if key != "input_features"}
+        with torch.inference_mode():
+            states = self._encode(to_device({"input_features": item["input_features"][None]}, self.device))
+        # A clone: an inference tensor may not enter autograd later.
+        return {**kept, "encoder_states": states[0].cpu().clone()}
+
+    def _encode(self, batch: dict[str, Any]) -> Tensor:
+        """Encoder states [B, S, d]."""
+        if "encoder_states" in batch:
+            return batch["encoder_states"]
+        features = batch["input_features"].transpose(1, 2).to(next(self.model.parameters()).dtype)
+        states: Tensor = self.base.model.encoder(features).last_hidden_state
+        return states
+
+    def loss_per_example(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Mean −ln p over an utterance's tokens and its end; see Recognizer and
+        `losses.seq2seq_loss_per_example`.
+        """
+        batch = to_device(batch, next(model.parameters()).device)
+        decoder, labels = self._teacher_forcing(batch["labels"])
+        inputs: dict[str, Any]
+        if "encoder_states" in batch:
+            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=batch["encoder_states"])}
+        else:
+            features = batch["input_features"].transpose(1, 2)
+            inputs = {"input_features": features.to(next(model.parameters()).dtype)}
+        logits = model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
+        return seq2seq_loss_per_example(logits, labels)
+
+    def _teacher_forcing(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels [B, L] -> (decoder_input_ids, labels), both [B, P−1+L] with a prompt of P tokens."""
+        prompt = labels.new_tensor(self.prompt).expand(len(labels), -1)
+        previous = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.end)  # read by padding only
+        unlearnt = labels.new_full((len(labels), len(self.prompt) - 1), IGNORED)
+        return torch.cat([prompt, previous], dim=1), torch.cat([unlearnt, labels], dim=1)
+
+    def _decode(self, batch: dict[str, Any]) -> list[str]:
+        states = self._encode(batch)
+        prompt = torch.tensor(self.prompt, device=states.device).expand(len(states), -1)
+        # The plain greedy loop: Whisper's own generate() is made for long recordings with timestamps.
+        ids = GenerationMixin.generate(
+            self.base,
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            decoder_input_ids=prompt,
+            decoder_attention_mask=torch.ones_like(prompt),
+            generation_config=self._generation(),
+        )
+        texts = self.tokenizer.batch_decode(ids[:, len(self.prompt) :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _generation(self) -> GenerationConfig:
+        """Greedy, without symbols that the checkpoint suppresses, as long as the window can hold at most."""
+        own, config = self.base.generation_config, self.base.config
+        most = int(config.max_target_positions) - len(self.prompt)
+        return GenerationConfig(
+            max_new_tokens=min(most, TOKENS_LEAST + math.ceil(TOKENS_PER_SECOND * self.window_seconds)),
+            num_beams=1,
+            do_sample=False,
+            suppress_tokens=own.suppress_tokens,
+            begin_suppress_tokens=own.begin_suppress_tokens,
+            decoder_start_token_id=self.prompt[0],
+            eos_token_id=self.end,
+            pad_token_id=self.end,
+        )
+
+    def _scores(self, batch: dict[str, Any], texts: Sequence[str]) -> Tensor:
+        states = self._encode(batch)
+        labels = pad_rows([self.encode_text(self.target_prefix + text) for text in texts], IGNORED)
+        decoder, learnt = self._teacher_forcing(labels.to(states.device))
+        rows = max(SCORED_AT_ONCE // len(texts), 1)
+        scores = []
+        for part in states.split(rows):
+            outputs = BaseModelOutput(last_hidden_state=part.repeat_interleave(len(texts), dim=0))
+            logits = self.base(
+                encoder_outputs=outputs, decoder_input_ids=decoder.repeat(len(part), 1), use_cache=False
+            ).logits
+            total, _ = sequence_log_likelihood(logits, learnt.repeat(len(part), 1))
+            scores.append(total.view(len(part), len(texts)))
+        return torch.cat(scores)
+
+    def length(self, utterance: Utterance) -> int:
+        """Encoder positions, the same for all, plus tokens."""
+        return int(self.base.config.max_source_positions) + len(self.encode_text(utterance.text))
+
+    def audio_problem(self, utterance: Utterance) -> str | None:
+        """See Recognizer."""
+        too_long = utterance.seconds * self.sampling_rate > self._window_samples
+        return self._too_long(utterance.seconds) if too_long else None
+
+    def _too_long(self, seconds: float) -> str:
+        return (
+            f"{seconds:.2f} s are longer than the encoder's window of {self.window_seconds:g} s: "
+            "raise model.window_seconds (30 at most)"
+        )
+
+    def text_problem(self, utterance: Utterance) -> str | None:
+        """See Recognizer."""
+        most = int(self.base.config.max_target_positions) - len(self.prompt) + 1
+        tokens = len(self.encode_text(self.target_prefix + utterance.text))
+        return f"{tokens} tokens: the decoder takes {most} at most" if tokens > most else None
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "window_seconds": self.window_seconds}
+
+    def describe(self) -> dict[str, Any]:
+        """See Recognizer; with the encoder's window."""
+        return {**super().describe(), "window_seconds": self.window_seconds, "language": self.language}
+
+
+def trim_encoder(model: Any, seconds: float, hop_seconds: float = 0.01) -> None:
+    """Cut a Whisper encoder's window to `seconds`, in place: its position table and
+    `config.max_source_positions`.
+
+    The window is rounded up to whole positions of 20 ms. The configuration says so, and the trimmed model
+    reloads.
+
+    Raises:
+        ValueError: a window that is not above 0, or longer than the model's.
+    """
+    positions = math.ceil(round(seconds / (hop_seconds * FRAMES_PER_POSITION), 6))
+    encoder = model.model.encoder
+    table = encoder.embed_positions
+    if not 0 < positions <= table.num_embeddings:
+        longest = table.num_embeddings * hop_seconds * FRAMES_PER_POSITION
+        raise ValueError(f"model.window_seconds={seconds:g}: expected more than 0 and at most {longest:g} s")
+    kept = nn.Embedding.from_pretrained(table.weight.detach()[:positions].clone(), freeze=True)
+    encoder.embed_positions = kept
+    encoder.max_source_positions = positions
+    model.model.decoder.max_source_positions = positions
+    for config in (model.config, encoder.config, model.model.decoder.config):
+        config.max_source_positions = positions

@@ -1,0 +1,125 @@
+#include "common/parallel.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace dpk::detail {
+namespace {
+
+using Call = void (*)(void*, int64_t, int);
+
+struct Job {
+  Job(int64_t count, Call call, void* body) : count(count), call(call), body(body) {}
+
+  int64_t count;
+  Call call;
+  void* body;
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr error;
+
+  void work(int worker) noexcept {
+    for (int64_t index = next.fetch_add(1); index < count; index = next.fetch_add(1)) {
+      try {
+        call(body, index, worker);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!error) error = std::current_exception();
+        next = count;
+      }
+    }
+  }
+};
+
+class Pool {
+ public:
+  // True once the job is done; false when another job holds the pool.
+  bool run(Job& job, int threads) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    const int helpers = start(threads - 1);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      wanted_ = running_ = helpers;
+      ++generation_;
+    }
+    wake_.notify_all();
+    job.work(0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return running_ == 0; });
+    lock.unlock();
+    busy_.store(false, std::memory_order_release);
+    return true;
+  }
+
+ private:
+  // Makes up to `helpers` threads exist; says how many do.
+  int start(int helpers) {
+    // Signals stay with the threads that the host program (Python) knows of.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (; started_ < helpers; ++started_)
+        std::thread(&Pool::help, this, started_ + 1, generation_).detach();
+    } catch (const std::system_error&) {
+      // The system's limit on threads: the job is done by those there are.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return std::min(started_, helpers);
+  }
+
+  void help(int worker, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (worker > wanted_) continue;
+      Job& job = *job_;
+      lock.unlock();
+      job.work(worker);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::atomic<bool> busy_{false};  // true for the whole of a job
+  int started_ = 0;                // used by the caller that made it busy
+  std::mutex mutex_;               // guards what follows
+  std::condition_variable wake_, done_;
+  uint64_t generation_ = 0;
+  Job* job_ = nullptr;
+  int wanted_ = 0, running_ = 0;
+};
+
+// Never destroyed: its threads wait on it until the process ends. Replaced, not repaired, in a forked child,
+// where its threads do not exist and its mutexes may be held by one of them.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+  static const int registered = [] {
+    current = new Pool;
+    return pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
+  }();
+  if (registered != 0) throw std::system_error(registered, std::generic_category(), "pthread_atfork");
+  return *current;
+}
+
+}  // namespace
+
+void parallel_run(int64_t count, int threads, Call call, void* body) {
+  Job job(count, call, body);
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  if (threads <= 1 || !pool().run(job, threads)) job.work(0);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace dpk::detail

@@ -1,0 +1,106 @@
+// The inner loops that are compiled once per instruction set (linear_isa.cpp, layers_isa.cpp), as tables of
+// functions.
+//
+// R is float (inputs F32, F16, BF16) or double (F64). Order of every sum is fixed and does not depend on
+// sizes around it, so that the norm and the weighted sum of one sample see the same rounded values.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace dpk {
+
+// Products that are summed in a register before the sum is merged; short, as this is what rounding bounds
+// grow with.
+constexpr int64_t kChunk = 64;
+// Frames (or features) summed in R: 8 chunks. Longer sums go on in float64.
+constexpr int64_t kBlock = 512;
+// Columns that the streaming kernels (LoRA, bias, layer norm) treat at a time: a multiple of every tile
+// width.
+constexpr int64_t kStrip = 128;
+
+template <class R>
+struct Micro {
+  int mr, nr;  // tile: mr x nr outputs; mr divides nr, nr divides kStrip
+
+  // dst[j] = src[j * stride], converted exactly (dtype as in dpkernels.h; F64 only when R is double).
+  void (*load)(const void* src, int32_t dtype, int64_t stride, int64_t n, R* dst);
+
+  // c[m][n] (+)= sum over t < k of a[t*lda+m] * b[t*ldb+n], in chunks of kChunk frames: each chunk is summed
+  // from 0 in a register and then added to c (the first is stored when !accumulate).
+  void (*tile)(const R* a, int64_t lda, const R* b, int64_t ldb, int64_t k, R* c, int64_t ldc,
+               bool accumulate);
+
+  // An upper bound of sum v[j]^2, within 0.1 % for n < 4096; NaN or infinity when a v[j] is.
+  double (*square_sum_above)(const R* v, int64_t n);
+
+  // The same for n columns of `count` rows that lie ld apart.
+  double (*square_sum_above_rows)(const R* rows, int64_t ld, int64_t count, int64_t n);
+
+  // sum v[j]^2 in float64.
+  double (*square_sum)(const R* v, int64_t n);
+
+  // acc[j] += factor * v[j].
+  void (*accumulate)(double* acc, const R* v, int64_t n, double factor);
+
+  // sum a[j] * b[j] in float64.
+  double (*dot)(const double* a, const double* b, int64_t n);
+
+  // nr rows of n features, row r at rows + r*ld, to dst[k*nr + r].
+  void (*transpose)(const R* rows, int64_t ld, int64_t n, R* dst);
+
+  // Every v[j] is 0 / is finite.
+  bool (*all_zero)(const R* v, int64_t n);
+  bool (*all_finite)(const R* v, int64_t n);
+};
+
+template <class R>
+struct LayerMicro {
+  // sum[j] = sum over t < k <= kChunk of rows[t*ld+j]; returns an upper bound of the sum of squares of
+  // everything read.
+  double (*add_rows)(const R* rows, int64_t ld, int64_t k, int64_t n, R* sum);
+
+  // The same for products x*g.
+  double (*add_products)(const R* x, int64_t ldx, const R* g, int64_t ldg, int64_t k, int64_t n, R* sum);
+
+  // sum[j] += row[j].
+  void (*add_row)(R* sum, const R* row, int64_t n);
+
+  // out[j] = sum over t < n of g[t] * x[t + offsets[j]], n a multiple of 16 and at most 16 * kChunk.
+  void (*correlate)(const R* x, const int64_t* offsets, int64_t taps, const R* g, int64_t n, R* out);
+};
+
+#define DPK_DECLARE(isa)                  \
+  namespace isa {                         \
+  const Micro<float>& micro_f32();        \
+  const Micro<double>& micro_f64();       \
+  const LayerMicro<float>& layers_f32();  \
+  const LayerMicro<double>& layers_f64(); \
+  }
+DPK_FOR_EACH_ISA(DPK_DECLARE)
+#undef DPK_DECLARE
+
+template <class R>
+const Micro<R>& micro();
+template <>
+inline const Micro<float>& micro<float>() {
+  return DPK_DISPATCH(micro_f32)();
+}
+template <>
+inline const Micro<double>& micro<double>() {
+  return DPK_DISPATCH(micro_f64)();
+}
+
+template <class R>
+const LayerMicro<R>& layer_micro();
+template <>
+inline const LayerMicro<float>& layer_micro<float>() {
+  return DPK_DISPATCH(layers_f32)();
+}
+template <>
+inline const LayerMicro<double>& layer_micro<double>() {
+  return DPK_DISPATCH(layers_f64)();
+}
+
+}  // namespace dpk

@@ -1,0 +1,165 @@
+// out += sum_i c_i g_i^T x_i for a linear layer, and the clipping factors c_i.
+#include <algorithm>
+#include <cmath>
+
+#include "common/parallel.h"
+#include "cpu/linear.h"
+
+namespace dpk {
+namespace {
+
+// Columns of the output that one piece of work holds in float64, in units of a panel.
+constexpr int64_t kPanelsWide = 2;
+
+// Each piece of work owns a tile of the output: it takes the samples in their order, forms a sample's product
+// in R (in the order of the norm's, bounds.h), and adds factor * product in float64. The tile is read from
+// `out` first and written back at the end.
+template <class R>
+class WeightedSum {
+ public:
+  WeightedSum(const dpk_tensor& x, const dpk_tensor& g, int32_t threads, void* out, dpk_dtype out_dtype)
+      : x_(x), g_(g), threads_(threads), out_(out), out_dtype_(out_dtype), k_(micro<R>()) {}
+
+  void run(const double* factors, const int64_t* lengths) const {
+    const int64_t frame =
+        (ceil_div(x_.size[2], k_.nr) + ceil_div(g_.size[2], k_.nr)) * k_.nr;  // packed elements of one frame
+    std::vector<Sample> group;
+    int64_t size = 0;
+    for (int64_t i = 0; i < x_.size[0]; ++i) {
+      if (factors[i] == 0.0) continue;
+      const int64_t length = effective_length<R>(x_, g_, i, length_of(lengths, i, x_.size[1]));
+      if (!group.empty() && (size + length * frame) * static_cast<int64_t>(sizeof(R)) > kGroupBytes) {
+        add(group, size);
+        group.clear();
+        size = 0;
+      }
+      group.push_back({i, length, factors[i], size, size + ceil_div(x_.size[2], k_.nr) * k_.nr * length, 0});
+      size += length * frame;
+    }
+    if (!group.empty()) add(group, size);
+  }
+
+ private:
+  void add(const std::vector<Sample>& group, int64_t size) const {
+    const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr;
+    const Scratch<R> panels(size);
+    struct Piece {
+      const Sample* sample;
+      int64_t t0;
+    };
+    std::vector<Piece> pieces;
+    for (const Sample& s : group)
+      for (int64_t t = 0; t < s.length; t += kPackFrames) pieces.push_back({&s, t});
+    const int threads =
+        worthwhile_threads(threads_, static_cast<double>(size) * static_cast<double>(std::min(p, d)) / 16);
+    parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t n, int) {
+      const auto [s, t0] = pieces[static_cast<size_t>(n)];
+      const int64_t t1 = std::min(t0 + kPackFrames, s->length);
+      pack_frames<R>(x_, s->index, s->length, t0, t1, panels.get() + s->x_at, nullptr);
+      pack_frames<R>(g_, s->index, s->length, t0, t1, panels.get() + s->g_at, nullptr);
+    });
+
+    const int64_t wide = kPanelsWide * width, across = ceil_div(d, wide);
+    parallel_for(ceil_div(p, width) * across, threads, [&](int64_t n, int) {
+      const int64_t row = n / across, column = n % across;
+      const int64_t rows = std::min(width, p - row * width), columns = std::min(wide, d - column * wide);
+      alignas(64) R tile[32 * 32];
+      alignas(64) double sum[kPanelsWide * 32 * 32];
+      for_runs(row, column, rows, columns, sum, [&](double* run, int64_t index, int64_t count) {
+        read_out(out_, out_dtype_, index, count, run);
+      });
+      for (const Sample& s : group) {
+        for (int64_t t0 = 0; t0 < s.length; t0 += kBlock) {
+          const int64_t frames = std::min(kBlock, s.length - t0);
+          const R* a = panels.get() + s.g_at + (row * s.length + t0) * width;
+          for (int64_t j = 0; j < columns; j += width) {
+            const R* b = panels.get() + s.x_at + ((column * kPanelsWide + j / width) * s.length + t0) * width;
+            for (int64_t m = 0; m < rows; m += k_.mr) {
+              k_.tile(a + m, width, b, width, frames, tile, width, false);
+              k_.accumulate(sum + (j + m) * width, tile, k_.mr * width, s.factor);
+            }
+          }
+        }
+      }
+      for_runs(row, column, rows, columns, sum, [&](const double* run, int64_t index, int64_t count) {
+        write_out(out_, out_dtype_, index, count, run);
+      });
+    });
+  }
+
+  // Copies between a piece's float64 tile (panels of nr columns one after the other) and `out`, run by run.
+  template <class Copy>
+  void for_runs(int64_t row, int64_t column, int64_t rows, int64_t columns, double* sum, Copy&& copy) const {
+    const int64_t width = k_.nr;
+    for (int64_t j = 0; j < columns; j += width)
+      for (int64_t m = 0; m < rows; ++m)
+        copy(sum + (j + m) * width, (row * width + m) * x_.size[2] + column * kPanelsWide * width + j,
+             std::min(width, columns - j));
+  }
+
+  const dpk_tensor& x_;
+  const dpk_tensor& g_;
+  int32_t threads_;
+  void* out_;
+  dpk_dtype out_dtype_;
+  const Micro<R>& k_;
+};
+
+// factor^2 * square <= limit^2, decided exactly: each product is split into its rounded value and the rest
+// (Dekker's two-product by fused multiply-add). factor is a float32, so its square is exact in float64.
+bool within(float factor, double square, double limit) {
+  const double f2 = static_cast<double>(factor) * factor;
+  const double left = f2 * square, left_rest = std::fma(f2, square, -left);
+  const double right = limit * limit, right_rest = std::fma(limit, limit, -right);
+  return left != right ? left < right : left_rest <= right_rest;
+}
+
+float clip_factor(double square, double limit) {
+  if (!std::isfinite(square) || square < 0.0) return 0.0f;
+  // Both scaled by a power of two so that the limit is in [1, 2) and no square of it over- or underflows. A
+  // square that does is 2^1000 times off the limit's, either way.
+  const int exponent = std::ilogb(limit);
+  limit = std::scalbn(limit, -exponent);
+  square = std::scalbn(std::scalbn(square, -exponent), -exponent);
+  if (std::isinf(square)) return 0.0f;
+  if (within(1.0f, square, limit)) return 1.0f;
+  float factor = static_cast<float>(limit / std::sqrt(square));
+  while (factor > 0.0f && !within(factor, square, limit)) factor = std::nextafterf(factor, 0.0f);
+  return factor;
+}
+
+}  // namespace
+}  // namespace dpk
+
+dpk_status dpk_cpu_linear_weighted_sum(const dpk_tensor* x, const dpk_tensor* g, const double* factors,
+                                       const int64_t* lengths, int32_t threads, void* out,
+                                       dpk_dtype out_dtype) {
+  using namespace dpk;
+  return guard([&] {
+    check_tensor("x", *x);
+    check_tensor("g", *g);
+    check_same("the batch sizes of x and g", x->size[0], g->size[0]);
+    check_same("the frames of x and g", x->size[1], g->size[1]);
+    check_lengths(lengths, x->size[0], x->size[1]);
+    check_out(out_dtype);
+    for_arithmetic(x->dtype == DPK_F64 || g->dtype == DPK_F64, [&](auto r) {
+      WeightedSum<decltype(r)>(*x, *g, threads, out, out_dtype).run(factors, lengths);
+    });
+  });
+}
+
+dpk_status dpk_cpu_clip_factors(const void* norm_sq, dpk_dtype dtype, int64_t count, double max_grad_norm,
+                                float* out) {
+  using namespace dpk;
+  return guard([&] {
+    if (dtype != DPK_F32 && dtype != DPK_F64)
+      invalid_argument("norm_sq has element type %d; give F32 or F64", static_cast<int>(dtype));
+    if (!(max_grad_norm > 0.0 && std::isfinite(max_grad_norm)))
+      invalid_argument("max_grad_norm is %g; give a finite number above 0", max_grad_norm);
+    for (int64_t i = 0; i < count; ++i) {
+      double square;
+      read_out(norm_sq, dtype, i, 1, &square);
+      out[i] = clip_factor(square, max_grad_norm);
+    }
+  });
+}

@@ -1,0 +1,136 @@
+// Tensors of the C ABI as the kernels see them, their checks, and scratch memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "common/status.h"
+#include "cpu/micro.h"
+#include "cpu_kernels.h"
+
+namespace dpk {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_to(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline int64_t element_size(dpk_dtype dtype) { return dtype == DPK_F64 ? 8 : dtype == DPK_F32 ? 4 : 2; }
+
+template <class R>
+constexpr dpk_dtype kDtype = sizeof(R) == 4 ? DPK_F32 : DPK_F64;
+
+inline const char* at(const dpk_tensor& v, int64_t i, int64_t t, int64_t j) {
+  const int64_t offset = i * v.stride[0] + t * v.stride[1] + j * v.stride[2];
+  return static_cast<const char*>(v.data) + offset * element_size(v.dtype);
+}
+
+inline void check_tensor(const char* name, const dpk_tensor& v) {
+  for (int64_t size : v.size)
+    if (size < 0) invalid_argument("%s has the negative size %lld", name, static_cast<long long>(size));
+  if (v.dtype != DPK_F32 && v.dtype != DPK_F64 && v.dtype != DPK_F16 && v.dtype != DPK_BF16)
+    invalid_argument("%s has element type %d; give F32, F64, F16 or BF16", name, static_cast<int>(v.dtype));
+  if (v.data == nullptr && v.size[0] * v.size[1] * v.size[2] != 0) invalid_argument("%s is NULL", name);
+}
+
+inline void check_same(const char* what, int64_t a, int64_t b) {
+  if (a != b)
+    invalid_argument("%s differ: %lld and %lld", what, static_cast<long long>(a), static_cast<long long>(b));
+}
+
+inline void check_lengths(const int64_t* lengths, int64_t batch, int64_t frames) {
+  for (int64_t i = 0; lengths != nullptr && i < batch; ++i)
+    if (lengths[i] < 0 || lengths[i] > frames)
+      invalid_argument("lengths[%lld] is %lld; it must be in 0..%lld", static_cast<long long>(i),
+                       static_cast<long long>(lengths[i]), static_cast<long long>(frames));
+}
+
+inline void check_out(dpk_dtype dtype) {
+  if (dtype != DPK_F32 && dtype != DPK_F64)
+    invalid_argument("out has element type %d; give F32 or F64", static_cast<int>(dtype));
+}
+
+inline int64_t length_of(const int64_t* lengths, int64_t i, int64_t frames) {
+  return lengths == nullptr ? frames : lengths[i];
+}
+
+// Calls body(R()) with R = double when an input is F64, else float.
+template <class Body>
+void for_arithmetic(bool wide, Body&& body) {
+  if (wide)
+    body(double());
+  else
+    body(float());
+}
+
+// Scratch memory on a cache line, uninitialised.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(
+            64, static_cast<size_t>(round_to(count * static_cast<int64_t>(sizeof(T)) + 1, 64))))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Frames [t0, t0+count) x columns [j0, j0+columns) of one sample with unit column stride: in place where the
+// tensor has it and element type R, and columns is a multiple of `width`; else converted into `space` (count
+// x round_to(columns, width)) with zeros in added columns.
+template <class R>
+struct Rows {
+  const R* data;
+  int64_t ld;
+
+  Rows(const dpk_tensor& v, int64_t i, int64_t t0, int64_t count, int64_t j0, int64_t columns, int64_t width,
+       R* space) {
+    if (v.dtype == kDtype<R> && v.stride[2] == 1 && columns % width == 0) {
+      data = reinterpret_cast<const R*>(at(v, i, t0, j0));
+      ld = v.stride[1];
+      return;
+    }
+    data = space;
+    ld = round_to(columns, width);
+    for (int64_t t = 0; t < count; ++t) {
+      R* row = space + t * ld;
+      const char* from = at(v, i, t0 + t, j0);
+      if (v.dtype == kDtype<R> && v.stride[2] == 1)
+        std::copy_n(reinterpret_cast<const R*>(from), columns, row);
+      else
+        micro<R>().load(from, v.dtype, v.stride[2], columns, row);
+      for (int64_t j = columns; j < ld; ++j) row[j] = R(0);
+    }
+  }
+};
+
+// `count` elements of an output of type F32 or F64, from `index` on, as float64 and back; that is where a
+// float32 output is rounded.
+inline void read_out(const void* out, dpk_dtype dtype, int64_t index, int64_t count, double* values) {
+  if (dtype == DPK_F64)
+    std::copy_n(static_cast<const double*>(out) + index, count, values);
+  else
+    std::copy_n(static_cast<const float*>(out) + index, count, values);
+}
+inline void write_out(void* out, dpk_dtype dtype, int64_t index, int64_t count, const double* values) {
+  if (dtype == DPK_F64)
+    std::copy_n(values, count, static_cast<double*>(out) + index);
+  else
+    for (int64_t j = 0; j < count; ++j) static_cast<float*>(out)[index + j] = static_cast<float>(values[j]);
+}
+
+// Threads worth waking for so many elementary operations: waking one costs tens of microseconds. Never
+// changes a result.
+inline int worthwhile_threads(int32_t threads, double operations) {
+  if (threads < 1) invalid_argument("threads is %d; it must be at least 1", static_cast<int>(threads));
+  return operations < 1e6 ? 1 : threads;
+}
+
+}  // namespace dpk

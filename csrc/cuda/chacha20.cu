@@ -1,0 +1,100 @@
+// ChaCha20 keystream and normals on the GPU: one block of the cipher per thread, in registers.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "common/chacha20_arguments.h"
+
+namespace dpk {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMaxGrid = 1 << 20;  // larger requests stride over it
+
+__global__ void __launch_bounds__(kThreads)
+    keystream_kernel(ChaChaState state, int64_t blocks, bool aligned, uint8_t* __restrict__ out) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < blocks;
+       block += stride) {
+    uint32_t words[16];
+    chacha20_block<uint32_t>(state, state.counter + static_cast<uint32_t>(block), words);
+    uint8_t* target = out + block * kChaChaBlockBytes;
+    if (aligned) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        reinterpret_cast<uint4*>(target)[i] =
+            make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+    } else {
+      for (int i = 0; i < 64; ++i) target[i] = static_cast<uint8_t>(words[i / 4] >> (8 * (i % 4)));
+    }
+  }
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kThreads)
+    normal_kernel(ChaChaState state, int64_t blocks, int64_t count, Real* __restrict__ out) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < blocks;
+       block += stride) {
+    uint32_t words[16];
+    chacha20_block<uint32_t>(state, state.counter + static_cast<uint32_t>(block), words);
+#pragma unroll
+    for (int pair = 0; pair < kPairsPerBlock; ++pair) {
+      const uint64_t w0 = words[4 * pair] | static_cast<uint64_t>(words[4 * pair + 1]) << 32;
+      const uint64_t w1 = words[4 * pair + 2] | static_cast<uint64_t>(words[4 * pair + 3]) << 32;
+      double z0, z1;
+      box_muller(w0, w1, &z0, &z1);
+      const int64_t index = block * kNormalsPerBlock + 2 * pair;
+      if (index < count) out[index] = static_cast<Real>(z0);
+      if (index + 1 < count) out[index + 1] = static_cast<Real>(z1);
+    }
+  }
+}
+
+unsigned int grid(int64_t blocks) {
+  return static_cast<unsigned int>(std::min((blocks + kThreads - 1) / kThreads, kMaxGrid));
+}
+
+// Reports a launch that failed, with its sizes and device.
+void check_launch(const char* op, int64_t size, const char* unit) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return;
+  int device = -1;
+  cudaGetDevice(&device);
+  throw Error(DPK_CUDA_ERROR, std::string(op) + ": " + std::to_string(size) + " " + unit +
+                                  " on CUDA device " + std::to_string(device) + ": " +
+                                  cudaGetErrorString(error));
+}
+
+}  // namespace
+}  // namespace dpk
+
+dpk_status dpk_cuda_chacha20_keystream(const uint8_t* key, int64_t counter, const uint8_t* nonce,
+                                       int64_t blocks, uint8_t* out, void* stream) {
+  return dpk::guard([&] {
+    const dpk::ChaChaState state = dpk::chacha20_state(key, counter, nonce, blocks);
+    if (blocks == 0) return;
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(uint4) == 0;
+    dpk::keystream_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        state, blocks, aligned, out);
+    dpk::check_launch("chacha20_keystream", blocks, "blocks");
+  });
+}
+
+dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter, const uint8_t* nonce, int64_t count,
+                                    dpk_dtype dtype, void* out, void* stream) {
+  return dpk::guard([&] {
+    const int64_t blocks = dpk::normal_blocks(count, dtype);
+    const dpk::ChaChaState state = dpk::chacha20_state(key, counter, nonce, blocks);
+    if (blocks == 0) return;
+    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    if (dtype == DPK_F64)
+      dpk::normal_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, queue>>>(state, blocks, count,
+                                                                         static_cast<double*>(out));
+    else
+      dpk::normal_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, queue>>>(state, blocks, count,
+                                                                         static_cast<float*>(out));
+    dpk::check_launch("chacha20_normal", count, "normals");
+  });
+}

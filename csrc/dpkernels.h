@@ -1,0 +1,89 @@
+// The C ABI of dpkernels: raw pointers, sizes, and a thread count or a CUDA stream; every call returns a
+// status.
+//
+// Nothing here throws or keeps a pointer after it returns. Sizes and strides are int64 and count elements. A
+// library that reports another dpk_abi_version() than the caller was written for must not be used.
+#ifndef DPKERNELS_H
+#define DPKERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DPK_API __attribute__((visibility("default")))
+
+// Raised whenever a signature or the meaning of an argument changes.
+#define DPK_ABI_VERSION 1
+
+typedef int32_t dpk_status;
+enum {
+  DPK_OK = 0,
+  DPK_INVALID_ARGUMENT = 1,
+  DPK_OUT_OF_MEMORY = 2,
+  DPK_UNSUPPORTED = 3,  // a valid request that this build or this machine cannot serve
+  DPK_CUDA_ERROR = 4,
+  DPK_INTERNAL = 5,
+};
+
+// Element types of tensors.
+typedef int32_t dpk_dtype;
+enum {
+  DPK_F32 = 0,
+  DPK_F64 = 1,
+  DPK_F16 = 2,
+  DPK_BF16 = 3,
+  DPK_I64 = 4,
+};
+
+DPK_API int32_t dpk_abi_version(void);
+
+// Version of the package that the library was built from.
+DPK_API const char* dpk_version(void);
+
+// Why the last failed call of this thread failed; valid until its next call. "" when none failed.
+DPK_API const char* dpk_last_error(void);
+
+// ---- CPU library
+// -----------------------------------------------------------------------------------------------------
+
+// The instruction set that kernels use on this machine: "baseline" (what every CPU of the architecture has),
+// "avx2" or "avx512".
+DPK_API const char* dpk_isa(void);
+
+// Uses another instruction set from now on, for tests and measurements; "" or NULL returns to the best one.
+// DPK_INVALID_ARGUMENT when this CPU does not have it.
+DPK_API dpk_status dpk_set_isa(const char* name);
+
+// ChaCha20 (RFC 8439), blocks `counter`, `counter` + 1, ...: out[64 * blocks] bytes. key has 32 bytes,
+// nonce 12. The counter has 32 bits and never wraps: counter < 0 or counter + blocks > 2^32 is refused. Same
+// bits for every `threads` >= 1.
+DPK_API dpk_status dpk_cpu_chacha20_keystream(const uint8_t* key, int64_t counter, const uint8_t* nonce,
+                                              int64_t blocks, int32_t threads, uint8_t* out);
+
+// `count` standard normals from that keystream, 8 to a block, in pairs of 16 bytes: two little-endian words
+// w0, w1 give sqrt(-2 ln u) cos(2 pi v) and then the same with sin, u = (w0 + 1) 2^-64, v = w1 2^-64
+// (box_muller in csrc/common/chacha20.h). Computed in double; dtype F64 stores that, F32 its rounding. Same
+// bits on every device.
+DPK_API dpk_status dpk_cpu_chacha20_normal(const uint8_t* key, int64_t counter, const uint8_t* nonce,
+                                           int64_t count, dpk_dtype dtype, int32_t threads, void* out);
+
+// ---- CUDA library
+// ----------------------------------------------------------------------------------------------------
+// Enqueued on `stream` (a cudaStream_t) of the current device; `out` is device memory. key and nonce are host
+// memory, read before the call returns. A launch that fails is reported at once, what fails while it runs by
+// a later CUDA call.
+
+DPK_API dpk_status dpk_cuda_chacha20_keystream(const uint8_t* key, int64_t counter, const uint8_t* nonce,
+                                               int64_t blocks, uint8_t* out, void* stream);
+DPK_API dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter, const uint8_t* nonce,
+                                            int64_t count, dpk_dtype dtype, void* out, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#include "cpu_kernels.h"
+
+#endif  // DPKERNELS_H

@@ -1,0 +1,74 @@
+"""Differentially private training at the cost of ordinary training.
+
+Importing this package compiles nothing, probes no GPU and does not even import torch: every public name is
+resolved when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_LAYER_NAMES = (
+    "swap",
+    "GhostLinear",
+    "GhostLoRALinear",
+    "GhostConv1d",
+    "GhostConv2d",
+    "GhostEmbedding",
+    "GhostLayerNorm",
+    "GhostRMSNorm",
+    "FrozenBatchNorm",
+)
+_HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
+    "PrivacyEngine": "dpkernels.privacy",
+}
+_SUBMODULES = ("nn", "ops", "privacy", "interop", "backends")
+
+__all__ = [  # noqa: RUF022 - in the order in which a reader meets them
+    "swap",
+    "GhostLinear",
+    "GhostLoRALinear",
+    "GhostConv1d",
+    "GhostConv2d",
+    "GhostEmbedding",
+    "GhostLayerNorm",
+    "GhostRMSNorm",
+    "FrozenBatchNorm",
+    "PrivacyEngine",
+    "ops",
+    "nn",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from dpkernels import nn, ops
+    from dpkernels.nn import (
+        FrozenBatchNorm,
+        GhostConv1d,
+        GhostConv2d,
+        GhostEmbedding,
+        GhostLayerNorm,
+        GhostLinear,
+        GhostLoRALinear,
+        GhostRMSNorm,
+        swap,
+    )
+    from dpkernels.privacy import PrivacyEngine
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"dpkernels.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'dpkernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_SUBMODULES})

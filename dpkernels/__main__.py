@@ -1,0 +1,66 @@
+"""`python -m dpkernels`: versions, native libraries, and which backend serves each op and why."""
+
+import importlib
+import importlib.metadata
+import platform
+
+import dpkernels
+from dpkernels.backends import native
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [f"  {line.rstrip()}" for line in lines]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _versions() -> list[str]:
+    rows = [("dpkernels", dpkernels.__version__), ("python", platform.python_version())]
+    rows += [(name, _version(name)) for name in ("torch", "triton", "numpy")]
+    return ["Versions", *_table(rows)]
+
+
+def _libraries() -> list[str]:
+    rows = []
+    for row in native.status().values():
+        if row["loaded"]:
+            state = f"version {row['version']}, ABI {row['abi']}"
+            state += f", instruction set {row['isa']}" if "isa" in row else ""
+        else:
+            state = f"none: {row['reason']}"
+        rows.append((row["file"], state))
+    return ["Native libraries", *_table(rows)]
+
+
+def _backends() -> list[str]:
+    if _version("torch") == "not installed":
+        return ["Backends", "  none: torch is not installed; mend: pip install torch"]
+    importlib.import_module("dpkernels.ops")  # hands its definitions to the registry
+    registry = importlib.import_module("dpkernels.backends.registry")
+    try:
+        forced = registry.forced()
+    except ValueError as error:
+        return ["Backends", f"  none: {error}"]
+    notes: dict[str, int] = {}
+    rows = [("op", "device", "backend", "note")]
+    for row in registry.explain():
+        note = f"({notes.setdefault(row.reason, len(notes) + 1)})" if row.reason else ""
+        rows.append((row.op, row.device, row.backend, note))
+    lines = [f"Backends ({registry.ENVIRONMENT_VARIABLE}={forced})", *_table(rows)]
+    return lines + ["", *(f"  ({number}) {reason}" for reason, number in notes.items())] if notes else lines
+
+
+def main() -> None:
+    """Print the diagnostics."""
+    print("\n\n".join("\n".join(section()) for section in (_versions, _libraries, _backends)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rules for layers of other libraries. `dpkernels.swap` loads those whose library is already imported."""

@@ -1,0 +1,138 @@
+"""transformers: the layers whose class or use is its own.
+
+Every rule is registered when the modelling file that defines the layer is already imported; nothing is
+imported for its sake.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dpkernels.nn import (
+    GhostConv1d,
+    GhostEmbedding,
+    GhostModule,
+    ghost_subclass,
+    register_child_swap,
+    register_swap,
+)
+from dpkernels.nn.embedding import ghost_embedding
+from dpkernels.nn.linear import ghost_linear
+
+# Subclasses whose forward is `super().forward` on a changed input or output: (class, ghost layer).
+_THIN_SUBCLASSES: tuple[tuple[str, str, type[nn.Module]], ...] = (
+    ("parakeet", "ParakeetEncoderCTCHead", GhostConv1d),
+    ("opt", "OPTLearnedPositionalEmbedding", GhostEmbedding),
+    ("bart", "BartLearnedPositionalEmbedding", GhostEmbedding),
+    ("bart", "BartScaledWordEmbedding", GhostEmbedding),
+    ("mbart", "MBartLearnedPositionalEmbedding", GhostEmbedding),
+    ("mbart", "MBartScaledWordEmbedding", GhostEmbedding),
+)
+
+
+class GhostConv1D(GhostModule, Conv1D):
+    """GPT-2's Conv1D, a linear layer with weight [d,p]: y = x W + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As Conv1D's."""
+        if not self._ghost_active(self.weight, self.bias):
+            return super().forward(x)
+        return ghost_linear(self, x, self.weight, self.bias, transposed=True)
+
+
+class RelativeKeys:
+    """Wav2Vec2-BERT's distance embeddings, table[ids] with ids [L,R] and so without a batch, before they
+    are looked up.
+
+    They are only ever multiplied with the queries: einsum("bhld,lrd->bhlr", query, table[ids]). That is a
+    linear layer, query · tableᵀ, whose output is then gathered at ids: the batch is in it, and it costs R/n
+    times less (n rows). Anything else raises NotImplementedError.
+    """
+
+    _EQUATION = "bhld,lrd->bhlr"
+
+    def __init__(self, layer: GhostRelativeKeys, ids: Tensor) -> None:
+        self._layer, self._ids = layer, ids
+
+    def to(self, *args: Any, **kwargs: Any) -> RelativeKeys:
+        """A cast to the queries' dtype, which the product does anyway."""
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Tensor:
+        """torch.einsum with the one equation."""
+        if func is torch.einsum and len(args) == 3 and args[0] == cls._EQUATION and isinstance(args[2], cls):
+            return args[2]._times(args[1])
+        use = getattr(func, "__name__", func)
+        raise NotImplementedError(f"distance_embedding: {use} of relative keys has no norm rule; freeze it")
+
+    def _times(self, query: Tensor) -> Tensor:
+        batch, heads, length, size = query.shape
+        layer = self._layer
+        rows = query.reshape(batch, heads * length, size)
+        logits = ghost_linear(layer, rows, layer.weight, None, dtype=query.dtype)
+        ids = self._ids.expand(batch, heads, *self._ids.shape)
+        return logits.view(batch, heads, length, -1).gather(3, ids)
+
+
+class GhostRelativeKeys(GhostModule, nn.Embedding):
+    """The `distance_embedding` of Wav2Vec2-BERT's attention: see RelativeKeys."""
+
+    ghost_covers = ("weight",)
+
+    def forward(self, input: Tensor) -> Any:
+        """Ids [L,R] -> table[ids] [L,R,d], or privately the RelativeKeys that stand for it."""
+        if not self._ghost_active(self.weight):
+            return super().forward(input)
+        return RelativeKeys(self, input)
+
+
+def _whisper_positions(original: type[nn.Module]) -> type[nn.Module]:
+    class GhostWhisperPositionalEmbedding(GhostModule, original):  # type: ignore[valid-type,misc]
+        """Whisper's learnt decoder positions, which read rows of their table without a layer."""
+
+        ghost_covers = ("weight",)
+
+        def forward(
+            self, input_ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
+        ) -> Tensor:
+            """As Whisper's, but [B,T,d] also where Whisper's is [T,d]."""
+            if not self._ghost_active(self.weight):
+                rows: Tensor = super().forward(input_ids, past_key_values_length, position_ids)
+                return rows
+            if position_ids is None:
+                first, batch, length = past_key_values_length, input_ids.shape[0], input_ids.shape[1]
+                position_ids = torch.arange(first, first + length, device=input_ids.device).expand(batch, -1)
+            return ghost_embedding(self, position_ids, self.weight)
+
+    return GhostWhisperPositionalEmbedding
+
+
+_done: set[str] = set()
+
+
+def register() -> None:
+    """Make the layers of the modelling files imported so far known to `dpkernels.swap`."""
+    register_swap(Conv1D, GhostConv1D)
+    for name in {family for family, _, _ in _THIN_SUBCLASSES} | {"whisper", "wav2vec2_bert"}:
+        modelling = sys.modules.get(f"transformers.models.{name}.modeling_{name}")
+        if modelling is None or name in _done:
+            continue
+        _done.add(name)
+        for family, class_name, ghost in _THIN_SUBCLASSES:
+            # Not every version of transformers has every class.
+            if family == name and (own := getattr(modelling, class_name, None)) is not None:
+                register_swap(own, ghost_subclass(own, ghost))
+        if name == "whisper":
+            own = modelling.WhisperPositionalEmbedding
+            register_swap(own, _whisper_positions(own))
+        if name == "wav2vec2_bert":
+            attention = modelling.Wav2Vec2BertSelfAttention
+            register_child_swap(attention, "distance_embedding", nn.Embedding, GhostRelativeKeys)

@@ -1,0 +1,88 @@
+"""Ghost layers: torch's layers that record what ghost clipping needs, and what makes a model of them."""
+
+from torch import nn as _nn
+
+from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
+from dpkernels.nn.conv import GhostConv1d, GhostConv2d
+from dpkernels.nn.embedding import GhostEmbedding
+from dpkernels.nn.expanded import EXPANSION_LIMIT
+from dpkernels.nn.linear import GhostLinear
+from dpkernels.nn.lora import GhostLoRALinear
+from dpkernels.nn.module import GhostModule
+from dpkernels.nn.norm import (
+    FrozenBatchNorm,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    GhostLayerNorm,
+    GhostRMSNorm,
+    batch_norms_in_training,
+    freeze_batch_norm,
+)
+from dpkernels.nn.records import (
+    BiasRecord,
+    Conv1dRecord,
+    Conv2dRecord,
+    DepthwiseConv1dRecord,
+    EmbeddingRecord,
+    ExpandedRecord,
+    LinearRecord,
+    LoRARecord,
+    NormRecord,
+    Record,
+)
+from dpkernels.nn.swapping import (
+    ghost_subclass,
+    register_child_swap,
+    register_refusal,
+    register_swap,
+    swap,
+    unswap,
+)
+from dpkernels.nn.tape import Tape
+
+register_swap(_nn.Linear, GhostLinear)
+register_swap(_nn.Conv1d, GhostConv1d)
+register_swap(_nn.Conv2d, GhostConv2d)
+register_swap(_nn.Embedding, GhostEmbedding)
+register_swap(_nn.LayerNorm, GhostLayerNorm)
+register_swap(_nn.RMSNorm, GhostRMSNorm)
+
+__all__ = [
+    "EXPANSION_LIMIT",
+    "BiasRecord",
+    "Conv1dRecord",
+    "Conv2dRecord",
+    "DepthwiseConv1dRecord",
+    "EmbeddingRecord",
+    "ExpandedRecord",
+    "FrozenBatchNorm",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
+    "GhostConv1d",
+    "GhostConv2d",
+    "GhostEmbedding",
+    "GhostLayerNorm",
+    "GhostLinear",
+    "GhostLoRALinear",
+    "GhostModule",
+    "GhostRMSNorm",
+    "LinearRecord",
+    "LoRARecord",
+    "NormRecord",
+    "Record",
+    "Tape",
+    "Uncovered",
+    "attach",
+    "batch_norms_in_training",
+    "coverage",
+    "detach",
+    "freeze_batch_norm",
+    "ghost_subclass",
+    "register_child_swap",
+    "register_refusal",
+    "register_swap",
+    "swap",
+    "unswap",
+]

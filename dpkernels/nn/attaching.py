@@ -1,0 +1,137 @@
+"""attach, detach, coverage: from a swapped model to a private one, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from dpkernels.nn.expanded import ExpandingModule, batch_size_of, expanding_class, expansion_refusal
+from dpkernels.nn.module import GhostModule
+from dpkernels.nn.norm import FrozenBatchNorm
+from dpkernels.nn.swapping import has_twin, load_library_rules, subtree_refusal
+from dpkernels.nn.tape import Tape
+
+_HANDLE = "_ghost_root_hook"
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """A trained parameter for which there is no norm rule."""
+
+    name: str
+    module_type: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.module_type}): {self.reason}"
+
+
+def attach(model: nn.Module) -> Tape:
+    """Make `model` private: a new tape on every ghost layer, small raw parameters expanded. Call it after
+    `swap`.
+
+    Parameters that are frozen stay so: to train more of them later, detach, unfreeze and attach again.
+
+    Raises ValueError naming every trained parameter that no rule covers, RuntimeError if a tape is attached.
+    """
+    if any(getattr(module, "ghost_tape", None) is not None for module in model.modules()):
+        raise RuntimeError("attach: a tape is attached to (part of) this model already; detach(model) first")
+    uncovered = coverage(model)
+    if uncovered:
+        lines = "\n  ".join(str(item) for item in uncovered)
+        raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
+    tape = Tape(model.named_parameters())
+    for name, module in model.named_modules():
+        if not isinstance(module, GhostModule):
+            raw = tuple(name for name, _ in _own_trained_parameters(module))
+            if not raw:
+                continue
+            original: Any = type(module)
+            module.__class__ = expanding_class(original, raw)
+        assert isinstance(module, GhostModule)
+        module.ghost_tape = tape
+        module.ghost_name = name or type(module).__name__
+
+    def note_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tape.forward_batch_size = batch_size_of(args, kwargs)
+
+    model.__dict__[_HANDLE] = model.register_forward_pre_hook(note_batch, with_kwargs=True)
+    return tape
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`: ordinary training again. A model that is not attached stays as it is."""
+    handle: RemovableHandle | None = model.__dict__.pop(_HANDLE, None)
+    if handle is not None:
+        handle.remove()
+    for module in model.modules():
+        if isinstance(module, GhostModule):
+            module.ghost_tape = None
+        if isinstance(module, ExpandingModule):
+            module.__class__ = module.ghost_original  # type: ignore[assignment]
+
+
+def coverage(model: nn.Module) -> list[Uncovered]:
+    """The trained parameters (requires_grad) that no rule covers, each with the reason and the mend.
+
+    A parameter that several modules hold is named where one of them has no rule for it, unless that one
+    merely holds it beside a ghost layer that uses it.
+    """
+    load_library_rules()
+    refused: dict[nn.Module, str] = {}
+    for module in model.modules():
+        reason = _refusal_below(module) or subtree_refusal(module)
+        if reason is not None:
+            refused |= dict.fromkeys(module.modules(), reason)
+    has_rule = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, GhostModule) and not isinstance(module, ExpandingModule)
+        for name, parameter in _own_trained_parameters(module)
+        if name in module.ghost_covers
+    }
+    found = []
+    for prefix, module in model.named_modules():
+        for name, parameter in _own_trained_parameters(module):
+            reason = refused.get(module) or _refusal(module, name, parameter)
+            merely_holds = not isinstance(module, GhostModule) and next(module.children(), None) is not None
+            if reason is not None and not (merely_holds and parameter in has_rule):
+                path = f"{prefix}.{name}" if prefix else name
+                found.append(Uncovered(path, type(module).__name__, reason))
+    return found
+
+
+def _own_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def _refusal_below(module: nn.Module) -> str | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return "read by a fused function past any layer; use separate q, k and v linear layers, or freeze it"
+    return None
+
+
+def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
+    if isinstance(module, parametrize.ParametrizationList) or parametrize.is_parametrized(module):
+        return (
+            "the module is parametrised (weight_norm, spectral_norm, ...); remove that, or freeze the module"
+        )
+    if isinstance(module, GhostModule):
+        if name not in module.ghost_covers:
+            return f"not a parameter that {type(module).__name__} has a rule for; freeze it"
+        return module.ghost_refusal()
+    if has_twin(module):
+        return "not swapped; call dpkernels.swap(model) first"
+    if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNorm):
+        return "batch statistics mix the samples; call dpkernels.nn.freeze_batch_norm(model), or freeze it"
+    if name.endswith(("_g", "_v")) and name[:-2] in module.__dict__:
+        return "weight_norm by hooks; remove it (torch.nn.utils.remove_weight_norm), or freeze the module"
+    return expansion_refusal(module, parameter)

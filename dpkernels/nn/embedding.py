@@ -1,0 +1,80 @@
+"""GhostEmbedding: nn.Embedding that records (ids, g) instead of filling `.grad`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dpkernels.nn.module import GhostModule, as_tokens
+from dpkernels.nn.records import EmbeddingRecord
+
+
+class GhostEmbedding(GhostModule, nn.Embedding):
+    """nn.Embedding: same constructor, same state_dict, same results; ids [B,*] int64 or int32, batch first.
+
+    `padding_idx` is honoured. `max_norm`, `sparse` and `scale_grad_by_freq` cannot be trained privately and
+    are named by `coverage`: the first changes the table in the forward, the others change what a sample's
+    gradient is.
+
+    Privately, ids of batch 1 in a forward of batch B (position tables: [1,T]) are looked up once per
+    sample, so that the output is [B,T,d] in place of a [1,T,d] that is broadcast: the same values, and each
+    sample keeps its own gradient. Ids without any batch dimension ([T]) cannot be told from one id a
+    sample: they raise where T differs from B, and `engine.self_check` finds them where it does not.
+    """
+
+    ghost_covers = ("weight",)
+
+    def ghost_refusal(self) -> str | None:
+        """max_norm, sparse and scale_grad_by_freq."""
+        for name in ("max_norm", "sparse", "scale_grad_by_freq"):
+            if getattr(self, name):
+                return f"{name}={getattr(self, name)} has no norm rule; build it without, or freeze it"
+        return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As nn.Embedding's."""
+        if not self._ghost_active(self.weight):
+            return super().forward(input)
+        return ghost_embedding(self, input, self.weight, self.padding_idx)
+
+
+def ghost_embedding(layer: GhostModule, ids: Tensor, table: Tensor, padding_idx: int | None = None) -> Tensor:
+    """F.embedding(ids, table, padding_idx), recorded on `layer`'s tape; ids [1,*] get the forward's batch."""
+    batch = layer.ghost_tape.forward_batch_size if layer.ghost_tape is not None else None
+    if batch is not None and ids.dim() > 1 and ids.shape[0] == 1:
+        ids = ids.expand(batch, *ids.shape[1:])
+    return _Embedding.apply(ids, table, layer, padding_idx)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table: Tensor, layer: GhostModule, padding_idx: int | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.tape, ctx.layer, ctx.table, ctx.padding_idx = (
+            layer.ghost_tape,
+            layer.ghost_label(),
+            table,
+            padding_idx,
+        )
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, table, padding_idx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, None]:
+        if g is not None:
+            (ids,) = ctx.saved_tensors
+            ids = (
+                ids.long().reshape(1, 1)
+                if ids.dim() == 0
+                else ids.long().flatten(1)
+                if ids.dim() > 1
+                else (ids.long().unsqueeze(1))
+            )
+            tokens = as_tokens(g) if g.dim() > 1 else g.view(1, 1, -1)
+            ctx.tape.add(EmbeddingRecord(ctx.layer, ctx.table, ids, tokens, ctx.padding_idx))
+        return None, None, None, None

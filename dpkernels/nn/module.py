@@ -1,0 +1,106 @@
+"""What every ghost layer shares: the mixin, and the small rules of dtype, shape and autocast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, overload
+
+import torch
+from torch import Tensor
+
+from dpkernels.nn.tape import Tape
+
+
+class GhostModule:
+    """Mixin of the layers that record instead of filling `.grad`.
+
+    With `ghost_tape` None (the default) the layer is exactly its torch class. `dpkernels.nn.attach` sets
+    the tape.
+    """
+
+    ghost_tape: Tape | None = None
+    ghost_name: str = ""
+    # Names of the parameters that the layer's rule covers.
+    ghost_covers: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    def ghost_refusal(self) -> str | None:
+        """Why this layer, as configured, cannot be trained privately, with the mend; None when it can."""
+        return None
+
+    def _ghost_active(self, *parameters: Tensor | None) -> bool:
+        """Whether this forward is a private one: a tape, gradients wanted, and something here is trained."""
+        tape = self.ghost_tape
+        if tape is None or not tape.recording or not torch.is_grad_enabled():
+            return False
+        trained = [p for p in parameters if p is not None and p.requires_grad]
+        tape.note_use(trained)
+        return bool(trained)
+
+    def ghost_label(self) -> str:
+        """The qualified name for messages, or the class name before `attach`."""
+        return self.ghost_name or type(self).__name__
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast would cast x for a matrix product, or None when it would not."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+@contextmanager
+def no_autocast(device_type: str) -> Iterator[None]:
+    """Autocast off: inside, every dtype is already chosen."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+@overload
+def maybe_cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor: ...
+@overload
+def maybe_cast(tensor: None, dtype: torch.dtype | None) -> None: ...
+@overload
+def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None: ...
+def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """Tensor in `dtype`; None stays None, and a None dtype means: as it is.
+
+    Explicitly rather than through autocast's own cache: a cast made without gradients would be handed by that
+    cache to a later ordinary use of the same weight, which would then get no gradient and say nothing.
+    """
+    return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+
+def not_a_view(y: Tensor) -> Tensor:
+    """Y without the mark of a view: autograd refuses `y *= mask` on a custom function's view."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
+def as_tokens(t: Tensor) -> Tensor:
+    """[B,*,n] -> [B,T,n]; [B,n] is T = 1; a lone [n] is one sample of one token."""
+    if t.dim() == 3:
+        return t
+    if t.dim() == 1:
+        return t.view(1, 1, -1)
+    return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[*, n] -> [N, n], with sizes of 0 allowed anywhere."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def accumulation_dtype(t: Tensor) -> torch.dtype:
+    """float32 for the narrow types, float64 stays float64."""
+    return torch.float64 if t.dtype is torch.float64 else torch.float32
+
+
+def sum_over_time(g: Tensor) -> Tensor:
+    """[B,*,n] -> [B,n], accumulated in float32 (float64 for float64)."""
+    tokens = as_tokens(g)
+    return tokens.sum(1, dtype=accumulation_dtype(tokens))

@@ -1,0 +1,37 @@
+"""The ops: checked public functions over `torch.ops.dpkernels`, one name from schema to reference to backend.
+
+Each `*_norm_sq` gives every sample's squared gradient norm, rounded up; each `*_weighted_sum` adds the
+clipped gradients to a sum in place. Neither forms per-sample gradients of a linear layer. Which
+implementation runs, and why: `dpkernels.backends.registry.explain()` or `python -m dpkernels`.
+"""
+
+from dpkernels import reference
+from dpkernels.backends import registry
+from dpkernels.ops.bias import bias_norm_sq, bias_weighted_sum
+from dpkernels.ops.chacha20 import chacha20_keystream, chacha20_normal
+from dpkernels.ops.clip import clip_factors
+from dpkernels.ops.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
+from dpkernels.ops.embedding import embedding_norm_sq, embedding_weighted_sum
+from dpkernels.ops.linear import linear_norm_sq, linear_weighted_sum
+from dpkernels.ops.lora import lora_norm_sq, lora_weighted_sum
+from dpkernels.ops.norm import layer_norm_norm_sq, layer_norm_weighted_sum
+
+registry.add_reference({name: getattr(reference, name) for name in reference.__all__})
+
+__all__ = [
+    "bias_norm_sq",
+    "bias_weighted_sum",
+    "chacha20_keystream",
+    "chacha20_normal",
+    "clip_factors",
+    "depthwise_conv1d_norm_sq",
+    "depthwise_conv1d_weighted_sum",
+    "embedding_norm_sq",
+    "embedding_weighted_sum",
+    "layer_norm_norm_sq",
+    "layer_norm_weighted_sum",
+    "linear_norm_sq",
+    "linear_weighted_sum",
+    "lora_norm_sq",
+    "lora_weighted_sum",
+]

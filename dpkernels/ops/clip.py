@@ -1,0 +1,41 @@
+"""Clipping factors: how much of each sample's gradient goes into the sum."""
+
+import torch
+from torch import Tensor
+
+from dpkernels.ops import _check, _library
+
+_clip_factors = _library.define(
+    "clip_factors",
+    "(Tensor norm_sq, float max_grad_norm) -> Tensor",
+    fake=lambda norm_sq, max_grad_norm: _library.norms(norm_sq),
+)
+
+
+def clip_factors(norm_sq: Tensor, max_grad_norm: float) -> Tensor:
+    """The factor that holds each sample's gradient to norm C: c_i = min(1, C/√norm_sq_i), rounded down.
+
+    c_i·√norm_sq_i ≤ C holds exactly, not up to rounding. A sample whose norm is NaN or infinite gets exactly
+    0, which the weighted sums take as "do not read"; so does a negative norm_sq, which no norm op returns.
+
+    Args:
+        norm_sq: [B] float32 or float64, each sample's squared norm over *all* trained parameters.
+        max_grad_norm: C > 0, finite, in units of the gradient's norm.
+
+    Returns:
+        [B] float32 in [0, 1].
+
+    Raises:
+        TypeError: norm_sq is neither float32 nor float64 (bfloat16 norms are off by 0.4 %).
+        ValueError: norm_sq is not a vector, or max_grad_norm not a finite number above 0.
+
+    Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
+    """
+    if norm_sq.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"norm_sq: expected float32 or float64; given {norm_sq.dtype}; add squares in float32 or wider"
+        )
+    _check.shape("norm_sq", norm_sq, (None,), "[B]")
+    _check.positive("max_grad_norm", max_grad_norm)
+    result: Tensor = _clip_factors(norm_sq, float(max_grad_norm))
+    return result

@@ -1,0 +1,87 @@
+"""Embeddings: norms and weighted sums of per-sample gradients, whose row v is Σ_{t: ids_it = v} g_it."""
+
+import torch
+from torch import Tensor
+
+from dpkernels.ops import _check, _library
+
+
+def _check_ids(
+    ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
+) -> None:
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= out.shape[0]:
+        raise ValueError(
+            f"ids: given values from {least} to {most}, but out has {out.shape[0]} rows; pass 0 ≤ ids < rows"
+        )
+
+
+_norm_sq = _library.define(
+    "embedding_norm_sq",
+    "(Tensor ids, Tensor g, *, int? padding_idx=None) -> Tensor",
+    fake=lambda ids, g, *, padding_idx=None: _library.norms(g),
+)
+_weighted_sum = _library.define(
+    "embedding_weighted_sum",
+    "(Tensor ids, Tensor g, Tensor factors, Tensor(a!) out, *, int? padding_idx=None) -> ()",
+    fake=lambda ids, g, factors, out, *, padding_idx=None: None,
+    check=_check_ids,
+)
+
+
+def _check_inputs(ids: Tensor, g: Tensor) -> None:
+    _check.floats(g=g)
+    _check.shape("g", g, (None, None, None), "[B, T, d]")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids: expected int64; given {ids.dtype}; convert it: ids.long()")
+    _check.shape("ids", ids, (g.shape[0], g.shape[1]), "[B, T]")
+    _check.same_device(g=g, ids=ids)
+
+
+def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None) -> Tensor:
+    """Squared norm of each sample's gradient of the table, rounded up: Σ_v ‖Σ_{t: ids_it = v} g_it‖².
+
+    Args:
+        ids: [B, T] int64, 0 ≤ ids. B, T may be 0.
+        g: [B, T, d] gradients of the looked-up rows; bfloat16, float16 or float32 (float64 in tests).
+        padding_idx: the id that contributes 0, where g is not read; None or -1: none.
+
+    Returns:
+        [B] float32, in squared units of g; not below the exact square, nor below that of what
+        `embedding_weighted_sum` adds for the sample divided by its factor.
+
+    Raises:
+        TypeError: dtypes that do not fit.
+        ValueError: shapes or devices that do not fit.
+
+    Source: the gradient of y_t = W[ids_t]; Bu et al. 2022, arXiv:2210.00038.
+    """
+    _check_inputs(ids, g)
+    result: Tensor = _norm_sq(ids, g, padding_idx=padding_idx)
+    return result
+
+
+def embedding_weighted_sum(
+    ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
+) -> None:
+    """Add the clipped gradients to a sum, in place: out[v] += Σ_i c_i Σ_{t: ids_it = v} g_it.
+
+    Args:
+        ids: [B, T] int64, 0 ≤ ids < V.
+        g: [B, T, d] gradients of the looked-up rows; bfloat16, float16 or float32 (float64 in tests).
+        factors: [B] float32, c_i from `clip_factors`; the g of a sample with factor 0 is not read.
+        out: [V, d] float32 or float64, added to; row padding_idx is left alone.
+        padding_idx: the id that contributes 0, where g is not read; None or -1: none.
+
+    Raises:
+        TypeError: dtypes that do not fit.
+        ValueError: shapes or devices that do not fit; on the CPU, an id outside the table.
+
+    Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
+    """
+    _check_inputs(ids, g)
+    _check.shape("out", out, (None, g.shape[2]), "[V, d]")
+    _check.weighted_sum(factors, g, out=(out, (out.shape[0], g.shape[2]), "[V, d]"))
+    _weighted_sum(ids, g, factors, out, padding_idx=padding_idx)

@@ -1,0 +1,116 @@
+"""LoRA: norms and weighted sums of both factors' per-sample gradients.
+
+y += s (x Aᵀ) Bᵀ with A [r, d], B [p, r], h = x Aᵀ [B, T, r] and dh = s g B [B, T, r]: sample i's gradients
+are dh_iᵀx_i [r, d] for A (dh holds the scaling s) and s g_iᵀh_i [p, r] for B.
+"""
+
+from torch import Tensor
+
+from dpkernels.ops import _check, _library
+
+
+def _check_values(
+    x: Tensor,
+    h: Tensor,
+    g: Tensor,
+    dh: Tensor,
+    *rest: Tensor,
+    scaling: float = 1.0,
+    lengths: Tensor | None = None,
+) -> None:
+    _check.lengths_within(lengths, x.shape[1])
+
+
+_norm_sq = _library.define(
+    "lora_norm_sq",
+    "(Tensor x, Tensor h, Tensor g, Tensor dh, *, float scaling=1.0, Tensor? lengths=None) "
+    "-> (Tensor, Tensor)",
+    fake=lambda x, h, g, dh, *, scaling=1.0, lengths=None: (_library.norms(x), _library.norms(x)),
+    check=_check_values,
+)
+_weighted_sum = _library.define(
+    "lora_weighted_sum",
+    "(Tensor x, Tensor h, Tensor g, Tensor dh, Tensor factors, Tensor(a!) out_a, Tensor(b!) out_b, *, "
+    "float scaling=1.0, Tensor? lengths=None) -> ()",
+    fake=lambda x, h, g, dh, factors, out_a, out_b, *, scaling=1.0, lengths=None: None,
+    check=_check_values,
+)
+
+
+def _check_inputs(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, scaling: float, lengths: Tensor | None
+) -> None:
+    _check.floats(x=x, h=h, g=g, dh=dh)
+    _check.shape("x", x, (None, None, None), "[B, T, d]")
+    _check.shape("h", h, (x.shape[0], x.shape[1], None), "[B, T, r]")
+    _check.shape("g", g, (x.shape[0], x.shape[1], None), "[B, T, p]")
+    _check.shape("dh", dh, (x.shape[0], x.shape[1], h.shape[2]), "[B, T, r]")
+    _check.finite("scaling", scaling)
+    _check.lengths_of(lengths, x)
+
+
+def lora_norm_sq(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Squared norms of each sample's gradients of A and B, rounded up: ‖dh_iᵀx_i‖² and s²‖g_iᵀh_i‖².
+
+    Args:
+        x: [B, T, d] layer inputs; bfloat16, float16 or float32 (float64 in tests). B, T may be 0.
+        h: [B, T, r] = x Aᵀ, same dtype.
+        g: [B, T, p] gradients of the layer's output, same dtype.
+        dh: [B, T, r] = s g B, same dtype; it holds the scaling already.
+        scaling: s, finite; 1 for an unscaled adapter.
+        lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
+
+    Returns:
+        Two [B] float32 vectors, of A and of B, each not below its exact square, nor below that of what
+        `lora_weighted_sum` adds for the sample divided by its factor.
+
+    Raises:
+        TypeError: dtypes that differ or are not floating.
+        ValueError: shapes, devices, scaling or lengths that do not fit.
+
+    Source: Hu et al. 2021, arXiv:2106.09685 (the layer); its gradients by the chain rule.
+    """
+    _check_inputs(x, h, g, dh, scaling, lengths)
+    of_a, of_b = _norm_sq(x, h, g, dh, scaling=scaling, lengths=lengths)
+    return of_a, of_b
+
+
+def lora_weighted_sum(
+    x: Tensor,
+    h: Tensor,
+    g: Tensor,
+    dh: Tensor,
+    factors: Tensor,
+    out_a: Tensor,
+    out_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    lengths: Tensor | None = None,
+) -> None:
+    """Add the clipped gradients to two sums, in place: out_a += Σ_i c_i dh_iᵀx_i, out_b += s Σ_i c_i g_iᵀh_i.
+
+    Args:
+        x: [B, T, d] layer inputs; bfloat16, float16 or float32 (float64 in tests).
+        h: [B, T, r] = x Aᵀ, same dtype.
+        g: [B, T, p] gradients of the layer's output, same dtype.
+        dh: [B, T, r] = s g B, same dtype.
+        factors: [B] float32, c_i from `clip_factors`; a sample with factor 0 is not read.
+        out_a: [r, d] float32 or float64, added to.
+        out_b: [p, r] float32 or float64, added to.
+        scaling: s, finite.
+        lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
+
+    Raises:
+        TypeError: dtypes that differ or do not fit.
+        ValueError: shapes, devices, scaling or lengths that do not fit.
+
+    Source: Hu et al. 2021, arXiv:2106.09685 (the layer); Bu et al. 2022, arXiv:2210.00038 (book-keeping).
+    """
+    _check_inputs(x, h, g, dh, scaling, lengths)
+    rank = h.shape[2]
+    _check.weighted_sum(
+        factors, x, out_a=(out_a, (rank, x.shape[2]), "[r, d]"), out_b=(out_b, (g.shape[2], rank), "[p, r]")
+    )
+    _weighted_sum(x, h, g, dh, factors, out_a, out_b, scaling=scaling, lengths=lengths)

@@ -1,0 +1,27 @@
+"""The privacy engine: clipping, noise, Poisson sampling, accounting and the ledger."""
+
+from dpkernels.privacy.accounting import epsilon, noise_multiplier
+from dpkernels.privacy.budget import BudgetExhausted
+from dpkernels.privacy.engine import PrivacyEngine
+from dpkernels.privacy.ledger import LedgerError, read_ledger
+from dpkernels.privacy.loader import DPDataLoader, LogicalBatch
+from dpkernels.privacy.optimizer import DPOptimizer, StepStats
+from dpkernels.privacy.plan import Sampling, plan_sampling
+from dpkernels.privacy.self_check import SelfCheckError, SelfCheckReport
+
+__all__ = [
+    "BudgetExhausted",
+    "DPDataLoader",
+    "DPOptimizer",
+    "LedgerError",
+    "LogicalBatch",
+    "PrivacyEngine",
+    "Sampling",
+    "SelfCheckError",
+    "SelfCheckReport",
+    "StepStats",
+    "epsilon",
+    "noise_multiplier",
+    "plan_sampling",
+    "read_ledger",
+]

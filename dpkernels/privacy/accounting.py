@@ -1,0 +1,379 @@
+"""Privacy accounting: a thin, cached layer over Google's dp-accounting.
+
+No rule of composition is our own. One step of training is one `dp_accounting` event under add-or-remove-one
+adjacency: `PoissonSampledDpEvent(q, GaussianDpEvent(σ))`, or `TruncatedSubsampledGaussianDpEvent` where
+batches have a capacity. The default accountant composes privacy loss distributions (PLD, a pessimistic
+discretisation: an upper bound on ε); Rényi DP (RDP) is the second opinion where it has a rule, which
+truncated Poisson has not.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, overload
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import privacy_loss_distribution as pld_library
+from dp_accounting.rdp import RdpAccountant
+
+ADJACENCY = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+ACCOUNTANTS = ("pld", "rdp")
+# dp-accounting's own default: whoever recomputes ε from the ledger with it finds the same figure.
+DISCRETIZATION = 1e-4
+# Used while searching for σ only: eight times faster, still an upper bound on ε; the result is refined at
+# DISCRETIZATION.
+SEARCH_DISCRETIZATION = 1e-3
+# Below it a step of any use is not private in any useful sense, and the loss distributions outgrow memory.
+SMALLEST_SIGMA = 0.05
+# Fractional Rényi orders are slow series: left out where RDP only says where to look.
+INTEGER_ORDERS = (*range(2, 65), 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """One step: Poisson sampling with probability q, then a Gaussian of standard deviation σ × sensitivity on
+    the sum.
+
+    Args:
+        sample_rate: q, the probability of a unit (example or speaker) to join a step, 0 < q <= 1.
+        noise_multiplier: σ, the noise's standard deviation over the L2 sensitivity of the sum, >= 0.
+        dataset_size: N, the number of units. Needed with `max_batch_size`.
+        max_batch_size: capacity of truncated Poisson sampling, or None for Poisson sampling.
+
+    Raises:
+        ValueError: an argument out of range, named, with the value given.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    dataset_size: int | None = None
+    max_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"sample_rate must lie in (0, 1], got {self.sample_rate}")
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise ValueError(f"noise_multiplier must be finite and >= 0, got {self.noise_multiplier}")
+        if self.max_batch_size is not None:
+            if self.max_batch_size < 1:
+                raise ValueError(f"max_batch_size must be >= 1, got {self.max_batch_size}")
+            if self.dataset_size is None:
+                raise ValueError(
+                    "max_batch_size needs dataset_size: truncated Poisson's event depends on both"
+                )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the batch has a capacity that sampling can exceed."""
+        return self.max_batch_size is not None
+
+    @property
+    def sampling(self) -> str:
+        """Name of the sampling scheme, as the ledger and reports write it."""
+        return "truncated_poisson" if self.truncated else "poisson"
+
+    def event(self) -> dp_accounting.DpEvent:
+        """The step as a dp-accounting event."""
+        if self.max_batch_size is not None:
+            return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+                dataset_size=self.dataset_size,
+                sampling_probability=self.sample_rate,
+                truncated_batch_size=self.max_batch_size,
+                noise_multiplier=self.noise_multiplier,
+            )
+        gaussian = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        return dp_accounting.PoissonSampledDpEvent(self.sample_rate, gaussian)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the ledger and for checkpoints."""
+        return asdict(self)
+
+
+History = Sequence[tuple[Mechanism, int]]
+
+
+def check_accountant(accountant: str, *, truncated: bool = False) -> None:
+    """Raise ValueError, with the reason, for an accountant that does not exist or has no rule for the
+    sampling."""
+    if accountant not in ACCOUNTANTS:
+        reasons = {
+            "prv": "PRV composes the same privacy loss distributions numerically: use 'pld'",
+            "gdp": "the Gaussian approximation can fall below the true ε: use 'pld'",
+        }
+        known = " or ".join(repr(name) for name in ACCOUNTANTS)
+        raise ValueError(f"accountant={accountant!r}: {reasons.get(accountant, f'expected {known}')}")
+    if truncated and accountant == "rdp":
+        raise ValueError(
+            "accountant='rdp' has no rule for truncated Poisson sampling (max_batch_size): use "
+            "accountant='pld'"
+        )
+
+
+def check_delta(delta: float, dataset_size: int | None = None) -> float:
+    """δ in (0, 1), with a warning where δ >= 1/N.
+
+    Raises:
+        ValueError: δ outside (0, 1).
+    """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie in (0, 1), got {delta}")
+    if dataset_size is not None and delta >= 1 / dataset_size:
+        warnings.warn(
+            f"delta={delta:g} >= 1/N = {1 / dataset_size:g} (N = {dataset_size}): at such a δ, publishing "
+            "one record outright would count as private. Choose δ well below 1/N.",
+            stacklevel=3,
+        )
+    return delta
+
+
+@lru_cache(maxsize=16)
+def _single_step(mechanism: Mechanism, interval: float) -> pld_library.PrivacyLossDistribution:
+    """Privacy loss distribution of one step: what dp-accounting's PLDAccountant builds for
+    `mechanism.event()`."""
+    if mechanism.max_batch_size is not None and mechanism.dataset_size is not None:
+        return pld_library.from_truncated_subsampled_gaussian_mechanism(
+            dataset_size=mechanism.dataset_size,
+            sampling_probability=mechanism.sample_rate,
+            truncated_batch_size=mechanism.max_batch_size,
+            noise_multiplier=mechanism.noise_multiplier,
+            value_discretization_interval=interval,
+            neighboring_relation=ADJACENCY,
+        )
+    return pld_library.from_gaussian_mechanism(
+        standard_deviation=mechanism.noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=mechanism.sample_rate,
+        neighboring_relation=ADJACENCY,
+    )
+
+
+@contextmanager
+def _quiet_orders() -> Iterator[None]:
+    """Hold back dp-accounting's line for every Rényi order it leaves out: fewer orders only make ε larger."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "Excluding this order" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@lru_cache(maxsize=1024)
+def _composed_epsilon(
+    history: tuple[tuple[Mechanism, int], ...], delta: float, accountant: str, interval: float
+) -> float:
+    if not history:
+        return 0.0
+    if any(mechanism.noise_multiplier == 0 for mechanism, _ in history):
+        return math.inf
+    if accountant == "rdp":
+        rdp = RdpAccountant(neighboring_relation=ADJACENCY)
+        with _quiet_orders():
+            for mechanism, steps in history:
+                rdp.compose(mechanism.event(), steps)
+        return float(rdp.get_epsilon(delta))
+    total = None
+    for mechanism, steps in history:
+        part = _single_step(mechanism, interval).self_compose(steps)
+        total = part if total is None else total.compose(part)
+    assert total is not None  # history is not empty
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def composed_epsilon(
+    history: Iterable[tuple[Mechanism, int]],
+    delta: float,
+    *,
+    accountant: str = "pld",
+    interval: float = DISCRETIZATION,
+) -> float:
+    """ε of a history of steps at δ; ∞ when any step was without noise.
+
+    The distribution of one step is cached by its mechanism and self-composed by the count, so asking again
+    after more steps costs one FFT (measured on two shared CPU cores: 0.05 s at σ = 2, 0.9 s at σ = 0.694).
+
+    Args:
+        history: (mechanism, number of steps), in any order.
+        delta: δ in (0, 1).
+        accountant: "pld" or "rdp".
+        interval: discretisation of the privacy loss; a larger one is faster and its ε larger, never smaller.
+
+    Raises:
+        ValueError: unknown accountant, or "rdp" with truncated Poisson sampling.
+    """
+    merged: dict[Mechanism, int] = {}
+    for mechanism, steps in history:
+        if steps < 0:
+            raise ValueError(f"steps must be >= 0, got {steps}")
+        if steps:
+            merged[mechanism] = merged.get(mechanism, 0) + steps
+    for mechanism in merged:
+        check_accountant(accountant, truncated=mechanism.truncated)
+    check_accountant(accountant)
+    check_delta(delta)
+    return _composed_epsilon(tuple(merged.items()), delta, accountant, interval)
+
+
+@overload
+def epsilon(
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    *,
+    accountant: str = ...,
+    max_batch_size: int | None = ...,
+    dataset_size: int | None = ...,
+) -> float: ...
+@overload
+def epsilon(
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: Sequence[int],
+    delta: float,
+    *,
+    accountant: str = ...,
+    max_batch_size: int | None = ...,
+    dataset_size: int | None = ...,
+) -> list[float]: ...
+def epsilon(
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int | Sequence[int],
+    delta: float,
+    *,
+    accountant: str = "pld",
+    max_batch_size: int | None = None,
+    dataset_size: int | None = None,
+) -> float | list[float]:
+    """ε of `steps` equal steps at δ, or the curve of ε over several step counts.
+
+    Args:
+        noise_multiplier: σ; 0 gives ∞.
+        sample_rate: q in (0, 1].
+        steps: a number of steps, or several (the curve).
+        delta: δ in (0, 1); warns where δ >= 1/dataset_size.
+        accountant: "pld" or "rdp".
+        max_batch_size: capacity of truncated Poisson sampling (needs `dataset_size`).
+        dataset_size: N.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    mechanism = Mechanism(sample_rate, noise_multiplier, dataset_size, max_batch_size)
+    check_delta(delta, dataset_size)
+    if isinstance(steps, int):
+        return composed_epsilon([(mechanism, steps)], delta, accountant=accountant)
+    return [composed_epsilon([(mechanism, count)], delta, accountant=accountant) for count in steps]
+
+
+def noise_multiplier(
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    *,
+    accountant: str = "pld",
+    max_batch_size: int | None = None,
+    dataset_size: int | None = None,
+    decimals: int = 3,
+) -> float:
+    """The smallest σ, rounded up to `decimals` places, with ε(σ, q, steps, δ) <= target_epsilon.
+
+    `dp_accounting.calibrate_dp_mechanism` searches on a coarse grid of the privacy loss (an upper bound on
+    ε); its σ is rounded up and then lowered, 10^-decimals at a time, as far as the reporting accountant
+    agrees.
+
+    Args:
+        target_epsilon: ε > 0.
+        target_delta: δ in (0, 1); warns where δ >= 1/dataset_size.
+        sample_rate: q in (0, 1].
+        steps: number of steps >= 1.
+        accountant: "pld" or "rdp".
+        max_batch_size: capacity of truncated Poisson sampling (needs `dataset_size`).
+        dataset_size: N.
+        decimals: places σ is rounded up to.
+
+    Raises:
+        ValueError: an argument out of range, or a target that dp-accounting finds no σ for.
+    """
+    if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
+        raise ValueError(f"target_epsilon must be finite and > 0, got {target_epsilon}")
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    check_accountant(accountant, truncated=max_batch_size is not None)
+    check_delta(target_delta, dataset_size)
+
+    def mechanism(sigma: float) -> Mechanism:
+        return Mechanism(sample_rate, sigma, dataset_size, max_batch_size)
+
+    def fits(units: int) -> bool:
+        history = [(mechanism(units / scale), steps)]
+        return composed_epsilon(history, target_delta, accountant=accountant) <= target_epsilon
+
+    scale = 10**decimals
+    found = _calibrate(mechanism, target_epsilon, target_delta, steps, accountant)
+    high = math.ceil(found * scale)
+    while not fits(high):  # the two grids may disagree in the last place
+        high += 1
+    stride, low = 1, max(high - 1, 0)
+    while low > 0 and fits(low):  # gallop down, then bisect between what fails and what fits
+        high, stride = low, 2 * stride
+        low = max(low - stride, 0)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high / scale
+
+
+def _calibrate(
+    mechanism: Callable[[float], Mechanism],
+    target_epsilon: float,
+    target_delta: float,
+    steps: int,
+    accountant: str,
+) -> float:
+    """σ from dp-accounting's own search, within 1e-4 above the smallest that fits on the coarse grid."""
+
+    def search(
+        make_accountant: Callable[[], dp_accounting.PrivacyAccountant], bracket: Any, truncated: bool
+    ) -> float:
+        def event(sigma: float) -> dp_accounting.DpEvent:
+            step = mechanism(sigma)
+            if not truncated:
+                step = Mechanism(step.sample_rate, sigma)
+            return dp_accounting.SelfComposedDpEvent(step.event(), steps)
+
+        found = dp_accounting.calibrate_dp_mechanism(
+            make_accountant, event, target_epsilon, target_delta, bracket_interval=bracket, tol=1e-4
+        )
+        return float(found)
+
+    # RDP is cheap and its ε larger than PLD's: its σ (without the capacity) tells where to look.
+    start = dp_accounting.LowerEndpointAndGuess(SMALLEST_SIGMA, 1.0)
+    with _quiet_orders():
+        orders = None if accountant == "rdp" else INTEGER_ORDERS
+        by_rdp = search(lambda: RdpAccountant(orders, ADJACENCY), start, False)
+    if accountant == "rdp":
+        return by_rdp
+    lower = max(0.8 * by_rdp, SMALLEST_SIGMA)
+    while lower > SMALLEST_SIGMA and _coarse(mechanism(lower), steps, target_delta) <= target_epsilon:
+        lower = max(0.7 * lower, SMALLEST_SIGMA)
+    return search(
+        lambda: PLDAccountant(ADJACENCY, SEARCH_DISCRETIZATION),
+        dp_accounting.LowerEndpointAndGuess(lower, max(by_rdp, 1.1 * lower)),
+        True,
+    )
+
+
+def _coarse(mechanism: Mechanism, steps: int, delta: float) -> float:
+    return composed_epsilon([(mechanism, steps)], delta, interval=SEARCH_DISCRETIZATION)

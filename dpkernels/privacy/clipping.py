@@ -1,0 +1,56 @@
+"""Flat clipping: one norm a sample over all trained parameters, and what one sample can change in the sum."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpkernels.nn import Record
+
+# Relative to C; enough for logical batches of up to 2^15 examples. See rounding_slack.
+LEAST_SLACK = 2.0**-20
+
+
+def total_norm_sq(records: Sequence[Record], batch_size: int, device: torch.device) -> Tensor:
+    """Σ over records of their squared norms: [B] float64, rounded up. A parameter without a record adds 0.
+
+    Each record's norm is an upper bound already; R additions in float64 lose at most R·2⁻⁵³ of the sum, which
+    the factor 1 + (R + 1)·2⁻⁵² more than gives back. NaN and infinity stay what they are.
+    """
+    total = torch.zeros(batch_size, dtype=torch.float64, device=device)
+    for record in records:
+        total += record.norm_sq().to(device=device, dtype=torch.float64)
+    return total * (1 + (len(records) + 1) * 2.0**-52)
+
+
+def batch_bound(units: int, sample_rate: float, *, per_unit: int = 1, capacity: int | None = None) -> int:
+    """A public bound on the examples of a logical batch.
+
+    The capacity or the whole data set where these are smaller; else m = q·N + 30·√(q·N) + 500 units, which
+    Poisson sampling exceeds with probability below e⁻⁴⁰⁰ (Chernoff: exp(−t²/(2(μ + t/3))), t = 30√μ + 500),
+    less than any δ in float64 can tell from 0. The optimizer refuses a larger batch.
+    """
+    mean = units * sample_rate
+    bound = min(units, math.ceil(mean + 30 * math.sqrt(mean) + 500))
+    if capacity is not None:
+        bound = min(bound, capacity)
+    return bound * per_unit
+
+
+def rounding_slack(examples: int) -> float:
+    """s with: one example more or less changes the float64 sum of clipped gradients by at most (1 + s)·C.
+
+    The example's own contribution is at most C: clip_factors and the ops see to that. Beyond it, the example
+    can change how the others' additions round. Every coordinate takes at most 2n additions (each example's
+    product into a tile, each micro-batch's tile into the sum), in whatever order; each rounds by at most 2⁻⁵³
+    of a partial sum, whose vector has norm at most n·C. So a sum is within 2n²·2⁻⁵³·C of the exact one, two
+    neighbouring sums differ by at most 4n²·2⁻⁵³·C = n²·2⁻⁵¹·C more than exact ones, and n²·2⁻⁵⁰ leaves a
+    factor of two for terms of second order.
+    """
+    return max(LEAST_SLACK, examples**2 * 2.0**-50)
+
+
+def sensitivity(max_grad_norm: float, examples: int, per_unit: int = 1) -> float:
+    """L2 sensitivity of the sum to one unit: per_unit·C·(1 + rounding_slack)."""
+    return per_unit * max_grad_norm * (1 + rounding_slack(examples))

@@ -1,0 +1,440 @@
+"""PrivacyEngine: makes a model, its optimizer and its data loader private, and says what that cost."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from importlib import metadata
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dpkernels.nn import attach, detach, swap
+from dpkernels.privacy import accounting
+from dpkernels.privacy.accounting import Mechanism, check_accountant, check_delta
+from dpkernels.privacy.budget import Budget
+from dpkernels.privacy.checks import (
+    check_coverage,
+    check_module,
+    check_optimizer,
+    check_single_process,
+    trained_parameters,
+)
+from dpkernels.privacy.clipping import batch_bound, sensitivity
+from dpkernels.privacy.keywords import check_clipping, check_opacus_keywords, check_strategy
+from dpkernels.privacy.loader import DPDataLoader
+from dpkernels.privacy.noise import SecretStream
+from dpkernels.privacy.optimizer import DPOptimizer
+from dpkernels.privacy.plan import Sampling, plan_sampling
+from dpkernels.privacy.sampling import ExampleSampler, SpeakerSampler
+from dpkernels.privacy.self_check import SelfCheckReport, self_check
+
+
+class PrivacyEngine:
+    """Makes training differentially private: `make_private`, then train with what it returns.
+
+    One engine serves one run. Adjacency is add-or-remove-one unit (example or speaker).
+
+    Args:
+        accountant: "pld" (default, tight) or "rdp".
+        ledger: path of the ledger file: what is spent is on disk before a step is applied, and a run that
+            resumes with the same path counts everything in it. None keeps the count in memory (and in
+            `state_dict`) only.
+        noise_key: 32 bytes that fix noise and sampling. For tests only; warns.
+        secure_mode: Opacus's keyword; True is what always holds here, so False is refused.
+
+    Raises:
+        ValueError: an unknown accountant, secure_mode=False.
+    """
+
+    def __init__(
+        self,
+        *,
+        accountant: str = "pld",
+        ledger: str | os.PathLike[str] | None = None,
+        noise_key: bytes | None = None,
+        secure_mode: bool = True,
+    ) -> None:
+        check_accountant(accountant)
+        if not secure_mode:
+            raise ValueError(
+                "secure_mode=False is refused: noise always comes from a cryptographic generator here"
+            )
+        self.accountant = accountant
+        self._ledger_path = ledger
+        self._noise_stream = SecretStream(noise_key)
+        # Its own key: sampling and noise never share a stream. A test's fixed key fixes both, told apart by
+        # purpose.
+        self._sampling_stream = self._noise_stream if noise_key is not None else SecretStream()
+        self._budget: Budget | None = None
+        self._module: nn.Module | None = None
+        self._optimizer: DPOptimizer | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("PrivacyEngine holds keys and is never pickled or copied; save its state_dict()")
+
+    @property
+    def steps(self) -> int:
+        """Steps spent so far, those of earlier runs in the ledger included."""
+        return self._made().steps
+
+    @property
+    def noise_multiplier(self) -> float:
+        """σ of this run."""
+        return self._made().mechanism.noise_multiplier
+
+    @property
+    def sample_rate(self) -> float:
+        """q of this run."""
+        return self._made().mechanism.sample_rate
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling's public constants."""
+        return self._made().sampling
+
+    @property
+    def history(self) -> list[tuple[Mechanism, int]]:
+        """Every run's mechanism and how many steps it spent."""
+        return self._made().history
+
+    @property
+    def target_epsilon(self) -> float | None:
+        """ε that step() does not pass, or None."""
+        return self._made().target_epsilon
+
+    @property
+    def target_delta(self) -> float | None:
+        """The target's δ, or None."""
+        return self._made().target_delta
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        strategy: str = "bookkeeping",
+        physical_batch_size: int | None = None,
+        poisson_sampling: bool = True,
+        max_batch_size: int | None = None,
+        unit: str = "example",
+        speakers: Sequence[Hashable] | None = None,
+        max_examples_per_speaker: int | None = None,
+        lengths: Sequence[int] | None = None,
+        steps: int | None = None,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        clipping: str = "flat",
+        noise_generator: None = None,
+        loss_reduction: str = "mean",
+        criterion: None = None,
+        batch_first: bool = True,
+        grad_sample_mode: str | None = None,
+        wrap_model: bool = False,
+        rand_on_empty: bool = False,
+    ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
+        """Make model, optimizer and data loader private. Returns always these three.
+
+        The model is changed in place (`dpkernels.swap`) and returned; the optimizer is wrapped; the loader
+        yields Poisson-sampled logical batches, each an iterable of micro-batches.
+
+        Args:
+            module: the model; its layers with trained parameters need a norm rule, or the parameters
+                freezing.
+            optimizer: any torch optimizer over the trained parameters that steps without a closure.
+            data_loader: map-style dataset; its batch_size is the expected batch size, q = batch_size/N. Its
+                collate_fn, num_workers, pin_memory, prefetch_factor and worker_init_fn are kept.
+            noise_multiplier: σ: noise of standard deviation σ × sensitivity on the sum. 0 is not private: ε =
+                ∞, warns.
+            max_grad_norm: C, flat clipping of the gradient over all trained parameters.
+            strategy: "bookkeeping": one backward, keeping x and g of trained layers until the norms are
+                known.
+            physical_batch_size: largest micro-batch; default the DataLoader's batch_size.
+            poisson_sampling: must stay True.
+            max_batch_size: capacity in examples: truncated Poisson sampling, with its own accounting ("pld"
+                only).
+            unit: what ε protects: "example", or "speaker": speakers are sampled and at most
+                max_examples_per_speaker = k examples of each join a step; sensitivity and noise are k times
+                larger, q = batch_size/(k × speakers).
+            speakers: the speaker of every example (unit="speaker").
+            max_examples_per_speaker: k (unit="speaker").
+            lengths: sizes of all examples; micro-batches are then made of examples of like sizes.
+            steps: total steps of the run: the loader then ends after them (those in the ledger included).
+            target_epsilon, target_delta: step() raises BudgetExhausted rather than pass this ε.
+            clipping: "flat" only. loss_reduction: "mean" only: the sum is divided by the expected batch size.
+            noise_generator, criterion: must stay None. batch_first: must stay True.
+            grad_sample_mode: None or "ghost". wrap_model, rand_on_empty: must stay False.
+                (Opacus's keywords: each refusal says why.)
+
+        Raises:
+            ValueError: an argument out of range or refused, BatchNorm in training, trained parameters without
+                a rule, an optimizer that does not hold exactly the model's parameters.
+            TypeError: an argument of the wrong kind.
+            RuntimeError: more than one process; a second make_private on one engine.
+            LedgerError: the ledger is damaged, locked, or another data set's.
+        """
+        if self._optimizer is not None:
+            raise RuntimeError(
+                "make_private: this engine made a run private already; use a new PrivacyEngine (with the "
+                "same ledger, if both runs spend one budget)"
+            )
+        check_single_process()
+        check_strategy(strategy)
+        norm = check_clipping(clipping, max_grad_norm)
+        check_opacus_keywords(
+            poisson_sampling=poisson_sampling,
+            noise_generator=noise_generator,
+            loss_reduction=loss_reduction,
+            criterion=criterion,
+            batch_first=batch_first,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            rand_on_empty=rand_on_empty,
+        )
+        sampling = plan_sampling(
+            data_loader,
+            unit=unit,
+            speakers=speakers,
+            max_examples_per_speaker=max_examples_per_speaker,
+            max_batch_size=max_batch_size,
+        )
+        mechanism = Mechanism(
+            sampling.sample_rate,
+            float(noise_multiplier),
+            sampling.units if max_batch_size is not None else None,
+            max_batch_size,
+        )
+        check_accountant(self.accountant, truncated=mechanism.truncated)
+        _check_target(target_epsilon, target_delta, sampling.units)
+        physical = sampling.expected_batch_size if physical_batch_size is None else physical_batch_size
+        if physical < 1:
+            raise ValueError(f"physical_batch_size must be >= 1, got {physical_batch_size}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be >= 1, got {steps}")
+        examples = len(data_loader.dataset)  # type: ignore[arg-type]
+        if lengths is not None and len(lengths) != examples:
+            raise ValueError(
+                f"lengths must hold one size for each of the {examples} examples, got {len(lengths)}"
+            )
+
+        check_module(module)
+        swap(module)
+        check_coverage(module)
+        check_optimizer(optimizer, module)
+
+        if noise_multiplier == 0:
+            warnings.warn("noise_multiplier=0: nothing is private, ε = ∞", stacklevel=2)
+        bound = batch_bound(
+            sampling.units, sampling.sample_rate, per_unit=sampling.per_unit, capacity=sampling.max_batch_size
+        )
+        reach = sensitivity(norm, bound, sampling.per_unit)
+        tape = attach(module)
+        try:
+            budget = Budget(
+                sampling,
+                mechanism,
+                self.accountant,
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                planned_steps=steps,
+                ledger=self._ledger_path,
+                settings={
+                    "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "max_grad_norm": norm,
+                    "clipping": "flat",
+                    "sensitivity": reach,
+                    "max_examples_per_unit": sampling.per_unit,
+                    "expected_batch_size": sampling.expected_batch_size,
+                    "trained_parameters": sum(p.numel() for p in trained_parameters(module).values()),
+                    "versions": _versions(),
+                },
+            )
+        except BaseException:
+            detach(module)
+            raise
+        self._budget = budget
+        self._module = module
+        self._optimizer = DPOptimizer(
+            optimizer,
+            model=module,
+            tape=tape,
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=norm,
+            sensitivity=reach,
+            expected_batch_size=sampling.expected_batch_size,
+            batch_bound=bound,
+            stream=self._noise_stream,
+            spend=self._spend,
+        )
+        sampler: ExampleSampler | SpeakerSampler
+        if sampling.unit == "speaker":
+            assert speakers is not None  # plan_sampling saw to it
+            sampler = SpeakerSampler(speakers, sampling.sample_rate, sampling.per_unit, self._sampling_stream)
+        else:
+            sampler = ExampleSampler(
+                sampling.units, sampling.sample_rate, self._sampling_stream, sampling.max_batch_size
+            )
+        loader = DPDataLoader(
+            data_loader,
+            sampler,
+            physical_batch_size=physical,
+            epoch_steps=max(1, round(1 / sampling.sample_rate)),
+            total_steps=steps,
+            lengths=lengths,
+            on_batch=self._optimizer.begin_logical_batch,
+            steps_taken=lambda: budget.steps,
+        )
+        return module, self._optimizer, loader
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader,
+        target_epsilon: float,
+        target_delta: float,
+        max_grad_norm: float,
+        epochs: int | None = None,
+        steps: int | None = None,
+        **arguments: Any,
+    ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
+        """`make_private` with the smallest σ (rounded up) that keeps the whole run within target_epsilon.
+
+        Args:
+            target_epsilon: ε > 0 at the end of the run; step() raises BudgetExhausted rather than pass it.
+            target_delta: δ in (0, 1); warns where δ >= 1/N.
+            epochs: passes over the loader, of round(1/q) steps each; or
+            steps: the run's steps, at whose end the loader ends too. Exactly one of the two.
+            module, optimizer, data_loader, max_grad_norm, arguments: as in `make_private`.
+
+        Raises:
+            ValueError: both or neither of epochs and steps; and what `make_private` raises.
+            TypeError: noise_multiplier given as well.
+        """
+        if "noise_multiplier" in arguments:
+            raise TypeError(
+                "noise_multiplier is what make_private_with_epsilon finds; use make_private to set it"
+            )
+        if (epochs is None) == (steps is None):
+            raise ValueError(f"give exactly one of epochs and steps, got epochs={epochs}, steps={steps}")
+        planned = ("unit", "speakers", "max_examples_per_speaker", "max_batch_size")
+        sampling = plan_sampling(data_loader, **{key: arguments[key] for key in planned if key in arguments})
+        total = steps if steps is not None else (epochs or 0) * max(1, round(1 / sampling.sample_rate))
+        if total < 1:
+            raise ValueError(f"the run has no steps: epochs={epochs}, steps={steps}")
+        sigma = accounting.noise_multiplier(
+            target_epsilon,
+            target_delta,
+            sampling.sample_rate,
+            total,
+            accountant=self.accountant,
+            max_batch_size=sampling.max_batch_size,
+            dataset_size=sampling.units,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="delta=")  # said once above
+            return self.make_private(
+                module=module,
+                optimizer=optimizer,
+                data_loader=data_loader,
+                noise_multiplier=sigma,
+                max_grad_norm=max_grad_norm,
+                steps=steps,
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                **arguments,
+            )
+
+    def get_epsilon(self, delta: float | None = None, *, accountant: str | None = None) -> float:
+        """ε spent so far at δ: of every step in the ledger and of this run; ∞ after a step without noise.
+
+        Args:
+            delta: δ in (0, 1), default target_delta; warns where δ >= 1/N.
+            accountant: "pld" or "rdp", default the engine's.
+
+        Raises:
+            ValueError: no δ; "rdp" with truncated Poisson sampling.
+        """
+        budget = self._made()
+        delta = budget.target_delta if delta is None else delta
+        if delta is None:
+            raise ValueError("get_epsilon needs delta (no target_delta was given to make_private)")
+        return budget.epsilon(delta, accountant)
+
+    def self_check(
+        self,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        batch: Any,
+        *,
+        singles: Sequence[Any] | None = None,
+        samples: int = 3,
+        tolerance: float | None = None,
+    ) -> SelfCheckReport:
+        """Check on a batch that every example's gradient is its own, dropout off.
+
+        Arguments as of `dpkernels.privacy.self_check.self_check`. Spends nothing and releases nothing; its
+        numbers are NOT PRIVATE. Raises SelfCheckError naming the layers.
+        """
+        self._made()
+        assert self._module is not None
+        assert self._optimizer is not None
+        return self_check(
+            self._module,
+            self._optimizer.tape,
+            loss_fn,
+            batch,
+            singles=singles,
+            samples=samples,
+            tolerance=tolerance,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was spent, for a checkpoint: plain values, no keys."""
+        return self._made().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add what a checkpoint says was spent, after make_private. Steps counted already stay counted.
+
+        Raises:
+            RuntimeError: before make_private.
+            LedgerError: the ledger does not hold the line the checkpoint was written after (lines were cut
+                off its end, or it is another ledger).
+            ValueError: the checkpoint is of another data set or unit.
+        """
+        self._made().load_state_dict(state)
+
+    def close(self) -> None:
+        """Close the ledger and give up its lock. The engine cannot step afterwards if it had one."""
+        if self._budget is not None:
+            self._budget.close()
+
+    def _spend(self) -> None:
+        check_single_process()
+        self._made().spend()
+
+    def _made(self) -> Budget:
+        if self._budget is None:
+            raise RuntimeError("call make_private (or make_private_with_epsilon) first")
+        return self._budget
+
+
+def _check_target(target_epsilon: float | None, target_delta: float | None, units: int) -> None:
+    if target_epsilon is not None and target_delta is None:
+        raise ValueError("target_epsilon needs target_delta")
+    if target_epsilon is not None and not target_epsilon > 0:
+        raise ValueError(f"target_epsilon must be > 0, got {target_epsilon}")
+    if target_delta is not None:
+        check_delta(target_delta, units)
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "dp-accounting", "numpy")
+    from dpkernels import __version__  # here, since the package imports this module
+
+    return {"dpkernels": __version__, **{name: metadata.version(name) for name in names}}

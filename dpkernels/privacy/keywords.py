@@ -1,0 +1,96 @@
+"""Keywords of Opacus's `make_private`: accepted where the meaning is the same here, refused with the reason
+elsewhere."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+STRATEGIES = ("bookkeeping",)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise ValueError naming what is available for a strategy that is not."""
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"strategy={strategy!r} is not available; available: "
+            f"{', '.join(repr(name) for name in STRATEGIES)} (keeps x and g of every trained layer until "
+            "the norms are known). Use a smaller physical_batch_size for less memory."
+        )
+
+
+def check_clipping(clipping: str, max_grad_norm: float | Sequence[float]) -> float:
+    """The clipping norm C as a float; ValueError or TypeError for anything but flat clipping with a finite C
+    > 0."""
+    if clipping != "flat":
+        raise ValueError(
+            f"clipping={clipping!r} is refused: per-layer clipping has sensitivity √ΣC_l², automatic and "
+            "adaptive clipping spend budget of their own, and none of that is accounted here yet. Use "
+            "clipping='flat'."
+        )
+    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, int | float):
+        raise TypeError(
+            f"max_grad_norm={max_grad_norm!r}: one number is expected. A list would mean per-layer "
+            "clipping, whose sensitivity √ΣC_l² is not accounted here yet; give the norm of the whole "
+            "gradient."
+        )
+    if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
+        raise ValueError(f"max_grad_norm must be finite and > 0, got {max_grad_norm}")
+    return float(max_grad_norm)
+
+
+def check_opacus_keywords(
+    *,
+    poisson_sampling: bool,
+    noise_generator: Any,
+    loss_reduction: str,
+    criterion: Any,
+    batch_first: bool,
+    grad_sample_mode: str | None,
+    wrap_model: bool,
+    rand_on_empty: bool,
+) -> None:
+    """Raise ValueError, with reason and mend, for a keyword whose Opacus meaning does not hold here."""
+    if not poisson_sampling:
+        raise ValueError(
+            "poisson_sampling=False is refused: shuffled batches are not Poisson-sampled, and ε for Poisson "
+            "sampling would be wrong for them (honest accounting of shuffling needs about four times the "
+            "noise). Leave it out: the returned loader samples for you; for batches of bounded size use "
+            "max_batch_size (truncated Poisson)."
+        )
+    if noise_generator is not None:
+        raise ValueError(
+            "noise_generator is refused: torch's generators are not cryptographic and a seeded one lets its "
+            "holder remove the noise. Leave it out; tests can fix the noise with "
+            "PrivacyEngine(noise_key=...)."
+        )
+    if loss_reduction != "mean":
+        raise ValueError(
+            f"loss_reduction={loss_reduction!r} is refused: optimizer.backward takes unreduced losses [B], "
+            "and the noised sum is always divided by the expected batch size ('mean'). For Opacus's 'sum', "
+            "multiply the learning rate by the batch size."
+        )
+    if criterion is not None:
+        raise ValueError(
+            "criterion is refused: nothing wraps the loss here, and three objects are returned, not four. "
+            "Compute losses of shape [B] (reduction='none') and call optimizer.backward(losses)."
+        )
+    if not batch_first:
+        raise ValueError(
+            "batch_first=False is refused: the layers take the first dimension of their input for the "
+            "batch; transpose inside the model"
+        )
+    if grad_sample_mode not in (None, "ghost"):
+        raise ValueError(
+            f"grad_sample_mode={grad_sample_mode!r} is refused: norms are computed by ghost clipping, "
+            "per-sample gradients are never materialised; leave it out"
+        )
+    if wrap_model:
+        raise ValueError(
+            "wrap_model=True is refused: the module is not wrapped, its layers change class in place, so "
+            "names, hooks and state_dict stay as they are; leave it out"
+        )
+    if rand_on_empty:
+        raise ValueError(
+            "rand_on_empty=True is refused: an empty logical batch has no micro-batches, and step() adds "
+            "its noise; leave it out"
+        )

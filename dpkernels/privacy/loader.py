@@ -1,0 +1,245 @@
+"""The private data loader: the user's DataLoader, its batches replaced by Poisson-sampled logical batches."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.sampler import BatchSampler
+
+
+class Sampler(Protocol):
+    """What draws logical batches."""
+
+    def draw(self) -> np.ndarray:
+        """Indices of one logical batch."""
+        ...
+
+
+def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
+    """(N, expected batch size) of a DataLoader whose batches Poisson sampling can replace.
+
+    Raises:
+        TypeError: not a DataLoader.
+        ValueError: an iterable dataset, a sampler or batch sampler of the user's own, drop_last, no batch
+            size, or an empty dataset; each with the reason and the mend.
+    """
+    if not isinstance(data_loader, DataLoader):
+        raise TypeError(
+            f"data_loader must be a torch.utils.data.DataLoader, got {type(data_loader).__name__}"
+        )
+    if isinstance(data_loader.dataset, IterableDataset):
+        raise ValueError(
+            "data_loader: an IterableDataset cannot be Poisson-sampled (every example must be reachable by "
+            "its index in every step); use a map-style dataset with __len__ and __getitem__"
+        )
+    if type(data_loader.batch_sampler) is not BatchSampler or data_loader.batch_size is None:
+        raise ValueError(
+            "data_loader: batch_sampler and batch_size=None are refused, since Poisson sampling draws the "
+            "batches; give batch_size, which becomes the expected batch size"
+        )
+    if type(data_loader.sampler) not in (RandomSampler, SequentialSampler) or getattr(
+        data_loader.sampler, "replacement", False
+    ):
+        raise ValueError(
+            f"data_loader: sampler={type(data_loader.sampler).__name__} is refused: it would change every "
+            "example's probability of joining a step, which must be q = batch_size/N; leave sampler out"
+        )
+    if data_loader.drop_last:
+        raise ValueError(
+            "data_loader: drop_last=True has no meaning for Poisson-sampled batches; leave it out"
+        )
+    size = len(data_loader.dataset)  # type: ignore[arg-type]
+    if size == 0:
+        raise ValueError("data_loader: its dataset is empty")
+    if data_loader.batch_size > size:
+        raise ValueError(
+            f"data_loader: batch_size={data_loader.batch_size} exceeds the dataset's {size} examples; it is "
+            "the expected batch size, and the sampling rate batch_size/N must be <= 1"
+        )
+    return size, data_loader.batch_size
+
+
+def micro_batches(
+    indices: np.ndarray, physical_batch_size: int, lengths: np.ndarray | None = None
+) -> list[list[int]]:
+    """Split a logical batch into micro-batches of at most `physical_batch_size`, of like lengths where these
+    are known.
+
+    Longest first: what runs out of memory does so at once. The order changes no example's gradient.
+    """
+    if lengths is not None:
+        indices = indices[np.argsort(-lengths[indices], kind="stable")]
+    starts = range(0, len(indices), physical_batch_size)
+    return [indices[start : start + physical_batch_size].tolist() for start in starts]
+
+
+class LogicalBatch:
+    """One Poisson-sampled batch: `len()` micro-batches, possibly 0, read once by iterating.
+
+    How many examples it holds is not private: see `PrivacyEngine`.
+    """
+
+    def __init__(self, length: int, fetch: Callable[[], Any]) -> None:
+        self._length = length
+        self._left = length
+        self._fetch = fetch
+        self._started = False
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._started:
+            raise RuntimeError(
+                "a logical batch is read once: processing its examples a second time in the same step would "
+                "double their contribution. Keep list(logical_batch) if it is needed for anything else."
+            )
+        self._started = True
+        while self._left:
+            self._left -= 1
+            yield self._fetch()
+
+    def skip_rest(self) -> None:
+        """Read and drop what was not read, so that the workers' queue stays in step."""
+        self._started = True
+        while self._left:
+            self._left -= 1
+            self._fetch()
+
+
+class _Plan:
+    """The logical batches of one pass, drawn when first needed: by the prefetching workers or by the training
+    loop."""
+
+    def __init__(self, sampler: Sampler, steps: int, split: Callable[[np.ndarray], list[list[int]]]) -> None:
+        self._sampler = sampler
+        self._split = split
+        self._to_draw = steps
+        self._unread: deque[tuple[int, int]] = deque()
+
+    def feed(self) -> Iterator[list[int]]:
+        """All micro-batches of the pass in order: what torch's DataLoader pulls, ahead of the training
+        loop."""
+        while self._to_draw:
+            yield from self._draw()
+
+    def _draw(self) -> list[list[int]]:
+        self._to_draw -= 1
+        drawn = self._sampler.draw()
+        parts = self._split(drawn)
+        self._unread.append((len(parts), len(drawn)))
+        return parts
+
+    def next_counts(self, read_ahead: Callable[[], None]) -> tuple[int, int]:
+        """(micro-batches, examples) of the next logical batch."""
+        while not self._unread:
+            read_ahead()
+        return self._unread.popleft()
+
+
+class DPDataLoader:
+    """Iterates Poisson-sampled logical batches over the user's dataset.
+
+    Each item is a `LogicalBatch` of micro-batches of at most `physical_batch_size` examples, made by the
+    user's `collate_fn` and workers. An empty logical batch is a step like any other: call `optimizer.step()`
+    for it too.
+
+    Args:
+        data_loader: the user's; its batch_size is the expected batch size.
+        sampler: draws the indices of a logical batch.
+        physical_batch_size: largest micro-batch.
+        epoch_steps: logical batches in one pass.
+        total_steps: where given, one pass runs from the steps already taken to this total.
+        lengths: sizes of the examples [N]; micro-batches then hold examples of like sizes.
+        on_batch: told of each logical batch before it is handed out: its examples, and whether it opens a
+            pass.
+        steps_taken: how many steps the run has behind it.
+    """
+
+    def __init__(
+        self,
+        data_loader: DataLoader,
+        sampler: Sampler,
+        *,
+        physical_batch_size: int,
+        epoch_steps: int,
+        total_steps: int | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
+        on_batch: Callable[[int, bool], None],
+        steps_taken: Callable[[], int],
+    ) -> None:
+        self.dataset = data_loader.dataset
+        self.batch_size = data_loader.batch_size
+        self.collate_fn = data_loader.collate_fn
+        self.physical_batch_size = physical_batch_size
+        self.epoch_steps = epoch_steps
+        self.total_steps = total_steps
+        self._sampler = sampler
+        self._lengths = None if lengths is None else np.asarray(lengths)
+        self._on_batch = on_batch
+        self._steps_taken = steps_taken
+        self._plan: _Plan | None = None
+        feed = _Feed(self)
+        workers = data_loader.num_workers
+        self._loader = DataLoader(
+            data_loader.dataset,
+            batch_sampler=feed,
+            collate_fn=data_loader.collate_fn,
+            num_workers=workers,
+            pin_memory=data_loader.pin_memory,
+            timeout=data_loader.timeout,
+            worker_init_fn=data_loader.worker_init_fn,
+            multiprocessing_context=data_loader.multiprocessing_context if workers else None,
+            generator=data_loader.generator,
+            prefetch_factor=data_loader.prefetch_factor,
+            persistent_workers=data_loader.persistent_workers,
+        )
+
+    def __len__(self) -> int:
+        """Logical batches in one pass: round(1/q), or `steps` where make_private was given it."""
+        return self.epoch_steps if self.total_steps is None else self.total_steps
+
+    def __iter__(self) -> Iterator[LogicalBatch]:
+        steps = self.epoch_steps
+        if self.total_steps is not None:
+            steps = max(self.total_steps - self._steps_taken(), 0)
+        plan = _Plan(self._sampler, steps, self._split)
+        self._plan = plan
+        batches = iter(self._loader)
+        ahead: deque[Any] = deque()
+
+        def fetch() -> Any:
+            return ahead.popleft() if ahead else next(batches)
+
+        def read_ahead() -> None:
+            # Reading one micro-batch makes the loader draw at least to the logical batch it belongs to; past
+            # the last # micro-batch it draws whatever empty logical batches are left.
+            with suppress(StopIteration):
+                ahead.append(next(batches))
+
+        first = True
+        for _ in range(steps):
+            length, examples = plan.next_counts(read_ahead)
+            batch = LogicalBatch(length, fetch)
+            self._on_batch(examples, first)
+            first = False
+            yield batch
+            batch.skip_rest()
+
+    def _split(self, indices: np.ndarray) -> list[list[int]]:
+        return micro_batches(indices, self.physical_batch_size, self._lengths)
+
+
+class _Feed:
+    """The batch sampler that torch's DataLoader sees: the micro-batches of the pass under way."""
+
+    def __init__(self, owner: DPDataLoader) -> None:
+        self._owner = owner
+
+    def __iter__(self) -> Iterator[list[int]]:
+        plan = self._owner._plan
+        assert plan is not None  # set by DPDataLoader.__iter__ before it iterates the inner loader
+        return plan.feed()

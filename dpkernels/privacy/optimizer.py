@@ -1,0 +1,363 @@
+"""The private optimizer: per-sample losses in, one noised gradient a logical batch out."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from dpkernels import ops
+from dpkernels.nn import Record, Tape, batch_norms_in_training
+from dpkernels.privacy.checks import batch_norm_message, check_losses, check_trained, trained_parameters
+from dpkernels.privacy.clipping import total_norm_sq
+from dpkernels.privacy.noise import SecretStream
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What the last applied step saw. NOT PRIVATE: for the trainer's eyes, never for a report meant for
+    others.
+
+    Attributes:
+        examples: examples in the logical batch.
+        clip_rate: share of them that were clipped (0 for an empty batch).
+        mean_norm: mean norm of their gradients before clipping, over those with a finite norm.
+        non_finite: how many had a non-finite norm; they contributed exactly 0.
+    """
+
+    examples: int
+    clip_rate: float
+    mean_norm: float
+    non_finite: int
+
+    def __repr__(self) -> str:
+        return (
+            f"StepStats(NOT PRIVATE: examples={self.examples}, clip_rate={self.clip_rate:.3f}, "
+            f"mean_norm={self.mean_norm:.4g}, non_finite={self.non_finite})"
+        )
+
+
+class DPOptimizer(torch.optim.Optimizer):
+    """A torch optimizer that steps on clipped, summed and noised gradients.
+
+    The step it takes is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
+    of the sum: float64 up to one rounding to each parameter's dtype; everything after it is post-processing.
+        `param_groups`,
+    `state` and `defaults` are the wrapped optimizer's, so that learning-rate schedulers and `state_dict`
+    work.
+
+    Made by `PrivacyEngine.make_private`.
+
+    Args:
+        optimizer: the wrapped optimizer.
+        model: the private model.
+        tape: its tape.
+        noise_multiplier: σ.
+        max_grad_norm: C.
+        sensitivity: S, a little more than C (or k·C): see `dpkernels.privacy.clipping`.
+        expected_batch_size: the public constant the noised sum is divided by.
+        batch_bound: largest logical batch that the sensitivity is stated for.
+        stream: where the noise comes from.
+        spend: counts a step, durably, or raises; called before a step changes anything.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        model: nn.Module,
+        tape: Tape,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        sensitivity: float,
+        expected_batch_size: int,
+        batch_bound: int,
+        stream: SecretStream,
+        spend: Callable[[], None],
+    ) -> None:
+        # Optimizer.__init__ is not called: groups and state live in the wrapped optimizer, once.
+        self.original_optimizer = optimizer
+        self.noise_multiplier = noise_multiplier
+        self.max_grad_norm = max_grad_norm
+        self.sensitivity = sensitivity
+        self.expected_batch_size = expected_batch_size
+        self._model = model
+        self.tape = tape
+        self._batch_bound = batch_bound
+        self._stream = stream
+        self._spend = spend
+        self._trained = trained_parameters(model)
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._published: dict[nn.Parameter, Tensor] = {}
+        self._examples = 0
+        self._drawn: int | None = None
+        self._spoiled = False
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._last_seen: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's."""
+        return self.original_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.original_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's."""
+        return self.original_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.original_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self.original_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.original_optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "original_optimizer":  # not set yet
+            raise AttributeError(name)
+        return getattr(self.original_optimizer, name)
+
+    def __repr__(self) -> str:
+        return (
+            f"DPOptimizer({self.original_optimizer!r}, noise_multiplier={self.noise_multiplier}, "
+            f"max_grad_norm={self.max_grad_norm}, expected_batch_size={self.expected_batch_size})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "DPOptimizer holds a noise key and is never pickled or copied; save its state_dict() instead"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state; sums of an unfinished logical batch and keys are not in it."""
+        return self.original_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the wrapped optimizer's state."""
+        self.original_optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
+        """Refused: the trained parameters are fixed when the model is made private."""
+        raise RuntimeError(
+            "add_param_group after make_private is refused: clipping, noise and the ledger cover the "
+            "parameters that were trained then. Add them before make_private."
+        )
+
+    @property
+    def last_step(self) -> StepStats | None:
+        """Statistics of the last applied step, or None before it. NOT PRIVATE."""
+        return None if self._last_seen is None else _statistics(self._last_seen)
+
+    def begin_logical_batch(self, examples: int, first: bool = False) -> None:
+        """Called by the private loader before it hands out a logical batch of `examples` examples.
+
+        Raises:
+            RuntimeError: the logical batch before it got no step().
+        """
+        if self._examples or (self._drawn is not None and not first):
+            raise RuntimeError(
+                "optimizer.step() was not called for the previous logical batch: call it exactly once for "
+                "each, also for an empty one. Skipping a step because a batch is empty shows that it is."
+            )
+        self._drawn = examples
+
+    def backward(self, losses: Tensor) -> None:
+        """Back-propagate losses.sum(), clip each example's gradient and add it to the sums.
+
+        Args:
+            losses: [B], floating, one loss an example, each depending on its own example only.
+
+        Raises:
+            TypeError, ValueError: losses of another shape or kind.
+            RuntimeError: more examples than the logical batch holds; a trained parameter used past its
+                layer's rule. What a failed backward leaves: the sums as they were before it.
+        """
+        check_losses(losses)
+        batch_size = losses.shape[0]
+        self._check_batch(batch_size)
+        self._check_model()
+        if batch_size == 0:
+            self.tape.discard()
+            return
+        try:
+            self.tape.open(batch_size)
+            losses.sum().backward()
+            records = self.tape.close()
+            self._check_bypassed()
+            with torch.no_grad():
+                norm_sq = total_norm_sq(records, batch_size, losses.device)
+                factors = ops.clip_factors(norm_sq, self.max_grad_norm)
+        except BaseException:
+            self.tape.discard()
+            for parameter in self._trained.values():
+                parameter.grad = None
+            raise
+        self._add(records, factors)
+        self._examples += batch_size
+        self._seen.append((norm_sq, factors))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> Any:  # type: ignore[override]
+        """End the logical batch: count it, add the noise, divide, let the wrapped optimizer step.
+
+        Without a backward before it, it is the step of an empty batch: noise alone, and counted all the same.
+
+        Raises:
+            BudgetExhausted: this step would exceed target_epsilon; nothing was spent.
+            RuntimeError: the trained parameters are no longer those of make_private.
+            TypeError: a closure was given.
+        """
+        if closure is not None:
+            raise TypeError(
+                "step(closure) is refused: a closure evaluates the loss within the step, outside of "
+                "clipping and noise. Call optimizer.backward(losses), then step()."
+            )
+        if self._spoiled:
+            raise RuntimeError(
+                "a backward failed half-way through its sums; call zero_grad() to drop this logical batch"
+            )
+        self._check_parameters()
+        if self._drawn is not None and self._examples < self._drawn:
+            warnings.warn(
+                "step(): fewer examples were back-propagated than the logical batch holds. Leaving an "
+                "example out is private only if that depends on the example alone.",
+                stacklevel=2,
+            )
+        self._spend()
+        try:
+            draw = self._stream.next_draw()
+            gradients = {
+                parameter: self._noised_gradient(index, parameter, draw)
+                for index, parameter in enumerate(self._trained.values())
+            }
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            self._published = gradients
+            self._last_seen = self._seen
+            return self.original_optimizer.step()
+        finally:
+            # Never a second release of the same batch: not even when the wrapped step failed.
+            self._forget_batch()
+            self._drawn = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and drop what an unfinished logical batch had summed up."""
+        self._forget_batch()
+        self._published = {}
+        self.original_optimizer.zero_grad(set_to_none=True)
+
+    def _noised_gradient(self, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
+        """(sum + σ·S·N(0, 1)) / expected batch size, in float64, rounded once to the parameter's dtype."""
+        if self.noise_multiplier > 0:
+            total = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
+            total *= self.noise_multiplier * self.sensitivity
+        else:
+            total = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+        clipped = self._sums.get(parameter)
+        if clipped is not None:
+            total += clipped
+        return (total / self.expected_batch_size).to(parameter.dtype)
+
+    @torch.no_grad()
+    def _add(self, records: list[Record], factors: Tensor) -> None:
+        try:
+            for record in records:
+                for parameter in record.parameters:
+                    if parameter not in self._sums:
+                        self._sums[parameter] = torch.zeros(
+                            parameter.shape, dtype=torch.float64, device=parameter.device
+                        )
+                record.add_weighted_sum(factors.to(record.parameters[0].device), self._sums)
+        except BaseException:
+            self._forget_batch()
+            self._spoiled = True
+            raise
+
+    def _forget_batch(self) -> None:
+        self._sums = {}
+        self._examples = 0
+        self._seen = []
+        self._spoiled = False
+
+    def _check_batch(self, batch_size: int) -> None:
+        if self._spoiled:
+            raise RuntimeError(
+                "a backward failed half-way through its sums; call zero_grad() to drop this logical batch"
+            )
+        if self.noise_multiplier == 0:
+            return  # nothing is claimed
+        if self._drawn is None:
+            raise RuntimeError(
+                "optimizer.backward: no logical batch of the private loader is open. Take every batch from "
+                "the loader that make_private returned, and call step() once for each: ε is accounted for "
+                "its Poisson sampling, and for nothing else."
+            )
+        if self._examples + batch_size > self._drawn:
+            raise RuntimeError(
+                "optimizer.backward: more examples than the logical batch holds. An example processed twice "
+                "in a step, or one that was not sampled, breaks the privacy claim; call zero_grad() to "
+                "start this batch again."
+            )
+        if self._examples + batch_size > self._batch_bound:
+            raise RuntimeError(
+                f"a logical batch of more than {self._batch_bound} examples: outside what was accounted"
+            )
+
+    def _check_model(self) -> None:
+        names = batch_norms_in_training(self._model)
+        if names:
+            raise RuntimeError(batch_norm_message(names))
+        for name, parameter in self._trained.items():
+            if parameter.grad is None:
+                continue
+            if parameter.grad is not self._published.get(parameter):
+                raise RuntimeError(
+                    f"{name}.grad is set, but not by a private step: a gradient computed elsewhere would "
+                    "mix with the private one. Use optimizer.backward(losses) only, and call "
+                    "optimizer.zero_grad() first."
+                )
+            parameter.grad = None
+        self._published = {}
+
+    def _check_bypassed(self) -> None:
+        filled = [name for name, parameter in self._trained.items() if parameter.grad is not None]
+        if filled:
+            raise RuntimeError(
+                f"trained parameters were used past their layers' rules: {', '.join(filled)}. Autograd "
+                "filled their .grad, so part of their gradient was not clipped (a tied weight read "
+                "elsewhere, a functional call, a fused layer, a penalty on weights). Use the weight through "
+                "its layer only, or freeze it."
+            )
+
+    def _check_parameters(self) -> None:
+        check_trained(trained_parameters(self._model), self._trained)
+        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        lost = [name for name, parameter in self._trained.items() if id(parameter) not in held]
+        if lost:
+            raise RuntimeError(
+                f"the optimizer no longer holds {', '.join(lost)}: it would step without them. Do not "
+                "rebuild parameters or groups after make_private."
+            )
+
+
+def _statistics(seen: list[tuple[Tensor, Tensor]]) -> StepStats:
+    if not seen:
+        return StepStats(0, 0.0, 0.0, 0)
+    norm_sq = torch.cat([part.cpu() for part, _ in seen])
+    factors = torch.cat([part.cpu() for _, part in seen])
+    finite = torch.isfinite(norm_sq)
+    mean = norm_sq[finite].sqrt().mean().item() if bool(finite.any()) else 0.0
+    clipped = ((factors < 1) & finite).sum().item()
+    return StepStats(len(norm_sq), clipped / len(norm_sq), mean, int((~finite).sum().item()))

@@ -1,0 +1,31 @@
+"""The definition of every op: the obvious PyTorch, sample by sample in float64.
+
+Nothing here is fast, blocked or clever; each function is what the op of the same name means, and every
+backend is tested against it. A norm is returned in float32 and never below its float64 value. The float64
+computation itself is exact to about T·2⁻⁵³·Σ_t‖x_t‖‖g_t‖, which is not added: see `dpkernels.backends.bounds`
+for the backends' bounds.
+"""
+
+from dpkernels.reference.bias import bias_norm_sq, bias_weighted_sum
+from dpkernels.reference.clip import clip_factors
+from dpkernels.reference.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
+from dpkernels.reference.embedding import embedding_norm_sq, embedding_weighted_sum
+from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
+from dpkernels.reference.lora import lora_norm_sq, lora_weighted_sum
+from dpkernels.reference.norm import layer_norm_norm_sq, layer_norm_weighted_sum
+
+__all__ = [
+    "bias_norm_sq",
+    "bias_weighted_sum",
+    "clip_factors",
+    "depthwise_conv1d_norm_sq",
+    "depthwise_conv1d_weighted_sum",
+    "embedding_norm_sq",
+    "embedding_weighted_sum",
+    "layer_norm_norm_sq",
+    "layer_norm_weighted_sum",
+    "linear_norm_sq",
+    "linear_weighted_sum",
+    "lora_norm_sq",
+    "lora_weighted_sum",
+]

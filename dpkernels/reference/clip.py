@@ -1,0 +1,24 @@
+"""Definition of the clipping factor: c = min(1, C/√norm_sq) rounded down, so that c·√norm_sq ≤ C exactly."""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def _factor(norm_sq: float, max_grad_norm: float) -> float:
+    if not math.isfinite(norm_sq) or norm_sq < 0.0:
+        return 0.0
+    if Fraction(norm_sq) <= Fraction(max_grad_norm) ** 2:
+        return 1.0
+    norm = math.nextafter(math.sqrt(norm_sq), math.inf)
+    return min(1.0, math.nextafter(max_grad_norm / norm, 0.0))
+
+
+def clip_factors(norm_sq: Tensor, max_grad_norm: float) -> Tensor:
+    """min(1, C/√norm_sq), each step rounded down, 1 where norm_sq ≤ C²; 0 where NaN, infinite or negative."""
+    factors = [_factor(n, max_grad_norm) for n in norm_sq.tolist()]
+    exact = torch.tensor(factors, dtype=torch.float64, device=norm_sq.device)
+    nearest = exact.float()
+    return torch.where(nearest > exact, nearest.nextafter(nearest.new_zeros(())), nearest)

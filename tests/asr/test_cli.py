@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tones
+import yaml
+from typer.testing import CliRunner
+
+from asr_finetune import cli
+from asr_finetune.config import Config, ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with tones.one_thread():
+        yield
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(
+        cli.app, [str(item) for item in arguments]
+    )
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of the entry point itself."""
+    monkeypatch.setattr(sys, "argv", ["asr-finetune", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "evaluate", "report", "demo"])
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"asr-finetune {command}" in result.output
+    assert "Example" in result.output
+
+
+def test_help_lists_the_commands() -> None:
+    output = invoke("--help").output
+    assert all(command in output for command in ("plan", "train", "evaluate", "report", "demo"))
+
+
+def test_print_config_is_a_configuration() -> None:
+    values = yaml.safe_load(invoke("train", "--print-config").output)
+    assert Config.from_dict(values).train.batch_size == 256
+    given = invoke(
+        "train",
+        "--model",
+        "m",
+        "--train",
+        "d",
+        "-o",
+        "runs/x",
+        "--epsilon",
+        "3",
+        "--not-private",
+        "--print-config",
+    )
+    config = Config.from_dict(yaml.safe_load(given.output))
+    assert (config.privacy.epsilon, config.privacy.enabled, config.output) == (3.0, False, "runs/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--epsilon", "3"], "output is missing"),
+        (["train", "--config", "none.yaml"], "--config none.yaml: no such file"),
+        (["train", "--set", "trian.steps=3"], "did you mean train?"),
+        (["train", "--model", "m", "--train", "d", "-o", "o", "--epsilon", "3"], "privacy.delta is missing"),
+        (["plan", "--epsilon", "3", "--delta", "1e-5"], "--examples, --batch-size, --steps missing"),
+        (["evaluate", "--data", "d"], "give --model, --adapter, or both"),
+    ],
+)
+def test_expected_errors_are_messages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run_main(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a ValueError, where a library raised it: json here."""
+    monkeypatch.setattr(sys, "argv", ["asr-finetune", "train"])
+    monkeypatch.setattr(cli, "app", lambda: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        cli.main()
+    monkeypatch.setattr(cli, "app", lambda: {}["missing"])
+    with pytest.raises(KeyError):
+        cli.main()
+
+
+def test_interruption_has_its_own_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from asr_finetune.loop import Interrupted
+
+    def stop() -> None:
+        raise Interrupted("the same command continues from here")
+
+    monkeypatch.setattr(cli, "app", stop)
+    assert run_main(monkeypatch, "train") == 130
+    assert "continues from here" in capsys.readouterr().err
+
+
+def test_plan() -> None:
+    size = ("--examples", 500, "--batch-size", 50, "--steps", 10)
+    result = invoke("plan", "--epsilon", 2, "--delta", "1e-3", *size)
+    assert result.exit_code == 0, result.output
+    for text in ("noise multiplier σ (PLD)", "by RDP it would be", "0.10000", "ε after step 5"):
+        assert text in result.output
+    assert not result.stderr
+    with pytest.warns(UserWarning, match=r"delta=0\.01 >= 1/N"):
+        invoke("plan", "--delta", "0.01", "--noise-multiplier", 4, *size)
+
+
+def test_train_evaluate_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tones.write_manifest(tmp_path, 12)
+    tones.write_model(tmp_path / "model")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tones.settings(tmp_path, method__kind="lora", method__rank=2)))
+    common = ("--config", config, "--noise-multiplier", 3, "--set", "privacy.epsilon=null", "--batch-size", 4)
+    result = invoke("train", *common, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert "parameters are trained (lora)" in result.output
+    assert "self-check passed" in result.output
+    assert "[not private: loss" in result.output
+    assert "epsilon " in result.output
+
+    with pytest.raises(ConfigError, match=r"train\.steps: was 2, is 3"):
+        cli.app(["train", *map(str, common), "--steps", "3"], standalone_mode=False)
+
+    out = tmp_path / "evaluation.json"
+    evaluated = invoke(
+        "evaluate", "--model", tmp_path / "model", "--adapter", tmp_path / "run" / "adapter",
+        "--data", tmp_path / "tones.jsonl", "--out", out, "--device", "cpu",
+    )  # fmt: skip
+    assert evaluated.exit_code == 0, evaluated.output
+    assert len(json.loads(out.read_text())["hypotheses"]) == 12
+
+    report = pytest.importorskip("asr_finetune.report")
+    written: list[tuple[Path, Path]] = []
+    monkeypatch.setattr(report, "write_report", lambda run, path: written.append((run, path)) or path)
+    assert invoke("report", tmp_path / "run").exit_code == 0
+    assert written == [(tmp_path / "run", tmp_path / "run" / "report.html")]

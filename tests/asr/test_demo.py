@@ -1,0 +1,105 @@
+"""The demo, end to end at a reduced size, once; and what its speech must be for its claims to hold."""
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from asr_finetune import demo
+from asr_finetune.demo import DIGITS, PRIVATE_VOICES, PUBLIC_VOICES, VALID_VOICES, DemoResult, Recipe
+from dpkernels.privacy import read_ledger
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("espeakng_loader") is None,
+    reason="espeakng-loader (the demo extra) is not installed",
+)
+# Too little to learn much: this is about the path, `make demo` about the result.
+SMALL = Recipe(public=16, private=12, test=4, valid=4, public_epochs=2, batch_size=24, steps=3, delta=1e-3)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoResult, str]:
+    """(folder, result, what was printed)."""
+    folder = tmp_path_factory.mktemp("demo")
+    out = io.StringIO()
+    result = demo.run(folder, SMALL, console=Console(file=out, width=110))
+    return folder, result, out.getvalue()
+
+
+def _entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "speech" / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_result_is_what_the_run_recorded(made: tuple[Path, DemoResult, str]) -> None:
+    folder, result, printed = made
+    run = json.loads((folder / "private" / "run.json").read_text())
+    plain = json.loads((folder / "not_private" / "run.json").read_text())
+    assert result.before == run["evaluation"]["before"]["wer"] == plain["evaluation"]["before"]["wer"]
+    assert result.private == run["evaluation"]["after"]["wer"]
+    assert result.non_private == plain["evaluation"]["after"]["wer"]
+    assert result.epsilon == run["privacy"]["epsilon"] <= SMALL.epsilon
+    assert result.delta == SMALL.delta < 1 / run["privacy"]["dataset_size"]
+    assert run["privacy"]["dataset_size"] == SMALL.private * len(PRIVATE_VOICES)
+    assert read_ledger(folder / "private" / "ledger.jsonl").steps == SMALL.steps
+    assert not (folder / "not_private" / "ledger.jsonl").exists()
+    for part in (
+        f"{result.before:.1%}",
+        f"{result.private:.1%}",
+        f"{result.non_private:.1%}",
+        f"ε = {result.epsilon:.2f}",
+        "δ = 0.001",
+        f"σ = {run['privacy']['noise_multiplier']:g}",
+        "report.html",
+    ):
+        assert part in printed, part
+
+
+def test_report_is_of_the_private_run(made: tuple[Path, DemoResult, str]) -> None:
+    folder, result, _ = made
+    page = result.report.read_text()
+    assert result.report == folder / "report.html"
+    assert read_ledger(folder / "private" / "ledger.jsonl").last_hash in page
+    assert "the same recipe without privacy" in page
+    assert "public</em> validation data" in page
+
+
+def test_nothing_is_held_out_in_name_only(made: tuple[Path, DemoResult, str]) -> None:
+    """No test text is trained on, no private voice is public, every file is there and says what it says."""
+    entries = _entries(made[0])
+    texts = {
+        split: {entry["text"] for entry in entries if entry["split"] == split}
+        for split in ("public", "valid", "train", "test")
+    }
+    assert not (texts["test"] | texts["valid"]) & (texts["train"] | texts["public"])
+    assert not set(PRIVATE_VOICES) & (set(PUBLIC_VOICES) | set(VALID_VOICES))
+    assert len({entry["audio"] for entry in entries}) == len(entries)
+    for entry in entries:
+        assert (made[0] / "speech" / entry["audio"]).is_file()
+        assert set(entry["text"].split()) <= set(DIGITS)
+    counts = {split: sum(entry["split"] == split for entry in entries) for split in texts}
+    assert counts == {"public": 160, "valid": 8, "train": 72, "test": 24}
+
+
+def test_called_again_it_keeps_what_is_there(made: tuple[Path, DemoResult, str]) -> None:
+    folder, result, _ = made
+    ledger = (folder / "private" / "ledger.jsonl").read_bytes()
+    again = demo.run(folder, SMALL, console=Console(file=io.StringIO()))
+    assert (again.private, again.epsilon) == (result.private, result.epsilon)
+    assert (folder / "private" / "ledger.jsonl").read_bytes() == ledger
+
+
+def test_private_and_plain_runs_differ_in_privacy_only(tmp_path: Path) -> None:
+    private, plain = (
+        demo.configuration(tmp_path, tmp_path, tmp_path, Recipe(), private=private).to_dict()
+        for private in (True, False)
+    )
+    assert private["privacy"]["enabled"]
+    assert private["privacy"]["epsilon"] <= 8
+    assert not plain["privacy"]["enabled"]
+    plain["privacy"] = private["privacy"]
+    plain["train"]["eval_every"] = private["train"]["eval_every"]
+    assert plain == private
+    assert private["privacy"]["delta"] < 1 / (Recipe().private * len(PRIVATE_VOICES))

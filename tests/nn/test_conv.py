@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from per_sample import assert_same_module, check_private
+from torch import Tensor, nn
+
+from dpkernels.nn import (
+    Conv1dRecord,
+    Conv2dRecord,
+    DepthwiseConv1dRecord,
+    ExpandedRecord,
+    GhostConv1d,
+    GhostConv2d,
+    LinearRecord,
+    attach,
+    swap,
+)
+
+
+def squares(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    y = y if y.dtype is torch.float64 else y.float()
+    return (y * y).flatten(1).sum(1)
+
+
+CONV1D: list[tuple[tuple[int, ...], dict[str, Any], type]] = [
+    ((4, 6, 1), {}, LinearRecord),
+    ((4, 6, 1), {"stride": 2}, Conv1dRecord),
+    ((4, 6, 3), {"padding": 1}, Conv1dRecord),
+    ((4, 6, 3), {"stride": 2, "padding": 2, "dilation": 2}, Conv1dRecord),
+    ((4, 6, 3), {"groups": 2, "bias": False}, Conv1dRecord),
+    ((4, 4, 3), {"groups": 4, "padding": 1}, DepthwiseConv1dRecord),
+    ((4, 4, 4), {"groups": 4, "padding": 2, "stride": 2, "dilation": 2}, DepthwiseConv1dRecord),
+    ((4, 8, 3), {"groups": 4, "padding": 1, "stride": 2}, ExpandedRecord),
+    ((4, 4, 4), {"groups": 4, "padding": "same"}, DepthwiseConv1dRecord),
+    ((4, 6, 3), {"padding": "same", "dilation": 2}, Conv1dRecord),
+    ((4, 6, 4), {"padding": "same"}, Conv1dRecord),
+    ((4, 6, 3), {"padding": "valid"}, Conv1dRecord),
+    ((4, 6, 3), {"padding": 2, "padding_mode": "reflect"}, Conv1dRecord),
+    ((4, 6, 3), {"padding": 2, "padding_mode": "circular"}, Conv1dRecord),
+    ((4, 4, 3), {"padding": 1, "padding_mode": "replicate", "groups": 4}, DepthwiseConv1dRecord),
+    ((1, 6, 3), {}, Conv1dRecord),
+]
+CONV2D: list[tuple[tuple[Any, ...], dict[str, Any], type]] = [
+    ((3, 5, 1), {}, LinearRecord),
+    ((1, 5, 3), {"stride": 2, "padding": 1}, Conv2dRecord),
+    ((3, 5, (3, 2)), {"padding": (2, 1), "dilation": (1, 2)}, Conv2dRecord),
+    ((4, 6, 3), {"groups": 2}, Conv2dRecord),
+    ((4, 4, 3), {"groups": 4, "stride": 2, "padding": 1}, ExpandedRecord),
+    ((4, 8, (3, 2)), {"groups": 4, "dilation": (2, 1), "bias": False}, ExpandedRecord),
+    ((3, 5, 3), {"padding": "same"}, Conv2dRecord),
+    ((3, 5, 3), {"padding": 1, "padding_mode": "reflect"}, Conv2dRecord),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", range(len(CONV1D)))
+def test_conv1d(case: int, dtype: torch.dtype) -> None:
+    args, kwargs, kind = CONV1D[case]
+    check(nn.Conv1d(*args, **kwargs, dtype=dtype), torch.randn(3, args[0], 9).to(dtype), kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", range(len(CONV2D)))
+def test_conv2d(case: int, dtype: torch.dtype) -> None:
+    args, kwargs, kind = CONV2D[case]
+    check(nn.Conv2d(*args, **kwargs, dtype=dtype), torch.randn(3, args[0], 7, 8).to(dtype), kind)
+
+
+def check(plain: Any, x: Tensor, kind: type) -> None:
+    ghost = swap(copy.deepcopy(plain))
+    assert type(ghost) in (GhostConv1d, GhostConv2d)
+    assert_same_module(plain, ghost)
+    assert torch.equal(plain(x), ghost(x))
+    tape = attach(ghost)
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y1, y2 = plain(x1), ghost(x2)
+    assert torch.equal(y1, y2)
+    tape.open(len(x))
+    (y1 * y1).sum().backward()
+    (y2 * y2).sum().backward()
+    records = tape.close()
+    assert torch.equal(x1.grad, x2.grad)
+    assert type(records[0]) is kind
+    # An activation before it, so that x needs a gradient there and g is not the loss's own.
+    check_private(nn.Sequential(nn.Tanh(), plain, nn.Tanh()), squares, (x,))
+
+
+def test_without_a_batch_dimension() -> None:
+    plain = nn.Conv1d(4, 4, 3)
+    ghost = swap(copy.deepcopy(plain))
+    tape = attach(ghost)
+    x = torch.randn(4, 9)
+    y = ghost(x)
+    assert torch.equal(y, plain(x))
+    tape.open(1)
+    y.sum().backward()
+    assert [r.batch_size for r in tape.close()] == [1, 1]
+
+
+def test_only_the_bias_trained_keeps_no_input() -> None:
+    plain = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3))
+    for layer in plain:
+        layer.weight.requires_grad_(False)
+    check_private(plain, squares, (torch.randn(3, 4, 9),))
+
+
+def test_autocast() -> None:
+    plain = nn.Conv1d(4, 6, 3)
+    ghost = swap(copy.deepcopy(plain))
+    tape = attach(ghost)
+    x = torch.randn(3, 4, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, want = ghost(x), plain(x)
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(y, want)
+    tape.open(3)
+    y.float().sum().backward()
+    assert all(r.norm_sq().isfinite().all() for r in tape.close())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"groups": 4}, {"groups": 4, "stride": 2, "dilation": 2}])
+def test_reused_convolution_merges(kwargs: dict[str, Any]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv1d(4, 4, 3, padding=1, **kwargs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.tanh(self.layer(x)))
+
+    private = check_private(Twice(), squares, (torch.randn(3, 4, 11),))
+    assert len(private.records) == 2  # the weight's and the bias's
+
+
+def test_reused_grouped_convolution_is_refused_by_name() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv1d(4, 4, 3, padding=1, groups=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x))
+
+    with pytest.raises(TypeError, match="layer"):
+        check_private(Twice(), squares, (torch.randn(3, 4, 9),))
+
+
+def test_gradcheck_in_the_plain_path() -> None:
+    layer = GhostConv1d(2, 2, 3).double()
+    x = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    image = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(GhostConv2d(2, 2, 2).double(), (image,))

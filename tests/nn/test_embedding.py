@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from per_sample import assert_same_module, check_private, run_private
+from torch import Tensor, nn
+
+from dpkernels.nn import EmbeddingRecord, GhostEmbedding, LinearRecord, coverage, swap
+
+
+def squares(model: nn.Module, ids: Tensor) -> Tensor:
+    y = model(ids)
+    y = y if y.dtype is torch.float64 else y.float()
+    return (torch.tanh(y) ** 2).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4,), (4, 6), (4, 2, 3)])
+@pytest.mark.parametrize("padding_idx", [None, 0, -1])
+def test_records_give_the_per_sample_gradients(
+    dtype: torch.dtype, shape: tuple[int, ...], padding_idx: int | None
+) -> None:
+    plain = nn.Embedding(5, 3, padding_idx=padding_idx, dtype=dtype)
+    nn.init.normal_(plain.weight)
+    ghost = swap(copy.deepcopy(plain))
+    assert type(ghost) is GhostEmbedding
+    assert_same_module(plain, ghost)
+    for index in (torch.int64, torch.int32):
+        ids = torch.randint(0, 5, shape).to(index)
+        assert torch.equal(plain(ids), ghost(ids))
+        check_private(plain, squares, (ids,))
+
+
+@pytest.mark.parametrize("keyword", ["max_norm", "sparse", "scale_grad_by_freq"])
+def test_what_has_no_rule_is_named(keyword: str) -> None:
+    (found,) = coverage(swap(nn.Sequential(nn.Embedding(5, 3, **{keyword: True}))))
+    assert found.name == "0.weight"
+    assert keyword in found.reason
+
+
+class Tied(nn.Module):
+    """A language model's head: one matrix is the embedding and the output layer."""
+
+    def __init__(self, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4, padding_idx=padding_idx)
+        self.head = nn.Linear(4, 7, bias=False)
+        nn.init.normal_(self.embed.weight)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_tied_embedding_and_output_layer(padding_idx: int | None) -> None:
+    private = check_private(Tied(padding_idx), squares, (torch.randint(0, 7, (4, 5)),))
+    (record,) = private.records
+    assert isinstance(record, LinearRecord)
+    assert {"embed", "head"} <= set(record.layer.replace(" ", "").split("+"))
+
+
+def test_tied_without_the_cross_terms_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: a sum of squares over the two uses."""
+    monkeypatch.setattr("dpkernels.nn.tape.merge_records", list)
+    with pytest.raises(AssertionError, match="norm"):
+        check_private(Tied(), squares, (torch.randint(0, 7, (4, 5)),))
+
+
+def test_two_embeddings_of_one_table() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Embedding(5, 3, padding_idx=1), nn.Embedding(5, 3)
+            nn.init.normal_(self.a.weight)
+            self.b.weight = self.a.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.a(ids) * self.b(ids.flip(1))
+
+    check_private(Two(), squares, (torch.randint(0, 5, (4, 6)),))
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(7, 4), nn.Embedding(6, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1]).unsqueeze(0)
+        return self.words(ids) * self.places(places)
+
+
+def test_position_table_of_batch_one_is_looked_up_per_sample() -> None:
+    private = check_private(Positions(), squares, (torch.randint(0, 7, (4, 6)),))
+    assert all(isinstance(r, EmbeddingRecord) and r.batch_size == 4 for r in private.records)
+
+
+def test_position_table_without_batch_dimension_is_refused_by_name() -> None:
+    class NoBatch(Positions):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.words(ids) + self.places(torch.arange(ids.shape[1]))
+
+    with pytest.raises(ValueError, match=r"places: its input has batch 6, the losses have 4"):
+        run_private(swap(NoBatch()), squares, (torch.randint(0, 7, (4, 6)),))

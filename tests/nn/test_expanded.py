@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from per_sample import check_private, run_private
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
+
+from dpkernels.nn import ExpandedRecord, attach, coverage, detach, register_swap, swap
+from dpkernels.nn.linear import GhostLinear
+from dpkernels.nn.swapping import _ORIGINALS, _SWAPS, ghost_subclass
+
+
+def squares(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    y = y if y.dtype is torch.float64 else y.float()
+    return (torch.tanh(y) ** 2).flatten(1).sum(1)
+
+
+class Gain(nn.Module):
+    """A leaf: a norm of someone's own."""
+
+    def __init__(self, frozen_bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+        self.bias = nn.Parameter(torch.randn(4), requires_grad=not frozen_bias)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3) * self.weight * scale + self.bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen_bias", [False, True])
+def test_a_leaf_runs_sample_by_sample(dtype: torch.dtype, frozen_bias: bool) -> None:
+    model = nn.Sequential(Gain(frozen_bias), nn.Tanh(), Gain(), nn.GroupNorm(1, 3)).to(dtype)
+    nn.init.normal_(model[3].weight)
+    private = check_private(model, squares, (torch.randn(5, 3, 4).to(dtype),))
+    assert all(isinstance(r, ExpandedRecord) for r in private.records)
+
+
+def test_a_leaf_called_twice_and_with_two_outputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor, *, other: Tensor) -> tuple[Tensor, Tensor]:
+            return x * self.weight, other + self.weight
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.two(x, other=x * 2)
+            c, d = self.two(a, other=b)
+            return c * d
+
+    private = check_private(Model(), squares, (torch.randn(5, 3, 4),))
+    assert len(private.records) == 1
+
+
+class Attention(nn.Module):
+    """Raw parameters beside children, in the ways real models read them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.bias_u = nn.Parameter(torch.randn(2, 2))
+        self.bias_v = nn.Parameter(torch.randn(2, 2))
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.places = nn.Parameter(torch.randn(1, 8, 4))
+        self.gain = nn.Parameter(torch.randn(4))
+        self.unused = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.proj(x).view(len(x), -1, 2, 2).transpose(1, 2)
+        q = q + self.bias_u.view(1, 2, 1, 2)
+        q = torch.tanh(q) - self.bias_v[None, :, None, :]
+        x = q.transpose(1, 2).flatten(2) * self.gain
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1)
+        x = x + self.places[:, : x.shape[1]]
+        x = 2 * self.gain.unsqueeze(0).unsqueeze(0).transpose(0, 1) * x
+        return self.gain.to(x.dtype).reshape(1, 1, -1) + x / (3 + self.gain * 0.1)
+
+
+def test_raw_parameters_of_a_module_with_children() -> None:
+    private = check_private(Attention(), squares, (torch.randn(5, 3, 4),))
+    names = {r.layer for r in private.records if isinstance(r, ExpandedRecord)}
+    assert any("bias_u" in name for name in names)
+    assert not bool(private.sums["unused"].any())
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda p, x: torch.softmax(p, 0), "softmax"),
+        (lambda p, x: p.sum(), r"\.sum"),
+        (lambda p, x: x @ p, "matmul"),
+        (lambda p, x: nn.functional.layer_norm(x, (4,), p), "layer_norm"),
+        (lambda p, x: x[0] + p, "add"),
+        (lambda p, x: p[0] * x, "indexing"),
+        (lambda p, x: p.expand(5, 4), "expand"),
+        (lambda p, x: torch.add(p, p), "add"),
+    ],
+)
+def test_other_uses_of_a_raw_parameter_are_refused_by_name(use: Any, says: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = nn.Linear(4, 4)
+            self.raw = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.child(x) + use(self.raw, x)
+
+    with pytest.raises(NotImplementedError, match=f"Model.raw: .*{says}.*freeze"):
+        run_private(swap(Model()), squares, (torch.randn(5, 3, 4),))
+
+
+def test_a_raw_parameter_read_past_its_module_fills_grad() -> None:
+    """Nothing is recorded then, and .grad is how the engine notices."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.inner.gain
+
+    with pytest.raises(AssertionError, match=r"\.grad"):
+        run_private(swap(Outer()), squares, (torch.randn(5, 3, 4),))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_in_place_use_does_not_reach_the_parameter(batch: int) -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = nn.Linear(4, 4)
+            self.raw = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.raw.view(1, -1)
+            rows += self.child(x)
+            return rows
+
+    model = swap(InPlace())
+    attach(model)
+    try:
+        model(torch.randn(batch, 4))
+    except RuntimeError:
+        assert batch > 1
+    assert not bool(model._parameters["raw"].any())
+
+
+def test_state_dict_and_parameters_are_untouched_and_detach_restores() -> None:
+    model = Attention()
+    before = {n: id(p) for n, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    swap(model)
+    attach(model)
+    assert type(model) is not Attention
+    assert isinstance(model, Attention)
+    assert type(model).__name__ == "Attention"
+    assert {n: id(p) for n, p in model.named_parameters()} == before
+    assert list(model.state_dict()) == keys
+    assert model.gain is model._parameters["gain"]
+    twin = copy.deepcopy(model)
+    twin(torch.randn(5, 3, 4)).sum().backward()
+    assert twin.gain.grad is not None
+    detach(model)
+    assert type(model) is Attention
+
+
+def test_a_leaf_that_vmap_cannot_run_is_named() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight if float(x.sum()) > 0 else x
+
+    with pytest.raises(RuntimeError, match=r"0 \(Branching\).*vmap"):
+        run_private(swap(nn.Sequential(Branching())), squares, (torch.randn(5, 4),))
+
+
+REFUSED: list[Any] = [
+    (lambda: nn.MultiheadAttention(8, 2), "in_proj_weight", "q, k and v"),
+    (lambda: nn.MultiheadAttention(8, 2), "out_proj.weight", "q, k and v"),
+    (lambda: nn.TransformerEncoderLayer(8, 2), "self_attn.in_proj_weight", "q, k and v"),
+    (lambda: nn.LSTM(3, 3), "weight_ih_l0", "Cell"),
+    (lambda: nn.ParameterList([nn.Parameter(torch.ones(2))]), "0", "outside"),
+    (lambda: nn.Bilinear(64, 64, 64), "weight", "262,144 elements"),
+    (
+        lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
+        "parametrizations.weight.original0",
+        "parametrised",
+    ),
+    (lambda: weight_norm(nn.Conv1d(3, 3, 3)), "weight_g", "remove_weight_norm"),
+]
+
+
+@pytest.mark.parametrize(("make", "name", "mend"), REFUSED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_what_has_no_rule_is_named_with_the_mend(make: Any, name: str, mend: str) -> None:
+    model = nn.Sequential(make())
+    found = {u.name: u.reason for u in coverage(swap(model))}
+    assert mend in found[f"0.{name}"]
+    with pytest.raises(ValueError, match=name):
+        attach(model)
+    model.requires_grad_(False)
+    assert coverage(model) == []
+
+
+def test_an_own_subclass_can_be_given_a_rule() -> None:
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.tanh())
+
+    model = nn.Sequential(Own(400, 400))
+    assert [u.name for u in coverage(swap(model))] == ["0.weight"]  # its bias is small
+    ghost = ghost_subclass(Own, GhostLinear)
+    register_swap(Own, ghost)
+    try:
+        check_private(nn.Sequential(Own(4, 4), Own(4, 4)), squares, (torch.randn(5, 4),))
+    finally:
+        del _SWAPS[Own], _ORIGINALS[ghost]
+    with pytest.raises(TypeError, match="subclass"):
+        register_swap(Own, GhostLinear)

@@ -1,0 +1,66 @@
+"""What holds for every backend; the same functions must catch the faults that the tests plant."""
+
+import torch
+from cases import Case
+from conftest import CLIP_ROUNDING, FLOAT32_ROUNDING, NORM_ABOVE, SUM_OFF, TRUTH_ROUNDING
+from torch import Tensor
+
+from dpkernels import ops
+
+
+def never_below(case: Case, **options: object) -> None:
+    """Every norm ≥ the exact square."""
+    for parameter, norm_sq in enumerate(case.norms(**options)):
+        assert norm_sq.shape == (case.batch,)
+        assert norm_sq.dtype == torch.float32
+        for i in range(case.batch):
+            exact = float(case.gradients(i)[parameter].square().sum())
+            terms = case.scale(i)[parameter]
+            least = exact - TRUTH_ROUNDING * terms * (terms * TRUTH_ROUNDING + exact**0.5)
+            assert float(norm_sq[i]) >= least, f"sample {i}: {float(norm_sq[i])} < {exact}"
+
+
+def not_far_above(case: Case, dtype: torch.dtype, **options: object) -> float:
+    """Every norm ≤ (‖G‖ + tolerance·S)²; returns the mean relative excess of the squares."""
+    excess = []
+    for parameter, norm_sq in enumerate(case.norms(**options)):
+        for i in range(case.batch):
+            norm = float(case.gradients(i)[parameter].norm())
+            most = (norm + NORM_ABOVE[dtype] * case.scale(i)[parameter]) ** 2 * (1 + FLOAT32_ROUNDING)
+            assert float(norm_sq[i]) <= most, f"sample {i}: {float(norm_sq[i])} > {most}"
+            if norm:
+                excess.append(float(norm_sq[i]) / norm**2 - 1)
+    return sum(excess) / len(excess) if excess else 0.0
+
+
+def added_within(case: Case, max_grad_norm: float) -> None:
+    """What one sample adds to the sum has norm ≤ C, over all of the op's parameters."""
+    squares = torch.stack([n.double() for n in case.norms()]).sum(0)
+    factors = ops.clip_factors(squares, max_grad_norm)
+    for i in range(case.batch):
+        only = torch.where(torch.arange(case.batch) == i, factors, torch.zeros_like(factors))
+        added = torch.cat([out.flatten() for out in case.sums(only)])
+        assert float(added.norm()) <= max_grad_norm * CLIP_ROUNDING, f"sample {i} adds {float(added.norm())}"
+
+
+def sums_match(case: Case, dtype: torch.dtype, factors: Tensor, start: float = 0.0) -> None:
+    """Weighted sums with a float64 out = Σ c_i G_i, to the rounding of each sample's own accumulation."""
+    for parameter, out in enumerate(case.sums(factors, start=start)):
+        truth = torch.full_like(out, start)
+        allowed = TRUTH_ROUNDING * (1 + abs(start))
+        for i in range(case.batch):
+            if float(factors[i]):
+                truth += float(factors[i]) * case.gradients(i)[parameter]
+                allowed += abs(float(factors[i])) * case.scale(i)[parameter] * SUM_OFF[dtype]
+        assert out.shape == truth.shape
+        assert float((out - truth).norm()) <= allowed
+
+
+def alone_is_the_same(case: Case, **options: object) -> None:
+    """A sample's norm has the same bits in its batch as by itself, cut to its own length."""
+    together = case.norms(**options)
+    for i in range(case.batch):
+        for mine, in_batch in zip(case.alone(i).norms(**options), together, strict=True):
+            assert torch.equal(mine[0], in_batch[i]), (
+                f"sample {i}: {float(mine[0])!r}, {float(in_batch[i])!r}"
+            )

@@ -1,0 +1,89 @@
+"""Which backend serves an op: the order, the variable that forces one, and the reasons."""
+
+import logging
+
+import pytest
+import torch
+
+from dpkernels import ops
+from dpkernels.backends import native, registry, torch_cpu
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_chosen", {})
+    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+
+
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "unavailable_reason", lambda device, family="": "no library here")
+
+
+def test_the_variable_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, module in (("torch", "backends.torch_cpu"), ("Reference", "reference.bias")):
+        monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, value)
+        assert registry.implementation("bias_norm_sq", "cpu").__module__ == f"dpkernels.{module}"
+
+
+def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "fast")
+    with pytest.raises(ValueError, match="DPKERNELS_BACKEND: given 'fast'"):
+        ops.bias_norm_sq(torch.zeros(1, 1, 1))
+
+
+def test_an_unknown_op_is_refused() -> None:
+    with pytest.raises(ValueError, match="op: given 'linear'"):
+        registry.implementation("linear", "cpu")
+
+
+def test_native_forced_but_absent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_native(monkeypatch)
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "native")
+    with pytest.raises(RuntimeError, match=r"bias_norm_sq on cpu.*no library here.*unset DPKERNELS_BACKEND"):
+        registry.implementation("bias_norm_sq", "cpu")
+
+
+def test_a_fallback_is_logged_once_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_native(monkeypatch)
+    with caplog.at_level(logging.WARNING, logger="dpkernels"):
+        for _ in range(3):
+            assert registry.implementation("clip_factors", "cpu") is torch_cpu.clip_factors
+    assert [record.getMessage() for record in caplog.records] == [
+        "clip_factors on cpu uses torch_cpu: no library here"
+    ]
+
+
+def test_a_norm_and_its_sum_come_from_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm's bound is about that backend's sum."""
+    if native.unavailable_reason("cpu", "linear"):
+        pytest.skip("needs the native library")
+    from dpkernels.backends import native_ops
+
+    monkeypatch.delattr(native_ops, "linear_weighted_sum")
+    rows = {row.op: row for row in registry.explain(("cpu",))}
+    assert rows["linear_norm_sq"].backend == rows["linear_weighted_sum"].backend == "torch_cpu"
+    assert rows["linear_norm_sq"].reason == "native_ops has no linear_weighted_sum"
+    assert rows["bias_norm_sq"].backend == "native"
+
+
+def test_where_torch_wins_it_is_chosen_with_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TORCH_WINS", {("bias", "cpu"): "2 µs against 3 µs"})
+    rows = {row.op: row for row in registry.explain(("cpu",))}
+    assert rows["bias_norm_sq"].backend == "torch_cpu"
+    assert rows["bias_norm_sq"].reason == "2 µs against 3 µs"
+
+
+def test_explain_covers_every_op_and_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_native(monkeypatch)
+    rows = registry.explain(("cpu", "cuda"))
+    assert [(row.op, row.device) for row in rows] == [(op, d) for d in ("cpu", "cuda") for op in registry.OPS]
+    assert all(row.reason for row in rows)
+    assert {row.backend for row in rows} == {"torch_cpu", "reference"}
+
+
+def test_no_family_is_split_and_every_table_names_families() -> None:
+    assert len(set(registry.OPS)) == len(registry.OPS)
+    assert {family for family, _ in registry.TORCH_WINS} <= set(registry.FAMILIES)
+    assert set(registry._NATIVE_MODULES) <= set(registry.FAMILIES)

@@ -1,0 +1,343 @@
+"""privacy.md 7-9: σS on the sum, once a step, on everything trained; float64; from a cryptographic
+generator."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from private_run import KEY, Run, losses_of, private_run, train
+from torch import Tensor, nn
+
+from dpkernels.privacy import PrivacyEngine
+from dpkernels.privacy import noise as noise_module
+from dpkernels.privacy.noise import PURPOSE_INCLUSION, PURPOSE_NOISE, SecretStream, nonce
+from dpkernels.privacy.optimizer import DPOptimizer
+
+SIGMA, CLIP, EXPECTED = 1.5, 0.25, 8
+
+
+def noise_in(run: Run, *parts: tuple[int, ...]) -> dict[str, Tensor]:
+    """What a released gradient holds beyond the clipped sum, in units of σS."""
+    indices = [index for part in parts for index in part]
+    total = run.clipped_sum(indices)
+    released = run.release(*parts)
+    scale = SIGMA * run.optimizer.sensitivity
+    return {name: (gradient * EXPECTED - total[name]) / scale for name, gradient in released.items()}
+
+
+def check_noise(run: Run, *parts: tuple[int, ...]) -> None:
+    """Some noise on every trained parameter, of standard deviation 1 on each large one and on all
+    together."""
+    found = noise_in(run, *parts)
+    for name, values in found.items():
+        assert values.abs().max() > 0, f"{name}: no noise"
+        if values.numel() >= 24:
+            slack = 5 / math.sqrt(2 * values.numel())
+            assert abs(float(values.square().mean().sqrt()) - 1) < slack, f"{name}: wrong deviation"
+    everything = torch.cat([values.flatten() for values in found.values()])
+    deviation = float(everything.square().mean().sqrt())
+    assert abs(deviation - 1) < 4 / math.sqrt(2 * everything.numel()), f"deviation {deviation}"
+    assert abs(float(everything.mean())) < 4 / math.sqrt(everything.numel())
+
+
+def a_run(**arguments: object) -> Run:
+    return private_run(sigma=SIGMA, clip=CLIP, batch_size=EXPECTED, **arguments)  # type: ignore[arg-type]
+
+
+def a_fixed_run(**arguments: object) -> Run:
+    """With the tests' key: statistics that hold once hold always."""
+    return a_run(key=KEY, **arguments)
+
+
+# The ways in which one logical step can look; the noise must be the same in all.
+BATCHES = {
+    "one micro-batch": ((0, 1, 2, 3, 4),),
+    "four micro-batches": ((0, 1), (2,), (3, 4), (5,)),
+    "empty": (),
+}
+
+
+@pytest.mark.parametrize("parts", BATCHES.values(), ids=BATCHES)
+def test_noise_is_sigma_on_the_sum_once_a_step(parts: tuple[tuple[int, ...], ...]) -> None:
+    check_noise(a_fixed_run(), *parts)
+
+
+# --- planted faults of line 7 and 8, each with the batch that shows it
+
+
+def skip_without_gradient(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
+    if parameter not in self._sums:
+        return torch.zeros_like(parameter)
+    return ORIGINAL(self, index, parameter, draw)
+
+
+def on_the_mean(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
+    noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
+    total = self._sums.get(parameter, torch.zeros_like(noise))
+    return (total / self.expected_batch_size + self.noise_multiplier * self.sensitivity * noise).float()
+
+
+def by_actual_size(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
+    return ORIGINAL(self, index, parameter, draw) * self.expected_batch_size / max(self._examples, 1)
+
+
+def twice(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
+    first = ORIGINAL(self, index, parameter, draw)
+    noise = self._stream.normal(parameter.shape, draw=draw + 1000, index=index, device=parameter.device)
+    return first + (self.noise_multiplier * self.sensitivity * noise / self.expected_batch_size).float()
+
+
+def without_multiplier(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
+    noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
+    return ((self._sums.get(parameter, 0) + noise * self.sensitivity) / self.expected_batch_size).float()
+
+
+ORIGINAL = DPOptimizer._noised_gradient
+
+
+@pytest.mark.parametrize(
+    ("fault", "batch"),
+    [
+        (skip_without_gradient, "one micro-batch"),
+        (skip_without_gradient, "empty"),
+        (on_the_mean, "one micro-batch"),
+        (by_actual_size, "four micro-batches"),
+        (by_actual_size, "empty"),
+        (twice, "one micro-batch"),
+        (without_multiplier, "one micro-batch"),
+    ],
+)
+def test_planted_noise_faults_are_caught(
+    fault: Callable, batch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DPOptimizer, "_noised_gradient", fault)
+    with pytest.raises(AssertionError):
+        check_noise(a_fixed_run(), *BATCHES[batch])
+
+
+def test_planted_noise_per_micro_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = DPOptimizer._add
+
+    def noisy(self: DPOptimizer, records: list, factors: Tensor) -> None:
+        original(self, records, factors)
+        for index, parameter in enumerate(self._trained.values()):
+            extra = self._stream.normal(
+                parameter.shape, draw=self._stream.next_draw(), index=index, device=parameter.device
+            )
+            total = self._sums.setdefault(parameter, torch.zeros_like(extra))
+            total += self.noise_multiplier * self.sensitivity * extra
+
+    monkeypatch.setattr(DPOptimizer, "_add", noisy)
+    with pytest.raises(AssertionError):
+        check_noise(a_fixed_run(), *BATCHES["four micro-batches"])
+
+
+def test_the_divisor_is_the_expected_batch_size() -> None:
+    run = private_run(sigma=0, clip=1e-2, batch_size=8)
+    total = run.clipped_sum((0, 1, 2))
+    released = run.release((0, 1, 2))
+    torch.testing.assert_close(released["last.weight"], total["last.weight"] / 8, rtol=1e-4, atol=1e-9)
+
+
+# --- 8: fp32 or better, also with bf16 parameters
+
+
+def grid_share(values: Tensor) -> float:
+    """Share of entries that bfloat16 holds exactly."""
+    return float((values == values.bfloat16().double()).double().mean())
+
+
+def total_before_rounding(run: Run, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The noised sum, as it is just before it is divided and rounded to the parameter's dtype."""
+    kept: list[Tensor] = []
+    original = Tensor.__truediv__
+
+    def spy(self: Tensor, other: object) -> Tensor:
+        if self.shape == run.model.unused.weight.shape:
+            kept.append(self.clone())
+        return original(self, other)
+
+    monkeypatch.setattr(Tensor, "__truediv__", spy)
+    run.release((0, 1, 2))
+    monkeypatch.undo()
+    return kept[-1]
+
+
+def test_noise_and_sums_are_float64_with_bf16_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(dtype=torch.bfloat16)
+    total = total_before_rounding(run, monkeypatch)
+    assert total.dtype == torch.float64
+    assert grid_share(total) < 0.01
+    run.optimizer.begin_logical_batch(3, first=True)
+    run.optimizer.backward(losses_of(run.model, run.data[[0, 1, 2]]))
+    assert {total.dtype for total in run.optimizer._sums.values()} == {torch.float64}
+
+
+def test_planted_bf16_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = SecretStream.normal
+
+    def coarse(self: SecretStream, *args: object, **kwargs: object) -> Tensor:
+        return original(self, *args, **kwargs).bfloat16().double()  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SecretStream, "normal", coarse)
+    run = private_run(sigma=1.0, clip=1.0, dtype=torch.bfloat16)
+    run.optimizer.sensitivity = 1.0  # a power of two: the grid stays visible
+    with monkeypatch.context() as inner:
+        assert grid_share(total_before_rounding(run, inner)) > 0.99
+
+
+# --- 9: where the noise comes from
+
+
+def draw(stream: SecretStream, *, index: int = 0, number: int = 1, count: int = 64) -> Tensor:
+    return stream.normal(torch.Size([count]), draw=number, index=index, device=torch.device("cpu"))
+
+
+def check_fresh(first: SecretStream, second: SecretStream) -> None:
+    assert not torch.equal(draw(first), draw(second)), "two processes share their noise"
+
+
+def test_every_engine_draws_a_fresh_key() -> None:
+    check_fresh(SecretStream(), SecretStream())
+    check_fresh(PrivacyEngine()._noise_stream, PrivacyEngine()._sampling_stream)
+
+
+def test_planted_fixed_key_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_module.os, "urandom", lambda count: bytes(count))
+    with pytest.raises(AssertionError):
+        check_fresh(SecretStream(), SecretStream())
+
+
+def test_torch_seeds_do_not_touch_noise_or_sampling() -> None:
+    torch.manual_seed(3)
+    first = a_run().release(())
+    torch.manual_seed(3)
+    second = a_run().release(())
+    assert not torch.equal(first["last.weight"], second["last.weight"])
+
+
+def check_streams_distinct() -> None:
+    with pytest.warns(UserWarning, match="tests"):
+        stream = SecretStream(KEY)
+    streams = [draw(stream, index=i, number=n) for i in range(3) for n in range(1, 4)]
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            assert not torch.equal(one, other), "two parameters or steps share their noise"
+
+
+def test_streams_are_distinct_by_parameter_and_step() -> None:
+    check_streams_distinct()
+    fields = {nonce(p, i, d, r) for p in (1, 2) for i in (0, 1, 256) for d in (1, 2, 2**40) for r in (0, 1)}
+    assert len(fields) == 36
+    assert nonce(PURPOSE_NOISE, 0, 1) != nonce(PURPOSE_INCLUSION, 0, 1)
+    for bad in ((1, 2**32, 1), (1, 0, 2**48), (256, 0, 1), (1, -1, 1)):
+        with pytest.raises(ValueError, match="nonce"):
+            nonce(*bad)
+
+
+def test_planted_nonce_without_parameter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        noise_module, "nonce", lambda purpose, index, number, rank=0: nonce(purpose, 0, number, rank)
+    )
+    with pytest.raises(AssertionError):
+        check_streams_distinct()
+
+
+def check_no_repeat_after_rollback(run: Run) -> None:
+    state = run.engine.state_dict()
+    first = run.release(())["unused.weight"]
+    run.engine.load_state_dict(state)
+    again = run.release(())["unused.weight"]
+    assert not torch.equal(first, again), "a step repeated after a rollback repeats its noise"
+
+
+def test_a_rollback_never_repeats_noise() -> None:
+    check_no_repeat_after_rollback(a_run())
+
+
+def test_planted_draw_by_step_number_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SecretStream, "next_draw", lambda self: 1)
+    with pytest.raises(AssertionError):
+        check_no_repeat_after_rollback(a_run())
+
+
+def test_a_fixed_key_warns_and_repeats() -> None:
+    with pytest.warns(UserWarning, match="noise_key"):
+        PrivacyEngine(noise_key=KEY)
+    first, second = (a_run(key=KEY).release(())["last.weight"] for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(ValueError, match="32 bytes"):
+        PrivacyEngine(noise_key=b"short")
+
+
+def test_a_fork_draws_its_own_key() -> None:
+    stream = SecretStream()
+    stream.next_draw()
+    before = stream._key
+    stream._pid -= 1  # what a child process sees
+    stream.next_draw()
+    assert stream._key != before
+    fixed = a_run(key=KEY).engine._noise_stream
+    fixed._pid -= 1
+    with pytest.raises(RuntimeError, match="forked"):
+        fixed.next_draw()
+
+
+def check_keys_stay_secret(run: Run, ledger: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(run, 2)
+    buffer = io.BytesIO()
+    torch.save([run.engine.state_dict(), run.optimizer.state_dict(), run.model.state_dict()], buffer)
+    texts = [
+        buffer.getvalue(),
+        ledger.read_bytes(),
+        caplog.text.encode(),
+        repr([run.engine, run.optimizer, run.loader, vars(run.engine), vars(run.optimizer)]).encode(),
+        json.dumps(run.engine.state_dict()).encode(),
+    ]
+    for stream in (run.engine._noise_stream, run.engine._sampling_stream):
+        for form in (stream._key, stream._key.hex().encode(), repr(stream._key).encode()):
+            assert not any(form in text for text in texts), "a key leaked"
+
+
+def test_no_key_in_checkpoints_ledger_log_or_repr(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    with caplog.at_level(0):
+        check_keys_stay_secret(a_run(ledger=ledger), ledger, caplog)
+
+
+def test_planted_key_in_repr_is_caught(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SecretStream, "__repr__", lambda self: f"SecretStream({self._key!r})")
+    with pytest.raises(AssertionError):
+        check_keys_stay_secret(a_run(ledger=tmp_path / "l"), tmp_path / "l", caplog)
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_keys_are_never_pickled_or_copied(duplicate: Callable) -> None:
+    run = a_run()
+    for holder in (run.engine._noise_stream, run.optimizer, run.engine):
+        with pytest.raises(TypeError, match=r"never|secret|key"):
+            duplicate(holder)
+
+
+def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="2 processes"):
+        a_run()
+    steps = run.engine.steps
+    with pytest.raises(RuntimeError, match="2 processes"):
+        run.release(())
+    assert run.engine.steps == steps
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    a_run()

@@ -1,0 +1,128 @@
+"""The import direction: reference and backends at the bottom, then ops, nn, privacy and interop, then the program."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# package -> the packages of this repository that it may import besides itself
+ALLOWED = {
+    "dpkernels.reference": set(),
+    "dpkernels.backends": set(),
+    "dpkernels.ops": {"dpkernels.reference", "dpkernels.backends"},
+    "dpkernels.nn": {"dpkernels.ops"},
+    "dpkernels.privacy": {"dpkernels.nn", "dpkernels.ops"},
+    "dpkernels.interop": {"dpkernels.nn", "dpkernels.ops"},
+    "asr_finetune": {"dpkernels", "dpkernels.ops", "dpkernels.nn", "dpkernels.interop"},
+}
+# a constant of the parent package, which Python has imported before any of its modules: no layer
+VERSION = "dpkernels.__version__"
+# what else may be imported at the bottom
+THIRD_PARTY = {"dpkernels.reference": {"torch"}, "dpkernels.backends": {"torch", "triton"}}
+# heavy packages, and the only places that may import them
+PROGRAM_ONLY = {"transformers", "peft", "datasets", "jiwer"}
+MAY_IMPORT_THOSE = ("dpkernels.interop", "asr_finetune")
+
+
+def package_of(module: str) -> str:
+    """The entry of ALLOWED that a module belongs to; "dpkernels" for the top level."""
+    parts = module.split(".")
+    return module if len(parts) == 1 else ".".join(parts[:2]) if parts[0] == "dpkernels" else parts[0]
+
+
+def imported(source: str, module: str) -> list[str]:
+    """Absolute names of the modules that `source`, the text of `module`, imports anywhere."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
+            # `from dpkernels import ops` imports the subpackage
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                if whole != VERSION:
+                    names.append(whole if base == "dpkernels" and whole in ALLOWED else base)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names += [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
+    return names
+
+
+def violations(source: str, module: str) -> list[str]:
+    here = package_of(module)
+    if here not in ALLOWED:  # dpkernels/__init__.py and __main__.py only tie things together
+        return []
+    found = []
+    for name in imported(source, module):
+        top, target = name.partition(".")[0], package_of(name)
+        if top in ("dpkernels", "asr_finetune"):
+            bad = target != here and target not in ALLOWED[here]
+            bad |= here == "asr_finetune" and top == "dpkernels" and name.count(".") > 1
+        elif top in ("bench", "tests"):
+            bad = True
+        else:
+            bad = top in PROGRAM_ONLY and not here.startswith(MAY_IMPORT_THOSE)
+            if here in THIRD_PARTY and top not in sys.stdlib_module_names:
+                bad |= top not in THIRD_PARTY[here]
+        if bad:
+            found.append(f"{module} imports {name}")
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    paths = [p for top in ("dpkernels", "asr_finetune") for p in sorted((ROOT / top).rglob("*.py"))]
+    named = []
+    for path in paths:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        named.append((".".join(parts), path))
+    return named
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_one_way(package: str) -> None:
+    mine = [(module, path) for module, path in modules() if package_of(module) == package]
+    found = [line for module, path in mine for line in violations(path.read_text(), module)]
+    assert not found, "\n".join(found)
+
+
+def test_there_is_something_to_check() -> None:
+    assert {package_of(module) for module, _ in modules()} >= {"dpkernels.ops", "dpkernels.backends"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dpkernels.reference.linear", "import numpy"),
+        ("dpkernels.reference.linear", "from dpkernels.backends import bounds"),
+        ("dpkernels.backends.torch_cpu", "from dpkernels import reference"),
+        ("dpkernels.backends.torch_cpu", "def f():\n    from ..ops import linear"),
+        ("dpkernels.backends.registry", "import importlib\nimportlib.import_module('dpkernels.reference')"),
+        ("dpkernels.ops.linear", "import dpkernels.nn.linear"),
+        ("dpkernels.nn.linear", "from dpkernels.backends import native"),
+        ("dpkernels.privacy.engine", "import transformers"),
+        ("dpkernels.privacy.engine", "from dpkernels import swap"),
+        ("dpkernels.interop.peft", "from dpkernels.privacy import engine"),
+        ("asr_finetune.train", "from dpkernels.privacy.engine import PrivacyEngine"),
+        ("asr_finetune.train", "from dpkernels.nn.linear import GhostLinear"),
+        ("dpkernels.nn.linear", "import tests"),
+    ],
+)
+def test_catches_an_import_the_wrong_way(module: str, source: str) -> None:
+    assert violations(source, module)
+
+
+def test_importing_dpkernels_loads_no_heavy_package_and_no_native_library() -> None:
+    code = (
+        "import sys, dpkernels, dpkernels.ops; "
+        f"print([m for m in {sorted(PROGRAM_ONLY | {'triton'})} if m in sys.modules]); "
+        "native = sys.modules.get('dpkernels.backends.native'); "
+        "print(native is None or native.library.cache_info().currsize == 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "True"], done.stdout
