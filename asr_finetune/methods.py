@@ -36,7 +36,8 @@ _DEFAULT_TARGETS = {
 def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     """Choose what is trained, in place.
 
-    Also freezes the statistics of batch norms and switches LayerDrop and the model's own masks off. Adapters are initialised from torch's generator: seed it (publicly) beforehand to repeat a run's start.
+    Also freezes the statistics of batch norms and switches LayerDrop and the model's own masks off. Adapters
+    are initialised from torch's generator: seed it (publicly) beforehand to repeat a run's start.
 
     Raises:
         ConfigError: layers or targets that the model does not have, or a method that was applied already.

@@ -54,7 +54,9 @@ def _backends() -> list[str]:
         note = f"({notes.setdefault(row.reason, len(notes) + 1)})" if row.reason else ""
         rows.append((row.op, row.device, row.backend, note))
     lines = [f"Backends ({registry.ENVIRONMENT_VARIABLE}={forced})", *_table(rows)]
-    return lines + ["", *(f"  ({number}) {reason}" for reason, number in notes.items())] if notes else lines
+    if notes:
+        lines += ["", *(f"  ({number}) {reason}" for reason, number in notes.items())]
+    return lines
 
 
 def main() -> None:

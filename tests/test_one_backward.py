@@ -98,14 +98,18 @@ def clipped_sum_one_by_one(model: Model, ids: Tensor, lengths: Tensor, bound: fl
     for row, length in zip(ids, lengths, strict=True):
         loss = model(row[None, : int(length)], length[None]).sum()
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, trained.values(), strict=True)]
+        filled = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(gradients, trained.values(), strict=True)
+        ]
         norm = torch.stack([g.square().sum() for g in filled]).sum().sqrt()
         for name, gradient in zip(trained, filled, strict=True):
             total[name] += gradient * min(1.0, bound / float(norm))
     return total
 
 
-def private_sum(model: Model, ids: Tensor, lengths: Tensor, bound: float, micro_batch: int) -> dict[str, Tensor]:
+def private_sum(
+    model: Model, ids: Tensor, lengths: Tensor, bound: float, micro_batch: int
+) -> dict[str, Tensor]:
     """What one noiseless step of the engine moves the parameters by, times the expected batch size."""
     before = {name: p.detach().double().clone() for name, p in model.named_parameters() if p.requires_grad}
     data = TensorDataset(ids, lengths)

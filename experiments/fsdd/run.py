@@ -76,7 +76,9 @@ def run(name: str, arguments: list[str], speech: Path, checkpoint: Path, work: P
     tool = Path(sys.executable).with_name("asr-finetune")
     subprocess.run([tool, *command[1:], *paths, "--output", output], check=True, cwd=HERE.parents[1])
     record = json.loads((output / "run.json").read_text())
-    record["command"] = " ".join([*command, "--model CHECKPOINT", f"--train {data.name}", f"--test {data.name}"])
+    record["command"] = " ".join(
+        [*command, "--model CHECKPOINT", f"--train {data.name}", f"--test {data.name}"]
+    )
     record["data"]["source"] = Path(record["data"]["source"]).name
     record["model"]["name"] = "whisper-tiny.en"
     for evaluation in record["evaluation"].values():
@@ -91,7 +93,9 @@ def run(name: str, arguments: list[str], speech: Path, checkpoint: Path, work: P
 
 def main() -> None:
     """Parse the command line and do what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--speech", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/fsdd"), help="where the runs are trained")
@@ -99,7 +103,13 @@ def main() -> None:
     options = parser.parse_args()
     for name, arguments in plan().items():
         if options.only in name:
-            run(name, arguments, options.speech.resolve(), options.checkpoint.resolve(), options.work.resolve())
+            run(
+                name,
+                arguments,
+                options.speech.resolve(),
+                options.checkpoint.resolve(),
+                options.work.resolve(),
+            )
 
 
 if __name__ == "__main__":
