@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 # A new torch or a new pyproject.toml means a new set-up; native sources mean a new build.
 TORCH_STAMP = $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed
-NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-CLANG_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CLANG_SOURCES = $(shell find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test lint format bench clean
 .DEFAULT_GOAL := help
@@ -19,12 +19,14 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, mypy, clang-format; changes nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make bench   time the CPU kernels against PyTorch; JSON on the standard output"
 	@echo "make setup   only create $(VENV) and install into it"
+	@echo "make clean   remove what was built; the next job builds again"
 	@echo "TORCH='torch==2.13.0' chooses the torch build, PYTHON=python3.12 the interpreter, VENV=.venv the folder"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "error: $(PYTHON) is older than 3.11; mend: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
+	  || { echo "error: $(PYTHON) is missing or older than 3.11; mend: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "error: $(PYTHON) cannot create virtual environments; mend: apt-get install python3-venv (Debian, Ubuntu)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +39,7 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 $(STAMP): pyproject.toml $(NATIVE) $(TORCH_STAMP)
 	@echo "building the kernels and installing what the tests and the demo need"
 	$(PIP) --editable '.[dev]'
+	@$(BIN)/python -c 'from dpkernels.backends.native import library as l; r = l("cpu").reason; r and print("WARNING: slower:", r)' >&2
 	@touch $@
 
 setup: $(STAMP)
@@ -53,10 +56,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_SOURCES)
 
+bench: $(STAMP)
+	$(BIN)/python bench/bench_cpu_kernels.py
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --exit-zero .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CLANG_SOURCES)
 
 clean:
-	rm -rf build dist *.egg-info dpkernels/lib
+	rm -rf build dist *.egg-info dpkernels/lib $(STAMP)

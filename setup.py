@@ -74,7 +74,8 @@ class CMakeBuild(build_ext):
         cmake = find_program("cmake")
         ninja = find_program("ninja")
         cuda = {"auto": "AUTO", "cpu": "OFF", "cuda": "ON"}[BUILD]
-        configure = [cmake, "-S", str(ROOT), "-B", self.build_temp, f"-DDPK_CUDA={cuda}"]
+        # --fresh: a cache from another folder stops CMake, and one from before nvcc came hides it
+        configure = [cmake, "--fresh", "-S", str(ROOT), "-B", self.build_temp, f"-DDPK_CUDA={cuda}"]
         configure += [f"-DDPK_OUTPUT_DIR={output}", f"-DDPK_VERSION={self.distribution.get_version()}"]
         if ninja:  # named each time: the folder of an isolated build is gone at the next one
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -1,6 +1,6 @@
 """What is trained: everything, adapters, biases, or the output layer; and how the result is saved.
 
-    full     every parameter
+    full     every parameter, but for those under weight norm (Wav2Vec2's positions): they have no norm rule
     lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj)
     bitfit   the biases of linear and convolution layers; those of norms stay frozen
     dp_rp    LoRA whose factor A stays at its random start: half the trained parameters
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 import dpkernels.nn
 from asr_finetune.config import ConfigError, MethodConfig
@@ -64,6 +65,9 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         _train_biases(model, trainable)
     else:
         _train(model.get_submodule(head))
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            module.requires_grad_(False)
     if recognizer.new_head and method.kind in ("full", "bitfit"):
         _train(model.get_submodule(head))
     if trained_parameters(recognizer.model) == 0:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from asr_finetune.config import ConfigError, ModelConfig
 from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
 from asr_finetune.recognizer import SETTINGS, Recognizer
-from asr_finetune.whisper import WhisperRecognizer, trim_encoder
+from asr_finetune.whisper import START, WhisperRecognizer, trim_encoder
 
 __all__ = ["CTCRecognizer", "Recognizer", "WhisperRecognizer", "load_recognizer", "tiny_parakeet"]
 
@@ -63,6 +64,12 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
         except ValueError as error:
             raise ConfigError(str(error)) from error
     processor = _read(transformers.WhisperProcessor, config)
+    # Without its files transformers makes an empty tokenizer: every transcript would be the end token alone.
+    if processor.tokenizer.convert_tokens_to_ids(START) != model.config.decoder_start_token_id:
+        raise ConfigError(
+            f"model.name={config.name!r}: its tokenizer does not know {START} as the model does: add the "
+            "checkpoint's tokenizer.json (or vocab.json and merges.txt)"
+        )
     return WhisperRecognizer(_placed(model, config), processor, **options)
 
 
@@ -131,10 +138,10 @@ def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
     """`reader.from_pretrained` of the checkpoint, its failure said in our words."""
     try:
         return reader.from_pretrained(asked.name, revision=asked.revision, **options)
-    except OSError as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:  # TypeError: no tokenizer's files
         folder = Path(asked.name)
         what = (
-            f"the folder is there, but {reader.__name__} finds no checkpoint in it"
+            f"the folder is there, but {reader.__name__} finds no usable checkpoint in it"
             if folder.is_dir()
             else "there is no such folder, and the hub does not know it or cannot be reached"
         )

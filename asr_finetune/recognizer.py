@@ -182,7 +182,8 @@ class Recognizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         saved: Any = self.model
-        saved.save_pretrained(folder)
+        # PEFT would take a new output layer for resized token embeddings, which a CTC model has none of.
+        saved.save_pretrained(folder, **({} if saved is self.base else {"save_embedding_layers": False}))
         self.processor.save_pretrained(folder)
         settings = json.dumps(self._settings(), indent=2)
         (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")

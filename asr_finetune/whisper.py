@@ -23,6 +23,7 @@ from asr_finetune.recognizer import Recognizer, pad_rows, to_device
 if TYPE_CHECKING:
     from asr_finetune.data import Utterance
 
+START = "<|startoftranscript|>"
 FRAMES_PER_POSITION = 2  # conv2 has stride 2
 # Speech has some 6 tokens a second at most; a greedy decoder that has lost its way would run to 448. A window that
 # is much shorter than those of pretraining makes it repeat itself until the model is fine-tuned.

@@ -54,7 +54,8 @@ def _backends() -> list[str]:
     for row in registry.explain():
         note = f"({notes.setdefault(row.reason, len(notes) + 1)})" if row.reason else ""
         rows.append((row.op, row.device, row.backend, note))
-    lines = [f"Backends ({registry.ENVIRONMENT_VARIABLE}={forced})", *_table(rows)]
+    mend = "" if forced == "auto" else " forces this; unset it to use native code where that serves an op"
+    lines = [f"Backends ({registry.ENVIRONMENT_VARIABLE}={forced}{mend})", *_table(rows)]
     if notes:
         lines += ["", *(f"  ({number}) {reason}" for reason, number in notes.items())]
     return lines

@@ -101,14 +101,22 @@ def _whisper_positions(original: type[nn.Module]) -> type[nn.Module]:
         ghost_covers = ("weight",)
 
         def forward(
-            self, input_ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
+            self,
+            input_ids: Tensor,
+            cache_length: int = 0,
+            position_ids: Tensor | None = None,
+            past_key_values_length: int | None = None,
         ) -> Tensor:
-            """As Whisper's, but [B,T,d] also where Whisper's is [T,d]."""
+            """As Whisper's, but [B,T,d] also where Whisper's is [T,d].
+
+            `cache_length` was called past_key_values_length until transformers 5.24.
+            """
+            first = cache_length if past_key_values_length is None else past_key_values_length
             if not self._ghost_active(self.weight):
-                rows: Tensor = super().forward(input_ids, past_key_values_length, position_ids)
+                rows: Tensor = super().forward(input_ids, first, position_ids)
                 return rows
             if position_ids is None:
-                first, batch, length = past_key_values_length, input_ids.shape[0], input_ids.shape[1]
+                batch, length = input_ids.shape[:2]
                 position_ids = torch.arange(first, first + length, device=input_ids.device).expand(batch, -1)
             return ghost_embedding(self, position_ids, self.weight)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tones
 import yaml
 from typer.testing import CliRunner
 
 from asr_finetune import cli
 from asr_finetune.config import Config, ConfigError
+from tests.asr import tones
 
 
 @pytest.fixture(autouse=True)

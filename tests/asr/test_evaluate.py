@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tones
 
 from asr_finetune.config import DataConfig, EvaluateConfig, ModelConfig
 from asr_finetune.data import load_corpus
 from asr_finetune.evaluate import bootstrap_interval, evaluate, load_with_adapter, normalise, score
 from asr_finetune.models import load_recognizer
+from tests.asr import tones
 
 BASIC = EvaluateConfig(bootstrap=200)
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tones
 
 from asr_finetune.config import Config, ConfigError
 from asr_finetune.plan import describe_probe, plan, probe, size, subject, units
+from tests.asr import tones
 
 
 @pytest.fixture(autouse=True)

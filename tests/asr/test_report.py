@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_run import DELTA, HISTORY, RATE, SECRETS, SIGMA, STEPS, record, write_run
 
 from asr_finetune import plots
 from asr_finetune.report import ReportError, detection_bounds, write_report
 from dpkernels.privacy import LedgerError, epsilon
+from tests.asr.report_run import DELTA, HISTORY, RATE, SECRETS, SIGMA, STEPS, record, write_run
 
 
 class _Text(html.parser.HTMLParser):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tones
 import torch
 
 from asr_finetune import checkpoint, prepare, run_folder
@@ -23,6 +22,7 @@ from asr_finetune.run_folder import RunFolder, RunFolderError
 from asr_finetune.train import Interrupted, TrainResult, train
 from dpkernels import PrivacyEngine
 from dpkernels.privacy import LedgerError, SelfCheckError, epsilon, read_ledger
+from tests.asr import tones
 
 UTTERANCES, BATCH, DELTA, SIGMA = 24, 6, 1e-3, 4.0
 ROOT = Path(__file__).parents[2]

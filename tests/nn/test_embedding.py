@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from per_sample import assert_same_module, check_private, run_private
 from torch import Tensor, nn
 
 from dpkernels.nn import EmbeddingRecord, GhostEmbedding, LinearRecord, coverage, swap
+from tests.nn.per_sample import assert_same_module, check_private, run_private
 
 
 def squares(model: nn.Module, ids: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from per_sample import check_private, run_private
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from dpkernels.nn import ExpandedRecord, attach, coverage, detach, register_swap, swap
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.swapping import _ORIGINALS, _SWAPS, ghost_subclass
+from tests.nn.per_sample import check_private, run_private
 
 
 def squares(model: nn.Module, x: Tensor) -> Tensor:

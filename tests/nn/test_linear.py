@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from per_sample import assert_same_module, check_private, run_private
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dpkernels
 from dpkernels.nn import BiasRecord, GhostLinear, LinearRecord, Tape, attach, coverage, detach, swap, unswap
+from tests.nn.per_sample import assert_same_module, check_private, run_private
 
 
 def squares(model: nn.Module, x: Tensor) -> Tensor:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from per_sample import assert_same_module, check_private, run_private
 from torch import Tensor, nn
 
 from dpkernels.nn import BiasRecord, GhostLoRALinear, LinearRecord, LoRARecord, attach
+from tests.nn.per_sample import assert_same_module, check_private, run_private
 
 
 def squares(model: nn.Module, x: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from per_sample import check_private
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpkernels.nn import GhostLoRALinear, freeze_batch_norm
+from tests.nn.per_sample import check_private
 
 WIDTH = 4
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from per_sample import assert_same_module, check_private
 from torch import Tensor, nn
 
 from dpkernels.nn import (
@@ -19,6 +18,7 @@ from dpkernels.nn import (
     freeze_batch_norm,
     swap,
 )
+from tests.nn.per_sample import assert_same_module, check_private
 
 
 def cubes(model: nn.Module, x: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from per_sample import check_private, one_by_one, run_private
 from torch import Tensor, nn
 
 from dpkernels.nn import GhostConv1d, GhostLinear, LinearRecord, LoRARecord, attach, coverage, detach, swap
+from tests.nn.per_sample import check_private, one_by_one, run_private
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")

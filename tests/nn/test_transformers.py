@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from per_sample import check_private
 from torch import Tensor, nn
 
 from dpkernels.nn import Tape, attach, coverage, freeze_batch_norm, swap
+from tests.nn.per_sample import check_private
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -1,11 +1,18 @@
 """What holds for every backend; the same functions must catch the faults that the tests plant."""
 
+import math
+from fractions import Fraction
+
 import torch
-from cases import Case
-from conftest import CLIP_ROUNDING, FLOAT32_ROUNDING, NORM_ABOVE, SUM_OFF, TRUTH_ROUNDING
 from torch import Tensor
 
 from dpkernels import ops
+from tests.ops.cases import Case
+from tests.ops.tolerances import CLIP_ROUNDING, FLOAT32_ROUNDING, NORM_ABOVE, SUM_OFF, TRUTH_ROUNDING
+
+# c is rounded to float32 (2⁻²⁴) from a quotient off by a few 2⁻⁵³: it is never smaller than this share.
+SHARE = 1 - Fraction(1, 2**22)
+LEAST_NORMAL = Fraction(2) ** -126
 
 
 def never_below(case: Case, **options: object) -> None:
@@ -64,3 +71,21 @@ def alone_is_the_same(case: Case, **options: object) -> None:
             assert torch.equal(mine[0], in_batch[i]), (
                 f"sample {i}: {float(mine[0])!r}, {float(in_batch[i])!r}"
             )
+
+
+def factors_within(norm_sq: Tensor, limit: float) -> None:
+    """c² · norm_sq ≤ C² in exact arithmetic, and c not needlessly small."""
+    factors = ops.clip_factors(norm_sq, limit)
+    assert factors.dtype == torch.float32
+    assert factors.shape == norm_sq.shape
+    for square, factor in zip(norm_sq.tolist(), factors.tolist(), strict=True):
+        if not math.isfinite(square) or square < 0:
+            assert factor == 0.0
+            continue
+        v, c, most = Fraction(square), Fraction(factor), Fraction(limit)
+        assert 0 <= c <= 1
+        assert c * c * v <= most * most, f"{factor} · √{square} > {limit}"
+        if v <= most * most * SHARE:
+            assert c == 1
+        elif c >= LEAST_NORMAL:
+            assert c * c * v >= most * most * SHARE * SHARE

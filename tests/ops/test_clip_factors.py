@@ -2,43 +2,19 @@
 
 import math
 import sys
-from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dpkernels import ops
 from dpkernels.backends import native, registry
+from tests.ops.checks import factors_within
 
 AVAILABLE = [
     b for b in ("reference", "torch", "native") if b != "native" or not native.unavailable_reason("cpu")
 ]
-# c is rounded to float32 (2⁻²⁴) from a quotient off by a few 2⁻⁵³: it is never smaller than this share.
-SHARE = 1 - Fraction(1, 2**22)
-LEAST_NORMAL = Fraction(2) ** -126
-
-
-def within(norm_sq: Tensor, limit: float) -> None:
-    """c² · norm_sq ≤ C² in exact arithmetic, and c not needlessly small."""
-    factors = ops.clip_factors(norm_sq, limit)
-    assert factors.dtype == torch.float32
-    assert factors.shape == norm_sq.shape
-    for square, factor in zip(norm_sq.tolist(), factors.tolist(), strict=True):
-        if not math.isfinite(square) or square < 0:
-            assert factor == 0.0
-            continue
-        v, c, most = Fraction(square), Fraction(factor), Fraction(limit)
-        assert 0 <= c <= 1
-        assert c * c * v <= most * most, f"{factor} · √{square} > {limit}"
-        if v <= most * most * SHARE:
-            assert c == 1
-        elif c >= LEAST_NORMAL:
-            assert c * c * v >= most * most * SHARE * SHARE
-
-
 values = {
     torch.float32: st.floats(width=32),
     torch.float64: st.floats(width=64),
@@ -53,7 +29,7 @@ def test_exactly_within_and_not_smaller_than_needed(dtype: torch.dtype, backend:
     @settings(max_examples=120, deadline=None, database=None, derandomize=True)
     @given(st.lists(values[dtype], min_size=1, max_size=6), limits)
     def check(squares: list[float], limit: float) -> None:
-        within(torch.tensor(squares, dtype=dtype), limit)
+        factors_within(torch.tensor(squares, dtype=dtype), limit)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
@@ -64,8 +40,8 @@ def test_near_the_limit_and_at_the_ends(backend: str) -> None:
     for limit in (1.0, 0.1, 3.0, 1e-3, 1e-30, 1e30):
         squares = [limit * limit * (1 + k * 2.0**-52) for k in range(-4, 5)]
         squares += [0.0, -0.0, 5e-324, sys.float_info.max, sys.float_info.min]
-        within(torch.tensor(squares, dtype=torch.float64), limit)
-        within(torch.tensor(squares, dtype=torch.float64).float(), limit)
+        factors_within(torch.tensor(squares, dtype=torch.float64), limit)
+        factors_within(torch.tensor(squares, dtype=torch.float64).float(), limit)
 
 
 def test_what_is_no_norm_gets_exactly_zero(backend: str) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cases import FAMILIES, WITH_LENGTHS, make
-from checks import alone_is_the_same
+
+from tests.ops.cases import FAMILIES, WITH_LENGTHS, make
+from tests.ops.checks import alone_is_the_same
 
 
 @pytest.mark.parametrize("family", FAMILIES)

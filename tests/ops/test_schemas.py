@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAMILIES, make
 
 from dpkernels import ops
 from dpkernels.backends import registry
+from tests.ops.cases import FAMILIES, make
 
 TENSOR_OPS = [op for op in registry.OPS if not op.startswith("chacha20")]
 

@@ -7,14 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAMILIES, cancelling, make
-from checks import added_within, alone_is_the_same, never_below, not_far_above, sums_match
-from test_clip_factors import within
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpkernels import ops
 from dpkernels.backends import bounds, registry, torch_cpu
+from tests.ops.cases import FAMILIES, cancelling, make
+from tests.ops.checks import (
+    added_within,
+    alone_is_the_same,
+    factors_within,
+    never_below,
+    not_far_above,
+    sums_match,
+)
 
 LARGEST_HALF = 65504.0
 
@@ -233,4 +239,4 @@ def test_catches_a_method_chosen_for_the_batch(plant: Plant) -> None:
 def test_catches_a_clip_factor_rounded_to_nearest(plant: Plant) -> None:
     plant("clip_factors", lambda norm_sq, limit: (limit / norm_sq.sqrt()).clamp(max=1.0).float())
     with pytest.raises(AssertionError):
-        within(torch.linspace(1.0, 50.0, 400), 1.0)
+        factors_within(torch.linspace(1.0, 50.0, 400), 1.0)

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import FAMILIES, WITH_LENGTHS, cancelling, make
-from checks import added_within, never_below, not_far_above, sums_match
-from conftest import DTYPES, MEAN_EXCESS
 
 from dpkernels import ops
+from tests.ops.cases import FAMILIES, WITH_LENGTHS, cancelling, make
+from tests.ops.checks import added_within, never_below, not_far_above, sums_match
+from tests.ops.tolerances import DTYPES, MEAN_EXCESS
 
 SIZES = [(3, 7, 5, 4), (1, 1, 1, 1), (2, 1, 33, 17), (2, 300, 33, 65), (3, 129, 16, 7)]
 GRID = [(torch.float32, size) for size in SIZES] + [(dtype, (2, 139, 33, 17)) for dtype in DTYPES[1:]]

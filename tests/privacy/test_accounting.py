@@ -9,11 +9,11 @@ import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from private_run import private_run, train
 
 from dpkernels.privacy import BudgetExhausted, accounting, epsilon, noise_multiplier
 from dpkernels.privacy import budget as budget_module
 from dpkernels.privacy.accounting import Mechanism, composed_epsilon
+from tests.privacy.private_run import private_run, train
 
 PAPER = {"sample_rate": 4096 / 281_241, "steps": 2000}
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from private_run import Net, Run, losses_of, norm_of, private_run
 from torch import Tensor, nn
 
 from dpkernels import ops
@@ -16,6 +15,7 @@ from dpkernels.nn import LinearRecord
 from dpkernels.privacy import optimizer as optimizer_module
 from dpkernels.privacy.clipping import LEAST_SLACK, batch_bound, rounding_slack, sensitivity, total_norm_sq
 from dpkernels.privacy.optimizer import DPOptimizer
+from tests.privacy.private_run import Net, Run, losses_of, norm_of, private_run
 
 INDICES = (0, 1, 2, 3, 4, 5, 6)
 

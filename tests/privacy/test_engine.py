@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from private_run import Net, Run, losses_of, private_run, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,6 +15,7 @@ from dpkernels.nn import LinearRecord
 from dpkernels.privacy import PrivacyEngine
 from dpkernels.privacy import optimizer as optimizer_module
 from dpkernels.privacy.optimizer import DPOptimizer
+from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
 
 def parts(**changes: object) -> dict:

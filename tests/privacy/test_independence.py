@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from private_run import Net, Run, private_run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpkernels.nn import LinearRecord
 from dpkernels.privacy import SelfCheckError
 from dpkernels.privacy.self_check import take_sample
+from tests.privacy.private_run import Net, Run, private_run
 
 
 def padded_batch() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:

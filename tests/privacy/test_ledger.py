@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from private_run import Run, private_run, train
 
 from dpkernels.privacy import LedgerError, read_ledger
 from dpkernels.privacy import ledger as ledger_module
 from dpkernels.privacy.ledger import Ledger
 from dpkernels.privacy.optimizer import DPOptimizer
+from tests.privacy.private_run import Run, private_run, train
 
 
 @pytest.fixture

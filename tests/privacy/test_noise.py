@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from private_run import KEY, Run, losses_of, private_run, train
 from torch import Tensor, nn
 
 from dpkernels.privacy import PrivacyEngine
 from dpkernels.privacy import noise as noise_module
 from dpkernels.privacy.noise import PURPOSE_INCLUSION, PURPOSE_NOISE, SecretStream, nonce
 from dpkernels.privacy.optimizer import DPOptimizer
+from tests.privacy.private_run import KEY, Run, losses_of, private_run, train
 
 SIGMA, CLIP, EXPECTED = 1.5, 0.25, 8
 

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from private_run import private_run, train
 
 from dpkernels.privacy import SelfCheckReport, StepStats
 from dpkernels.privacy.ledger import Ledger
 from dpkernels.privacy.optimizer import DPOptimizer
+from tests.privacy.private_run import private_run, train
 
 
 def test_step_statistics_are_right_and_marked_not_private() -> None:

@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from private_run import KEY, losses_of, private_run, train
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -30,6 +29,7 @@ from dpkernels.privacy.sampling import (
     poisson,
     uniform_subset,
 )
+from tests.privacy.private_run import KEY, losses_of, private_run, train
 
 DRAWS = 1500
 
