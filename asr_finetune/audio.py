@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from asr_finetune.data import Utterance
 
 
+HEADER_TOLERANCE = 0.1  # seconds: an MP3's header counts padding that its decoder drops
+
+
 class AudioError(ValueError):
     """A recording that cannot be used; the message is the reason, for a list of problems."""
 
@@ -70,10 +73,14 @@ def duration(source: Path | bytes) -> float:
     try:
         info = soundfile.info(str(source) if isinstance(source, Path) else io.BytesIO(source))
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"unreadable audio: {error.error_string}") from error
+        raise AudioError(_unreadable(error)) from error
     if info.frames <= 0 or info.samplerate <= 0:
         raise AudioError("no samples in the file")
     return float(info.frames / info.samplerate)
+
+
+def _unreadable(error: soundfile.LibsndfileError) -> str:
+    return f"unreadable audio: {error.error_string or f'libsndfile error {error.code}'}"
 
 
 def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
@@ -89,7 +96,8 @@ def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
         [n] float32, contiguous, full scale ±1.
 
     Raises:
-        AudioError: the recording cannot be decoded, is empty, or holds NaN or infinite samples.
+        AudioError: the recording cannot be decoded, is empty or shorter than its header says, or holds NaN or
+            infinite samples.
     """
     if utterance.array is not None:
         if utterance.sampling_rate is None:
@@ -107,7 +115,11 @@ def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
         try:
             samples, found = soundfile.read(file, dtype="float32")
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"unreadable audio: {error.error_string}") from error
+            raise AudioError(_unreadable(error)) from error
+        if len(samples) / found < utterance.seconds - HEADER_TOLERANCE:
+            raise AudioError(
+                f"cut short: {len(samples) / found:.3f} s of the {utterance.seconds:.3f} s that its header says"
+            )
     samples = samples.astype(np.float32, copy=False)
     if samples.ndim == 2:
         samples = samples.mean(axis=1)

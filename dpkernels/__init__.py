@@ -41,11 +41,12 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "PrivacyEngine",
     "ops",
     "nn",
+    "privacy",
     "__version__",
 ]
 
 if TYPE_CHECKING:
-    from dpkernels import nn, ops
+    from dpkernels import nn, ops, privacy
     from dpkernels.nn import (
         FrozenBatchNorm,
         GhostConv1d,

@@ -88,7 +88,7 @@ def test_noise_multiplier_zero_reports_infinity_and_warns() -> None:
 
 def _unwrapped_run() -> object:
     import torch
-    from private_run import Net, Run, losses_of
+    from tests.privacy.private_run import Net, Run, losses_of
     from torch.utils.data import DataLoader, TensorDataset
 
     from dpkernels.privacy import PrivacyEngine
@@ -214,7 +214,7 @@ def test_make_private_with_epsilon_spends_the_whole_budget() -> None:
 
 def private_run_with_epsilon(**arguments: object) -> object:
     import torch
-    from private_run import Net, Run, losses_of
+    from tests.privacy.private_run import Net, Run, losses_of
     from torch.utils.data import DataLoader, TensorDataset
 
     from dpkernels.privacy import PrivacyEngine
