@@ -107,7 +107,10 @@ def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
             samples = samples / float(np.iinfo(samples.dtype).max + 1)
     else:
         if utterance.encoded is not None:
-            file: str | io.BytesIO = io.BytesIO(utterance.encoded.read())
+            try:
+                file: str | io.BytesIO = io.BytesIO(utterance.encoded.read())
+            except OSError as error:
+                raise AudioError(f"unreadable audio: {error}") from error
         elif utterance.path is not None:
             file = str(utterance.path)
         else:

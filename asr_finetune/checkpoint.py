@@ -24,15 +24,14 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """The state of a run after `step` steps.
 
-    No key and no state of the noise or sampling generators is in it: a resumed run draws new ones from the
-        OS.
+    No key and no state of the noise or sampling generators is in it: a resumed run draws new ones from the OS.
 
     Attributes:
         step: logical steps applied.
         parameters: name -> tensor of what is trained (and of adapter parts frozen at random values).
         optimizer: the optimizer's state_dict.
         privacy: the engine's state (mechanism, where its ledger stood), or None without privacy.
-        random: torch's generator states (dropout: public randomness).
+        random: torch's generator states, of a run without privacy; None with it, where dropout is secret.
         seconds: training time so far.
         curve: evaluations on public data so far.
     """
@@ -41,7 +40,7 @@ class Checkpoint:
     parameters: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     privacy: dict[str, Any] | None
-    random: dict[str, Any]
+    random: dict[str, Any] | None
     seconds: float
     curve: list[dict[str, Any]]
 

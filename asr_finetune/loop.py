@@ -196,7 +196,7 @@ def save(run: Run) -> None:
             parameters=dict(checkpoint.kept_parameters(run.recognizer.model)),
             optimizer=run.optimizer.state_dict(),
             privacy=run.engine.state_dict() if run.engine else None,
-            random=checkpoint.random_state(),
+            random=checkpoint.random_state() if run.engine is None else None,
             seconds=run.seconds,
             curve=run.curve,
         ),

@@ -151,7 +151,8 @@ def _manifest(path: Path, split: str | None, data: DataConfig) -> Iterator[_Reco
 
 def _manifest_record(path: Path, name: str, entry: dict[str, Any]) -> _Record:
     audio, text = entry.get("audio"), entry.get("text")
-    identity = str(entry.get("utt_id") or (Path(audio).stem if isinstance(audio, str) and audio else name))
+    stem = Path(audio).stem if isinstance(audio, str) else ""
+    identity = str(entry.get("utt_id") or stem or name)
     speaker = None if entry.get("speaker") is None else str(entry["speaker"])
     if not isinstance(audio, str) or not audio:
         return _Record(identity, speaker=speaker, reason=f"{name} has no `audio` path")
@@ -190,7 +191,11 @@ def _table(source: str, split: str | None, data: DataConfig) -> Iterator[_Record
             )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    import datasets
+
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__  # it says no more than that it failed; a folder of audio needs torchcodec, e.g.
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

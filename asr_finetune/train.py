@@ -209,7 +209,8 @@ def _restore(run: Run) -> None:
         return
     checkpoint.restore_parameters(run.recognizer.model, saved.parameters)
     run.optimizer.load_state_dict(saved.optimizer)
-    checkpoint.restore_random(saved.random)
+    if saved.random is not None:
+        checkpoint.restore_random(saved.random)
     run.step, run.seconds, run.curve = saved.step, saved.seconds, saved.curve
     run.folder.trim_history(saved.step)
     if isinstance(run.loader, PlainLoader):

@@ -265,10 +265,10 @@ def _kept(ids: Tensor, g: Tensor, padding_idx: int | None) -> tuple[Tensor, Tens
     return ids[keep], g[keep]
 
 
-def _rows_by_id(ids: Tensor, g: Tensor) -> Tensor:
-    """[number of distinct ids, d]: g summed over equal ids."""
+def _rows_by_id(ids: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """(distinct ids, g summed over equal ones [distinct, d])."""
     distinct, place = ids.unique(return_inverse=True)
-    return g.new_zeros(len(distinct), g.shape[1]).index_add_(0, place, g)
+    return distinct, g.new_zeros(len(distinct), g.shape[1]).index_add_(0, place, g)
 
 
 def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None) -> Tensor:
@@ -277,7 +277,7 @@ def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None)
     for i in range(len(ids)):
         rows, kept = _kept(ids[i], g[i], padding_idx)
         wide = _sample(kept, torch.float64)
-        values.append(_rows_by_id(rows, wide))
+        values.append(_rows_by_id(rows, wide)[1])
         terms.append(_square(wide).sqrt() * math.sqrt(len(rows)))
         roundings.append(len(rows))
     return _upper_in_float64(values, terms, roundings, g)
@@ -294,7 +294,9 @@ def embedding_weighted_sum(
     distinct = torch.cat([rows for _, rows, _ in kept]).unique()
     total = out.new_zeros(len(distinct), out.shape[1], dtype=torch.float64)
     for c, rows, values in kept:
-        total.index_add_(0, torch.searchsorted(distinct, rows), values.double(), alpha=c)
+        # a sample's own tokens first: what cancels among them never rounds a neighbour's share
+        own, sums = _rows_by_id(rows, values.double())
+        total.index_add_(0, torch.searchsorted(distinct, own), sums, alpha=c)
     out.index_add_(0, distinct, total.to(out.dtype))
 
 

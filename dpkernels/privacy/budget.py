@@ -57,6 +57,7 @@ class Budget:
         self.target_epsilon = target_epsilon
         self.target_delta = target_delta
         self._planned_steps = planned_steps
+        self._pid = os.getpid()
         self._run = os.urandom(8).hex()
         self._runs: dict[str, tuple[Mechanism, int]] = {}
         self._safe_steps = 0
@@ -106,7 +107,13 @@ class Budget:
 
         Raises:
             BudgetExhausted: the step would pass the target; nothing is spent.
+            RuntimeError: in a forked process.
         """
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this process was forked from the one that made the model private: the two would each count "
+                "half of the steps. Train in one of them, and call make_private there."
+            )
         taken = self._runs[self._run][1]
         if self.target_epsilon is not None and not self._fits(taken + 1):
             raise BudgetExhausted(
@@ -158,8 +165,12 @@ class Budget:
             )
         for run, saved in state["runs"].items():
             mechanism = Mechanism(**saved["mechanism"])
-            counted = self._runs.get(run, (mechanism, 0))[1]
-            self._runs[run] = (mechanism, max(counted, int(saved["steps"])))
+            counted, saved_steps = self._runs.get(run, (mechanism, 0))[1], int(saved["steps"])
+            if saved_steps <= counted:
+                continue
+            if self._ledger is not None:  # or the next run, which may have the ledger only, would forget them
+                self._ledger.carry(run, mechanism, saved_steps - counted)
+            self._runs[run] = (mechanism, saved_steps)
         self._safe_steps = 0
         self._look_ahead = _LOOK_AHEAD
 

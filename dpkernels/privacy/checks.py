@@ -1,5 +1,7 @@
 """What must hold of the model, the optimizer and the losses, each refused by name and with the mend."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,12 @@ def check_module(module: nn.Module) -> None:
     names = batch_norms_in_training(module)
     if names:
         raise ValueError(batch_norm_message(names))
+    hooked = [name for name, p in trained_parameters(module).items() if p._post_accumulate_grad_hooks]
+    if hooked:
+        raise ValueError(
+            f"trained parameters with post-accumulate-grad hooks: {', '.join(hooked)}. Such a hook sees gradients "
+            "before they are clipped, and can hide that autograd filled .grad; remove it"
+        )
     if not trained_parameters(module):
         raise ValueError("module has no trained parameters (requires_grad): there is nothing to make private")
 
@@ -64,12 +72,41 @@ def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
         )
     own = {id(parameter) for parameter in module.parameters()}
     foreign = [tuple(parameter.shape) for key, parameter in held.items() if key not in own]
+    trained = {id(parameter) for parameter in trained_parameters(module).values()}
+    check_no_gradient([parameter for key, parameter in held.items() if key not in trained])
     if foreign:
         raise ValueError(
             f"the optimizer holds {len(foreign)} parameters that are not the module's (shapes "
             f"{foreign[:5]}): their gradients would be neither clipped nor noised. Build the optimizer from "
             "module.parameters()."
         )
+
+
+def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise RuntimeError where a parameter that is not trained has a gradient: torch's optimizers step any
+    parameter whose .grad is set, requires_grad or not."""
+    shapes = [tuple(parameter.shape) for parameter in parameters if parameter.grad is not None]
+    if shapes:
+        raise RuntimeError(
+            f"the optimizer holds {len(shapes)} parameters that are not trained but have a .grad (shapes "
+            f"{shapes[:5]}): it would step them with a gradient that is neither clipped nor noised. Call "
+            "optimizer.zero_grad() before make_private, and compute no gradients past optimizer.backward."
+        )
+
+
+def released_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(identity, version) of every buffer that state_dict() would release, by name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                found[name] = (id(buffer), buffer._version)
+    return found
+
+
+def changed_buffers(then: dict[str, tuple[int, int]], now: dict[str, tuple[int, int]]) -> list[str]:
+    """Names of the buffers that were written, replaced, added or removed in between."""
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from dpkernels.nn import Record
 
-# Relative to C; enough for logical batches of up to 2^15 examples. See rounding_slack.
+# Relative to C. See rounding_slack for all three.
 LEAST_SLACK = 2.0**-20
+_PIECES = 2**9
+_CANCELLATION = 2**17
 
 
 def total_norm_sq(records: Sequence[Record], batch_size: int, device: torch.device) -> Tensor:
@@ -42,13 +44,21 @@ def rounding_slack(examples: int) -> float:
     """s with: one example more or less changes the float64 sum of clipped gradients by at most (1 + s)·C.
 
     The example's own contribution is at most C: clip_factors and the ops see to that. Beyond it, the example
-    can change how the others' additions round. Every coordinate takes at most 2n additions (each example's
-    product into a tile, each micro-batch's tile into the sum), in whatever order; each rounds by at most 2⁻⁵³
-    of a partial sum, whose vector has norm at most n·C. So a sum is within 2n²·2⁻⁵³·C of the exact one, two
-    neighbouring sums differ by at most 4n²·2⁻⁵³·C = n²·2⁻⁵¹·C more than exact ones, and n²·2⁻⁵⁰ leaves a
-    factor of two for terms of second order.
+    can change how the others' additions round: each addition rounds by at most 2⁻⁵³ of the partial sum.
+
+    A long example is added in pieces (of at least 64 frames, or a token of an embedding), at most P of them to
+    an entry, and they may cancel: a piece can be far above C. How far is bounded by the ops' own rounding
+    bounds: a norm is stated as at least e ≥ (2κ + 1)·2⁻²⁴·S, S = Σ_t ‖x_t‖‖g_t‖ (csrc/cpu/bounds.h), so that
+    c·S ≤ C/(e/S) = K·C with K ≤ 2¹⁷ where there are two pieces of 64 frames or more (κ ≥ 66), and P·K ≤ 2²³
+    for an embedding. A partial sum is then below (n + K)·C, a sum of n·P additions within n·P·(n + K)·2⁻⁵³·C
+    of the exact one, and two neighbouring sums differ by twice that more than exact ones; 2⁻⁵¹ in place of
+    2⁻⁵² leaves a factor of two for terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens.
+
+    It holds for gradients of float32 and narrower; float64 models (for tests) have no such K. What it does
+    not count: an example that changes the *shape* of a batch can change how the others' forward and backward
+    round (docs/privacy.md says how much that was measured to be).
     """
-    return max(LEAST_SLACK, examples**2 * 2.0**-50)
+    return max(LEAST_SLACK, examples * _PIECES * (examples + _CANCELLATION) * 2.0**-51)
 
 
 def sensitivity(max_grad_norm: float, examples: int, per_unit: int = 1) -> float:

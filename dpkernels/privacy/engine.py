@@ -1,12 +1,14 @@
 """PrivacyEngine: makes a model, its optimizer and its data loader private, and says what that cost."""
 
 import os
+import random
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,7 +29,7 @@ from dpkernels.privacy.keywords import check_clipping, check_opacus_keywords, ch
 from dpkernels.privacy.loader import DPDataLoader
 from dpkernels.privacy.noise import SecretStream
 from dpkernels.privacy.optimizer import DPOptimizer
-from dpkernels.privacy.plan import Sampling, plan_sampling
+from dpkernels.privacy.plan import Sampling, plan_sampling, speaker_ids
 from dpkernels.privacy.sampling import ExampleSampler, SpeakerSampler
 from dpkernels.privacy.self_check import SelfCheckReport, self_check
 
@@ -71,6 +73,7 @@ class PrivacyEngine:
         self._budget: Budget | None = None
         self._module: nn.Module | None = None
         self._optimizer: DPOptimizer | None = None
+        self._self_checked = False
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("PrivacyEngine holds keys and is never pickled or copied; save its state_dict()")
@@ -141,7 +144,9 @@ class PrivacyEngine:
         """Make model, optimizer and data loader private. Returns always these three.
 
         The model is changed in place (`dpkernels.swap`) and returned; the optimizer is wrapped; the loader
-        yields Poisson-sampled logical batches, each an iterable of micro-batches.
+        yields Poisson-sampled logical batches, each an iterable of micro-batches. The global generators of
+        torch, numpy and Python are seeded anew from the operating system: dropout under a known seed is not
+        private (see `_seed_from_the_system`).
 
         Args:
             module: the model; its layers with trained parameters need a norm rule, or the parameters
@@ -196,6 +201,8 @@ class PrivacyEngine:
             wrap_model=wrap_model,
             rand_on_empty=rand_on_empty,
         )
+        if speakers is not None:
+            speakers = speaker_ids(speakers)
         sampling = plan_sampling(
             data_loader,
             unit=unit,
@@ -289,6 +296,8 @@ class PrivacyEngine:
             on_batch=self._optimizer.begin_logical_batch,
             steps_taken=lambda: budget.steps,
         )
+        if not self._noise_stream.fixed:
+            _seed_from_the_system()
         return module, self._optimizer, loader
 
     def make_private_with_epsilon(
@@ -384,7 +393,7 @@ class PrivacyEngine:
         self._made()
         assert self._module is not None
         assert self._optimizer is not None
-        return self_check(
+        report = self_check(
             self._module,
             self._optimizer.tape,
             loss_fn,
@@ -393,6 +402,8 @@ class PrivacyEngine:
             samples=samples,
             tolerance=tolerance,
         )
+        self._self_checked = True
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent, for a checkpoint: plain values, no keys."""
@@ -416,12 +427,30 @@ class PrivacyEngine:
 
     def _spend(self) -> None:
         check_single_process()
+        if not self._self_checked and self.noise_multiplier > 0:
+            self._self_checked = True  # once
+            warnings.warn(
+                "no self_check has passed in this run, so nothing has shown that an example's gradient is its "
+                "own, which the privacy claim rests on: call engine.self_check(loss_fn, batch) before training",
+                stacklevel=4,
+            )
         self._made().spend()
 
     def _made(self) -> Budget:
         if self._budget is None:
             raise RuntimeError("call make_private (or make_private_with_epsilon) first")
         return self._budget
+
+
+def _seed_from_the_system() -> None:
+    """Seed torch's, numpy's and Python's global generators from the operating system.
+
+    Dropout masks are drawn by place in the batch: under a known seed one more example shifts the masks of all
+    the others, and changes the sum by far more than C. Secret masks, drawn independently of the data, do not.
+    """
+    torch.manual_seed(int.from_bytes(os.urandom(8), "little"))
+    np.random.seed(int.from_bytes(os.urandom(4), "little"))
+    random.seed(os.urandom(32))
 
 
 def _check_target(target_epsilon: float | None, target_delta: float | None, units: int) -> None:

@@ -3,7 +3,8 @@
 JSON lines, appended and fsynced; each carries a SHA-256 over its own text and the line before, so that an
 edit, a removed or an inserted line is noticed when the file is read. A "run" line states the mechanism; the
 "step" lines after it each spend one step of it; an "epsilon" line records an ε that was reported. Nothing in
-it depends on the data: no batch sizes, losses, norms, times of steps, and no keys.
+it depends on the data: no batch sizes, losses, norms, times of steps, and no keys. A "carried" line counts
+steps that only a checkpoint knew of.
 
 A line cut short by a crash can only be the last one. It is counted as a spent step (over-counting is safe),
 and the next run seals it with a "torn" line.
@@ -22,6 +23,7 @@ from dpkernels.privacy.accounting import Mechanism
 FORMAT = 1
 _START = "0" * 64
 _OPENING = b'{"entry": '
+_SAME = ("unit", "dataset_size", "adjacency")  # what the runs of one ledger have in common
 
 
 class LedgerError(ValueError):
@@ -160,6 +162,12 @@ def _apply(contents: LedgerContents, entry: dict[str, Any], where: str) -> None:
             contents.runs[-1].steps += 1
         elif kind == "step":
             raise LedgerError(f"{where}: a step before any run line")
+    elif kind == "carried":
+        known = next((run for run in contents.runs if run.id == entry["run"]), None)
+        if known is None:  # before the run that carried it, to which the step lines below belong
+            known = Run(entry)
+            contents.runs.insert(len(contents.runs) - 1, known)
+        known.steps += int(entry["steps"])
     elif kind != "epsilon":
         raise LedgerError(f"{where}: unknown kind {kind!r}; a newer version may have written it")
 
@@ -225,6 +233,12 @@ class Ledger:
             {"kind": "epsilon", "epsilon": value, "delta": delta, "accountant": accountant, "steps": steps}
         )
 
+    def carry(self, run: str, mechanism: Mechanism, steps: int) -> None:
+        """Write steps of another run that this ledger does not hold: a checkpoint knew of them."""
+        shared = {key: self.run.settings[key] for key in _SAME}
+        entry = {"kind": "carried", "run": run, "mechanism": mechanism.to_dict(), "steps": steps}
+        self._append(entry | shared)
+
     def close(self) -> None:
         """Close the file and give up the lock."""
         self._file.close()
@@ -240,7 +254,7 @@ class Ledger:
             ) from error
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        for key in ("unit", "dataset_size", "adjacency"):
+        for key in _SAME:
             if old[key] != new[key]:
                 raise LedgerError(
                     f"ledger={str(self.path)!r} was written for {key}={old[key]!r}, this run has "
@@ -254,12 +268,26 @@ class Ledger:
         if contents.runs:
             contents.runs[-1].steps += 1
 
+    def _check_in_place(self) -> None:
+        """Raise where the path no longer names the open file: what is written would be lost with it."""
+        mine = os.fstat(self._file.fileno())
+        try:
+            named = os.stat(self.path)
+        except FileNotFoundError:
+            named = None
+        if named is None or (named.st_dev, named.st_ino) != (mine.st_dev, mine.st_ino):
+            raise LedgerError(
+                f"ledger {self.path} was deleted, moved or replaced while in use: steps written now would be "
+                "forgotten. Put the file of this run back, and resume from the last checkpoint."
+            )
+
     def _append(self, entry: dict[str, Any]) -> None:
         data, digest = _line(self._last_hash, entry)
         if self._broken:
             raise LedgerError(
                 f"ledger {self.path}: an earlier write failed; start again from the last checkpoint"
             )
+        self._check_in_place()
         self._broken = True  # until the whole line is known to be on disk
         written = os.write(self._file.fileno(), data)
         if written != len(data):

@@ -6,7 +6,14 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 from torch.utils.data.sampler import BatchSampler
 
 
@@ -54,12 +61,32 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
     size = len(data_loader.dataset)  # type: ignore[arg-type]
     if size == 0:
         raise ValueError("data_loader: its dataset is empty")
+    if isinstance(data_loader.dataset, Subset | ConcatDataset):
+        repeats = size - len(set(_sources(data_loader.dataset)))
+        if repeats:
+            raise ValueError(
+                f"data_loader: {repeats} of its {size} examples are repetitions (Subset or ConcatDataset name "
+                "them again): a repeated example would count several times in a step, and be accounted once. "
+                "Leave each in once, or use unit='speaker' with one id for its copies"
+            )
     if data_loader.batch_size > size:
         raise ValueError(
             f"data_loader: batch_size={data_loader.batch_size} exceeds the dataset's {size} examples; it is "
             "the expected batch size, and the sampling rate batch_size/N must be <= 1"
         )
     return size, data_loader.batch_size
+
+
+def _sources(dataset: Any) -> Iterator[tuple[int, int]]:
+    """Where each example of a Subset or ConcatDataset comes from: (underlying data set, index in it)."""
+    if isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _sources(part)
+    elif isinstance(dataset, Subset):
+        inner = list(_sources(dataset.dataset))
+        yield from (inner[index] for index in dataset.indices)
+    else:
+        yield from ((id(dataset), index) for index in range(len(dataset)))
 
 
 def micro_batches(

@@ -76,6 +76,11 @@ class SecretStream:
             "engine instead."
         )
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the key was given, for a test."""
+        return self._fixed
+
     def next_draw(self) -> int:
         """A number that this stream has not handed out before; it goes into the nonce."""
         if self._pid != os.getpid():

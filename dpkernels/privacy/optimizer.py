@@ -1,6 +1,5 @@
 """The private optimizer: per-sample losses in, one noised gradient a logical batch out."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -10,7 +9,15 @@ from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.nn import Record, Tape, batch_norms_in_training
-from dpkernels.privacy.checks import batch_norm_message, check_losses, check_trained, trained_parameters
+from dpkernels.privacy.checks import (
+    batch_norm_message,
+    changed_buffers,
+    check_losses,
+    check_no_gradient,
+    check_trained,
+    released_buffers,
+    trained_parameters,
+)
 from dpkernels.privacy.clipping import total_norm_sq
 from dpkernels.privacy.noise import SecretStream
 
@@ -37,6 +44,10 @@ class StepStats:
             f"StepStats(NOT PRIVATE: examples={self.examples}, clip_rate={self.clip_rate:.3f}, "
             f"mean_norm={self.mean_norm:.4g}, non_finite={self.non_finite})"
         )
+
+
+# What the accounting rests on, set once.
+_FIXED = frozenset({"noise_multiplier", "max_grad_norm", "sensitivity", "expected_batch_size"})
 
 
 class DPOptimizer(torch.optim.Optimizer):
@@ -89,6 +100,8 @@ class DPOptimizer(torch.optim.Optimizer):
         self._stream = stream
         self._spend = spend
         self._trained = trained_parameters(model)
+        self._held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._buffers = released_buffers(model)
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._published: dict[nn.Parameter, Tensor] = {}
         self._examples = 0
@@ -123,6 +136,15 @@ class DPOptimizer(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.original_optimizer.defaults = defaults
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"optimizer.{name} is fixed by make_private: the ledger and ε count every step with "
+                f"{name}={getattr(self, name)}. To change it, start another run with another engine on the same "
+                "ledger."
+            )
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "original_optimizer":  # not set yet
@@ -204,9 +226,11 @@ class DPOptimizer(torch.optim.Optimizer):
             for parameter in self._trained.values():
                 parameter.grad = None
             raise
+        self._spoiled = True  # an interrupt from here to the count would leave examples in the sums uncounted
         self._add(records, factors)
         self._examples += batch_size
         self._seen.append((norm_sq, factors))
+        self._spoiled = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> Any:  # type: ignore[override]
@@ -216,7 +240,8 @@ class DPOptimizer(torch.optim.Optimizer):
 
         Raises:
             BudgetExhausted: this step would exceed target_epsilon; nothing was spent.
-            RuntimeError: the trained parameters are no longer those of make_private.
+            RuntimeError: the trained parameters or the buffers are no longer those of make_private, or part of
+                the logical batch was not back-propagated; nothing was spent.
             TypeError: a closure was given.
         """
         if closure is not None:
@@ -229,11 +254,13 @@ class DPOptimizer(torch.optim.Optimizer):
                 "a backward failed half-way through its sums; call zero_grad() to drop this logical batch"
             )
         self._check_parameters()
-        if self._drawn is not None and self._examples < self._drawn:
-            warnings.warn(
-                "step(): fewer examples were back-propagated than the logical batch holds. Leaving an "
-                "example out is private only if that depends on the example alone.",
-                stacklevel=2,
+        self._check_buffers()
+        if self._drawn is not None and self._examples < self._drawn and self.noise_multiplier > 0:
+            raise RuntimeError(
+                "step(): fewer examples were back-propagated than the logical batch holds. Was zero_grad() "
+                "called between its micro-batches, were losses of two micro-batches added up, or does the "
+                "collate_fn pack several examples into one row? Back-propagate every micro-batch once, with one "
+                "loss for each example (0 for one that is to be left out), then step(), then zero_grad()."
             )
         self._spend()
         try:
@@ -272,18 +299,13 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _add(self, records: list[Record], factors: Tensor) -> None:
-        try:
-            for record in records:
-                for parameter in record.parameters:
-                    if parameter not in self._sums:
-                        self._sums[parameter] = torch.zeros(
-                            parameter.shape, dtype=torch.float64, device=parameter.device
-                        )
-                record.add_weighted_sum(factors.to(record.parameters[0].device), self._sums)
-        except BaseException:
-            self._forget_batch()
-            self._spoiled = True
-            raise
+        for record in records:
+            for parameter in record.parameters:
+                if parameter not in self._sums:
+                    self._sums[parameter] = torch.zeros(
+                        parameter.shape, dtype=torch.float64, device=parameter.device
+                    )
+            record.add_weighted_sum(factors.to(record.parameters[0].device), self._sums)
 
     def _forget_batch(self) -> None:
         self._sums = {}
@@ -330,6 +352,17 @@ class DPOptimizer(torch.optim.Optimizer):
                 )
             parameter.grad = None
         self._published = {}
+        self._check_buffers()
+
+    def _check_buffers(self) -> None:
+        changed = changed_buffers(self._buffers, released_buffers(self._model))
+        if changed:
+            raise RuntimeError(
+                f"buffers of the model changed since make_private: {', '.join(changed)}. Running statistics, "
+                "code books and the like would carry data of the examples into the saved model without noise. "
+                "Put their modules into eval(), or set track_running_stats=False; move the model before "
+                "make_private."
+            )
 
     def _check_bypassed(self) -> None:
         filled = [name for name, parameter in self._trained.items() if parameter.grad is not None]
@@ -343,7 +376,15 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _check_parameters(self) -> None:
         check_trained(trained_parameters(self._model), self._trained)
-        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        trained, held = {id(p) for p in self._trained.values()}, {id(p) for p in parameters}
+        added = [tuple(p.shape) for p in parameters if id(p) not in self._held]
+        if added:
+            raise RuntimeError(
+                f"the optimizer holds parameters it did not hold at make_private (shapes {added[:5]}): their "
+                "gradients are neither clipped nor noised. Add them before make_private."
+            )
+        check_no_gradient([p for p in parameters if id(p) not in trained])
         lost = [name for name, parameter in self._trained.items() if id(parameter) not in held]
         if lost:
             raise RuntimeError(

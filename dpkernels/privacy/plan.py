@@ -4,6 +4,7 @@ given."""
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.utils.data import DataLoader
 
 from dpkernels.privacy.loader import check_data_loader
@@ -31,6 +32,26 @@ class Sampling:
     expected_batch_size: int
     per_unit: int
     max_batch_size: int | None
+
+
+def speaker_ids(speakers: Sequence[Hashable]) -> list[Hashable]:
+    """The ids as plain values that compare by value: a tensor's elements would each be a speaker of its own.
+
+    Raises:
+        TypeError: an id that is a tensor.
+        ValueError: an id that is None or NaN.
+    """
+    ids = list(speakers.tolist() if hasattr(speakers, "tolist") else speakers)
+    for index, speaker in enumerate(ids):
+        if isinstance(speaker, torch.Tensor):
+            raise TypeError(
+                f"speakers[{index}] is a tensor, which equals no other; give plain ids: speakers.tolist()"
+            )
+        if speaker is None or speaker != speaker:
+            raise ValueError(
+                f"speakers[{index}] is {speaker}: every example needs a speaker; name it, or drop it"
+            )
+    return ids
 
 
 def plan_sampling(
@@ -76,7 +97,7 @@ def plan_sampling(
             "max_batch_size with unit='speaker' is refused: truncated Poisson accounting is for batches of "
             "examples; leave it out"
         )
-    count = len(set(speakers))
+    count = len(set(speaker_ids(speakers)))
     rate = batch_size / (max_examples_per_speaker * count)
     if rate > 1:
         raise ValueError(

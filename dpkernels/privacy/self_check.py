@@ -4,8 +4,8 @@ autograd sees?
 For a few examples of a batch, what the private path would add for each of them (factor 1 for it, 0 for the
 others) is compared with the gradient of a one-example batch through torch's own layers. They differ where an
 example's gradient depends on its batch-mates or on the padding they cause, where a layer's batch axis is not
-the first, or where a norm rule is wrong. Dropout and the like are off (`eval()`); where the model also gives
-the same losses twice in training mode, that mode is checked too.
+the first, or where a norm rule is wrong. It is done in evaluation mode, and again with the modules' own modes
+but dropout off, where the model then gives the same losses twice.
 """
 
 import math
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from dpkernels.nn import Record, Tape
 from dpkernels.privacy.checks import check_losses, trained_parameters
@@ -231,13 +232,14 @@ def take_sample(batch: Any, sample: int, batch_size: int) -> Any:
 
 @contextmanager
 def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
-    """All modules in evaluation mode, or as they are; gradients and modes put back afterwards."""
+    """All modules in evaluation mode, or the dropout layers only; gradients and modes put back afterwards."""
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     for parameter in gradients:
         parameter.grad = None
-    if not train:
-        model.eval()
+    for module in model.modules():
+        if not train or isinstance(module, _DropoutNd):
+            module.training = False
     try:
         with torch.enable_grad():
             yield

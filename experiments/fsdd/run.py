@@ -26,7 +26,6 @@ PRIVACY: dict[str, list[str]] = {
     "1": [
         "--epsilon=1",
         "--steps=40",
-        "--batch-size=512",
         "--set=method.targets=[q_proj,k_proj,v_proj,out_proj,fc1,fc2]",
     ],
 }

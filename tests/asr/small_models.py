@@ -29,7 +29,12 @@ LETTERS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ghilow")
 WINDOW_SECONDS = 1.0
 _WHISPER_SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>")
 _WHISPER_LAST = ("<|translate|>", "<|notimestamps|>")
-_NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "activation_dropout": 0.0, "final_dropout": 0.0}
+_NO_DROPOUT = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "final_dropout": 0.0,
+}
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 _RAW = {
     "vocab_size": len(LETTERS),

@@ -70,9 +70,9 @@ def write_cut_flac(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "in_header", "reason"),
     [
-        (lambda path: None, "no such file", ""),
-        (lambda path: path.mkdir(), "no such file", ""),
-        (lambda path: path.write_bytes(b""), r"empty \(0 bytes\)", ""),
+        (lambda path: None, "no such file", "unreadable audio: ."),
+        (lambda path: path.mkdir(), "no such file", "unreadable audio: ."),
+        (lambda path: path.write_bytes(b""), r"empty \(0 bytes\)", "unreadable audio: ."),
         (lambda path: path.write_bytes(b"not audio at all"), "unreadable audio: .", "unreadable audio: ."),
         (lambda path: soundfile.write(path, np.zeros(0), RATE), "no samples", "no samples"),
         (write_not_finite, None, "NaN or infinite"),
@@ -120,6 +120,15 @@ def test_a_file_shorter_than_its_header_says(tmp_path: Path) -> None:
 def test_utterances_without_usable_samples(utterance: Utterance, reason: str) -> None:
     with pytest.raises(AudioError, match=reason):
         read_audio(utterance, RATE)
+
+
+def test_a_disk_that_fails_is_a_reason_too() -> None:
+    class Broken:
+        def read(self) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(AudioError, match="unreadable audio: .*Input/output error"):
+        read_audio(Utterance("u", None, None, None, "text", None, 1.0, Broken()), RATE)
 
 
 def test_a_row_gives_its_bytes_or_its_files(tmp_path: Path) -> None:

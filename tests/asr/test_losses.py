@@ -72,9 +72,7 @@ def test_seq2seq_is_the_mean_over_own_tokens() -> None:
 
 
 @pytest.mark.parametrize(("loss", "steps"), LOSSES)
-def test_a_loss_has_no_gradient_in_another_utterance(
-    loss: Callable[[Tensor], Tensor], steps: int
-) -> None:
+def test_a_loss_has_no_gradient_in_another_utterance(loss: Callable[[Tensor], Tensor], steps: int) -> None:
     logits = random_logits(3, steps, CLASSES).requires_grad_()
     losses = loss(logits)
     for index in range(3):

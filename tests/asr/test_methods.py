@@ -23,7 +23,10 @@ ATTENTION = {
     "wav2vec2-group": ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"),
 }
 CONFORMER = ("linear_q", "linear_k", "linear_v", "linear_out", "intermediate_dense", "output_dense")
-HEADS = {"parakeet": "ctc_head.", "whisper": "model.decoder.embed_tokens."}  # Whisper's head is its token table
+HEADS = {
+    "parakeet": "ctc_head.",
+    "whisper": "model.decoder.embed_tokens.",
+}  # Whisper's head is its token table
 # Whisper's sinusoids; the embedding of masks that are off; Wav2Vec2's positions, whose weight norm has no rule.
 FROZEN = ("model.encoder.embed_positions.", ".masked_spec_embed", ".pos_conv_embed.")
 
@@ -63,7 +66,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 
 
 def prepared(folder: Path, kind: str, **options: Any) -> Recognizer:
-    loading = {key: options.pop(key) for key in ("new_head", "vocabulary", "window_seconds") if key in options}
+    loading = {
+        key: options.pop(key) for key in ("new_head", "vocabulary", "window_seconds") if key in options
+    }
     recognizer = small_models.load(folder, **loading)
     small_models.same_start(lambda: apply_method(recognizer, MethodConfig(kind=kind, rank=2, **options)))
     return recognizer
@@ -113,7 +118,9 @@ def test_exactly_these_parameters_train_and_all_take_a_private_step(
 
 
 @pytest.mark.parametrize(("family", "kind"), ADAPTERS)
-def test_adapters_load_in_plain_peft(folders: dict[str, Path], family: str, kind: str, tmp_path: Path) -> None:
+def test_adapters_load_in_plain_peft(
+    folders: dict[str, Path], family: str, kind: str, tmp_path: Path
+) -> None:
     recognizer = prepared(folders[family], kind)
     batch, _ = small_models.batch_and_singles(recognizer)
     before = small_models.logits(recognizer, batch)
@@ -197,7 +204,11 @@ def test_the_encoder_of_a_ctc_model_is_all_but_its_head(folders: dict[str, Path]
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("parakeet", {"kind": "lora", "targets": ["query"]}, r"targets=\['query'\].*there: .*linear1.*q_proj"),
+        (
+            "parakeet",
+            {"kind": "lora", "targets": ["query"]},
+            r"targets=\['query'\].*there: .*linear1.*q_proj",
+        ),
         ("parakeet", {"kind": "lora", "targets": ["proj"]}, "no linear layer"),
         ("parakeet", {"kind": "full", "layers": "decoder"}, "a CTC model has no decoder"),
         ("whisper", {"kind": "dp_rp", "targets": ["linear_q"]}, "there: .*fc1.*q_proj"),

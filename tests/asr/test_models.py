@@ -39,7 +39,9 @@ def recording(samples: int, text: str = "low") -> Utterance:
 def gradient(recognizer: Recognizer, loss: Tensor) -> Tensor:
     """d loss / d everything trainable, as one vector."""
     parameters = [p for p in recognizer.model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return torch.cat([grad.flatten() for grad in grads])
 
 
@@ -82,7 +84,9 @@ def test_restricted_decoding_picks_the_likeliest_text(folders: dict[str, Path], 
     item = small_models.items(recognizer)[2]
     texts = ["low", "high", "low high"]
     prefix = recognizer.target_prefix
-    scored = [recognizer.collate([{**item, "labels": recognizer.encode_text(prefix + text)}]) for text in texts]
+    scored = [
+        recognizer.collate([{**item, "labels": recognizer.encode_text(prefix + text)}]) for text in texts
+    ]
     losses = [
         # Whisper's loss is a mean over tokens; its score a sum.
         float(recognizer.loss_per_example(recognizer.model, batch)[0])
@@ -90,7 +94,9 @@ def test_restricted_decoding_picks_the_likeliest_text(folders: dict[str, Path], 
         for batch in scored
     ]
     best = texts[int(np.argmin(losses))]
-    assert recognizer.transcribe(scored[0], texts) == recognizer.transcribe(scored[0], [*texts[::-1]]) == [best]
+    assert (
+        recognizer.transcribe(scored[0], texts) == recognizer.transcribe(scored[0], [*texts[::-1]]) == [best]
+    )
 
 
 @pytest.mark.parametrize("family", small_models.EQUAL_LENGTHS_ONLY)
@@ -250,7 +256,9 @@ def test_options_that_do_not_fit_are_named(
 
 def test_a_model_that_the_hub_does_not_give_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="no such folder, and the hub does not know it or cannot be reached"):
+    with pytest.raises(
+        ConfigError, match="no such folder, and the hub does not know it or cannot be reached"
+    ):
         small_models.load(Path("nobody/no-such-model"))
 
 
@@ -277,7 +285,9 @@ def test_a_damaged_checkpoint_is_named(
             path.unlink(missing_ok=True)
         else:
             path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.name=.*damaged.*(no usable checkpoint|tokenizer does not)"):
+    with pytest.raises(
+        ConfigError, match=r"model\.name=.*damaged.*(no usable checkpoint|tokenizer does not)"
+    ):
         small_models.load(damaged)
 
 

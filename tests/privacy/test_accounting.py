@@ -88,10 +88,10 @@ def test_noise_multiplier_zero_reports_infinity_and_warns() -> None:
 
 def _unwrapped_run() -> object:
     import torch
-    from tests.privacy.private_run import Net, Run, losses_of
     from torch.utils.data import DataLoader, TensorDataset
 
     from dpkernels.privacy import PrivacyEngine
+    from tests.privacy.private_run import Net, Run, losses_of
 
     engine, model = PrivacyEngine(), Net()
     data = TensorDataset(torch.randn(20, 4, 6), torch.zeros(20, dtype=torch.long))
@@ -214,10 +214,10 @@ def test_make_private_with_epsilon_spends_the_whole_budget() -> None:
 
 def private_run_with_epsilon(**arguments: object) -> object:
     import torch
-    from tests.privacy.private_run import Net, Run, losses_of
     from torch.utils.data import DataLoader, TensorDataset
 
     from dpkernels.privacy import PrivacyEngine
+    from tests.privacy.private_run import Net, Run, losses_of
 
     engine, model = PrivacyEngine(), Net()
     data = TensorDataset(torch.randn(40, 4, 6), torch.zeros(40, dtype=torch.long))

@@ -1,0 +1,328 @@
+"""Ways around clipping, noise and the count that ordinary use can stumble into: each refused, by name.
+
+For every refusal the fault is planted: without the check the same use goes through and harms the claim.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+
+from dpkernels.privacy import LedgerError, PrivacyEngine, plan_sampling, read_ledger
+from dpkernels.privacy import optimizer as optimizer_module
+from dpkernels.privacy.ledger import Ledger
+from dpkernels.privacy.plan import speaker_ids
+from tests.privacy.private_run import Net, Run, private_run, train
+
+# --- parameters that the optimizer would step past clipping and noise
+
+
+def half_frozen() -> Net:
+    model = Net()
+    model.first.requires_grad_(False)
+    return model
+
+
+def stepping_with_a_raw_gradient(run: Run) -> torch.Tensor:
+    """A frozen parameter that the optimizer holds gets a gradient of private data; how far a step moves it."""
+    weight = run.model.first.weight
+    run.optimizer.param_groups[0]["params"].append(weight)
+    run.optimizer._held.add(id(weight))
+    weight.grad = torch.ones_like(weight)
+    before = weight.detach().clone()
+    run.optimizer.step()
+    return (weight - before).abs().max()
+
+
+def test_a_frozen_parameter_with_a_gradient_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"not trained but have a \.grad"):
+        stepping_with_a_raw_gradient(private_run(model=half_frozen(), lr=1.0))
+
+
+def test_planted_unchecked_gradient_moves_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "check_no_gradient", lambda parameters: None)
+    assert stepping_with_a_raw_gradient(private_run(model=half_frozen(), lr=1.0)) == 1.0
+
+
+def test_make_private_refuses_gradients_left_over_on_frozen_parameters() -> None:
+    model = half_frozen()
+    model.first.weight.grad = torch.ones_like(model.first.weight)
+    data = DataLoader(TensorDataset(torch.randn(20, 4, 6), torch.zeros(20).long()), batch_size=5)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=data,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+
+
+def test_a_parameter_added_to_the_optimizer_later_is_refused() -> None:
+    run = private_run()
+    run.optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(3)))
+    with pytest.raises(RuntimeError, match="did not hold at make_private"):
+        run.optimizer.step()
+
+
+def test_hooks_that_see_gradients_before_clipping_are_refused() -> None:
+    model = Net()
+    model.first.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match=r"first\.weight"):
+        private_run(model=model)
+
+
+# --- constants that the accounting rests on
+
+
+@pytest.mark.parametrize("name", ["noise_multiplier", "max_grad_norm", "sensitivity", "expected_batch_size"])
+def test_what_is_accounted_cannot_be_changed_afterwards(name: str) -> None:
+    run = private_run()
+    with pytest.raises(AttributeError, match=f"optimizer.{name} is fixed"):
+        setattr(run.optimizer, name, 1e-6)
+
+
+# --- logical batches processed in part
+
+
+def zero_grad_between(run: Run) -> None:
+    for part in ([0, 1], [2]):
+        run.optimizer.zero_grad()
+        run.optimizer.backward(run.loss_fn(run.model, run.data[part]))
+
+
+def losses_added_up(run: Run) -> None:
+    first, second = (run.loss_fn(run.model, run.data[part]) for part in ([0], [1]))
+    run.optimizer.backward(first + second)
+
+
+@pytest.mark.parametrize("use", [zero_grad_between, losses_added_up])
+def test_a_batch_processed_in_part_is_refused_and_costs_nothing(use: Callable[[Run], None]) -> None:
+    run = private_run()
+    run.optimizer.begin_logical_batch(3)
+    use(run)
+    with pytest.raises(RuntimeError, match="fewer examples"):
+        run.optimizer.step()
+    assert run.engine.steps == 0
+
+
+def test_an_interrupt_within_a_backward_spoils_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = private_run()
+    run.optimizer.begin_logical_batch(2)
+    real = type(run.optimizer)._add
+
+    def interrupted(self: object, *arguments: object) -> None:
+        real(self, *arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(run.optimizer), "_add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+
+
+# --- data that reaches the saved model without noise
+
+
+class Running(nn.Module):
+    """A layer whose running mean is a statistic of what it sees."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.net = Net()
+        self.register_buffer("seen", torch.zeros(6), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.seen.lerp_(x.mean((0, 1)), 0.1)
+        return self.net(x)
+
+
+def test_buffers_that_record_the_data_are_refused_by_name() -> None:
+    run = private_run(model=Running(persistent=True))
+    run.optimizer.begin_logical_batch(2)
+    losses = run.loss_fn(run.model, run.data[[0, 1]])
+    with pytest.raises(RuntimeError, match="seen"):
+        run.optimizer.backward(losses)
+    with pytest.raises(RuntimeError, match="seen"):
+        run.optimizer.step()
+    assert run.engine.steps == 0
+
+
+def test_buffers_that_are_never_saved_may_change() -> None:
+    run = private_run(model=Running(persistent=False))
+    assert train(run, 2) == 2
+
+
+def test_instance_norm_with_running_statistics_is_refused() -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.instance = nn.InstanceNorm1d(6, track_running_stats=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.instance(x.transpose(1, 2)).transpose(1, 2))
+
+    run = private_run(model=Normed())
+    run.optimizer.begin_logical_batch(2)
+    with pytest.raises(RuntimeError, match=r"instance\.running_mean"):
+        run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+
+
+# --- dropout under a seed that an attacker knows
+
+
+def masks() -> torch.Tensor:
+    torch.manual_seed(0)
+    private_run()
+    return torch.rand(4)
+
+
+def test_generators_are_seeded_anew_by_make_private() -> None:
+    assert not torch.equal(masks(), masks())
+
+
+def test_planted_known_seed_repeats_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpkernels.privacy.engine._seed_from_the_system", lambda: None)
+    assert torch.equal(masks(), masks())
+
+
+# --- units that are not what they seem
+
+
+def loader_of(data: object) -> DataLoader:
+    return DataLoader(data, batch_size=8)  # type: ignore[arg-type]
+
+
+def test_speaker_ids_compare_by_value_whatever_they_come_in() -> None:
+    data = loader_of(TensorDataset(torch.zeros(64, 1)))
+    speakers = torch.arange(64) // 16
+    for given in (speakers, speakers.numpy(), speakers.tolist()):
+        plan = plan_sampling(data, unit="speaker", speakers=given, max_examples_per_speaker=2)
+        assert (plan.units, plan.sample_rate) == (4, 1.0)
+    with pytest.raises(TypeError, match="tensor"):
+        speaker_ids(list(speakers))
+    for nobody in (None, float("nan")):
+        with pytest.raises(ValueError, match=r"speakers\[1\]"):
+            speaker_ids(["anna", nobody])
+
+
+def test_repeated_examples_are_refused() -> None:
+    data = TensorDataset(torch.zeros(40, 1))
+    whole = Subset(data, range(10, 30))
+    plan_sampling(loader_of(ConcatDataset([whole, Subset(data, range(10))])))
+    for repeated in (Subset(data, [0] * 20), ConcatDataset([whole, Subset(whole, [3])])):
+        with pytest.raises(ValueError, match="repetitions"):
+            plan_sampling(loader_of(repeated))
+
+
+# --- the count
+
+
+def test_a_ledger_replaced_while_in_use_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    run = private_run(ledger=path)
+    train(run, 1)
+    text = path.read_bytes()
+    path.unlink()
+    with pytest.raises(LedgerError, match="deleted"):
+        run.optimizer.step()
+    path.write_bytes(text)  # an editor or a sync tool: the same lines in another file
+    with pytest.raises(LedgerError, match="replaced"):
+        run.optimizer.step()
+
+
+def test_planted_unwatched_ledger_forgets_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "_check_in_place", lambda self: None)
+    path = tmp_path / "ledger.jsonl"
+    run = private_run(ledger=path)
+    train(run, 1)
+    text = path.read_bytes()
+    path.unlink()
+    path.write_bytes(text)
+    train(run, 2)
+    assert (run.engine.steps, read_ledger(path).steps) == (3, 1)
+
+
+def test_steps_that_only_a_checkpoint_knew_of_reach_the_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    first = private_run()
+    train(first, 3)
+    second = private_run(ledger=path)
+    second.engine.load_state_dict(first.engine.state_dict())
+    second.engine.load_state_dict(first.engine.state_dict())  # twice is once
+    train(second, 2)
+    spent = second.engine.get_epsilon(1e-3)
+    second.engine.close()
+    assert read_ledger(path).steps == 5
+    third = private_run(ledger=path)
+    assert third.engine.steps == 5
+    assert third.engine.get_epsilon(1e-3) == pytest.approx(spent)
+
+
+def step_in_child(run: Run, answers: object) -> None:
+    try:
+        run.optimizer.step()
+    except RuntimeError as error:
+        answers.put(str(error))  # type: ignore[attr-defined]
+    else:
+        answers.put("stepped")  # type: ignore[attr-defined]
+
+
+def test_a_forked_process_does_not_split_the_count() -> None:
+    run = private_run()
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of forks where threads exist
+        child = context.Process(target=step_in_child, args=(run, answers))
+        child.start()
+    assert "forked" in answers.get(timeout=60)
+    child.join()
+    assert run.engine.steps == 0
+    assert run.engine._made()._pid == os.getpid()
+
+
+# --- the self-check
+
+
+def test_training_without_a_self_check_warns_once() -> None:
+    run = private_run()
+    with pytest.warns(UserWarning, match="no self_check"):
+        run.optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.optimizer.step()
+    checked = private_run()
+    checked.engine.self_check(checked.loss_fn, checked.data[[0, 1, 2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checked.optimizer.step()
+
+
+class MixesInTraining(Net):
+    """Subtracts the batch's mean, in training mode only, beside dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(x)
+        return super().forward(x - x.mean(0) if self.training else x)
+
+
+def test_mixing_in_training_mode_is_seen_through_dropout() -> None:
+    run = private_run(model=MixesInTraining())
+    with pytest.raises(RuntimeError, match="train mode"):
+        run.engine.self_check(run.loss_fn, run.data[[0, 1, 2]])
