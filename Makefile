@@ -57,7 +57,7 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_SOURCES)
 
 bench: $(STAMP)
-	$(BIN)/python bench/bench_cpu_kernels.py
+	@$(BIN)/python bench/bench_cpu_kernels.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --exit-zero .

@@ -257,7 +257,7 @@ def evaluate(
 ) -> None:
     """Word and character error rates of a recogniser, with a 95 % bootstrap interval over utterances.
 
-    Texts are compared in lower case without punctuation (--set evaluate.normalize=none compares them as they
+    Texts are compared in lower case without punctuation (--set evaluate.normalize=english is Whisper's, none as they
     are).
 
     **Examples**

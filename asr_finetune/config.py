@@ -258,8 +258,11 @@ class EvaluateConfig(_Section):
     bootstrap: int = field(
         default=1000, metadata=about("resamples of the confidence interval over utterances; 0: none", least=0)
     )
-    normalize: Literal["basic", "none"] = field(
-        default="basic", metadata=about("basic: lower case, no punctuation, single spaces")
+    normalize: Literal["basic", "english", "none"] = field(
+        default="basic",
+        metadata=about(
+            "basic: lower case, no punctuation, single spaces; english: Whisper's own, numbers as digits"
+        ),
     )
 
 

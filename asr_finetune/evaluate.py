@@ -12,6 +12,7 @@ from typing import Any
 import jiwer
 import numpy as np
 import peft
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from asr_finetune.config import EvaluateConfig, ModelConfig
 from asr_finetune.data import Corpus, SpeechDataset
@@ -23,6 +24,7 @@ from asr_finetune.recognizer import SETTINGS, Recognizer
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_LEVEL = 0.95
 _APOSTROPHES = "'’ʼ`"
+_ENGLISH = EnglishTextNormalizer({})
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def normalise(text: str, how: str = "basic") -> str:
     "basic": Unicode NFKC; lower case; apostrophes removed (`don't` = `dont`); all other punctuation (Unicode
     categories P*) replaced by a space; runs of spaces collapsed. Numbers, abbreviations and spelling
     variants are left as they are, so figures are not comparable with those of Whisper's English normaliser.
+    "english": that normaliser (Radford et al. 2022, appendix C) as transformers has it, without its list of
+    British spellings: "twenty one" = "21", contractions written out, fillers dropped.
     "none": as given, but for outer spaces.
 
     Raises:
@@ -78,8 +82,10 @@ def normalise(text: str, how: str = "basic") -> str:
     """
     if how == "none":
         return text.strip()
+    if how == "english":
+        return str(_ENGLISH(text)).strip()
     if how != "basic":
-        raise ValueError(f"normalize={how!r}: expected 'basic' or 'none'")
+        raise ValueError(f"normalize={how!r}: expected 'basic', 'english' or 'none'")
     text = unicodedata.normalize("NFKC", text).lower()
     kept = (
         "" if char in _APOSTROPHES else " " if unicodedata.category(char).startswith("P") else char

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,8 @@ def train(
 
     quiet_libraries()
     torch.manual_seed(config.train.seed)
-    recognizer = load_recognizer(config.model)
-    recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
-    session = _Session(config, folder, reporter, recognizer)
+    session = _Session(config, folder, reporter, _load(config))
+    recognizer = session.recognizer
     corpus = session.load("train", config.data.train, config.data.train_split)
     tests = session.evaluation_set("test", config.data.test, config.data.test_split)
     if tests is None:
@@ -153,11 +152,25 @@ def train(
         return _finish(run, session, corpus, tests, {"before": before, "non_private": non_private})
 
 
+def _load(config: Config) -> Recognizer:
+    recognizer = load_recognizer(config.model)
+    recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
+    return recognizer
+
+
 def _evaluate_before(session: _Session, tests: tuple[Corpus, SpeechDataset] | None) -> dict[str, Any] | None:
-    """Error rates of the recogniser as it was; read back on resume."""
+    """Error rates of the checkpoint as it was published; read back on resume.
+
+    A Whisper cut to a short window repeats itself until it is trained for it (WER above 1000 % was seen): what
+    a user has before is the checkpoint with its own window, so that is what is measured.
+    """
     noted = session.folder.read_json(session.folder.metrics) or {}
     if tests is None or "before" in noted:
         return noted.get("before")
+    if session.config.model.window_seconds is not None:
+        whole = replace(session.config, model=replace(session.config.model, window_seconds=None))
+        session = replace(session, recognizer=_load(whole))
+        tests = tests[0], SpeechDataset(tests[0], session.recognizer, cache=False)
     result = session.evaluate("before", tests).to_dict()
     session.folder.note_metrics(private=session.config.privacy.enabled, before=result)
     return result

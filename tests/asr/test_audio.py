@@ -127,7 +127,7 @@ def test_a_disk_that_fails_is_a_reason_too() -> None:
         def read(self) -> bytes:
             raise OSError(5, "Input/output error")
 
-    with pytest.raises(AudioError, match="unreadable audio: .*Input/output error"):
+    with pytest.raises(AudioError, match=r"unreadable audio: .*Input/output error"):
         read_audio(Utterance("u", None, None, None, "text", None, 1.0, Broken()), RATE)
 
 

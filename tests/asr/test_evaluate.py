@@ -36,6 +36,10 @@ def test_no_normalisation() -> None:
         normalise("a", "whisper")
 
 
+def test_english_normalisation_is_whispers() -> None:
+    assert normalise("Twenty-one, um, don't!", "english") == normalise("21 do not", "english") == "21 do not"
+
+
 def test_rates_are_pooled_over_utterances() -> None:
     # 1 substitution of 3 words, 2 insertions on an empty reference, 1 deletion of 1: 4 errors over 4 words.
     result = score([("a", "one two three", "one two tree"), ("b", "", "x y"), ("c", "four", "")], BASIC)

@@ -98,7 +98,7 @@ def test_an_audio_folder(audio_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(datasets.config.TORCHCODEC_AVAILABLE, reason="torchcodec is installed: nothing to miss")
 def test_what_datasets_misses_for_an_audio_folder_is_said(audio_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="it says: .*install 'torchcodec'"):
+    with pytest.raises(ConfigError, match=r"it says: .*install 'torchcodec'"):
         read(audio_folder, text_column="words")
 
 
