@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +108,10 @@ def load(folder: Path) -> Checkpoint | None:
     # weights_only: a checkpoint is data, and must not be able to run code.
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {path}: damaged, or not a checkpoint; use another --output") from error
+    except Exception as error:  # a damaged file raises almost anything
+        raise CheckpointError(
+            f"checkpoint {path}: damaged, or not a checkpoint; use another --output"
+        ) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise CheckpointError(f"checkpoint {path}: not a checkpoint of format {FORMAT}; use another --output")
     return Checkpoint(**values)

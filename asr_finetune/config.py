@@ -251,6 +251,9 @@ class TrainConfig(_Section):
 class EvaluateConfig(_Section):
     """Error rates before and after."""
 
+    before: bool = field(
+        default=True, metadata=about("error rates of the checkpoint before training too, with its own window")
+    )
     batch_size: int = field(default=32, metadata=about("utterances decoded at once", least=1))
     restrict_to: list[str] | None = field(
         default=None, metadata=about("decode to one of these texts only; null: free decoding")

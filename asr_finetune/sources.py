@@ -195,7 +195,7 @@ def _first_line(error: BaseException) -> str:
     import datasets
 
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # it says no more than that it failed; a folder of audio needs torchcodec, e.g.
+        error = error.__cause__  # the error itself only says that it failed, not that torchcodec is missing
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -165,7 +165,7 @@ def _evaluate_before(session: _Session, tests: tuple[Corpus, SpeechDataset] | No
     a user has before is the checkpoint with its own window, so that is what is measured.
     """
     noted = session.folder.read_json(session.folder.metrics) or {}
-    if tests is None or "before" in noted:
+    if tests is None or "before" in noted or not session.config.evaluate.before:
         return noted.get("before")
     if session.config.model.window_seconds is not None:
         whole = replace(session.config, model=replace(session.config.model, window_seconds=None))

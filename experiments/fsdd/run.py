@@ -3,44 +3,50 @@
     python experiments/fsdd/run.py --speech FOLDER --checkpoint FOLDER [--only TEXT]
 
 `--speech` is the folder of `manifest.jsonl`, `--checkpoint` holds whisper-tiny.en in Hugging Face format. Each run is
-`asr-finetune train` as a person would type it, in a process of its own; its command is kept in its result. A run whose
-result exists is skipped, so the set can be cut anywhere and started again. `summarise.py` makes the table and plots.
+`asr-finetune` as a person would type it, in a process of its own; its command is kept in its result. A run whose result
+exists is skipped, so the set can be cut anywhere and started again. `summarise.py` makes the table and the plots.
 """
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from asr_finetune.checkpoint import write_json
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
+CONFIG = "experiments/fsdd/digits.yaml"
 SPEAKERS = ("george", "jackson", "nicolas", "theo")
+DIGITS = "[zero,one,two,three,four,five,six,seven,eight,nine]"
 # Noise multipliers grow fast below ε = 3: fewer steps, and more adapters, then pay.
 PRIVACY: dict[str, list[str]] = {
     "inf": ["--not-private"],
-    "8": ["--epsilon", "8"],
-    "3": ["--epsilon", "3"],
-    "1": [
-        "--epsilon=1",
-        "--steps=40",
-        "--set=method.targets=[q_proj,k_proj,v_proj,out_proj,fc1,fc2]",
-    ],
+    "8": ["--epsilon=8"],
+    "3": ["--epsilon=3"],
+    "1": ["--epsilon=1", "--steps=40", "--set=method.targets=[q_proj,k_proj,v_proj,out_proj,fc1,fc2]"],
 }
+# The checkpoint before any training: as it is, and with decoding held to the ten digits.
+ZERO_SHOT: dict[str, list[str]] = {
+    "zero_shot": [],
+    "zero_shot_digits": [f"--set=evaluate.restrict_to={DIGITS}"],
+}
+_COMMON = ["--set=data.corpus=fsdd", "--set=data.text_case=lower", "--set=data.target_prefix=' '"]
 
 
-def plan() -> dict[str, list[str]]:
-    """Every run by name: its arguments besides the paths."""
+def training_runs() -> dict[str, list[str]]:
+    """Every training run by name: its arguments besides the paths."""
     runs = {
-        f"eps{epsilon}_seed{seed}": [*arguments, "--seed", str(seed)]
+        f"eps{epsilon}_seed{seed}": [*arguments, f"--seed={seed}"]
         for seed in range(3)
         for epsilon, arguments in PRIVACY.items()
     }
     for speaker in SPEAKERS:
         for epsilon in ("inf", "8"):
-            # Trained on three speakers (1,350 utterances); `manifest` leaves the test part to the fourth.
             runs[f"without_{speaker}_eps{epsilon}"] = PRIVACY[epsilon]
     return runs
 
@@ -62,32 +68,44 @@ def manifest(name: str, speech: Path, work: Path) -> Path:
     return path
 
 
-def run(name: str, arguments: list[str], speech: Path, checkpoint: Path, work: Path) -> None:
-    """Train one run and keep its record, without machine paths, as results/NAME.json."""
-    result = RESULTS / f"{name}.json"
-    if result.exists():
-        return
-    command = ["asr-finetune", "train", "--config", "experiments/fsdd/digits.yaml", *arguments]
-    data = manifest(name, speech, work)
-    paths = ["--model", checkpoint, "--train", data, "--test", data]
-    output = work / name
-    print(" ".join(command), flush=True)
+def asr_finetune(arguments: list[str], paths: list[str | Path]) -> str:
+    """Run the command; return it as a person would type it, with names in place of paths."""
     tool = Path(sys.executable).with_name("asr-finetune")
-    subprocess.run([tool, *command[1:], *paths, "--output", output], check=True, cwd=HERE.parents[1])
-    record = json.loads((output / "run.json").read_text())
-    record["command"] = " ".join(
-        [*command, "--model CHECKPOINT", f"--train {data.name}", f"--test {data.name}"]
-    )
-    record["data"]["source"] = Path(record["data"]["source"]).name
+    shown = [
+        "CHECKPOINT" if part == "--model" else Path(path).name
+        for part, path in zip(paths[::2], paths[1::2], strict=True)
+    ]
+    typed = [f"{option} {name}" for option, name in zip(paths[::2], shown, strict=True)]
+    command = " ".join(["asr-finetune", *arguments, *typed])
+    print(command, flush=True)
+    subprocess.run([tool, *arguments, *paths], check=True, cwd=ROOT)
+    return command
+
+
+def zero_shot(name: str, speech: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
+    """Error rates without training."""
+    work.mkdir(parents=True, exist_ok=True)
+    out = work / f"{name}.json"
+    arguments = ["evaluate", "--split=test", "--set=evaluate.normalize=english", *_COMMON, *ZERO_SHOT[name]]
+    paths = ["--model", checkpoint, "--data", speech / "manifest.jsonl"]
+    command = asr_finetune(arguments, [*paths, "--out", out])
+    result = json.loads(out.read_text())
+    result.pop("hypotheses", None)
+    return {"command": command, "evaluation": result}
+
+
+def train(name: str, speech: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
+    """The record of one training run, without machine paths."""
+    data, output = manifest(name, speech, work), work / name
+    arguments = ["train", "--config", CONFIG, *training_runs()[name]]
+    paths = ["--model", checkpoint, "--train", data, "--test", data]
+    command = asr_finetune(arguments, [*paths, "--output", output])
+    record: dict[str, Any] = json.loads((output / "run.json").read_text())
+    record["command"] = command
+    record["data"]["source"] = data.name
     record["model"]["name"] = "whisper-tiny.en"
-    for evaluation in record["evaluation"].values():
-        if evaluation is not None:
-            evaluation.pop("hypotheses", None)
-    RESULTS.mkdir(exist_ok=True)
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    os.replace(partial, result)
     shutil.rmtree(output)
+    return record
 
 
 def main() -> None:
@@ -100,15 +118,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/fsdd"), help="where the runs are trained")
     parser.add_argument("--only", default="", help="only runs whose name holds this text")
     options = parser.parse_args()
-    for name, arguments in plan().items():
-        if options.only in name:
-            run(
-                name,
-                arguments,
-                options.speech.resolve(),
-                options.checkpoint.resolve(),
-                options.work.resolve(),
-            )
+    places = (options.speech.resolve(), options.checkpoint.resolve(), options.work.resolve())
+    RESULTS.mkdir(exist_ok=True)
+    for name in [*ZERO_SHOT, *training_runs()]:
+        result = RESULTS / f"{name}.json"
+        if options.only in name and not result.exists():
+            run = zero_shot if name in ZERO_SHOT else train
+            write_json(result, run(name, *places))
 
 
 if __name__ == "__main__":

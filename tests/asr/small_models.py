@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from asr_finetune.config import ModelConfig
+from asr_finetune.data import Utterance
 from asr_finetune.models import (
     CTCRecognizer,
     Recognizer,
@@ -142,6 +143,10 @@ EQUAL_LENGTHS_ONLY = ("wav2vec2-group", "wav2vec2-conformer")
 
 def load(folder: Path, **options: Any) -> Recognizer:
     return load_recognizer(ModelConfig(str(folder), device="cpu", **options))
+
+
+def recording(samples: int, text: str = "low") -> Utterance:
+    return Utterance("u", None, np.zeros(samples, np.float32), RATE, text, None, samples / RATE)
 
 
 def waves(lengths: tuple[int, ...] = SAMPLES) -> list[np.ndarray]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,6 @@ from tests.asr.recordings import RATE, manifest, noise, options, read, reasons, 
 
 def utterance(name: str, text: str = "low", seconds: float = 0.5, **values: Any) -> Utterance:
     return Utterance(name, None, noise(seconds, seed=len(name)), RATE, text, None, seconds, **values)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    root = tmp_path_factory.mktemp("data")
-    with tones.one_thread():
-        for name in ("parakeet", "wav2vec2", "wav2vec2-bert", "whisper"):
-            small_models.FAMILIES[name](root / name)
-        yield {name: root / name for name in ("parakeet", "wav2vec2", "wav2vec2-bert", "whisper")}
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +66,12 @@ def test_repeated_recordings_are_noted_and_kept(tmp_path: Path) -> None:
 
 
 def test_the_summary_groups_what_was_left_out() -> None:
-    problems = [Problem(str(index), f"too short: 0.0{index} s, below data.min_seconds=0.05") for index in (1, 2)]
-    corpus = Corpus([utterance("a", seconds=90.0)], [*problems, Problem("x", "no such file: /a/b c.wav")], "src")
+    problems = [
+        Problem(str(index), f"too short: 0.0{index} s, below data.min_seconds=0.05") for index in (1, 2)
+    ]
+    corpus = Corpus(
+        [utterance("a", seconds=90.0)], [*problems, Problem("x", "no such file: /a/b c.wav")], "src"
+    )
     assert corpus.summary().startswith("1 utterances, 1.5 min, speakers unknown\n3 left out: 2 × too short")
     assert corpus.hours == 90 / 3600
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from asr_finetune.config import ConfigError, MethodConfig
 from asr_finetune.methods import apply_method, save_trained, trained_parameters
 from asr_finetune.models import Recognizer
 from dpkernels import PrivacyEngine
-from tests.asr import small_models, tones
+from tests.asr import small_models
 
 ATTENTION = {
     "parakeet": ("q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"),
@@ -54,15 +54,6 @@ EXPECTED: dict[str, Callable[[str, str], bool]] = {
 }
 EVERY = [(family, kind) for family in small_models.FAMILIES for kind in EXPECTED]
 ADAPTERS = [(family, kind) for family in small_models.FAMILIES for kind in ("lora", "dp_rp")]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    root = tmp_path_factory.mktemp("methods")
-    with tones.one_thread():
-        for name, write in small_models.FAMILIES.items():
-            write(root / name)
-        yield {name: root / name for name in small_models.FAMILIES}
 
 
 def prepared(folder: Path, kind: str, **options: Any) -> Recognizer:

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from asr_finetune.config import ConfigError
+from asr_finetune.models import WhisperRecognizer, tiny_parakeet
+from tests.asr import small_models
+from tests.asr.small_models import recording
+
+UNEQUAL = [name for name in small_models.FAMILIES if name not in small_models.EQUAL_LENGTHS_ONLY]
+CTC = [name for name in small_models.FAMILIES if name != "whisper"]
+RATE = small_models.RATE
+
+
+@pytest.mark.parametrize("family", small_models.FAMILIES)
+def test_save_and_load_back(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+    recognizer = small_models.load(folders[family])
+    small_models.randomised(recognizer.model)
+    batch, _ = small_models.batch_and_singles(recognizer)
+    recognizer.target_prefix = recognizer.target_prefix + "low "
+    recognizer.save(tmp_path)
+    again = small_models.load(tmp_path)
+    expected = small_models.logits(recognizer, batch)
+    assert torch.equal(small_models.logits(again, batch), expected)
+    assert again.target_prefix == recognizer.target_prefix
+    for item, other in zip(small_models.items(recognizer), small_models.items(again), strict=True):
+        assert all(np.array_equal(value, other[key]) for key, value in item.items())
+    plain = type(recognizer.base).from_pretrained(tmp_path)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in again.base.state_dict().items())
+
+
+@pytest.mark.parametrize("family", CTC)
+def test_a_new_head_is_for_public_characters(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+    old = small_models.load(folders[family])
+    recognizer = small_models.load(folders[family], new_head=True, vocabulary="characters")
+    again = small_models.load(folders[family], new_head=True, vocabulary="characters")
+    assert recognizer.new_head
+    labels = recognizer.encode_text("it's 5")
+    assert recognizer.tokenizer.decode(labels.tolist(), group_tokens=False) == "it's 5"
+    kept = [name for name in old.base.state_dict() if not name.startswith(("lm_head", "ctc_head"))]
+    for name, value in recognizer.base.state_dict().items():
+        assert torch.equal(value, again.base.state_dict()[name]), "the new layer's start is not public"
+        assert name not in kept or torch.equal(value, old.base.state_dict()[name])
+    item = {**recognizer.encode_audio(small_models.waves()[2]), "labels": labels}
+    batch = recognizer.collate([item])
+    assert recognizer.loss_per_example(recognizer.model, batch).isfinite().all()
+    recognizer.save(tmp_path)
+    loaded = small_models.load(tmp_path)
+    assert torch.equal(small_models.logits(loaded, batch), small_models.logits(recognizer, batch))
+    assert torch.equal(loaded.encode_text("it's 5"), labels)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("parakeet", {"new_head": True}, "new_head true and vocabulary characters"),
+        ("parakeet", {"vocabulary": "characters"}, "new_head true and vocabulary characters"),
+        ("parakeet", {"vocabulary": "words"}, "tiny_parakeet"),
+        ("parakeet", {"window_seconds": 1.0}, r"model\.window_seconds=1 is for Whisper"),
+        ("whisper", {"new_head": True, "vocabulary": "characters"}, "are for CTC models"),
+        ("whisper", {"window_seconds": 1.5}, r"model\.window_seconds=1\.5.*at most 1 s"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(
+    folders: dict[str, Path], family: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_models.load(folders[family], **options)
+
+
+def test_a_model_that_the_hub_does_not_give_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConfigError, match="no such folder, and the hub does not know it or cannot be reached"
+    ):
+        small_models.load(Path("nobody/no-such-model"))
+
+
+@pytest.mark.parametrize(
+    ("files", "content"),
+    [
+        (("config.json",), None),
+        (("config.json",), b"{"),
+        (("config.json",), b"{}"),
+        (("config.json",), b'{"model_type": "of-tomorrow"}'),
+        (("model.safetensors",), None),
+        (("model.safetensors",), b"cut off"),
+        (("processor_config.json",), None),
+        (("tokenizer.json", "vocab.json"), None),
+    ],
+)
+@pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "whisper"])
+def test_a_damaged_checkpoint_is_named(
+    folders: dict[str, Path], tmp_path: Path, family: str, files: tuple[str, ...], content: bytes | None
+) -> None:
+    damaged = shutil.copytree(folders[family], tmp_path / "damaged")
+    for path in (damaged / file for file in files):
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=r"model\.name=.*damaged.*(no usable checkpoint|tokenizer does not)"
+    ):
+        small_models.load(damaged)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is a bert model; supported: whisper, parakeet_ctc"):
+        small_models.load(tmp_path)
+
+
+@pytest.mark.parametrize("family", UNEQUAL)
+def test_half_precision_weights(folders: dict[str, Path], family: str) -> None:
+    recognizer = small_models.load(folders[family], dtype="bfloat16")
+    batch, _ = small_models.batch_and_singles(recognizer)
+    losses = recognizer.loss_per_example(recognizer.model, batch)
+    assert losses.dtype == torch.float32
+    full = small_models.load(folders[family])
+    # bfloat16 has 8 bits: a relative step of 2⁻⁸, which a few layers in a row make a few per cent.
+    torch.testing.assert_close(losses, full.loss_per_example(full.model, batch), rtol=0.1, atol=0.1)
+
+
+def test_a_trimmed_whisper_is_whisper_with_a_shorter_window(folders: dict[str, Path], tmp_path: Path) -> None:
+    recognizer = small_models.load(folders["whisper"], window_seconds=0.41)
+    assert isinstance(recognizer, WhisperRecognizer)
+    assert recognizer.window_seconds == pytest.approx(0.42)  # rounded up to positions of 20 ms
+    item = recognizer.encode_audio(small_models.waves((6000,))[0])
+    assert item["input_features"].shape == (42, 8)
+    problem = recognizer.audio_problem(recording(6800))
+    assert problem is not None
+    assert "raise model.window_seconds" in problem
+    with pytest.raises(ValueError, match="longer than the encoder's window"):
+        recognizer.encode_audio(np.zeros(6800, np.float32))
+    batch = recognizer.collate([{**item, "labels": recognizer.encode_text(" low")}])
+    recognizer.save(tmp_path)
+    again = small_models.load(tmp_path)
+    assert isinstance(again, WhisperRecognizer)
+    assert again.window_seconds == recognizer.window_seconds
+    assert torch.equal(small_models.logits(again, batch), small_models.logits(recognizer, batch))
+    whole = small_models.load(folders["whisper"]).base.model.encoder.embed_positions.weight
+    assert torch.equal(again.base.model.encoder.embed_positions.weight, whole[:21])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "options", "message"),
+    [
+        ([], {}, "give the words"),
+        (["a", "a"], {}, "repeated"),
+        (["<pad>"], {"unit": "words"}, "reserved"),
+        (["ab"], {"unit": "characters"}, "single letters"),
+        (["a b"], {}, "no white space"),
+        (["a"], {"hidden": 10}, "not a multiple"),
+    ],
+)
+def test_vocabularies_that_tiny_parakeet_refuses(
+    vocabulary: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_parakeet(vocabulary, **options)
