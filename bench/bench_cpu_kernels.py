@@ -2,7 +2,7 @@
 
     python bench/bench_cpu_kernels.py [--ops linear,lora,layers,depthwise] [--repeats 15]
 
-Contenders take turns; medians and minima are given. `native`; `torch_cpu`, the sound composition that
+Contenders take turns; medians and minima are given. `native`; `torch_ops`, the sound composition that
 dpkernels falls back to; `torch_plain`, the shortest batched PyTorch expression, without bounds, float64 sums
 between samples or unread samples (what most libraries run). Each result is checked against the float64
 reference first: one that is wrong, or a native norm below the truth, has no time.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dpkernels import reference
-from dpkernels.backends import native, native_ops, torch_cpu
+from dpkernels.backends import native, native_ops, torch_ops
 
 Contenders = dict[str, Callable[[], Any]]
 LINEAR = [(144, 144), (384, 384), (384, 1536), (1024, 4096)]
@@ -45,7 +45,7 @@ def _norms(op: str, arguments: tuple[Tensor, ...], plain: Callable[[], Tensor], 
     exact = getattr(reference, op)(*arguments, **options)
     contenders: Contenders = {
         "native": lambda: getattr(native_ops, op)(*arguments, **options),
-        "torch_cpu": lambda: getattr(torch_cpu, op)(*arguments, **options),
+        "torch_ops": lambda: getattr(torch_ops, op)(*arguments, **options),
         "torch_plain": plain,
     }
     for contender, function in contenders.items():
@@ -65,7 +65,7 @@ def _sums(
 ) -> Contenders:
     exact = tuple(torch.zeros_like(out) for out in outs)
     getattr(reference, op)(*arguments, *exact, **options)
-    for contender, backend in (("native", native_ops), ("torch_cpu", torch_cpu)):
+    for contender, backend in (("native", native_ops), ("torch_ops", torch_ops)):
         for out in outs:
             out.zero_()
         getattr(backend, op)(*arguments, *outs, **options)
@@ -75,7 +75,7 @@ def _sums(
         _close(op, "torch_plain", one, truth)
     return {
         "native": lambda: getattr(native_ops, op)(*arguments, *outs, **options),
-        "torch_cpu": lambda: getattr(torch_cpu, op)(*arguments, *outs, **options),
+        "torch_ops": lambda: getattr(torch_ops, op)(*arguments, *outs, **options),
         "torch_plain": plain,
     }
 

@@ -101,8 +101,8 @@ def test_there_is_something_to_check() -> None:
     [
         ("dpkernels.reference.linear", "import numpy"),
         ("dpkernels.reference.linear", "from dpkernels.backends import bounds"),
-        ("dpkernels.backends.torch_cpu", "from dpkernels import reference"),
-        ("dpkernels.backends.torch_cpu", "def f():\n    from ..ops import linear"),
+        ("dpkernels.backends.torch_ops", "from dpkernels import reference"),
+        ("dpkernels.backends.torch_ops", "def f():\n    from ..ops import linear"),
         ("dpkernels.backends.registry", "import importlib\nimportlib.import_module('dpkernels.reference')"),
         ("dpkernels.ops.linear", "import dpkernels.nn.linear"),
         ("dpkernels.nn.linear", "from dpkernels.backends import native"),

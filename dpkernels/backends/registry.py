@@ -104,7 +104,7 @@ def _native(family: str, device: str) -> tuple[ModuleType | None, str]:
 
 
 def _torch(family: str) -> tuple[ModuleType | None, str]:
-    module = importlib.import_module("dpkernels.backends.torch_cpu")
+    module = importlib.import_module("dpkernels.backends.torch_ops")
     reason = _missing(module, family)
     return (None, reason) if reason else (module, "")
 
@@ -121,7 +121,7 @@ def _choose(op: str, device: str, choice: str) -> tuple[OpBackend, Implementatio
     if choice in ("auto", "torch"):
         module, reason = _torch(family)
         if module is not None:
-            return OpBackend(op, device, "torch_cpu", "; ".join(why)), getattr(module, op)
+            return OpBackend(op, device, "torch", "; ".join(why)), getattr(module, op)
         why.append(reason)
     if choice in ("auto", "torch", "reference"):
         if op in _reference:

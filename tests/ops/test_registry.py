@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpkernels import ops
-from dpkernels.backends import native, registry, torch_cpu
+from dpkernels.backends import native, registry, torch_ops
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_variable_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, module in (("torch", "backends.torch_cpu"), ("Reference", "reference.bias")):
+    for value, module in (("torch", "backends.torch_ops"), ("Reference", "reference.bias")):
         monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, value)
         assert registry.implementation("bias_norm_sq", "cpu").__module__ == f"dpkernels.{module}"
 
@@ -49,9 +49,9 @@ def test_a_fallback_is_logged_once_with_its_reason(
     without_native(monkeypatch)
     with caplog.at_level(logging.WARNING, logger="dpkernels"):
         for _ in range(3):
-            assert registry.implementation("clip_factors", "cpu") is torch_cpu.clip_factors
+            assert registry.implementation("clip_factors", "cpu") is torch_ops.clip_factors
     assert [record.getMessage() for record in caplog.records] == [
-        "clip_factors on cpu uses torch_cpu: no library here"
+        "clip_factors on cpu uses torch: no library here"
     ]
 
 
@@ -63,7 +63,7 @@ def test_a_norm_and_its_sum_come_from_one_backend(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.delattr(native_ops, "linear_weighted_sum")
     rows = {row.op: row for row in registry.explain(("cpu",))}
-    assert rows["linear_norm_sq"].backend == rows["linear_weighted_sum"].backend == "torch_cpu"
+    assert rows["linear_norm_sq"].backend == rows["linear_weighted_sum"].backend == "torch"
     assert rows["linear_norm_sq"].reason == "native_ops has no linear_weighted_sum"
     assert rows["bias_norm_sq"].backend == "native"
 
@@ -71,7 +71,7 @@ def test_a_norm_and_its_sum_come_from_one_backend(monkeypatch: pytest.MonkeyPatc
 def test_where_torch_wins_it_is_chosen_with_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "TORCH_WINS", {("bias", "cpu"): "2 µs against 3 µs"})
     rows = {row.op: row for row in registry.explain(("cpu",))}
-    assert rows["bias_norm_sq"].backend == "torch_cpu"
+    assert rows["bias_norm_sq"].backend == "torch"
     assert rows["bias_norm_sq"].reason == "2 µs against 3 µs"
 
 
@@ -80,7 +80,7 @@ def test_explain_covers_every_op_and_gives_reasons(monkeypatch: pytest.MonkeyPat
     rows = registry.explain(("cpu", "cuda"))
     assert [(row.op, row.device) for row in rows] == [(op, d) for d in ("cpu", "cuda") for op in registry.OPS]
     assert all(row.reason for row in rows)
-    assert {row.backend for row in rows} == {"torch_cpu", "reference"}
+    assert {row.backend for row in rows} == {"torch", "reference"}
 
 
 def test_no_family_is_split_and_every_table_names_families() -> None:
