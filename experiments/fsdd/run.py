@@ -45,8 +45,8 @@ def training_runs() -> dict[str, list[str]]:
         for seed in range(3)
         for epsilon, arguments in PRIVACY.items()
     }
-    for speaker in SPEAKERS:
-        for epsilon in ("inf", "8"):
+    for epsilon in ("8", "inf"):
+        for speaker in SPEAKERS:
             runs[f"without_{speaker}_eps{epsilon}"] = PRIVACY[epsilon]
     return runs
 

@@ -1,0 +1,73 @@
+"""The README's code runs as written, and its plain-PyTorch equivalent is what a step computes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpkernels import PrivacyEngine
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+TEN_LINES, EQUIVALENT = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_ten_lines_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(TEN_LINES, "README.md", "exec"), {})
+    assert 7.5 < float(capsys.readouterr().out.split()[-1]) <= 8.0
+    assert (tmp_path / "ledger.jsonl").read_text().count('"kind": "step"') == 20
+
+
+def losses_of(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    return cross_entropy(model(batch[0]).mean(1), batch[1], reduction="none")
+
+
+def step_sizes(code: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the README's plain loop puts into .grad, what a private step without noise does), flattened."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(12, 5, 16), torch.randint(0, 4, (12,)))
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    parameters = list(model.parameters())
+    sums = [torch.zeros_like(p) for p in parameters]
+    names = {"torch": torch, "losses_of": losses_of, "model": model, "data": data, "sampled": [1, 4, 7]}
+    names |= {"parameters": parameters, "sums": sums, "max_grad_norm": 0.5, "noise_multiplier": 0.0}
+    exec(code, names | {"batch_size": 3, "optimizer": torch.optim.SGD(parameters, lr=0.0)})
+    plain = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        parameter.grad = None
+    with pytest.warns(UserWarning, match="nothing is private"):
+        model, optimizer, _ = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(parameters, lr=0.0),
+            data_loader=DataLoader(data, batch_size=3),
+            noise_multiplier=0.0,
+            max_grad_norm=0.5,
+        )
+    optimizer.backward(losses_of(model, data[[1, 4, 7]]))
+    optimizer.step()
+    return plain, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+
+def test_the_equivalent_is_what_a_step_computes() -> None:
+    plain, private = step_sizes(EQUIVALENT)
+    torch.testing.assert_close(private, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_planted_clipping_of_the_sum_is_noticed() -> None:
+    fault = EQUIVALENT.replace("(max_grad_norm / norm).clamp(max=1)", "1")
+    plain, private = step_sizes(fault)
+    assert not torch.allclose(private, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_every_link_leads_somewhere() -> None:
+    root = Path(__file__).resolve().parents[1]
+    for page in ("README.md", "CONTRIBUTING.md", "docs/privacy.md", "docs/design.md"):
+        text = (root / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert ((root / page).parent / target).exists(), f"{page} -> {target}"
