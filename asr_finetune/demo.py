@@ -94,11 +94,11 @@ class Recipe:
     """
 
     public: int = 160
-    private: int = 350
+    private: int = 700
     test: int = 40
     valid: int = 40
     public_epochs: int = 7
-    batch_size: int = 256
+    batch_size: int = 384
     steps: int = 30
     learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
@@ -286,7 +286,7 @@ def configuration(
             valid=str(manifest),
             valid_split="valid",
         ),
-        method=MethodConfig(kind="lora", rank=16, alpha=16),
+        method=MethodConfig(kind="full"),
         privacy=PrivacyConfig(
             epsilon=recipe.epsilon if private else None,
             delta=recipe.delta if private else None,

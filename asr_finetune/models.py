@@ -227,6 +227,11 @@ def tiny_parakeet(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.ParakeetForCTC(config)
+        for module in model.modules():
+            # transformers starts convolutions at N(0, 0.02), made for checkpoints that are loaded over them: in the
+            # subsampling of a fresh small model the signal vanishes, and nothing is learnt.
+            if isinstance(module, nn.Conv1d | nn.Conv2d):
+                module.reset_parameters()
     extractor = transformers.ParakeetFeatureExtractor(feature_size=mels)
     processor = transformers.ParakeetProcessor(extractor, tokenizer)
     return CTCRecognizer(model.eval(), processor, name="tiny-parakeet")

@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
 from asr_finetune import demo
+from asr_finetune.config import DataConfig
+from asr_finetune.data import SpeechDataset, load_corpus
 from asr_finetune.demo import DIGITS, PRIVATE_VOICES, PUBLIC_VOICES, VALID_VOICES, DemoResult, Recipe
+from asr_finetune.models import tiny_parakeet
+from asr_finetune.progress import Reporter
 from dpkernels.privacy import read_ledger
+from tests.asr import tones
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("espeakng_loader") is None,
@@ -103,3 +110,36 @@ def test_private_and_plain_runs_differ_in_privacy_only(tmp_path: Path) -> None:
     plain["train"]["eval_every"] = private["train"]["eval_every"]
     assert plain == private
     assert private["privacy"]["delta"] < 1 / (Recipe().private * len(PRIVATE_VOICES))
+
+
+def first_and_last_loss(folder: Path) -> tuple[float, float]:
+    """Mean loss of a fresh small model on sixteen recordings, before and after fitting them."""
+    torch.manual_seed(0)
+    recognizer = tiny_parakeet(list(tones.WORDS), hidden=48, layers=1, heads=2, channels=8, mels=40)
+    corpus = load_corpus(str(tones.write_manifest(folder, 16)), data=DataConfig(train="-"))
+    dataset = SpeechDataset(corpus, recognizer, cache=True)
+    batch = recognizer.collate([dataset[index] for index in range(16)])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(recognizer.loss_per_example(recognizer.model, batch).mean())
+
+    before = loss()
+    with tones.one_thread():
+        demo._fit(recognizer, dataset, 60, Reporter(enabled=False))
+    return before, loss()
+
+
+def test_a_fresh_small_model_learns(tmp_path: Path) -> None:
+    before, after = first_and_last_loss(tmp_path)
+    assert after < 0.2 * before
+
+
+def test_planted_start_of_the_convolutions_learns_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own start, N(0, 0.02) in the convolutions."""
+    for convolution in (nn.Conv1d, nn.Conv2d):
+        monkeypatch.setattr(convolution, "reset_parameters", lambda self: None)
+    before, after = first_and_last_loss(tmp_path)
+    assert not after < 0.2 * before

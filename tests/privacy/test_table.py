@@ -1,0 +1,22 @@
+"""README.md of this folder names, for each line of the privacy design, tests that exist."""
+
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TABLE = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_line_of_the_design_has_a_row() -> None:
+    assert re.findall(r"^\| (\d+) \|", TABLE, flags=re.MULTILINE) == [str(n) for n in range(1, 17)]
+
+
+def test_every_test_that_is_named_exists() -> None:
+    defined = {
+        name
+        for path in HERE.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    named = set(re.findall(r"`(test_\w+)`", TABLE))
+    assert named
+    assert named <= defined, sorted(named - defined)
