@@ -2,7 +2,7 @@
 
 For random models that mix the layer types, trained through the public engine without noise, the parameters move by
 exactly the float64 sum of clipped per-sample gradients: in each dtype, with and without padding, with micro-batches,
-with inputs shared between layers and with frozen parts.
+with inputs shared between layers, with tied and reused weights, and with frozen parts.
 """
 
 import copy
@@ -35,14 +35,14 @@ class SharedInput(nn.Module):
 
 
 class Transposed(nn.Module):
-    """A convolution over time inside a model that keeps [B, T, C]."""
+    """A layer over [B, C, T] inside a model that keeps [B, T, C]."""
 
-    def __init__(self, convolution: nn.Module) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.convolution = convolution
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        return self.layer(x.transpose(1, 2)).transpose(1, 2)
 
 
 class Residual(nn.Module):
@@ -54,6 +54,17 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
+class Twice(nn.Module):
+    """One layer used twice: its two uses have cross terms."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "linear": lambda width: nn.Linear(width, width),
     "shared input": SharedInput,
@@ -62,6 +73,9 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "rms norm": lambda width: nn.RMSNorm(width),
     "depthwise": lambda width: Transposed(nn.Conv1d(width, width, 3, padding=1, groups=width)),
     "pointwise": lambda width: Transposed(nn.Conv1d(width, width, 1)),
+    "convolution": lambda width: Transposed(nn.Conv1d(width, width, 3, padding=1)),
+    "reused": Twice,
+    "expanded": lambda width: Transposed(nn.PReLU(width, init=0.1)),
     "grouped": lambda width: Transposed(nn.Conv1d(width, width, 3, padding=1, groups=2)),
 }
 
@@ -69,12 +83,14 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 class Model(nn.Module):
     """Word ids [B, T] to one loss per sample [B]; frames at and beyond a sample's length do not count."""
 
-    def __init__(self, names: list[str], seed: int) -> None:
+    def __init__(self, names: list[str], seed: int, tied: bool = False) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.embedding = nn.Embedding(WORDS, FEATURES)
         self.layers = nn.ModuleList(Residual(LAYERS[name](FEATURES)) for name in names)
         self.head = nn.Linear(FEATURES, WORDS)
+        if tied:
+            self.head.weight = self.embedding.weight
         for name, parameter in self.named_parameters():
             if "lora_B" in name:  # zero at the start, which would leave A without a gradient
                 nn.init.normal_(parameter, std=0.2)
@@ -142,19 +158,20 @@ def relative_distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> floa
     return (difference / sum(float(t.square().sum()) for t in right.values())) ** 0.5
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     names=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=4),
     seed=st.integers(0, 2**16),
     padded=st.booleans(),
+    tied=st.booleans(),
     micro_batch=st.integers(1, 6),
     frozen=st.integers(0, 2),
     bound=st.sampled_from([0.05, 1.0, 1e4]),
 )
 def test_random_models(
-    names: list[str], seed: int, padded: bool, micro_batch: int, frozen: int, bound: float
+    names: list[str], seed: int, padded: bool, tied: bool, micro_batch: int, frozen: int, bound: float
 ) -> None:
-    model = Model(names, seed)
+    model = Model(names, seed, tied)
     if frozen == 1:
         model.embedding.requires_grad_(False)
     if frozen == 2:
