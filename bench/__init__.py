@@ -1,0 +1,13 @@
+"""What privacy costs: `pytest --benchmark` runs this folder, `python -m bench.report` tells what it found.
+
+    pytest --benchmark                                  everything, on this machine's threads
+    pytest --benchmark --benchmark-groups step -k lora  a part of it
+    pytest --benchmark --benchmark-quick                sizes that show that it works, and no more
+    python -m bench.report                              README table and plots from bench/results
+    python -m bench.compare HEAD~1 HEAD                 two commits in pairs, and whether they differ
+    python -m bench.gpu --dry-run                       what a machine with a GPU would run
+
+`cases` are the models and batches, `contenders` the ways to take a step; `checker` compares each contender with
+float64 one-by-one gradients before `timer` lets it take its turns; `memory` measures peaks in fresh processes;
+`floor` says what the machine could do at best.
+"""

@@ -1,0 +1,65 @@
+"""Opacus, by its documented interface: per-sample gradients by hooks, and ghost clipping.
+
+Ghost clipping's step is `loss = criterion(output, target); loss.backward(); optimizer.step()` with the criterion,
+optimizer and model that `make_private(grad_sample_mode="ghost", criterion=…)` returns (Opacus's tutorial
+"building_text_classifier" and its ghost-clipping example). Adapters need no more than that: PEFT's factors are
+nn.Linear. `poisson_sampling=False`, so that the given batch is taken as it is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import opacus
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+from torch.utils.data import DataLoader
+
+from bench.cases import Batch, Case, Criterion, forward
+from bench.contenders import CannotRun, Contender, Settings
+from bench.contenders.rows import Rows
+
+
+class Hooks(Contender):
+    """Per-sample gradients materialised by hooks, then clipped."""
+
+    def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
+        super().__init__(case, model, batch, settings)
+        self.model, self.optimizer, _ = self._made(model, "hooks")
+
+    def _made(self, model: nn.Module, mode: str, **options: Any) -> tuple[Any, ...]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return opacus.PrivacyEngine().make_private(
+                    module=model,
+                    optimizer=self.adamw(),
+                    data_loader=DataLoader(Rows(self.batch), batch_size=self.size),
+                    noise_multiplier=self.settings.noise,
+                    max_grad_norm=self.settings.clip,
+                    poisson_sampling=False,
+                    grad_sample_mode=mode,
+                    **options,
+                )
+            except (UnsupportedModuleError, NotImplementedError) as error:
+                raise CannotRun(f"Opacus refuses the model: {error}") from error
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.case.losses(forward(self.model, self.batch), self.batch["labels"]).mean().backward()
+        self.optimizer.step()
+
+
+class Ghost(Hooks):
+    """Norms by ghost clipping, then a second backward of the weighted loss."""
+
+    def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
+        Contender.__init__(self, case, model, batch, settings)
+        criterion = Criterion(case.losses)
+        self.model, self.optimizer, self.criterion, _ = self._made(model, "ghost", criterion=criterion)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.criterion(forward(self.model, self.batch), self.batch["labels"]).backward()
+        self.optimizer.step()

@@ -1,0 +1,63 @@
+"""This package, as its README uses it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+import dpkernels
+from bench.cases import Batch, Case, forward
+from bench.contenders import Contender, Factory, Settings
+from bench.contenders.rows import Rows
+
+
+class Private(Contender):
+    """`PrivacyEngine.make_private` with one strategy.
+
+    The data set is the batch and q = 1, so that Poisson sampling draws exactly this batch every time: the public
+    loop runs unchanged, and every contender sees the same examples.
+    """
+
+    def __init__(
+        self, case: Case, model: nn.Module, batch: Batch, settings: Settings, *, strategy: str
+    ) -> None:
+        super().__init__(case, model, batch, settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="noise_multiplier=0")
+            self.model, self.optimizer, self.loader = dpkernels.PrivacyEngine().make_private(
+                module=model,
+                optimizer=self.adamw(),
+                data_loader=DataLoader(Rows(batch), batch_size=self.size),
+                noise_multiplier=settings.noise,
+                max_grad_norm=settings.clip,
+                strategy=strategy,
+                physical_batch_size=self.size,
+            )
+        self._logical: Iterator[Any] = iter(())
+
+    def prepare(self) -> None:
+        # Drawing and collating is the data loader's work, which no contender is timed for.
+        self.optimizer.zero_grad()
+        logical = next(iter(self.loader))
+        self._drawn = list(logical)
+        device = self.batch["labels"].device
+        self._drawn = [{name: value.to(device) for name, value in part.items()} for part in self._drawn]
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        for batch in self._drawn:
+            self.optimizer.backward(self.case.losses(forward(self.model, batch), batch["labels"]))
+        self.optimizer.step()
+
+
+def with_strategy(strategy: str) -> Factory:
+    """The factory of one of `dpkernels.privacy.keywords.STRATEGIES`."""
+
+    def make(case: Case, model: nn.Module, batch: Batch, settings: Settings) -> Contender:
+        return Private(case, model, batch, settings, strategy=strategy)
+
+    return make

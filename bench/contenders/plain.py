@@ -1,0 +1,31 @@
+"""Training without privacy: PyTorch's (and PEFT's) own layers, and this package's layers with nothing attached."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import dpkernels
+from bench.cases import Batch, Case, forward
+from bench.contenders import Contender, Settings
+
+
+class NonPrivate(Contender):
+    """Plain PyTorch; for LoRA, PEFT's own layers."""
+
+    private = False
+
+    def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
+        super().__init__(case, model, batch, settings)
+        self.optimizer = self.adamw()
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.case.losses(forward(self.model, self.batch), self.batch["labels"]).mean().backward()
+        self.optimizer.step()
+
+
+class OwnLayers(NonPrivate):
+    """`dpkernels.swap` without an engine: what the swap itself costs."""
+
+    def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
+        super().__init__(case, dpkernels.swap(model), batch, settings)
