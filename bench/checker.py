@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Verdict:
 
 def one_by_one(case: Case, model: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
     """Each example's gradient alone, by plain autograd in float64."""
-    wide = twin(model).double()
+    wide = copy.deepcopy(model).double()  # a whole copy: double() changes parameters in place
     parameters = trained(wide)
     rows = []
     for i in range(len(batch["labels"])):
