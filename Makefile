@@ -3,6 +3,10 @@ PYTHON ?= python3
 # Any pip requirement, options included: see "Choosing the torch build" in README.md.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# For a GPU machine: wheels of what it lacks, where results go, and which parts (all by default).
+WHEELS ?= wheels
+OUT ?= bench/results
+PARTS ?=
 BIN := $(VENV)/bin
 # A new torch or a new pyproject.toml means a new set-up; native sources mean a new build.
 TORCH_STAMP = $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
@@ -11,7 +15,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CLANG_SOURCES = $(shell find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench gpu wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,7 +23,9 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, mypy, clang-format; changes nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
-	@echo "make bench   time the CPU kernels against PyTorch; JSON on the standard output"
+	@echo "make bench   pytest --benchmark: what privacy costs here, beside Opacus and non-private training"
+	@echo "make gpu     build, test and benchmark on a GPU machine; WHEELS=folder OUT=folder; sets nothing up"
+	@echo "make wheels  fill WHEELS with what such a machine lacks, for its Python 3.12"
 	@echo "make setup   only create $(VENV) and install into it"
 	@echo "make clean   remove what was built; the next job builds again"
 	@echo "TORCH='torch==2.13.0' chooses the torch build, PYTHON=python3.12 the interpreter, VENV=.venv the folder"
@@ -57,7 +63,18 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_SOURCES)
 
 bench: $(STAMP)
-	@$(BIN)/python bench/bench_cpu_kernels.py
+	$(BIN)/python -m pytest --benchmark
+
+# A GPU machine has its own torch and no package registry, so this does not go through the set-up above.
+gpu:
+	WHEELS='$(WHEELS)' OUT='$(OUT)' $(PYTHON) -m bench.gpu $(PARTS)
+
+# --no-deps: torch and triton stay what the GPU machine has.
+wheels: | $(VENV)/bin/python
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: \
+	  --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  --dest '$(WHEELS)' --requirement bench/gpu_wheels.txt
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --exit-zero .

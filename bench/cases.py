@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -117,6 +118,9 @@ class Family:
 def _with_lora(model: nn.Module, targets: list[str], rank: int) -> nn.Module:
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
     adapted = peft.get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, _OneLayer):
+            module.norm.requires_grad_(True)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zeros as they come: A's gradient would be 0, and nothing of it checked
             nn.init.normal_(parameter, std=0.02)
@@ -207,10 +211,46 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return flat.view(labels.shape).mean(1)
 
 
+class _OneLayer(nn.Module):
+    """One layer behind a trained LayerNorm: so its backward has an input gradient to compute, as in a model."""
+
+    def __init__(self, layer: nn.Module, width: int, channels_first: bool) -> None:
+        super().__init__()
+        self.norm, self.layer, self.channels_first = nn.LayerNorm(width), layer, channels_first
+
+    def forward(self, input_features: Tensor) -> SimpleNamespace:
+        x = self.norm(input_features)
+        return SimpleNamespace(logits=self.layer(x.transpose(1, 2) if self.channels_first else x))
+
+
+def _one_layer(case: Case, frames: int) -> nn.Module:
+    depthwise = case.family == "depthwise-layer"
+    layer: nn.Module = nn.Linear(case.width, 4 * case.width)
+    if depthwise:
+        layer = nn.Conv1d(case.width, case.width, 9, padding=4, groups=case.width)
+    return _OneLayer(layer, case.width, depthwise)
+
+
+def _layer_batch(case: Case, size: int, frames: int, generator: torch.Generator) -> Batch:
+    features = torch.randn(size, frames, case.width, generator=generator)
+    return {"input_features": features, "labels": torch.zeros(size, 1, dtype=torch.int64)}
+
+
+def _layer_losses(outputs: Tensor, labels: Tensor) -> Tensor:
+    return outputs.flatten(1).square().mean(1)
+
+
 FAMILIES = {
     "parakeet": Family(_parakeet, _parakeet_batch, _ctc_losses, _PARAKEET_TARGETS),
     "whisper": Family(_whisper, _whisper_batch, _token_losses, ["q_proj", "v_proj"]),
 }
+
+_LAYERS = (
+    ("linear", "Linear 512→2048", None),
+    ("lora", "LoRA Linear 512→2048, r=8", 8),
+    ("depthwise", "depthwise Conv1d 512, k=9", None),
+)
+FAMILIES |= {f"{kind}-layer": Family(_one_layer, _layer_batch, _layer_losses, ["layer"]) for kind, *_ in _LAYERS}
 
 CASES = {
     case.name: case
@@ -220,6 +260,7 @@ CASES = {
         Case("whisper-lora", "Whisper-tiny, LoRA r=8", "whisper", 8, 384, 4),
         Case("whisper-full", "Whisper-tiny, full", "whisper", None, 384, 4),
         Case("parakeet-600m-lora", "Parakeet-CTC 608.8 M, LoRA r=8", "parakeet", 8, 1024, 24),
+        *(Case(f"{kind}-layer", f"One {title}", f"{kind}-layer", rank, 512) for kind, title, rank in _LAYERS),
         # For tests of the benchmarks themselves.
         Case("tiny-lora", "Parakeet-CTC, tiny, LoRA r=2", "parakeet", 2, 32, 1),
         Case("tiny-full", "Parakeet-CTC, tiny, full", "parakeet", None, 32, 1),

@@ -23,11 +23,12 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a step. noise: σ; clip: C."""
+    """Of a step. clip: C; noise: σ; optimizer: "adamw", or "sgd" where only gradients are of interest."""
 
     clip: float = 1.0
     noise: float = 1.0
     lr: float = 1e-4
+    optimizer: str = "adamw"
 
 
 class Contender(ABC):
@@ -44,9 +45,10 @@ class Contender(ABC):
         """Examples in the batch."""
         return len(self.batch["labels"])
 
-    def adamw(self) -> torch.optim.Optimizer:
+    def new_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that all contenders use."""
-        return torch.optim.AdamW(self.parameters.values(), lr=self.settings.lr)
+        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.settings.optimizer]
+        return kind(self.parameters.values(), lr=self.settings.lr)
 
     def prepare(self) -> None:
         """Untimed: what a data loader would have done before the step."""

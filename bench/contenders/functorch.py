@@ -17,7 +17,7 @@ class PerSample(Contender):
 
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
         super().__init__(case, model, batch, settings)
-        self.optimizer = self.adamw()
+        self.optimizer = self.new_optimizer()
         self._tried = False
         frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
         frozen |= {n: b.detach() for n, b in model.named_buffers()}
@@ -53,6 +53,7 @@ class PerSample(Contender):
         factors = (self.settings.clip / squares.sqrt().clamp_min(1e-12)).clamp(max=1.0)
         for name, parameter in self.parameters.items():
             total = torch.tensordot(factors.to(parameter.dtype), gradients[name], dims=1)
-            noise = torch.randn_like(total) * (self.settings.noise * self.settings.clip)
-            parameter.grad = (total + noise) / self.size
+            if self.settings.noise > 0:
+                total += torch.randn_like(total) * (self.settings.noise * self.settings.clip)
+            parameter.grad = total / self.size
         self.optimizer.step()

@@ -34,7 +34,7 @@ class Hooks(Contender):
             try:
                 return opacus.PrivacyEngine().make_private(
                     module=model,
-                    optimizer=self.adamw(),
+                    optimizer=self.new_optimizer(),
                     data_loader=DataLoader(Rows(self.batch), batch_size=self.size),
                     noise_multiplier=self.settings.noise,
                     max_grad_norm=self.settings.clip,

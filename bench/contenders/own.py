@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
-
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -30,22 +27,22 @@ class Private(Contender):
             warnings.filterwarnings("ignore", message="noise_multiplier=0")
             self.model, self.optimizer, self.loader = dpkernels.PrivacyEngine().make_private(
                 module=model,
-                optimizer=self.adamw(),
+                optimizer=self.new_optimizer(),
                 data_loader=DataLoader(Rows(batch), batch_size=self.size),
                 noise_multiplier=settings.noise,
                 max_grad_norm=settings.clip,
                 strategy=strategy,
                 physical_batch_size=self.size,
             )
-        self._logical: Iterator[Any] = iter(())
+        self._drawn: list[Batch] = []
 
     def prepare(self) -> None:
         # Drawing and collating is the data loader's work, which no contender is timed for.
         self.optimizer.zero_grad()
-        logical = next(iter(self.loader))
-        self._drawn = list(logical)
         device = self.batch["labels"].device
-        self._drawn = [{name: value.to(device) for name, value in part.items()} for part in self._drawn]
+        self._drawn = [
+            {name: value.to(device) for name, value in part.items()} for part in next(iter(self.loader))
+        ]
 
     def step(self) -> None:
         self.optimizer.zero_grad()

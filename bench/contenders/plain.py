@@ -16,7 +16,7 @@ class NonPrivate(Contender):
 
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
         super().__init__(case, model, batch, settings)
-        self.optimizer = self.adamw()
+        self.optimizer = self.new_optimizer()
 
     def step(self) -> None:
         self.optimizer.zero_grad()

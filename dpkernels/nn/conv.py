@@ -6,7 +6,6 @@ other is a linear layer on unfolded windows, group by group.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -147,19 +146,19 @@ def _as_sequence(t: Tensor) -> Tensor:
 
 
 def _depthwise_gradients(layer: _GhostConv, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Per-sample gradients [B, *weight.shape] of a depthwise weight, tap by tap, accumulated in float32.
+    """Per-sample gradients [B, *weight.shape] of a depthwise weight, accumulated in float32.
 
-    Σ_t g[b,c,t] x[b,c, t·stride + tap·dilation]; they have p·∏k entries a sample, far fewer than x and g.
+    Σ_t g[b,c,t] x[b,c, t·stride + tap·dilation]; they have p·∏k entries a sample, far fewer than x and g. Every
+    channel is a group of its own, so the samples of a batch are more channels of one convolution: its weight
+    gradient holds theirs side by side, at the price of the batch's own weight gradient.
     """
-    dtype = accumulation_dtype(g)
-    x = F.pad(x, [n for size in reversed(padding) for n in (size, size)]).to(dtype).unsqueeze(2)
-    g = g.to(dtype).unflatten(1, (layer.groups, -1))
-    taps = []
-    for tap in itertools.product(*(range(k) for k in layer.kernel_size)):
-        window = x
-        for axis, place in enumerate(tap):
-            start, stride, size = place * layer.dilation[axis], layer.stride[axis], g.shape[3 + axis]
-            window = window.narrow(3 + axis, start, (size - 1) * stride + 1 if size else 0)
-            window = window[(slice(None),) * (3 + axis) + (slice(None, None, stride),)]
-        taps.append((window * g).flatten(3).sum(3).flatten(1, 2))
-    return torch.stack(taps, -1).unflatten(-1, layer.kernel_size).unsqueeze(2)
+    dtype, batch = accumulation_dtype(g), g.shape[0]
+    shape = layer.weight.shape
+    if 0 in (*x.shape, *g.shape):
+        return g.new_zeros(batch, *shape, dtype=dtype)
+    x, g = (t.to(dtype).reshape(1, -1, *t.shape[2:]) for t in (x, g))
+    like = g.new_empty(1).expand(batch * shape[0], *shape[1:])  # only the shape of the weight matters
+    zeros = [0] * len(padding)
+    geometry = (layer.stride, padding, layer.dilation, False, zeros, batch * layer.groups)
+    _, gradients, _ = torch.ops.aten.convolution_backward(g, x, like, None, *geometry, [False, True, False])
+    return gradients.view(batch, *shape)

@@ -295,7 +295,7 @@ class DPOptimizer(torch.optim.Optimizer):
         clipped = self._sums.get(parameter)
         if clipped is not None:
             total += clipped
-        return (total / self.expected_batch_size).to(parameter.dtype)
+        return total.div_(self.expected_batch_size).to(parameter.dtype)
 
     @torch.no_grad()
     def _add(self, records: list[Record], factors: Tensor) -> None:
