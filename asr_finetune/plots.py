@@ -173,11 +173,11 @@ def wer_against_epsilon(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if zero_shot is not None:
             highest = max(highest, zero_shot)
-            _level(axes, zero_shot, f"before training {zero_shot:.1%}", GREY)
+            _level(axes, zero_shot, f"before training {zero_shot:.1%}", GREY, beside=True)
         if non_private is not None:
             plain = [non_private] if isinstance(non_private, int | float) else list(non_private)
             level = sum(plain) / len(plain)
-            _level(axes, level, f"without privacy {level:.1%}", ORANGE)
+            _level(axes, level, f"without privacy {level:.1%}", ORANGE, beside=True)
         _rates(axes, highest)
     return figure
 
@@ -214,6 +214,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 
 def _rates(axes: Axes, highest: float) -> None:
     axes.set_ylim(0, max(1.12 * highest, 0.01))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))  # ticks that one decimal can say
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if highest > 0.04 else 1))
 
 
@@ -222,17 +223,19 @@ def _whole_steps(axes: Axes, steps: Sequence[int]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
-def _level(axes: Axes, height: float, label: str, color: str) -> None:
-    """A horizontal line with its name above its left end."""
+def _level(axes: Axes, height: float, label: str, color: str, *, beside: bool = False) -> None:
+    """A horizontal line with its name above its left end, or beside its right end where curves cross it."""
     axes.axhline(height, color=color, linewidth=1.2, linestyle=(0, (1, 1.5)))
     axes.annotate(
         label,
-        (0.0, height),
+        (1.0 if beside else 0.0, height),
         xycoords=("axes fraction", "data"),
-        xytext=(4, 3),
+        xytext=(7, 0) if beside else (4, 3),
         textcoords="offset points",
         color=color,
         fontsize=8.5,
+        verticalalignment="center" if beside else "baseline",
+        annotation_clip=False,
     )
 
 
