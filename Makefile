@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 # For a GPU machine: wheels of what it lacks, where results go, and which parts (all by default).
-WHEELS ?= wheels
+WHEELS ?= build/wheels
 OUT ?= bench/results
 PARTS ?=
 BIN := $(VENV)/bin

@@ -68,9 +68,7 @@ class Case:
                 model = _with_lora(model, FAMILIES[self.family].targets, self.rank)
         return model.to(device=device, dtype=dtype).train()
 
-    def batch(
-        self, size: int, frames: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> Batch:
+    def batch(self, size: int, frames: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Batch:
         """`size` utterances of `frames` encoder frames each, none of them padded."""
         generator = torch.Generator().manual_seed(SEED + 1)
         batch = FAMILIES[self.family].batch(self, size, frames, generator)
@@ -170,9 +168,7 @@ def _ctc_losses(logits: Tensor, labels: Tensor) -> Tensor:
     size, frames, classes = logits.shape
     log_probs = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
     whole, own = (frames,) * size, (labels.shape[1],) * size
-    losses = F.ctc_loss(
-        log_probs.transpose(0, 1), labels, whole, own, blank=classes - 1, reduction="none"
-    )
+    losses = F.ctc_loss(log_probs.transpose(0, 1), labels, whole, own, blank=classes - 1, reduction="none")
     return losses / frames
 
 
@@ -250,7 +246,9 @@ _LAYERS = (
     ("lora", "LoRA Linear 512→2048, r=8", 8),
     ("depthwise", "depthwise Conv1d 512, k=9", None),
 )
-FAMILIES |= {f"{kind}-layer": Family(_one_layer, _layer_batch, _layer_losses, ["layer"]) for kind, *_ in _LAYERS}
+FAMILIES |= {
+    f"{kind}-layer": Family(_one_layer, _layer_batch, _layer_losses, ["layer"]) for kind, *_ in _LAYERS
+}
 
 CASES = {
     case.name: case

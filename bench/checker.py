@@ -35,7 +35,9 @@ def one_by_one(case: Case, model: nn.Module, batch: Batch) -> list[dict[str, Ten
     parameters = trained(wide)
     rows = []
     for i in range(len(batch["labels"])):
-        one = {n: (v[i : i + 1].double() if v.is_floating_point() else v[i : i + 1]) for n, v in batch.items()}
+        one = {
+            n: (v[i : i + 1].double() if v.is_floating_point() else v[i : i + 1]) for n, v in batch.items()
+        }
         loss = case.losses(forward(wide, one), one["labels"]).sum()
         rows.append(dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)))
     return rows
@@ -60,9 +62,7 @@ def relative_error(given: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> 
     return norm(difference) / max(norm(exact), 1e-300)
 
 
-def check(
-    factories: Mapping[str, Factory], case: Case, model: nn.Module, batch: Batch
-) -> dict[str, Verdict]:
+def check(factories: Mapping[str, Factory], case: Case, model: nn.Module, batch: Batch) -> dict[str, Verdict]:
     """A verdict for each contender, from one step with σ = 0 on a copy of `model` over a small `batch`.
 
     C is the median of the exact norms: about half of the examples are clipped, the others must not be.
@@ -81,7 +81,14 @@ def check(
         except CannotRun as failure:
             verdicts[name] = Verdict(CANNOT, reason=str(failure))
             continue
-        except (RuntimeError, ValueError, NotImplementedError, TypeError, AttributeError, IndexError) as failure:
+        except (
+            RuntimeError,
+            ValueError,
+            NotImplementedError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as failure:
             first = (str(failure).strip().splitlines() or [""])[0]
             verdicts[name] = Verdict(CANNOT, reason=f"{type(failure).__name__}: {first}")
             continue

@@ -85,7 +85,8 @@ class Results:
         lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
         about = json.dumps(self.about, indent=2, ensure_ascii=False).replace("\n", "\n ")
         path.write_text(
-            f'{{\n "group": "{self.group}",\n "about": {about},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8"
+            f'{{\n "group": "{self.group}",\n "about": {about},\n "rows": [\n  {lines}\n ]\n}}\n',
+            encoding="utf-8",
         )
         return path
 

@@ -50,7 +50,7 @@ class Contender(ABC):
         kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.settings.optimizer]
         return kind(self.parameters.values(), lr=self.settings.lr)
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
         """Untimed: what a data loader would have done before the step."""
 
     @abstractmethod
@@ -62,7 +62,9 @@ class Contender(ABC):
         missing = [name for name, p in self.parameters.items() if p.grad is None]
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(missing[:3])} ({len(missing)} parameters)")
-        return {name: p.grad.detach() * self.size for name, p in self.parameters.items() if p.grad is not None}
+        return {
+            name: p.grad.detach() * self.size for name, p in self.parameters.items() if p.grad is not None
+        }
 
 
 Factory = Callable[[Case, nn.Module, Batch, Settings], Contender]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+
 from torch import nn
 from torch.utils.data import DataLoader
 
