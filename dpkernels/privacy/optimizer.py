@@ -286,16 +286,17 @@ class DPOptimizer(torch.optim.Optimizer):
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def _noised_gradient(self, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-        """(sum + σ·S·N(0, 1)) / expected batch size, in float64, rounded once to the parameter's dtype."""
-        if self.noise_multiplier > 0:
-            total = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-            total *= self.noise_multiplier * self.sensitivity
-        else:
+        """(sum + σ·S·N(0, 1)) / expected batch size, in float64, rounded once to the parameter's dtype.
+
+        The sum is overwritten: `_forget_batch` clears it.
+        """
+        total = self._sums.get(parameter)
+        if total is None:
             total = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
-        clipped = self._sums.get(parameter)
-        if clipped is not None:
-            total += clipped
-        return total.div_(self.expected_batch_size).to(parameter.dtype)
+        if self.noise_multiplier > 0:
+            noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
+            total.add_(noise, alpha=self.noise_multiplier * self.sensitivity)
+        return total.div_(self.expected_batch_size).to(parameter.dtype, copy=True)
 
     @torch.no_grad()
     def _add(self, records: list[Record], factors: Tensor) -> None:
@@ -308,7 +309,10 @@ class DPOptimizer(torch.optim.Optimizer):
             record.add_weighted_sum(factors.to(record.parameters[0].device), self._sums)
 
     def _forget_batch(self) -> None:
-        self._sums = {}
+        # Kept and cleared, not dropped: touching 8 bytes a trained parameter of fresh memory in every step was
+        # measured to cost a sixth of a full fine-tuning step on a CPU.
+        for total in self._sums.values():
+            total.zero_()
         self._examples = 0
         self._seen = []
         self._spoiled = False

@@ -260,6 +260,15 @@ def test_nothing_of_a_batch_is_left_after_its_step() -> None:
     assert float(run.release(())["last.weight"].abs().max()) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_released_gradient_is_no_view_of_the_sums(dtype: torch.dtype) -> None:
+    run = private_run(sigma=0.5, dtype=dtype)
+    run.optimizer.begin_logical_batch(2)
+    run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+    run.optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for p in run.model.parameters())
+
+
 def test_without_zero_grad_the_next_step_is_still_its_own() -> None:
     run = private_run(sigma=0)
     run.optimizer.begin_logical_batch(3)

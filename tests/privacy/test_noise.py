@@ -158,14 +158,14 @@ def grid_share(values: Tensor) -> float:
 def total_before_rounding(run: Run, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The noised sum, as it is just before it is divided and rounded to the parameter's dtype."""
     kept: list[Tensor] = []
-    original = Tensor.__truediv__
+    original = Tensor.div_
 
     def spy(self: Tensor, other: object) -> Tensor:
         if self.shape == run.model.unused.weight.shape:
             kept.append(self.clone())
         return original(self, other)
 
-    monkeypatch.setattr(Tensor, "__truediv__", spy)
+    monkeypatch.setattr(Tensor, "div_", spy)
     run.release((0, 1, 2))
     monkeypatch.undo()
     return kept[-1]
