@@ -96,6 +96,18 @@ def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
         [n] float32, contiguous, full scale ±1.
 
     Raises:
+        AudioError: see `decode`.
+    """
+    samples, found = decode(utterance)
+    if found != rate:
+        samples = soxr.resample(samples, found, rate, quality="HQ")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
+    """The samples of an utterance, [n] float32, one channel, and their rate.
+
+    Raises:
         AudioError: the recording cannot be decoded, is empty or shorter than its header says, or holds NaN or
             infinite samples.
     """
@@ -130,6 +142,4 @@ def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
         raise AudioError("no samples in the file")
     if not np.isfinite(samples).all():
         raise AudioError("holds NaN or infinite samples")
-    if found != rate:
-        samples = soxr.resample(samples, found, rate, quality="HQ")
-    return np.ascontiguousarray(samples, dtype=np.float32)
+    return samples, int(found)

@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from asr_finetune.config import Config, ConfigError, load_yaml, overridden, template
-
-if TYPE_CHECKING:
-    from asr_finetune.plan import Plan, Probe
-
-# Errors that are messages to the user whatever their base class, by the module that defines them.
-_EXPECTED = {
-    "asr_finetune.loop": ("Interrupted",),
-    "dpkernels.privacy": ("BudgetExhausted", "SelfCheckError"),
-}
+from asr_finetune.config import Config, ConfigError
+from asr_finetune.config_file import load_yaml, overridden, template
+from asr_finetune.messages import expected, show_warning, tell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +25,22 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Fine-tune speech recognisers with differential privacy: plan, train, evaluate, report.",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"asr-finetune {metadata.version('dpkernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
 
 _Configuration = Annotated[
     Path | None,
@@ -78,13 +86,19 @@ def plan(
     model: _Model = None,
     method: _Method = None,
     physical_batch_size: _Physical = None,
-    seconds: Annotated[float, typer.Option(help="With --model: length of an utterance.")] = 12.3,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="With --model: length of an utterance; else 12.3, or the model's window.", show_default=False
+        ),
+    ] = None,
     settings: _Settings = None,
 ) -> None:
     """How much noise a target ε needs; with a model, how long a run takes and how much memory.
 
     Without a model nothing is loaded: the noise multiplier σ by PLD and by RDP, the sampling rate, and ε on
-    the way. With --model or --config, a few micro-batches of synthetic audio are timed on this machine.
+    the way. With --model or --config, a few micro-batches of synthetic audio are timed on this machine: the
+    training alone, without reading audio, self-check and evaluations.
 
     **Examples**
 
@@ -94,6 +108,7 @@ def plan(
     openai/whisper-tiny.en
     """
     from asr_finetune import plan as planning
+    from asr_finetune.plan_tables import plan_table, probe_table
 
     flags = {
         "privacy.epsilon": epsilon,
@@ -109,8 +124,10 @@ def plan(
     loaded = _plan_config(config, flags, settings)
     corpus = recognizer = None
     if config is not None:
+        from asr_finetune.prepare import units
+
         recognizer, corpus = planning.subject(loaded)
-        examples = planning.units(loaded, corpus) if examples is None else examples
+        examples = units(loaded, corpus) if examples is None else examples
     needed = {"--examples": examples, "--delta": loaded.privacy.delta}
     if config is None:
         needed |= {"--batch-size": batch_size, "--steps": steps}
@@ -119,7 +136,7 @@ def plan(
         raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
     assert examples is not None
     assert loaded.privacy.delta is not None
-    by_hand = loaded.privacy.noise_multiplier
+    by_hand = loaded.privacy.noise_multiplier if epsilon is None else None
     made = planning.plan(
         examples=examples,
         delta=loaded.privacy.delta,
@@ -128,14 +145,16 @@ def plan(
         epsilon=loaded.privacy.epsilon if by_hand is None else None,
         noise_multiplier=by_hand,
         max_batch_size=loaded.privacy.max_batch_size,
+        accountant=loaded.privacy.accountant,
+        unit=loaded.privacy.unit,
     )
-    _print_plan(made)
+    Console().print(plan_table(made))
     if model is not None and recognizer is None:
         from asr_finetune.models import load_recognizer
 
         recognizer = load_recognizer(loaded.model)
     if recognizer is not None:
-        _print_probe(planning.probe(loaded, recognizer, corpus, seconds=seconds))
+        Console().print(probe_table(planning.probe(loaded, recognizer, corpus, seconds=seconds)))
 
 
 @app.command()
@@ -229,7 +248,7 @@ def train(
     values = load_yaml(config) if config is not None else {}
     given = overridden(values, flags, settings or ())
     if print_config:
-        typer.echo(Config.from_dict(given).commented() if given else template(), nl=False)
+        typer.echo(template(given), nl=False)
         return
     loaded = Config.from_dict(given)
     loaded.check_trainable()
@@ -273,12 +292,10 @@ def evaluate(
     loaded = Config.from_dict(overridden({}, flags, settings or ()))
     from asr_finetune import checkpoint
     from asr_finetune.evaluate import evaluate as run_evaluation
-    from asr_finetune.evaluate import load_with_adapter
-    from asr_finetune.models import load_recognizer
-    from asr_finetune.prepare import load, quiet_libraries
+    from asr_finetune.models import load_recognizer, load_with_adapter
+    from asr_finetune.prepare import load
     from asr_finetune.progress import Reporter
 
-    quiet_libraries()
     reporter = Reporter()
     if model is not None and adapter is not None:
         recognizer = load_with_adapter(loaded.model, adapter)
@@ -301,7 +318,9 @@ def report(
 ) -> None:
     """The privacy report of a finished run, one HTML file: the guarantee, what it covers, the error rates.
 
-    It holds nothing that was computed from the private data without noise.
+    Of the training data it states the number of recordings (or speakers), which is treated as public, and a
+    keyed fingerprint; nothing else in it was computed from that data without noise. Error rates are of the test
+    data.
 
     **Example**
 
@@ -341,92 +360,38 @@ def demo(
 
 
 def _plan_config(config: Path | None, flags: dict[str, Any], settings: list[str] | None) -> Config:
-    """The configuration a plan is for; what a plan does not need is filled in."""
+    """The configuration a plan is for; what a plan does not need is filled in.
+
+    Raises:
+        ConfigError: a configuration that is wrong, or has no ε to plan.
+    """
+    if flags["privacy.epsilon"] is not None and flags["privacy.noise_multiplier"] is not None:
+        raise ConfigError(
+            "plan: --epsilon and --noise-multiplier: give one; the first chooses the noise, the second says what "
+            "it spends"
+        )
     values = load_yaml(config) if config is not None else {}
     defaults: dict[str, Any] = {"output": "."}
     if config is None:
         defaults |= {"data": {"train": "-"}}
         if flags["model.name"] is None:
             defaults |= {"model": {"name": "-"}}
-    return Config.from_dict(overridden({**defaults, **values}, flags, settings or ()))
-
-
-def _print_plan(made: Plan) -> None:
-    table = Table(
-        title=f"ε = {made.epsilon:.3g} at δ = {made.delta:g}", show_header=False, title_justify="left"
-    )
-    table.add_row("noise multiplier σ (PLD)", f"{made.noise_multiplier:.3f}")
-    if made.noise_multiplier_rdp is not None:
-        table.add_row("  by RDP it would be", f"{made.noise_multiplier_rdp:.3f}")
-    if made.epsilon_rdp is not None:
-        table.add_row("  ε of this σ by RDP", f"{made.epsilon_rdp:.3f}")
-    sampling = (
-        "Poisson" if made.max_batch_size is None else f"truncated Poisson, at most {made.max_batch_size:,}"
-    )
-    table.add_row(
-        "sampling", f"{sampling}; rate {made.sample_rate:.5f} ({made.batch_size:,} of {made.examples:,})"
-    )
-    table.add_row("steps", f"{made.steps:,}: each example is seen {made.epochs:.1f} times on average")
-    for step, value in made.epsilon_at:
-        table.add_row(f"  ε after step {step:,}", f"{value:.3f}")
-    Console().print(table)
-
-
-def _print_probe(measured: Probe) -> None:
-    from asr_finetune.plan import describe_probe
-
-    table = Table(title="measured on this machine, synthetic audio", show_header=False, title_justify="left")
-    for row in describe_probe(measured):
-        table.add_row(*row)
-    Console().print(table)
-
-
-def expected(error: BaseException) -> bool:
-    """Whether an error is a message of ours to the user, rather than a fault to be traced.
-
-    ValueError and FileNotFoundError count where this package or dpkernels raised them; the same classes
-    raised inside another library are faults.
-    """
-    for module, names in _EXPECTED.items():
-        loaded = sys.modules.get(module)  # not loaded: the error cannot be one of its classes
-        if loaded is not None and isinstance(error, tuple(getattr(loaded, name) for name in names)):
-            return True
-    if not isinstance(error, ValueError | FileNotFoundError):
-        return False
-    return _raising_module(error.__traceback__).split(".")[0] in ("asr_finetune", "dpkernels")
-
-
-def _raising_module(trace: TracebackType | None) -> str:
-    name = ""
-    while trace is not None:
-        name = str(trace.tb_frame.f_globals.get("__name__", ""))
-        trace = trace.tb_next
-    return name
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    Console(stderr=True, soft_wrap=True).print(
-        f"warning: {message}", style="yellow", markup=False, highlight=False
-    )
+    loaded = Config.from_dict(overridden({**defaults, **values}, flags, settings or ()))
+    if not loaded.privacy.enabled:
+        raise ConfigError(
+            "plan: privacy.enabled is false: such a run has no epsilon and no noise to plan; set it to true"
+        )
+    return loaded
 
 
 def main() -> None:
     """Entry point. Expected errors are printed as a message, exit code 2 (130 after an interruption)."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can mend
     try:
         app()
     except Exception as error:
         if not expected(error):
             raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False
-        )
+        tell(f"error: {error}", "red")
         sys.exit(130 if type(error).__name__ == "Interrupted" else 2)

@@ -1,42 +1,21 @@
 """The configuration of a run: frozen dataclasses, one a YAML section, that check themselves.
 
-A field's type, default, help and limits are written once, on the field; the YAML reader, the overrides and
-the commented configuration that `asr-finetune train --print-config` prints are derived from them. Every error
-names the key, the value given and the mend.
+A field's type, default, help and limits are written once, on the field. How single values are checked is in
+`values.py`; the YAML reader, the overrides and the commented configuration that `asr-finetune train
+--print-config` prints are derived from the fields in `config_file.py`. Every error names the key, the value
+given and the mend.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import yaml
 
-_COMMENT_COLUMN = 44
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used: the message names the key, what was given, and the mend."""
-
-
-def about(
-    help: str, *, above: float | None = None, least: float | None = None, below: float | None = None
-) -> dict[str, Any]:
-    """A field's metadata: its documentation and limits.
-
-    Args:
-        help: one line, shown by `--print-config`.
-        above: the value must be > above.
-        least: the value must be >= least.
-        below: the value must be < below.
-    """
-    return {"help": help, "above": above, "least": least, "below": below}
+from asr_finetune.values import ConfigError, about, check_limits, coerce, unknown_key
 
 
 class _Section:
@@ -46,8 +25,8 @@ class _Section:
         hints = typing.get_type_hints(type(self))
         for item in fields(self):  # type: ignore[arg-type]
             key = f"{section_name(type(self))}.{item.name}"
-            value = _coerce(key, getattr(self, item.name), hints[item.name])
-            _check_limits(key, value, item)
+            value = coerce(key, getattr(self, item.name), hints[item.name])
+            check_limits(key, value, item)
             object.__setattr__(self, item.name, value)  # frozen: only here, only to normalise
 
     @classmethod
@@ -66,7 +45,7 @@ class _Section:
         known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in known:
-                raise ConfigError(_unknown(f"{name}.{key}", str(key), known, prefix=f"{name}."))
+                raise ConfigError(unknown_key(f"{name}.{key}", str(key), known, prefix=f"{name}."))
         for item in fields(cls):  # type: ignore[arg-type]
             if item.default is MISSING and item.name not in values:
                 raise ConfigError(f"{name}.{item.name} is missing ({item.metadata['help']}): set it")
@@ -133,6 +112,9 @@ class DataConfig(_Section):
     )
     strip_punctuation: bool = field(
         default=False, metadata=about("remove punctuation from the transcripts that are learnt")
+    )
+    check_audio: bool = field(
+        default=True, metadata=about("read every file to its end first, and leave out what does not decode")
     )
     target_prefix: str = field(
         default="", metadata=about('seq2seq: put before each transcript (" " for Whisper)')
@@ -268,6 +250,11 @@ class EvaluateConfig(_Section):
         ),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restrict_to is not None and not self.restrict_to:
+            raise ConfigError("evaluate.restrict_to=[]: give at least one text, or null for free decoding")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -304,7 +291,7 @@ class Config:
         known = [*SECTIONS, "output"]
         for key in values:
             if key not in known:
-                raise ConfigError(_unknown(str(key), str(key), known))
+                raise ConfigError(unknown_key(str(key), str(key), known))
         if values.get("output") is None:
             raise ConfigError(
                 "output is missing (the folder that everything is written to): set it, or give --output"
@@ -317,10 +304,6 @@ class Config:
     def to_yaml(self) -> str:
         """YAML without comments."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-    def commented(self) -> str:
-        """YAML with each key's help beside it."""
-        return commented_yaml(self.to_dict())
 
     def with_values(self, section: str, **values: Any) -> Config:
         """A copy in which some values of one section are replaced, and checked again."""
@@ -343,6 +326,16 @@ class Config:
                 raise ConfigError(
                     "privacy.epsilon and privacy.noise_multiplier are both missing: give --epsilon 8 (the "
                     "noise is then calibrated), or --noise-multiplier 0.7, or --not-private"
+                )
+            if privacy.epsilon is not None and privacy.noise_multiplier == 0:
+                raise ConfigError(
+                    f"privacy.noise_multiplier=0 with privacy.epsilon={privacy.epsilon:g}: without noise epsilon "
+                    "is infinite: set noise_multiplier null (calibrated), or epsilon null"
+                )
+            if privacy.unit == "speaker" and privacy.max_examples_per_speaker is None:
+                raise ConfigError(
+                    "privacy.unit=speaker needs privacy.max_examples_per_speaker, the most utterances of one "
+                    "speaker in a step: the noise grows with it. Try 4"
                 )
             if privacy.max_examples_per_speaker is not None and privacy.unit != "speaker":
                 raise ConfigError(
@@ -379,188 +372,3 @@ SECTIONS: dict[str, type[_Section]] = {
 def section_name(section: type) -> str:
     """`privacy` for PrivacyConfig: the name of its YAML section."""
     return section.__name__.removesuffix("Config").lower()
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The plain values of a YAML file, unchecked (overrides may come before the check).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ConfigError: not YAML, or not a mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"--config {path}: no such file; `asr-finetune train --print-config > {path}` writes one"
-        )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected sections like `model:` and `data:`, got {values!r}")
-    return values
-
-
-def load_config(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()
-) -> Config:
-    """A YAML file with overrides, checked.
-
-    Args:
-        path: the YAML file.
-        overrides: {"section.key": value}; None values are no override.
-        settings: ["section.key=value", ...], values written as in YAML.
-    """
-    return Config.from_dict(overridden(load_yaml(path), overrides, settings))
-
-
-def overridden(
-    values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Plain values with `overrides` and then `settings` put in; unknown keys are refused."""
-    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    for key, value in [*given.items(), *(parse_setting(setting) for setting in settings)]:
-        if key == "output":
-            result["output"] = value
-            continue
-        section, _, name = key.partition(".")
-        if section not in SECTIONS:
-            raise ConfigError(_unknown(key, section, [*SECTIONS, "output"]))
-        known = [item.name for item in fields(SECTIONS[section])]  # type: ignore[arg-type]
-        if name not in known:
-            raise ConfigError(_unknown(key, name, known, prefix=f"{section}."))
-        result[section] = {**(result.get(section) or {}), name: value}
-    return result
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """`"train.steps=60"` as ("train.steps", 60); the value is read as YAML.
-
-    Raises:
-        ConfigError: no "=", or a value that is not YAML.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {text!r}: expected section.key=value, e.g. --set train.steps=60")
-    try:
-        return key.strip(), yaml.safe_load(value) if value.strip() else value
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not YAML; quote it. {error}") from error
-
-
-def changed_keys(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """The keys (dotted) that differ between two plain configurations, with both values."""
-    changes: dict[str, tuple[Any, Any]] = {}
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changes |= changed_keys(before, after, f"{prefix}{key}.")
-        elif before != after:
-            changes[f"{prefix}{key}"] = (before, after)
-    return changes
-
-
-def template() -> str:
-    """A commented configuration with every key at its default, the required ones to be filled in."""
-    values: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
-        values[name] = {
-            item.name: "..." if item.default is MISSING else item.default
-            for item in fields(section)  # type: ignore[arg-type]
-        }
-    return commented_yaml({**values, "output": "runs/first"})
-
-
-def commented_yaml(values: Mapping[str, Any]) -> str:
-    """YAML of plain values with the help of each key beside it; reads back as the same values."""
-    return "\n".join(_commented_lines(values)) + "\n"
-
-
-def _commented_lines(values: Mapping[str, Any]) -> Iterator[str]:
-    for name, section in SECTIONS.items():
-        summary = (section.__doc__ or "").strip()
-        yield f"{name}:  # {summary}"
-        for item in fields(section):  # type: ignore[arg-type]
-            dumped = yaml.safe_dump(
-                values[name][item.name], default_flow_style=True, width=10**6, allow_unicode=True
-            )
-            line = f"  {item.name}: {dumped.removesuffix('...' + chr(10)).strip()}"
-            hint = typing.get_type_hints(section)[item.name]
-            yield f"{line.ljust(_COMMENT_COLUMN)}  # {_describe(item, hint)}"
-        yield ""
-    yield (
-        f"output: {values['output']}".ljust(_COMMENT_COLUMN) + "  # the folder that everything is written to"
-    )
-
-
-def _describe(item: Field[Any], hint: Any) -> str:
-    choices = [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
-    text = str(item.metadata["help"])
-    missing = [choice for choice in choices if choice not in text]
-    return f"{text} ({' | '.join(choices)})" if missing else text
-
-
-def _unknown(key: str, name: str, known: Sequence[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    mend = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-    return f"{key}: unknown key; {mend}"
-
-
-def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it: YAML gives 1 for a float, "1e-3" as text, 19 for a speaker's name."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = [argument for argument in arguments if argument is not type(None)]
-        return _coerce(key, value, inner)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        near = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{key}={value!r}: expected one of {', '.join(map(str, arguments))}{guess}")
-    if origin is list:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ConfigError(f"{key}={value!r}: expected a list, e.g. [a, b]")
-        return [_coerce(f"{key}[{index}]", entry, arguments[0]) for index, entry in enumerate(value)]
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        raise ConfigError(f"{key}={value!r}: expected true or false")
-    if hint is str:
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        raise ConfigError(f"{key}={value!r}: expected text; quote it")
-    return _number(key, value, hint)
-
-
-def _number(key: str, value: Any, hint: type) -> int | float:
-    expected = "a whole number" if hint is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ConfigError(f"{key}={value!r}: expected {expected}")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ConfigError(f"{key}={value!r}: expected {expected}") from None
-    if not math.isfinite(number) or (hint is int and number != int(number)):
-        raise ConfigError(f"{key}={value!r}: expected {expected}")
-    return int(number) if hint is int else number
-
-
-def _check_limits(key: str, value: Any, item: Field[Any]) -> None:
-    if value is None:
-        return
-    above, least, below = (item.metadata.get(name) for name in ("above", "least", "below"))
-    if above is not None and not value > above:
-        raise ConfigError(f"{key}={value!r}: must be above {above:g}")
-    if least is not None and not value >= least:
-        raise ConfigError(f"{key}={value!r}: must be at least {least:g}")
-    if below is not None and not value < below:
-        raise ConfigError(f"{key}={value!r}: must be below {below:g}")

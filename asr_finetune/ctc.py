@@ -133,7 +133,7 @@ class CTCRecognizer(Recognizer):
         """See Recognizer."""
         # One frame has no variance to normalise by.
         if self._input_frames(utterance) < 2 or self.length(utterance) < 1:
-            return f"{utterance.seconds:.3f} s are too short for {self.name}"
+            return f"too short for the model: {utterance.seconds:.3f} s"
         return None
 
     def text_problem(self, utterance: Utterance) -> str | None:

@@ -13,13 +13,12 @@ whose transcripts say "FIVE" does not match a model that writes "5" until one of
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
+import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +28,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from asr_finetune.audio import AudioError, Encoded, read_audio
+from asr_finetune.audio import AudioError, Encoded, decode, read_audio
 from asr_finetune.augment import SpecAugment
 from asr_finetune.config import ConfigError, DataConfig
+from asr_finetune.progress import Reporter
 from asr_finetune.recognizer import Recognizer
 
 logger = logging.getLogger("asr_finetune")
 _SHOWN = 5  # names in a message
+_CHECKED_AT_ONCE = 256  # recordings handed to the threads that decode them
 CACHE_BYTES = 4 * 2**30  # of features kept by one dataset in one process
 
 
@@ -52,6 +53,7 @@ class Utterance:
         speaker: who speaks, or None where that is not known.
         seconds: duration, from the file's header.
         encoded: an audio file's bytes held elsewhere, instead of `path`.
+        place: "file:line" where a manifest lists it, or "".
     """
 
     id: str
@@ -62,14 +64,32 @@ class Utterance:
     speaker: str | None
     seconds: float
     encoded: Encoded | None = field(default=None, compare=False, repr=False)
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An utterance that was left out, and why."""
+    """An utterance that was left out, and why.
+
+    Attributes:
+        id: its name.
+        reason: why; up to its first colon the same for all problems of one kind.
+        place: "file:line" where a manifest lists it, or "".
+    """
 
     id: str
     reason: str
+    place: str = ""
+
+    @property
+    def name(self) -> str:
+        """The id, with the place: ids may collide."""
+        return f"{self.id} ({self.place})" if self.place else self.id
+
+    @property
+    def kind(self) -> str:
+        """The reason without what is this utterance's own."""
+        return self.reason.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -122,34 +142,20 @@ class Corpus:
         known = f", {len(speakers)} speakers" if speakers else ", speakers unknown"
         lines = [f"{len(self)} utterances, {time}{known}"]
         if self.problems:
-            reasons = Counter(
-                re.sub(r"[\d.]+|'.*'|\"[^\"]*\"|/\S+", "…", item.reason) for item in self.problems
-            )
-            most = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(_SHOWN))
+            kinds = Counter(item.kind for item in self.problems)
+            most = "; ".join(f"{count} × {kind}" for kind, count in kinds.most_common(_SHOWN))
             lines.append(f"{len(self.problems)} left out: {most}")
         return "\n".join([*lines, *self.notes])
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the utterances' ids, transcripts, speakers and durations, in order.
-
-        The audio itself is not read. It is a fingerprint of private data: it proves which corpus a run used
-        to those who have the corpus.
-        """
-        digest = hashlib.sha256()
-        for item in self.utterances:
-            record = [item.id, item.text, item.speaker, round(item.seconds, 3)]
-            digest.update(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        return digest.hexdigest()
-
-    def _partition(self, problem: Callable[[Utterance], str | None]) -> Corpus:
+    def _without(self, reasons: Iterable[str | None]) -> Corpus:
+        """Without the utterances that have a reason, which become problems."""
         kept, problems = [], list(self.problems)
-        for utterance in self.utterances:
-            reason = problem(utterance)
+        for utterance, reason in zip(self.utterances, reasons, strict=True):
             if reason is None:
                 kept.append(utterance)
             else:
-                problems.append(Problem(utterance.id, reason))
-        return replace(self, utterances=kept, problems=problems)
+                problems.append(Problem(utterance.id, reason, utterance.place))
+        return require_utterances(replace(self, utterances=kept, problems=problems))
 
     def fit(self, recognizer: Recognizer, *, training: bool = True) -> Corpus:
         """Without what the recogniser cannot take, which joins the problems.
@@ -165,10 +171,14 @@ class Corpus:
             reason = recognizer.audio_problem(utterance)
             return recognizer.text_problem(utterance) if reason is None and training else reason
 
-        return require_utterances(self._partition(problem))
+        return self._without(map(problem, self.utterances))
 
-    def decoded(self) -> Corpus:
-        """Without what does not decode: every file is read to its end once, which headers alone do not show.
+    def decoded(self, reporter: Reporter, name: str) -> Corpus:
+        """Without what does not decode: every file is read to its end once, as its header alone does not show.
+
+        Args:
+            reporter: progress.
+            name: of the progress bar.
 
         Raises:
             ConfigError: nothing is left.
@@ -176,12 +186,18 @@ class Corpus:
 
         def problem(utterance: Utterance) -> str | None:
             try:
-                read_audio(utterance, 16000)
+                decode(utterance)
             except AudioError as error:
                 return str(error)
             return None
 
-        return require_utterances(self._partition(problem))
+        reasons: list[str | None] = []
+        threads = ThreadPoolExecutor(os.cpu_count())  # libsndfile works without Python's lock
+        with threads, reporter.bar(name, len(self)) as bar:
+            for start in range(0, len(self), _CHECKED_AT_ONCE):
+                reasons += threads.map(problem, self.utterances[start : start + _CHECKED_AT_ONCE])
+                bar.update(len(reasons))
+        return self._without(reasons)
 
 
 def require_utterances(corpus: Corpus) -> Corpus:
@@ -195,7 +211,7 @@ def require_utterances(corpus: Corpus) -> Corpus:
     found = (
         f"all {len(corpus.problems)} recordings were left out" if corpus.problems else "no recordings match"
     )
-    listed = "".join(f"\n  {item.id}: {item.reason}" for item in corpus.problems[:_SHOWN])
+    listed = "".join(f"\n  {item.name}: {item.reason}" for item in corpus.problems[:_SHOWN])
     raise ConfigError(
         f"{corpus.source}: no usable utterance: {found}; check the split, data.corpus, data.speakers, "
         f"data.exclude_speakers, data.min_seconds and data.max_seconds{listed}"
@@ -331,7 +347,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
                 return {**self.recognizer.encode_audio(samples), "labels": self._labels(utterance)}
             except ValueError as error:  # AudioError, or samples that the header did not announce
                 reason = str(error)
-        problem = Problem(utterance.id, reason)
+        problem = Problem(utterance.id, reason, utterance.place)
         if problem not in self.problems:
             self.problems.append(problem)
             logger.warning("%s contributes nothing: %s", utterance.id, reason)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jiwer
 import numpy as np
-import peft
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from asr_finetune.config import EvaluateConfig, ModelConfig
+from asr_finetune.config import EvaluateConfig
 from asr_finetune.data import Corpus, SpeechDataset
-from asr_finetune.models import load_recognizer
 from asr_finetune.progress import Reporter
-from asr_finetune.recognizer import SETTINGS, Recognizer
+from asr_finetune.recognizer import Recognizer
 
 # The interval is part of a result that others recompute, so its draws are always the same.
 BOOTSTRAP_SEED = 0
@@ -195,24 +191,3 @@ def evaluate(
             bar.update(min(start + config.batch_size, len(order)))
     entries = [(item.id, item.text, text) for item, text in zip(utterances, hypotheses, strict=True)]
     return score(entries, config)
-
-
-def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
-    """The recogniser `config` names with the adapter in `folder` on it, wherever the adapter was trained.
-
-    Raises:
-        FileNotFoundError: no adapter in the folder.
-        ConfigError: no such model.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"--adapter {folder}: no adapter_config.json there; give a run's adapter folder"
-        )
-    settings = folder / SETTINGS
-    saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    if config.window_seconds is None:
-        config = replace(config, window_seconds=saved.get("window_seconds"))
-    recognizer = load_recognizer(config)
-    recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
-    recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
-    return recognizer

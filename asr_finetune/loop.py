@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from asr_finetune import checkpoint
 from asr_finetune.config import Config, TrainConfig
-from asr_finetune.data import Corpus, SpeechDataset
+from asr_finetune.data import Corpus, Problem, SpeechDataset
 from asr_finetune.evaluate import evaluate
 from asr_finetune.progress import Reporter
 from asr_finetune.recognizer import Recognizer, to_device
@@ -47,6 +46,7 @@ class Run:
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
     valid: tuple[Corpus, SpeechDataset] | None = None
+    lost: list[Problem] = field(default_factory=list)  # found while training, by this process
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -58,16 +58,20 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * shape[config.lr_schedule]
 
 
-def run_steps(run: Run, stack: ExitStack) -> None:
-    """Logical steps until `train.steps`, the target ε, or a request to stop."""
+def run_steps(run: Run) -> None:
+    """Logical steps until `train.steps`, the target ε, or a request to stop.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
     config = run.config.train
     total, began = config.steps, time.monotonic()
     before = run.seconds
-    stop = stack.enter_context(StopRequest())
     display = _EpsilonDisplay(run)
     if run.step >= total:
         return
-    with run.reporter.bar("train", total, start=run.step) as bar:
+    # What comes after the steps is interrupted at once: nothing is lost then.
+    with StopRequest(run.reporter) as stop, run.reporter.bar("train", total, start=run.step) as bar:
         for logical_batch in run.loader:
             step_began = time.monotonic()
             rate = learning_rate(config, run.step)
@@ -88,17 +92,17 @@ def run_steps(run: Run, stack: ExitStack) -> None:
             bar.update(run.step, display.facts(entry))
             if config.eval_every and (run.step % config.eval_every == 0 or run.step == total):
                 _validate(run)
-            if stop.requested or run.step % config.checkpoint_every == 0 or run.step == total:
-                save(run)
-            if stop.requested and run.step < total:
-                raise Interrupted(
-                    f"stopped by {stop.requested} after step {run.step} of {total}; the same command "
-                    f"continues from here (checkpoint in {run.folder.checkpoint})"
-                )
-            if run.step == total:
+            if stop.requested or run.step == total:
                 break
-    run.seconds = before + time.monotonic() - began
-    save(run)
+            if run.step % config.checkpoint_every == 0:
+                save(run)
+        run.seconds = before + time.monotonic() - began
+        save(run)
+        if stop.requested:
+            raise Interrupted(
+                f"stopped by {stop.requested} after step {run.step} of {total}; the same command "
+                f"continues from here (checkpoint in {run.folder.checkpoint})"
+            )
 
 
 def _backward(run: Run, logical_batch: Iterable[Any]) -> tuple[float, int]:
@@ -206,8 +210,9 @@ def save(run: Run) -> None:
 class StopRequest:
     """Ctrl-C and SIGTERM ask for a stop after the step under way; a second one stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, reporter: Reporter) -> None:
         self.requested: str | None = None
+        self._reporter = reporter
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -226,3 +231,4 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+        self._reporter.say("stopping after this step; again to stop now")

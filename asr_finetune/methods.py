@@ -1,4 +1,4 @@
-"""What is trained: everything, adapters, biases, or the output layer; and how the result is saved.
+"""What is trained: everything, adapters, biases, or the output layer.
 
     full     every parameter, but for those under weight norm (Wav2Vec2's positions): they have no norm rule
     lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj)
@@ -128,6 +128,9 @@ def _with_lora(
         modules_to_save=[head] if recognizer.new_head else None,
     )
     adapted = peft.get_peft_model(model, configuration)
+    base = str(getattr(model, "name_or_path", "") or "")
+    if base and Path(base).is_dir():  # else the saved adapter finds it from the present folder only
+        configuration.base_model_name_or_path = str(Path(base).resolve())
     if method.kind == "dp_rp":
         for name, parameter in adapted.named_parameters():
             if "lora_A" in name:
@@ -138,10 +141,3 @@ def _with_lora(
 def trained_parameters(model: nn.Module) -> int:
     """Number of trained values; a tensor that two modules share counts once."""
     return sum({id(p): p.numel() for p in model.parameters() if p.requires_grad}.values())
-
-
-def save_trained(recognizer: Recognizer, folder: Path | str) -> None:
-    """What training made: adapters in PEFT's format, which plain PEFT loads; else the whole model in
-    transformers'.
-    """
-    recognizer.save(folder)

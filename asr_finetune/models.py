@@ -19,10 +19,23 @@ from torch import nn
 
 from asr_finetune.config import ConfigError, ModelConfig
 from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
-from asr_finetune.recognizer import SETTINGS, Recognizer
+from asr_finetune.recognizer import SETTINGS, Recognizer, quiet_transformers
 from asr_finetune.whisper import START, WhisperRecognizer, trim_encoder
 
-__all__ = ["CTCRecognizer", "Recognizer", "WhisperRecognizer", "load_recognizer", "tiny_parakeet"]
+__all__ = [
+    "CTCRecognizer",
+    "Recognizer",
+    "WhisperRecognizer",
+    "load_recognizer",
+    "load_with_adapter",
+    "tiny_parakeet",
+]
+
+_ADAPTER = "adapter_config.json"
+
+
+class NoSuchModel(ConfigError):
+    """A checkpoint that is not there, or cannot be read."""
 
 
 def load_recognizer(config: ModelConfig) -> Recognizer:
@@ -32,9 +45,9 @@ def load_recognizer(config: ModelConfig) -> Recognizer:
         ConfigError: no such checkpoint (or the hub cannot be reached), a model type that is not supported, or
             options that do not fit it; the message names the option and the mend.
     """
-    adapter = Path(config.name) / "adapter_config.json"
-    if adapter.is_file():
-        return _with_adapter(config, adapter)
+    quiet_transformers()
+    if (Path(config.name) / _ADAPTER).is_file():
+        return _adapter_and_its_base(config)
     found = _read(transformers.AutoConfig, config)
     settings = Path(config.name) / SETTINGS
     options = {"name": config.name, "revision": config.revision}
@@ -107,29 +120,44 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
     return CTCRecognizer(_placed(model, config), processor, new_head=True, **options)
 
 
-def _with_adapter(config: ModelConfig, adapter: Path) -> Recognizer:
-    """A base model with a saved PEFT adapter: the base is loaded as it was for training."""
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
+    """The base model `config` names, loaded as it was for training, with the PEFT adapter in `folder` on it.
+
+    Raises:
+        FileNotFoundError: no adapter in the folder.
+        ConfigError: see `load_recognizer`.
+    """
+    if not (folder / _ADAPTER).is_file():
+        raise FileNotFoundError(f"--adapter {folder}: no {_ADAPTER} there; give a run's adapter folder")
+    settings = folder / SETTINGS
+    saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if config.window_seconds is None:
+        config = replace(config, window_seconds=saved.get("window_seconds"))
+    if "new_head" in saved:
+        vocabulary: Literal["keep", "characters"] = "characters" if saved["new_head"] else "keep"
+        config = replace(config, new_head=saved["new_head"], vocabulary=vocabulary)
+    recognizer = load_recognizer(config)
+    recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
+    recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
+    return recognizer
+
+
+def _adapter_and_its_base(config: ModelConfig) -> Recognizer:
+    """The adapter in the folder `config` names, on the base model that it says it was trained on."""
+    folder = Path(config.name)
+    base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     if not base:
         raise ConfigError(
             f"model.name={config.name!r} is an adapter whose base model was never saved, so it cannot be "
             "loaded alone; save the base model to a folder before training, and train from that folder"
         )
-    settings = Path(config.name) / SETTINGS
-    saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    window = config.window_seconds if config.window_seconds is not None else saved.get("window_seconds")
-    new_head = bool(saved.get("new_head", config.new_head))
-    recognizer = load_recognizer(
-        replace(
-            config,
-            name=base,
-            window_seconds=window,
-            new_head=new_head,
-            vocabulary="characters" if new_head else "keep",
-        )
-    )
-    recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
-    recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, config.name)
+    try:
+        recognizer = load_with_adapter(replace(config, name=base), folder)
+    except NoSuchModel as error:
+        raise NoSuchModel(
+            f"{config.name} is an adapter on the base model {base!r}, which cannot be loaded; if it lies "
+            f"elsewhere now, evaluate with --model BASE --adapter {config.name}. {error}"
+        ) from error
     recognizer.name = config.name
     return recognizer
 
@@ -145,7 +173,7 @@ def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
             if folder.is_dir()
             else "there is no such folder, and the hub does not know it or cannot be reached"
         )
-        raise ConfigError(
+        raise NoSuchModel(
             f"model.name={asked.name!r}: {what}. Give a folder with config.json, model.safetensors and the "
             "processor's files, or a hub id (and model.revision) that this machine can download; transformers "
             f"says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
@@ -157,11 +185,18 @@ def _dtype(config: ModelConfig) -> torch.dtype:
 
 
 def _placed(model: nn.Module, config: ModelConfig) -> nn.Module:
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"model.device={device!r}: torch sees no CUDA device here; use auto or cpu")
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch's way to say that it knows no such type
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device={name!r}: expected auto, cpu, cuda, or cuda:1 and so on")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise ConfigError(f"model.device={name!r}: torch sees {seen} here; use auto or cpu")
     return model.to(device).eval()
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
+import warnings
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.progress import duration
 from dpkernels.privacy import epsilon as epsilon_of
 from dpkernels.privacy import noise_multiplier as sigma_for
 
@@ -34,31 +36,43 @@ class Plan:
 
     Attributes:
         examples: N, number of privacy units.
-        epsilon: the target, or what the given noise spends.
+        unit: what one of them is.
+        epsilon: what the noise spends, by `accountant`.
+        target_epsilon: the target; None when σ was given.
         delta: δ.
         batch_size: expected logical batch.
         steps: logical steps.
         max_batch_size: capacity of truncated Poisson sampling, or None.
-        noise_multiplier: σ by PLD (the one to train with).
-        noise_multiplier_rdp: σ by RDP for the same target; None with truncated sampling or when σ was given.
+        accountant: "pld" or "rdp".
+        noise_multiplier: σ by it (the one to train with).
+        noise_multiplier_other: σ by the other accountant for the same target; None with truncated sampling or when
+            σ was given.
         sample_rate: q = batch_size / N.
         epochs: expected times that each example is seen, q × steps.
-        epsilon_at: (step, ε by PLD) on the way.
-        epsilon_rdp: ε by RDP at the end with `noise_multiplier`; None with truncated sampling.
+        epsilon_at: (step, ε) on the way.
+        epsilon_other: ε at the end with `noise_multiplier` by the other accountant; None with truncated sampling.
     """
 
     examples: int
+    unit: str
     epsilon: float
+    target_epsilon: float | None
     delta: float
     batch_size: int
     steps: int
     max_batch_size: int | None
+    accountant: str
     noise_multiplier: float
-    noise_multiplier_rdp: float | None
+    noise_multiplier_other: float | None
     sample_rate: float
     epochs: float
     epsilon_at: list[tuple[int, float]]
-    epsilon_rdp: float | None
+    epsilon_other: float | None
+
+    @property
+    def other(self) -> str:
+        """The other accountant."""
+        return {"pld": "RDP", "rdp": "PLD"}[self.accountant]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,6 +88,8 @@ def plan(
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
     max_batch_size: int | None = None,
+    accountant: Literal["pld", "rdp"] = "pld",
+    unit: Literal["example", "speaker"] = "example",
 ) -> Plan:
     """σ for a target ε (or ε for a given σ), by PLD and by RDP.
 
@@ -85,6 +101,8 @@ def plan(
         epsilon: target ε; or
         noise_multiplier: σ > 0. Exactly one of the two.
         max_batch_size: capacity of truncated Poisson sampling.
+        accountant: the one that a run is held to.
+        unit: what N counts.
 
     Raises:
         ValueError: an argument out of range, named.
@@ -95,39 +113,46 @@ def plan(
             f"{noise_multiplier}"
         )
     if not 0 < batch_size <= examples:
-        raise ConfigError(f"plan: --batch-size {batch_size} must lie between 1 and --examples {examples}")
+        raise ConfigError(
+            f"plan: train.batch_size (--batch-size) {batch_size} must lie between 1 and the number of {unit}s "
+            f"(--examples, else the data's) {examples}"
+        )
     if noise_multiplier is not None and not noise_multiplier > 0:
         raise ConfigError(
             f"plan: --noise-multiplier {noise_multiplier} must be above 0: without noise epsilon is infinite"
         )
     rate = batch_size / examples
     sampled: dict[str, Any] = {"max_batch_size": max_batch_size, "dataset_size": examples}
-    sigma_rdp = None
+    other: Literal["pld", "rdp"] = "rdp" if accountant == "pld" else "pld"
+    sigma_other = None
     if noise_multiplier is not None:
         sigma = noise_multiplier
     else:
         assert epsilon is not None
-        sigma = sigma_for(epsilon, delta, rate, steps, **sampled)
+        sigma = sigma_for(epsilon, delta, rate, steps, accountant=accountant, **sampled)
         if max_batch_size is None:
-            sigma_rdp = sigma_for(epsilon, delta, rate, steps, accountant="rdp", dataset_size=examples)
+            sigma_other = sigma_for(epsilon, delta, rate, steps, accountant=other, dataset_size=examples)
     marks = sorted({max(1, round(share * steps)) for share in CHECKPOINTS})
-    curve = epsilon_of(sigma, rate, marks, delta, **sampled)
-    by_rdp = None
+    curve = epsilon_of(sigma, rate, marks, delta, accountant=accountant, **sampled)
+    by_other = None
     if max_batch_size is None:
-        by_rdp = epsilon_of(sigma, rate, steps, delta, accountant="rdp", dataset_size=examples)
+        by_other = epsilon_of(sigma, rate, steps, delta, accountant=other, dataset_size=examples)
     return Plan(
         examples=examples,
+        unit=unit,
         epsilon=curve[-1],
+        target_epsilon=epsilon,
         delta=delta,
         batch_size=batch_size,
         steps=steps,
         max_batch_size=max_batch_size,
+        accountant=accountant,
         noise_multiplier=sigma,
-        noise_multiplier_rdp=sigma_rdp,
+        noise_multiplier_other=sigma_other,
         sample_rate=rate,
         epochs=rate * steps,
         epsilon_at=list(zip(marks, curve, strict=True)),
-        epsilon_rdp=by_rdp,
+        epsilon_other=by_other,
     )
 
 
@@ -142,7 +167,8 @@ class Probe:
         physical_batch_size: utterances in a micro-batch.
         seconds_per_example: forward and private backward, per utterance.
         seconds_per_step: noise and optimizer, once a logical step.
-        total_seconds: batch_size × steps × seconds_per_example + steps × seconds_per_step.
+        total_seconds: utterances in a step × steps × seconds_per_example + steps × seconds_per_step; without reading
+            audio and making features, the self-check, evaluations and checkpoints.
         parameters: bytes of the weights.
         optimizer: bytes of the optimizer's state.
         sums: bytes of the float64 sums of clipped gradients.
@@ -172,7 +198,7 @@ class Probe:
 
 
 def probe(
-    config: Config, recognizer: Recognizer, corpus: Corpus | None = None, *, seconds: float = TYPICAL_SECONDS
+    config: Config, recognizer: Recognizer, corpus: Corpus | None = None, *, seconds: float | None = None
 ) -> Probe:
     """Time a few private micro-batches of noise with this model, and see how much memory they take.
 
@@ -182,9 +208,11 @@ def probe(
         config: method, batch sizes, optimizer. `privacy` may be incomplete; σ = 1 here.
         recognizer: the model; the method is applied to it.
         corpus: where lengths are taken from; None: `seconds`.
-        seconds: length of the utterances without a corpus.
+        seconds: length of the utterances without a corpus; None: `TYPICAL_SECONDS`, or the model's whole window
+            where that is shorter.
 
     Raises:
+        ConfigError: `seconds` above the model's window.
         ValueError: a method or a layer that cannot be trained.
     """
     # Here: a plan without a model must not load transformers.
@@ -192,6 +220,13 @@ def probe(
     from asr_finetune.prepare import make_optimizer
     from dpkernels import PrivacyEngine
 
+    window = float(getattr(recognizer, "window_seconds", math.inf))
+    if seconds is not None and seconds > window:
+        raise ConfigError(
+            f"plan: --seconds {seconds:g} is longer than the model's window of {window:g} s: lower it, or raise "
+            "model.window_seconds"
+        )
+    seconds = min(TYPICAL_SECONDS, window) if seconds is None else seconds
     mean, longest, per_second = seconds, seconds, TYPICAL_LABELS_PER_SECOND
     if corpus is not None:
         lengths = [utterance.seconds for utterance in corpus.utterances]
@@ -220,7 +255,22 @@ def probe(
             steps=1,
             lengths=dataset.order,
         )
-        return _measure(config, recognizer, device, private, loader, (mean, longest, width))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="no self_check")  # the data is noise
+            return _measure(
+                config, recognizer, device, private, loader, (mean, longest, width), per_step(config, corpus)
+            )
+
+
+def per_step(config: Config, corpus: Corpus | None) -> float:
+    """Expected utterances in a logical step: of a speaker at most `privacy.max_examples_per_speaker` join."""
+    batch, most = config.train.batch_size, config.privacy.max_examples_per_speaker
+    if config.privacy.unit != "speaker" or most is None:
+        return batch
+    if corpus is None:
+        return batch * most
+    counts = Counter(corpus.speakers).values()
+    return batch * sum(min(count, most) for count in counts) / len(counts)
 
 
 def _measure(
@@ -230,6 +280,7 @@ def _measure(
     private: Any,
     loader: Any,
     sizes: tuple[float, float, int],
+    utterances: float,
 ) -> Probe:
     from asr_finetune.recognizer import to_device
 
@@ -248,7 +299,7 @@ def _measure(
         private.zero_grad()
     # The first micro-batch is the longest's, the second warms up the ordinary length.
     per_example = float(np.median(times[2:])) / width
-    total = config.train.steps * (config.train.batch_size * per_example + step)
+    total = config.train.steps * (utterances * per_example + step)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Probe(
         device=str(device),
@@ -326,45 +377,7 @@ def subject(config: Config) -> tuple[Recognizer, Corpus]:
     """
     from asr_finetune.data import load_corpus
     from asr_finetune.models import load_recognizer
-    from asr_finetune.prepare import quiet_libraries
 
-    quiet_libraries()
     recognizer = load_recognizer(config.model)
     corpus = load_corpus(config.data.train, split=config.data.train_split, data=config.data)
     return recognizer, corpus.fit(recognizer)
-
-
-def units(config: Config, corpus: Corpus) -> int:
-    """N: the number of utterances, or of speakers."""
-    return len(set(corpus.speakers)) if config.privacy.unit == "speaker" else len(corpus)
-
-
-def describe_probe(measured: Probe) -> list[tuple[str, str]]:
-    """(what, value) rows for the screen."""
-    return [
-        ("device", measured.device),
-        ("trained parameters", f"{measured.trained_parameters:,} of {measured.total_parameters:,}"),
-        (
-            "time per utterance",
-            f"{1000 * measured.seconds_per_example:.1f} ms at {measured.seconds_of_audio:.1f} s of audio",
-        ),
-        ("time per step, noise and optimizer", duration(measured.seconds_per_step)),
-        ("time in all", duration(measured.total_seconds)),
-        ("weights", size(measured.parameters)),
-        ("optimizer state", size(measured.optimizer)),
-        ("float64 sums", size(measured.sums)),
-        (
-            "peak memory",
-            f"{size(measured.peak)} with {measured.physical_batch_size} utterances of "
-            f"{measured.longest_seconds:.1f} s",
-        ),
-    ]
-
-
-def size(count: float) -> str:
-    """Bytes, readable."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -17,6 +16,7 @@ from asr_finetune.augment import SpecAugment
 from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
 from asr_finetune.data import Corpus, SpeechDataset, load_corpus
 from asr_finetune.progress import Reporter, duration
+from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer, to_device
 from dpkernels import PrivacyEngine
 from dpkernels.privacy import noise_multiplier, plan_sampling, read_ledger
@@ -29,7 +29,7 @@ _NAMES_SHOWN = 10
 def load(
     source: str, split: str | None, data: DataConfig, reporter: Reporter, name: str, recognizer: Recognizer
 ) -> Corpus:
-    """Load what the recogniser can take of a corpus, and say what is in it and what was left out.
+    """Load what the recogniser can take and what decodes of a corpus; say what is in it and what was left out.
 
     Args:
         source: as in `data.load_corpus`.
@@ -43,17 +43,14 @@ def load(
         ConfigError: no such corpus, or nothing usable in it.
     """
     corpus = load_corpus(source, split=split, data=data).fit(recognizer, training=name == "train")
+    if data.check_audio:
+        corpus = corpus.decoded(reporter, f"{name}: reading audio")
     reporter.say(f"{name}: {corpus.summary()}")
     for problem in corpus.problems[:_NAMES_SHOWN]:
-        reporter.say(f"  left out {problem.id}: {problem.reason}")
+        reporter.say(f"  left out {problem.name}: {problem.reason}")
     if len(corpus.problems) > _NAMES_SHOWN:
         reporter.say(f"  and {len(corpus.problems) - _NAMES_SHOWN} more")
     return corpus
-
-
-def quiet_libraries() -> None:
-    """Turn off transformers' own progress bars: they break ours."""
-    transformers.utils.logging.disable_progress_bar()
 
 
 def training_dataset(config: Config, corpus: Corpus, recognizer: Recognizer) -> SpeechDataset:
@@ -85,7 +82,7 @@ def make_private(
 ) -> tuple[PrivacyEngine, Any, Iterable[Any]]:
     """The engine, the private optimizer and the private loader for `remaining` more steps.
 
-    σ is the one that the ledger's first run used; else `privacy.noise_multiplier`; else the smallest for the
+    σ is the one that the ledger's first steps used; else `privacy.noise_multiplier`; else the smallest for the
     target ε over `train.steps` steps. On resume it must not be found anew: the steps that were lost are
     spent.
     """
@@ -101,8 +98,9 @@ def make_private(
     sampling = plan_sampling(data_loader, **unit)
     contents = read_ledger(ledger) if ledger is not None and ledger.exists() else None
     spent = contents.steps if contents else 0
-    if contents and contents.runs:
-        sigma = contents.runs[0].mechanism.noise_multiplier
+    begun = [run for run in contents.runs if run.steps] if contents else []
+    if begun:
+        sigma = begun[0].mechanism.noise_multiplier
         reporter.say(f"noise multiplier {sigma:g}, as before (ledger: {spent} steps spent)")
     elif privacy.noise_multiplier is not None:
         sigma = privacy.noise_multiplier
@@ -146,6 +144,22 @@ def _unit_arguments(config: Config, corpus: Corpus) -> dict[str, Any]:
     privacy = config.privacy
     if privacy.unit == "example":
         return {"unit": "example", "max_batch_size": privacy.max_batch_size}
+    return {
+        "unit": "speaker",
+        "speakers": corpus.speakers,
+        "max_examples_per_speaker": privacy.max_examples_per_speaker,
+        "max_batch_size": privacy.max_batch_size,  # the engine refuses it, with the reason
+    }
+
+
+def units(config: Config, corpus: Corpus) -> int:
+    """N: the number of utterances, or of speakers where they are what is protected.
+
+    Raises:
+        ConfigError: the unit is a speaker, and an utterance has none.
+    """
+    if config.privacy.unit == "example" or not config.privacy.enabled:
+        return len(corpus)
     nameless = [utterance.id for utterance in corpus.utterances if utterance.speaker is None]
     if nameless:
         raise ConfigError(
@@ -153,17 +167,44 @@ def _unit_arguments(config: Config, corpus: Corpus) -> dict[str, Any]:
             f"{nameless[0]}. Add them to the data (manifest: `speaker`; datasets: data.speaker_column), or "
             "set privacy.unit=example"
         )
-    if privacy.max_examples_per_speaker is None:
+    return len(set(corpus.speakers))
+
+
+def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
+    """Whether the training data fits the rest of the configuration.
+
+    Raises:
+        ConfigError: it does not; the message names the key.
+    """
+    count = units(config, corpus)
+    if config.train.batch_size > count:
+        what = "utterances" if count == len(corpus) else "speakers"
         raise ConfigError(
-            "privacy.unit=speaker needs privacy.max_examples_per_speaker, the most utterances of one "
-            "speaker in a step: the noise grows with it. Try 4"
+            f"train.batch_size={config.train.batch_size} exceeds the {count} training {what}: lower it"
         )
-    return {
-        "unit": "speaker",
-        "speakers": corpus.speakers,
-        "max_examples_per_speaker": privacy.max_examples_per_speaker,
-        "max_batch_size": privacy.max_batch_size,  # the engine refuses it, with the reason
-    }
+    if recognizer.equal_lengths_only and config.train.physical_batch_size > 1:
+        lengths = {recognizer.samples(utterance) for utterance in corpus.utterances}
+        if len(lengths) > 1:
+            raise ConfigError(
+                f"train.physical_batch_size={config.train.physical_batch_size}: {recognizer.name} takes batches "
+                f"of equal lengths only ({recognizer.equal_lengths_only}), and the recordings' differ: set it to 1"
+            )
+
+
+def check_public(valid: Corpus, train: Corpus) -> None:
+    """Whether validation data can be public: none of its recordings may be a training recording.
+
+    Raises:
+        ConfigError: some are; the message names them.
+    """
+    shared = shared_recordings(train, valid)
+    if shared:
+        named = ", ".join(shared[:_NAMES_SHOWN]) + (", ..." if len(shared) > _NAMES_SHOWN else "")
+        raise ConfigError(
+            f"data.valid: {len(shared)} of its {len(valid)} recordings are training recordings too ({named}): the "
+            "curve over training would be made from private data without noise. Give public data, or set "
+            "train.eval_every=0"
+        )
 
 
 def self_check(
@@ -175,17 +216,23 @@ def self_check(
 ) -> None:
     """A few utterances of unlike lengths, together and one by one: their gradients must agree.
 
+    Where the recogniser takes equal lengths only, one utterance and its copies.
+
     Raises:
         SelfCheckError: they do not; the message names the layers.
     """
     order = np.argsort(lengths)
     places = np.linspace(0.1, 0.9, min(SELF_CHECK_EXAMPLES, len(order))) * (len(order) - 1)
+    what = f"{len(places)} utterances"
+    if recognizer.equal_lengths_only:
+        places = np.repeat(places[len(places) // 2], len(places))
+        what = f"{len(places)} copies of one utterance ({recognizer.equal_lengths_only})"
     items = [dataset[int(order[int(place)])] for place in places]
     singles = [to_device(recognizer.collate([item]), recognizer.device) for item in items]
     batch = to_device(recognizer.collate(items), recognizer.device)
     began = time.monotonic()
     engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
     reporter.say(
-        f"self-check passed: the gradients of {len(items)} utterances are the same in a batch and alone "
+        f"self-check passed: the gradients of {what} are the same in a batch and alone "
         f"({duration(time.monotonic() - began)})"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 
 from asr_finetune.losses import IGNORED
@@ -175,10 +176,11 @@ class Recognizer(ABC):
         return False
 
     def save(self, folder: Path | str) -> None:
-        """Write the model (adapters in PEFT's format), the processor and our settings to `folder`.
+        """Write the model (adapters in PEFT's format, which plain PEFT loads), the processor and our settings.
 
         A base model's folder loads with transformers' `from_pretrained`, and with `load_recognizer`.
         """
+        quiet_transformers()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         saved: Any = self.model
@@ -212,6 +214,11 @@ class Recognizer(ABC):
     def samples(self, utterance: Utterance) -> int:
         """Samples of an utterance at the model's rate."""
         return math.floor(utterance.seconds * self.sampling_rate)
+
+
+def quiet_transformers() -> None:
+    """Turn off transformers' own progress bars, of weights read and written: they break ours."""
+    transformers.utils.logging.disable_progress_bar()
 
 
 def base_model(model: nn.Module) -> Any:

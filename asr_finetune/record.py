@@ -1,6 +1,7 @@
 """run.json: the record of a finished run, which the report is made from.
 
-Nothing in it comes from gradients without noise: it is meant for others.
+It is meant for others. Of the training data it holds N, the number of privacy units, which is taken to be public,
+and a keyed fingerprint; nothing else in it was computed from that data without noise.
 """
 
 from __future__ import annotations
@@ -13,44 +14,78 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from asr_finetune.config import Config, ConfigError
 from asr_finetune.data import Corpus
 from asr_finetune.loop import Run
+from asr_finetune.prepare import units
 from dpkernels import PrivacyEngine, __version__
 
-_PACKAGES = ("torch", "transformers", "peft", "datasets", "jiwer", "dp-accounting", "numpy")
+_PACKAGES = (
+    *("torch", "transformers", "peft", "datasets", "jiwer", "dp-accounting", "numpy"),
+    *("soundfile", "soxr"),
+)
 
 
-def run_record(run: Run, corpus: Corpus, evaluation: dict[str, Any], epsilon: float | None) -> dict[str, Any]:
+def run_record(
+    run: Run, data: dict[str, Any], evaluation: dict[str, Any], epsilon: float | None
+) -> dict[str, Any]:
     """The values of run.json.
 
     Args:
         run: after its last step.
-        corpus: the training data.
+        data: `data_record`'s, and whether the test data holds training recordings.
         evaluation: "before", "after", "non_private": Evaluation.to_dict() or None.
         epsilon: ε spent; None without privacy or without noise.
     """
     config = run.config
     return {
         "privacy": privacy_record(config, run.engine, epsilon),
-        "data": {
-            "source": config.data.train,
-            "utterances": len(corpus.utterances),
-            "hours": corpus.hours,
-            "speakers": len(set(corpus.speakers) - {None}),
-            "problems": len(corpus.problems),
-            "fingerprint": corpus.fingerprint(),
-        },
+        "data": data,
         "model": run.recognizer.describe(),
         "method": asdict(config.method),
         "training": asdict(config.train),
         "steps": run.step,
         "versions": versions(),
+        "machine": machine(run.recognizer.device),
         "evaluation": evaluation,
+        "scoring": {
+            "normalize": config.evaluate.normalize,
+            "restrict_to": config.evaluate.restrict_to,
+        },
         "curve": run.curve,
+        "curve_start": _curve_start(config, evaluation),
         "seconds": run.seconds,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def data_record(config: Config, corpus: Corpus, fingerprint: str) -> dict[str, Any]:
+    """Where the data is from, and of the private part N and the fingerprint only."""
+    data = config.data
+    return {
+        "source": data.train,
+        "split": data.train_split,
+        "units": units(config, corpus),
+        "fingerprint": fingerprint,
+        "test": _shown(data.test),
+        "test_split": data.test_split,
+        "valid": _shown(data.valid) if config.train.eval_every else None,
+        "valid_split": data.valid_split if config.train.eval_every else None,
+    }
+
+
+def _shown(source: str | None) -> str | None:
+    """A source without the folders of this machine."""
+    return Path(source).name if source is not None and Path(source).is_absolute() else source
+
+
+def _curve_start(config: Config, evaluation: dict[str, Any]) -> float | None:
+    """WER at step 0 of the curve, where "before" is of the curve's own data and of the model as it is trained."""
+    data, before = config.data, evaluation["before"]
+    same = (data.test, data.test_split) == (data.valid, data.valid_split)
+    return before["wer"] if before and same and config.model.window_seconds is None else None
 
 
 def privacy_record(config: Config, engine: PrivacyEngine | None, epsilon: float | None) -> dict[str, Any]:
@@ -73,6 +108,7 @@ def privacy_record(config: Config, engine: PrivacyEngine | None, epsilon: float 
             "noise_multiplier",
             "adjacency",
             "sampling",
+            "epsilon_pld",
             "epsilon_rdp",
             "steps",
             "sample_rate",
@@ -85,6 +121,7 @@ def privacy_record(config: Config, engine: PrivacyEngine | None, epsilon: float 
         "noise_multiplier": engine.noise_multiplier,
         "adjacency": f"add or remove one {sampling.unit}",
         "sampling": "poisson" if sampling.max_batch_size is None else "truncated_poisson",
+        "epsilon_pld": None if epsilon is None else engine.get_epsilon(privacy.delta, accountant="pld"),
         "epsilon_rdp": engine.get_epsilon(privacy.delta, accountant="rdp") if has_rdp else None,
         "steps": engine.steps,
         "sample_rate": sampling.sample_rate,
@@ -99,6 +136,12 @@ def versions() -> dict[str, str]:
         "dpkernels": __version__,
         **{name: metadata.version(name) for name in _PACKAGES},
     }
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the run was trained on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": f"{device} ({name})", "os": f"{platform.system()} {platform.release()}"}
 
 
 def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:

@@ -1,12 +1,14 @@
 """The privacy report of a finished run: one HTML page that needs nothing beside it.
 
 It is made from run.json and the ledger alone. The folder `not_private` is never opened, and of run.json only
-the fields named here are read, so that a figure computed from the private data without noise has no way in.
+the fields named here are read, so that a figure computed from the private data without noise has no way in: but
+for N, the number of privacy units, which ε's own derivation states and which is taken to be public.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +100,14 @@ def check_ledger(folder: RunFolder, privacy: Mapping[str, Any]) -> LedgerCheck:
     if len(mechanisms) != 1:
         raise ReportError(f"{folder.ledger}: {len(mechanisms)} different mechanisms; a run has one")
     (mechanism,) = mechanisms
+    runs = [run for run in ledger.runs if run.steps]  # the others are starts that failed before a step
     claims = {
         "steps": ledger.steps,
         "noise_multiplier": mechanism.noise_multiplier,
         "sample_rate": mechanism.sample_rate,
-        "dataset_size": ledger.runs[0].settings["dataset_size"],
+        "dataset_size": runs[0].settings["dataset_size"],
         "max_batch_size": mechanism.max_batch_size,
-        "unit": ledger.runs[0].settings["unit"],
+        "unit": runs[0].settings["unit"],
     }
     for key, found in claims.items():
         if privacy[key] != found:
@@ -119,7 +122,7 @@ def check_ledger(folder: RunFolder, privacy: Mapping[str, Any]) -> LedgerCheck:
                 f"run.json says epsilon={privacy['epsilon']}, the ledger's steps spend {spent:.4f} at "
                 f"delta={privacy['delta']:g}: no report is made"
             )
-    sensitivities = {run.settings.get("sensitivity") for run in ledger.runs}
+    sensitivities = {run.settings.get("sensitivity") for run in runs}
     sensitivity = sensitivities.pop() if len(sensitivities) == 1 else None
     return LedgerCheck(folder.ledger, len(ledger.runs), ledger.steps, ledger.last_hash, spent, sensitivity)
 
@@ -143,16 +146,19 @@ def detection_bounds(privacy: Mapping[str, Any], steps: int) -> list[tuple[float
 
 
 def _epsilon(privacy: Mapping[str, Any], steps: int, delta: float, accountant: str) -> float:
-    return compute_epsilon(
-        privacy["noise_multiplier"],
-        privacy["sample_rate"],
-        steps,
-        delta,
-        accountant=accountant,
-        max_batch_size=privacy["max_batch_size"],
-        # δ against 1/N is said in the report itself; N matters to the accountant for truncated batches only.
-        dataset_size=privacy["dataset_size"] if privacy["max_batch_size"] is not None else None,
-    )
+    with warnings.catch_warnings():
+        # δ against 1/N is said in the report itself, and `detection_bounds` has reasons of its own for large ones.
+        warnings.filterwarnings("ignore", message="delta=")
+        return compute_epsilon(
+            privacy["noise_multiplier"],
+            privacy["sample_rate"],
+            steps,
+            delta,
+            accountant=accountant,
+            max_batch_size=privacy["max_batch_size"],
+            # N matters to the accountant for truncated batches only.
+            dataset_size=privacy["dataset_size"] if privacy["max_batch_size"] is not None else None,
+        )
 
 
 def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +176,6 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         )
         if evaluation.get(key) is not None
     ]
-    speakers = data["speakers"]
     return {
         "title": "Privacy report",
         "run_name": folder.path.resolve().name,
@@ -180,8 +185,8 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         "privacy": privacy,
         "ledger": ledger,
         "data": data,
+        "second_opinion": _second_opinion(privacy) if private else None,
         "unit": {"example": "recording", "speaker": "speaker"}.get(privacy["unit"], "recording"),
-        "per_speaker": data["utterances"] / speakers if speakers else None,
         "model": model,
         "method": _settings(run["method"], ("kind", "rank", "alpha", "dropout", "targets", "layers")),
         "training": _settings(
@@ -202,10 +207,13 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "headline": [evaluation["before"], evaluation["after"]] if evaluation["before"] else None,
         "reduction": _reduction(evaluation),
+        "overlap": _overlap(evaluation),
+        "scoring": _settings(run["scoring"], ("normalize", "restrict_to")),
+        "machine": run["machine"],
         "versions": run["versions"],
         "bounds": detection_bounds(privacy, privacy["steps"]) if private else [],
         "epsilon_plot": _epsilon_plot(privacy) if private else "",
-        "wer_plot": _wer_plot(run["curve"]),
+        "wer_plot": _wer_plot(run["curve"], run["curve_start"]),
     }
 
 
@@ -241,6 +249,19 @@ def _reduction(evaluation: Mapping[str, Any]) -> float | None:
     return float(1 - after["wer"] / before["wer"])
 
 
+def _overlap(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the intervals before and after have values in common."""
+    before, after = ((evaluation.get(key) or {}).get("wer_ci") for key in ("before", "after"))
+    return bool(before and after and before[0] <= after[1] and after[0] <= before[1])
+
+
+def _second_opinion(privacy: Mapping[str, Any]) -> dict[str, Any] | None:
+    """ε by the accountant that the run was not held to; None where it has no rule."""
+    other = {"pld": "rdp", "rdp": "pld"}[privacy["accountant"]]
+    value = privacy[f"epsilon_{other}"]
+    return None if value is None else {"name": other.upper(), "epsilon": value, "looser": other == "rdp"}
+
+
 def _epsilon_plot(privacy: Mapping[str, Any]) -> str:
     """ε over the steps that the ledger counts: known from σ, q and the steps alone."""
     total = privacy["steps"]
@@ -250,11 +271,11 @@ def _epsilon_plot(privacy: Mapping[str, Any]) -> str:
     return plots.svg(figure, "Epsilon spent over the training steps")
 
 
-def _wer_plot(curve: Sequence[Mapping[str, Any]]) -> str:
+def _wer_plot(curve: Sequence[Mapping[str, Any]], start: float | None) -> str:
     points = [{key: point.get(key) for key in ("step", "wer", "wer_lo", "wer_hi")} for point in curve]
-    return (
-        plots.svg(plots.wer_over_steps(points), "Word error rate over the training steps") if points else ""
-    )
+    if not points:
+        return ""
+    return plots.svg(plots.wer_over_steps(points, before=start), "Word error rate over the training steps")
 
 
 def _render(context: Mapping[str, Any]) -> str:

@@ -6,12 +6,13 @@ checkpoint/state.pt         the last checkpoint
 adapter/ or model/          what was trained
 metrics.json                error rates before and after
 run.json                    the finished run, as the report reads it
-not_private/                losses, clip rates, transcripts, names of recordings: not for others
+not_private/                losses, clip rates, transcripts, names and figures of recordings: not for others
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from typing import Any
 import yaml
 
 from asr_finetune.checkpoint import write_json, write_text
-from asr_finetune.config import Config, ConfigError, changed_keys
+from asr_finetune.config import Config, ConfigError
+from asr_finetune.config_file import changed_keys
+from asr_finetune.data import Corpus, Problem
+from asr_finetune.provenance import figures, fingerprint
+from dpkernels.privacy import read_ledger
 
 # They change where and how fast a run goes, and neither what is learnt in expectation nor what is spent.
 MAY_CHANGE = frozenset(
@@ -35,7 +40,8 @@ MAY_CHANGE = frozenset(
 )
 _NOTICE = (
     "What is in this folder was computed from the private data without noise: losses, clip rates, "
-    "transcripts and names\nof recordings. No epsilon covers it. Do not pass it on.\n"
+    "transcripts, names and\nfigures of recordings, and the key to the data's fingerprint. No epsilon covers it. "
+    "Do not pass it on.\n"
 )
 
 
@@ -79,17 +85,28 @@ class RunFolder:
         """Folder of what must not be passed on."""
         return self.path / "not_private"
 
+    @property
+    def data(self) -> Path:
+        """Figures and fingerprint of the training data: not for others."""
+        return self.not_private / "data.json"
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step was taken here. A start that failed before the first leaves nothing that counts."""
+        return self.checkpoint.exists() or (self.ledger.exists() and read_ledger(self.ledger).steps > 0)
+
     def prepare(self, config: Config, *, resume: bool) -> bool:
         """Make the folder for `config`, or find that a run in it may be continued.
 
         Returns:
-            Whether a run was started here before.
+            Whether a run took steps here before.
 
         Raises:
             RunFolderError: a run is here and `resume` is False; or files of a run without its configuration.
             ConfigError: the configuration changed; the message names the keys.
         """
-        if self.config.is_file():
+        begun = self.begun
+        if begun and self.config.is_file():
             if not resume:
                 raise RunFolderError(
                     f"output={str(self.path)!r} holds a run, and resume is off: give another --output. "
@@ -97,26 +114,64 @@ class RunFolder:
                 )
             self._check_unchanged(config)
             return True
-        if self.ledger.exists() or self.checkpoint.exists():
+        if begun:
             raise RunFolderError(
                 f"output={str(self.path)!r} holds a ledger or a checkpoint, but no config.yaml: what they "
                 "belong to is unknown. Put config.yaml back, or give another --output."
             )
         self.not_private.mkdir(parents=True, exist_ok=True)
         write_text(self.not_private / "README.txt", _NOTICE)
+        self.trim_history(0)
+        if not self.config.is_file() or self._changes(config):
+            self.metrics.unlink(missing_ok=True)  # of a start with another configuration
         write_text(self.config, config.to_yaml())
         return False
 
-    def _check_unchanged(self, config: Config) -> None:
-        old = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+    def _changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """The keys that a run may not change, and have changed; one that is not written has its default."""
+        old = Config.from_dict(yaml.safe_load(self.config.read_text(encoding="utf-8"))).to_dict()
         changes = changed_keys(old, config.to_dict())
-        refused = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
+        return {key: values for key, values in changes.items() if key not in MAY_CHANGE}
+
+    def _check_unchanged(self, config: Config) -> None:
+        refused = self._changes(config)
         if refused:
             listed = "".join(f"\n  {key}: was {old!r}, is {new!r}" for key, (old, new) in refused.items())
             raise ConfigError(
                 f"output={str(self.path)!r} holds a run with another configuration:{listed}\n"
                 "Resume it with the values it had, or give another --output."
             )
+
+    def note_data(self, corpus: Corpus, *, resuming: bool) -> str:
+        """Keep the figures of the training data, and their fingerprint under this run's own key.
+
+        Returns:
+            The fingerprint.
+
+        Raises:
+            RunFolderError: the run that is resumed began with other data.
+        """
+        found = fingerprint(corpus, self._fingerprint_key())
+        began = (self.read_json(self.data) or {}).get("fingerprint", found)
+        if resuming and began != found:
+            raise RunFolderError(
+                f"output={str(self.path)!r} holds a run that began with other training data: recordings, "
+                "transcripts or speakers were added, removed or changed, and its epsilon is for the data as it "
+                "was. Put the data back as it was, or give another --output."
+            )
+        write_json(self.data, {"fingerprint": found, **figures(corpus)})
+        return found
+
+    def _fingerprint_key(self) -> bytes:
+        path = self.not_private / "fingerprint.key"
+        if not path.is_file():
+            write_text(path, secrets.token_hex(32) + "\n")
+        return bytes.fromhex(path.read_text(encoding="utf-8"))
+
+    def note_problems(self, name: str, problems: list[Problem]) -> None:
+        """Write the names of recordings that were of no use to not_private/problems_<name>.tsv."""
+        lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in problems)
+        write_text(self.not_private / f"problems_{name}.tsv", lines)
 
     def read_json(self, path: Path) -> Any:
         """The content of a JSON file, or None where there is none."""

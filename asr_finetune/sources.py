@@ -20,7 +20,7 @@ _AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 
 @dataclass(frozen=True)
 class _Record:
-    """What a source says about one recording; `reason` when it cannot be used at all."""
+    """What a source says about one recording; `reason` when it cannot be used at all, `place` in a manifest."""
 
     id: str
     text: str | None = None
@@ -28,6 +28,7 @@ class _Record:
     speaker: str | None = None
     encoded: Encoded | None = None
     reason: str | None = None
+    place: str = ""
 
 
 def read(source: str, split: str | None, data: DataConfig) -> Corpus:
@@ -42,6 +43,7 @@ def read(source: str, split: str | None, data: DataConfig) -> Corpus:
             raise ConfigError(f"data: no manifest at {source!r}: give the path of a .jsonl file that exists")
         records = _manifest(path, split, data)
     elif path.is_dir():
+        path = path.resolve()  # the folders above it say subset and speaker
         trees = sorted(path.rglob("*.trans.txt"))
         records = _librispeech(path, trees, split) if trees else _table(source, split, data)
     elif path.is_absolute() or source.startswith((".", "~")) or path.exists():
@@ -73,28 +75,33 @@ def _speaker_filter(data: DataConfig) -> Callable[[str | None], bool]:
 
 
 def _utterance(record: _Record, data: DataConfig) -> Utterance | Problem:
+    def problem(reason: str) -> Problem:
+        return Problem(record.id, reason, record.place)
+
     if record.reason is not None:
-        return Problem(record.id, record.reason)
+        return problem(record.reason)
     text = prepare_text(record.text or "", data)
     if not text:
-        return Problem(record.id, "no transcript")
+        return problem("no transcript")
     try:
         source = record.encoded.read() if record.encoded is not None else record.path
         if source is None:
-            return Problem(record.id, "no audio")
+            return problem("no audio")
         seconds = duration(source)
     except (AudioError, OSError) as error:
-        return Problem(record.id, str(error))
+        return problem(str(error))
     if seconds < data.min_seconds:
-        return Problem(record.id, f"too short: {seconds:.3f} s, below data.min_seconds={data.min_seconds:g}")
+        return problem(f"too short: {seconds:.3f} s, below data.min_seconds={data.min_seconds:g}")
     if seconds > data.max_seconds:
-        return Problem(record.id, f"too long: {seconds:.3f} s, above data.max_seconds={data.max_seconds:g}")
-    return Utterance(record.id, record.path, None, None, text, record.speaker, seconds, record.encoded)
+        return problem(f"too long: {seconds:.3f} s, above data.max_seconds={data.max_seconds:g}")
+    return Utterance(
+        record.id, record.path, None, None, text, record.speaker, seconds, record.encoded, record.place
+    )
 
 
 def _librispeech(root: Path, transcripts: list[Path], split: str | None) -> Iterator[_Record]:
     """<root>/[.../]<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt, with <id>.flac beside it."""
-    subsets = {path.parents[2].name for path in transcripts}
+    subsets = {_folder(path, 2) for path in transcripts}
     wanted = set(split.split("+")) if split else subsets
     if not wanted <= subsets:
         raise ConfigError(
@@ -102,10 +109,10 @@ def _librispeech(root: Path, transcripts: list[Path], split: str | None) -> Iter
             f"{', '.join(sorted(subsets))}"
         )
     for listing in transcripts:
-        if listing.parents[2].name not in wanted:
+        if _folder(listing, 2) not in wanted:
             continue
-        speaker, seen = listing.parents[1].name, set()
-        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+        speaker, seen = _folder(listing, 1), set()
+        for line in _lines(listing):
             if not line.strip():
                 continue
             name, _, text = line.strip().partition(" ")
@@ -115,14 +122,27 @@ def _librispeech(root: Path, transcripts: list[Path], split: str | None) -> Iter
             yield _Record(name, text, path, speaker)
         for file in sorted(listing.parent.iterdir()):
             if file.suffix in _AUDIO_SUFFIXES and file.stem not in seen:
-                yield _Record(file.stem, speaker=speaker, reason=f"no line in {listing.name}")
+                yield _Record(file.stem, speaker=speaker, reason=f"no line in its listing: {listing.name}")
+
+
+def _folder(path: Path, up: int) -> str:
+    """The name of the folder `up` levels above the one that holds a file; "" above the root."""
+    return path.parents[min(up, len(path.parents) - 1)].name
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file, without a byte order mark.
+
+    Only line feeds (and the returns before them) end a line: JSON and transcripts may hold U+2028 and the like.
+    """
+    return path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
 
 
 def _manifest(path: Path, split: str | None, data: DataConfig) -> Iterator[_Record]:
     splits: set[str] = set()
     corpora: set[str] = set()
     matched = False
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         name = f"{path.name}:{number}"
@@ -153,19 +173,21 @@ def _manifest_record(path: Path, name: str, entry: dict[str, Any]) -> _Record:
     audio, text = entry.get("audio"), entry.get("text")
     stem = Path(audio).stem if isinstance(audio, str) else ""
     identity = str(entry.get("utt_id") or stem or name)
+    place = "" if identity == name else name
     speaker = None if entry.get("speaker") is None else str(entry["speaker"])
     if not isinstance(audio, str) or not audio:
-        return _Record(identity, speaker=speaker, reason=f"{name} has no `audio` path")
+        return _Record(identity, speaker=speaker, reason="no `audio` path", place=place)
     if entry.get("offset"):
         return _Record(
             identity,
             speaker=speaker,
             reason="a piece of a longer recording (`offset`): pieces of one recording would count as several "
             "examples; cut it into a file of its own if a piece is what is to be protected",
+            place=place,
         )
     if not isinstance(text, str):
-        return _Record(identity, speaker=speaker, reason="no transcript")
-    return _Record(identity, text, path.parent / audio, speaker)
+        return _Record(identity, speaker=speaker, reason="no transcript", place=place)
+    return _Record(identity, text, path.parent / audio, speaker, place=place)
 
 
 def _table(source: str, split: str | None, data: DataConfig) -> Iterator[_Record]:

@@ -11,22 +11,24 @@ from typing import Any
 import torch
 
 from asr_finetune import checkpoint, record
-from asr_finetune.config import Config, ConfigError
+from asr_finetune.config import Config
 from asr_finetune.data import Corpus, SpeechDataset
 from asr_finetune.evaluate import Evaluation, evaluate
 from asr_finetune.loop import Interrupted, Run, epsilon_spent, run_steps
-from asr_finetune.methods import apply_method, save_trained, trained_parameters
+from asr_finetune.methods import apply_method, trained_parameters
 from asr_finetune.models import load_recognizer
 from asr_finetune.plain import PlainLoader, PlainOptimizer
 from asr_finetune.prepare import (
+    check_data,
+    check_public,
     load,
     make_optimizer,
     make_private,
-    quiet_libraries,
     self_check,
     training_dataset,
 )
 from asr_finetune.progress import Reporter, duration
+from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer
 from asr_finetune.run_folder import RunFolder
 from dpkernels import PrivacyEngine
@@ -69,18 +71,38 @@ class _Session:
     def load(self, name: str, source: str, split: str | None) -> Corpus:
         """A corpus; the names of what was left out go to the folder of what is not for others."""
         corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
-        lines = "".join(f"{problem.id}\t{problem.reason}\n" for problem in corpus.problems)
-        checkpoint.write_text(self.folder.not_private / f"problems_{name}.tsv", lines)
+        self.folder.note_problems(name, corpus.problems)
         return corpus
 
-    def evaluation_set(
-        self, name: str, source: str | None, split: str | None
-    ) -> tuple[Corpus, SpeechDataset] | None:
-        """A corpus with its features, kept for several evaluations; None where no source is set."""
+    def dataset(self, corpus: Corpus) -> SpeechDataset:
+        """A corpus's features, kept for several evaluations."""
+        return SpeechDataset(corpus, self.recognizer, cache=self.config.train.cache_features)
+
+    def tests(self, train: Corpus) -> tuple[tuple[Corpus, SpeechDataset] | None, bool | None]:
+        """The test data, and whether it holds training recordings; None where no source is set."""
+        source = self.config.data.test
         if source is None:
+            self.reporter.say("data.test is not set: no error rates before and after")
+            return None, None
+        corpus = self.load("test", source, self.config.data.test_split)
+        shared = len(shared_recordings(train, corpus))
+        if shared:
+            self.reporter.say(
+                f"WARNING: {shared} of {len(corpus)} test recordings are training recordings too. Error rates on "
+                "them say nothing about other recordings, and are figures of private data without noise: no "
+                "epsilon covers them. The report says so",
+                style="bold red",
+            )
+        return (corpus, self.dataset(corpus)), shared > 0
+
+    def valid(self, train: Corpus) -> tuple[Corpus, SpeechDataset] | None:
+        """The public validation data, where there is to be a curve."""
+        if not self.config.train.eval_every:
             return None
-        corpus = self.load(name, source, split)
-        return corpus, SpeechDataset(corpus, self.recognizer, cache=self.config.train.cache_features)
+        assert self.config.data.valid is not None  # check_trainable saw to it
+        corpus = self.load("valid", self.config.data.valid, self.config.data.valid_split)
+        check_public(corpus, train)
+        return corpus, self.dataset(corpus)
 
     def evaluate(self, name: str, data: tuple[Corpus, SpeechDataset]) -> Evaluation:
         """Error rates, said on the screen; transcripts go to the folder of what is not for others."""
@@ -133,23 +155,25 @@ def train(
     if not config.privacy.enabled:
         reporter.say("NOT PRIVATE: privacy.enabled is false. This run has no epsilon.", style="bold red")
 
-    quiet_libraries()
     torch.manual_seed(config.train.seed)
     session = _Session(config, folder, reporter, _load(config))
     recognizer = session.recognizer
     corpus = session.load("train", config.data.train, config.data.train_split)
-    tests = session.evaluation_set("test", config.data.test, config.data.test_split)
-    if tests is None:
-        reporter.say("data.test is not set: no error rates before and after")
-    before = _evaluate_before(session, tests)
+    check_data(config, corpus, recognizer)
+    fingerprint = folder.note_data(corpus, resuming=resuming)
+    tests, shares_training = session.tests(corpus)
+    valid = session.valid(corpus)
     torch.manual_seed(config.train.seed)  # adapters start the same, whatever was drawn before
     apply_method(recognizer, config.method)
     with ExitStack() as stack:
-        run = _prepare(session, corpus, stack)
+        # Before the first evaluation: what cannot be trained is found in seconds.
+        run = _prepare(session, corpus, valid, stack)
+        before = _evaluate_before(session, tests)
         if resuming:
             _restore(run)
-        run_steps(run, stack)
-        return _finish(run, session, corpus, tests, {"before": before, "non_private": non_private})
+        run_steps(run)
+        data = {**record.data_record(config, corpus, fingerprint), "test_shares_training": shares_training}
+        return _finish(run, session, data, tests, {"before": before, "non_private": non_private})
 
 
 def _load(config: Config) -> Recognizer:
@@ -176,21 +200,16 @@ def _evaluate_before(session: _Session, tests: tuple[Corpus, SpeechDataset] | No
     return result
 
 
-def _prepare(session: _Session, corpus: Corpus, stack: ExitStack) -> Run:
+def _prepare(
+    session: _Session, corpus: Corpus, valid: tuple[Corpus, SpeechDataset] | None, stack: ExitStack
+) -> Run:
     """Model, optimizer and loader, private or not, checked and ready."""
     config, recognizer, reporter = session.config, session.recognizer, session.reporter
     model = recognizer.model
     trained, total = trained_parameters(model), sum(parameter.numel() for parameter in model.parameters())
     reporter.say(f"{recognizer.name}: {trained:,} of {total:,} parameters are trained ({config.method.kind})")
-    if config.train.batch_size > len(corpus):
-        raise ConfigError(
-            f"train.batch_size={config.train.batch_size} exceeds the {len(corpus)} training utterances"
-        )
     dataset = training_dataset(config, corpus, recognizer)
     lengths = [recognizer.length(utterance) for utterance in corpus.utterances]
-    valid = None
-    if config.train.eval_every:
-        valid = session.evaluation_set("valid", config.data.valid, config.data.valid_split)
     model.train()
     plain = make_optimizer(config.train, model)
     optimizer: Any
@@ -208,7 +227,17 @@ def _prepare(session: _Session, corpus: Corpus, stack: ExitStack) -> Run:
     else:
         optimizer = PlainOptimizer(plain, config.train.batch_size)
         loader = PlainLoader(config.train, dataset, recognizer, lengths)
-    return Run(config, session.folder, reporter, recognizer, optimizer, loader, engine, valid=valid)
+    return Run(
+        config,
+        session.folder,
+        reporter,
+        recognizer,
+        optimizer,
+        loader,
+        engine,
+        valid=valid,
+        lost=dataset.problems,
+    )
 
 
 def _restore(run: Run) -> None:
@@ -242,20 +271,27 @@ def _restore(run: Run) -> None:
 def _finish(
     run: Run,
     session: _Session,
-    corpus: Corpus,
+    data: dict[str, Any],
     tests: tuple[Corpus, SpeechDataset] | None,
     evaluation: dict[str, Any],
 ) -> TrainResult:
     """Evaluate and save the recogniser; run.json comes last: its presence says the run is finished."""
     config, folder, reporter = run.config, run.folder, run.reporter
+    if run.lost:
+        folder.note_problems("train_later", run.lost)
+        reporter.say(
+            f"{len(run.lost)} recordings could not be read while training: they are counted in N, and contributed "
+            "nothing (not_private/problems_train_later.tsv)",
+            style="bold red",
+        )
     evaluation["after"] = None
     if tests is not None:
         evaluation["after"] = session.evaluate("after", tests).to_dict()
         folder.note_metrics(private=config.privacy.enabled, after=evaluation["after"])
     adapters = config.method.kind in ("lora", "dp_rp")
-    save_trained(run.recognizer, folder.path / ("adapter" if adapters else "model"))
+    run.recognizer.save(folder.path / ("adapter" if adapters else "model"))
     epsilon = epsilon_spent(run)
-    values = record.run_record(run, corpus, evaluation, epsilon)
+    values = record.run_record(run, data, evaluation, epsilon)
     checkpoint.write_json(folder.run, values)
     if run.engine is None:
         reporter.say("this model is NOT PRIVATE", style="bold red")

@@ -204,7 +204,7 @@ class WhisperRecognizer(Recognizer):
 
     def _too_long(self, seconds: float) -> str:
         return (
-            f"{seconds:.2f} s are longer than the encoder's window of {self.window_seconds:g} s: "
+            f"longer than the encoder's window: {seconds:.2f} s, it takes {self.window_seconds:g} s; "
             "raise model.window_seconds (30 at most)"
         )
 
@@ -212,7 +212,7 @@ class WhisperRecognizer(Recognizer):
         """See Recognizer."""
         most = int(self.base.config.max_target_positions) - len(self.prompt) + 1
         tokens = len(self.encode_text(self.target_prefix + utterance.text))
-        return f"{tokens} tokens: the decoder takes {most} at most" if tokens > most else None
+        return f"too many tokens: {tokens}, the decoder takes {most} at most" if tokens > most else None
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "window_seconds": self.window_seconds}

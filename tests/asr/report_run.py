@@ -34,6 +34,7 @@ def record(**privacy: Any) -> dict[str, Any]:
             "noise_multiplier": SIGMA,
             "adjacency": "add or remove one example",
             "sampling": "poisson",
+            "epsilon_pld": epsilon(SIGMA, RATE, STEPS, DELTA),
             "epsilon_rdp": epsilon(SIGMA, RATE, STEPS, DELTA, accountant="rdp"),
             "steps": STEPS,
             "sample_rate": RATE,
@@ -42,11 +43,14 @@ def record(**privacy: Any) -> dict[str, Any]:
         },
         "data": {
             "source": "recordings/<clinic> & co",
-            "utterances": SIZE,
-            "hours": 1.25,
-            "speakers": 10,
-            "problems": 3,
+            "split": None,
+            "units": SIZE,
             "fingerprint": "ab" * 32,
+            "test": "test.jsonl",
+            "test_split": "clean",
+            "valid": "public.jsonl",
+            "valid_split": None,
+            "test_shares_training": False,
         },
         "model": {
             "name": "small-parakeet",
@@ -77,6 +81,9 @@ def record(**privacy: Any) -> dict[str, Any]:
         },
         "steps": STEPS,
         "versions": {"dp-accounting": "0.6.0", "torch": "2.13.0", "python": "3.11"},
+        "machine": {"device": "cuda (NVIDIA X100)", "os": "Linux 6.1"},
+        "scoring": {"normalize": "basic", "restrict_to": None},
+        "curve_start": None,
         "evaluation": {
             "before": evaluation,
             "after": {**evaluation, "wer": 0.21, "wer_ci": [0.18, 0.24], "cer": 0.13},
@@ -102,11 +109,11 @@ def write_run(
     private.mkdir()
     (private / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in HISTORY))
     if values["privacy"]["enabled"]:
-        _write_ledger(folder / "ledger.jsonl", steps, sigma)
+        write_ledger(folder / "ledger.jsonl", steps, sigma)
     return folder
 
 
-def _write_ledger(path: Path, steps: int, sigma: float) -> None:
+def write_ledger(path: Path, steps: int, sigma: float, *, sensitivity: float = 1.0000001) -> None:
     mechanism = {
         "sample_rate": RATE,
         "noise_multiplier": sigma,
@@ -114,13 +121,13 @@ def _write_ledger(path: Path, steps: int, sigma: float) -> None:
         "max_batch_size": None,
     }
     settings = {
-        "run": "00" * 8,
+        "run": f"{steps:016x}",
         "unit": "example",
         "dataset_size": SIZE,
         "adjacency": "add or remove one example",
         "sampling": "poisson",
         "mechanism": mechanism,
-        "sensitivity": 1.0000001,
+        "sensitivity": sensitivity,
     }
     ledger = Ledger(path, settings)
     for _ in range(steps):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from asr_finetune import cli
+from asr_finetune import cli, messages
 from asr_finetune.config import Config, ConfigError
 from tests.asr import tones
 
@@ -66,6 +68,8 @@ def test_print_config_is_a_configuration() -> None:
     )
     config = Config.from_dict(yaml.safe_load(given.output))
     assert (config.privacy.epsilon, config.privacy.enabled, config.output) == (3.0, False, "runs/x")
+    partly = invoke("train", "--print-config", "--epsilon", 8)
+    assert Config.from_dict(yaml.safe_load(partly.output)).privacy.epsilon == 8.0
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,8 @@ def test_print_config_is_a_configuration() -> None:
         (["train", "--model", "m", "--train", "d", "-o", "o", "--epsilon", "3"], "privacy.delta is missing"),
         (["plan", "--epsilon", "3", "--delta", "1e-5"], "--examples, --batch-size, --steps missing"),
         (["evaluate", "--data", "d"], "give --model, --adapter, or both"),
+        (["plan", "--epsilon", "3", "--noise-multiplier", "1"], "--epsilon and --noise-multiplier: give one"),
+        (["plan", "--epsilon", "3", "--set", "privacy.enabled=false"], "privacy.enabled is false"),
     ],
 )
 def test_expected_errors_are_messages(
@@ -153,3 +159,47 @@ def test_train_evaluate_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(report, "write_report", lambda run, path: written.append((run, path)) or path)
     assert invoke("report", tmp_path / "run").exit_code == 0
     assert written == [(tmp_path / "run", tmp_path / "run" / "report.html")]
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.output.split()[0]) == (0, "asr-finetune")
+
+
+def test_a_warning_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tones.write_manifest(tmp_path, 12)
+    tones.write_model(tmp_path / "model")
+    values = tones.settings(tmp_path, method__kind="head", train__steps=1, privacy__delta=0.2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(messages, "_said", set())
+    monkeypatch.setattr(sys, "argv", ["asr-finetune", "train", "-q", "--config", str(tmp_path / "run.yaml")])
+    with warnings.catch_warnings(), contextlib.suppress(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.count("delta=0.2 >= 1/N") == 1
+
+
+def test_a_missing_synthesiser_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from asr_finetune.synth import SynthesisError
+
+    def fail() -> None:
+        raise SynthesisError("pip install it")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert run_main(monkeypatch, "demo") == 2
+    assert "error: pip install it" in capsys.readouterr().err
+
+
+def test_plan_takes_the_noise_of_a_new_target(tmp_path: Path) -> None:
+    """--epsilon goes over a noise multiplier of the file."""
+    tones.write_manifest(tmp_path, 12)
+    tones.write_model(tmp_path / "model")
+    values = tones.settings(tmp_path, privacy__noise_multiplier=9.0, privacy__accountant="rdp")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    output = invoke("plan", "--config", tmp_path / "run.yaml", "--epsilon", 3).output
+    assert "target 3, spends 2.9" in output
+    assert "noise multiplier σ (RDP)" in output
+    assert "9.000" in invoke("plan", "--config", tmp_path / "run.yaml").output

@@ -16,8 +16,11 @@ from asr_finetune.config import (
     ModelConfig,
     PrivacyConfig,
     TrainConfig,
+)
+from asr_finetune.config_file import (
     changed_keys,
-    load_config,
+    commented_yaml,
+    load_yaml,
     overridden,
     parse_setting,
     template,
@@ -43,7 +46,7 @@ def test_round_trip_through_yaml_and_comments() -> None:
     assert isinstance(config.train.steps, int)
     assert config.data.speakers == ["19", "anna"]
     assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
-    assert Config.from_dict(yaml.safe_load(config.commented())) == config
+    assert Config.from_dict(yaml.safe_load(commented_yaml(config.to_dict()))) == config
     assert Config.from_dict(config.to_dict()) == config
 
 
@@ -82,6 +85,7 @@ def test_every_key_is_explained() -> None:
         (with_(data={"train": "d", "speakers": "anna"}), "data.speakers='anna'", "a list"),
         (with_(data={"train": "d", "min_seconds": 5, "max_seconds": 2}), "data.min_seconds=5", "lower it"),
         (with_(output=3), "output", "a folder"),
+        (with_(evaluate={"restrict_to": []}), "evaluate.restrict_to=[]", "null for free decoding"),
     ],
 )
 def test_errors_name_key_value_and_mend(values: dict[str, Any], key: str, mend: str) -> None:
@@ -105,6 +109,14 @@ def test_sections_check_themselves_when_built_directly() -> None:
         ({"privacy": {"epsilon": 8}}, r"privacy\.delta is missing"),
         ({"privacy": {"delta": 1e-6}}, "both missing"),
         (
+            {"privacy": {"epsilon": 8, "delta": 1e-6, "noise_multiplier": 0}},
+            r"noise_multiplier=0 with .*epsilon=8",
+        ),
+        (
+            {"privacy": {"epsilon": 8, "delta": 1e-6, "unit": "speaker"}},
+            r"needs privacy\.max_examples_per_speaker",
+        ),
+        (
             {"privacy": {"epsilon": 8, "delta": 1e-6, "max_examples_per_speaker": 2}},
             r"needs privacy\.unit=speaker",
         ),
@@ -126,10 +138,12 @@ def test_a_private_run_with_epsilon_and_delta_is_trainable() -> None:
 def test_overrides(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {name: m}\ndata: {train: d}\ntrain: {steps: 5}\noutput: o\n")
-    config = load_config(
-        path,
-        {"train.steps": 7, "privacy.epsilon": None},
-        ["train.steps=9", "data.speakers=[1, b]", "output=p"],
+    config = Config.from_dict(
+        overridden(
+            load_yaml(path),
+            {"train.steps": 7, "privacy.epsilon": None},
+            ["train.steps=9", "data.speakers=[1, b]", "output=p"],
+        )
     )
     assert (config.train.steps, config.data.speakers, config.output) == (9, ["1", "b"], "p")
     assert config.privacy.epsilon is None
@@ -151,14 +165,14 @@ def test_settings_are_read_as_yaml() -> None:
 
 def test_files_that_are_not_configurations(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--print-config"):
-        load_config(tmp_path / "none.yaml")
+        load_yaml(tmp_path / "none.yaml")
     path = tmp_path / "bad.yaml"
     path.write_text("model: [")
     with pytest.raises(ConfigError, match="not YAML"):
-        load_config(path)
+        load_yaml(path)
     path.write_text("just text")
     with pytest.raises(ConfigError, match="expected sections"):
-        load_config(path)
+        load_yaml(path)
 
 
 def test_changed_keys_are_dotted() -> None:
@@ -171,4 +185,13 @@ def test_changed_keys_are_dotted() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     if "demo" not in path.stem:
-        load_config(path).check_trainable()
+        Config.from_dict(load_yaml(path)).check_trainable()
+
+
+def test_the_template_takes_what_is_given() -> None:
+    config = Config.from_dict(yaml.safe_load(template({"privacy": {"epsilon": 8}, "train": {"steps": 7}})))
+    assert (config.privacy.epsilon, config.train.steps) == (8.0, 7)
+    assert (config.model.name, config.output) == ("...", "runs/first")
+    for wrong in ({"privacy": {"epsilon": -1}}, {"privcy": {}}, {"train": [1]}):
+        with pytest.raises(ConfigError):
+            template(wrong)

@@ -65,32 +65,40 @@ def test_repeated_recordings_are_noted_and_kept(tmp_path: Path) -> None:
     assert "appear" not in read(manifest(tmp_path, [line])).summary()
 
 
-def test_the_summary_groups_what_was_left_out() -> None:
+def test_the_summary_groups_what_was_left_out_by_kind() -> None:
+    """Names of options, files and words in the reasons are neither grouped by nor mangled."""
     problems = [
-        Problem(str(index), f"too short: 0.0{index} s, below data.min_seconds=0.05") for index in (1, 2)
+        *(Problem(str(n), f"too short: 0.0{n} s, below data.min_seconds=0.05") for n in (1, 2)),
+        Problem("x", "no such file: /a/b c.wav"),
+        *(
+            Problem(word, f"not in the vocabulary: '{word}'; see data.text_case")
+            for word in ("A", "B.C", "D's")
+        ),
     ]
-    corpus = Corpus(
-        [utterance("a", seconds=90.0)], [*problems, Problem("x", "no such file: /a/b c.wav")], "src"
+    corpus = Corpus([utterance("a", seconds=90.0)], problems, "src")
+    assert corpus.summary() == (
+        "1 utterances, 1.5 min, speakers unknown\n"
+        "6 left out: 3 × not in the vocabulary; 2 × too short; 1 × no such file"
     )
-    assert corpus.summary().startswith("1 utterances, 1.5 min, speakers unknown\n3 left out: 2 × too short")
     assert corpus.hours == 90 / 3600
 
 
-def test_the_fingerprint_is_of_the_records_in_order() -> None:
-    first, second = utterance("a"), utterance("b")
-    prints = {
-        Corpus(chosen).fingerprint()
-        for chosen in (
-            [first, second],
-            [second, first],
-            [first],
-            [first, replace(second, text="high")],
-            [first, replace(second, speaker="s")],
-            [first, replace(second, seconds=0.6)],
-        )
-    }
-    assert len(prints) == 6
-    assert Corpus([first, second], source="elsewhere").fingerprint() in prints
+def test_reasons_begin_with_their_kind(parakeet: Recognizer, folders: dict[str, Path]) -> None:
+    whisper = small_models.load(folders["whisper"])
+    found = [
+        parakeet.audio_problem(utterance("a", seconds=0.01)),
+        parakeet.text_problem(utterance("a", "low WARP")),
+        parakeet.text_problem(utterance("a", " ".join(["low"] * 30))),
+        whisper.audio_problem(utterance("a", seconds=1.5)),
+        whisper.text_problem(utterance("a", "low " * 30)),
+    ]
+    assert [Problem("a", reason or "").kind for reason in found] == [
+        "too short for the model",
+        "not in the vocabulary",
+        "no CTC alignment",
+        "longer than the encoder's window",
+        "too many tokens",
+    ]
 
 
 # What a recogniser cannot take
@@ -138,7 +146,7 @@ def test_what_does_not_decode_is_found_by_reading_it(tmp_path: Path) -> None:
     lines = [{"audio": f"{name}.flac", "text": "low"} for name in ("good", "cut")]
     corpus = read(manifest(tmp_path, lines))
     assert len(corpus) == 2  # the header says nothing
-    decoded = corpus.decoded()
+    decoded = corpus.decoded(Reporter(False), "audio")
     assert [item.id for item in decoded.utterances] == ["good"]
     assert "unreadable audio" in reasons(decoded)["cut"]
 
@@ -153,7 +161,7 @@ def test_loading_says_what_was_left_out(
     said = " ".join(capsys.readouterr().out.split())
     assert "train: 1 utterances" in said
     assert "12 left out: 12 × no such file" in said
-    assert "left out lost0: no such file" in said
+    assert "left out lost0 (all.jsonl:2): no such file" in said
     assert "lost9" in said
     assert "lost10" not in said
     assert "and 2 more" in said
@@ -296,15 +304,15 @@ def test_training_goes_on_when_recordings_are_lost(tmp_path: Path, monkeypatch: 
     with tones.one_thread():
         tones.write_manifest(tmp_path, 8)
         tones.write_model(tmp_path / "model")
-        original = Corpus.fit
+        original = Corpus.decoded
 
-        def fit_and_lose(self: Corpus, recognizer: Recognizer, *, training: bool = True) -> Corpus:
-            fitted = original(self, recognizer, training=training)
+        def decode_and_lose(self: Corpus, reporter: Reporter, name: str) -> Corpus:
+            decoded = original(self, reporter, name)
             for name in ("0", "3"):
                 (tmp_path / "tones" / f"{name}.wav").unlink()
-            return fitted
+            return decoded
 
-        monkeypatch.setattr(Corpus, "fit", fit_and_lose)
+        monkeypatch.setattr(Corpus, "decoded", decode_and_lose)
         changes: dict[str, Any] = {"method__kind": "head", "train__batch_size": 8, "train__steps": 2}
         changes |= {"privacy__epsilon": None, "privacy__noise_multiplier": 4.0}
         config = Config.from_dict(tones.settings(tmp_path, **changes))
@@ -316,3 +324,8 @@ def test_training_goes_on_when_recordings_are_lost(tmp_path: Path, monkeypatch: 
     values = json.loads((tmp_path / "run" / "run.json").read_text())
     assert values["privacy"]["dataset_size"] == 8
     assert values["privacy"]["sample_rate"] == 1.0
+    lost = (tmp_path / "run" / "not_private" / "problems_train_later.tsv").read_text()
+    assert [line.split("\t")[0] for line in lost.splitlines()] in (
+        ["u0 (tones.jsonl:1)", "u3 (tones.jsonl:4)"],
+        ["u3 (tones.jsonl:4)", "u0 (tones.jsonl:1)"],
+    )

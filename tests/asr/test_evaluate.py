@@ -8,8 +8,8 @@ import pytest
 
 from asr_finetune.config import DataConfig, EvaluateConfig, ModelConfig
 from asr_finetune.data import load_corpus
-from asr_finetune.evaluate import bootstrap_interval, evaluate, load_with_adapter, normalise, score
-from asr_finetune.models import load_recognizer
+from asr_finetune.evaluate import bootstrap_interval, evaluate, normalise, score
+from asr_finetune.models import load_recognizer, load_with_adapter
 from tests.asr import tones
 
 BASIC = EvaluateConfig(bootstrap=200)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from asr_finetune.config import ConfigError
-from asr_finetune.models import WhisperRecognizer, tiny_parakeet
+from asr_finetune.config import ConfigError, ModelConfig
+from asr_finetune.models import WhisperRecognizer, load_recognizer, tiny_parakeet
 from tests.asr import small_models
 from tests.asr.small_models import recording
 
@@ -167,3 +167,19 @@ def test_vocabularies_that_tiny_parakeet_refuses(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_parakeet(vocabulary, **options)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:9999", "meta", "cpu:x"])
+def test_devices_that_there_are_not(folders: dict[str, Path], device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.device='{device}'.*cpu"):
+        load_recognizer(ModelConfig(str(folders["parakeet"]), device=device))
+
+
+def test_no_bars_but_ours(
+    folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    small_models.load(folders["parakeet"]).save(tmp_path)
+    transformers.utils.logging.enable_progress_bar()
+    tiny_parakeet(["a"], hidden=16, layers=1, heads=2, channels=4, mels=16).save(tmp_path / "fresh")
+    assert capfd.readouterr().err == ""

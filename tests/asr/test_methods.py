@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from asr_finetune.config import ConfigError, MethodConfig
-from asr_finetune.methods import apply_method, save_trained, trained_parameters
-from asr_finetune.models import Recognizer
+from asr_finetune.config import ConfigError, MethodConfig, ModelConfig
+from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.models import Recognizer, load_with_adapter
 from dpkernels import PrivacyEngine
 from tests.asr import small_models
 
@@ -116,7 +117,7 @@ def test_adapters_load_in_plain_peft(
     batch, _ = small_models.batch_and_singles(recognizer)
     before = small_models.logits(recognizer, batch)
     private_step(recognizer)
-    save_trained(recognizer, tmp_path)
+    recognizer.save(tmp_path)
     expected = small_models.logits(recognizer, batch)
     assert not torch.equal(expected, before)
     base = type(recognizer.base).from_pretrained(folders[family])
@@ -142,7 +143,7 @@ def test_a_new_head_trains_with_any_method_and_is_saved(
     start = [p.detach().clone() for p in heads]
     private_step(recognizer, (16000, 19200, 24000))  # room for letters at 80 ms a frame
     assert not any(torch.equal(p, first) for p, first in zip(heads, start, strict=True))
-    save_trained(recognizer, tmp_path)
+    recognizer.save(tmp_path)
     batch, _ = small_models.batch_and_singles(recognizer)
     loaded = small_models.load(tmp_path)
     expected = small_models.logits(recognizer, batch)
@@ -158,7 +159,7 @@ def test_an_adapter_on_a_trimmed_whisper_loads_with_its_window(
             if ".lora_B." in name:
                 parameter.normal_()
     recognizer.target_prefix = " low "
-    save_trained(recognizer, tmp_path)
+    recognizer.save(tmp_path)
     loaded = small_models.load(tmp_path)
     assert loaded.target_prefix == " low "
     batch, _ = small_models.batch_and_singles(loaded)
@@ -216,3 +217,31 @@ def test_a_method_is_applied_once(folders: dict[str, Path]) -> None:
     recognizer = prepared(folders["parakeet"], "lora")
     with pytest.raises(ConfigError, match="has an adapter already"):
         apply_method(recognizer, MethodConfig(kind="lora"))
+
+
+def test_an_adapter_with_a_new_head_goes_on_the_model_it_is_given(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    recognizer = prepared(folders["parakeet"], "lora", new_head=True, vocabulary="characters")
+    private_step(recognizer, (16000, 19200, 24000))
+    recognizer.save(tmp_path)
+    loaded = load_with_adapter(ModelConfig(str(folders["parakeet"]), device="cpu"), tmp_path)
+    batch, _ = small_models.batch_and_singles(recognizer)
+    torch.testing.assert_close(small_models.logits(loaded, batch), small_models.logits(recognizer, batch))
+    assert torch.equal(loaded.encode_text("it's 5"), recognizer.encode_text("it's 5"))
+
+
+def test_an_adapter_finds_its_base_from_anywhere(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(folders["parakeet"], tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    prepared(Path("base"), "lora").save(tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    small_models.load(tmp_path / "adapter")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(
+        ConfigError, match=r"base model .*base', which cannot be loaded.*--model BASE --adapter"
+    ):
+        small_models.load(tmp_path / "adapter")

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.plan import describe_probe, plan, probe, size, subject, units
-from tests.asr import tones
+from asr_finetune.data import load_corpus
+from asr_finetune.plan import per_step, plan, probe, subject
+from asr_finetune.plan_tables import describe_probe, plan_table, size
+from asr_finetune.prepare import units
+from tests.asr import small_models, tones
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +24,10 @@ def test_noise_for_the_papers_setting() -> None:
     """σ = 0.694 (dp-accounting's PLD) for ε = 10, δ = 3.52e-6, N = 281,241, batch 4096, 2000 steps."""
     made = plan(examples=281241, epsilon=10, delta=3.52e-6, batch_size=4096, steps=2000)
     assert made.noise_multiplier == 0.694
-    assert made.noise_multiplier_rdp is not None
-    assert made.epsilon_rdp is not None
-    assert made.noise_multiplier_rdp > made.noise_multiplier
-    assert made.epsilon <= 10 < made.epsilon_rdp
+    assert made.noise_multiplier_other is not None
+    assert made.epsilon_other is not None
+    assert made.noise_multiplier_other > made.noise_multiplier
+    assert made.epsilon <= 10 < made.epsilon_other
     assert made.sample_rate == pytest.approx(4096 / 281241)
     assert made.epochs == pytest.approx(29.13, abs=0.01)
     steps, curve = zip(*made.epsilon_at, strict=True)
@@ -36,8 +40,8 @@ def test_epsilon_for_given_noise_and_truncated_sampling() -> None:
     given = {"examples": 200, "noise_multiplier": 4.0, "delta": 1e-3, "batch_size": 10, "steps": 20}
     by_hand = plan(**given)  # type: ignore[arg-type]
     cut = plan(**given, max_batch_size=29)  # type: ignore[arg-type]
-    assert by_hand.noise_multiplier_rdp is None
-    assert cut.epsilon_rdp is None  # RDP has no rule for it
+    assert by_hand.noise_multiplier_other is None
+    assert cut.epsilon_other is None  # RDP has no rule for it
     assert cut.epsilon == pytest.approx(by_hand.epsilon, rel=0.05)
     assert by_hand.to_dict()["steps"] == 20
 
@@ -48,7 +52,7 @@ def test_epsilon_for_given_noise_and_truncated_sampling() -> None:
         ({}, "exactly one of"),
         ({"epsilon": 1.0, "noise_multiplier": 1.0}, "exactly one of"),
         ({"noise_multiplier": 0.0}, "epsilon is infinite"),
-        ({"epsilon": 1.0, "batch_size": 2000}, "between 1 and --examples 1000"),
+        ({"epsilon": 1.0, "batch_size": 2000}, "between 1 and the number of examples .* 1000"),
     ],
 )
 def test_refusals(values: dict[str, float], message: str) -> None:
@@ -84,3 +88,43 @@ def test_sizes() -> None:
         "3 MiB",
         "5.00 GiB",
     ]
+
+
+SIZE: dict[str, Any] = {"examples": 1000, "delta": 1e-4, "batch_size": 50, "steps": 20}
+
+
+def test_the_accountant_of_the_configuration() -> None:
+    pld, rdp = plan(**SIZE, epsilon=2.0), plan(**SIZE, epsilon=2.0, accountant="rdp")
+    assert rdp.noise_multiplier == pld.noise_multiplier_other
+    assert rdp.noise_multiplier_other == pld.noise_multiplier
+    assert rdp.epsilon_other is not None
+    assert rdp.epsilon_other < rdp.epsilon <= 2.0
+    rows = plan_table(rdp)
+    assert str(rows.title).startswith("ε: target 2, spends ")
+    assert "noise multiplier σ (RDP)" in rows.columns[0]._cells
+
+
+def test_speakers_are_called_so_and_counted_so(tmp_path: Path) -> None:
+    made = plan(**SIZE, epsilon=2.0, unit="speaker")
+    assert any("each speaker is drawn" in str(cell) for cell in plan_table(made).columns[1]._cells)
+    tones.write_manifest(tmp_path, 10)  # 4 speakers: 3, 3, 2, 2 recordings
+    changes = {"privacy__unit": "speaker", "privacy__max_examples_per_speaker": 2, "train__batch_size": 3}
+    config = Config.from_dict(tones.settings(tmp_path, **changes))
+    corpus = load_corpus(str(tmp_path / "tones.jsonl"), data=config.data)
+    assert per_step(config, corpus) == 3 * 2
+    assert per_step(config.with_values("privacy", max_examples_per_speaker=3), corpus) == 3 * 2.5
+    assert per_step(config, None) == 6
+    assert per_step(config.with_values("privacy", unit="example"), corpus) == 3
+
+
+@pytest.mark.filterwarnings("error:no self_check")
+def test_a_probe_stays_within_the_models_window(folders: dict[str, Path], tmp_path: Path) -> None:
+    recognizer = small_models.load(folders["whisper"])
+    config = Config.from_dict(tones.settings(tmp_path, method__kind="head"))
+    with pytest.raises(
+        ConfigError, match=r"--seconds 2 is longer than the model's window of 1 s.*window_seconds"
+    ):
+        probe(config, recognizer, seconds=2.0)
+    measured = probe(config, recognizer)
+    assert measured.seconds_of_audio == 1.0
+    assert any("self-check" in value for _, value in describe_probe(measured))

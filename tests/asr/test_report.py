@@ -12,7 +12,17 @@ import pytest
 from asr_finetune import plots
 from asr_finetune.report import ReportError, detection_bounds, write_report
 from dpkernels.privacy import LedgerError, epsilon
-from tests.asr.report_run import DELTA, HISTORY, RATE, SECRETS, SIGMA, STEPS, record, write_run
+from tests.asr.report_run import (
+    DELTA,
+    HISTORY,
+    RATE,
+    SECRETS,
+    SIGMA,
+    STEPS,
+    record,
+    write_ledger,
+    write_run,
+)
 
 
 class _Text(html.parser.HTMLParser):
@@ -53,7 +63,8 @@ def visible(page: str) -> str:
 
 def leaks(page: str, secrets: list[float]) -> list[tuple[float, str]]:
     """(secret, token) for every number on the page that is a secret, also rounded, or as a percentage."""
-    tokens = re.findall(r"\d+\.\d+|\d+", visible(page))
+    text = re.sub(r"\b[0-9a-f]{64}\b", "", visible(page))  # hashes hold any two digits sooner or later
+    tokens = re.findall(r"\d+\.\d+|\d+", text)
     found = []
     for secret in secrets:
         for value in (secret, 100 * secret):
@@ -83,8 +94,10 @@ def test_says_what_was_spent(page: str) -> None:
         "Poisson: each recording joins a step independently with probability 0.05",
         f"Steps accounted for {STEPS}",
         f"ε from the ledger {spent:.3f}",
-        "100 utterances",
-        "1.25 hours",
+        "Expected batch size 100 recordings",
+        "Units, N 2 000 recordings",
+        "It is treated as public",
+        "Target ε 3: training stops",
         "ab" * 32,
         "43.0 % 40.0 % to 46.0 % 31.0 %",
         "21.0 % 18.0 % to 24.0 % 13.0 %",
@@ -92,7 +105,9 @@ def test_says_what_was_spent(page: str) -> None:
         "removed 51 % of the word errors",
         "must be public or used with consent",
         "The search for settings",
-        "200.0 recordings on average",
+        "Test data: test.jsonl, split clean; normalize basic.",
+        "validation data (public.jsonl), with",
+        "Machine cuda (NVIDIA X100), Linux 6.1",
         "dp-accounting 0.6.0",
     ):
         assert part in text.replace("\N{NARROW NO-BREAK SPACE}", " "), part
@@ -130,9 +145,9 @@ def test_unknown_figures_in_the_record_are_not_shown(tmp_path: Path) -> None:
         values[section]["loss"] = HISTORY[0]["loss"]
     values["history"] = HISTORY
     values["curve"][0]["loss"] = HISTORY[1]["loss"]
-    made = write_report(write_run(tmp_path / "run", values), tmp_path / "r.html").read_text()
-    assert leaks(made, SECRETS) == []
-    assert "loss 3" not in visible(made)
+    shown = write_report(write_run(tmp_path / "run", values), tmp_path / "r.html").read_text()
+    assert leaks(shown, SECRETS) == []
+    assert "loss 3" not in visible(shown)
 
 
 @pytest.mark.parametrize("shown", ["38.7194", "38.72", "39", "88.7 %", "0.887", "67.4"])
@@ -189,7 +204,7 @@ def test_no_ledger_and_no_run_are_refused(tmp_path: Path) -> None:
 
 def test_run_without_privacy_says_so(tmp_path: Path) -> None:
     absent = ("epsilon", "delta", "target_epsilon", "max_grad_norm", "unit", "accountant", "noise_multiplier")
-    absent += ("adjacency", "sampling", "epsilon_rdp", "steps", "sample_rate", "dataset_size")
+    absent += ("adjacency", "sampling", "epsilon_pld", "epsilon_rdp", "steps", "sample_rate", "dataset_size")
     run = write_run(tmp_path / "run", record(enabled=False, **dict.fromkeys(absent)))
     text = visible(write_report(run, tmp_path / "r.html").read_text())
     assert "This model is not private." in text
@@ -199,7 +214,7 @@ def test_run_without_privacy_says_so(tmp_path: Path) -> None:
 
 
 def test_run_without_noise_says_so(tmp_path: Path) -> None:
-    values = record(noise_multiplier=0.0, epsilon=None, epsilon_rdp=None)
+    values = record(noise_multiplier=0.0, epsilon=None, epsilon_pld=None, epsilon_rdp=None)
     text = visible(
         write_report(write_run(tmp_path / "run", values, sigma=0.0), tmp_path / "r.html").read_text()
     )
@@ -263,3 +278,71 @@ def test_incomplete_record_is_refused(tmp_path: Path) -> None:
     del values["data"]["fingerprint"]
     with pytest.raises(ReportError, match="fingerprint"):
         write_report(write_run(tmp_path / "run", values), tmp_path / "r.html")
+
+
+def made(folder: Path, values: dict[str, Any]) -> str:
+    page = write_report(write_run(folder / "run", values), folder / "r.html").read_text()
+    return visible(page).replace("\N{NARROW NO-BREAK SPACE}", " ")
+
+
+def test_the_second_opinion_is_the_other_accountants(tmp_path: Path) -> None:
+    pld, rdp = (epsilon(SIGMA, RATE, STEPS, DELTA, accountant=name) for name in ("pld", "rdp"))
+    text = made(tmp_path, record(accountant="rdp", epsilon=rdp))
+    assert f"({rdp:.3f}, 1 × 10⁻⁵)-differential privacy" in text
+    assert f"Second opinion ε = {pld:.3f} by PLD, a tighter bound" in text
+    assert "privacy loss distributions (PLD), whichever accountant the run was held to" in text
+
+
+def test_its_own_choices_of_delta_are_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    privacy = {**record()["privacy"], "max_batch_size": 160}
+    detection_bounds(privacy, STEPS)
+    assert not [warning for warning in recwarn if "delta=" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float32", False), ("bfloat16", True)])
+def test_half_precision_is_not_covered(tmp_path: Path, dtype: str, said: bool) -> None:
+    values = record()
+    values["model"]["dtype"] = dtype
+    assert ("The stated sensitivity does not cover it" in made(tmp_path, values)) is said
+
+
+@pytest.mark.parametrize(("low", "said"), [(0.41, True), (0.18, False)])
+def test_overlapping_intervals_are_said(tmp_path: Path, low: float, said: bool) -> None:
+    values = record()
+    values["evaluation"]["after"]["wer_ci"] = [0.1, low]
+    assert ("The intervals before and after overlap" in made(tmp_path, values)) is said
+
+
+def test_how_it_was_scored(tmp_path: Path) -> None:
+    values = record(target_epsilon=None)
+    values["scoring"] = {"normalize": "english", "restrict_to": ["one", "two"]}
+    values["data"]["test_shares_training"] = True
+    text = made(tmp_path, values)
+    assert "normalize english, restrict to one, two." in text
+    assert "Target ε none: the noise was chosen by hand" in text
+    assert "The test data holds training recordings." in text
+
+
+def test_the_curve_starts_where_before_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[float | None] = []
+    original = plots.wer_over_steps
+
+    def wer_over_steps(curve: Any, *, before: float | None = None) -> Any:
+        starts.append(before)
+        return original(curve, before=before)
+
+    monkeypatch.setattr(plots, "wer_over_steps", wer_over_steps)
+    for number, start in enumerate((None, 0.43)):
+        made(tmp_path / str(number), {**record(), "curve_start": start})
+    assert starts == [None, 0.43]
+
+
+def test_failed_starts_in_the_ledger_do_not_count(tmp_path: Path) -> None:
+    """A start that ended before its first step leaves a header, of another mechanism perhaps."""
+    run = write_run(tmp_path / "run")
+    (run / "ledger.jsonl").unlink()
+    write_ledger(run / "ledger.jsonl", 0, 7.0, sensitivity=3.0)
+    write_ledger(run / "ledger.jsonl", STEPS, SIGMA)
+    text = visible(write_report(run, tmp_path / "r.html").read_text())
+    assert f"verified, {STEPS} steps" in text
+    assert "Sensitivity of the sum 1.0000001" in text

@@ -42,7 +42,7 @@ def test_a_librispeech_tree(tree: Path) -> None:
     assert "no such file" in found["19-1-1"]
     assert found["19-1-2"] == "no transcript"
     assert "empty (0 bytes)" in found["19-1-3"]
-    assert found["19-1-9"] == "no line in 19-1.trans.txt"
+    assert found["19-1-9"] == "no line in its listing: 19-1.trans.txt"
     assert len(found) == 4
 
 
@@ -78,9 +78,9 @@ def test_an_unknown_subset_is_named(tree: Path) -> None:
         ("[1, 2]", "all.jsonl:2", "not a JSON object"),
         ('"text"', "all.jsonl:2", "not a JSON object"),
         ("nul\\x00\\xff", "all.jsonl:2", "not JSON"),
-        ({"text": "no audio"}, "all.jsonl:2", "all.jsonl:2 has no `audio` path"),
-        ({"audio": 3, "text": "number"}, "all.jsonl:2", "has no `audio` path"),
-        ({"audio": "", "text": "none"}, "all.jsonl:2", "has no `audio` path"),
+        ({"text": "no audio"}, "all.jsonl:2", "no `audio` path"),
+        ({"audio": 3, "text": "number"}, "all.jsonl:2", "no `audio` path"),
+        ({"audio": "", "text": "none"}, "all.jsonl:2", "no `audio` path"),
         ({"audio": "good.wav"}, "good", "no transcript"),
         ({"audio": "good.wav", "text": None}, "good", "no transcript"),
         ({"audio": "good.wav", "text": "  "}, "good", "no transcript"),
@@ -146,7 +146,7 @@ def test_speakers_are_text_or_unknown(mixed: Path) -> None:
         ("valid", {}, r"split='valid'.*splits there: test, train; corpora: a, b"),
         ("train", {"corpus": "c"}, r"data\.corpus='c'"),
         (None, {"speakers": ["nobody"]}, "no recordings match"),
-        (None, {"min_seconds": 5.0}, r"all 4 recordings were left out.*\n  0: too short"),
+        (None, {"min_seconds": 5.0}, r"all 4 recordings were left out.*\n  0 \(all\.jsonl:1\): too short"),
     ],
 )
 def test_nothing_left_is_refused_with_the_reason(
@@ -167,3 +167,43 @@ def test_nothing_left_is_refused_with_the_reason(
 def test_no_such_source(source: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_corpus(source, data=options())
+
+
+# What ends a line, what names a recording
+
+
+def test_only_line_feeds_end_a_manifests_line(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav")
+    write(tmp_path / "b.wav")
+    path = tmp_path / "all.jsonl"
+    text = '{"audio": "a.wav", "text": "one\u2028two\u0085three"}\r\n{"audio": "b.wav", "text": "four"}\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    corpus = read(path)
+    assert texts(corpus) == {"a": "one two three", "b": "four"}
+    assert not corpus.problems
+
+
+def test_only_line_feeds_end_a_transcripts_line(tmp_path: Path) -> None:
+    folder = chapter(tmp_path, "dev", "26", {"26-1-0": "ONE\u2028TWO", "26-1-1": "THREE"})
+    listing = folder / "26-1.trans.txt"
+    listing.write_bytes(b"\xef\xbb\xbf" + listing.read_bytes())
+    write(folder / "26-1-0.flac")
+    write(folder / "26-1-1.flac")
+    corpus = read(tmp_path)
+    assert texts(corpus) == {"26-1-0": "ONE TWO", "26-1-1": "THREE"}
+    assert not corpus.problems
+
+
+@pytest.mark.parametrize("inside", ["dev-clean", "dev-clean/26", "dev-clean/26/1"])
+def test_a_tree_is_read_from_inside(tree: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    monkeypatch.chdir(tree / inside)
+    corpus = read(Path("."))
+    assert (list(texts(corpus)), corpus.speakers) == (["26-1-0"], ["26"])
+    assert texts(read(Path("."), "dev-clean")) == texts(corpus)
+
+
+def test_problems_say_the_line_where_ids_collide(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav")
+    line = {"audio": "lost.wav", "text": "x", "utt_id": "same"}
+    corpus = read(manifest(tmp_path, [{**line, "audio": "a.wav"}, line, {**line, "text": None}]))
+    assert [problem.name for problem in corpus.problems] == ["same (all.jsonl:2)", "same (all.jsonl:3)"]

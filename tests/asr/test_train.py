@@ -16,8 +16,8 @@ import torch
 from asr_finetune import checkpoint, prepare, run_folder
 from asr_finetune.config import Config, ConfigError, ModelConfig, TrainConfig
 from asr_finetune.ctc import CTCRecognizer
-from asr_finetune.evaluate import load_with_adapter
 from asr_finetune.loop import learning_rate
+from asr_finetune.models import load_with_adapter
 from asr_finetune.run_folder import RunFolder, RunFolderError
 from asr_finetune.train import Interrupted, TrainResult, train
 from dpkernels import PrivacyEngine
@@ -125,8 +125,7 @@ def test_a_whole_run(folder: Path) -> None:
     assert values["privacy"]["adjacency"] == "add or remove one example"
     assert values["privacy"]["epsilon_rdp"] > values["privacy"]["epsilon"] > 0
     assert values["privacy"]["sample_rate"] == BATCH / UTTERANCES
-    assert values["data"]["utterances"] == UTTERANCES
-    assert values["data"]["speakers"] == 4
+    assert values["data"]["units"] == UTTERANCES
     assert values["model"]["trained_parameters"] > 1000
     assert [point["step"] for point in values["curve"]] == [4, 8]
     assert values["curve"][0]["epsilon"] < values["curve"][1]["epsilon"] == result.epsilon
@@ -471,3 +470,12 @@ def test_delta_above_one_over_n_warns(folder: Path) -> None:
 def test_learning_rates(schedule: Any, expected: list[float]) -> None:
     config = TrainConfig(steps=6, warmup_steps=2, learning_rate=1.0, lr_schedule=schedule)
     assert [learning_rate(config, step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_the_accountant_that_a_run_is_held_to(folder: Path) -> None:
+    config = small(folder, train__steps=2, privacy__accountant="rdp")
+    result = train(config, progress=False)
+    privacy = run_json(config)["privacy"]
+    assert privacy["epsilon"] == privacy["epsilon_rdp"] == result.epsilon
+    assert privacy["epsilon_pld"] == pytest.approx(epsilon(SIGMA, BATCH / UTTERANCES, 2, DELTA))
+    assert privacy["epsilon_pld"] < privacy["epsilon_rdp"]

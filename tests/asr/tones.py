@@ -50,7 +50,7 @@ def write_manifest(
                 "audio": f"{name}/{index}.wav",
                 "text": " ".join(words),
                 "speaker": f"s{index % speakers}",
-                "utt_id": f"u{index}",
+                "utt_id": f"u{index}" if name == "tones" else f"{name}-{index}",
             }
         )
     path = folder / f"{name}.jsonl"
