@@ -1,0 +1,42 @@
+"""One contender's step in a fresh process: what `bench.compare` runs, in turns, with either commit's package.
+
+    python -m bench.probe parakeet-lora "dpkernels bookkeeping" --size 8 --frames 150 --rounds 5
+
+Prints one JSON object: {"seconds": the median}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+
+import torch
+
+from bench.cases import CASES
+from bench.contenders import Settings, registry
+from bench.timer import interleave, stopwatch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.probe")
+    parser.add_argument("case", choices=sorted(CASES))
+    parser.add_argument("contender")
+    parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    case = CASES[options.case]
+    model = case.model(options.frames, device=options.device)
+    batch = case.batch(options.size, options.frames, device=options.device)
+    contender = registry()[options.contender](case, model, batch, Settings())
+    taken = interleave({"it": contender}, rounds=options.rounds, measure=stopwatch(options.device))
+    print(json.dumps({"seconds": taken["it"].median}))
+
+
+if __name__ == "__main__":
+    main()

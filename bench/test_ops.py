@@ -1,0 +1,91 @@
+"""Group *ops*: each norm op and weighted sum × method × backend, against plain PyTorch and Opacus's samplers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.checker import CANNOT, OK, WRONG
+from bench.op_cases import PLAIN, Maker, OpCase
+from bench.results import Row, compare_rows
+from bench.session import Bench
+from bench.timer import Call, interleave, stopwatch
+
+# (B, T, d, p); the first of each width also runs the ops that know only one width.
+ON_CPU = [(8, t, d, p) for d, p in ((256, 256), (256, 1024), (1024, 1024)) for t in (50, 150, 500)]
+ON_GPU = [(16, t, d, p) for d, p in ((1024, 1024), (1024, 4096)) for t in (188, 750)]
+TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 5e-2}
+"""Relative, of a norm or a sum. Norms are rounded up by design: at these shapes by up to 1 % of the square."""
+
+SHAPES = ON_GPU if torch.cuda.is_available() else ON_CPU
+
+
+def _ids(shape: tuple[int, ...]) -> str:
+    return "B{}-T{}-{}x{}".format(*shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=_ids)
+def test_ops(bench: Bench, shape: tuple[int, int, int, int]) -> None:
+    if bench.quick:
+        if shape != SHAPES[0]:
+            pytest.skip("--benchmark-quick: one shape")
+        shape = (2, 16, 24, 32)
+    size, frames, d, p = shape
+    on_gpu = bench.device.startswith("cuda")
+    maker = Maker(bench.device, bench.dtype, copies=_copies(bench, size * frames * (d + p)) if on_gpu else 1)
+    for case in maker.cases(size, frames, d, p, layers=bench.quick or d == p):
+        _run(bench, case)
+
+
+def _copies(bench: Bench, entries: int) -> int:
+    """How many argument sets outgrow the GPU's second-level cache twice over."""
+    cache = torch.cuda.get_device_properties(bench.device).L2_cache_size
+    return max(2, math.ceil(2 * cache / (entries * bench.dtype.itemsize)))
+
+
+def _run(bench: Bench, case: OpCase) -> None:
+    rows = {name: Row(case.op, case.op, case.shape, name) for name in case.contenders}
+    for name, function in case.contenders.items():
+        _check(rows[name], function, case, TOLERANCE[bench.dtype])
+    runners = {
+        name: Call(function, case.sets)
+        for name, function in case.contenders.items()
+        if rows[name].status == OK
+    }
+    taken = interleave(runners, rounds=3 if bench.quick else 25, seconds=0.8, measure=stopwatch(bench.device))
+    least = bench.ceilings.seconds(case.flops, case.moved)
+    for name, samples in taken.items():
+        rows[name].timed(samples).floor_share = round(least / samples.median, 4)
+    compare_rows(rows.values(), base=PLAIN)
+    bench.record("ops", rows.values(), taken)
+    assert rows[PLAIN].status == OK
+
+
+def _check(row: Row, function: object, case: OpCase, limit: float) -> None:
+    try:
+        given = function(*case.sets[0])  # type: ignore[operator]
+    except (KeyError, RuntimeError, ValueError, NotImplementedError) as error:
+        row.status, row.reason = CANNOT, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if isinstance(error, KeyError):
+            row.reason = "it has no sampler for this layer"
+        return
+    pairs = list(zip(given if isinstance(given, tuple) else [given], case.exact, strict=True))
+    error = max(_error(one, truth) for one, truth in pairs)
+    row.error = float(f"{error:.1e}")
+    below = row.contender.startswith("dpkernels") and case.op.endswith("norm_sq")
+    if not error <= limit:
+        row.status, row.reason = WRONG, f"off by {error:.1e} (limit {limit:.0e})"
+    elif below and any(bool((one.double() < _unrounded(truth)).any()) for one, truth in pairs):
+        row.status, row.reason = WRONG, "a norm below the exact one"
+
+
+def _unrounded(truth: Tensor) -> Tensor:
+    """The reference rounds up to float32: a correct norm may be one step below it."""
+    return truth.double() * (1 - 2.0**-22)
+
+
+def _error(given: Tensor, truth: Tensor) -> float:
+    return float((given.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300))

@@ -1,0 +1,113 @@
+"""The commands as they are typed: `pytest --benchmark`, `python -m bench.…`, plain pytest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.memory import Job, Server
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+
+
+def test_quick_benchmark_end_to_end(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = run(
+        *(
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "--benchmark",
+            "--benchmark-quick",
+            "--benchmark-groups",
+            "layers",
+        ),
+        *("--benchmark-device", "cpu", f"--benchmark-output={tmp_path}", f"--benchmark-json={report}"),
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = tmp_path.glob("*/layers.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert len({row["contender"] for row in rows}) >= 6
+    assert {row["status"] for row in rows} == {"ok"}
+    assert "One LoRA Linear" in done.stdout
+    # pytest-benchmark's own report has a row for every contender, with all of its samples.
+    rows_there = json.loads(report.read_text())["benchmarks"]
+    assert len(rows_there) == len(rows)
+    assert all(len(row["stats"]["data"]) == 2 for row in rows_there)
+    table = run("-m", "bench.report", "--results", str(tmp_path), "--print")
+    assert table.returncode == 0, table.stderr
+
+
+def test_plain_pytest_collects_nothing_of_bench() -> None:
+    done = run(
+        "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "tests/bench/test_timer.py", "."
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tests/bench/test_timer.py::" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.startswith("bench/")]
+
+
+def test_the_benchmarks_collect_nothing_else() -> None:
+    done = run("-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "--collect-only", "-q")
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert found == {f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench"], "add --benchmark"),
+        (["--benchmark", "--benchmark-groups", "speed"], "choose from ops, layers, step, model"),
+    ],
+)
+def test_usage_errors_name_the_mend(arguments: list[str], message: str) -> None:
+    done = run("-m", "pytest", "-p", "no:cacheprovider", *arguments)
+    assert done.returncode == 4
+    assert message in done.stderr
+
+
+def test_the_options_are_documented() -> None:
+    text = run("-m", "pytest", "--help").stdout
+    assert "--benchmark  " in text or "--benchmark\n" in text
+    assert "--benchmark-quick" in text
+
+
+def test_memory_is_measured_in_fresh_processes() -> None:
+    with Server() as server:
+        small = server.peak(Job("tiny-lora", "non-private", 1, 16))
+        large = server.peak(Job("tiny-lora", "non-private", 8, 128))
+    assert small is not None
+    assert large is not None
+    assert small < large
+
+
+def test_gpu_script_refuses_without_a_gpu_and_prints_its_parts() -> None:
+    dry = run("-m", "bench.gpu", "--dry-run", WHEELS="some-wheels", OUT="some-folder")
+    assert dry.returncode == 0, dry.stderr
+    lines = dry.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["wheels", "build"]
+    assert "--find-links some-wheels" in lines[0]
+    assert "--no-deps --no-build-isolation ." in lines[1]
+    assert {"ops", "layers", "step", "model"} <= {line.split()[0] for line in lines}
+    assert all("--benchmark-output=some-folder" in line for line in lines if "--benchmark " in line)
+    assert run("-m", "bench.gpu", "--dry-run", "no-such-part").returncode == 2
+    refused = run("-m", "bench.gpu", CUDA_VISIBLE_DEVICES="")
+    assert refused.returncode == 2
+    assert "sees no CUDA device" in refused.stderr
