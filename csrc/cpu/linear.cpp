@@ -30,11 +30,36 @@ int64_t effective_length(const dpk_tensor& x, const dpk_tensor& g, int64_t i, in
   return end;
 }
 
+// Whether a column's frames lie side by side in memory: a convolution's layout, [B,C,T] seen as [B,T,C].
+// Reading it row by row would touch a cache line for every entry.
+template <class R>
+bool channels_first(const dpk_tensor& v) {
+  return v.dtype == kDtype<R> && v.stride[1] == 1 && v.stride[2] != 1;
+}
+
 template <class R>
 void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int64_t t1, R* panels,
                  double* square_norms) {
   const Micro<R>& k = micro<R>();
   const int64_t n = v.size[2], width = k.nr;
+  if (channels_first<R>(v)) {
+    const R* rows = reinterpret_cast<const R*>(at(v, i, t0, 0));
+    // The float64 roundings of n additions are below the slack that the bounds leave for them (bounds.h).
+    if (square_norms != nullptr) k.column_squares(rows, v.stride[2], n, t1 - t0, square_norms + t0);
+    R* dst = panels + t0 * width;
+    for (int64_t j = 0; j < n; j += width, dst += length * width) {
+      const R* src = rows + j * v.stride[2];
+      const int64_t columns = std::min(width, n - j);
+      if (columns == width) {
+        k.transpose(src, v.stride[2], t1 - t0, dst);
+        continue;
+      }
+      std::fill_n(dst, (t1 - t0) * width, R(0));
+      for (int64_t r = 0; r < columns; ++r)
+        for (int64_t t = 0; t < t1 - t0; ++t) dst[t * width + r] = src[r * v.stride[2] + t];
+    }
+    return;
+  }
   std::vector<R> space(static_cast<size_t>(n));
   for (int64_t t = t0; t < t1; ++t) {
     const Rows<R> row(v, i, t, 1, 0, n, 1, space.data());
@@ -57,6 +82,15 @@ void pack_transposed(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0,
                      double* square_norms) {
   const Micro<R>& k = micro<R>();
   const int64_t n = v.size[2], width = k.nr, frames = std::min(width, length - t0);
+  if (channels_first<R>(v)) {
+    const R* rows = reinterpret_cast<const R*>(at(v, i, t0, 0));
+    k.column_squares(rows, v.stride[2], n, frames, square_norms + t0);
+    for (int64_t j = 0; j < n; ++j, panel += width) {
+      std::copy_n(rows + j * v.stride[2], frames, panel);
+      std::fill(panel + frames, panel + width, R(0));
+    }
+    return;
+  }
   const bool in_place = v.dtype == kDtype<R> && v.stride[2] == 1 && frames == width;
   const Scratch<R> space(in_place ? 0 : width * n);
   for (int64_t r = 0; !in_place && r < width; ++r) {
@@ -176,8 +210,9 @@ class Norms {
     const Scratch<R> packed_panels(end_of(group, packed(group.back().length, p, false)));
     const int64_t frames = group.back().rows_at + group.back().length;
     std::vector<double> x_rows(static_cast<size_t>(frames)), g_rows(static_cast<size_t>(frames));
-    const int threads = worthwhile_threads(
-        threads_, static_cast<double>(frames) * static_cast<double>(p) * static_cast<double>(d) / 16);
+    const int threads =
+        worthwhile_threads(threads_, static_cast<double>(frames) * static_cast<double>(rows * width) *
+                                         static_cast<double>(columns * width) / 16);
 
     const auto pieces =
         items_of(group, [](const Sample& s, int64_t unit) { return ceil_div(s.length, unit); }, kPackFrames);
