@@ -145,7 +145,7 @@ class Norms {
     for (Sample sample : samples) {
       const int64_t x_size = packed(sample.length, x_.size[2], gram),
                     g_size = packed(sample.length, g_.size[2], gram);
-      if (!group.empty() && (size + x_size + g_size) * static_cast<int64_t>(sizeof(R)) > kGroupBytes) {
+      if (!group.empty() && (size + x_size + g_size) * kSize > kGroupBytes) {
         body(group);
         group.clear();
         size = rows = 0;
@@ -207,7 +207,8 @@ class Norms {
 
   void by_direct(const std::vector<Sample>& group) {
     const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr, rows = panels(p), columns = panels(d);
-    const Scratch<R> packed_panels(end_of(group, packed(group.back().length, p, false)));
+    const Workspace workspace(end_of(group, packed(group.back().length, p, false)) * kSize);
+    R* const packed_panels = workspace.as<R>();
     const int64_t frames = group.back().rows_at + group.back().length;
     std::vector<double> x_rows(static_cast<size_t>(frames)), g_rows(static_cast<size_t>(frames));
     const int threads =
@@ -220,8 +221,8 @@ class Norms {
       const Sample& s = *pieces[static_cast<size_t>(n)].sample;
       const int64_t t0 = pieces[static_cast<size_t>(n)].index * kPackFrames,
                     t1 = std::min(t0 + kPackFrames, s.length);
-      pack_frames<R>(x_, s.index, s.length, t0, t1, packed_panels.get() + s.x_at, x_rows.data() + s.rows_at);
-      pack_frames<R>(g_, s.index, s.length, t0, t1, packed_panels.get() + s.g_at, g_rows.data() + s.rows_at);
+      pack_frames<R>(x_, s.index, s.length, t0, t1, packed_panels + s.x_at, x_rows.data() + s.rows_at);
+      pack_frames<R>(g_, s.index, s.length, t0, t1, packed_panels + s.g_at, g_rows.data() + s.rows_at);
     });
 
     const auto items = items_of(group, [](const Sample&, int64_t unit) { return unit; }, rows);
@@ -229,12 +230,12 @@ class Norms {
     parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t n, int) {
       const Sample& s = *items[static_cast<size_t>(n)].sample;
       const int64_t row = items[static_cast<size_t>(n)].index, used = std::min(width, p - row * width);
-      const R* a = packed_panels.get() + s.g_at + row * s.length * width;
+      const R* a = packed_panels + s.g_at + row * s.length * width;
       alignas(64) R tile[kMostTile];
       alignas(64) double sum[kMostBlock];
       double square = 0.0;
       for (int64_t column = 0; column < columns; ++column) {
-        const R* b = packed_panels.get() + s.x_at + column * s.length * width;
+        const R* b = packed_panels + s.x_at + column * s.length * width;
         if (s.length > kBlock) {
           block(a, b, s.length, tile, sum);
           square += k_.dot(sum, sum, width * width);
@@ -269,7 +270,8 @@ class Norms {
   // (sum_t ||g_t||)^2 or (sum_t ||x_t||)^2.
   void by_gram(const std::vector<Sample>& group, std::vector<Sample>& redo) {
     const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr;
-    const Scratch<R> packed_panels(end_of(group, packed(group.back().length, p, true)));
+    const Workspace workspace(end_of(group, packed(group.back().length, p, true)) * kSize);
+    R* const packed_panels = workspace.as<R>();
     const int64_t frames = group.back().rows_at + group.back().length;
     std::vector<double> x_rows(static_cast<size_t>(frames)), g_rows(static_cast<size_t>(frames));
     const int threads =
@@ -282,17 +284,17 @@ class Norms {
       const Sample& s = *items[static_cast<size_t>(n)].sample;
       const int64_t panel = items[static_cast<size_t>(n)].index;
       pack_transposed<R>(x_, s.index, s.length, panel * width,
-                         packed_panels.get() + s.x_at + panel * width * d, x_rows.data() + s.rows_at);
+                         packed_panels + s.x_at + panel * width * d, x_rows.data() + s.rows_at);
       pack_transposed<R>(g_, s.index, s.length, panel * width,
-                         packed_panels.get() + s.g_at + panel * width * p, g_rows.data() + s.rows_at);
+                         packed_panels + s.g_at + panel * width * p, g_rows.data() + s.rows_at);
     });
 
     std::vector<double> partial(items.size());
     parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t n, int) {
       const Sample& s = *items[static_cast<size_t>(n)].sample;
       const int64_t row = items[static_cast<size_t>(n)].index;
-      const R* x = packed_panels.get() + s.x_at;
-      const R* g = packed_panels.get() + s.g_at;
+      const R* x = packed_panels + s.x_at;
+      const R* g = packed_panels + s.g_at;
       alignas(64) R tile[kMostTile];
       alignas(64) double xx[kMostBlock], gg[kMostBlock];
       double square = 0.0;
@@ -332,6 +334,7 @@ class Norms {
     }
   }
 
+  static constexpr int64_t kSize = static_cast<int64_t>(sizeof(R));
   // Largest tile and block of any instruction set (micro.h: nr <= 32, mr <= nr).
   static constexpr int kMostTile = 32 * 32, kMostBlock = 32 * 32;
 
