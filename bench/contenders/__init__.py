@@ -73,7 +73,7 @@ NON_PRIVATE, OWN_LAYERS = "non-private", "own layers, non-private"
 OPACUS_HOOKS, OPACUS_GHOST, TORCH_FUNC = "Opacus hooks", "Opacus ghost", "torch.func"
 
 
-def ours(strategy: str = STRATEGIES[0]) -> str:
+def ours(strategy: str = "bookkeeping") -> str:
     """The name of this package's contender of a strategy."""
     return f"dpkernels {strategy}"
 
