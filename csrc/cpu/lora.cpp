@@ -1,4 +1,5 @@
-// LoRA: squared norms ||dh_i^T x_i||^2 and scaling^2 ||g_i^T h_i||^2, and their weighted sums.
+// LoRA: squared norms ||dh_i^T x_i||^2 and scaling^2 ||g_i^T h_i||^2, their weighted sums, and the gradients
+// themselves.
 //
 // Both are a narrow matrix [T, r] against a wide one [T, n]. The wide one is read once, in place: a strip of
 // columns at a time, 64 frames of it (in the first caches) against the narrow matrix, whose r x strip product
@@ -25,7 +26,7 @@ struct Factor {
   const dpk_tensor* wide;
   double scaling;
   float* norm_sq;  // norms: [B]
-  void* out;       // sums: [r, n], or [n, r] when `transposed`
+  void* out;       // sums: [r, n], or [n, r] when `transposed`; gradients: one of these a sample
   bool transposed;
 };
 
@@ -62,6 +63,25 @@ class LoRA {
         for (int which = 0; which < 2; ++which)
           finish(which, indices_[first + sample], &squares[sample * static_cast<size_t>(pieces)],
                  &scales[sample * static_cast<size_t>(pieces)]);
+    });
+  }
+
+  void gradients() {
+    for (int64_t i = 0; i < batch(); ++i) indices_.push_back(i);
+    for_groups([&](size_t first, size_t count) {
+      const int64_t pieces = strips(0) + strips(1);
+      parallel_for(static_cast<int64_t>(count) * pieces, threads_, [&](int64_t n, int) {
+        const Piece piece = piece_of(n % pieces);
+        const Factor& f = factors_[piece.which];
+        const size_t sample = static_cast<size_t>(n / pieces);
+        const int64_t start = indices_[first + sample] * r_ * f.wide->size[2];
+        const Scratch<double> sum(padded_ * kStrip);
+        std::fill_n(sum.get(), padded_ * kStrip, 0.0);
+        product(piece, indices_[first + sample], sample, f.scaling, sum.get(), false);
+        for_runs(piece, sum.get(), [&](const double* run, int64_t index, int64_t n) {
+          write_out(f.out, kDtype<R>, start + index, n, run);
+        });
+      });
     });
   }
 
@@ -251,6 +271,20 @@ dpk_status dpk_cpu_lora_norm_sq(const dpk_tensor* x, const dpk_tensor* h, const 
       LoRA<decltype(r)>({dh, x, 1.0, out_a, nullptr, false}, {h, g, scaling, out_b, nullptr, true}, lengths,
                         threads)
           .norms();
+    });
+  });
+}
+
+dpk_status dpk_cpu_lora_gradients(const dpk_tensor* x, const dpk_tensor* h, const dpk_tensor* g,
+                                  const dpk_tensor* dh, double scaling, int32_t threads, void* out_a,
+                                  void* out_b) {
+  using namespace dpk;
+  return guard([&] {
+    check(*x, *h, *g, *dh, scaling, nullptr);
+    for_arithmetic(wide_input(*x, *h, *g, *dh), [&](auto r) {
+      LoRA<decltype(r)>({dh, x, 1.0, nullptr, out_a, false}, {h, g, scaling, nullptr, out_b, true}, nullptr,
+                        threads)
+          .gradients();
     });
   });
 }

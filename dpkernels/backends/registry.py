@@ -23,6 +23,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "linear": ("linear_norm_sq", "linear_weighted_sum"),
     "bias": ("bias_norm_sq", "bias_weighted_sum"),
     "lora": ("lora_norm_sq", "lora_weighted_sum"),
+    "lora_gradients": ("lora_gradients",),
     "embedding": ("embedding_norm_sq", "embedding_weighted_sum"),
     "layer_norm": ("layer_norm_norm_sq", "layer_norm_weighted_sum"),
     "depthwise_conv1d": ("depthwise_conv1d_norm_sq", "depthwise_conv1d_weighted_sum"),

@@ -59,7 +59,9 @@ class Record(ABC):
 
     def held_bytes(self) -> int:
         """Bytes of the tensors that it keeps alive, over the whole batch."""
-        tensors = (t for t in vars(self).values() if isinstance(t, Tensor) and not isinstance(t, nn.Parameter))
+        tensors = (
+            t for t in vars(self).values() if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)
+        )
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def entries(self) -> int | None:
@@ -78,8 +80,10 @@ class Record(ABC):
 
         Raises TypeError naming both layers when the two rules cannot be combined.
         """
-        if isinstance(other, ExpandedRecord) and self.entries() is not None and len(self.parameters) == 1:
-            return self.formed()[0].merge(other)
+        if self.parameters == other.parameters and len(self.parameters) == 1:
+            first, second = _as_formed(self), _as_formed(other)
+            if first is not None and second is not None:
+                return first.merge(second)
         raise TypeError(
             f"{self.layer} ({type(self).__name__}) and {other.layer} ({type(other).__name__}) use the same "
             "trained parameter in ways that cannot be combined; untie them or freeze the parameter"
@@ -193,11 +197,9 @@ class LoRARecord(Record):
 
     def formed(self) -> tuple[ExpandedRecord, ...]:
         """dh_iᵀ x_i of A and s·g_iᵀ h_i of B."""
-        of_b = per_sample_product(self.g, self.h).mul_(self.scaling)
-        return (
-            formed_gradient(self.layer, self.a, per_sample_product(self.dh, self.x)),
-            formed_gradient(self.layer, self.b, of_b),
-        )
+        x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
+        of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)
+        return ExpandedRecord(self.layer, self.a, of_a), ExpandedRecord(self.layer, self.b, of_b)
 
     def merge(self, other: Record) -> Record:
         """Concatenated along T."""
@@ -233,9 +235,7 @@ class ExpandedRecord(Record):
         ops.bias_weighted_sum(self._flat(), factors, sums[self.parameter].view(-1))
 
     def merge(self, other: Record) -> Record:
-        """Added, sample by sample; another rule's record is formed for it."""
-        if not isinstance(other, ExpandedRecord) and other.entries() is not None and len(other.parameters) == 1:
-            (other,) = other.formed()
+        """Added, sample by sample."""
         if not isinstance(other, ExpandedRecord) or other.parameter is not self.parameter:
             return super().merge(other)
         first, second = common_dtype(self.g, other.g)
@@ -363,7 +363,7 @@ class Conv1dRecord(Record):
         return LinearRecord(self.layer, self.weight, *self._group(0))
 
     def merge(self, other: Record) -> Record:
-        """As linear records, unfolded; grouped ones cannot."""
+        """As linear records, unfolded; grouped ones formed."""
         if self.groups == 1 and isinstance(other, LinearRecord | Conv1dRecord):
             return self.as_linear().merge(other)
         return super().merge(other)
@@ -389,6 +389,13 @@ def unfold(
     n = len(output)
     order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
     return view.permute(order).reshape(batch, math.prod(output), channels * math.prod(kernel))
+
+
+def _as_formed(record: Record) -> ExpandedRecord | None:
+    """The record of one parameter's per-sample gradients, or None where its rule does not form them."""
+    if isinstance(record, ExpandedRecord):
+        return record
+    return None if record.entries() is None else record.formed()[0]
 
 
 def per_sample_product(g: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dpkernels.ops.clip import clip_factors
 from dpkernels.ops.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.ops.embedding import embedding_norm_sq, embedding_weighted_sum
 from dpkernels.ops.linear import linear_norm_sq, linear_weighted_sum
-from dpkernels.ops.lora import lora_norm_sq, lora_weighted_sum
+from dpkernels.ops.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.ops.norm import layer_norm_norm_sq, layer_norm_weighted_sum
 
 registry.add_reference({name: getattr(reference, name) for name in reference.__all__})
@@ -32,6 +32,7 @@ __all__ = [
     "layer_norm_weighted_sum",
     "linear_norm_sq",
     "linear_weighted_sum",
+    "lora_gradients",
     "lora_norm_sq",
     "lora_weighted_sum",
 ]

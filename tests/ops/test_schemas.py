@@ -15,6 +15,8 @@ TENSOR_OPS = [op for op in registry.OPS if not op.startswith("chacha20")]
 def arguments(op: str) -> tuple[tuple[torch.Tensor | float, ...], dict[str, Any]]:
     if op == "clip_factors":
         return (torch.rand(4), 1.0), {}
+    if op == "lora_gradients":
+        return tuple(make("lora").tensors.values()), {}
     family, _, kind = op.rpartition("_norm_sq" if op.endswith("_norm_sq") else "_weighted_sum")
     del kind
     case = make(family)
