@@ -283,10 +283,10 @@ class Norms {
     parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t n, int) {
       const Sample& s = *items[static_cast<size_t>(n)].sample;
       const int64_t panel = items[static_cast<size_t>(n)].index;
-      pack_transposed<R>(x_, s.index, s.length, panel * width,
-                         packed_panels + s.x_at + panel * width * d, x_rows.data() + s.rows_at);
-      pack_transposed<R>(g_, s.index, s.length, panel * width,
-                         packed_panels + s.g_at + panel * width * p, g_rows.data() + s.rows_at);
+      pack_transposed<R>(x_, s.index, s.length, panel * width, packed_panels + s.x_at + panel * width * d,
+                         x_rows.data() + s.rows_at);
+      pack_transposed<R>(g_, s.index, s.length, panel * width, packed_panels + s.g_at + panel * width * p,
+                         g_rows.data() + s.rows_at);
     });
 
     std::vector<double> partial(items.size());

@@ -78,9 +78,7 @@ class LoRA {
         const Scratch<double> sum(padded_ * kStrip);
         std::fill_n(sum.get(), padded_ * kStrip, 0.0);
         product(piece, indices_[first + sample], sample, f.scaling, sum.get(), false);
-        for_runs(piece, sum.get(), [&](const double* run, int64_t index, int64_t n) {
-          write_out(f.out, kDtype<R>, start + index, n, run);
-        });
+        write_piece(piece, sum.get(), kDtype<R>, start);
       });
     });
   }
@@ -94,13 +92,10 @@ class LoRA {
         const Factor& f = factors_[piece.which];
         const Scratch<double> sum(padded_ * kStrip);
         std::fill_n(sum.get(), padded_ * kStrip, 0.0);
-        for_runs(piece, sum.get(),
-                 [&](double* run, int64_t index, int64_t n) { read_out(f.out, out_dtype, index, n, run); });
+        read_piece(piece, sum.get(), out_dtype);
         for (size_t s = 0; s < count; ++s)
           product(piece, indices_[first + s], s, factors[indices_[first + s]] * f.scaling, sum.get(), false);
-        for_runs(piece, sum.get(), [&](const double* run, int64_t index, int64_t n) {
-          write_out(f.out, out_dtype, index, n, run);
-        });
+        write_piece(piece, sum.get(), out_dtype, 0);
       });
     });
   }
@@ -120,17 +115,34 @@ class LoRA {
     return {which, column, std::min(kStrip, factors_[which].wide->size[2] - column)};
   }
 
-  // Copies between a piece's float64 sum and the output, in runs that are dense in both.
-  template <class Copy>
-  void for_runs(const Piece& piece, double* sum, Copy&& copy) const {
+  // Between a piece's float64 sum [r, kStrip] and its place in the output, from entry `start` on; a
+  // transposed output's place is one run.
+  void read_piece(const Piece& piece, double* sum, dpk_dtype dtype) const {
     const Factor& f = factors_[piece.which];
-    for (int64_t m = 0; m < r_; ++m) {
-      double* row = sum + m * kStrip;
-      if (!f.transposed)
-        copy(row, m * f.wide->size[2] + piece.column, piece.columns);
-      else
-        for (int64_t j = 0; j < piece.columns; ++j) copy(row + j, (piece.column + j) * r_ + m, int64_t{1});
+    const int64_t n = piece.columns;
+    if (!f.transposed) {
+      for (int64_t m = 0; m < r_; ++m)
+        read_out(f.out, dtype, m * f.wide->size[2] + piece.column, n, sum + m * kStrip);
+      return;
     }
+    const Scratch<double> run(n * r_);
+    read_out(f.out, dtype, piece.column * r_, n * r_, run.get());
+    for (int64_t m = 0; m < r_; ++m)
+      for (int64_t j = 0; j < n; ++j) sum[m * kStrip + j] = run.get()[j * r_ + m];
+  }
+
+  void write_piece(const Piece& piece, const double* sum, dpk_dtype dtype, int64_t start) const {
+    const Factor& f = factors_[piece.which];
+    const int64_t n = piece.columns;
+    if (!f.transposed) {
+      for (int64_t m = 0; m < r_; ++m)
+        write_out(f.out, dtype, start + m * f.wide->size[2] + piece.column, n, sum + m * kStrip);
+      return;
+    }
+    const Scratch<double> run(n * r_);
+    for (int64_t m = 0; m < r_; ++m)
+      for (int64_t j = 0; j < n; ++j) run.get()[j * r_ + m] = sum[m * kStrip + j];
+    write_out(f.out, dtype, start + piece.column * r_, n * r_, run.get());
   }
 
   // Converts the narrow matrices of a group of samples, then calls body(first, count).
