@@ -35,6 +35,24 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (2, ANY): Config({"BT": 32, "BN": 64}),
         (4, ANY): Config({"BT": 32, "BN": 64}),
     },
+    "linear_gram": {
+        (2, ANY): Config({"BT": 64, "BK": 64}, warps=4, stages=3),
+        (4, ANY): Config({"BT": 64, "BK": 32}, warps=8, stages=2),
+    },
+    "linear_rows": {
+        (2, ANY): Config({"BT": 16, "BN": 128}),
+        (4, ANY): Config({"BT": 16, "BN": 128}),
+    },
+    "linear_direct": {
+        (2, ANY): Config({"BT": 64, "BP": 128, "BD": 128}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=4, stages=2),
+    },
+    "linear_sum": {
+        (2, ANY): Config({"BT": 64, "BP": 128, "BD": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+    },
+    "finish_gram": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
+    "finish_direct": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
 }
 
 

@@ -54,6 +54,25 @@ def load_rows(base, rows, columns, n, width, stride_t, stride_n, ALIGN: tl.const
 
 
 @triton.jit
+def product(a, b, acc, one, UPCAST: tl.constexpr):
+    """Acc + a @ b for float32 `acc`: products accumulated from 0 and then added, two accumulations and not one.
+
+    Triton turns `acc += tl.dot(a, b)` into one accumulation that starts at `acc`, which would make chains as long as
+    the sample. A factor of `one`, 1.0 and unknown to the compiler, keeps the addition out (and costs nothing: it is
+    the addition's multiply-add). UPCAST: the interpreter has no bfloat16 products.
+    """
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return acc + tl.dot(a, b, input_precision="ieee") * one
+
+
+@triton.jit
+def roundings_of(n, CHAIN: tl.constexpr, PER_TERM: tl.constexpr):
+    """Roundings that a term meets in a sum of n by `product` over pieces of CHAIN; float64."""
+    return (tl.minimum(n, CHAIN) * PER_TERM + 1 + (n + CHAIN - 1) // CHAIN).to(tl.float64)
+
+
+@triton.jit
 def gamma(roundings):
     """κu/(1−κu) in float64; infinite where so many roundings leave no bound."""
     nu = roundings * tl.full((), UNIT, tl.float64)
