@@ -35,6 +35,22 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (2, ANY): Config({"BT": 32, "BN": 64}),
         (4, ANY): Config({"BT": 32, "BN": 64}),
     },
+    "layer_norm_sums": {
+        (2, ANY): Config({"BT": 16, "BN": 64}),
+        (4, ANY): Config({"BT": 16, "BN": 64}),
+    },
+    "embedding_squares": {
+        (2, ANY): Config({"BT": 16, "BN": 128}),
+        (4, ANY): Config({"BT": 16, "BN": 128}),
+    },
+    "embedding_add": {
+        (2, ANY): Config({"BT": 16, "BN": 128}),
+        (4, ANY): Config({"BT": 16, "BN": 128}),
+    },
+    "depthwise_conv1d_sums": {
+        (2, ANY): Config({"BC": 4, "BT": 32, "SPAN": 512}),
+        (4, ANY): Config({"BC": 4, "BT": 32, "SPAN": 512}),
+    },
     "linear_gram": {
         (2, ANY): Config({"BT": 64, "BK": 64}, warps=4, stages=3),
         (4, ANY): Config({"BT": 64, "BK": 32}, warps=8, stages=2),
