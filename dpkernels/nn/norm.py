@@ -196,9 +196,10 @@ class _RMSNorm(torch.autograd.Function):
             layer.normalized_shape,
             weight,
         )
-        ctx.eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
+        # torch's default is the machine ε of the type it computes in, not of x's; given, so that the two agree
+        ctx.eps = torch.finfo(accumulation_dtype(x)).eps if layer.eps is None else layer.eps
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        return F.rms_norm(x, layer.normalized_shape, weight, layer.eps)
+        return F.rms_norm(x, layer.normalized_shape, weight, ctx.eps)
 
     @staticmethod
     @once_differentiable
