@@ -73,9 +73,9 @@ def magnitudes(a, b, product):
 
 
 @triton.jit
-def roundings_of(n, CHAIN: tl.constexpr, PER_TERM: tl.constexpr):
-    """Roundings that a term meets in a sum of n by `product` over pieces of CHAIN; float64."""
-    return (tl.minimum(n, CHAIN) * PER_TERM + 1 + (n + CHAIN - 1) // CHAIN).to(tl.float64)
+def roundings_of(n, LEAST: tl.constexpr, MOST: tl.constexpr, PER_TERM: tl.constexpr):
+    """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64."""
+    return (tl.minimum(n, MOST) * PER_TERM + 1 + (n + LEAST - 1) // LEAST).to(tl.float64)
 
 
 @triton.jit
