@@ -89,5 +89,6 @@ DPK_API dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter,
 #endif
 
 #include "cpu_kernels.h"
+#include "sweep_kernels.h"
 
 #endif  // DPKERNELS_H
