@@ -13,6 +13,7 @@ from dpkernels.reference.embedding import embedding_norm_sq, embedding_weighted_
 from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.reference.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.reference.norm import layer_norm_norm_sq, layer_norm_weighted_sum
+from dpkernels.reference.sweep import noise_adamw, noise_sgd
 
 __all__ = [
     "bias_norm_sq",
@@ -29,4 +30,6 @@ __all__ = [
     "lora_gradients",
     "lora_norm_sq",
     "lora_weighted_sum",
+    "noise_adamw",
+    "noise_sgd",
 ]
