@@ -1,6 +1,7 @@
 """Whose threads the native loops run on, and that they can: beside torch's, in forks, from several threads at once."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -87,6 +88,7 @@ def test_a_forked_child_computes_the_same() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a child that waits for ever fails the test instead of holding it up
         same = torch.equal(ops.linear_norm_sq(x, g, method="direct"), expected)
         os.write(writer, b"same" if same else b"other")
         os._exit(0)
