@@ -6,24 +6,32 @@ namespace dpk::DPK_ISA {
 namespace {
 
 // Entries whose normals and gradient are held in the first-level cache at a time: 8 + 4 + 4 bytes each.
-constexpr int64_t kChunk = 1024;
+constexpr int64_t kChunk = 512;
 static_assert(kChunk % (kBlockLanes * kNormalsPerBlock) == 0 && kChunk % kRoundingsPerBlock == 0);
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Asks for the next chunk's lines, so that they arrive while its normals are computed: these take longer than
-// the memory does.
 inline void prefetch(const void* start, int64_t bytes) {
   const char* at = static_cast<const char*>(start);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 1, 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 1, 3);
 }
 
-void fetch_chunk(const SweepPiece& piece, int64_t start, int64_t count) {
+// The normals of entries [start, start + count), and meanwhile their buffers' lines, so that memory is waited
+// for while there is something to compute. A few lines at a time: a core has room for some twenty that are on
+// their way.
+void draw_and_fetch(const SweepPiece& piece, int64_t start, int64_t count, double* z) {
+  constexpr int64_t kRound = kBlockLanes * kNormalsPerBlock;
   const int64_t width = piece.half ? 2 : 4;
-  prefetch(piece.sum + start, 8 * count);
-  prefetch(static_cast<const char*>(piece.parameter) + width * start, width * count);
-  if (piece.first != nullptr) prefetch(piece.first + start, 4 * count);
-  if (piece.second != nullptr) prefetch(piece.second + start, 4 * count);
+  ChaChaState stream = piece.noise;
+  for (int64_t done = 0; done < count; done += kRound) {
+    const int64_t at = start + done, entries = at_most(kRound, count - done);
+    prefetch(piece.sum + at, 8 * entries);
+    prefetch(static_cast<const char*>(piece.parameter) + width * at, width * entries);
+    if (piece.first != nullptr) prefetch(piece.first + at, 4 * entries);
+    if (piece.second != nullptr) prefetch(piece.second + at, 4 * entries);
+    stream.counter = piece.noise.counter + static_cast<uint32_t>(at / kNormalsPerBlock);
+    normals(stream, entries, z + done);
+  }
 }
 
 // Copied, so that the compiler need not fear that writing a buffer changes the plan.
@@ -99,12 +107,7 @@ void sweep(const SweepPiece& piece, const NoisePlan& noise, const Plan& plan) {
   alignas(64) float gradient[kChunk], wide[kChunk];
   for (int64_t start = 0; start < piece.count; start += kChunk) {
     const int64_t count = at_most(kChunk, piece.count - start);
-    if (noise.draws) {
-      fetch_chunk(piece, start, count);
-      ChaChaState stream = piece.noise;
-      stream.counter += static_cast<uint32_t>(start / kNormalsPerBlock);
-      normals(stream, count, z);
-    }
+    if (noise.draws) draw_and_fetch(piece, start, count, z);
     gradients(piece.sum + start, z, count, noise, gradient);
     float* first = piece.first == nullptr ? nullptr : piece.first + start;
     float* second = piece.second == nullptr ? nullptr : piece.second + start;
