@@ -11,5 +11,13 @@
 
 from dpkernels.backends.triton_ops.bias import bias_norm_sq, bias_weighted_sum
 from dpkernels.backends.triton_ops.linear import linear_norm_sq, linear_weighted_sum
+from dpkernels.backends.triton_ops.lora import lora_norm_sq, lora_weighted_sum
 
-__all__ = ["bias_norm_sq", "bias_weighted_sum", "linear_norm_sq", "linear_weighted_sum"]
+__all__ = [
+    "bias_norm_sq",
+    "bias_weighted_sum",
+    "linear_norm_sq",
+    "linear_weighted_sum",
+    "lora_norm_sq",
+    "lora_weighted_sum",
+]
