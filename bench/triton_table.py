@@ -111,11 +111,11 @@ def examples(
             return torch.empty(shape[0], shape[2], shape[1], dtype=kind, device="meta").transpose(1, 2)
         return torch.empty(*shape, dtype=kind, device="meta")
 
-    batch, rank = 4, 16
+    batch = 4
     factors = torch.empty(batch, device="meta")
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     outs: tuple[tuple[int, ...], ...]
-    for frames in (188, 3000):
+    for frames, rank in ((188, 16), (3000, 64), (188, 8)):
         options: dict[str, Any] = {"lengths": lengths}
         if family == "linear":
             tensors, outs = (empty(batch, frames, width), empty(batch, frames, wide)), ((wide, width),)
