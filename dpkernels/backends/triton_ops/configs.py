@@ -52,8 +52,8 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BC": 4, "BT": 32, "SPAN": 512}),
     },
     "linear_gram": {
-        (2, ANY): Config({"BT": 64, "BK": 64}, warps=4, stages=3),
-        (4, ANY): Config({"BT": 64, "BK": 32}, warps=8, stages=2),
+        (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=2),
     },
     "linear_rows": {
         (2, ANY): Config({"BT": 16, "BN": 128}),
@@ -61,9 +61,18 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     },
     "linear_direct": {
         (2, ANY): Config({"BT": 64, "BP": 128, "BD": 128}, warps=8, stages=3),
-        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=4, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+    },
+    "linear_direct unaligned": {
+        (2, ANY): Config({"BT": 32, "BP": 64, "BD": 128}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+    },
+    "linear_sum unaligned": {
+        (2, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=2),
     },
     "linear_sum": {
+        (2, 80): Config({"BT": 32, "BP": 128, "BD": 64}, warps=8, stages=3),
         (2, ANY): Config({"BT": 64, "BP": 128, "BD": 64}, warps=8, stages=3),
         (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
     },
@@ -72,15 +81,25 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
 }
 
 
-def config(kernel: str, dtype: torch.dtype, architecture: int) -> Config:
+def config(kernel: str, dtype: torch.dtype, architecture: int, aligned: bool = True) -> Config:
     """The entry for a kernel on inputs of a dtype.
 
     Args:
         kernel: its function's name.
         dtype: of the tensors it reads.
         architecture: compute capability × 10, such as 90; 0 in the interpreter.
+        aligned: whether it reads 16 bytes at a time; where not, addresses take registers, and the entry of
+            "kernel unaligned", if there is one, has smaller tiles.
     """
     entries = CONFIGS[kernel]
+    if not aligned:
+        entries = CONFIGS.get(f"{kernel} unaligned", entries)
     size = dtype.itemsize if (dtype.itemsize, ANY) in entries else 4
     # sm_103 runs as sm_100 does, sm_86 as sm_80
     return entries.get((size, architecture // 10 * 10), entries[size, ANY])
+
+
+def extremes(kernel: str, tile: str, dtype: torch.dtype, architecture: int) -> tuple[int, int]:
+    """(smallest, largest) size of a tile over layouts: for a bound that must hold whichever of them is met."""
+    sizes = [config(kernel, dtype, architecture, aligned).tiles[tile] for aligned in (True, False)]
+    return min(sizes), max(sizes)

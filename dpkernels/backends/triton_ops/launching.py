@@ -19,7 +19,7 @@ _ALIGN = 16
 """Elements: with strides and sizes divisible by it, loads are as wide as the hardware's."""
 
 # what every launch says: whether a·b + c may be one instruction (a bound never minds; Triton's default will change)
-_OPTIONS = {"enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -45,7 +45,7 @@ def launch(
     programs: int,
     like: Tensor,
     *arguments: Any,
-    dtype: torch.dtype | None = None,
+    aligned: bool = True,
     **constants: Any,
 ) -> None:
     """Run a kernel on `programs` programs, with the configuration for its name, `like`'s dtype and device.
@@ -53,14 +53,14 @@ def launch(
     Args:
         function: the kernel.
         programs: how many; 0 launches nothing.
-        like: a tensor of the device it runs on, of the dtype that it reads unless `dtype` says another.
+        like: a tensor of the device it runs on and of the dtype that it reads.
         arguments: tensors, integers, None.
-        dtype: for the configuration.
+        aligned: whether the configuration is for tensors that `rows` found aligned.
         constants: constexprs besides those of the configuration.
     """
     if programs == 0:
         return
-    chosen = configs.config(function.__name__, dtype or like.dtype, architecture(like.device))
+    chosen = configs.config(function.__name__, like.dtype, architecture(like.device), aligned)
     execute(function, programs, like.device, arguments, chosen.options | constants)
 
 
@@ -69,10 +69,10 @@ def execute(
 ) -> None:
     """Hand a kernel to Triton, on `device`'s current stream. `bench.triton_table` puts a compiler in its place."""
     if device.type != "cuda":
-        function[programs,](*arguments, **keywords, **_OPTIONS)
+        function[programs,](*arguments, **keywords, **OPTIONS)
         return
     with torch.cuda.device(device):
-        function[programs,](*arguments, **keywords, **_OPTIONS)
+        function[programs,](*arguments, **keywords, **OPTIONS)
 
 
 def tiles(size: int, tile: int) -> int:
@@ -80,9 +80,9 @@ def tiles(size: int, tile: int) -> int:
     return -(-size // tile)
 
 
-def tile_of(function: Any, like: Tensor, name: str) -> int:
+def tile_of(function: Any, like: Tensor, name: str, aligned: bool = True) -> int:
     """The size of a tile in the configuration that `launch` will use."""
-    return configs.config(function.__name__, like.dtype, architecture(like.device)).tiles[name]
+    return configs.config(function.__name__, like.dtype, architecture(like.device), aligned).tiles[name]
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ Nothing of size T×T or p×d reaches device memory, and the host waits for nothi
 decided on the device, from lengths, the layer's shape, and the flags of samples whose gram bound was too loose.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import bounds
+from dpkernels.backends.triton_ops import bounds, configs
 from dpkernels.backends.triton_ops.launching import (
     INTERPRETED,
+    architecture,
     dense,
     float64_by_torch,
     launch,
@@ -35,6 +38,12 @@ def upcast(tensor: Tensor) -> bool:
     return INTERPRETED and tensor.dtype == torch.bfloat16
 
 
+def sum_rounding(function: Any, like: Tensor) -> dict[str, int]:
+    """What the kernels that finish a norm must know of the weighted sum's kernel `function`."""
+    least, most = configs.extremes(function.__name__, "BT", like.dtype, architecture(like.device))
+    return {"SUM_LEAST": least, "SUM_MOST": most, "PER_TERM": bounds.roundings(like.dtype)}
+
+
 def _most_by_gram(method: str, frames: int, p: int, d: int) -> int:
     """The longest sample that `linear_kernels.by_gram` may give to half-Gram."""
     if method != "auto":
@@ -49,14 +58,15 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
     lengths, out = dense(lengths), torch.empty(len(x), dtype=torch.float32, device=x.device)
     (x_view, x_align), (g_view, g_align) = rows(x), rows(g)
     aligns = {"X_ALIGN": x_align, "G_ALIGN": g_align}
-    per_term, sum_bt = bounds.roundings(x.dtype), tile_of(linear_sum, x, "BT")
+    aligned = x_align > 1 and g_align > 1
+    rounding = sum_rounding(linear_sum, x)
     most = _most_by_gram(method, frames, p, d)
     # the kernels' own choice among methods; all by direct where no sample can be short enough
     choice = {"METHOD": _METHODS[method] if most else _METHODS["direct"]}
 
     scale = again = None
     if most:
-        gram_bt = tile_of(linear_gram, x, "BT")
+        gram_bt = tile_of(linear_gram, x, "BT", aligned)
         blocks = tiles(most, gram_bt)
         pairs = blocks * (blocks + 1) // 2
         products, diagonals = scratch(x, batch, pairs), scratch(x, batch, blocks, 3)
@@ -75,6 +85,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
             pairs,
             1.0,
             UPCAST=upcast(x),
+            aligned=aligned,
             **aligns,
             **choice,
         )
@@ -94,9 +105,8 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
             blocks,
             pairs,
             GRAM_BT=gram_bt,
-            GRAM_BK=tile_of(linear_gram, x, "BK"),
-            SUM_BT=sum_bt,
-            PER_TERM=per_term,
+            GRAM_BK=tile_of(linear_gram, x, "BK", aligned),
+            **rounding,
             **choice,
         )
 
@@ -117,9 +127,9 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
             **aligns,
             **choice,
         )
-    direct_bd = tile_of(linear_direct, x, "BD")
+    direct_bd = tile_of(linear_direct, x, "BD", aligned)
     across = tiles(d, direct_bd)
-    count = across * tiles(p, tile_of(linear_direct, x, "BP"))
+    count = across * tiles(p, tile_of(linear_direct, x, "BP", aligned))
     squares = scratch(x, batch, count)
     launch(
         linear_direct,
@@ -134,6 +144,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
         across,
         count,
         1.0,
+        aligned=aligned,
         UPCAST=upcast(x),
         **aligns,
     )
@@ -153,10 +164,9 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
         count,
         blocks,
         ROWS_BT=rows_bt,
-        DIRECT_BT=tile_of(linear_direct, x, "BT"),
+        DIRECT_BT=tile_of(linear_direct, x, "BT", aligned),
         DIRECT_BD=direct_bd,
-        SUM_BT=sum_bt,
-        PER_TERM=per_term,
+        **rounding,
         **choice,
     )
     return out
@@ -170,10 +180,11 @@ def linear_weighted_sum(
     (batch, frames, d), p = x.shape, g.shape[2]
     total = out.contiguous()
     (x_view, x_align), (g_view, g_align) = rows(x), rows(g)
-    across = tiles(d, tile_of(linear_sum, x, "BD"))
+    aligned = x_align > 1 and g_align > 1
+    across = tiles(d, tile_of(linear_sum, x, "BD", aligned))
     launch(
         linear_sum,
-        across * tiles(p, tile_of(linear_sum, x, "BP")),
+        across * tiles(p, tile_of(linear_sum, x, "BP", aligned)),
         x,
         *x_view,
         *g_view,
@@ -184,6 +195,7 @@ def linear_weighted_sum(
         frames,
         across,
         1.0,
+        aligned=aligned,
         X_ALIGN=x_align,
         G_ALIGN=g_align,
         UPCAST=upcast(x),

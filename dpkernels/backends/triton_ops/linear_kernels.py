@@ -143,7 +143,8 @@ def finish_gram(
     METHOD: tl.constexpr,
     GRAM_BT: tl.constexpr,
     GRAM_BK: tl.constexpr,
-    SUM_BT: tl.constexpr,
+    SUM_LEAST: tl.constexpr,
+    SUM_MOST: tl.constexpr,
     PER_TERM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -168,7 +169,9 @@ def finish_gram(
         of_x += tl.sum(tl.load(at + 1, mask=block < mine, other=0.0), axis=0)
         of_g += tl.sum(tl.load(at + 2, mask=block < mine, other=0.0), axis=0)
     int_d, int_p = d + tl.zeros((), tl.int32), p + tl.zeros((), tl.int32)
-    roundings = roundings_of(int_d, GRAM_BK, PER_TERM) + roundings_of(int_p, GRAM_BK, PER_TERM)
+    roundings = roundings_of(int_d, GRAM_BK, GRAM_BK, PER_TERM) + roundings_of(
+        int_p, GRAM_BK, GRAM_BK, PER_TERM
+    )
     relative = gamma(roundings + GRAM_BT + 2.0)
     tiny_x, tiny_g = one * TINIEST * 2.0 * d, one * TINIEST * 2.0 * p
     terms = (terms + 2.0 * n * tl.sqrt(tiny_x * of_g + tiny_g * of_x + tiny_x * tiny_g * n)) / (
@@ -177,7 +180,7 @@ def finish_gram(
     underflow = tiny_x * of_g + tiny_g * of_x + (tiny_x * tiny_g + one * TINIEST) * n
     error = relative * terms * terms + 2.0 * n * underflow
     loose = tl.where(error <= square * GRAM_SHARE, 0, 1)  # of NaN and of a negative square too
-    of_sum = gamma(roundings_of(n, SUM_BT, PER_TERM)) * terms + lost(n, p, d)
+    of_sum = gamma(roundings_of(n, SUM_LEAST, SUM_MOST, PER_TERM)) * terms + lost(n, p, d)
     upper = upper_square(tl.where(loose == 0, square + error, 0.0), of_sum)
     tl.store(scale + sample, terms)
     tl.store(again + sample, tl.where(n > 0, loose, 0))
@@ -269,7 +272,7 @@ def linear_direct(
     """partials [B, tiles]: Σ of squares of a [BP, BD] tile of gᵀx; one program each. again: None means all."""
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     sample, tile = program // tiles, program % tiles
-    if again is not None:
+    if again is not None:  # noqa: SIM102 (decided when compiled)
         if tl.load(again + sample) == 0:
             return
     n = frames_of(lengths, sample, frames)
@@ -314,13 +317,14 @@ def finish_direct(
     ROWS_BT: tl.constexpr,
     DIRECT_BT: tl.constexpr,
     DIRECT_BD: tl.constexpr,
-    SUM_BT: tl.constexpr,
+    SUM_LEAST: tl.constexpr,
+    SUM_MOST: tl.constexpr,
     PER_TERM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a sample: its norm, where direct computed it. scale: S of those that gram tried; None: of none."""
     sample = tl.program_id(0).to(tl.int64)
-    if again is not None:
+    if again is not None:  # noqa: SIM102 (decided when compiled)
         if tl.load(again + sample) == 0:
             return
     n = frames_of(lengths, sample, frames)
@@ -337,8 +341,8 @@ def finish_direct(
             block = first + tl.arange(0, BLOCK)
             terms += tl.sum(tl.load(rows + sample * blocks + block, mask=block < mine, other=0.0), axis=0)
     square = square * (1.0 + gamma(one * (DIRECT_BD + 2))) + one * TINIEST * 2.0 * p * d
-    of_norm = gamma(roundings_of(n, DIRECT_BT, PER_TERM))
-    of_sum = gamma(roundings_of(n, SUM_BT, PER_TERM))
+    of_norm = gamma(roundings_of(n, DIRECT_BT, DIRECT_BT, PER_TERM))
+    of_sum = gamma(roundings_of(n, SUM_LEAST, SUM_MOST, PER_TERM))
     upper = upper_square(square, (of_norm + of_sum) * terms + lost(n, p, d))
     tl.store(out + sample, tl.where(n > 0, upper, 0.0))
 
@@ -372,10 +376,7 @@ def linear_sum(
     """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 product times its factor, in float64."""
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     row, column = program // across * BP, program % across * BD
-    outputs, inputs = row + tl.arange(0, BP), column + tl.arange(0, BD)
-    at = out + outputs.to(tl.int64)[:, None] * d + inputs[None, :]
-    inside = (outputs < p)[:, None] & (inputs < d)[None, :]
-    total = tl.load(at, mask=inside, other=0.0).to(tl.float64)
+    total = tl.zeros((BP, BD), tl.float64)
     for i in range(0, batch):
         sample = i + tl.zeros((), tl.int64)
         factor = tl.load(factors + sample).to(tl.float64)
@@ -385,4 +386,9 @@ def linear_sum(
             row, column, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
         )  # fmt: skip
         total += factor * acc.to(tl.float64)
+    outputs, inputs = row + tl.arange(0, BP), column + tl.arange(0, BD)
+    # read only now: addresses held over the loop would spill
+    at = out + outputs.to(tl.int64)[:, None] * d + inputs[None, :]
+    inside = (outputs < p)[:, None] & (inputs < d)[None, :]
+    total += tl.load(at, mask=inside, other=0.0).to(tl.float64)
     tl.store(at, total.to(out.dtype.element_ty), mask=inside)
