@@ -115,7 +115,8 @@ def examples(
     factors = torch.empty(batch, device="meta")
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     outs: tuple[tuple[int, ...], ...]
-    for frames, rank in ((188, 16), (3000, 64), (188, 8)):
+    # taps: both of `depthwise_conv1d.TAPS`
+    for frames, rank, taps in ((188, 16, 5), (3000, 64, 31), (188, 8, 5)):
         options: dict[str, Any] = {"lengths": lengths}
         if family == "linear":
             tensors, outs = (empty(batch, frames, width), empty(batch, frames, wide)), ((wide, width),)
@@ -130,8 +131,12 @@ def examples(
             ids = torch.empty(batch, frames, dtype=torch.int64, device="meta")
             tensors, outs, options = (ids, empty(batch, frames, width)), ((1000, width),), {}
         else:
-            tensors, outs, options = (empty(batch, width, frames),) * 2, ((width, 1, 9),), {"padding": 4}
-        extra = {"kernel_size": 9} if family == "depthwise_conv1d" else {}
+            tensors, outs, options = (
+                (empty(batch, width, frames),) * 2,
+                ((width, 1, taps),),
+                {"padding": taps // 2},
+            )
+        extra = {"kernel_size": taps} if family == "depthwise_conv1d" else {}
         yield f"{family}_norm_sq", tensors, {**options, **extra}
         for kind in (torch.float64, torch.float32):
             sums = tuple(torch.empty(*shape, dtype=kind, device="meta") for shape in outs)

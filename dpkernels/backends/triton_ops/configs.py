@@ -40,16 +40,16 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 16, "BN": 64}),
     },
     "embedding_squares": {
-        (2, ANY): Config({"BT": 16, "BN": 128}),
-        (4, ANY): Config({"BT": 16, "BN": 128}),
+        (2, ANY): Config({"BT": 8, "BN": 128}),
+        (4, ANY): Config({"BT": 8, "BN": 128}),
     },
     "embedding_add": {
-        (2, ANY): Config({"BT": 16, "BN": 128}),
-        (4, ANY): Config({"BT": 16, "BN": 128}),
+        (2, ANY): Config({"BT": 8, "BN": 128}),
+        (4, ANY): Config({"BT": 8, "BN": 128}),
     },
     "depthwise_conv1d_sums": {
-        (2, ANY): Config({"BC": 4, "BT": 32, "SPAN": 512}),
-        (4, ANY): Config({"BC": 4, "BT": 32, "SPAN": 512}),
+        (2, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
+        (4, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
     },
     "lora_pieces": {
         (2, ANY): Config({"BT": 64, "BN": 128, "SAMPLES": 4}, warps=8, stages=3),

@@ -7,7 +7,6 @@ product's rounding and at most SPAN/BT + BT others, or as many as there are fram
 most γ Σ_t |g x| ≤ γ ‖x_c‖‖g_c‖ (Cauchy and Schwarz), whose squares cost one addition a frame and not one a product.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -23,8 +22,8 @@ from dpkernels.backends.triton_ops.launching import (
     tiles,
 )
 
-MOST_TAPS = 16
-"""Taps of one program; a filter with more is shared out among several."""
+TAPS = (8, 16)
+"""Taps of one program: enough for the filter, or the most, and the filter is shared out among several programs."""
 
 
 @kernel
@@ -104,7 +103,7 @@ def depthwise_conv1d_sums(
 
 def _pieces(x: Tensor, taps: int) -> tuple[int, int, int]:
     """(taps a program, programs across the taps, programs a sample)."""
-    size = min(MOST_TAPS, triton.next_power_of_2(taps))
+    size = next((size for size in TAPS if size >= taps), TAPS[-1])
     across = tiles(taps, size)
     return size, across, across * tiles(x.shape[1], tile_of(depthwise_conv1d_sums, x, "BC"))
 

@@ -67,12 +67,6 @@ def product(a, b, acc, one, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def magnitudes(a, b, product):
-    """|a·b| of float32 entries, and more than 0 where a product of entries other than 0 underflowed to 0."""
-    return tl.where((product == 0.0) & (a != 0.0) & (b != 0.0), TINIEST, tl.abs(product))
-
-
-@triton.jit
 def roundings_of(n, LEAST: tl.constexpr, MOST: tl.constexpr, PER_TERM: tl.constexpr):
     """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64."""
     return (tl.minimum(n, MOST) * PER_TERM + 1 + (n + LEAST - 1) // LEAST).to(tl.float64)

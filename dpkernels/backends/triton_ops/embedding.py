@@ -7,6 +7,8 @@ and no two programs write to one row. Rows of g are added BT at a time in float3
 A sample's kept ids are sorted to the front, so that neither batch-mates nor padding tokens move them.
 """
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -132,6 +134,11 @@ def _taking_part(ids: Tensor, padding_idx: int | None) -> Tensor:
     return keep if padding_idx is None or padding_idx < 0 else keep & (ids != padding_idx)
 
 
+def _by_rows(g: Tensor) -> tuple[tuple[Any, ...], int]:
+    """`rows` of g with its features adjacent: rows are gathered, and from any other layout not worth it."""
+    return rows(g if g.stride(2) == 1 else g.contiguous())
+
+
 @float64_by_torch
 def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None) -> Tensor:
     """Σ_v ‖Σ_{t: ids_it = v} g_it‖², rounded up; see `dpkernels.ops.embedding_norm_sq`."""
@@ -141,7 +148,7 @@ def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None)
     kept = keep.sum(1)
     strips = tiles(width, tile_of(embedding_squares, g, "BN"))
     partials = scratch(g, batch, frames * strips, 2)
-    view, align = rows(g)
+    view, align = _by_rows(g)
     launch(
         embedding_squares,
         batch * frames * strips,
@@ -171,7 +178,7 @@ def embedding_weighted_sum(
     ordered, order, ends = _sorted(ids.masked_fill(~keep, _LAST).flatten())
     strips = tiles(width, tile_of(embedding_add, g, "BN"))
     total = out.contiguous()
-    view, align = rows(g)
+    view, align = _by_rows(g)
     launch(
         embedding_add,
         batch * frames * strips,

@@ -5,11 +5,12 @@ and at most BT others. The bound is by entries: entry j is off by at most γ Σ_
 summed beside it.
 """
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from dpkernels.backends.triton_ops import vectors
-from dpkernels.backends.triton_ops.device import frames_of, load_rows, magnitudes, sample_at, times
+from dpkernels.backends.triton_ops.device import TINIEST, frames_of, load_rows, sample_at, times
 from dpkernels.backends.triton_ops.launching import (
     dense,
     float64_by_torch,
@@ -20,6 +21,12 @@ from dpkernels.backends.triton_ops.launching import (
     tile_of,
     tiles,
 )
+
+
+@triton.jit
+def magnitudes(a, b, product):
+    """|a·b| of float32 entries, and more than 0 where a product of entries other than 0 underflowed to 0."""
+    return tl.where((product == 0.0) & (a != 0.0) & (b != 0.0), TINIEST, tl.abs(product))
 
 
 @kernel
