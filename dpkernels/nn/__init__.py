@@ -31,6 +31,7 @@ from dpkernels.nn.records import (
     NormRecord,
     Record,
 )
+from dpkernels.nn.sharing import sharing_inputs
 from dpkernels.nn.swapping import (
     ghost_subclass,
     register_child_swap,
@@ -84,6 +85,7 @@ __all__ = [
     "register_child_swap",
     "register_refusal",
     "register_swap",
+    "sharing_inputs",
     "swap",
     "unswap",
 ]
