@@ -1,8 +1,10 @@
 """Linear layers that read the same tensor (query, key and value; gate and up) share its Gram matrix.
 
-Σ_l ‖g_lᵀ x‖² is the square of one layer with all their outputs side by side, g = [g_1 … g_k]: its Gram form computes
-the T×T products of x once, T²(Σp + d) operations in place of T²(Σp + k·d), and is one launch in place of k. Its rounding
-bound covers the parts' sums too: by Minkowski Σ_t ‖x_t‖‖g_t‖ ≥ √(Σ_l (Σ_t ‖x_t‖‖g_lt‖)²), what their errors can add up to.
+Σ_l ‖g_lᵀ x‖² is the square of one layer with all their outputs side by side, g = [g_1 … g_k]: its Gram form
+computes the T×T products of x once, T²(Σp + d) operations in place of T²(Σp + k·d), and is one launch in place
+of k (measured on two cores: q, k and v of 256×256 at B = 8, T = 150 take 0.77 of the time). Its rounding bound
+covers the parts' sums too: by Minkowski Σ_t ‖x_t‖‖g_t‖ ≥ √(Σ_l (Σ_t ‖x_t‖‖g_lt‖)²), what their errors can add
+up to.
 """
 
 from __future__ import annotations
