@@ -22,6 +22,7 @@ from dpkernels.backends.triton_ops import bounds, configs, vectors
 from dpkernels.backends.triton_ops.device import (
     TINIEST,
     float64_of,
+    frames_added,
     frames_of,
     load_rows,
     product,
@@ -102,7 +103,7 @@ def strip_sums(
     for i in range(group * SAMPLES, tl.minimum((group + 1) * SAMPLES, batch)):
         sample = i + tl.zeros((), tl.int64)
         factor = tl.load(factors + sample).to(tl.float64)
-        n = tl.where(factor != 0.0, frames_of(lengths, sample, frames), 0)
+        n = frames_added(factor, lengths, sample, frames)
         acc, _ = strip_product(
             sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t,
             n_n, rank, columns, ranks, n, one, False, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
