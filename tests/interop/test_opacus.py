@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,6 +33,15 @@ def _as_it_was() -> Iterator[None]:
     yield
     dpkernels.opacus.unregister()
     assert before == TABLE
+
+
+def test_the_documented_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/opacus.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Opacus's and torch's of its hooks
+        exec(compile(code, "docs/opacus.md", "exec"), {})
+    assert "Linear: instead of" in capsys.readouterr().out
 
 
 def test_register_installs_and_unregister_puts_back() -> None:
