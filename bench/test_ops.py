@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import sweep_cases
 from bench.checker import CANNOT, OK, WRONG
 from bench.op_cases import PLAIN, Maker, OpCase
 from bench.results import Row, compare_rows
 from bench.session import Bench
 from bench.timer import Call, interleave, stopwatch
+from dpkernels import ops
 
 # (B, T, d, p); the first of each width also runs the ops that know only one width.
 ON_CPU = [(8, t, d, p) for d, p in ((256, 256), (256, 1024), (1024, 1024)) for t in (50, 150, 500)]
 ON_GPU = [(16, t, d, p) for d, p in ((1024, 1024), (1024, 4096)) for t in (188, 750)]
 TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 5e-2}
 """Relative, of a norm or a sum. Norms are rounded up by design: at these shapes by up to 1 % of the square."""
+
+SWEEPS = [(10**6, 100), (10**7, 100)]
+"""(parameters, in so many tensors)."""
 
 SHAPES = ON_GPU if torch.cuda.is_available() else ON_CPU
 
@@ -38,6 +43,67 @@ def test_ops(bench: Bench, shape: tuple[int, int, int, int]) -> None:
     maker = Maker(bench.device, bench.dtype, copies=_copies(bench, size * frames * (d + p)) if on_gpu else 1)
     for case in maker.cases(size, frames, d, p, layers=bench.quick or d == p):
         _run(bench, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "tensors"), SWEEPS)
+def test_sweep(bench: Bench, count: int, tensors: int, dtype: torch.dtype) -> None:
+    if bench.quick:
+        if (count, dtype) != (SWEEPS[0][0], torch.float32):
+            pytest.skip("--benchmark-quick: one size")
+        count, tensors = 4096, 3
+    elif bench.device.startswith("cuda"):
+        count *= 20  # larger than its second-level cache
+    name = str(dtype).removeprefix("torch.")
+    shape = {"n": count, "tensors": tensors}
+    rows, runners = {}, {}
+    for contender in (
+        sweep_cases.SWEEP,
+        sweep_cases.APART,
+        sweep_cases.PLAIN,
+        sweep_cases.NON_PRIVATE,
+    ):
+        rows[contender] = Row(f"noise_adamw {name}", f"noise and AdamW, {name} parameters", shape, contender)
+        reason = sweep_cases.wrong(contender, dtype, bench.device)
+        if reason:
+            rows[contender].status, rows[contender].reason = WRONG, reason
+        else:
+            runners[contender] = Call(sweep_cases.Update(contender, count, tensors, dtype, bench.device).run)
+    taken = interleave(runners, rounds=3 if bench.quick else 25, seconds=8, measure=stopwatch(bench.device))
+    # The sum is read and cleared, parameter and both moments are read and written.
+    least = bench.ceilings.seconds(30.0 * count, count * (16.0 + 16.0 + 2 * dtype.itemsize))
+    for contender, samples in taken.items():
+        rows[contender].timed(samples).floor_share = round(least / samples.median, 4)
+    compare_rows(rows.values(), base=sweep_cases.PLAIN)
+    bench.record("ops", rows.values(), taken)
+    assert rows[sweep_cases.PLAIN].status == OK
+
+
+def test_normals(bench: Bench) -> None:
+    """ChaCha20 beside torch's own generator: Philox on a GPU, a Mersenne twister on a CPU."""
+    count = 4096 if bench.quick else 10**8 if bench.device.startswith("cuda") else 10**7
+    torchs = "torch.randn"
+
+    def ours() -> Tensor:
+        return ops.chacha20_normal(
+            count, key=bytes(32), nonce=bytes(12), device=bench.device, dtype=torch.float32
+        )
+
+    contenders = {"dpkernels": ours, torchs: lambda: torch.randn(count, device=bench.device)}
+    rows = {}
+    for name, function in contenders.items():
+        rows[name] = Row("chacha20_normal", "standard normals, float32", {"n": count}, name)
+        deviation = float(function().double().std())
+        if abs(deviation - 1) > 5 / math.sqrt(2 * count):
+            rows[name].status, rows[name].reason = WRONG, f"their deviation is {deviation}"
+    runners = {name: Call(function) for name, function in contenders.items() if rows[name].status == OK}
+    taken = interleave(runners, rounds=3 if bench.quick else 25, seconds=4, measure=stopwatch(bench.device))
+    least = bench.ceilings.seconds(20.0 * count, 4.0 * count)
+    for name, samples in taken.items():
+        rows[name].timed(samples).floor_share = round(least / samples.median, 4)
+    compare_rows(rows.values(), base=torchs)
+    bench.record("ops", rows.values(), taken)
+    assert rows[torchs].status == OK
 
 
 def _copies(bench: Bench, entries: int) -> int:

@@ -111,12 +111,12 @@ def examples(
             return torch.empty(shape[0], shape[2], shape[1], dtype=kind, device="meta").transpose(1, 2)
         return torch.empty(*shape, dtype=kind, device="meta")
 
-    batch, rank = 4, 16
+    batch = 4
     factors = torch.empty(batch, device="meta")
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     outs: tuple[tuple[int, ...], ...]
     # taps: both of `depthwise_conv1d.TAPS`
-    for frames, taps in ((188, 5), (3000, 31)):
+    for frames, rank, taps in ((188, 16, 5), (3000, 64, 31), (188, 8, 5)):
         options: dict[str, Any] = {"lengths": lengths}
         if family == "linear":
             tensors, outs = (empty(batch, frames, width), empty(batch, frames, wide)), ((wide, width),)

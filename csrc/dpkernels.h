@@ -69,6 +69,10 @@ DPK_API dpk_status dpk_cpu_chacha20_keystream(const uint8_t* key, int64_t counte
 DPK_API dpk_status dpk_cpu_chacha20_normal(const uint8_t* key, int64_t counter, const uint8_t* nonce,
                                            int64_t count, dpk_dtype dtype, int32_t threads, void* out);
 
+// The transform alone, for inspection at chosen words: out[2i], out[2i+1] are the two normals of words[2i]
+// and words[2i+1].
+DPK_API dpk_status dpk_cpu_box_muller(const uint64_t* words, int64_t pairs, double* out);
+
 // ---- CUDA library
 // ----------------------------------------------------------------------------------------------------
 // Enqueued on `stream` (a cudaStream_t) of the current device; `out` is device memory. key and nonce are host
@@ -85,5 +89,6 @@ DPK_API dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter,
 #endif
 
 #include "cpu_kernels.h"
+#include "sweep_kernels.h"
 
 #endif  // DPKERNELS_H

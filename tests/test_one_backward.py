@@ -140,6 +140,7 @@ def private_sum(
             max_grad_norm=bound,
             physical_batch_size=micro_batch,
         )
+        optimizer.keep_gradients = True
         for micro_batches in loader:
             for batch_ids, batch_lengths in micro_batches:
                 optimizer.backward(model(batch_ids, batch_lengths))

@@ -49,6 +49,7 @@ def step_sizes(code: str) -> tuple[torch.Tensor, torch.Tensor]:
             noise_multiplier=0.0,
             max_grad_norm=0.5,
         )
+    optimizer.keep_gradients = True
     optimizer.backward(losses_of(model, data[[1, 4, 7]]))
     optimizer.step()
     return plain, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])

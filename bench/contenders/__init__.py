@@ -74,7 +74,7 @@ OPACUS_HOOKS, OPACUS_GHOST, TORCH_FUNC = "Opacus hooks", "Opacus ghost", "torch.
 OPACUS_OURS = "Opacus ghost + dpkernels"
 
 
-def ours(strategy: str = STRATEGIES[0]) -> str:
+def ours(strategy: str = "bookkeeping") -> str:
     """The name of this package's contender of a strategy."""
     return f"dpkernels {strategy}"
 

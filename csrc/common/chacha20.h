@@ -77,12 +77,18 @@ DPK_SHARED double from_bits(uint64_t bits) {
   return value;
 }
 
-// double(v), correctly rounded, for 0 <= v < 2^63; written so that it vectorises without an instruction for
-// it: 2^84 + (v >> 32) 2^32 and 2^52 + (v mod 2^32) are exact, and so is taking 2^84 + 2^52 from the first.
-DPK_SHARED double to_double(uint64_t v) {
-  const double high = from_bits((v >> 32) | 0x4530000000000000u);
-  const double low = from_bits((v & 0xffffffffu) | 0x4330000000000000u);
-  return (high - 0x1.00000001p84) + low;
+// double(v), correctly rounded. Where the instruction set converts 64-bit integers only one at a time, in a
+// way that vectorises: 2^84 + 2^63 + (v >> 32) 2^32 and 2^52 + (v mod 2^32) are exact, and so is the first
+// difference.
+DPK_SHARED double to_double(int64_t v) {
+#if defined(__SSE2__) && !defined(__AVX512DQ__) && !defined(__CUDA_ARCH__)
+  const uint64_t bits = static_cast<uint64_t>(v);
+  const double high = from_bits((bits >> 32) ^ 0x4530000080000000u);
+  const double low = from_bits((bits & 0xffffffffu) | 0x4330000000000000u);
+  return (high - 0x1.00000801p84) + low;
+#else
+  return static_cast<double>(v);
+#endif
 }
 
 // Box-Muller: two independent standard normals from two uniform 64-bit words,
@@ -93,65 +99,61 @@ DPK_SHARED double to_double(uint64_t v) {
 // Up to 1/2, u itself is rounded; above, its distance to 1 is, (2^64 - 1 - w0) 2^-64, so that both ends keep
 // full relative precision. The largest radius is sqrt(128 ln 2) = 9.42, the smallest but 0 is 2^-31.5. v is
 // reduced to the nearest quarter turn in integers, so no rounding of pi decides the quadrant.
+//
+// The polynomials are minimax; how far each is from its function is said beside it.
 DPK_SHARED void box_muller(uint64_t w0, uint64_t w1, double* z0, double* z1) {
   const double unit = 0x1p-64;
-  // ln u = e ln 2 + ln(1 + f) with sqrt(1/2) <= 1 + f <= sqrt(2).
-  const bool upper = (w0 >> 63) != 0;
-  const uint64_t scaled = bits_of(to_double(upper ? 0 : w0) + 1.0);  // 2^64 u
-  const uint64_t carried =
-      scaled + 0x00095f619980c433u;  // the exponent is one more from a mantissa of sqrt(2) on
+  const uint64_t sign = 0x8000000000000000u;
+  // u = x 2^-64, and ln u = e ln 2 + ln(1 + f) with sqrt(1/2) <= 1 + f <= sqrt(2). `nearest` counts from the
+  // nearer end of (0, 1].
+  const bool upper = static_cast<int64_t>(w0) < 0;
+  const double nearest = to_double(static_cast<int64_t>(upper ? ~w0 : w0));
+  const double x = upper ? 0x1p64 - nearest : nearest + 1.0;
+  const uint64_t scaled = bits_of(x);
+  // The exponent is one more from a mantissa of sqrt(2) on.
+  const uint64_t carried = scaled + 0x00095f619980c433u;
   const double mantissa = from_bits(scaled - (carried & 0xfff0000000000000u) + 0x3ff0000000000000u);
-  const double exponent = to_double(carried >> 52) - (1023 + 64);
-  const double rest = to_double(upper ? ~w0 : 0) * unit;  // 1 - u
-  const bool near_one = rest < 0.2928932188134524;        // u > sqrt(1/2)
-  const double f = upper ? (near_one ? -rest : 1.0 - 2.0 * rest) : mantissa - 1.0;
-  const double e = upper ? (near_one ? 0.0 : -1.0) : exponent;
-  // ln(1 + f) = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...), |s| <= 0.1716; the first term left out is below
-  // 2^-60 of the sum.
+  const double e = from_bits((carried >> 52) | 0x4330000000000000u) - (0x1p52 + 1023 + 64);
+  // e is 0 above sqrt(1/2), and only there: x itself has lost the low bits of u's distance to 1.
+  const double f = e == 0.0 ? nearest * -unit : mantissa - 1.0;
+  // ln(1 + f) = 2 artanh(s) = 2 s + s q p(q), q = s^2, |s| <= 0.1716; to 2^-59.
   const double s = f / (2.0 + f), q = s * s;
-  double p = 2.0 / 21;
-  p = p * q + 2.0 / 19;
-  p = p * q + 2.0 / 17;
-  p = p * q + 2.0 / 15;
-  p = p * q + 2.0 / 13;
-  p = p * q + 2.0 / 11;
-  p = p * q + 2.0 / 9;
-  p = p * q + 2.0 / 7;
-  p = p * q + 2.0 / 5;
-  p = p * q + 2.0 / 3;
+  double p = 0x1.2f0568a84ffb1p-3;
+  p = p * q + 0x1.39a1ba314aa2fp-3;
+  p = p * q + 0x1.74663eedf6e1dp-3;
+  p = p * q + 0x1.c71c52093ed37p-3;
+  p = p * q + 0x1.24924941f151bp-2;
+  p = p * q + 0x1.999999997fdb3p-2;
+  p = p * q + 0x1.5555555555592p-1;
   // 2 s = f - s f exactly, which keeps f's own precision. ln 2 in two parts: e times the first is exact.
   const double log1p = f - s * (f - q * p);
   const double log = e * 0x1.62e42fefa38p-1 + (e * 0x1.ef35793c7673p-45 + log1p);
   const double radius = sqrt(-2.0 * log);
 
-  // 2 pi v = k quarter turns + a, |a| <= pi/4, k to the nearest.
-  const uint64_t k = (w1 + 0x2000000000000000u) >> 62;
-  const uint64_t turned = w1 - (k << 62);  // modulo 2^64, in [-2^61, 2^61)
-  const bool negative = (turned >> 63) != 0;
-  const double magnitude = to_double(negative ? 0 - turned : turned) * (6.283185307179586 * unit);
-  const double a = negative ? -magnitude : magnitude, b = a * a;
-  // Taylor series; the first terms left out are below 2^-58.
-  double sine = 1.0 / 355687428096000;  // 17!
-  sine = sine * b - 1.0 / 1307674368000;
-  sine = sine * b + 1.0 / 6227020800;
-  sine = sine * b - 1.0 / 39916800;
-  sine = sine * b + 1.0 / 362880;
-  sine = sine * b - 1.0 / 5040;
-  sine = sine * b + 1.0 / 120;
-  sine = sine * b - 1.0 / 6;
+  // 2 pi v = k quarter turns + a, |a| <= pi/4, k to the nearest: the upper two bits of `turned`.
+  const uint64_t turned = w1 + 0x2000000000000000u;
+  const int64_t rest = static_cast<int64_t>(turned & 0x3fffffffffffffffu) - 0x2000000000000000;
+  const double a = to_double(rest) * (6.283185307179586 * unit), b = a * a;
+  // sin a = a + a b S(b), to 2^-58; cos a = 1 - b/2 + b^2 C(b), to 2^-64.
+  double sine = 0x1.5d932f926046ap-33;
+  sine = sine * b - 0x1.ae5e66d5b43e8p-26;
+  sine = sine * b + 0x1.71de3578751ccp-19;
+  sine = sine * b - 0x1.a01a019c126b6p-13;
+  sine = sine * b + 0x1.111111110f881p-7;
+  sine = sine * b - 0x1.5555555555549p-3;
   sine = a + a * (b * sine);
-  double cosine = 1.0 / 20922789888000;  // 16!
-  cosine = cosine * b - 1.0 / 87178291200;
-  cosine = cosine * b + 1.0 / 479001600;
-  cosine = cosine * b - 1.0 / 3628800;
-  cosine = cosine * b + 1.0 / 40320;
-  cosine = cosine * b - 1.0 / 720;
-  cosine = cosine * b + 1.0 / 24;
+  double cosine = -0x1.8faed003c9c4bp-37;
+  cosine = cosine * b + 0x1.1ee9ec4956ca1p-29;
+  cosine = cosine * b - 0x1.27e4f80a78ddfp-22;
+  cosine = cosine * b + 0x1.a01a019cb272bp-16;
+  cosine = cosine * b - 0x1.6c16c16c15185p-10;
+  cosine = cosine * b + 0x1.555555555554cp-5;
   cosine = 1.0 - (0.5 * b - b * (b * cosine));
-  const bool odd = (k & 1) != 0;
-  const double x = odd ? sine : cosine, y = odd ? cosine : sine;
-  *z0 = radius * (((k + 1) & 2) != 0 ? -x : x);
-  *z1 = radius * ((k & 2) != 0 ? -y : y);
+  // cos and sin of the sum: exchanged after an odd number of quarter turns, and signed by the quadrant.
+  const bool odd = (turned & 0x4000000000000000u) != 0;
+  const double along = radius * (odd ? sine : cosine), across = radius * (odd ? cosine : sine);
+  *z0 = from_bits(bits_of(along) ^ ((turned + 0x4000000000000000u) & sign));
+  *z1 = from_bits(bits_of(across) ^ (turned & sign));
 }
 
 }  // namespace dpk

@@ -53,3 +53,11 @@ dpk_status dpk_cpu_chacha20_normal(const uint8_t* key, int64_t counter, const ui
     });
   });
 }
+
+dpk_status dpk_cpu_box_muller(const uint64_t* words, int64_t pairs, double* out) {
+  return dpk::guard([&] {
+    if (pairs < 0)
+      dpk::invalid_argument("pairs is %lld; it must be 0 or more", static_cast<long long>(pairs));
+    DPK_DISPATCH(box_mullers)(words, pairs, out);
+  });
+}

@@ -2,9 +2,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <string>
 
 #include "common/chacha20_arguments.h"
+#include "cuda/launch.h"
 
 namespace dpk {
 namespace {
@@ -54,17 +54,6 @@ __global__ void __launch_bounds__(kThreads)
 
 unsigned int grid(int64_t blocks) {
   return static_cast<unsigned int>(std::min((blocks + kThreads - 1) / kThreads, kMaxGrid));
-}
-
-// Reports a launch that failed, with its sizes and device.
-void check_launch(const char* op, int64_t size, const char* unit) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return;
-  int device = -1;
-  cudaGetDevice(&device);
-  throw Error(DPK_CUDA_ERROR, std::string(op) + ": " + std::to_string(size) + " " + unit +
-                                  " on CUDA device " + std::to_string(device) + ": " +
-                                  cudaGetErrorString(error));
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ _MENDS = {
     "cuda": "put nvcc on the PATH and reinstall with DPKERNELS_BUILD=cuda",
 }
 
-_CUDA_FAMILIES = ("chacha20_keystream", "chacha20_normal")
+_CUDA_FAMILIES = ("chacha20_keystream", "chacha20_normal", "noise_adamw", "noise_sgd")
 """What the CUDA library has; its other ops on a GPU are not C ABI functions."""
 
 # dpk_status in csrc/dpkernels.h; any other failure is a RuntimeError.

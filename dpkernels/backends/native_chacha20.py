@@ -17,6 +17,7 @@ _HEAD = [
 ]  # key, counter, nonce, blocks or count
 _ARGUMENTS = {
     "dpk_cpu_chacha20_keystream": [*_HEAD, ctypes.c_int32, ctypes.c_void_p],
+    "dpk_cpu_box_muller": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     "dpk_cpu_chacha20_normal": [*_HEAD, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p],
     "dpk_cuda_chacha20_keystream": [*_HEAD, ctypes.c_void_p, ctypes.c_void_p],
     "dpk_cuda_chacha20_normal": [*_HEAD, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p],
@@ -61,4 +62,12 @@ def chacha20_normal(
     else:
         with torch.cuda.device(out.device):
             function(key, counter, nonce, n, code, out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    return out
+
+
+def box_muller(words: Tensor) -> Tensor:
+    """`dpkernels.reference.chacha20.box_muller` as csrc/common/chacha20.h has it; for inspection, CPU only."""
+    out = torch.empty(len(words), 2, dtype=torch.float64)
+    words = words.contiguous()
+    _function("cpu", "box_muller")(words.data_ptr(), len(words), out.data_ptr())
     return out

@@ -24,12 +24,15 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "linear": ("linear_norm_sq", "linear_weighted_sum"),
     "bias": ("bias_norm_sq", "bias_weighted_sum"),
     "lora": ("lora_norm_sq", "lora_weighted_sum"),
+    "lora_gradients": ("lora_gradients",),
     "embedding": ("embedding_norm_sq", "embedding_weighted_sum"),
     "layer_norm": ("layer_norm_norm_sq", "layer_norm_weighted_sum"),
     "depthwise_conv1d": ("depthwise_conv1d_norm_sq", "depthwise_conv1d_weighted_sum"),
     "clip": ("clip_factors",),
     "chacha20_keystream": ("chacha20_keystream",),
     "chacha20_normal": ("chacha20_normal",),
+    "noise_adamw": ("noise_adamw",),
+    "noise_sgd": ("noise_sgd",),
 }
 """Every op, by the group that is served by one backend."""
 
@@ -38,8 +41,16 @@ OPS: tuple[str, ...] = tuple(op for family in FAMILIES.values() for op in family
 TORCH_WINS: dict[tuple[str, str], str] = {}
 """(family, device type) -> the measurement by which `auto` prefers the torch composition to native code and Triton."""
 
-_NATIVE_MODULES = {"chacha20_keystream": "native_chacha20", "chacha20_normal": "native_chacha20"}
+_NATIVE_MODULES = {
+    "chacha20_keystream": "native_chacha20",
+    "chacha20_normal": "native_chacha20",
+    "noise_adamw": "native_sweep",
+    "noise_sgd": "native_sweep",
+}
 """Where a family's native functions are, if not in native_ops."""
+
+_TORCH_MODULES = {"noise_adamw": "torch_sweep", "noise_sgd": "torch_sweep"}
+"""The same for the torch compositions, if not in torch_ops."""
 
 Implementation = Callable[..., Any]
 
@@ -116,7 +127,7 @@ def _triton(family: str) -> tuple[ModuleType | None, str]:
 
 
 def _torch(family: str) -> tuple[ModuleType | None, str]:
-    module = importlib.import_module("dpkernels.backends.torch_ops")
+    module = importlib.import_module(f"dpkernels.backends.{_TORCH_MODULES.get(family, 'torch_ops')}")
     reason = _missing(module, family)
     return (None, reason) if reason else (module, "")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpkernels.nn.module import GhostModule, accumulation_dtype, no_autocast
+from dpkernels.nn.module import GhostModule, accumulation_dtype, named_modules, no_autocast
 from dpkernels.nn.records import BiasRecord, NormRecord
 
 
@@ -116,7 +116,7 @@ def batch_norms_in_training(model: nn.Module) -> list[str]:
     """Names of the batch norms that mix the samples of a batch: in training mode, or without statistics."""
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, _BatchNorm)
         and not isinstance(module, FrozenBatchNorm)
         and (module.training or module.running_mean is None)

@@ -1,8 +1,9 @@
 """The ops: checked public functions over `torch.ops.dpkernels`, one name from schema to reference to backend.
 
 Each `*_norm_sq` gives every sample's squared gradient norm, rounded up; each `*_weighted_sum` adds the
-clipped gradients to a sum in place. Neither forms per-sample gradients of a linear layer. Which
-implementation runs, and why: `dpkernels.backends.registry.explain()` or `python -m dpkernels`.
+clipped gradients to a sum in place. Neither forms per-sample gradients of a linear layer. `noise_adamw` and
+`noise_sgd` turn the sums into the parameters' update. Which implementation runs, and why:
+`dpkernels.backends.registry.explain()` or `python -m dpkernels`.
 """
 
 from dpkernels import reference
@@ -13,8 +14,9 @@ from dpkernels.ops.clip import clip_factors
 from dpkernels.ops.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.ops.embedding import embedding_norm_sq, embedding_weighted_sum
 from dpkernels.ops.linear import linear_norm_sq, linear_weighted_sum
-from dpkernels.ops.lora import lora_norm_sq, lora_weighted_sum
+from dpkernels.ops.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.ops.norm import layer_norm_norm_sq, layer_norm_weighted_sum
+from dpkernels.ops.sweep import noise_adamw, noise_sgd
 
 registry.add_reference({name: getattr(reference, name) for name in reference.__all__})
 
@@ -32,6 +34,9 @@ __all__ = [
     "layer_norm_weighted_sum",
     "linear_norm_sq",
     "linear_weighted_sum",
+    "lora_gradients",
     "lora_norm_sq",
     "lora_weighted_sum",
+    "noise_adamw",
+    "noise_sgd",
 ]

@@ -30,8 +30,9 @@ def define(
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if check is not None:
             check(*args, **kwargs)
+        first = args[0][0] if isinstance(args[0], list) else args[0]
         with torch.no_grad():
-            return registry.implementation(name, args[0].device.type)(*args, **kwargs)
+            return registry.implementation(name, first.device.type)(*args, **kwargs)
 
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")

@@ -7,9 +7,11 @@ holds the purpose, a rank, the parameter's index and a draw counter that only ev
 so no two draws share a stream, also when a checkpoint sets the number of steps back.
 """
 
+import math
 import os
 import struct
 import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,8 +25,23 @@ KEY_BYTES = 32
 PURPOSE_NOISE = 1
 PURPOSE_INCLUSION = 2
 PURPOSE_SUBSET = 3
+PURPOSE_ROUNDING = 4
 _BLOCK_BYTES = 64
 _MAX_BLOCKS = 2**32  # ChaCha20's block counter (RFC 8439)
+
+
+# The noised sum is rounded to multiples of a power of two: this many binary places below the noise's deviation.
+GRID_BITS = 12
+
+
+def grid_of(noise_scale: float) -> float:
+    """The public grid of a release: 2^(⌊log₂ noise_scale⌋ - 12), and 0 (no grid) without noise.
+
+    A double's own spacing depends on its size, so that the last bits of sum + noise tell of the sum (Mironov 2012).
+    Rounded to one grid for all sizes, what remains of the noise under each released value is some 2⁴⁰ of its doubles,
+    whichever sum it was added to. It costs 2⁻²⁴/12 of the noise's variance.
+    """
+    return 0.0 if noise_scale == 0 else 2.0 ** (math.frexp(noise_scale)[1] - 1 - GRID_BITS)
 
 
 def nonce(purpose: int, index: int, draw: int, rank: int = 0) -> bytes:
@@ -104,6 +121,19 @@ class SecretStream:
         return chacha20_normal(count, key=self._key, nonce=stream, device=device, dtype=torch.float64).view(
             shape
         )
+
+    def sweep_secrets(self, indices: Sequence[int], *, draw: int, rounding: bool) -> dict[str, Any]:
+        """`key`, `nonces` and `rounding_nonces` of `dpkernels.ops.noise_adamw` for the parameters of these indices.
+
+        The nonces are those of `normal`, so that the noise is the same; rounding has streams of its own purpose.
+        """
+        return {
+            "key": self._key,
+            "nonces": [nonce(PURPOSE_NOISE, index, draw) for index in indices],
+            "rounding_nonces": [nonce(PURPOSE_ROUNDING, index, draw) for index in indices]
+            if rounding
+            else [],
+        }
 
     def words(self, count: int, *, draw: int, purpose: int, index: int = 0) -> np.ndarray:
         """`count` independent uniform 64-bit words (numpy uint64)."""

@@ -1,5 +1,6 @@
 """The private optimizer: per-sample losses in, one noised gradient a logical batch out."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,7 +20,10 @@ from dpkernels.privacy.checks import (
     trained_parameters,
 )
 from dpkernels.privacy.clipping import total_norm_sq
-from dpkernels.privacy.noise import SecretStream
+from dpkernels.privacy.noise import SecretStream, grid_of
+from dpkernels.privacy.sweep import Release, narrow_states, restore_wide_states, take_step, uncovered
+
+logger = logging.getLogger("dpkernels")
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,23 @@ class DPOptimizer(torch.optim.Optimizer):
     """A torch optimizer that steps on clipped, summed and noised gradients.
 
     The step it takes is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
-    of the sum: float64 up to one rounding to each parameter's dtype; everything after it is post-processing.
-        `param_groups`,
-    `state` and `defaults` are the wrapped optimizer's, so that learning-rate schedulers and `state_dict`
-    work.
+    of the sum: float64, the noised sum rounded to a public grid, then to float32; everything after it is
+    post-processing. `param_groups`, `state` and `defaults` are the wrapped optimizer's, so that learning-rate
+    schedulers and `state_dict` work.
+
+    torch's AdamW, Adam and SGD are not called: noise, division and their update are one sweep over memory
+    (`dpkernels.ops.noise_adamw`, `noise_sgd`), with float32 state also for bfloat16 parameters. Any other optimizer,
+    and what `dpkernels.privacy.sweep.uncovered` names (amsgrad, hooks on its step, ...), gets the noised gradients in
+    `.grad` and its own step is called; that is logged once, with the reason.
 
     Made by `PrivacyEngine.make_private`.
+
+    Attributes:
+        keep_gradients: after a step, `.grad` of every trained parameter holds the noised gradient that was applied.
+            False by default: it costs memory and time, and nothing here reads it. Where the wrapped optimizer's own
+            step is called, they are there in any case.
+        stochastic_rounding: bfloat16 parameters are rounded at random, so that small updates are not lost; False by
+            default. step() raises where the sweep cannot be used.
 
     Args:
         optimizer: the wrapped optimizer.
@@ -102,7 +117,13 @@ class DPOptimizer(torch.optim.Optimizer):
         self._trained = trained_parameters(model)
         self._held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._buffers = released_buffers(model)
+        self.keep_gradients = False
+        self.stochastic_rounding = False
+        scale = noise_multiplier * sensitivity
+        self._release = Release(scale, grid_of(scale), expected_batch_size)
+        self._logged: set[str] = set()
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._summed = False
         self._published: dict[nn.Parameter, Tensor] = {}
         self._examples = 0
         self._drawn: int | None = None
@@ -167,8 +188,9 @@ class DPOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the wrapped optimizer's state."""
+        """Load the wrapped optimizer's state, from this class's or torch's own state_dict."""
         self.original_optimizer.load_state_dict(state_dict)
+        restore_wide_states(self.original_optimizer, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
         """Refused: the trained parameters are fixed when the model is made private."""
@@ -234,14 +256,17 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> Any:  # type: ignore[override]
-        """End the logical batch: count it, add the noise, divide, let the wrapped optimizer step.
+        """End the logical batch: count it, add the noise, divide, and step as the wrapped optimizer does.
 
         Without a backward before it, it is the step of an empty batch: noise alone, and counted all the same.
+        An exception after the count leaves a batch that is gone, and parameters of which a part may have been stepped
+        on, each with its noise.
 
         Raises:
             BudgetExhausted: this step would exceed target_epsilon; nothing was spent.
-            RuntimeError: the trained parameters or the buffers are no longer those of make_private, or part of
-                the logical batch was not back-propagated; nothing was spent.
+            RuntimeError: the trained parameters or the buffers are no longer those of make_private, part of the
+                logical batch was not back-propagated, or stochastic_rounding is set where the sweep does not cover
+                the optimizer; nothing was spent.
             TypeError: a closure was given.
         """
         if closure is not None:
@@ -262,18 +287,15 @@ class DPOptimizer(torch.optim.Optimizer):
                 "collate_fn pack several examples into one row? Back-propagate every micro-batch once, with one "
                 "loss for each example (0 for one that is to be left out), then step(), then zero_grad()."
             )
+        fused = self._can_sweep()
         self._spend()
         try:
             draw = self._stream.next_draw()
-            gradients = {
-                parameter: self._noised_gradient(index, parameter, draw)
-                for index, parameter in enumerate(self._trained.values())
-            }
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
-            self._published = gradients
             self._last_seen = self._seen
-            return self.original_optimizer.step()
+            if not fused:
+                return self._step_apart(draw)
+            self._sweep(draw)
+            return None
         finally:
             # Never a second release of the same batch: not even when the wrapped step failed.
             self._forget_batch()
@@ -285,34 +307,81 @@ class DPOptimizer(torch.optim.Optimizer):
         self._published = {}
         self.original_optimizer.zero_grad(set_to_none=True)
 
+    def _can_sweep(self) -> bool:
+        reason = uncovered(self.original_optimizer, list(self._trained.values()))
+        if reason and self.stochastic_rounding:
+            raise RuntimeError(
+                f"stochastic_rounding=True needs the fused sweep, which cannot be used here: {reason}. Set it to "
+                "False, or use torch's AdamW, Adam or SGD without what is named."
+            )
+        if reason and reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("noise and the optimizer's step are separate passes, which is slower: %s", reason)
+        return not reason
+
+    def _sweep(self, draw: int) -> None:
+        """Noise, division, the optimizer's update and clearing the sums, in one pass over memory."""
+        kept = take_step(
+            self.original_optimizer,
+            list(self._trained.values()),
+            {parameter: self._sum_of(parameter) for parameter in self._trained.values()},
+            self._release,
+            self._stream,
+            draw,
+            keep_gradients=self.keep_gradients,
+            stochastic_rounding=self.stochastic_rounding,
+        )
+        self._summed = False  # the sweep has cleared them
+        for parameter, gradient in kept.items():
+            parameter.grad = gradient
+        self._published = kept
+
+    def _step_apart(self, draw: int) -> Any:
+        """The noised gradients first, then the wrapped optimizer's own step."""
+        self._summed = True  # the sums are overwritten
+        gradients = {
+            parameter: self._noised_gradient(index, parameter, draw)
+            for index, parameter in enumerate(self._trained.values())
+        }
+        narrow_states(self.original_optimizer, list(self._trained.values()))
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        self._published = gradients
+        return self.original_optimizer.step()
+
     def _noised_gradient(self, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-        """(sum + σ·S·N(0, 1)) / expected batch size, in float64, rounded once to the parameter's dtype.
+        """round((sum + σ·S·N(0, 1))/grid)·grid / expected batch size, in float64, rounded once to the parameter's
+        dtype: the sweep's arithmetic, operation by operation.
 
         The sum is overwritten: `_forget_batch` clears it.
         """
-        total = self._sums.get(parameter)
-        if total is None:
-            total = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+        total, release = self._sum_of(parameter), self._release
+        unit = release.grid or 1.0
         if self.noise_multiplier > 0:
             noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-            total.add_(noise, alpha=self.noise_multiplier * self.sensitivity)
-        return total.div_(self.expected_batch_size).to(parameter.dtype, copy=True)
+            total.div_(unit).add_(noise.mul_(release.noise_scale / unit)).round_()
+        return total.mul_(unit / release.divisor).to(parameter.dtype, copy=True)
+
+    def _sum_of(self, parameter: nn.Parameter) -> Tensor:
+        if parameter not in self._sums:
+            self._sums[parameter] = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
+        return self._sums[parameter]
 
     @torch.no_grad()
     def _add(self, records: list[Record], factors: Tensor) -> None:
+        self._summed = True
         for record in records:
             for parameter in record.parameters:
-                if parameter not in self._sums:
-                    self._sums[parameter] = torch.zeros(
-                        parameter.shape, dtype=torch.float64, device=parameter.device
-                    )
+                self._sum_of(parameter)
             record.add_weighted_sum(factors.to(record.parameters[0].device), self._sums)
 
     def _forget_batch(self) -> None:
         # Kept and cleared, not dropped: touching 8 bytes a trained parameter of fresh memory in every step was
-        # measured to cost a sixth of a full fine-tuning step on a CPU.
-        for total in self._sums.values():
-            total.zero_()
+        # measured to cost a sixth of a full fine-tuning step on a CPU. Cleared once: the sweep does it, too.
+        if self._summed:
+            for total in self._sums.values():
+                total.zero_()
+        self._summed = False
         self._examples = 0
         self._seen = []
         self._spoiled = False

@@ -10,11 +10,28 @@ from dpkernels.backends import registry
 from tests.ops.cases import FAMILIES, make
 
 TENSOR_OPS = [op for op in registry.OPS if not op.startswith("chacha20")]
+SWEEPS = {"noise_adamw": 2, "noise_sgd": 1}
+"""And how many states each keeps."""
 
 
-def arguments(op: str) -> tuple[tuple[torch.Tensor | float, ...], dict[str, Any]]:
+def sweep_arguments(op: str) -> tuple[Any, ...]:
+    def each(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.rand(3, dtype=dtype), torch.rand(2, 2, dtype=dtype)]
+
+    lists = [each(torch.float32), each(torch.float64), *(each(torch.float32) for _ in range(SWEEPS[op] + 1))]
+    nonces = [torch.arange(24, dtype=torch.uint8), torch.arange(24, 48, dtype=torch.uint8)]
+    noise = (torch.zeros(32, dtype=torch.uint8), *nonces, 1.0, 2.0**-10, 4.0, False)
+    hyper = (0.1, 0.9, 0.99, 1e-8, 0.01, True) if op == "noise_adamw" else (0.1, 0.9, 0.0, 0.01, False)
+    return (*lists, [1.0, 2.0], *noise, *hyper)
+
+
+def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if op == "clip_factors":
         return (torch.rand(4), 1.0), {}
+    if op == "lora_gradients":
+        return tuple(make("lora").tensors.values()), {}
+    if op in SWEEPS:
+        return sweep_arguments(op), {}
     family, _, kind = op.rpartition("_norm_sq" if op.endswith("_norm_sq") else "_weighted_sum")
     del kind
     case = make(family)
@@ -35,18 +52,21 @@ def test_declares_what_it_mutates(op: str) -> None:
     schema = getattr(torch.ops.dpkernels, op).default._schema
     written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     outs = {a.name for a in schema.arguments if a.name.startswith("out")}
+    if op in SWEEPS:
+        states = {"exp_avgs", "exp_avg_sqs"} if op == "noise_adamw" else {"momentum_buffers"}
+        outs = {"params", "sums", "grads"} | states
     assert written == outs
-    assert bool(outs) == op.endswith("_weighted_sum")
+    assert bool(outs) == (op in SWEEPS or op.endswith("_weighted_sum"))
 
 
 def test_one_name_from_schema_to_backend() -> None:
     import dpkernels.reference
-    from dpkernels.backends import torch_ops
+    from dpkernels.backends import torch_ops, torch_sweep
 
     assert set(ops.__all__) == set(registry.OPS)
     for op in TENSOR_OPS:
         assert callable(getattr(dpkernels.reference, op))
-        assert callable(getattr(torch_ops, op))
+        assert callable(getattr(torch_sweep if op in SWEEPS else torch_ops, op))
         assert getattr(ops, op).__doc__.count("Raises:") == 1
 
 

@@ -1,11 +1,13 @@
 // Uses the C ABI from plain C11, without C++, Python or torch: the headers compile, libdpkernels_cpu links,
 // and known values come out on every instruction set of this machine. Exit status 0 when all is well.
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "cpu_kernels.h"
 #include "dpkernels.h"
+#include "sweep_kernels.h"
 
 static int failures = 0;
 
@@ -54,6 +56,36 @@ static void linear(int32_t method, const char* what) {
   check(ok, what);
 }
 
+// The ends of Box-Muller: the largest radius, sqrt(128 ln 2), and the radius 0.
+static void box_muller(void) {
+  const uint64_t words[4] = {0, 0, UINT64_MAX, 12345};
+  double out[4] = {0, 1, 1, 1};
+  int ok = dpk_cpu_box_muller(words, 2, out) == DPK_OK;
+  ok = ok && fabs(out[0] - 9.4192808) < 1e-6 && out[1] == 0 && out[2] == 0 && out[3] == 0;
+  check(ok, "Box-Muller at both ends of its words");
+}
+
+// A sum of 4 over a batch of 2 moves a parameter of 1 by 0.5 * 2 to 0; with noise it goes elsewhere. The sums
+// are cleared.
+static void sweep(void) {
+  const uint8_t key[32] = {7};
+  float parameter[3] = {1, 1, 1}, gradient[3] = {0, 0, 0};
+  double sum[3] = {4, 4, 4};
+  dpk_sweep_tensor tensor = {parameter, sum, NULL, NULL, gradient, 3, 1, DPK_F32, {1}, {2}};
+  dpk_noise noise = {key, 0.0, 0.0, 2.0, 0, 0};
+  const dpk_sgd sgd = {0.5, 0.0, 0.0, 0.0, 0};
+  int ok = dpk_cpu_noise_sgd(&tensor, 1, &noise, &sgd, 2) == DPK_OK;
+  for (int i = 0; i < 3; ++i) ok = ok && parameter[i] == 0 && gradient[i] == 2 && sum[i] == 0;
+  check(ok, "SGD without noise, the sums cleared");
+  noise.noise_scale = 1.0;
+  noise.grid = 0.25;
+  ok = dpk_cpu_noise_sgd(&tensor, 1, &noise, &sgd, 1) == DPK_OK;
+  for (int i = 0; i < 3; ++i) ok = ok && gradient[i] * 8 == rintf(gradient[i] * 8) && fabsf(gradient[i]) < 5;
+  check(ok && gradient[0] != gradient[1], "SGD with noise, on its grid");
+  noise.grid = 0.3;
+  check(dpk_cpu_noise_sgd(&tensor, 1, &noise, &sgd, 1) == DPK_INVALID_ARGUMENT, "a grid of 0.3 is refused");
+}
+
 static void errors(void) {
   const uint8_t zero[32] = {0};
   uint8_t out[64];
@@ -75,6 +107,8 @@ int main(void) {
     printf("instruction set %s\n", dpk_isa());
     check(strcmp(dpk_isa(), sets[i]) == 0, "the instruction set is the one asked for");
     chacha20();
+    box_muller();
+    sweep();
     linear(DPK_AUTO, "linear norms, chosen method");
     linear(DPK_GRAM, "linear norms, half-Gram");
     linear(DPK_DIRECT, "linear norms, direct");

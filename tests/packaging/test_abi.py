@@ -23,7 +23,7 @@ def test_a_c_program_gets_known_values(tmp_path: Path) -> None:
     program, folder = tmp_path / "check_abi", str(found.path.parent)
     command = [*compiler, "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{ROOT / 'csrc'}"]
     command += [str(ROOT / "tests/packaging/check_abi.c"), "-o", str(program)]
-    command += [f"-L{folder}", "-ldpkernels_cpu", f"-Wl,-rpath,{folder}"]
+    command += [f"-L{folder}", "-ldpkernels_cpu", "-lm", f"-Wl,-rpath,{folder}"]
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
     ran = subprocess.run([str(program)], capture_output=True, text=True)

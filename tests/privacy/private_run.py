@@ -16,6 +16,10 @@ from dpkernels.privacy import DPDataLoader, DPOptimizer, PrivacyEngine
 KEY = bytes(range(32))
 
 
+class Apart(torch.optim.SGD):
+    """SGD that the sweep does not cover, being a class of its own: noise first, then its step."""
+
+
 class Net(nn.Module):
     """Two trained layers, a norm, and a parameter that no gradient reaches."""
 
@@ -99,8 +103,11 @@ def private_run(
     accountant: str = "pld",
     lr: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    apart: bool = False,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     **arguments: Any,
 ) -> Run:
+    """`apart`: noise and the optimizer's step as two passes, where the default is one sweep."""
     generator = torch.Generator().manual_seed(7)
     features = torch.randn(examples, 4, 6, generator=generator).to(dtype)
     data = TensorDataset(features, torch.randint(0, 3, (examples,), generator=generator))
@@ -108,18 +115,20 @@ def private_run(
         torch.manual_seed(1)
         model = Net()
     model = model.to(dtype)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    make = optimizer or (Apart if apart else torch.optim.SGD)
+    wrapped = make([p for p in model.parameters() if p.requires_grad], lr=lr)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="noise_key|noise_multiplier=0")
         engine = PrivacyEngine(noise_key=key, ledger=ledger, accountant=accountant)
         made = engine.make_private(
             module=model,
-            optimizer=optimizer,
+            optimizer=wrapped,
             data_loader=DataLoader(data, batch_size=batch_size),
             noise_multiplier=sigma,
             max_grad_norm=clip,
             **arguments,
         )
+    made[1].keep_gradients = True  # what `release` reads
     return Run(*made, engine, data, loss_fn)
 
 

@@ -182,7 +182,7 @@ def test_lbfgs_and_closures_are_refused() -> None:
 
 
 def test_training_learns_and_counts() -> None:
-    run = private_run(sigma=0.3, lr=2.0, batch_size=20, physical_batch_size=7)
+    run = private_run(sigma=0.05, lr=0.5, batch_size=20, physical_batch_size=7)
     before = losses_of(run.model, run.data[:]).mean().item()
     for _ in range(8):
         train(run)

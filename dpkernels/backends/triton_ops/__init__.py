@@ -17,6 +17,7 @@ from dpkernels.backends.triton_ops.depthwise_conv1d import (
 from dpkernels.backends.triton_ops.embedding import embedding_norm_sq, embedding_weighted_sum
 from dpkernels.backends.triton_ops.layer_norm import layer_norm_norm_sq, layer_norm_weighted_sum
 from dpkernels.backends.triton_ops.linear import linear_norm_sq, linear_weighted_sum
+from dpkernels.backends.triton_ops.lora import lora_norm_sq, lora_weighted_sum
 
 __all__ = [
     "bias_norm_sq",
@@ -29,4 +30,6 @@ __all__ = [
     "layer_norm_weighted_sum",
     "linear_norm_sq",
     "linear_weighted_sum",
+    "lora_norm_sq",
+    "lora_weighted_sum",
 ]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpkernels.backends.triton_ops import vectors
-from dpkernels.backends.triton_ops.device import frames_of, load_rows, sample_at, times
+from dpkernels.backends.triton_ops.device import frames_added, frames_of, load_rows, sample_at, times
 from dpkernels.backends.triton_ops.launching import (
     dense,
     float64_by_torch,
@@ -44,7 +44,7 @@ def bias_sums(
     base = sample_at(g, sample, g_b, ALIGN)
     n = frames_of(lengths, sample, frames)
     if factors is not None:
-        n = tl.where(tl.load(factors + sample) != 0.0, n, 0)
+        n = frames_added(tl.load(factors + sample), lengths, sample, frames)
     total = tl.zeros((BN,), tl.float64)
     magnitude = tl.zeros((BN,), tl.float64)
     for t in range(0, n, BT):

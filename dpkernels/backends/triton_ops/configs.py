@@ -51,6 +51,14 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (2, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
         (4, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
     },
+    "lora_pieces": {
+        (2, ANY): Config({"BT": 64, "BN": 128, "SAMPLES": 4}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=2),
+    },
+    "lora_pieces unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 32, "SAMPLES": 4}, warps=4, stages=1),
+    },
     "linear_gram": {
         (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
         (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=2),

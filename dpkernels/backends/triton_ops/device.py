@@ -24,6 +24,12 @@ def frames_of(lengths, sample, frames):
 
 
 @triton.jit
+def frames_added(factor, lengths, sample, frames):
+    """L_i of a sample that a weighted sum reads; 0 where its factor is 0: multiplying by 0 would keep a NaN."""
+    return tl.where(factor != 0.0, frames_of(lengths, sample, frames), 0)
+
+
+@triton.jit
 def times(value, ALIGN: tl.constexpr):
     """An integer out of which `launching.rows` took the divisor ALIGN, whole again: the compiler sees the divisor."""
     if ALIGN > 1:

@@ -119,6 +119,11 @@ def float64_bits(value: float) -> int:
     return bits
 
 
+def upcast(tensor: Tensor) -> bool:
+    """Whether products must be made of float32 copies: the interpreter has none of bfloat16."""
+    return INTERPRETED and tensor.dtype == torch.bfloat16
+
+
 def scratch(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised float64 memory."""
     return torch.empty(shape, dtype=torch.float64, device=like.device)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dpkernels.backends.triton_ops import bounds, configs
 from dpkernels.backends.triton_ops.launching import (
-    INTERPRETED,
     architecture,
     dense,
     float64_by_torch,
@@ -20,6 +19,7 @@ from dpkernels.backends.triton_ops.launching import (
     scratch,
     tile_of,
     tiles,
+    upcast,
 )
 from dpkernels.backends.triton_ops.linear_kernels import (
     finish_direct,
@@ -33,12 +33,7 @@ from dpkernels.backends.triton_ops.linear_kernels import (
 _METHODS = {"auto": 0, "gram": 1, "direct": 2}
 
 
-def upcast(tensor: Tensor) -> bool:
-    """Whether products must be made of float32 copies: the interpreter has none of bfloat16."""
-    return INTERPRETED and tensor.dtype == torch.bfloat16
-
-
-def sum_rounding(function: Any, like: Tensor) -> dict[str, int]:
+def _sum_rounding(function: Any, like: Tensor) -> dict[str, Any]:
     """What the kernels that finish a norm must know of the weighted sum's kernel `function`."""
     least, most = configs.extremes(function.__name__, "BT", like.dtype, architecture(like.device))
     return {"SUM_LEAST": least, "SUM_MOST": most, "PER_TERM": bounds.roundings(like.dtype)}
@@ -57,12 +52,12 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
     (batch, frames, d), p = x.shape, g.shape[2]
     lengths, out = dense(lengths), torch.empty(len(x), dtype=torch.float32, device=x.device)
     (x_view, x_align), (g_view, g_align) = rows(x), rows(g)
-    aligns = {"X_ALIGN": x_align, "G_ALIGN": g_align}
+    aligns: dict[str, Any] = {"X_ALIGN": x_align, "G_ALIGN": g_align}
     aligned = x_align > 1 and g_align > 1
-    rounding = sum_rounding(linear_sum, x)
+    rounding = _sum_rounding(linear_sum, x)
     most = _most_by_gram(method, frames, p, d)
     # the kernels' own choice among methods; all by direct where no sample can be short enough
-    choice = {"METHOD": _METHODS[method] if most else _METHODS["direct"]}
+    choice: dict[str, Any] = {"METHOD": _METHODS[method] if most else _METHODS["direct"]}
 
     scale = again = None
     if most:

@@ -22,6 +22,7 @@ import triton.language as tl
 from dpkernels.backends.triton_ops.device import (
     TINIEST,
     UNIT,
+    frames_added,
     frames_of,
     gamma,
     load_rows,
@@ -70,6 +71,12 @@ def gram_tile(
     return acc
 
 
+@triton.jit
+def occurrences(s, t):
+    """How often a pair of blocks counts: one below the diagonal stands for the one above it too."""
+    return tl.where(s == t, 1.0, 2.0).to(tl.float64)
+
+
 @kernel
 def linear_gram(
     x,
@@ -114,9 +121,8 @@ def linear_gram(
     x_at, g_at = sample_at(x, sample, x_b, X_ALIGN), sample_at(g, sample, g_b, G_ALIGN)
     xx = gram_tile(x_at, d, x_t, x_n, s * BT, t * BT, n, one, X_ALIGN, BT, BK, UPCAST)
     gg = gram_tile(g_at, p, g_t, g_n, s * BT, t * BT, n, one, G_ALIGN, BT, BK, UPCAST)
-    count = tl.where(s == t, 1.0, 2.0).to(tl.float64)
     in_rows = tl.sum(xx * gg, axis=1).to(tl.float64)
-    tl.store(partials + program.to(tl.int64), tl.sum(in_rows, axis=0) * count)
+    tl.store(partials + program.to(tl.int64), tl.sum(in_rows, axis=0) * occurrences(s, t))
     if s == t:
         of_diagonal = tl.arange(0, BT)[:, None] == tl.arange(0, BT)[None, :]
         x_square = tl.sum(tl.where(of_diagonal, xx, 0.0), axis=1).to(tl.float64)
@@ -380,7 +386,7 @@ def linear_sum(
     for i in range(0, batch):
         sample = i + tl.zeros((), tl.int64)
         factor = tl.load(factors + sample).to(tl.float64)
-        n = tl.where(factor != 0.0, frames_of(lengths, sample, frames), 0)
+        n = frames_added(factor, lengths, sample, frames)
         acc = sample_product(
             sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
             row, column, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,

@@ -5,7 +5,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dpkernels.backends.triton_ops import launching
-from dpkernels.backends.triton_ops.device import TINIEST, float64_of, frames_of, gamma, upper_square
+from dpkernels.backends.triton_ops.device import (
+    TINIEST,
+    float64_of,
+    frames_of,
+    gamma,
+    roundings_of,
+    upper_square,
+)
 from dpkernels.backends.triton_ops.launching import float64_bits, kernel, launch, scratch
 
 
@@ -19,7 +26,8 @@ def finish_norms(
     entries: int,
     scaling: int,
     PER_TERM: tl.constexpr,
-    CHAIN: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -33,10 +41,11 @@ def finish_norms(
         square += tl.sum(tl.load(at, mask=piece < pieces, other=0.0), axis=0)
         magnitude += tl.sum(tl.load(at + 1, mask=piece < pieces, other=0.0), axis=0)
     n = frames_of(lengths, sample, frames)
-    roundings = tl.minimum(n, CHAIN) * PER_TERM + 1
-    if not WIDE:
-        roundings += (n + CHAIN - 1) // CHAIN
-    relative = gamma(roundings.to(tl.float64))
+    if WIDE:  # noqa: SIM108 (decided when compiled)
+        roundings = (tl.minimum(n, MOST) * PER_TERM + 1).to(tl.float64)
+    else:
+        roundings = roundings_of(n, LEAST, MOST, PER_TERM)
+    relative = gamma(roundings)
     # 2: the norm's own error and the sum's. The magnitude itself may be short by `relative`.
     error = 2.0 * relative / (1.0 - relative) * tl.sqrt(magnitude)
     lost = tl.full((), 4.0 * TINIEST, tl.float64) * n * tl.sqrt(tl.full((), 1.0, tl.float64) * entries)
@@ -54,6 +63,7 @@ def finish(
     per_term: int,
     chain: int,
     wide: bool,
+    least: int | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
     """‖G_i‖², rounded up, from each sample's pieces of it.
@@ -66,7 +76,8 @@ def finish(
         frames: T, the terms of an entry where there are no lengths.
         entries: of one sample's gradient.
         per_term: roundings a term meets in one float32 accumulation, for each term that it covers.
-        chain: terms in one such accumulation.
+        chain: terms in one such accumulation, at most, of the norm or of the weighted sum.
+        least: of the shortest accumulations that a long sum is made of; `chain` where all are as long.
         wide: whether accumulations are added in float64, and not in float32.
         scaling: s, for |s|·‖G_i‖.
 
@@ -86,7 +97,8 @@ def finish(
         entries,
         float64_bits(scaling),
         PER_TERM=per_term,
-        CHAIN=chain,
+        LEAST=chain if least is None else least,
+        MOST=chain,
         WIDE=wide,
     )
     return out
@@ -94,20 +106,23 @@ def finish(
 
 @kernel
 def add_weighted(sums, factors, out, batch: int, entries: int, BLOCK: tl.constexpr):
-    """Out += Σ_i c_i sums_i, samples in order, in float64; a sample with factor 0 is not read."""
+    """Out += Σ_i c_i sums_i in order, in float64; a row with factor 0 is not read. factors: None means 1."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < entries
     total = tl.load(out + entry, mask=inside, other=0.0).to(tl.float64)
     at = sums + entry
     for i in range(0, batch):
-        factor = tl.load(factors + i).to(tl.float64)
-        total += factor * tl.load(at, mask=entry < tl.where(factor != 0.0, entries, 0), other=0.0)
+        if factors is None:
+            total += tl.load(at, mask=inside, other=0.0)
+        else:
+            factor = tl.load(factors + i).to(tl.float64)
+            total += factor * tl.load(at, mask=entry < tl.where(factor != 0.0, entries, 0), other=0.0)
         at += entries
     tl.store(out + entry, total.to(out.dtype.element_ty), mask=inside)
 
 
-def add(sums: Tensor, factors: Tensor, out: Tensor) -> None:
-    """Out += Σ_i factors_i sums_i for float64 sums [B, ...], `out` one sample's shape in any strides."""
+def add(sums: Tensor, factors: Tensor | None, out: Tensor) -> None:
+    """Out += Σ_i factors_i sums_i for dense float64 sums [n, ...], `out` of shape [...] in any strides."""
     entries, total = out.numel(), launching.dense(out)
     assert total is not None
     block = launching.tile_of(add_weighted, total, "BLOCK")

@@ -1,0 +1,31 @@
+// The sweep over a piece of one parameter by one thread, compiled once per instruction set.
+#pragma once
+
+#include "common/isa.h"
+#include "common/sweep.h"
+
+namespace dpk {
+
+// Entries [0, count) of a piece: the streams stand at its first entry, which is a multiple of
+// kRoundingsPerBlock.
+struct SweepPiece {
+  void* parameter;
+  double* sum;
+  float* first;
+  float* second;
+  void* gradient;  // or NULL
+  int64_t count;
+  bool half;  // the parameter (and gradient) are bfloat16
+  bool stochastic;
+  ChaChaState noise, rounding;
+};
+
+#define DPK_DECLARE(isa)                                                             \
+  namespace isa {                                                                    \
+  void sweep_adam(const SweepPiece& piece, const NoisePlan& noise, const AdamPlan&); \
+  void sweep_sgd(const SweepPiece& piece, const NoisePlan& noise, const SgdPlan&);   \
+  }
+DPK_FOR_EACH_ISA(DPK_DECLARE)
+#undef DPK_DECLARE
+
+}  // namespace dpk

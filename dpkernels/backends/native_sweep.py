@@ -1,0 +1,188 @@
+"""The sweep by the native libraries, on CPU and CUDA tensors. csrc/sweep_kernels.h states what it computes."""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpkernels.backends import native
+
+_Bytes12 = ctypes.c_uint8 * 12
+
+
+class _Tensor(ctypes.Structure):
+    """dpk_sweep_tensor."""
+
+    _fields_ = (
+        ("parameter", ctypes.c_void_p),
+        ("sum", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("step", ctypes.c_double),
+        ("dtype", ctypes.c_int32),
+        ("nonce", _Bytes12),
+        ("rounding_nonce", _Bytes12),
+    )
+
+
+class _Noise(ctypes.Structure):
+    """dpk_noise."""
+
+    _fields_ = (
+        ("key", ctypes.c_char_p),
+        ("noise_scale", ctypes.c_double),
+        ("grid", ctypes.c_double),
+        ("divisor", ctypes.c_double),
+        ("maximize", ctypes.c_int32),
+        ("stochastic_rounding", ctypes.c_int32),
+    )
+
+
+class _Adam(ctypes.Structure):
+    """dpk_adam."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        ("decoupled", ctypes.c_int32),
+    )
+
+
+class _Sgd(ctypes.Structure):
+    """dpk_sgd."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
+        ("nesterov", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _function(device_type: str, op: str) -> Callable[..., None]:
+    options = _Adam if op == "noise_adamw" else _Sgd
+    last = ctypes.c_int32 if device_type == "cpu" else ctypes.c_void_p  # threads, or the stream
+    arguments = [
+        ctypes.POINTER(_Tensor),
+        ctypes.c_int64,
+        ctypes.POINTER(_Noise),
+        ctypes.POINTER(options),
+        last,
+    ]
+    return native.library(device_type).function(f"dpk_{device_type}_{op}", arguments)
+
+
+def _table(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    steps: Sequence[float],
+    nonces: Tensor,
+    rounding_nonces: Tensor,
+) -> ctypes.Array[_Tensor]:
+    def address(tensors: Sequence[Tensor], i: int) -> int | None:
+        return tensors[i].data_ptr() if tensors else None
+
+    table = (_Tensor * len(params))()
+    secrets, rounding = bytes(nonces.tolist()), bytes(rounding_nonces.tolist())
+    for i, param in enumerate(params):
+        cut = slice(12 * i, 12 * (i + 1))
+        table[i] = _Tensor(
+            param.data_ptr(),
+            sums[i].data_ptr(),
+            address(firsts, i),
+            address(seconds, i),
+            address(grads, i),
+            param.numel(),
+            steps[i],
+            native.element_type(param.dtype),
+            _Bytes12(*secrets[cut]),
+            _Bytes12(*(rounding[cut] or bytes(12))),
+        )
+    return table
+
+
+def _run(op: str, device: torch.device, table: ctypes.Array[_Tensor], noise: _Noise, options: Any) -> None:
+    function = _function(device.type, op)
+    if device.type == "cpu":
+        function(table, len(table), noise, options, native.threads())
+    else:
+        with torch.cuda.device(device):
+            function(table, len(table), noise, options, torch.cuda.current_stream().cuda_stream)
+
+
+def _noise(
+    key: Tensor, noise_scale: float, grid: float, divisor: float, maximize: bool, rounding_nonces: Tensor
+) -> _Noise:
+    return _Noise(
+        bytes(key.tolist()), noise_scale, grid, divisor, int(maximize), int(rounding_nonces.numel() > 0)
+    )
+
+
+def noise_adamw(
+    params: list[Tensor],
+    sums: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    steps: list[float],
+    key: Tensor,
+    nonces: Tensor,
+    rounding_nonces: Tensor,
+    noise_scale: float,
+    grid: float,
+    divisor: float,
+    maximize: bool,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """Noise and AdamW in one pass; see `dpkernels.ops.noise_adamw`."""
+    table = _table(params, sums, exp_avgs, exp_avg_sqs, grads, steps, nonces, rounding_nonces)
+    noise = _noise(key, noise_scale, grid, divisor, maximize, rounding_nonces)
+    _run(
+        "noise_adamw",
+        params[0].device,
+        table,
+        noise,
+        _Adam(lr, beta1, beta2, eps, weight_decay, int(decoupled)),
+    )
+
+
+def noise_sgd(
+    params: list[Tensor],
+    sums: list[Tensor],
+    momentum_buffers: list[Tensor],
+    grads: list[Tensor],
+    steps: list[float],
+    key: Tensor,
+    nonces: Tensor,
+    rounding_nonces: Tensor,
+    noise_scale: float,
+    grid: float,
+    divisor: float,
+    maximize: bool,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """Noise and SGD in one pass; see `dpkernels.ops.noise_sgd`."""
+    table = _table(params, sums, momentum_buffers, [], grads, steps, nonces, rounding_nonces)
+    noise = _noise(key, noise_scale, grid, divisor, maximize, rounding_nonces)
+    _run(
+        "noise_sgd",
+        params[0].device,
+        table,
+        noise,
+        _Sgd(lr, momentum, dampening, weight_decay, int(nesterov)),
+    )

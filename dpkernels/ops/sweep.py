@@ -1,0 +1,286 @@
+"""The last sweep of a private step: noise, division and the optimizer's update, and the sums cleared, in one pass.
+
+The key is a tensor in the ops' schemas, not bytes: a graph holds a tensor's place and not its value.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpkernels.ops import _check, _library
+from dpkernels.ops.chacha20 import COUNTER_END, NORMALS_PER_BLOCK
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16)
+
+_NOISE = (
+    "Tensor key, Tensor nonces, Tensor rounding_nonces, float noise_scale, float grid, float divisor, "
+    "bool maximize"
+)
+
+
+def _fake(*args: object, **kwargs: object) -> None:
+    """Nothing is returned."""
+
+
+_noise_adamw = _library.define(
+    "noise_adamw",
+    "(Tensor(a!)[] params, Tensor(b!)[] sums, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+    f"Tensor(e!)[] grads, float[] steps, {_NOISE}, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool decoupled) -> ()",
+    fake=_fake,
+)
+_noise_sgd = _library.define(
+    "noise_sgd",
+    "(Tensor(a!)[] params, Tensor(b!)[] sums, Tensor(c!)[] momentum_buffers, Tensor(d!)[] grads, float[] steps, "
+    f"{_NOISE}, float lr, float momentum, float dampening, float weight_decay, bool nesterov) -> ()",
+    fake=_fake,
+)
+
+
+def noise_adamw(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[float],
+    *,
+    key: bytes,
+    nonces: Sequence[bytes],
+    noise_scale: float,
+    divisor: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    maximize: bool = False,
+    grid: float = 0.0,
+    grads: Sequence[Tensor] = (),
+    rounding_nonces: Sequence[bytes] = (),
+) -> None:
+    """Noise the sums, divide them, and let AdamW (or Adam) step on them, in place; the sums are 0 afterwards.
+
+    For every entry, with z the normals `chacha20_normal(n, key=key, nonce=nonces[i])` makes for tensor i,
+
+        g = round((sum + noise_scale·z)/grid)·grid/divisor                      float64, then rounded to float32
+        g ← g + weight_decay·p (Adam),   or   p ← (1 - lr·weight_decay)·p (AdamW)
+        m ← β₁m + (1 - β₁)g,   v ← β₂v + (1 - β₂)g²,   p ← p - lr/(1 - β₁ᵗ)·m/(√v/√(1 - β₂ᵗ) + eps)    float32
+
+    which is noise followed by `torch.optim.AdamW`, to rounding. Each buffer is read once and written once. The bits
+    are the same for every number of threads, and the native ones on every CPU and GPU.
+
+    Args:
+        params: float32 or bfloat16, contiguous, any shapes; all on one device.
+        sums: float64, of the params' shapes: the clipped gradients, summed. Cleared.
+        exp_avgs, exp_avg_sqs: float32, of the params' shapes: m and v.
+        steps: t of each tensor, this step included: 1, 2, ...
+        key: 32 bytes, secret.
+        nonces: 12 bytes each; a (key, nonce) is never to be used twice.
+        noise_scale: standard deviation of the noise on the sum, in its units; 0: none, and nothing is drawn.
+        divisor: the expected batch size, > 0.
+        lr, beta1, beta2, eps, weight_decay: AdamW's.
+        decoupled: True for AdamW, False for Adam.
+        maximize: ascend.
+        grid: a power of two: the noised sum is rounded to a multiple of it, ties to even; 0: it is not.
+        grads: empty, or tensors of the params' shapes and dtypes that receive g.
+        rounding_nonces: empty, or 12 bytes each, never to be used twice either: bfloat16 params are then rounded
+            stochastically, up with the probability that makes the expectation exact, by 16 bits of that stream an
+            entry.
+
+    Raises:
+        TypeError: another dtype; key or nonces that are not bytes.
+        ValueError: lists of different lengths, shapes or devices; a tensor that is not contiguous; a number out of
+            range.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101; Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
+    """
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_lists(params, sums, states, grads, steps)
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}: expected 0 ≤ {name} < 1; given {value}; choose one such as 0.9")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        _check.finite(name, value)
+    if not params:
+        return
+    noise = _noise(params, key, nonces, rounding_nonces, noise_scale, grid, divisor)
+    lists = [list(tensors) for tensors in (params, sums, exp_avgs, exp_avg_sqs, grads)]
+    hyper = [float(value) for value in (lr, beta1, beta2, eps, weight_decay)]
+    _noise_adamw(*lists, [float(step) for step in steps], *noise, maximize, *hyper, decoupled)
+    _written(*lists)
+
+
+def noise_sgd(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    steps: Sequence[float],
+    *,
+    key: bytes,
+    nonces: Sequence[bytes],
+    noise_scale: float,
+    divisor: float,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grid: float = 0.0,
+    grads: Sequence[Tensor] = (),
+    rounding_nonces: Sequence[bytes] = (),
+) -> None:
+    """Noise the sums, divide them, and let SGD step on them, in place; the sums are 0 afterwards.
+
+    For every entry, g as in `noise_adamw`, and then in float32
+
+        g ← g + weight_decay·p
+        b ← momentum·b + (1 - dampening)·g   (b ← g in a buffer's first step),   g ← b, or g + momentum·b (nesterov)
+        p ← p - lr·g
+
+    which is noise followed by `torch.optim.SGD`, to rounding.
+
+    Args:
+        params, sums, key, nonces, noise_scale, divisor, maximize, grid, grads, rounding_nonces: as in `noise_adamw`.
+        momentum_buffers: float32, of the params' shapes, b; empty where momentum is 0. Zeros before the first step.
+        steps: 1 where a buffer holds nothing yet, more where it does.
+        lr, momentum, dampening, weight_decay, nesterov: SGD's.
+
+    Raises:
+        TypeError: another dtype; key or nonces that are not bytes.
+        ValueError: lists of different lengths, shapes or devices; a tensor that is not contiguous; a number out of
+            range.
+
+    Source: Sutskever et al. 2013, ICML; Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
+    """
+    states = {"momentum_buffers": momentum_buffers} if momentum != 0 else {}
+    _check_lists(params, sums, states, grads, steps)
+    if momentum == 0 and momentum_buffers:
+        raise ValueError(
+            f"momentum_buffers: expected none; given {len(momentum_buffers)}, but momentum is 0; pass []"
+        )
+    for name, value in (
+        ("lr", lr),
+        ("momentum", momentum),
+        ("dampening", dampening),
+        ("weight_decay", weight_decay),
+    ):
+        _check.finite(name, value)
+    if not params:
+        return
+    noise = _noise(params, key, nonces, rounding_nonces, noise_scale, grid, divisor)
+    lists = [list(tensors) for tensors in (params, sums, momentum_buffers, grads)]
+    hyper = [float(value) for value in (lr, momentum, dampening, weight_decay)]
+    _noise_sgd(*lists, [float(step) for step in steps], *noise, maximize, *hyper, nesterov)
+    _written(*lists)
+
+
+def _check_lists(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    states: dict[str, Sequence[Tensor]],
+    grads: Sequence[Tensor],
+    steps: Sequence[float],
+) -> None:
+    given: dict[str, Sequence[object]] = {"sums": sums, "steps": steps, **states}
+    if grads:
+        given["grads"] = grads
+    for name, values in given.items():
+        if len(values) != len(params):
+            raise ValueError(
+                f"{name}: expected {len(params)}, as many as params; given {len(values)}; pass one each"
+            )
+    for step in steps:
+        if not (math.isfinite(step) and step >= 1):
+            raise ValueError(f"steps: expected numbers ≥ 1; given {step}; count the step that is being taken")
+    wide = {"sums": (sums, torch.float64)} | {
+        name: (tensors, torch.float32) for name, tensors in states.items()
+    }
+    for i, param in enumerate(params):
+        if param.dtype not in PARAMETER_DTYPES:
+            raise TypeError(
+                f"params[{i}]: expected float32 or bfloat16; given {param.dtype}; noise the gradient and use "
+                "torch's optimizer"
+            )
+        dense = {f"params[{i}]": param}
+        for name, (tensors, dtype) in wide.items():
+            if tensors[i].dtype != dtype:
+                raise TypeError(f"{name}[{i}]: expected {dtype}; given {tensors[i].dtype}; convert it")
+            dense[f"{name}[{i}]"] = tensors[i]
+        if grads:
+            if grads[i].dtype != param.dtype:
+                raise TypeError(
+                    f"grads[{i}]: expected {param.dtype}, as params[{i}] has; given {grads[i].dtype}; convert it"
+                )
+            dense[f"grads[{i}]"] = grads[i]
+        _check.same_device(**({"params[0]": params[0]} | dense))
+        for name, tensor in dense.items():
+            _check.shape(name, tensor, tuple(param.shape), f"params[{i}]'s shape")
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected a contiguous tensor; given strides {tensor.stride()}; copy it"
+                )
+
+
+def _noise(
+    params: Sequence[Tensor],
+    key: bytes,
+    nonces: Sequence[bytes],
+    rounding_nonces: Sequence[bytes],
+    noise_scale: float,
+    grid: float,
+    divisor: float,
+) -> tuple[Tensor, Tensor, Tensor, float, float, float]:
+    """The arguments of _NOISE but `maximize`, checked."""
+    for name, values in (("nonces", nonces), ("rounding_nonces", rounding_nonces)):
+        optional = name == "rounding_nonces" or noise_scale == 0
+        if len(values) != len(params) and not (optional and not values):
+            raise ValueError(
+                f"{name}: expected {len(params)}, as many as params; given {len(values)}; pass one each"
+            )
+    for name, secret, size in (
+        ("key", key, 32),
+        *((f"nonces[{i}]", nonce, 12) for i, nonce in enumerate([*nonces, *rounding_nonces])),
+    ):
+        if not isinstance(secret, bytes):
+            raise TypeError(f"{name}: expected bytes; given {type(secret).__name__}; convert it: bytes(...)")
+        if len(secret) != size:  # never the value itself: a key does not belong in a log
+            raise ValueError(
+                f"{name}: expected {size} bytes; given {len(secret)}; draw it: os.urandom({size})"
+            )
+    if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):
+        raise ValueError(
+            "nonces: expected all different, those for rounding too; given one twice; two tensors would share "
+            "their noise, so number them"
+        )
+    if not (math.isfinite(noise_scale) and noise_scale >= 0):
+        raise ValueError(f"noise_scale: expected a finite number ≥ 0; given {noise_scale}; pass σ·S")
+    if grid != 0 and not (math.isfinite(grid) and math.frexp(grid)[0] == 0.5):
+        raise ValueError(f"grid: expected a power of two, or 0; given {grid}; round it down: 2.0**k")
+    _check.positive("divisor", divisor)
+    most = max(param.numel() for param in params)
+    if most > COUNTER_END * NORMALS_PER_BLOCK:
+        raise ValueError(
+            f"params: a tensor of {most} entries outgrows one ChaCha20 stream (2³⁵ normals); split it"
+        )
+    return (
+        _bytes([key]),
+        _bytes(nonces or [bytes(12)] * len(params)),
+        _bytes(rounding_nonces),
+        float(noise_scale),
+        float(grid),
+        float(divisor),
+    )
+
+
+def _bytes(rows: Sequence[bytes]) -> Tensor:
+    """uint8, one row after the other."""
+    return torch.tensor(list(b"".join(rows)), dtype=torch.uint8)
+
+
+def _written(*lists: Sequence[Tensor]) -> None:
+    """What autograd saved of these tensors before is no longer theirs."""
+    torch.autograd.graph.increment_version([tensor for tensors in lists for tensor in tensors])
