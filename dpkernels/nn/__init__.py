@@ -30,6 +30,8 @@ from dpkernels.nn.records import (
     LoRARecord,
     NormRecord,
     Record,
+    Share,
+    add_weighted_sums,
 )
 from dpkernels.nn.sharing import sharing_inputs
 from dpkernels.nn.swapping import (
@@ -73,8 +75,10 @@ __all__ = [
     "LoRARecord",
     "NormRecord",
     "Record",
+    "Share",
     "Tape",
     "Uncovered",
+    "add_weighted_sums",
     "attach",
     "batch_norms_in_training",
     "coverage",

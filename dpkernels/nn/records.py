@@ -15,15 +15,26 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.nn.module import accumulation_dtype, no_autocast
+
+
+@dataclass(frozen=True)
+class Share:
+    """A record's part of one `ops.clip_and_noise`: a layer of this kind, the sums it adds to, its kind's options."""
+
+    kind: str
+    x: Tensor
+    g: Tensor
+    outs: tuple[Tensor, ...]
+    options: dict[str, object] = field(default_factory=dict)
 
 
 class Record(ABC):
@@ -75,6 +86,14 @@ class Record(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not form per-sample gradients")
 
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """The same as part of one call for many layers; None where it takes `add_weighted_sum`.
+
+        Tensors of different dtypes are left to that: converted copies of all layers at once would be memory that was
+        not there before.
+        """
+        return None
+
     def merge(self, other: Record) -> Record:
         """One record for two uses of the same parameters (tied, reused): the exact sum, cross terms too.
 
@@ -117,6 +136,13 @@ class LinearRecord(Record):
         """g_iᵀ x_i."""
         return (formed_gradient(self.layer, self.weight, per_sample_product(self.g, self.x)),)
 
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """A linear layer."""
+        if self.x.dtype != self.g.dtype:
+            return None
+        out = sums[self.weight].view(self.g.shape[-1], self.x.shape[-1])
+        return Share("linear", self.x, self.g, (out,))
+
     def merge(self, other: Record) -> Record:
         """Concatenated along T; an embedding's ids become one-hot, a convolution's windows are unfolded."""
         if isinstance(other, EmbeddingRecord):
@@ -146,6 +172,11 @@ class EmbeddingRecord(Record):
     def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
         """Add c_i g_t to row id_t."""
         ops.embedding_weighted_sum(self.ids, self.g, factors, sums[self.weight], padding_idx=self.padding_idx)
+
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """An embedding."""
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        return Share("embedding", self.ids, self.g, (sums[self.weight],), {"padding_idxs": padding})
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
         """The same gradient as a linear layer's: Σ_t onehot(id_t) g_tᵀ, with no row for `padding_idx`."""
@@ -201,6 +232,13 @@ class LoRARecord(Record):
         of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)
         return ExpandedRecord(self.layer, self.a, of_a), ExpandedRecord(self.layer, self.b, of_b)
 
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """A LoRA layer."""
+        if len({t.dtype for t in (self.x, self.h, self.g, self.dh)}) > 1:
+            return None
+        options: dict[str, object] = {"hs": self.h, "dhs": self.dh, "scalings": self.scaling}
+        return Share("lora", self.x, self.g, (sums[self.a], sums[self.b]), options)
+
     def merge(self, other: Record) -> Record:
         """Concatenated along T."""
         if (
@@ -233,6 +271,11 @@ class ExpandedRecord(Record):
     def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
         """Σ_i c_i g_i."""
         ops.bias_weighted_sum(self._flat(), factors, sums[self.parameter].view(-1))
+
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """A bias of one frame."""
+        flat = self._flat()
+        return Share("bias", flat, flat, (sums[self.parameter].view(-1),))
 
     def merge(self, other: Record) -> Record:
         """Added, sample by sample."""
@@ -290,6 +333,17 @@ class DepthwiseConv1dRecord(Record):
             padding=self.padding,
             dilation=self.dilation,
         )
+
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """A depthwise convolution."""
+        if self.x.dtype != self.g.dtype:
+            return None
+        options: dict[str, object] = {
+            "strides": self.stride,
+            "paddings": self.padding,
+            "dilations": self.dilation,
+        }
+        return Share("depthwise_conv1d", self.x, self.g, (sums[self.weight],), options)
 
     def merge(self, other: Record) -> Record:
         """One after the other, with a gap in which g is 0: no window of one reads the other."""
@@ -371,6 +425,48 @@ class Conv1dRecord(Record):
 
 class Conv2dRecord(Conv1dRecord):
     """Weight [p, d/groups, kh, kw]: x [B,d,H,W], g [B,p,H',W']; else as Conv1dRecord."""
+
+
+def _shares(kind: type[Record]) -> bool:
+    """Whether `share` was written with this class's `add_weighted_sum`: a subclass may have replaced only that one."""
+    return _definer(kind, "share") is _definer(kind, "add_weighted_sum")
+
+
+def _definer(kind: type[Record], name: str) -> type:
+    return next(c for c in kind.__mro__ if name in vars(c))
+
+
+def add_weighted_sums(
+    records: Sequence[Record], factors: Tensor, sums: Mapping[nn.Parameter, Tensor]
+) -> None:
+    """`add_weighted_sum` of all records, those that can in one call a device.
+
+    factors: [B] float32. sums: as for `Record.add_weighted_sum`.
+    """
+    shares: dict[torch.device, list[Share]] = {}
+    seen: set[nn.Parameter] = set()
+    for record in records:
+        share = record.share(sums) if _shares(type(record)) else None
+        # Two layers of one call write at the same time: not to the same sum.
+        again = not seen.isdisjoint(record.parameters)
+        seen.update(record.parameters)
+        if share is None or again:
+            record.add_weighted_sum(factors.to(record.parameters[0].device), sums)
+        else:
+            shares.setdefault(share.outs[0].device, []).append(share)
+    for device, mine in shares.items():
+        options: dict[str, Any] = {}
+        for share in mine:
+            for name, value in share.options.items():
+                options.setdefault(name, []).append(value)
+        ops.clip_and_noise(
+            [share.x for share in mine],
+            [share.g for share in mine],
+            [share.kind for share in mine],
+            factors.to(device),
+            [out for share in mine for out in share.outs],
+            **options,
+        )
 
 
 def unfold(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn import Record, Tape, batch_norms_in_training
+from dpkernels.nn import Record, Tape, add_weighted_sums, batch_norms_in_training
 from dpkernels.privacy.checks import (
     batch_norm_message,
     changed_buffers,
@@ -373,7 +373,7 @@ class DPOptimizer(torch.optim.Optimizer):
         for record in records:
             for parameter in record.parameters:
                 self._sum_of(parameter)
-            record.add_weighted_sum(factors.to(record.parameters[0].device), self._sums)
+        add_weighted_sums(records, factors, self._sums)
 
     def _forget_batch(self) -> None:
         # Kept and cleared, not dropped: touching 8 bytes a trained parameter of fresh memory in every step was

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dpkernels.nn import Record, Tape
+from dpkernels.nn import Record, Tape, add_weighted_sums
 from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.clipping import total_norm_sq
 
@@ -191,10 +191,9 @@ def _private_gradient(
 ) -> dict[str, Tensor]:
     """What the private path adds for one sample at factor 1: float64, by name. Zero without a record."""
     sums = {p: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in trained.values()}
-    for record in records:
-        factors = torch.zeros(batch_size, device=record.parameters[0].device)
-        factors[sample] = 1
-        record.add_weighted_sum(factors, sums)
+    factors = torch.zeros(batch_size)
+    factors[sample] = 1
+    add_weighted_sums(records, factors, sums)  # as the optimizer does
     # What autograd filled past the layers' rules is part of the sum's gradient, not of a sample's: shown by
     # its absence.
     for parameter in trained.values():

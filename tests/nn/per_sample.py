@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import Record, attach, detach, swap
+from dpkernels.nn import Record, add_weighted_sums, attach, detach, swap
 
 LossFn = Callable[..., Tensor]  # loss_fn(model, *batch) -> [B]
 
@@ -63,6 +63,11 @@ def run_private(
     sums = {p: torch.zeros(p.shape, dtype=torch.float64) for p in names if p.requires_grad}
     for record in records:
         record.add_weighted_sum(factors, sums)
+    together = {p: torch.zeros_like(total) for p, total in sums.items()}
+    add_weighted_sums(records, factors, together)
+    assert all(torch.equal(total, together[p]) for p, total in sums.items()), (
+        "one call for all layers differs"
+    )
     return Private(norm_sq, {names[p]: s for p, s in sums.items()}, records, losses.detach())
 
 

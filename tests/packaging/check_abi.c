@@ -7,6 +7,7 @@
 
 #include "cpu_kernels.h"
 #include "dpkernels.h"
+#include "grouped_kernels.h"
 #include "sweep_kernels.h"
 
 static int failures = 0;
@@ -86,6 +87,32 @@ static void sweep(void) {
   check(dpk_cpu_noise_sgd(&tensor, 1, &noise, &sgd, 1) == DPK_INVALID_ARGUMENT, "a grid of 0.3 is refused");
 }
 
+// Two layers in one call, a linear one of two samples (factors 2 and 0.5) and its bias; then their division.
+static void grouped(void) {
+  const float x[2][1][2] = {{{1, 2}}, {{4, 6}}}, g[2][1][1] = {{{3}}, {{2}}};
+  const dpk_tensor xs = {x, {2, 1, 2}, {2, 2, 1}, DPK_F32}, gs = {g, {2, 1, 1}, {1, 1, 1}, DPK_F32};
+  const double factors[2] = {2.0, 0.5};
+  const uint8_t key[32] = {1};
+  double weight[2] = {0, 0}, bias[1] = {1};
+  dpk_layer layers[2];
+  memset(layers, 0, sizeof(layers));
+  layers[0].kind = DPK_LAYER_LINEAR;
+  layers[1].kind = DPK_LAYER_BIAS;
+  layers[0].out_dtype = layers[1].out_dtype = DPK_F64;
+  layers[0].x = xs;
+  layers[0].g = layers[1].g = gs;
+  layers[0].out = weight;
+  layers[1].out = bias;
+  int ok = dpk_cpu_clip_and_noise(layers, 2, factors, 2) == DPK_OK;
+  check(ok && weight[0] == 10 && weight[1] == 18 && bias[0] == 8, "the sums of two layers in one call");
+  const dpk_noised_sum sums[2] = {{weight, 2, {1}}, {bias, 1, {2}}};
+  const dpk_noise noise = {key, 0.0, 0.0, 2.0, 0, 0};
+  ok = dpk_cpu_noise_sums(sums, 2, &noise, 1) == DPK_OK;
+  check(ok && weight[0] == 5 && weight[1] == 9 && bias[0] == 4, "and their division, without noise");
+  layers[1].kind = 77;
+  check(dpk_cpu_clip_and_noise(layers, 2, factors, 1) == DPK_INVALID_ARGUMENT, "an unknown kind is refused");
+}
+
 static void errors(void) {
   const uint8_t zero[32] = {0};
   uint8_t out[64];
@@ -109,6 +136,7 @@ int main(void) {
     chacha20();
     box_muller();
     sweep();
+    grouped();
     linear(DPK_AUTO, "linear norms, chosen method");
     linear(DPK_GRAM, "linear norms, half-Gram");
     linear(DPK_DIRECT, "linear norms, direct");

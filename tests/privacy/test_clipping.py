@@ -279,6 +279,7 @@ def test_planted_multiplication_by_zero_is_caught(poisoned: Run, monkeypatch: py
         x, g = self.x.flatten(1, -2), self.g.flatten(1, -2)
         sums[self.weight] += torch.einsum("b,btp,btd->pd", factors, g, x).double()
 
+    monkeypatch.setattr(LinearRecord, "share", lambda self, sums: None)  # alone, not in the call for all
     monkeypatch.setattr(LinearRecord, "add_weighted_sum", multiply)
     with pytest.raises(AssertionError):
         check_poison_is_left_out(poisoned)

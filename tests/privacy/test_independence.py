@@ -144,6 +144,7 @@ def test_a_wrong_sum_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted(self: LinearRecord, factors: Tensor, sums: dict) -> None:
         original(self, factors.roll(1), sums)  # the batch axis taken wrongly
 
+    monkeypatch.setattr(LinearRecord, "share", lambda self, sums: None)  # alone, not in the call for all
     monkeypatch.setattr(LinearRecord, "add_weighted_sum", shifted)
     with pytest.raises(SelfCheckError, match=r"inner\.weight"):
         self_checked(Masked())
