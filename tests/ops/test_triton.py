@@ -109,11 +109,10 @@ def test_no_gram_kernel_where_every_sample_is_long(launched: list[tuple[str, tup
     assert {name for name, _ in launched} == {"linear_gram", "finish_gram", "linear_direct", "finish_direct"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [1, 16, 40])
+@pytest.mark.parametrize(("rank", "dtype"), [(1, torch.bfloat16), (16, torch.float32), (40, torch.bfloat16)])
 def test_every_lora_rank(rank: int, dtype: torch.dtype) -> None:
     """Below, at and above what one program takes of the narrow matrix."""
-    case = make("lora", 2, 70, 37, 150, rank=rank, dtype=dtype)
+    case = make("lora", 2, 40, 17, 70, rank=rank, dtype=dtype)
     never_below(case)
     not_far_above(case, dtype)
     sums_match(case, dtype, torch.tensor([0.5, -1.0]))
@@ -270,6 +269,13 @@ def test_catches_a_sum_that_multiplies_by_zero(plant: Fault, family: str) -> Non
         plant(module, "frames_added", lambda factor, lengths, sample, frames: frames)
     plant(vectors.tl, "where", lambda condition, a, b: a)
     assert not all(out.isfinite().all() for out in case.sums(factors))
+
+
+def test_the_bound_costs_little_in_half_precision() -> None:
+    """A clipping factor loses less than 0.1 % with direct and less than 1 % with gram; squares lose twice that."""
+    case = make("linear", 2, 150, 48, 40, dtype=torch.bfloat16)
+    assert 0.0 <= not_far_above(case, torch.bfloat16, method="direct") <= 2e-3
+    assert 0.0 <= not_far_above(case, torch.bfloat16, method="gram") <= 2e-2
 
 
 def test_what_a_half_precision_sample_adds_is_within_the_clipping_norm() -> None:
