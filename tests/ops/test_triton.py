@@ -182,6 +182,19 @@ def test_the_roundings_of_a_tensor_core_cover_the_coarsest_device() -> None:
     assert worst_chain(bounds.ROUNDINGS_FMA) > 1.0
 
 
+@pytest.mark.parametrize("method", ["gram", "direct"])
+def test_subnormal_halves_count_as_normal_numbers(method: str) -> None:
+    """A tensor core may align them by the exponent of the smallest normal number: δ is in the bound, and is needed."""
+    case = make("linear", 1, 40, 16, 16, dtype=torch.float16).map(lambda t: t * 2.0**-20)
+    never_below(case, method=method)
+    delta = 2 * torch.finfo(torch.float16).smallest_normal
+    norms = [t[0].double().norm(dim=1) for t in case.tensors.values()]
+    terms = float(((norms[0] + delta * 4) * (norms[1] + delta * 4)).sum())
+    assert delta > float(norms[0].max()) / 4
+    least = bounds.ROUNDINGS_TENSOR_CORE * 32 * bounds.UNIT * terms  # of the sum alone
+    assert float(case.norms(method=method)[0]) ** 0.5 >= float(case.gradients(0)[0].norm()) + least
+
+
 @pytest.mark.skipif(not CUDA, reason="needs tensor cores: a GPU")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_this_gpus_tensor_cores_are_no_coarser_than_assumed(dtype: torch.dtype) -> None:
@@ -196,6 +209,21 @@ def test_this_gpus_tensor_cores_are_no_coarser_than_assumed(dtype: torch.dtype) 
         triton_ops.linear_weighted_sum(x, g, torch.ones(1, device="cuda"), out)
         allowed = bounds.UNIT * (bounds.ROUNDINGS_TENSOR_CORE * bounds.CHAIN + 3) * exact
         assert float((out - exact).abs().max()) <= allowed
+
+
+@pytest.mark.skipif(not CUDA, reason="needs tensor cores: a GPU")
+def test_this_gpus_tensor_cores_take_subnormals_as_assumed() -> None:
+    """A subnormal factor beside small normal ones, whose digits its exponent may push out."""
+    x = torch.full((1, 64, 64), 2.0**-14, dtype=torch.float16, device="cuda")
+    g = torch.full((1, 64, 64), 1 + 2.0**-10, dtype=torch.float16, device="cuda")
+    for exponent in range(0, 11):
+        x[0, 0], g[0, 0] = 2.0**-24, 2.0**exponent
+        exact = (x[0, :, 0].double() * g[0, :, 0].double()).sum()
+        terms = (x[0, :, 0].double().clamp_min(2.0**-14) * g[0, :, 0].double()).sum()
+        out = torch.zeros(64, 64, dtype=torch.float64, device="cuda")
+        triton_ops.linear_weighted_sum(x, g, torch.ones(1, device="cuda"), out)
+        allowed = bounds.UNIT * (bounds.ROUNDINGS_TENSOR_CORE * bounds.CHAIN + 3) * terms
+        assert float((out - exact).abs().max()) <= float(allowed)
 
 
 # ---- planted faults ------------------------------------------------------------------------------------------

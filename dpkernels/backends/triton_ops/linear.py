@@ -58,6 +58,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
     most = _most_by_gram(method, frames, p, d)
     # the kernels' own choice among methods; all by direct where no sample can be short enough
     choice: dict[str, Any] = {"METHOD": _METHODS[method] if most else _METHODS["direct"]}
+    smallest = bounds.smallest(x.dtype)
 
     scale = again = None
     if most:
@@ -79,6 +80,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
             blocks,
             pairs,
             1.0,
+            SMALLEST=smallest,
             UPCAST=upcast(x),
             aligned=aligned,
             **aligns,
@@ -119,6 +121,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
             norms,
             frames,
             blocks,
+            SMALLEST=smallest,
             **aligns,
             **choice,
         )
