@@ -5,7 +5,7 @@
 
 What is compiled is what the ops launch: each op is called on tensors without data, and a compiler stands in for the
 launch. So every family in `triton_ops` is in the table as soon as `examples` can call it. Nothing runs and nothing
-is timed. Exit status 1 where a kernel spills, needs more shared memory than the chip has, or is a 16-bit matrix
+is timed. Exit status 1 where a kernel spills, needs more shared memory than the chip has, is a 16-bit matrix
 kernel without wgmma on sm_90, or accumulates in one chain what the bounds say is cut.
 """
 
@@ -31,10 +31,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench.results import FOLDER
 from dpkernels.backends import registry, triton_availability, triton_ops
 from dpkernels.backends.triton_ops import launching
 
+OUTPUT = Path(__file__).resolve().parent / "results" / "triton_table.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("aligned", "ragged", "transposed")
@@ -102,9 +102,7 @@ def examples(
     family: str, dtype: torch.dtype, layout: str
 ) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """(op, arguments, options) of calls of a family that reach all of its kernels; tensors have no data."""
-    width, wide = (1000, 328) if layout == "ragged" else (1024, 512)
-    if layout == "ragged":
-        width, wide = width + 1, wide + 1
+    width, wide = (1001, 329) if layout == "ragged" else (1024, 512)
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         if layout == "transposed" and len(shape) == 3:
@@ -138,6 +136,8 @@ def examples(
             )
         extra = {"kernel_size": taps} if family == "depthwise_conv1d" else {}
         yield f"{family}_norm_sq", tensors, {**options, **extra}
+        if frames > wide and "lengths" in options:  # without lengths, the host knows that no sample is short
+            yield f"{family}_norm_sq", tensors, extra
         for kind in (torch.float64, torch.float32):
             sums = tuple(torch.empty(*shape, dtype=kind, device="meta") for shape in outs)
             yield f"{family}_weighted_sum", (*tensors, factors, *sums), options
@@ -180,9 +180,13 @@ def cut(ttir: str) -> bool | None:
 
 
 def compiled(
-    architectures: Sequence[int], dtypes: Sequence[torch.dtype], names: Sequence[str], layouts: Sequence[str]
+    architectures: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    names: Sequence[str],
+    layouts: Sequence[str],
+    kernels: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """One row for every distinct kernel that the examples launch.
+    """One row for every distinct kernel (of `kernels`, where given) that the examples of families `names` launch.
 
     Raises:
         RuntimeError: triton is interpreting kernels, so that none can be compiled.
@@ -202,7 +206,7 @@ def compiled(
     ) -> None:
         types = [str(getattr(a, "dtype", type(a))) for a in arguments]
         key = f"{function.__name__} {place.architecture} {types} {sorted(keywords.items())}"
-        if key in seen:
+        if key in seen or (kernels and function.__name__ not in kernels):
             return
         seen.add(key)
         kernel = function.warmup(*arguments, grid=(1,), **keywords, **launching.OPTIONS)
@@ -275,9 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(
             f"--{option}", type=listed, default=default, help=f"of {','.join(default)}; default: all"
         )
-    parser.add_argument(
-        "--output", type=Path, default=FOLDER / "triton_table.json", help="default: %(default)s"
-    )
+    parser.add_argument("--kernels", type=listed, default=[], help="by their functions' names; default: all")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     given = parser.parse_args(arguments)
     rows = list(
         compiled(
@@ -285,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [getattr(torch, name) for name in given.dtypes],
             given.families,
             given.layouts,
+            given.kernels,
         )
     )
     show(rows, Console(width=None if sys.stdout.isatty() else 160))

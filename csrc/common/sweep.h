@@ -54,11 +54,15 @@ DPK_SHARED double round_half_even(double v) {
 #endif
 }
 
-DPK_SHARED float noised_gradient(double sum, double z, const NoisePlan& plan) {
+DPK_SHARED double noised(double sum, double z, const NoisePlan& plan) {
   double total = sum * plan.sum_factor;
   if (plan.draws) total += z * plan.noise_factor;
   if (plan.rounds) total = round_half_even(total);
-  return static_cast<float>(total * plan.back);
+  return total * plan.back;
+}
+
+DPK_SHARED float noised_gradient(double sum, double z, const NoisePlan& plan) {
+  return static_cast<float>(noised(sum, z, plan));
 }
 
 // kCouples: weight decay enters the gradient. A constant, as 0 times an infinite parameter is not 0.

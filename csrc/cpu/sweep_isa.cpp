@@ -141,4 +141,16 @@ void sweep_sgd(const SweepPiece& piece, const NoisePlan& noise, const SgdPlan& p
   sweep(piece, noise, plan);
 }
 
+void noise_sum(const ChaChaState& stream, double* sum, int64_t count, const NoisePlan& noise) {
+  alignas(64) double z[kChunk];
+  const NoisePlan plan = noise;
+  for (int64_t start = 0; start < count; start += kChunk) {
+    const int64_t here = at_most(kChunk, count - start);
+    ChaChaState at = stream;
+    at.counter += static_cast<uint32_t>(start / kNormalsPerBlock);
+    if (plan.draws) normals(at, here, z);
+    for (int64_t j = 0; j < here; ++j) sum[start + j] = noised(sum[start + j], plan.draws ? z[j] : 0.0, plan);
+  }
+}
+
 }  // namespace dpk::DPK_ISA

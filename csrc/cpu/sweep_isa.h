@@ -20,10 +20,12 @@ struct SweepPiece {
   ChaChaState noise, rounding;
 };
 
-#define DPK_DECLARE(isa)                                                             \
-  namespace isa {                                                                    \
-  void sweep_adam(const SweepPiece& piece, const NoisePlan& noise, const AdamPlan&); \
-  void sweep_sgd(const SweepPiece& piece, const NoisePlan& noise, const SgdPlan&);   \
+// noise_sum: noised() in place, on `count` entries from where the stream stands.
+#define DPK_DECLARE(isa)                                                                         \
+  namespace isa {                                                                                \
+  void sweep_adam(const SweepPiece& piece, const NoisePlan& noise, const AdamPlan&);             \
+  void sweep_sgd(const SweepPiece& piece, const NoisePlan& noise, const SgdPlan&);               \
+  void noise_sum(const ChaChaState& stream, double* sum, int64_t count, const NoisePlan& noise); \
   }
 DPK_FOR_EACH_ISA(DPK_DECLARE)
 #undef DPK_DECLARE

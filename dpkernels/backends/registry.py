@@ -33,6 +33,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "chacha20_normal": ("chacha20_normal",),
     "noise_adamw": ("noise_adamw",),
     "noise_sgd": ("noise_sgd",),
+    "clip_and_noise": ("clip_and_noise",),
 }
 """Every op, by the group that is served by one backend."""
 
@@ -46,10 +47,15 @@ _NATIVE_MODULES = {
     "chacha20_normal": "native_chacha20",
     "noise_adamw": "native_sweep",
     "noise_sgd": "native_sweep",
+    "clip_and_noise": "native_grouped",
 }
 """Where a family's native functions are, if not in native_ops."""
 
-_TORCH_MODULES = {"noise_adamw": "torch_sweep", "noise_sgd": "torch_sweep"}
+_TORCH_MODULES = {
+    "noise_adamw": "torch_sweep",
+    "noise_sgd": "torch_sweep",
+    "clip_and_noise": "torch_grouped",
+}
 """The same for the torch compositions, if not in torch_ops."""
 
 Implementation = Callable[..., Any]

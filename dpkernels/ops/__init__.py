@@ -13,6 +13,7 @@ from dpkernels.ops.chacha20 import chacha20_keystream, chacha20_normal
 from dpkernels.ops.clip import clip_factors
 from dpkernels.ops.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.ops.embedding import embedding_norm_sq, embedding_weighted_sum
+from dpkernels.ops.grouped import clip_and_noise
 from dpkernels.ops.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.ops.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.ops.norm import layer_norm_norm_sq, layer_norm_weighted_sum
@@ -25,6 +26,7 @@ __all__ = [
     "bias_weighted_sum",
     "chacha20_keystream",
     "chacha20_normal",
+    "clip_and_noise",
     "clip_factors",
     "depthwise_conv1d_norm_sq",
     "depthwise_conv1d_weighted_sum",

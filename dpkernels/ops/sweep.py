@@ -106,7 +106,7 @@ def noise_adamw(
         _check.finite(name, value)
     if not params:
         return
-    noise = _noise(params, key, nonces, rounding_nonces, noise_scale, grid, divisor)
+    noise = check_secrets(params, key, nonces, rounding_nonces, noise_scale, grid, divisor)
     lists = [list(tensors) for tensors in (params, sums, exp_avgs, exp_avg_sqs, grads)]
     hyper = [float(value) for value in (lr, beta1, beta2, eps, weight_decay)]
     _noise_adamw(*lists, [float(step) for step in steps], *noise, maximize, *hyper, decoupled)
@@ -171,7 +171,7 @@ def noise_sgd(
         _check.finite(name, value)
     if not params:
         return
-    noise = _noise(params, key, nonces, rounding_nonces, noise_scale, grid, divisor)
+    noise = check_secrets(params, key, nonces, rounding_nonces, noise_scale, grid, divisor)
     lists = [list(tensors) for tensors in (params, sums, momentum_buffers, grads)]
     hyper = [float(value) for value in (lr, momentum, dampening, weight_decay)]
     _noise_sgd(*lists, [float(step) for step in steps], *noise, maximize, *hyper, nesterov)
@@ -225,7 +225,7 @@ def _check_lists(
                 )
 
 
-def _noise(
+def check_secrets(
     params: Sequence[Tensor],
     key: bytes,
     nonces: Sequence[bytes],
@@ -234,7 +234,8 @@ def _noise(
     grid: float,
     divisor: float,
 ) -> tuple[Tensor, Tensor, Tensor, float, float, float]:
-    """The arguments of _NOISE but `maximize`, checked."""
+    """key, nonces, rounding_nonces (each uint8 in a row), noise_scale, grid, divisor: the arguments of _NOISE but
+    `maximize`, checked."""
     for name, values in (("nonces", nonces), ("rounding_nonces", rounding_nonces)):
         optional = name == "rounding_nonces" or noise_scale == 0
         if len(values) != len(params) and not (optional and not values):

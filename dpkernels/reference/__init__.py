@@ -10,6 +10,7 @@ from dpkernels.reference.bias import bias_norm_sq, bias_weighted_sum
 from dpkernels.reference.clip import clip_factors
 from dpkernels.reference.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.reference.embedding import embedding_norm_sq, embedding_weighted_sum
+from dpkernels.reference.grouped import clip_and_noise
 from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.reference.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.reference.norm import layer_norm_norm_sq, layer_norm_weighted_sum
@@ -18,6 +19,7 @@ from dpkernels.reference.sweep import noise_adamw, noise_sgd
 __all__ = [
     "bias_norm_sq",
     "bias_weighted_sum",
+    "clip_and_noise",
     "clip_factors",
     "depthwise_conv1d_norm_sq",
     "depthwise_conv1d_weighted_sum",

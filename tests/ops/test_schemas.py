@@ -25,6 +25,27 @@ def sweep_arguments(op: str) -> tuple[Any, ...]:
     return (*lists, [1.0, 2.0], *noise, *hyper)
 
 
+def grouped_arguments() -> tuple[Any, ...]:
+    outs = [torch.zeros(shape, dtype=torch.float64) for shape in ((3, 2), (3,), (2, 2), (3, 2))]
+    x, g, h = torch.rand(2, 4, 2), torch.rand(2, 4, 3), torch.rand(2, 4, 2)
+    layers = (
+        [x, g, x],
+        [g, g, g],
+        ["linear", "bias", "lora"],
+        torch.rand(2),
+        outs,
+        [h],
+        [h],
+        [0.5],
+        [],
+        [],
+        [],
+        [],
+    )
+    nonces = torch.arange(48, dtype=torch.uint8)
+    return (*layers, torch.zeros(32, dtype=torch.uint8), nonces, 1.0, 2.0**-10, 4.0)
+
+
 def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if op == "clip_factors":
         return (torch.rand(4), 1.0), {}
@@ -32,6 +53,8 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(make("lora").tensors.values()), {}
     if op in SWEEPS:
         return sweep_arguments(op), {}
+    if op == "clip_and_noise":
+        return grouped_arguments(), {}
     family, _, kind = op.rpartition("_norm_sq" if op.endswith("_norm_sq") else "_weighted_sum")
     del kind
     case = make(family)
@@ -56,17 +79,18 @@ def test_declares_what_it_mutates(op: str) -> None:
         states = {"exp_avgs", "exp_avg_sqs"} if op == "noise_adamw" else {"momentum_buffers"}
         outs = {"params", "sums", "grads"} | states
     assert written == outs
-    assert bool(outs) == (op in SWEEPS or op.endswith("_weighted_sum"))
+    assert bool(outs) == (op in SWEEPS or op == "clip_and_noise" or op.endswith("_weighted_sum"))
 
 
 def test_one_name_from_schema_to_backend() -> None:
     import dpkernels.reference
-    from dpkernels.backends import torch_ops, torch_sweep
+    from dpkernels.backends import torch_grouped, torch_ops, torch_sweep
 
+    modules = dict.fromkeys(SWEEPS, torch_sweep) | {"clip_and_noise": torch_grouped}
     assert set(ops.__all__) == set(registry.OPS)
     for op in TENSOR_OPS:
         assert callable(getattr(dpkernels.reference, op))
-        assert callable(getattr(torch_sweep if op in SWEEPS else torch_ops, op))
+        assert callable(getattr(modules.get(op, torch_ops), op))
         assert getattr(ops, op).__doc__.count("Raises:") == 1
 
 

@@ -57,7 +57,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     },
     "lora_pieces unaligned": {
         (2, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
-        (4, ANY): Config({"BT": 16, "BN": 32, "SAMPLES": 4}, warps=4, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
     },
     "linear_gram": {
         (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),

@@ -1,0 +1,118 @@
+// One call for the weighted sums of many layers.
+//
+// A small layer is a piece of work that one thread does whole, by calling its family's own function: the pool
+// of threads is busy with the loop over layers, so that the function runs in its caller alone (parallel.h). A
+// model of hundreds of LoRA layers then wakes the threads once, not hundreds of times.
+#include "grouped_kernels.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/sweep_arguments.h"
+#include "cpu/sweep_isa.h"
+
+namespace dpk {
+namespace {
+
+// Multiplications beyond which a layer is worth all threads: some milliseconds of one.
+constexpr double kLarge = 5e7;
+constexpr int64_t kPieceEntries = 8192;
+
+double volume(const dpk_tensor& t) {
+  return static_cast<double>(t.size[0]) * static_cast<double>(t.size[1]) * static_cast<double>(t.size[2]);
+}
+
+double work(const dpk_layer& layer) {
+  switch (layer.kind) {
+    case DPK_LAYER_LINEAR:
+      return volume(layer.x) * static_cast<double>(layer.g.size[2]);
+    case DPK_LAYER_LORA:
+      return (volume(layer.x) + volume(layer.g)) * static_cast<double>(layer.h.size[2]);
+    case DPK_LAYER_DEPTHWISE_CONV1D:
+      return volume(layer.x) * static_cast<double>(layer.kernel_size);
+    default:
+      return volume(layer.g);
+  }
+}
+
+void add(const dpk_layer& l, const double* factors, int32_t threads) {
+  dpk_status status = DPK_OK;
+  switch (l.kind) {
+    case DPK_LAYER_LINEAR:
+      status = dpk_cpu_linear_weighted_sum(&l.x, &l.g, factors, nullptr, threads, l.out, l.out_dtype);
+      break;
+    case DPK_LAYER_BIAS:
+      status = dpk_cpu_bias_weighted_sum(&l.g, factors, nullptr, threads, l.out, l.out_dtype);
+      break;
+    case DPK_LAYER_LORA:
+      status = dpk_cpu_lora_weighted_sum(&l.x, &l.h, &l.g, &l.dh, l.scaling, factors, nullptr, threads, l.out,
+                                         l.out_b, l.out_dtype);
+      break;
+    case DPK_LAYER_EMBEDDING:
+      status = dpk_cpu_embedding_weighted_sum(l.ids, &l.g, l.padding_idx, factors, threads, l.out,
+                                              l.out_dtype, l.vocabulary);
+      break;
+    case DPK_LAYER_LAYER_NORM:
+      status = dpk_cpu_layer_norm_weighted_sum(&l.x, &l.g, factors, nullptr, threads, l.out, l.out_dtype);
+      break;
+    case DPK_LAYER_DEPTHWISE_CONV1D:
+      status = dpk_cpu_depthwise_conv1d_weighted_sum(&l.x, &l.g, factors, l.kernel_size, l.stride, l.padding,
+                                                     l.dilation, threads, l.out, l.out_dtype);
+      break;
+    default:
+      invalid_argument("kind is %d; see DPK_LAYER_* in grouped_kernels.h", static_cast<int>(l.kind));
+  }
+  if (status != DPK_OK) throw Error(status, dpk_last_error());
+}
+
+}  // namespace
+}  // namespace dpk
+
+dpk_status dpk_cpu_clip_and_noise(const dpk_layer* layers, int64_t layer_count, const double* factors,
+                                  int32_t threads) {
+  using namespace dpk;
+  return guard([&] {
+    if (layer_count < 0) invalid_argument("layer_count is %lld", static_cast<long long>(layer_count));
+    if (threads < 1) invalid_argument("threads is %d; it must be 1 or more", static_cast<int>(threads));
+    std::vector<const dpk_layer*> small;
+    for (int64_t i = 0; i < layer_count; ++i) {
+      if (threads > 1 && work(layers[i]) > kLarge)
+        add(layers[i], factors, threads);
+      else
+        small.push_back(&layers[i]);
+    }
+    // The longest first, so that no thread begins one when the others have finished.
+    std::stable_sort(small.begin(), small.end(),
+                     [](const dpk_layer* a, const dpk_layer* b) { return work(*a) > work(*b); });
+    double total = 0.0;
+    for (const dpk_layer* layer : small) total += work(*layer);
+    const int worthwhile = total < 1e6 ? 1 : threads;  // waking a thread takes tens of microseconds
+    parallel_for(static_cast<int64_t>(small.size()), worthwhile,
+                 [&](int64_t n, int) { add(*small[static_cast<size_t>(n)], factors, 1); });
+  });
+}
+
+dpk_status dpk_cpu_noise_sums(const dpk_noised_sum* sums, int64_t sum_count, const dpk_noise* noise,
+                              int32_t threads) {
+  using namespace dpk;
+  return guard([&] {
+    const NoisePlan plan = noise_plan(*noise);
+    if (threads < 1) invalid_argument("threads is %d; it must be 1 or more", static_cast<int>(threads));
+    const auto run = DPK_DISPATCH(noise_sum);
+    for (int64_t i = 0; i < sum_count; ++i) {
+      const dpk_noised_sum& one = sums[i];
+      chacha20_state(noise->key, 0, one.nonce,
+                     normal_blocks(one.count, DPK_F64));  // the counter does not wrap
+      if (one.count > 0 && one.sum == nullptr)
+        invalid_argument("sum %lld is NULL", static_cast<long long>(i));
+      const int64_t pieces = (one.count + kPieceEntries - 1) / kPieceEntries;
+      parallel_for(pieces, pieces > 1 ? threads : 1, [&](int64_t index, int) {
+        const int64_t start = index * kPieceEntries;
+        ChaChaState stream = stream_of(*noise, one.nonce);
+        stream.counter = static_cast<uint32_t>(start / kNormalsPerBlock);
+        run(stream, one.sum + start, std::min(kPieceEntries, one.count - start), plan);
+      });
+    }
+  });
+}

@@ -1,0 +1,245 @@
+"""clip_and_noise: every layer's weighted sum in one call, and noise as its epilogue."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpkernels import ops
+from dpkernels.backends import native, native_grouped, registry, torch_ops
+from tests.ops.cases import CONV, FAMILIES, SCALING, Case, make
+
+KEY = bytes(range(32))
+BATCH = 3
+
+
+def many(rounds: int = 2, **sizes: int) -> list[Case]:
+    """Layers of every kind, in turns."""
+    return [make(family, BATCH, 7 + i, **sizes) for i in range(rounds) for family in FAMILIES]
+
+
+def grouped(cases: list[Case], outs: list[Tensor], factors: Tensor, **options: Any) -> None:
+    given: dict[str, list[Any]] = {name: [] for name in ("xs", "gs", "hs", "dhs", "scalings", "padding_idxs")}
+    given |= {name: [] for name in ("strides", "paddings", "dilations")}
+    for case in cases:
+        t = case.tensors
+        given["xs"].append(t.get("x", t.get("ids", t.get("x_hat", t["g"]))))
+        given["gs"].append(t["g"])
+        if case.family == "lora":
+            given["hs"].append(t["h"])
+            given["dhs"].append(t["dh"])
+            given["scalings"].append(SCALING)
+        elif case.family == "embedding":
+            given["padding_idxs"].append(case.sum_options["padding_idx"])
+        elif case.family == "depthwise_conv1d":
+            for name in ("stride", "padding", "dilation"):
+                given[name + "s"].append(CONV[name])
+    kinds = [case.family for case in cases]
+    ops.clip_and_noise(kinds=kinds, factors=factors, outs=outs, **{**given, **options})
+
+
+def separate(cases: list[Case], factors: Tensor, start: float = 0.0) -> list[Tensor]:
+    return [out for case in cases for out in case.sums(factors, start=start)]
+
+
+def empty(cases: list[Case], start: float = 0.0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.full(shape, start, dtype=dtype) for case in cases for shape in case.out_shapes]
+
+
+FACTORS = torch.tensor([0.3, 0.0, 1.0])
+
+
+def check_same_as_one_by_one() -> None:
+    cases = many()
+    cases[0].tensors["x"][1] = torch.nan  # its factor is 0
+    outs = empty(cases, start=0.5)
+    grouped(cases, outs, FACTORS)
+    for ours, alone in zip(outs, separate(cases, FACTORS, start=0.5), strict=True):
+        assert torch.equal(ours, alone)
+
+
+def test_same_bits_as_layer_by_layer(backend: str) -> None:
+    check_same_as_one_by_one()
+
+
+def test_accumulates_over_micro_batches(backend: str) -> None:
+    first, second = many(1), many(1)
+    outs = empty(first)
+    grouped(first, outs, FACTORS)
+    grouped(second, outs, FACTORS.flip(0))
+    pairs = zip(separate(first, FACTORS), separate(second, FACTORS.flip(0)), strict=True)
+    for ours, (a, b) in zip(outs, pairs, strict=True):
+        torch.testing.assert_close(ours, a + b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_that_is_worth_all_threads(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("the size is the native code's affair, and the reference takes long over it")
+    cases = [make("linear", BATCH, 80, 640, 520), *many(1)]
+    outs = empty(cases)
+    grouped(cases, outs, FACTORS)
+    for ours, alone in zip(outs, separate(cases, FACTORS), strict=True):
+        assert torch.equal(ours, alone)
+
+
+def test_float32_outs(backend: str) -> None:
+    cases = many(1)
+    outs = empty(cases, dtype=torch.float32)
+    grouped(cases, outs, FACTORS)
+    for ours, exact in zip(outs, separate(cases, FACTORS), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_same_bits_for_every_thread_count(threads: None) -> None:
+    cases, found = many(5), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        outs = empty(cases)
+        grouped(cases, outs, FACTORS, **noise(outs))
+        found.append(outs)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_family_of_another_backend_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.library("cpu").handle is None:
+        pytest.skip(native.library("cpu").reason)
+    monkeypatch.setattr(registry, "_chosen", {})
+    monkeypatch.setitem(registry.TORCH_WINS, ("linear", "cpu"), "for this test")
+    called = []
+    real = torch_ops.linear_weighted_sum
+
+    def counted(*args: Any, **options: Any) -> None:
+        called.append(1)
+        real(*args, **options)
+
+    monkeypatch.setattr(torch_ops, "linear_weighted_sum", counted)
+    check_same_as_one_by_one()
+    assert len(called) == 4  # two layers, grouped and alone
+
+
+# ---- noise
+
+
+def noise(outs: list[Tensor], **changes: Any) -> dict[str, Any]:
+    nonces = [i.to_bytes(12, "little") for i in range(len(outs))]
+    return {"key": KEY, "nonces": nonces, "noise_scale": 1.5, "grid": 2.0**-12, "divisor": 6.0} | changes
+
+
+def test_the_epilogue_noises_and_divides(backend: str) -> None:
+    cases = many(1)
+    outs = empty(cases)
+    grouped(cases, outs, FACTORS, **noise(outs))
+    for i, (ours, total) in enumerate(zip(outs, separate(cases, FACTORS), strict=True)):
+        z = ops.chacha20_normal(total.numel(), key=KEY, nonce=i.to_bytes(12, "little")).view(total.shape)
+        exact = ((total + 1.5 * z) / 2.0**-12).round() * 2.0**-12 / 6.0
+        torch.testing.assert_close(ours, exact, rtol=1e-15, atol=1e-15)
+        assert float((ours - total / 6).abs().min()) > 0
+
+
+def test_the_epilogue_without_noise_divides_only(backend: str) -> None:
+    cases = many(1)
+    outs = empty(cases)
+    grouped(cases, outs, FACTORS, **noise(outs, noise_scale=0.0, grid=0.0))
+    for ours, total in zip(outs, separate(cases, FACTORS), strict=True):
+        torch.testing.assert_close(ours, total / 6, rtol=1e-15, atol=0)
+
+
+def test_the_gradient_is_the_sweeps() -> None:
+    cases = many(1)
+    outs = empty(cases)
+    grouped(cases, outs, FACTORS, **noise(outs))
+    sums, grads = separate(cases, FACTORS), [torch.empty(out.shape) for out in outs]
+    params = [torch.zeros(out.shape) for out in outs]
+    ops.noise_sgd(params, sums, [], [1.0] * len(outs), lr=1.0, grads=grads, **noise(outs))
+    assert all(torch.equal(g, out.float()) for g, out in zip(grads, outs, strict=True))
+
+
+# ---- refusals, and a planted fault
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"kinds": ["linear", "conv3d"]}, ValueError, "kinds: given 'conv3d'"),
+        ({"xs": [torch.zeros(2, 3, 4)]}, ValueError, "xs: expected 2, one a layer; given 1"),
+        ({"hs": [torch.zeros(1)]}, ValueError, "hs: expected 0, one a lora layer; given 1"),
+        ({"outs": [torch.zeros(5, 4).double()]}, ValueError, "outs: expected 2, one a parameter"),
+        (
+            {"outs": [torch.zeros(4, 5).double().T, torch.zeros(5).double()]},
+            ValueError,
+            r"outs\[0\]: expected a cont",
+        ),
+        (
+            {"outs": [torch.zeros(5, 4).double(), torch.zeros(5)]},
+            TypeError,
+            r"outs\[1\]: expected torch.float64",
+        ),
+        ({"factors": torch.ones(3)}, ValueError, r"xs\[0\]: expected a batch of 3"),
+        ({"key": KEY, "nonces": [bytes(12)]}, ValueError, "nonces: expected 2"),
+        ({"key": KEY, "nonces": [bytes(12)] * 2, "noise_scale": 1.0}, ValueError, "all different"),
+    ],
+)
+def test_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {
+        "xs": [torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)],
+        "gs": [torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)],
+        "kinds": ["linear", "bias"],
+        "factors": torch.ones(2),
+        "outs": [torch.zeros(5, 4).double(), torch.zeros(5).double()],
+    }
+    with pytest.raises(error, match=message) as caught:
+        ops.clip_and_noise(**{**given, **changes})
+    assert ";" in str(caught.value)
+
+
+def test_outs_that_overlap_are_refused() -> None:
+    x, g, out = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(6, 4).double()
+    with pytest.raises(ValueError, match="do not overlap"):
+        ops.clip_and_noise([x, x], [g, g], ["linear"] * 2, torch.ones(2), [out[:5], out[1:]])
+
+
+def test_float32_outs_are_not_noised() -> None:
+    cases = many(1)
+    outs = empty(cases, dtype=torch.float32)
+    with pytest.raises(TypeError, match="float64, as noise is asked for"):
+        grouped(cases, outs, FACTORS, **noise(outs))
+
+
+def test_ids_outside_a_table_are_refused() -> None:
+    case = copy.deepcopy(make("embedding", BATCH))
+    case.tensors["ids"][2, 0] = 99
+    with pytest.raises(ValueError, match="ids"):
+        grouped([case], empty([case]), torch.ones(BATCH))
+
+
+def test_no_layers_is_nothing_to_do() -> None:
+    ops.clip_and_noise([], [], [], torch.ones(2), [])
+
+
+def test_a_planted_padding_that_joins_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.library("cpu").handle is None:
+        pytest.skip(native.library("cpu").reason)
+    count = itertools.count()
+    real = native_grouped._row
+
+    def swapped(layer: Any, kept: list[Tensor]) -> Any:
+        row = real(layer, kept)
+        if next(count) == 3:
+            row.padding_idx = -1  # the padding's gradient joins
+        return row
+
+    monkeypatch.setattr(native_grouped, "_row", swapped)
+    with pytest.raises(AssertionError):
+        check_same_as_one_by_one()
