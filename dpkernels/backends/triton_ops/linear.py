@@ -176,7 +176,8 @@ def _most_by_gram(method: str, frames: int, p: int, d: int) -> int:
     """The longest sample that `linear_kernels.by_gram` may give to half-Gram; 0 where it gives it none."""
     if method != "auto":
         return frames if method == "gram" else 0
-    return min(frames, 2 * p * d // (p + d)) if p and d else 0
+    # A length at which both take as many operations goes to direct there, and must not be left out of its passes.
+    return min(frames, (2 * p * d - 1) // (p + d)) if p and d else 0
 
 
 @float64_by_torch
