@@ -182,8 +182,9 @@ class PrivacyConfig(_Section):
         default=None, metadata=about("truncated Poisson: a batch never exceeds it; null: no limit", least=1)
     )
     accountant: Literal["pld", "rdp"] = field(default="pld", metadata=about("pld (tight) or rdp"))
-    strategy: Literal["bookkeeping", "two_pass", "per_layer"] = field(
-        default="bookkeeping", metadata=about("how gradients are clipped")
+    strategy: Literal["bookkeeping", "keep_small"] = field(
+        default="bookkeeping",
+        metadata=about("what is kept until norms are known: inputs, or per-sample gradients where smaller"),
     )
     enabled: bool = field(
         default=True, metadata=about("false: ordinary training, for comparison; nothing is private then")

@@ -7,6 +7,7 @@ sampler where it has one for the layer, "Opacus hooks" its per-sample gradient a
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from bench.contenders import OPACUS_GHOST, OPACUS_HOOKS
 from dpkernels import reference
-from dpkernels.backends import native, native_ops, torch_ops
+from dpkernels.backends import native, native_ops, torch_ops, triton_availability
 
 PLAIN = "plain torch"
 VOCABULARY, TAPS, RANK = 1000, 9, 8
@@ -80,8 +81,12 @@ class Maker:
     def _backends(self, op: str, **options: Any) -> dict[str, Callable[..., Any]]:
         found: dict[str, Callable[..., Any]] = {}
         family = op.removesuffix("_norm_sq").removesuffix("_weighted_sum")
-        reason = native.unavailable_reason(self.device.partition(":")[0], family)
-        for name, module in (("native", None if reason else native_ops), ("torch", torch_ops)):
+        device = self.device.partition(":")[0]
+        reason = native.unavailable_reason(device, family)
+        backends: list[tuple[str, Any]] = [("native", None if reason else native_ops), ("torch", torch_ops)]
+        if device != "cpu" and not triton_availability.unavailable_reason(device):
+            backends.append(("triton", importlib.import_module("dpkernels.backends.triton_ops")))
+        for name, module in backends:
             if module is not None and hasattr(module, op):
                 function = getattr(module, op)
                 found[name] = lambda *a, function=function: function(*a, **options)

@@ -18,13 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, OWN_LAYERS, TORCH_FUNC
+from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, OPACUS_OURS, OWN_LAYERS, TORCH_FUNC
 from bench.results import Results, Row
 
 _STYLES: dict[str, tuple[str, Any, str]] = {
     NON_PRIVATE: ("#595959", (0, (1, 1.2)), "s"),
     OPACUS_HOOKS: ("#D55E00", (0, (5, 1.5)), "^"),
     OPACUS_GHOST: ("#CC79A7", (0, (4, 1.2, 1, 1.2)), "D"),
+    OPACUS_OURS: ("#7A3E9D", (0, (6, 1.2, 1, 1.2, 1, 1.2)), "d"),
     TORCH_FUNC: ("#B8860B", (0, (2, 1.2)), "v"),
 }
 _OURS = ("#0072B2", "solid", "o"), ("#009E73", "solid", "P"), ("#56B4E9", "solid", "X")

@@ -93,6 +93,12 @@ DPK_API dpk_status dpk_cpu_lora_weighted_sum(const dpk_tensor* x, const dpk_tens
                                              const int64_t* lengths, int32_t threads, void* out_a,
                                              void* out_b, dpk_dtype out_dtype);
 
+// out_a [B,r,d]: dh_i^T x_i, out_b [B,p,r]: scaling g_i^T h_i, both dense and written; F64 where an input is,
+// else F32.
+DPK_API dpk_status dpk_cpu_lora_gradients(const dpk_tensor* x, const dpk_tensor* h, const dpk_tensor* g,
+                                          const dpk_tensor* dh, double scaling, int32_t threads, void* out_a,
+                                          void* out_b);
+
 // out [vocabulary,d]: row ids[i,t] += factors[i] g_it. An id outside [0, vocabulary) of a sample that is read
 // is refused.
 DPK_API dpk_status dpk_cpu_embedding_weighted_sum(const int64_t* ids, const dpk_tensor* g,

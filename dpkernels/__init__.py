@@ -26,7 +26,7 @@ _LAYER_NAMES = (
 _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
     "PrivacyEngine": "dpkernels.privacy",
 }
-_SUBMODULES = ("nn", "ops", "privacy", "interop", "backends")
+_SUBMODULES = ("nn", "ops", "privacy", "interop", "backends", "opacus")
 
 __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "swap",

@@ -17,6 +17,7 @@ ALLOWED = {
     "dpkernels.nn": {"dpkernels.ops"},
     "dpkernels.privacy": {"dpkernels.nn", "dpkernels.ops"},
     "dpkernels.interop": {"dpkernels.nn", "dpkernels.ops"},
+    "dpkernels.opacus": {"dpkernels.interop"},  # the interop module, under the name that users type
     # public packages only, and each as a whole: see `violations`
     "asr_finetune": {"dpkernels", "dpkernels.ops", "dpkernels.nn", "dpkernels.privacy", "dpkernels.interop"},
 }
@@ -25,8 +26,8 @@ VERSION = "dpkernels.__version__"
 # what else may be imported at the bottom
 THIRD_PARTY = {"dpkernels.reference": {"torch"}, "dpkernels.backends": {"torch", "triton"}}
 # heavy packages, and the only places that may import them
-PROGRAM_ONLY = {"transformers", "peft", "datasets", "jiwer"}
-MAY_IMPORT_THOSE = ("dpkernels.interop", "asr_finetune")
+HEAVY = dict.fromkeys(("transformers", "peft", "datasets", "jiwer"), ("dpkernels.interop", "asr_finetune"))
+HEAVY |= {"opacus": ("dpkernels.interop",)}
 
 
 def package_of(module: str) -> str:
@@ -68,7 +69,7 @@ def violations(source: str, module: str) -> list[str]:
         elif top in ("bench", "tests"):
             bad = True
         else:
-            bad = top in PROGRAM_ONLY and not here.startswith(MAY_IMPORT_THOSE)
+            bad = top in HEAVY and here not in HEAVY[top]
             if here in THIRD_PARTY and top not in sys.stdlib_module_names:
                 bad |= top not in THIRD_PARTY[here]
         if bad:
@@ -108,6 +109,10 @@ def test_there_is_something_to_check() -> None:
         ("dpkernels.nn.linear", "from dpkernels.backends import native"),
         ("dpkernels.privacy.engine", "import transformers"),
         ("dpkernels.privacy.engine", "from dpkernels import swap"),
+        ("dpkernels.privacy.engine", "import opacus"),
+        ("dpkernels.opacus", "from opacus.grad_sample import register_norm_sampler"),
+        ("dpkernels.opacus", "from dpkernels.nn import GhostLinear"),
+        ("asr_finetune.train", "import opacus"),
         ("dpkernels.interop.peft", "from dpkernels.privacy import engine"),
         ("asr_finetune.train", "from dpkernels.privacy.engine import PrivacyEngine"),
         ("asr_finetune.train", "from dpkernels.nn.linear import GhostLinear"),
@@ -121,7 +126,7 @@ def test_catches_an_import_the_wrong_way(module: str, source: str) -> None:
 def test_importing_dpkernels_loads_no_heavy_package_and_no_native_library() -> None:
     code = (
         "import sys, dpkernels, dpkernels.ops; "
-        f"print([m for m in {sorted(PROGRAM_ONLY | {'triton'})} if m in sys.modules]); "
+        f"print([m for m in {sorted({*HEAVY, 'triton'})} if m in sys.modules]); "
         "native = sys.modules.get('dpkernels.backends.native'); "
         "print(native is None or native.library.cache_info().currsize == 0)"
     )

@@ -71,9 +71,10 @@ Factory = Callable[[Case, nn.Module, Batch, Settings], Contender]
 
 NON_PRIVATE, OWN_LAYERS = "non-private", "own layers, non-private"
 OPACUS_HOOKS, OPACUS_GHOST, TORCH_FUNC = "Opacus hooks", "Opacus ghost", "torch.func"
+OPACUS_OURS = "Opacus ghost + dpkernels"
 
 
-def ours(strategy: str = STRATEGIES[0]) -> str:
+def ours(strategy: str = "bookkeeping") -> str:
     """The name of this package's contender of a strategy."""
     return f"dpkernels {strategy}"
 
@@ -88,5 +89,6 @@ def registry() -> dict[str, Factory]:
         **{ours(name): own.with_strategy(name) for name in STRATEGIES},
         OPACUS_HOOKS: opacus.Hooks,
         OPACUS_GHOST: opacus.Ghost,
+        OPACUS_OURS: opacus.GhostWithOurNorms,
         TORCH_FUNC: functorch.PerSample,
     }

@@ -1,4 +1,7 @@
-// Loops over threads, without OpenMP: a second OpenMP runtime next to torch's is a known hazard.
+// Loops over threads: those of the OpenMP runtime that the program (torch) brought along, else of a pool.
+//
+// The library is not linked with OpenMP: a second runtime next to torch's is a known hazard. It looks for the
+// one that is there, at its first loop.
 //
 //     dpk::parallel_for(samples, threads, [&](int64_t sample, int worker) { norm[sample] = ...; });
 //
@@ -8,9 +11,9 @@
 // worker < threads) is only for indexing scratch memory. The first exception of a body is rethrown in the
 // caller; indices not yet started are then skipped.
 //
-// Threads are kept and reused. A call made while they are busy (from another thread, or from a body) runs in
-// its caller alone. In a child process after fork() the threads are started anew. Where the system starts
-// fewer threads, fewer work.
+// Threads are kept and reused. A call made from a body runs in its caller alone, and so does one made while
+// the pool is busy. In a child process after fork() the threads are the pool's, started anew. Where the
+// system starts fewer threads, fewer work.
 #pragma once
 
 #include <cstdint>

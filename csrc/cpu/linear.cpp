@@ -30,11 +30,36 @@ int64_t effective_length(const dpk_tensor& x, const dpk_tensor& g, int64_t i, in
   return end;
 }
 
+// Whether a column's frames lie side by side in memory: a convolution's layout, [B,C,T] seen as [B,T,C].
+// Reading it row by row would touch a cache line for every entry.
+template <class R>
+bool channels_first(const dpk_tensor& v) {
+  return v.dtype == kDtype<R> && v.stride[1] == 1 && v.stride[2] != 1;
+}
+
 template <class R>
 void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int64_t t1, R* panels,
                  double* square_norms) {
   const Micro<R>& k = micro<R>();
   const int64_t n = v.size[2], width = k.nr;
+  if (channels_first<R>(v)) {
+    const R* rows = reinterpret_cast<const R*>(at(v, i, t0, 0));
+    // The float64 roundings of n additions are below the slack that the bounds leave for them (bounds.h).
+    if (square_norms != nullptr) k.column_squares(rows, v.stride[2], n, t1 - t0, square_norms + t0);
+    R* dst = panels + t0 * width;
+    for (int64_t j = 0; j < n; j += width, dst += length * width) {
+      const R* src = rows + j * v.stride[2];
+      const int64_t columns = std::min(width, n - j);
+      if (columns == width) {
+        k.transpose(src, v.stride[2], t1 - t0, dst);
+        continue;
+      }
+      std::fill_n(dst, (t1 - t0) * width, R(0));
+      for (int64_t r = 0; r < columns; ++r)
+        for (int64_t t = 0; t < t1 - t0; ++t) dst[t * width + r] = src[r * v.stride[2] + t];
+    }
+    return;
+  }
   std::vector<R> space(static_cast<size_t>(n));
   for (int64_t t = t0; t < t1; ++t) {
     const Rows<R> row(v, i, t, 1, 0, n, 1, space.data());
@@ -57,6 +82,15 @@ void pack_transposed(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0,
                      double* square_norms) {
   const Micro<R>& k = micro<R>();
   const int64_t n = v.size[2], width = k.nr, frames = std::min(width, length - t0);
+  if (channels_first<R>(v)) {
+    const R* rows = reinterpret_cast<const R*>(at(v, i, t0, 0));
+    k.column_squares(rows, v.stride[2], n, frames, square_norms + t0);
+    for (int64_t j = 0; j < n; ++j, panel += width) {
+      std::copy_n(rows + j * v.stride[2], frames, panel);
+      std::fill(panel + frames, panel + width, R(0));
+    }
+    return;
+  }
   const bool in_place = v.dtype == kDtype<R> && v.stride[2] == 1 && frames == width;
   const Scratch<R> space(in_place ? 0 : width * n);
   for (int64_t r = 0; !in_place && r < width; ++r) {
@@ -111,7 +145,7 @@ class Norms {
     for (Sample sample : samples) {
       const int64_t x_size = packed(sample.length, x_.size[2], gram),
                     g_size = packed(sample.length, g_.size[2], gram);
-      if (!group.empty() && (size + x_size + g_size) * static_cast<int64_t>(sizeof(R)) > kGroupBytes) {
+      if (!group.empty() && (size + x_size + g_size) * kSize > kGroupBytes) {
         body(group);
         group.clear();
         size = rows = 0;
@@ -173,11 +207,13 @@ class Norms {
 
   void by_direct(const std::vector<Sample>& group) {
     const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr, rows = panels(p), columns = panels(d);
-    const Scratch<R> packed_panels(end_of(group, packed(group.back().length, p, false)));
+    const Workspace workspace(end_of(group, packed(group.back().length, p, false)) * kSize);
+    R* const packed_panels = workspace.as<R>();
     const int64_t frames = group.back().rows_at + group.back().length;
     std::vector<double> x_rows(static_cast<size_t>(frames)), g_rows(static_cast<size_t>(frames));
-    const int threads = worthwhile_threads(
-        threads_, static_cast<double>(frames) * static_cast<double>(p) * static_cast<double>(d) / 16);
+    const int threads =
+        worthwhile_threads(threads_, static_cast<double>(frames) * static_cast<double>(rows * width) *
+                                         static_cast<double>(columns * width) / 16);
 
     const auto pieces =
         items_of(group, [](const Sample& s, int64_t unit) { return ceil_div(s.length, unit); }, kPackFrames);
@@ -185,8 +221,8 @@ class Norms {
       const Sample& s = *pieces[static_cast<size_t>(n)].sample;
       const int64_t t0 = pieces[static_cast<size_t>(n)].index * kPackFrames,
                     t1 = std::min(t0 + kPackFrames, s.length);
-      pack_frames<R>(x_, s.index, s.length, t0, t1, packed_panels.get() + s.x_at, x_rows.data() + s.rows_at);
-      pack_frames<R>(g_, s.index, s.length, t0, t1, packed_panels.get() + s.g_at, g_rows.data() + s.rows_at);
+      pack_frames<R>(x_, s.index, s.length, t0, t1, packed_panels + s.x_at, x_rows.data() + s.rows_at);
+      pack_frames<R>(g_, s.index, s.length, t0, t1, packed_panels + s.g_at, g_rows.data() + s.rows_at);
     });
 
     const auto items = items_of(group, [](const Sample&, int64_t unit) { return unit; }, rows);
@@ -194,12 +230,12 @@ class Norms {
     parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t n, int) {
       const Sample& s = *items[static_cast<size_t>(n)].sample;
       const int64_t row = items[static_cast<size_t>(n)].index, used = std::min(width, p - row * width);
-      const R* a = packed_panels.get() + s.g_at + row * s.length * width;
+      const R* a = packed_panels + s.g_at + row * s.length * width;
       alignas(64) R tile[kMostTile];
       alignas(64) double sum[kMostBlock];
       double square = 0.0;
       for (int64_t column = 0; column < columns; ++column) {
-        const R* b = packed_panels.get() + s.x_at + column * s.length * width;
+        const R* b = packed_panels + s.x_at + column * s.length * width;
         if (s.length > kBlock) {
           block(a, b, s.length, tile, sum);
           square += k_.dot(sum, sum, width * width);
@@ -234,7 +270,8 @@ class Norms {
   // (sum_t ||g_t||)^2 or (sum_t ||x_t||)^2.
   void by_gram(const std::vector<Sample>& group, std::vector<Sample>& redo) {
     const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr;
-    const Scratch<R> packed_panels(end_of(group, packed(group.back().length, p, true)));
+    const Workspace workspace(end_of(group, packed(group.back().length, p, true)) * kSize);
+    R* const packed_panels = workspace.as<R>();
     const int64_t frames = group.back().rows_at + group.back().length;
     std::vector<double> x_rows(static_cast<size_t>(frames)), g_rows(static_cast<size_t>(frames));
     const int threads =
@@ -246,18 +283,18 @@ class Norms {
     parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t n, int) {
       const Sample& s = *items[static_cast<size_t>(n)].sample;
       const int64_t panel = items[static_cast<size_t>(n)].index;
-      pack_transposed<R>(x_, s.index, s.length, panel * width,
-                         packed_panels.get() + s.x_at + panel * width * d, x_rows.data() + s.rows_at);
-      pack_transposed<R>(g_, s.index, s.length, panel * width,
-                         packed_panels.get() + s.g_at + panel * width * p, g_rows.data() + s.rows_at);
+      pack_transposed<R>(x_, s.index, s.length, panel * width, packed_panels + s.x_at + panel * width * d,
+                         x_rows.data() + s.rows_at);
+      pack_transposed<R>(g_, s.index, s.length, panel * width, packed_panels + s.g_at + panel * width * p,
+                         g_rows.data() + s.rows_at);
     });
 
     std::vector<double> partial(items.size());
     parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t n, int) {
       const Sample& s = *items[static_cast<size_t>(n)].sample;
       const int64_t row = items[static_cast<size_t>(n)].index;
-      const R* x = packed_panels.get() + s.x_at;
-      const R* g = packed_panels.get() + s.g_at;
+      const R* x = packed_panels + s.x_at;
+      const R* g = packed_panels + s.g_at;
       alignas(64) R tile[kMostTile];
       alignas(64) double xx[kMostBlock], gg[kMostBlock];
       double square = 0.0;
@@ -297,6 +334,7 @@ class Norms {
     }
   }
 
+  static constexpr int64_t kSize = static_cast<int64_t>(sizeof(R));
   // Largest tile and block of any instruction set (micro.h: nr <= 32, mr <= nr).
   static constexpr int kMostTile = 32 * 32, kMostBlock = 32 * 32;
 

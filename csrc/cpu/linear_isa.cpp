@@ -162,6 +162,29 @@ double square_sum_above(const R* v, int64_t n) {
 }
 
 template <class R>
+void column_squares(const R* rows, int64_t ld, int64_t count, int64_t n, double* __restrict__ out) {
+  constexpr int lanes = kLanes<double>;
+  int64_t j = 0;
+  for (; j + 4 * lanes <= n; j += 4 * lanes) {
+    Vector<double> sum[4] = {};
+    for (int64_t r = 0; r < count; ++r) {
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) {
+        const Vector<double> x = read_wide(rows + r * ld + j + s * lanes);
+        sum[s] += x * x;
+      }
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) write<double>(out + j + s * lanes, sum[s]);
+  }
+  for (; j < n; ++j) {
+    double sum = 0.0;
+    for (int64_t r = 0; r < count; ++r) sum += static_cast<double>(rows[r * ld + j]) * rows[r * ld + j];
+    out[j] = sum;
+  }
+}
+
+template <class R>
 void accumulate(double* __restrict__ acc, const R* __restrict__ v, int64_t n, double factor) {
   constexpr int lanes = kLanes<double>;
   int64_t j = 0;
@@ -262,6 +285,7 @@ constexpr Micro<R> make() {
           square_sum_above<R>,
           square_sum_above_rows,
           square_sum<R>,
+          column_squares<R>,
           accumulate<R>,
           dot,
           transpose<R, width>,

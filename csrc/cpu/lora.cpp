@@ -1,4 +1,5 @@
-// LoRA: squared norms ||dh_i^T x_i||^2 and scaling^2 ||g_i^T h_i||^2, and their weighted sums.
+// LoRA: squared norms ||dh_i^T x_i||^2 and scaling^2 ||g_i^T h_i||^2, their weighted sums, and the gradients
+// themselves.
 //
 // Both are a narrow matrix [T, r] against a wide one [T, n]. The wide one is read once, in place: a strip of
 // columns at a time, 64 frames of it (in the first caches) against the narrow matrix, whose r x strip product
@@ -25,7 +26,7 @@ struct Factor {
   const dpk_tensor* wide;
   double scaling;
   float* norm_sq;  // norms: [B]
-  void* out;       // sums: [r, n], or [n, r] when `transposed`
+  void* out;       // sums: [r, n], or [n, r] when `transposed`; gradients: one of these a sample
   bool transposed;
 };
 
@@ -65,6 +66,23 @@ class LoRA {
     });
   }
 
+  void gradients() {
+    for (int64_t i = 0; i < batch(); ++i) indices_.push_back(i);
+    for_groups([&](size_t first, size_t count) {
+      const int64_t pieces = strips(0) + strips(1);
+      parallel_for(static_cast<int64_t>(count) * pieces, threads_, [&](int64_t n, int) {
+        const Piece piece = piece_of(n % pieces);
+        const Factor& f = factors_[piece.which];
+        const size_t sample = static_cast<size_t>(n / pieces);
+        const int64_t start = indices_[first + sample] * r_ * f.wide->size[2];
+        const Scratch<double> sum(padded_ * kStrip);
+        std::fill_n(sum.get(), padded_ * kStrip, 0.0);
+        product(piece, indices_[first + sample], sample, f.scaling, sum.get(), false);
+        write_piece(piece, sum.get(), kDtype<R>, start);
+      });
+    });
+  }
+
   void sums(const double* factors, dpk_dtype out_dtype) {
     for (int64_t i = 0; i < batch(); ++i)
       if (factors[i] != 0.0) indices_.push_back(i);
@@ -74,13 +92,10 @@ class LoRA {
         const Factor& f = factors_[piece.which];
         const Scratch<double> sum(padded_ * kStrip);
         std::fill_n(sum.get(), padded_ * kStrip, 0.0);
-        for_runs(piece, sum.get(),
-                 [&](double* run, int64_t index, int64_t n) { read_out(f.out, out_dtype, index, n, run); });
+        read_piece(piece, sum.get(), out_dtype);
         for (size_t s = 0; s < count; ++s)
           product(piece, indices_[first + s], s, factors[indices_[first + s]] * f.scaling, sum.get(), false);
-        for_runs(piece, sum.get(), [&](const double* run, int64_t index, int64_t n) {
-          write_out(f.out, out_dtype, index, n, run);
-        });
+        write_piece(piece, sum.get(), out_dtype, 0);
       });
     });
   }
@@ -100,17 +115,34 @@ class LoRA {
     return {which, column, std::min(kStrip, factors_[which].wide->size[2] - column)};
   }
 
-  // Copies between a piece's float64 sum and the output, in runs that are dense in both.
-  template <class Copy>
-  void for_runs(const Piece& piece, double* sum, Copy&& copy) const {
+  // Between a piece's float64 sum [r, kStrip] and its place in the output, from entry `start` on; a
+  // transposed output's place is one run.
+  void read_piece(const Piece& piece, double* sum, dpk_dtype dtype) const {
     const Factor& f = factors_[piece.which];
-    for (int64_t m = 0; m < r_; ++m) {
-      double* row = sum + m * kStrip;
-      if (!f.transposed)
-        copy(row, m * f.wide->size[2] + piece.column, piece.columns);
-      else
-        for (int64_t j = 0; j < piece.columns; ++j) copy(row + j, (piece.column + j) * r_ + m, int64_t{1});
+    const int64_t n = piece.columns;
+    if (!f.transposed) {
+      for (int64_t m = 0; m < r_; ++m)
+        read_out(f.out, dtype, m * f.wide->size[2] + piece.column, n, sum + m * kStrip);
+      return;
     }
+    const Scratch<double> run(n * r_);
+    read_out(f.out, dtype, piece.column * r_, n * r_, run.get());
+    for (int64_t m = 0; m < r_; ++m)
+      for (int64_t j = 0; j < n; ++j) sum[m * kStrip + j] = run.get()[j * r_ + m];
+  }
+
+  void write_piece(const Piece& piece, const double* sum, dpk_dtype dtype, int64_t start) const {
+    const Factor& f = factors_[piece.which];
+    const int64_t n = piece.columns;
+    if (!f.transposed) {
+      for (int64_t m = 0; m < r_; ++m)
+        write_out(f.out, dtype, start + m * f.wide->size[2] + piece.column, n, sum + m * kStrip);
+      return;
+    }
+    const Scratch<double> run(n * r_);
+    for (int64_t m = 0; m < r_; ++m)
+      for (int64_t j = 0; j < n; ++j) run.get()[j * r_ + m] = sum[m * kStrip + j];
+    write_out(f.out, dtype, start + piece.column * r_, n * r_, run.get());
   }
 
   // Converts the narrow matrices of a group of samples, then calls body(first, count).
@@ -147,6 +179,18 @@ class LoRA {
           k_.square_sum_above(rows + t * padded_, std::min(kBoundFrames, length - t) * padded_);
   }
 
+  // Asks for frames [t0, t0+kChunk) of a strip ahead of their use: a strip of a wide matrix takes a few cache
+  // lines out of each row, which no hardware prefetcher follows across pages.
+  static void prefetch(const dpk_tensor& wide, int64_t i, int64_t t0, int64_t length, const Piece& piece) {
+    constexpr int64_t line = 64;
+    const int64_t bytes = piece.columns * element_size(wide.dtype);
+    if (wide.stride[2] != 1) return;
+    for (int64_t t = t0, end = std::min(t0 + kChunk, length); t < end; ++t) {
+      const char* row = at(wide, i, t, piece.column);
+      for (int64_t b = 0; b < bytes; b += line) __builtin_prefetch(row + b);
+    }
+  }
+
   // sum [padded_, kStrip] += factor * narrow^T wide over one sample's frames, columns of `piece`. Returns,
   // when asked to, a number >= S = sum_t ||narrow_t|| ||wide_t|| of these columns.
   double product(const Piece& piece, int64_t i, size_t slot, double factor, double* sum,
@@ -158,8 +202,10 @@ class LoRA {
     const int64_t length = length_of(lengths_, i, frames());
     const Scratch<R> block(padded_ * kStrip), space(kChunk * kStrip);
     double scale = 0.0;
+    prefetch(wide, i, 0, length, piece);
     for (int64_t t0 = 0; t0 < length; t0 += kChunk) {
       const int64_t count = std::min(kChunk, length - t0);
+      prefetch(wide, i, t0 + kChunk, length, piece);
       const Rows<R> rows(wide, i, t0, count, piece.column, piece.columns, k_.nr, space.get());
       const R* a = narrow_rows + t0 * padded_;
       for (int64_t j = 0; j < piece.columns; j += k_.nr)
@@ -237,6 +283,20 @@ dpk_status dpk_cpu_lora_norm_sq(const dpk_tensor* x, const dpk_tensor* h, const 
       LoRA<decltype(r)>({dh, x, 1.0, out_a, nullptr, false}, {h, g, scaling, out_b, nullptr, true}, lengths,
                         threads)
           .norms();
+    });
+  });
+}
+
+dpk_status dpk_cpu_lora_gradients(const dpk_tensor* x, const dpk_tensor* h, const dpk_tensor* g,
+                                  const dpk_tensor* dh, double scaling, int32_t threads, void* out_a,
+                                  void* out_b) {
+  using namespace dpk;
+  return guard([&] {
+    check(*x, *h, *g, *dh, scaling, nullptr);
+    for_arithmetic(wide_input(*x, *h, *g, *dh), [&](auto r) {
+      LoRA<decltype(r)>({dh, x, 1.0, nullptr, out_a, false}, {h, g, scaling, nullptr, out_b, true}, nullptr,
+                        threads)
+          .gradients();
     });
   });
 }

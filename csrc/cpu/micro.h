@@ -41,6 +41,9 @@ struct Micro {
   // sum v[j]^2 in float64.
   double (*square_sum)(const R* v, int64_t n);
 
+  // out[j] = sum over r < count of rows[r*ld+j]^2 in float64.
+  void (*column_squares)(const R* rows, int64_t ld, int64_t count, int64_t n, double* out);
+
   // acc[j] += factor * v[j].
   void (*accumulate)(double* acc, const R* v, int64_t n, double factor);
 

@@ -42,7 +42,8 @@ class WeightedSum {
  private:
   void add(const std::vector<Sample>& group, int64_t size) const {
     const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr;
-    const Scratch<R> panels(size);
+    const Workspace workspace(size * static_cast<int64_t>(sizeof(R)));
+    R* const panels = workspace.as<R>();
     struct Piece {
       const Sample* sample;
       int64_t t0;
@@ -55,8 +56,8 @@ class WeightedSum {
     parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t n, int) {
       const auto [s, t0] = pieces[static_cast<size_t>(n)];
       const int64_t t1 = std::min(t0 + kPackFrames, s->length);
-      pack_frames<R>(x_, s->index, s->length, t0, t1, panels.get() + s->x_at, nullptr);
-      pack_frames<R>(g_, s->index, s->length, t0, t1, panels.get() + s->g_at, nullptr);
+      pack_frames<R>(x_, s->index, s->length, t0, t1, panels + s->x_at, nullptr);
+      pack_frames<R>(g_, s->index, s->length, t0, t1, panels + s->g_at, nullptr);
     });
 
     const int64_t wide = kPanelsWide * width, across = ceil_div(d, wide);
@@ -71,9 +72,9 @@ class WeightedSum {
       for (const Sample& s : group) {
         for (int64_t t0 = 0; t0 < s.length; t0 += kBlock) {
           const int64_t frames = std::min(kBlock, s.length - t0);
-          const R* a = panels.get() + s.g_at + (row * s.length + t0) * width;
+          const R* a = panels + s.g_at + (row * s.length + t0) * width;
           for (int64_t j = 0; j < columns; j += width) {
-            const R* b = panels.get() + s.x_at + ((column * kPanelsWide + j / width) * s.length + t0) * width;
+            const R* b = panels + s.x_at + ((column * kPanelsWide + j / width) * s.length + t0) * width;
             for (int64_t m = 0; m < rows; m += k_.mr) {
               k_.tile(a + m, width, b, width, frames, tile, width, false);
               k_.accumulate(sum + (j + m) * width, tile, k_.mr * width, s.factor);

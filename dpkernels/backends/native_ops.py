@@ -43,6 +43,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "linear_weighted_sum": (_T, _T, _P, _P, _I32, _P, _I32),
     "bias_weighted_sum": (_T, _P, _P, _I32, _P, _I32),
     "lora_weighted_sum": (_T, _T, _T, _T, _F64, _P, _P, _I32, _P, _P, _I32),
+    "lora_gradients": (_T, _T, _T, _T, _F64, _I32, _P, _P),
     "embedding_weighted_sum": (_P, _T, _I64, _P, _I32, _P, _I32, _I64),
     "layer_norm_weighted_sum": (_T, _T, _P, _P, _I32, _P, _I32),
     "depthwise_conv1d_weighted_sum": (_T, _T, _P, *_CONV, _I32, _P, _I32),
@@ -179,6 +180,26 @@ def lora_weighted_sum(
     sum_b.finish()
     if sum_b.out is not out_b:
         out_b.copy_(sum_b.out)
+
+
+def lora_gradients(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """dh_iᵀx_i and s g_iᵀh_i; see `dpkernels.ops.lora_gradients`."""
+    batch, rank, dtype = len(x), h.shape[2], torch.promote_types(x.dtype, torch.float32)
+    out_a = torch.empty(batch, rank, x.shape[2], dtype=dtype)
+    out_b = torch.empty(batch, g.shape[2], rank, dtype=dtype)
+    _function("lora_gradients")(
+        _view(x),
+        _view(h),
+        _view(g),
+        _view(dh),
+        scaling,
+        native.threads(),
+        out_a.data_ptr(),
+        out_b.data_ptr(),
+    )
+    return out_a, out_b
 
 
 def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None) -> Tensor:

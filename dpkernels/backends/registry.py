@@ -1,9 +1,10 @@
 """Which implementation an op uses on a kind of device, and why.
 
-The order is native code, the torch composition, the reference. `DPKERNELS_BACKEND` (auto, native, torch,
-reference) forces one: native that cannot serve an op is an error, not a fallback; torch leaves to the reference
-what torch cannot compose (the noise). A norm and its weighted sum always come from the same backend: the norm is
-rounded up by a bound on what *that* sum adds.
+The order is native code, Triton kernels (on GPUs), the torch composition, the reference. `DPKERNELS_BACKEND` (auto,
+native, triton, torch, reference) forces one: native that cannot serve an op is an error, not a fallback, and so is
+triton where no Triton kernel can run; triton leaves the families that it has no kernels for to what follows it, and
+torch leaves to the reference what torch cannot compose (the noise). A norm and its weighted sum always come from the
+same backend: the norm is rounded up by a bound on what *that* sum adds.
 """
 
 import importlib
@@ -17,12 +18,13 @@ from typing import Any
 logger = logging.getLogger("dpkernels")
 
 ENVIRONMENT_VARIABLE = "DPKERNELS_BACKEND"
-CHOICES = ("auto", "native", "torch", "reference")
+CHOICES = ("auto", "native", "triton", "torch", "reference")
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "linear": ("linear_norm_sq", "linear_weighted_sum"),
     "bias": ("bias_norm_sq", "bias_weighted_sum"),
     "lora": ("lora_norm_sq", "lora_weighted_sum"),
+    "lora_gradients": ("lora_gradients",),
     "embedding": ("embedding_norm_sq", "embedding_weighted_sum"),
     "layer_norm": ("layer_norm_norm_sq", "layer_norm_weighted_sum"),
     "depthwise_conv1d": ("depthwise_conv1d_norm_sq", "depthwise_conv1d_weighted_sum"),
@@ -38,7 +40,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 OPS: tuple[str, ...] = tuple(op for family in FAMILIES.values() for op in family)
 
 TORCH_WINS: dict[tuple[str, str], str] = {}
-"""(family, device type) -> the measurement by which `auto` prefers the torch composition to native code."""
+"""(family, device type) -> the measurement by which `auto` prefers the torch composition to native code and Triton."""
 
 _NATIVE_MODULES = {
     "chacha20_keystream": "native_chacha20",
@@ -83,7 +85,7 @@ def forced() -> str:
     """The value of DPKERNELS_BACKEND: the only place that reads it.
 
     Raises:
-        ValueError: the value is none of auto, native, torch, reference.
+        ValueError: the value is none of CHOICES.
     """
     value = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
     if value not in CHOICES:
@@ -119,6 +121,17 @@ def _native(family: str, device: str) -> tuple[ModuleType | None, str]:
     return (None, reason) if reason else (module, "")
 
 
+def _triton_unavailable(device: str) -> str:
+    availability = importlib.import_module("dpkernels.backends.triton_availability")
+    return str(availability.unavailable_reason(device))
+
+
+def _triton(family: str) -> tuple[ModuleType | None, str]:
+    module = importlib.import_module("dpkernels.backends.triton_ops")
+    reason = _missing(module, family)
+    return (None, reason) if reason else (module, "")
+
+
 def _torch(family: str) -> tuple[ModuleType | None, str]:
     module = importlib.import_module(f"dpkernels.backends.{_TORCH_MODULES.get(family, 'torch_ops')}")
     reason = _missing(module, family)
@@ -128,18 +141,31 @@ def _torch(family: str) -> tuple[ModuleType | None, str]:
 def _choose(op: str, device: str, choice: str) -> tuple[OpBackend, Implementation]:
     family = _family(op)
     why: list[str] = []
-    if choice in ("auto", "native"):
-        preferred = TORCH_WINS.get((family, device), "") if choice == "auto" else ""
-        module, reason = (None, preferred) if preferred else _native(family, device)
+    preferred = TORCH_WINS.get((family, device), "") if choice == "auto" else ""
+    if preferred:
+        why.append(preferred)
+    if choice in ("auto", "native") and not preferred:
+        module, reason = _native(family, device)
         if module is not None:
             return OpBackend(op, device, "native", ""), getattr(module, op)
         why.append(reason)
-    if choice in ("auto", "torch"):
+    # on the CPU Triton is interpreted, for tests: nothing to choose, or to log, unasked
+    triton = choice == "triton" or (choice == "auto" and device != "cpu" and not preferred)
+    unavailable = _triton_unavailable(device) if triton else ""
+    if triton and not unavailable:
+        module, unavailable = _triton(family)
+        if module is not None:
+            return OpBackend(op, device, "triton", "; ".join(why)), getattr(module, op)
+    elif choice == "triton":
+        raise RuntimeError(f"{op} on {device}: {unavailable}; or unset {ENVIRONMENT_VARIABLE}")
+    if unavailable:
+        why.append(unavailable)
+    if choice in ("auto", "triton", "torch"):
         module, reason = _torch(family)
         if module is not None:
             return OpBackend(op, device, "torch", "; ".join(why)), getattr(module, op)
         why.append(reason)
-    if choice in ("auto", "torch", "reference"):
+    if choice in ("auto", "triton", "torch", "reference"):
         if op in _reference:
             return OpBackend(op, device, "reference", "; ".join(why)), _reference[op]
         why.append("the reference has no such function")

@@ -202,6 +202,16 @@ def lora_weighted_sum(
         _add_linear(h, g, factors, out_b, lengths, scaling, dtype)
 
 
+def lora_gradients(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """dh_iᵀx_i and s g_iᵀh_i; see `dpkernels.ops.lora_gradients`."""
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, h, g, dh = (t.to(dtype) for t in (x, h, g, dh))
+        return torch.bmm(dh.mT, x), torch.bmm(g.mT, h).mul_(scaling)
+
+
 def _upper_in_float64(
     values: list[Tensor], terms: list[Tensor], roundings: list[int], like: Tensor
 ) -> Tensor:

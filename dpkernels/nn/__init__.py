@@ -8,7 +8,7 @@ from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.expanded import EXPANSION_LIMIT
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
-from dpkernels.nn.module import GhostModule
+from dpkernels.nn.module import GhostModule, named_modules
 from dpkernels.nn.norm import (
     FrozenBatchNorm,
     FrozenBatchNorm1d,
@@ -33,6 +33,7 @@ from dpkernels.nn.records import (
     Share,
     add_weighted_sums,
 )
+from dpkernels.nn.sharing import sharing_inputs
 from dpkernels.nn.swapping import (
     ghost_subclass,
     register_child_swap,
@@ -84,9 +85,11 @@ __all__ = [
     "detach",
     "freeze_batch_norm",
     "ghost_subclass",
+    "named_modules",
     "register_child_swap",
     "register_refusal",
     "register_swap",
+    "sharing_inputs",
     "swap",
     "unswap",
 ]

@@ -32,11 +32,12 @@ class Uncovered:
         return f"{self.name} ({self.module_type}): {self.reason}"
 
 
-def attach(model: nn.Module) -> Tape:
+def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
     """Make `model` private: a new tape on every ghost layer, small raw parameters expanded. Call it after
     `swap`.
 
     Parameters that are frozen stay so: to train more of them later, detach, unfreeze and attach again.
+    `keep_small`: see `Tape`.
 
     Raises ValueError naming every trained parameter that no rule covers, RuntimeError if a tape is attached.
     """
@@ -46,7 +47,7 @@ def attach(model: nn.Module) -> Tape:
     if uncovered:
         lines = "\n  ".join(str(item) for item in uncovered)
         raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
-    tape = Tape(model.named_parameters())
+    tape = Tape(model.named_parameters(), keep_small=keep_small)
     for name, module in model.named_modules():
         if not isinstance(module, GhostModule):
             raw = tuple(name for name, _ in _own_trained_parameters(module))

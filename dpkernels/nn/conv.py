@@ -40,34 +40,9 @@ class _GhostConv(GhostModule, _ConvNd):
         n = len(self.kernel_size)
         if x.dim() == n + 1:
             return self._ghost_forward(x.unsqueeze(0)).squeeze(0)
-        padding = tuple(0 for _ in range(n))
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        elif self.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            if all(total % 2 == 0 for total in totals):
-                padding = tuple(total // 2 for total in totals)
-            else:
-                x = F.pad(x, self._reversed_padding_repeated_twice)
-        elif not isinstance(self.padding, str):
-            padding = tuple(self.padding)
+        x, padding = zero_padding(self, x)
         dtype = autocast_dtype(x)
         return _Conv.apply(maybe_cast(x, dtype), self.weight, self.bias, self, padding, dtype)
-
-    def _record_weight(self, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Record:
-        """The weight's record for x [B,C,*], padded by `padding` zeros, and output gradient g [B,p,*]."""
-        name, groups = self.ghost_label(), self.groups
-        weight: Any = self.weight
-        ones = (1,) * len(padding)
-        if self.kernel_size == self.stride == ones and groups == 1 and not any(padding):
-            return LinearRecord(name, weight, _as_sequence(x), _as_sequence(g))
-        if groups == self.in_channels and (groups > 1 or self.out_channels == 1):
-            if x.dim() == 3 and self.out_channels == groups:
-                geometry = (self.stride[0], padding[0], self.dilation[0])
-                return DepthwiseConv1dRecord(name, weight, x, g, *geometry)
-            return ExpandedRecord(name, weight, _depthwise_gradients(self, x, g, padding))
-        kind = Conv1dRecord if x.dim() == 3 else Conv2dRecord
-        return kind(name, weight, x, g, self.stride, padding, self.dilation, groups)
 
 
 class GhostConv1d(_GhostConv, nn.Conv1d):
@@ -133,11 +108,41 @@ class _Conv(torch.autograd.Function):
                     g, like, weight.to(g.dtype), None, *geometry, [True, False, False]
                 )
             if ctx.needs_input_grad[1]:
-                ctx.tape.add(layer._record_weight(x, g, ctx.padding))
+                ctx.tape.add(weight_record(layer, layer.ghost_label(), x, g, ctx.padding))
             if ctx.bias is not None and ctx.needs_input_grad[2]:
                 total = g.flatten(2).sum(2, dtype=accumulation_dtype(g))
                 ctx.tape.add(BiasRecord(layer.ghost_label(), ctx.bias, total))
         return dx, None, None, None, None, None
+
+
+def zero_padding(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """(x, π): what the layer pads beyond π zeros on both sides of each dimension of x [B,C,*] is put on x."""
+    n = len(layer.kernel_size)
+    none = (0,) * n
+    if layer.padding_mode != "zeros":
+        return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), none
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        if all(total % 2 == 0 for total in totals):
+            return x, tuple(total // 2 for total in totals)
+        return F.pad(x, layer._reversed_padding_repeated_twice), none
+    return x, none if isinstance(layer.padding, str) else tuple(layer.padding)
+
+
+def weight_record(layer: _ConvNd, name: str, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Record:
+    """The weight's record for x [B,C,*], padded by `padding` zeros, and output gradient g [B,p,*]."""
+    groups = layer.groups
+    weight: Any = layer.weight
+    ones = (1,) * len(padding)
+    if layer.kernel_size == layer.stride == ones and groups == 1 and not any(padding):
+        return LinearRecord(name, weight, _as_sequence(x), _as_sequence(g))
+    if groups == layer.in_channels and (groups > 1 or layer.out_channels == 1):
+        if x.dim() == 3 and layer.out_channels == groups:
+            geometry = (layer.stride[0], padding[0], layer.dilation[0])
+            return DepthwiseConv1dRecord(name, weight, x, g, *geometry)
+        return ExpandedRecord(name, weight, _depthwise_gradients(layer, x, g, padding))
+    kind = Conv1dRecord if x.dim() == 3 else Conv2dRecord
+    return kind(name, weight, x, g, layer.stride, padding, layer.dilation, groups)
 
 
 def _as_sequence(t: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ def _as_sequence(t: Tensor) -> Tensor:
     return t.flatten(2).transpose(1, 2)
 
 
-def _depthwise_gradients(layer: _GhostConv, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Tensor:
+def _depthwise_gradients(layer: _ConvNd, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Tensor:
     """Per-sample gradients [B, *weight.shape] of a depthwise weight, accumulated in float32.
 
     Σ_t g[b,c,t] x[b,c, t·stride + tap·dilation]; they have p·∏k entries a sample, far fewer than x and g. Every

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpkernels.nn.tape import Tape
 
@@ -41,6 +41,28 @@ class GhostModule:
     def ghost_label(self) -> str:
         """The qualified name for messages, or the class name before `attach`."""
         return self.ghost_name or type(self).__name__
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As nn.Module.named_modules: names and modules, parents first, each once; in a loop.
+
+    torch's own recursion passes every module through as many generators as it is deep. Checks of every step walk the
+    model; that took 1 % of a LoRA step on two cores.
+    """
+    seen: set[nn.Module] = set()
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        prefix = f"{name}." if name else ""
+        stack += [
+            (prefix + key, child)
+            for key, child in reversed(module._modules.items())
+            if child is not None and child not in seen
+        ]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpkernels.nn.module import GhostModule, accumulation_dtype, no_autocast
+from dpkernels.nn.module import GhostModule, accumulation_dtype, named_modules, no_autocast
 from dpkernels.nn.records import BiasRecord, NormRecord
 
 
@@ -116,7 +116,7 @@ def batch_norms_in_training(model: nn.Module) -> list[str]:
     """Names of the batch norms that mix the samples of a batch: in training mode, or without statistics."""
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, _BatchNorm)
         and not isinstance(module, FrozenBatchNorm)
         and (module.training or module.running_mean is None)
@@ -196,9 +196,10 @@ class _RMSNorm(torch.autograd.Function):
             layer.normalized_shape,
             weight,
         )
-        ctx.eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
+        # torch's default is the machine ε of the type it computes in, not of x's; given, so that the two agree
+        ctx.eps = torch.finfo(accumulation_dtype(x)).eps if layer.eps is None else layer.eps
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        return F.rms_norm(x, layer.normalized_shape, weight, layer.eps)
+        return F.rms_norm(x, layer.normalized_shape, weight, ctx.eps)
 
     @staticmethod
     @once_differentiable

@@ -5,6 +5,9 @@ parameters *could* be formed, and answers two questions without forming it: ‖g
 up), and Σ_i c_i · gradient of sample i.
 
 The layers put no lengths on a record: a padded frame has a zero output gradient, and adds nothing.
+
+Where a sample has many frames and the parameter few entries, its gradient is smaller than what it is made of, and
+`formed` makes it once instead of twice (for the norm and for the sum). Which records are formed is the tape's choice.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
+from dpkernels.nn.module import accumulation_dtype, no_autocast
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Record(ABC):
     g: Tensor
     # names of the fields that hold parameters
     parameter_fields: ClassVar[tuple[str, ...]] = ("weight",)
+    # whether forming is the default where it is smaller, for rules that pay twice for not doing so
+    forms_by_default: ClassVar[bool] = False
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -70,11 +76,33 @@ class Record(ABC):
         """
         return None
 
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that it keeps alive, over the whole batch."""
+        tensors = (
+            t for t in vars(self).values() if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)
+        )
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def entries(self) -> int | None:
+        """Entries of one sample's gradients, or None where this rule does not form them."""
+        return None
+
+    def formed(self) -> tuple[ExpandedRecord, ...]:
+        """The same gradients, [B, *parameter.shape] in float32 (float64 for float64), one record a parameter.
+
+        Their norms and sums are those of the formed values, so that how they were rounded is no matter for privacy.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not form per-sample gradients")
+
     def merge(self, other: Record) -> Record:
         """One record for two uses of the same parameters (tied, reused): the exact sum, cross terms too.
 
         Raises TypeError naming both layers when the two rules cannot be combined.
         """
+        if self.parameters == other.parameters and len(self.parameters) == 1:
+            first, second = _as_formed(self), _as_formed(other)
+            if first is not None and second is not None:
+                return first.merge(second)
         raise TypeError(
             f"{self.layer} ({type(self).__name__}) and {other.layer} ({type(other).__name__}) use the same "
             "trained parameter in ways that cannot be combined; untie them or freeze the parameter"
@@ -106,6 +134,14 @@ class LinearRecord(Record):
             return None
         out = sums[self.weight].view(self.g.shape[-1], self.x.shape[-1])
         return Share("linear", self.x, self.g, (out,))
+
+    def entries(self) -> int:
+        """P·d."""
+        return self.weight.numel()
+
+    def formed(self) -> tuple[ExpandedRecord, ...]:
+        """g_iᵀ x_i."""
+        return (formed_gradient(self.layer, self.weight, per_sample_product(self.g, self.x)),)
 
     def merge(self, other: Record) -> Record:
         """Concatenated along T; an embedding's ids become one-hot, a convolution's windows are unfolded."""
@@ -192,6 +228,16 @@ class LoRARecord(Record):
             return None
         options: dict[str, object] = {"hs": self.h, "dhs": self.dh, "scalings": self.scaling}
         return Share("lora", self.x, self.g, (sums[self.a], sums[self.b]), options)
+
+    def entries(self) -> int:
+        """r·(d + p)."""
+        return self.a.numel() + self.b.numel()
+
+    def formed(self) -> tuple[ExpandedRecord, ...]:
+        """dh_iᵀ x_i of A and s·g_iᵀ h_i of B."""
+        x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
+        of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)
+        return ExpandedRecord(self.layer, self.a, of_a), ExpandedRecord(self.layer, self.b, of_b)
 
     def merge(self, other: Record) -> Record:
         """Concatenated along T."""
@@ -323,9 +369,11 @@ class DepthwiseConv1dRecord(Record):
 class Conv1dRecord(Record):
     """Weight [p, d/groups, k] of a general convolution: x [B,d,T], g [B,p,T'].
 
-    It is a linear layer on unfolded windows. They are k times larger than x, so they are formed when asked
-    for and not kept.
+    It is a linear layer on unfolded windows. They are k times larger than x, so they are made when asked for
+    and not kept: once where the gradients are formed, twice where norm and sum each ask.
     """
+
+    forms_by_default: ClassVar[bool] = True
 
     layer: str
     weight: nn.Parameter
@@ -355,12 +403,21 @@ class Conv1dRecord(Record):
             x, g = self._group(i)
             ops.linear_weighted_sum(x, g, factors, rows[i])
 
+    def entries(self) -> int:
+        """p·d/groups·k."""
+        return self.weight.numel()
+
+    def formed(self) -> tuple[ExpandedRecord, ...]:
+        """gᵀ windows, the groups one after the other."""
+        groups = [per_sample_product(g, x) for x, g in (self._group(i) for i in range(self.groups))]
+        return (formed_gradient(self.layer, self.weight, torch.cat(groups, 1)),)
+
     def as_linear(self) -> LinearRecord:
         """The unfolded record; for groups == 1."""
         return LinearRecord(self.layer, self.weight, *self._group(0))
 
     def merge(self, other: Record) -> Record:
-        """As linear records, unfolded; grouped ones cannot."""
+        """As linear records, unfolded; grouped ones formed."""
         if self.groups == 1 and isinstance(other, LinearRecord | Conv1dRecord):
             return self.as_linear().merge(other)
         return super().merge(other)
@@ -428,6 +485,26 @@ def unfold(
     n = len(output)
     order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
     return view.permute(order).reshape(batch, math.prod(output), channels * math.prod(kernel))
+
+
+def _as_formed(record: Record) -> ExpandedRecord | None:
+    """The record of one parameter's per-sample gradients, or None where its rule does not form them."""
+    if isinstance(record, ExpandedRecord):
+        return record
+    return None if record.entries() is None else record.formed()[0]
+
+
+def per_sample_product(g: Tensor, x: Tensor) -> Tensor:
+    """g_iᵀ x_i of g [B,T,p] and x [B,T,d]: [B,p,d], accumulated in float32 (float64 for float64)."""
+    x, g = common_dtype(x, g)
+    dtype = accumulation_dtype(x)
+    with no_autocast(x.device.type):
+        return torch.bmm(g.transpose(1, 2).to(dtype), x.to(dtype))
+
+
+def formed_gradient(layer: str, parameter: nn.Parameter, gradients: Tensor) -> ExpandedRecord:
+    """A record of per-sample gradients [B, ...] of a parameter's number of entries."""
+    return ExpandedRecord(layer, parameter, gradients.view(len(gradients), *parameter.shape))
 
 
 def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from dpkernels.nn.records import Record
 
+_FORMED_BYTES = 4  # of an entry of a formed gradient: float32
+
 
 class Tape:
     """Collects the records of one backward.
@@ -26,9 +28,16 @@ class Tape:
     handed to `f` the moment its layer's backward makes it, and is not kept (two-pass and per-layer clipping
     need this to hold little memory). Records of tied or reused parameters are kept and merged by `close` as
     ever.
+
+    Forming: a record of parameters that were used once in the forward is replaced by the per-sample gradients
+    themselves where these are at most half as large (`Record.formed`), which then frees the layer's input and
+    output gradient at once: records of every kind with `keep_small`, else those that form by default.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]] = ()) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]] = (), *, keep_small: bool = False
+    ) -> None:
+        self._keep_small = keep_small
         self._names: dict[nn.Parameter, str] = {p: name for name, p in parameters}
         self._records: list[Record] = []
         self._batch_size: int | None = None
@@ -120,7 +129,15 @@ class Tape:
             self._sunk.update(record.parameters)
             self._sink(record)
             return
-        self._records.append(record)
+        self._records += record.formed() if self._is_smaller_formed(record) else (record,)
+
+    def _is_smaller_formed(self, record: Record) -> bool:
+        entries = record.entries()
+        if entries is None or not (self._keep_small or record.forms_by_default):
+            return False
+        if any(self._uses[p] != 1 for p in record.parameters):
+            return False  # they are merged: with few uses that is cheaper in the form they have
+        return 2 * _FORMED_BYTES * entries * record.batch_size <= record.held_bytes()
 
     def close(self) -> list[Record]:
         """End the backward; the records, merged so that each parameter is in exactly one of them.

@@ -15,7 +15,7 @@ from dpkernels.ops.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weight
 from dpkernels.ops.embedding import embedding_norm_sq, embedding_weighted_sum
 from dpkernels.ops.grouped import clip_and_noise
 from dpkernels.ops.linear import linear_norm_sq, linear_weighted_sum
-from dpkernels.ops.lora import lora_norm_sq, lora_weighted_sum
+from dpkernels.ops.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.ops.norm import layer_norm_norm_sq, layer_norm_weighted_sum
 from dpkernels.ops.sweep import noise_adamw, noise_sgd
 
@@ -36,6 +36,7 @@ __all__ = [
     "layer_norm_weighted_sum",
     "linear_norm_sq",
     "linear_weighted_sum",
+    "lora_gradients",
     "lora_norm_sq",
     "lora_weighted_sum",
     "noise_adamw",

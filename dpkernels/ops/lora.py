@@ -4,6 +4,7 @@ y += s (x Aᵀ) Bᵀ with A [r, d], B [p, r], h = x Aᵀ [B, T, r] and dh = s g 
 are dh_iᵀx_i [r, d] for A (dh holds the scaling s) and s g_iᵀh_i [p, r] for B.
 """
 
+import torch
 from torch import Tensor
 
 from dpkernels.ops import _check, _library
@@ -35,6 +36,19 @@ _weighted_sum = _library.define(
     fake=lambda x, h, g, dh, factors, out_a, out_b, *, scaling=1.0, lengths=None: None,
     check=_check_values,
 )
+_gradients = _library.define(
+    "lora_gradients",
+    "(Tensor x, Tensor h, Tensor g, Tensor dh, *, float scaling=1.0) -> (Tensor, Tensor)",
+    fake=lambda x, h, g, dh, *, scaling=1.0: _empty_gradients(x, h, g),
+)
+
+
+def _empty_gradients(x: Tensor, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    batch, rank, dtype = x.shape[0], h.shape[2], torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(batch, rank, x.shape[2], dtype=dtype),
+        x.new_empty(batch, g.shape[2], rank, dtype=dtype),
+    )
 
 
 def _check_inputs(
@@ -74,6 +88,35 @@ def lora_norm_sq(
     """
     _check_inputs(x, h, g, dh, scaling, lengths)
     of_a, of_b = _norm_sq(x, h, g, dh, scaling=scaling, lengths=lengths)
+    return of_a, of_b
+
+
+def lora_gradients(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Each sample's gradients themselves: dh_iᵀx_i of A and s g_iᵀh_i of B.
+
+    For r well below T they are smaller than x and g, and x and g need be read only once. Their norms and sums are
+    then taken of the values returned here, so no bound on this rounding is needed.
+
+    Args:
+        x: [B, T, d] layer inputs; bfloat16, float16 or float32 (float64 in tests). B, T may be 0.
+        h: [B, T, r] = x Aᵀ, same dtype.
+        g: [B, T, p] gradients of the layer's output, same dtype.
+        dh: [B, T, r] = s g B, same dtype; it holds the scaling already.
+        scaling: s, finite; 1 for an unscaled adapter.
+
+    Returns:
+        [B, r, d] and [B, p, r], contiguous, float32 (float64 for float64 inputs), accumulated in at least that.
+
+    Raises:
+        TypeError: dtypes that differ or are not floating.
+        ValueError: shapes, devices or scaling that do not fit.
+
+    Source: Hu et al. 2021, arXiv:2106.09685 (the layer); its gradients by the chain rule.
+    """
+    _check_inputs(x, h, g, dh, scaling, None)
+    of_a, of_b = _gradients(x, h, g, dh, scaling=scaling)
     return of_a, of_b
 
 

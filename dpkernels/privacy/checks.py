@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import batch_norms_in_training, coverage
+from dpkernels.nn import batch_norms_in_training, coverage, named_modules
 
 
 def check_single_process() -> None:
@@ -97,10 +97,10 @@ def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
 def released_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(identity, version) of every buffer that state_dict() would release, by name."""
     found = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                found[name] = (id(buffer), buffer._version)
+    for prefix, module in named_modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = (id(buffer), buffer._version)
     return found
 
 
@@ -111,7 +111,12 @@ def changed_buffers(then: dict[str, tuple[int, int]], now: dict[str, tuple[int, 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters with requires_grad, by name, each once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found: dict[nn.Parameter, str] = {}
+    for prefix, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                found.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+    return {name: parameter for parameter, name in found.items()}
 
 
 def check_trained(now: dict[str, nn.Parameter], then: dict[str, nn.Parameter]) -> None:

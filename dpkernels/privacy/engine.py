@@ -158,7 +158,9 @@ class PrivacyEngine:
                 ∞, warns.
             max_grad_norm: C, flat clipping of the gradient over all trained parameters.
             strategy: "bookkeeping": one backward, keeping x and g of trained layers until the norms are
-                known.
+                known. "keep_small": the same, but where a layer's per-sample gradients take at most half the
+                memory of its x and g (LoRA with r well below T, long inputs to narrow layers) these are formed
+                in the backward and kept instead: less memory, and x and g are read once, not twice.
             physical_batch_size: largest micro-batch; default the DataLoader's batch_size.
             poisson_sampling: must stay True.
             max_batch_size: capacity in examples: truncated Poisson sampling, with its own accounting ("pld"
@@ -240,7 +242,7 @@ class PrivacyEngine:
             sampling.units, sampling.sample_rate, per_unit=sampling.per_unit, capacity=sampling.max_batch_size
         )
         reach = sensitivity(norm, bound, sampling.per_unit)
-        tape = attach(module)
+        tape = attach(module, keep_small=strategy == "keep_small")
         try:
             budget = Budget(
                 sampling,

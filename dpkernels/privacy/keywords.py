@@ -5,7 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-STRATEGIES = ("bookkeeping",)
+STRATEGIES = {
+    "bookkeeping": "keeps x and g of every trained layer until the norms are known",
+    "keep_small": "keeps per-sample gradients instead, formed in the backward, where they are at most half as large",
+}
+"""Ways to hold what the weighted sums need, and what each does."""
 
 
 def check_strategy(strategy: str) -> None:
@@ -13,8 +17,8 @@ def check_strategy(strategy: str) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(
             f"strategy={strategy!r} is not available; available: "
-            f"{', '.join(repr(name) for name in STRATEGIES)} (keeps x and g of every trained layer until "
-            "the norms are known). Use a smaller physical_batch_size for less memory."
+            f"{'; '.join(f'{name!r} ({what})' for name, what in STRATEGIES.items())}. Use a smaller "
+            "physical_batch_size for less memory."
         )
 
 

@@ -12,7 +12,7 @@ from dpkernels.reference.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_
 from dpkernels.reference.embedding import embedding_norm_sq, embedding_weighted_sum
 from dpkernels.reference.grouped import clip_and_noise
 from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
-from dpkernels.reference.lora import lora_norm_sq, lora_weighted_sum
+from dpkernels.reference.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.reference.norm import layer_norm_norm_sq, layer_norm_weighted_sum
 from dpkernels.reference.sweep import noise_adamw, noise_sgd
 
@@ -29,6 +29,7 @@ __all__ = [
     "layer_norm_weighted_sum",
     "linear_norm_sq",
     "linear_weighted_sum",
+    "lora_gradients",
     "lora_norm_sq",
     "lora_weighted_sum",
     "noise_adamw",

@@ -14,6 +14,15 @@ def lora_norm_sq(
     return linear_norm_sq(x, dh, lengths=lengths), linear_norm_sq(h.double(), scaled, lengths=lengths)
 
 
+def lora_gradients(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(dhᵀx, s·gᵀh) of each sample in float64, rounded to float32 unless the inputs are float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    of_a, of_b = dh.double().mT @ x.double(), scaling * (g.double().mT @ h.double())
+    return of_a.to(dtype), of_b.to(dtype)
+
+
 def lora_weighted_sum(
     x: Tensor,
     h: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels.nn import (
+    BiasRecord,
     Conv1dRecord,
     Conv2dRecord,
     DepthwiseConv1dRecord,
@@ -15,10 +16,17 @@ from dpkernels.nn import (
     GhostConv1d,
     GhostConv2d,
     LinearRecord,
+    Tape,
     attach,
     swap,
 )
 from tests.nn.per_sample import assert_same_module, check_private
+
+
+@pytest.fixture(autouse=True)
+def never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about the ghost rules; test_forming.py forms the same layers' gradients."""
+    monkeypatch.setattr(Tape, "_is_smaller_formed", lambda *_: False)
 
 
 def squares(model: nn.Module, x: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def test_reused_convolution_merges(kwargs: dict[str, Any]) -> None:
     assert len(private.records) == 2  # the weight's and the bias's
 
 
-def test_reused_grouped_convolution_is_refused_by_name() -> None:
+def test_reused_grouped_convolution_is_formed() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -146,8 +154,8 @@ def test_reused_grouped_convolution_is_refused_by_name() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(self.layer(x))
 
-    with pytest.raises(TypeError, match="layer"):
-        check_private(Twice(), squares, (torch.randn(3, 4, 9),))
+    private = check_private(Twice(), squares, (torch.randn(3, 4, 9),))
+    assert {type(r) for r in private.records} == {ExpandedRecord, BiasRecord}
 
 
 def test_gradcheck_in_the_plain_path() -> None:

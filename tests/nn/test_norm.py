@@ -69,6 +69,15 @@ def test_layer_and_rms_norm(make: Any, shape: tuple[int, ...], dtype: torch.dtyp
     check_private(nn.Sequential(nn.Tanh(), plain, nn.Tanh()), cubes, (x,))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_of_quiet_inputs_has_torchs_default_epsilon(dtype: torch.dtype) -> None:
+    # a root mean square of 0.1 is about √ε of bfloat16
+    plain = randomised(nn.RMSNorm(6)).to(dtype)
+    x = (torch.randn(4, 3, 6) * 0.1).to(dtype)
+    assert torch.equal(plain(x), swap(copy.deepcopy(plain))(x))
+    check_private(plain, cubes, (x,))
+
+
 def test_two_dimensional_input_and_frozen_parts() -> None:
     for frozen in ("weight", "bias"):
         plain = randomised(nn.Sequential(nn.LayerNorm(6), nn.Tanh(), nn.LayerNorm(6)))

@@ -1,32 +1,49 @@
-"""The backends that the ops' tests run on."""
+"""The backends that the ops' tests run on.
+
+Triton kernels run on the GPU where there is one (then these tests are marked `gpu`), and in Triton's interpreter on
+the CPU otherwise: `tests/conftest.py` asks for it before anything imports triton.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from dpkernels.backends import native, registry
+from dpkernels.backends import native, registry, triton_availability
 
-BACKENDS = ("reference", "torch", "native")
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = pytest.param("triton", marks=pytest.mark.gpu) if TRITON_DEVICE == "cuda" else "triton"
+BACKENDS = ("reference", "torch", "native", TRITON)
 
 
-def _use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    if name == "native":
-        reason = native.unavailable_reason("cpu", "linear")
-        if reason:
-            pytest.skip(reason)
+def _use(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    device = TRITON_DEVICE if name == "triton" else "cpu"
+    reason = native.unavailable_reason("cpu", "linear") if name == "native" else ""
+    if name == "triton":
+        reason = triton_availability.unavailable_reason(device)
+    if reason:
+        pytest.skip(reason)
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, name)
-    return name
+    with torch.device(device):
+        yield name
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test once on every backend that this installation has."""
-    return _use(request.param, monkeypatch)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test once on every backend that this installation has, making its tensors on that one's device."""
+    yield from _use(request.param, monkeypatch)
 
 
 @pytest.fixture(params=BACKENDS[1:])
-def bounded_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def bounded_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The same without the reference, whose float64 has no bound added: it is what the bounds are about."""
-    return _use(request.param, monkeypatch)
+    yield from _use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[TRITON])
+def triton_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The Triton kernels only."""
+    yield from _use(request.param, monkeypatch)
 
 
 @pytest.fixture

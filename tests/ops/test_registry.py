@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpkernels import ops
-from dpkernels.backends import native, registry, torch_ops
+from dpkernels.backends import native, registry, torch_ops, triton_availability
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +68,53 @@ def test_a_norm_and_its_sum_come_from_one_backend(monkeypatch: pytest.MonkeyPatc
     assert rows["bias_norm_sq"].backend == "native"
 
 
+def on_a_gpu_machine(monkeypatch: pytest.MonkeyPatch, reason: str = "") -> None:
+    monkeypatch.setattr(triton_availability, "unavailable_reason", lambda device: reason)
+
+
+def test_triton_serves_cuda_before_torch_and_never_the_cpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu_machine(monkeypatch)
+    rows = {(row.op, row.device): row for row in registry.explain(("cpu", "cuda"))}
+    for op in registry.FAMILIES["bias"]:
+        assert rows[op, "cuda"].backend == "triton"
+        assert rows[op, "cpu"].backend in ("native", "torch")
+    assert rows["clip_factors", "cuda"].backend == "torch"
+    assert "triton_ops has no clip_factors" in rows["clip_factors", "cuda"].reason
+
+
+def test_a_missing_triton_is_a_logged_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(triton_availability.importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING, logger="dpkernels"):
+        assert registry.implementation("bias_norm_sq", "cuda") is torch_ops.bias_norm_sq
+    assert "triton is not installed; pip install triton" in caplog.text
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match=r"bias_norm_sq on cuda: triton is not installed.*unset DPKERNELS"):
+        registry.implementation("bias_norm_sq", "cuda")
+
+
+def test_triton_forced_leaves_what_it_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu_machine(monkeypatch)
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "triton")
+    rows = {row.op: row.backend for row in registry.explain(("cuda",))}
+    assert rows["bias_norm_sq"] == rows["bias_weighted_sum"] == "triton"
+    assert rows["clip_factors"] == "torch"
+    assert rows["chacha20_normal"] == "reference"
+
+
 def test_where_torch_wins_it_is_chosen_with_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "TORCH_WINS", {("bias", "cpu"): "2 µs against 3 µs"})
-    rows = {row.op: row for row in registry.explain(("cpu",))}
-    assert rows["bias_norm_sq"].backend == "torch"
-    assert rows["bias_norm_sq"].reason == "2 µs against 3 µs"
+    on_a_gpu_machine(monkeypatch)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(registry, "TORCH_WINS", {("bias", device): "2 µs against 3 µs"})
+        rows = {row.op: row for row in registry.explain((device,))}
+        assert rows["bias_norm_sq"].backend == "torch"
+        assert rows["bias_norm_sq"].reason == "2 µs against 3 µs"
 
 
 def test_explain_covers_every_op_and_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     without_native(monkeypatch)
+    on_a_gpu_machine(monkeypatch, "no triton here")
     rows = registry.explain(("cpu", "cuda"))
     assert [(row.op, row.device) for row in rows] == [(op, d) for d in ("cpu", "cuda") for op in registry.OPS]
     assert all(row.reason for row in rows)

@@ -49,6 +49,8 @@ def grouped_arguments() -> tuple[Any, ...]:
 def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if op == "clip_factors":
         return (torch.rand(4), 1.0), {}
+    if op == "lora_gradients":
+        return tuple(make("lora").tensors.values()), {}
     if op in SWEEPS:
         return sweep_arguments(op), {}
     if op == "clip_and_noise":

@@ -1,0 +1,40 @@
+"""Whether the Triton kernels of `dpkernels.backends.triton_ops` can run here. Importing this imports no triton."""
+
+import importlib.util
+
+import torch
+
+OLDEST = (8, 0)
+"""Compute capability from which the kernels' matrix instructions and float64 arithmetic exist as assumed."""
+
+
+def interpreting() -> bool:
+    """Whether triton was told (TRITON_INTERPRET=1) to interpret kernels in Python: for tests, on CPU tensors.
+
+    Triton reads the variable when a kernel is defined, so it must be set before anything imports triton.
+    """
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def unavailable_reason(device_type: str) -> str:
+    """Why Triton kernels cannot run on such a device; "" if they can."""
+    if device_type not in ("cpu", "cuda"):
+        return f"there are no Triton kernels for {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if device_type == "cpu":
+        if interpreting():
+            return ""
+        return (
+            "Triton kernels run on CUDA tensors (on CPU tensors in its interpreter only: TRITON_INTERPRET=1)"
+        )
+    if interpreting():
+        return "TRITON_INTERPRET=1 would interpret the Triton kernels on the CPU; unset it"
+    if torch.version.hip is not None:
+        return "the rounding bounds of the Triton kernels are for NVIDIA GPUs"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+        major, minor = torch.cuda.get_device_capability()
+        return f"the Triton kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has {major}.{minor}"
+    return ""

@@ -1,0 +1,52 @@
+"""Rounding on a GPU: how many roundings a term of a kernel's sum can meet, tensor cores included.
+
+The argument from these counts to a norm that is never short is in `dpkernels.backends.bounds`: if every product of
+an entry carries at most κ roundings, each of relative size u = 2⁻²⁴ of the terms' absolute values, then the computed
+gradient is within γ S of the exact one, γ = κu/(1−κu) and S = Σ_t ‖x_t‖‖g_t‖, and so is what the weighted sum adds.
+
+**Float32 arithmetic** (`input_precision="ieee"`, sums by `tl.sum`): one rounding an operation, in any order, fused or
+not, so n terms give κ = n. The divisions and approximate functions of PTX are not used.
+
+**Tensor cores** do not round to nearest. An instruction forms products of 16-bit inputs exactly and adds them, with
+the accumulator, in blocks: all terms of a block are aligned to the largest of them and cut off below, added exactly,
+and the sum is cut off to float32. Assumed, and nothing else:
+
+1. a block takes K ≥ 4 products, and the accumulator;
+2. a term loses at most 2⁻²³ of the largest term of its block in the alignment (no guard bits), each of the K + 1;
+3. the block's sum loses at most 2⁻²³ of itself.
+
+With A ≥ every partial sum of the terms' absolute values, a block loses at most (K + 1)·2⁻²³·A + 2⁻²³·A, which is
+(K + 2)/K · 2⁻²³·A ≤ 3·2⁻²⁴·A a product: three roundings where float32 arithmetic has one. This is the coarsest
+behaviour that was measured on any NVIDIA tensor core (V100: K = 4, no guard bits); later ones have wider blocks and
+guard bits, so on A100, H100 and B200 the bound has a margin. `tests/ops/test_triton.py` probes the assumptions on
+the GPU it runs on.
+
+**Chains.** Roundings add up along an accumulation, so one accumulation covers `CHAIN` terms; the pieces are added in
+float32, one rounding each, outside of the matrix instruction.
+
+Sources: M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
+Science 7:e330, 2021; F. A. Khattak, M. Mikaitis, Accurate models of NVIDIA tensor cores, arXiv:2512.07004.
+"""
+
+import torch
+
+UNIT = 2.0**-24
+"""u of float32."""
+
+TINIEST = 2.0**-126
+"""What a float32 result below the smallest normal number can lose (it may be flushed to 0)."""
+
+SLACK = 1.0 + 2.0**-30
+"""Covers the float64 arithmetic of sums of squares and of the bounds themselves, chains below 2²² operations."""
+
+ROUNDINGS_FMA = 1
+ROUNDINGS_TENSOR_CORE = 3
+"""Roundings of size u for each product in one accumulation."""
+
+CHAIN = 64
+"""Products in one accumulation of a matrix product."""
+
+
+def roundings(dtype: torch.dtype) -> int:
+    """Roundings a product meets in one accumulation of `tl.dot`: float32 is computed without tensor cores."""
+    return ROUNDINGS_FMA if dtype == torch.float32 else ROUNDINGS_TENSOR_CORE

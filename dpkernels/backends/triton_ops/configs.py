@@ -1,0 +1,113 @@
+"""Tiles, warps and pipeline stages of every kernel: the only place for them.
+
+A table and no autotuning: what a kernel runs with is the same on every run and every machine of a kind, a key never
+holds a batch size or a length, and every entry is compiled ahead for every architecture by
+`python -m bench.triton_table`. Not yet measured on a GPU: entries are chosen by registers and shared memory.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of tiles by the name of the kernel's constexpr, and how a program runs."""
+
+    tiles: dict[str, int]
+    warps: int = 4
+    stages: int = 1
+    options: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        launch = {"num_warps": self.warps, "num_stages": self.stages}
+        object.__setattr__(self, "options", self.tiles | launch)
+
+
+ANY = 0
+"""In place of an architecture: all that have no entry of their own."""
+
+CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
+    # kernel: {(bytes of an element, compute capability × 10): ...}
+    "finish_norms": {(4, ANY): Config({"BLOCK": 256}, warps=1)},
+    "add_weighted": {(4, ANY): Config({"BLOCK": 128}, warps=4)},
+    "bias_sums": {
+        (2, ANY): Config({"BT": 32, "BN": 64}),
+        (4, ANY): Config({"BT": 32, "BN": 64}),
+    },
+    "layer_norm_sums": {
+        (2, ANY): Config({"BT": 16, "BN": 64}),
+        (4, ANY): Config({"BT": 16, "BN": 64}),
+    },
+    "embedding_squares": {
+        (2, ANY): Config({"BT": 8, "BN": 128}),
+        (4, ANY): Config({"BT": 8, "BN": 128}),
+    },
+    "embedding_add": {
+        (2, ANY): Config({"BT": 8, "BN": 128}),
+        (4, ANY): Config({"BT": 8, "BN": 128}),
+    },
+    "depthwise_conv1d_sums": {
+        (2, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
+        (4, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
+    },
+    "lora_pieces": {
+        (2, ANY): Config({"BT": 64, "BN": 128, "SAMPLES": 4}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=2),
+    },
+    "lora_pieces unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+    },
+    "linear_gram": {
+        (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=2),
+    },
+    "linear_rows": {
+        (2, ANY): Config({"BT": 16, "BN": 128}),
+        (4, ANY): Config({"BT": 16, "BN": 128}),
+    },
+    "linear_direct": {
+        (2, ANY): Config({"BT": 64, "BP": 128, "BD": 128}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+    },
+    "linear_direct unaligned": {
+        (2, ANY): Config({"BT": 32, "BP": 64, "BD": 128}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+    },
+    "linear_sum unaligned": {
+        (2, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=2),
+    },
+    "linear_sum": {
+        (2, 80): Config({"BT": 32, "BP": 128, "BD": 64}, warps=8, stages=3),
+        (2, ANY): Config({"BT": 64, "BP": 128, "BD": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+    },
+    "finish_gram": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
+    "finish_direct": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
+}
+
+
+def config(kernel: str, dtype: torch.dtype, architecture: int, aligned: bool = True) -> Config:
+    """The entry for a kernel on inputs of a dtype.
+
+    Args:
+        kernel: its function's name.
+        dtype: of the tensors it reads.
+        architecture: compute capability × 10, such as 90; 0 in the interpreter.
+        aligned: whether it reads 16 bytes at a time; where not, addresses take registers, and the entry of
+            "kernel unaligned", if there is one, has smaller tiles.
+    """
+    entries = CONFIGS[kernel]
+    if not aligned:
+        entries = CONFIGS.get(f"{kernel} unaligned", entries)
+    size = dtype.itemsize if (dtype.itemsize, ANY) in entries else 4
+    # sm_103 runs as sm_100 does, sm_86 as sm_80
+    return entries.get((size, architecture // 10 * 10), entries[size, ANY])
+
+
+def extremes(kernel: str, tile: str, dtype: torch.dtype, architecture: int) -> tuple[int, int]:
+    """(smallest, largest) size of a tile over layouts: for a bound that must hold whichever of them is met."""
+    sizes = [config(kernel, dtype, architecture, aligned).tiles[tile] for aligned in (True, False)]
+    return min(sizes), max(sizes)

@@ -1,0 +1,102 @@
+"""Functions that the kernels share.
+
+Integer arguments of kernels are never specialised (`kernel` in `launching`): the code that runs, and with it the
+order in which a sum is made, depends on types, the layer's shape and the layout, not on a batch's size or padding.
+"""
+
+import triton
+import triton.language as tl
+
+from dpkernels.backends.triton_ops import bounds
+
+UNIT = tl.constexpr(bounds.UNIT)
+TINIEST = tl.constexpr(bounds.TINIEST)
+SLACK = tl.constexpr(bounds.SLACK)
+
+
+@triton.jit
+def frames_of(lengths, sample, frames):
+    """L_i: lengths[i] held to [0, T] (a GPU cannot raise), or T where `lengths` is None."""
+    n = frames + tl.zeros((), tl.int32)
+    if lengths is not None:
+        n = tl.minimum(tl.maximum(tl.load(lengths + sample), 0), frames).to(tl.int32)
+    return n
+
+
+@triton.jit
+def frames_added(factor, lengths, sample, frames):
+    """L_i of a sample that a weighted sum reads; 0 where its factor is 0: multiplying by 0 would keep a NaN."""
+    return tl.where(factor != 0.0, frames_of(lengths, sample, frames), 0)
+
+
+@triton.jit
+def times(value, ALIGN: tl.constexpr):
+    """An integer out of which `launching.rows` took the divisor ALIGN, whole again: the compiler sees the divisor."""
+    if ALIGN > 1:
+        value = value * ALIGN
+    return value
+
+
+@triton.jit
+def sample_at(tensor, sample, stride_b, ALIGN: tl.constexpr):
+    """Address of sample i of a [B, T, n] tensor passed by `launching.rows`."""
+    return tensor + times(sample.to(tl.int64) * stride_b, ALIGN)
+
+
+@triton.jit
+def offsets(rows, columns, stride_t, stride_n, ALIGN: tl.constexpr):
+    """Offsets [rows, columns] within a sample, 64 bits."""
+    if ALIGN == 0:
+        return rows.to(tl.int64)[:, None] * stride_t + columns.to(tl.int64)[None, :] * stride_n
+    else:
+        return times(rows.to(tl.int64) * stride_t, ALIGN)[:, None] + columns[None, :]
+
+
+@triton.jit
+def load_rows(base, rows, columns, n, width, stride_t, stride_n, ALIGN: tl.constexpr):
+    """Frames `rows` < n and features `columns` < width of one sample; 0 elsewhere."""
+    inside = (rows < n)[:, None] & (columns < width)[None, :]
+    return tl.load(base + offsets(rows, columns, stride_t, stride_n, ALIGN), mask=inside, other=0.0)
+
+
+@triton.jit
+def product(a, b, acc, one, UPCAST: tl.constexpr):
+    """Acc + a @ b for float32 `acc`: products accumulated from 0 and then added, two accumulations and not one.
+
+    Triton turns `acc += tl.dot(a, b)` into one accumulation that starts at `acc`, which would make chains as long as
+    the sample. A factor of `one`, 1.0 and unknown to the compiler, keeps the addition out (and costs nothing: it is
+    the addition's multiply-add). UPCAST: the interpreter has no bfloat16 products.
+    """
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return acc + tl.dot(a, b, input_precision="ieee") * one
+
+
+@triton.jit
+def roundings_of(n, LEAST: tl.constexpr, MOST: tl.constexpr, PER_TERM: tl.constexpr):
+    """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64."""
+    return (tl.minimum(n, MOST) * PER_TERM + 1 + (n + LEAST - 1) // LEAST).to(tl.float64)
+
+
+@triton.jit
+def gamma(roundings):
+    """κu/(1−κu) in float64; infinite where so many roundings leave no bound."""
+    nu = roundings * tl.full((), UNIT, tl.float64)
+    return tl.where(nu < 0.5, nu / (1.0 - nu), float("inf"))
+
+
+@triton.jit
+def float64_of(bits):
+    """The float64 with these bits: Triton passes Python floats as float32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def upper_square(square, error):
+    """(√square + error)² of float64 values ≥ 0 as float32, rounded up; NaN and infinity stay what they are."""
+    norm = tl.sqrt(square * SLACK) + error
+    exact = norm * norm * SLACK
+    nearest = exact.to(tl.float32)
+    # the next float32 above a non-negative one has the next bit pattern
+    above = (nearest.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+    return tl.where(nearest.to(tl.float64) < exact, above, nearest)

@@ -1,0 +1,400 @@
+"""Kernels of the linear family: half-Gram, direct, their last steps, and the weighted sum.
+
+Everything below is for one sample with L frames, x [L, d] and g [L, p]; u, γ and S as in `bounds`.
+
+**direct** squares and sums tiles of gᵀx. An entry is made by `product` in pieces of BT frames, so
+κ = PER·min(L, BT) + 1 + ⌈L/BT⌉. Squares are added in float32 along one side of a tile (a relative error of the
+square of γ_{BD+2}), and in float64 from there.
+
+**gram** sums (x_s·x_t)(g_s·g_t) over blocks on and below the diagonal, those below counted twice. A term
+x_sj x_tj g_sk g_tk meets κ_d + κ_p roundings in the two products, one in multiplying them, BT in the float32 sum over
+a row of the block: with n of them in all, the square is off by at most γ_n S² (Cauchy and Schwarz, twice). S comes
+from the diagonal, x_t·x_t and g_t·g_t, which rounding makes too small by at most γ_n.
+
+**Underflow.** A float32 result below 2⁻¹²⁶ may be flushed to 0: 4L√(pd)·2⁻¹²⁶ on the norm, as in
+`dpkernels.backends.bounds`; n·2⁻¹²⁶ on a sum of n squares. In gram, an entry of x_s·x_t is off by 2d·2⁻¹²⁶ at most,
+which counts times Σ_st |g_s·g_t| ≤ L Σ_t ‖g_t‖², and the same with x and g exchanged.
+"""
+
+import triton
+import triton.language as tl
+
+from dpkernels.backends.triton_ops.device import (
+    TINIEST,
+    UNIT,
+    frames_added,
+    frames_of,
+    gamma,
+    load_rows,
+    product,
+    roundings_of,
+    sample_at,
+    times,
+    upper_square,
+)
+from dpkernels.backends.triton_ops.launching import kernel
+
+GRAM = tl.constexpr(1)
+DIRECT = tl.constexpr(2)
+
+GRAM_OPERATIONS = tl.constexpr(1.0)
+"""Half-Gram is chosen below this share of direct's operations: a constant to be measured."""
+
+GRAM_SHARE = tl.constexpr(0.01)
+"""A sample whose gram bound is above this share of its square is computed again by direct."""
+
+
+@triton.jit
+def by_gram(n, p, d, METHOD: tl.constexpr):
+    """Whether a sample of n frames is computed by half-Gram, n²(p+d) operations against 2npd."""
+    if METHOD == 0:
+        # int64: p·d alone passes 2³¹ for a vocabulary
+        wide = tl.full((), 1, tl.int64)
+        return (wide * n * (p + d)).to(tl.float64) < GRAM_OPERATIONS * (2 * wide * p * d).to(tl.float64)
+    else:
+        return n >= (0 if METHOD == GRAM else n + 1)
+
+
+@triton.jit
+def gram_tile(
+    tensor, width, stride_t, stride_n, row, column, n, one, ALIGN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[BT, BT] inner products of the frames `row`... and `column`... of one sample."""
+    rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BT)
+    acc = tl.zeros((BT, BT), tl.float32)
+    for k in range(0, width, BK):
+        features = k + tl.arange(0, BK)
+        a = load_rows(tensor, rows, features, n, width, stride_t, stride_n, ALIGN)
+        b = load_rows(tensor, columns, features, n, width, stride_t, stride_n, ALIGN)
+        acc = product(a, tl.trans(b), acc, one, UPCAST)
+    return acc
+
+
+@triton.jit
+def occurrences(s, t):
+    """How often a pair of blocks counts: one below the diagonal stands for the one above it too."""
+    return tl.where(s == t, 1.0, 2.0).to(tl.float64)
+
+
+@kernel
+def linear_gram(
+    x,
+    x_b: int,
+    x_t: int,
+    x_n: int,
+    d: int,
+    g,
+    g_b: int,
+    g_t: int,
+    g_n: int,
+    p: int,
+    lengths,
+    partials,
+    diagonals,
+    frames: int,
+    blocks: int,
+    pairs: int,
+    one,
+    X_ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    METHOD: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One program a (sample, pair of blocks s ≥ t).
+
+    partials [B, pairs]: its part of the square; diagonals [B, blocks, 3]: Σ_t ‖x_t‖‖g_t‖, Σ_t ‖x_t‖², Σ_t ‖g_t‖² of
+    a block. What lies beyond a sample's length is not written.
+    """
+    program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
+    sample, pair = program // pairs, program % pairs
+    # pair s(s+1)/2 + t, the root corrected for its rounding
+    s = ((tl.sqrt((8 * pair + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    s = tl.where(s * (s + 1) // 2 > pair, s - 1, s)
+    s = tl.where((s + 1) * (s + 2) // 2 <= pair, s + 1, s)
+    t = pair - s * (s + 1) // 2
+    n = frames_of(lengths, sample, frames)
+    if s * BT >= tl.where(by_gram(n, p, d, METHOD), n, 0):
+        return
+    x_at, g_at = sample_at(x, sample, x_b, X_ALIGN), sample_at(g, sample, g_b, G_ALIGN)
+    xx = gram_tile(x_at, d, x_t, x_n, s * BT, t * BT, n, one, X_ALIGN, BT, BK, UPCAST)
+    gg = gram_tile(g_at, p, g_t, g_n, s * BT, t * BT, n, one, G_ALIGN, BT, BK, UPCAST)
+    in_rows = tl.sum(xx * gg, axis=1).to(tl.float64)
+    tl.store(partials + program.to(tl.int64), tl.sum(in_rows, axis=0) * occurrences(s, t))
+    if s == t:
+        of_diagonal = tl.arange(0, BT)[:, None] == tl.arange(0, BT)[None, :]
+        x_square = tl.sum(tl.where(of_diagonal, xx, 0.0), axis=1).to(tl.float64)
+        g_square = tl.sum(tl.where(of_diagonal, gg, 0.0), axis=1).to(tl.float64)
+        at = diagonals + (sample.to(tl.int64) * blocks + s) * 3
+        tl.store(at, tl.sum(tl.sqrt(x_square) * tl.sqrt(g_square), axis=0))
+        tl.store(at + 1, tl.sum(x_square, axis=0))
+        tl.store(at + 2, tl.sum(g_square, axis=0))
+
+
+@kernel
+def finish_gram(
+    partials,
+    diagonals,
+    lengths,
+    out,
+    scale,
+    again,
+    frames: int,
+    p: int,
+    d: int,
+    blocks: int,
+    pairs: int,
+    METHOD: tl.constexpr,
+    GRAM_BT: tl.constexpr,
+    GRAM_BK: tl.constexpr,
+    SUM_LEAST: tl.constexpr,
+    SUM_MOST: tl.constexpr,
+    PER_TERM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a sample: its norm, S ≥ Σ_t ‖x_t‖‖g_t‖, and whether direct must do it (again)."""
+    sample = tl.program_id(0).to(tl.int64)
+    n = frames_of(lengths, sample, frames)
+    if not by_gram(n, p, d, METHOD):
+        tl.store(again + sample, 1)
+        return
+    one = tl.full((), 1.0, tl.float64)
+    mine = (n + GRAM_BT - 1) // GRAM_BT
+    square, terms, of_x, of_g = one * 0.0, one * 0.0, one * 0.0, one * 0.0
+    for first in range(0, mine * (mine + 1) // 2, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        square += tl.sum(
+            tl.load(partials + sample * pairs + pair, mask=pair < mine * (mine + 1) // 2, other=0.0), axis=0
+        )
+    for first in range(0, mine, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        at = diagonals + (sample * blocks + block) * 3
+        terms += tl.sum(tl.load(at, mask=block < mine, other=0.0), axis=0)
+        of_x += tl.sum(tl.load(at + 1, mask=block < mine, other=0.0), axis=0)
+        of_g += tl.sum(tl.load(at + 2, mask=block < mine, other=0.0), axis=0)
+    int_d, int_p = d + tl.zeros((), tl.int32), p + tl.zeros((), tl.int32)
+    roundings = roundings_of(int_d, GRAM_BK, GRAM_BK, PER_TERM) + roundings_of(
+        int_p, GRAM_BK, GRAM_BK, PER_TERM
+    )
+    relative = gamma(roundings + GRAM_BT + 2.0)
+    tiny_x, tiny_g = one * TINIEST * 2.0 * d, one * TINIEST * 2.0 * p
+    terms = (terms + 2.0 * n * tl.sqrt(tiny_x * of_g + tiny_g * of_x + tiny_x * tiny_g * n)) / (
+        1.0 - relative
+    )
+    underflow = tiny_x * of_g + tiny_g * of_x + (tiny_x * tiny_g + one * TINIEST) * n
+    error = relative * terms * terms + 2.0 * n * underflow
+    loose = tl.where(error <= square * GRAM_SHARE, 0, 1)  # of NaN and of a negative square too
+    of_sum = gamma(roundings_of(n, SUM_LEAST, SUM_MOST, PER_TERM)) * terms + lost(n, p, d)
+    upper = upper_square(tl.where(loose == 0, square + error, 0.0), of_sum)
+    tl.store(scale + sample, terms)
+    tl.store(again + sample, tl.where(n > 0, loose, 0))
+    tl.store(out + sample, tl.where(n > 0, upper, 0.0))
+
+
+@triton.jit
+def lost(n, p, d):
+    """What underflow can take from the norm of a [p, d] gradient, in the norm and in the sum."""
+    one = tl.full((), 1.0, tl.float64)
+    return one * (4.0 * TINIEST) * n * tl.sqrt((one * p) * d)
+
+
+@triton.jit
+def row_squares(
+    tensor, width, stride_t, stride_n, rows, n, ALIGN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr
+):
+    """Σ of squares of each of `rows` in float64, not below the exact one."""
+    total = tl.zeros((BT,), tl.float64)
+    for k in range(0, width, BN):
+        block = load_rows(tensor, rows, k + tl.arange(0, BN), n, width, stride_t, stride_n, ALIGN).to(
+            tl.float32
+        )
+        total += tl.sum(block * block, axis=1).to(tl.float64)
+    return total * (1.0 + 2.0 * (BN + 1) * UNIT) + tl.full((), 2.0 * TINIEST, tl.float64) * width
+
+
+@kernel
+def linear_rows(
+    x,
+    x_b: int,
+    x_t: int,
+    x_n: int,
+    d: int,
+    g,
+    g_b: int,
+    g_t: int,
+    g_n: int,
+    p: int,
+    lengths,
+    partials,
+    frames: int,
+    blocks: int,
+    X_ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    METHOD: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """partials [B, blocks]: Σ_t ‖x_t‖‖g_t‖ over blocks of BT frames, of the samples that direct does at once."""
+    program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
+    sample, first = program // blocks, (program % blocks) * BT
+    n = frames_of(lengths, sample, frames)
+    if first >= tl.where(by_gram(n, p, d, METHOD), 0, n):
+        return
+    rows = first + tl.arange(0, BT)
+    x_square = row_squares(sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, rows, n, X_ALIGN, BT, BN)
+    g_square = row_squares(sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n, rows, n, G_ALIGN, BT, BN)
+    both = tl.where(rows < n, tl.sqrt(x_square) * tl.sqrt(g_square), 0.0)
+    tl.store(partials + program.to(tl.int64), tl.sum(both, axis=0))
+
+
+@kernel
+def linear_direct(
+    x,
+    x_b: int,
+    x_t: int,
+    x_n: int,
+    d: int,
+    g,
+    g_b: int,
+    g_t: int,
+    g_n: int,
+    p: int,
+    lengths,
+    again,
+    partials,
+    frames: int,
+    across: int,
+    tiles: int,
+    one,
+    X_ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BT: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """partials [B, tiles]: Σ of squares of a [BP, BD] tile of gᵀx; one program each. again: None means all."""
+    program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
+    sample, tile = program // tiles, program % tiles
+    if again is not None:  # noqa: SIM102 (decided when compiled)
+        if tl.load(again + sample) == 0:
+            return
+    n = frames_of(lengths, sample, frames)
+    acc = sample_product(
+        sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
+        tile // across * BP, tile % across * BD, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
+    )  # fmt: skip
+    in_rows = tl.sum(acc * acc, axis=1).to(tl.float64)
+    tl.store(partials + program.to(tl.int64), tl.sum(in_rows, axis=0))
+
+
+@triton.jit
+def sample_product(
+    x, d, x_t, x_n, g, p, g_t, g_n, row, column, n, one, X_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The tile of gᵀx [BP, BD] of one sample at (row, column), over its n frames."""
+    outputs, inputs = row + tl.arange(0, BP), column + tl.arange(0, BD)
+    acc = tl.zeros((BP, BD), tl.float32)
+    for t in range(0, n, BT):
+        rows = t + tl.arange(0, BT)
+        a = load_rows(g, rows, outputs, n, p, g_t, g_n, G_ALIGN)
+        b = load_rows(x, rows, inputs, n, d, x_t, x_n, X_ALIGN)
+        acc = product(tl.trans(a), b, acc, one, UPCAST)
+    return acc
+
+
+@kernel
+def finish_direct(
+    partials,
+    rows,
+    scale,
+    lengths,
+    again,
+    out,
+    frames: int,
+    p: int,
+    d: int,
+    tiles: int,
+    blocks: int,
+    METHOD: tl.constexpr,
+    ROWS_BT: tl.constexpr,
+    DIRECT_BT: tl.constexpr,
+    DIRECT_BD: tl.constexpr,
+    SUM_LEAST: tl.constexpr,
+    SUM_MOST: tl.constexpr,
+    PER_TERM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a sample: its norm, where direct computed it. scale: S of those that gram tried; None: of none."""
+    sample = tl.program_id(0).to(tl.int64)
+    if again is not None:  # noqa: SIM102 (decided when compiled)
+        if tl.load(again + sample) == 0:
+            return
+    n = frames_of(lengths, sample, frames)
+    one = tl.full((), 1.0, tl.float64)
+    square, terms = one * 0.0, one * 0.0
+    for first in range(0, tiles, BLOCK):
+        tile = first + tl.arange(0, BLOCK)
+        square += tl.sum(tl.load(partials + sample * tiles + tile, mask=tile < tiles, other=0.0), axis=0)
+    if by_gram(n, p, d, METHOD):
+        terms = tl.load(scale + sample)
+    else:
+        mine = (n + ROWS_BT - 1) // ROWS_BT
+        for first in range(0, mine, BLOCK):
+            block = first + tl.arange(0, BLOCK)
+            terms += tl.sum(tl.load(rows + sample * blocks + block, mask=block < mine, other=0.0), axis=0)
+    square = square * (1.0 + gamma(one * (DIRECT_BD + 2))) + one * TINIEST * 2.0 * p * d
+    of_norm = gamma(roundings_of(n, DIRECT_BT, DIRECT_BT, PER_TERM))
+    of_sum = gamma(roundings_of(n, SUM_LEAST, SUM_MOST, PER_TERM))
+    upper = upper_square(square, (of_norm + of_sum) * terms + lost(n, p, d))
+    tl.store(out + sample, tl.where(n > 0, upper, 0.0))
+
+
+@kernel
+def linear_sum(
+    x,
+    x_b: int,
+    x_t: int,
+    x_n: int,
+    d: int,
+    g,
+    g_b: int,
+    g_t: int,
+    g_n: int,
+    p: int,
+    factors,
+    lengths,
+    out,
+    batch: int,
+    frames: int,
+    across: int,
+    one,
+    X_ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BT: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 product times its factor, in float64."""
+    program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
+    row, column = program // across * BP, program % across * BD
+    total = tl.zeros((BP, BD), tl.float64)
+    for i in range(0, batch):
+        sample = i + tl.zeros((), tl.int64)
+        factor = tl.load(factors + sample).to(tl.float64)
+        n = frames_added(factor, lengths, sample, frames)
+        acc = sample_product(
+            sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
+            row, column, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
+        )  # fmt: skip
+        total += factor * acc.to(tl.float64)
+    outputs, inputs = row + tl.arange(0, BP), column + tl.arange(0, BD)
+    # read only now: addresses held over the loop would spill
+    at = out + outputs.to(tl.int64)[:, None] * d + inputs[None, :]
+    inside = (outputs < p)[:, None] & (inputs < d)[None, :]
+    total += tl.load(at, mask=inside, other=0.0).to(tl.float64)
+    tl.store(at, total.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,284 @@
+"""LoRA: norms and weighted sums of both factors' gradients, dhᵀx for A and s gᵀh for B, from one read of x and g.
+
+Each is a wide matrix [T, n] (x or g) against a narrow one [T, r] (dh or h). One launch does both: a program takes a
+strip of BN columns of one of the wide matrices and up to R columns of the narrow one, and makes wideᵀ narrow [BN, R]
+by `device.product`, BT frames at a time.
+
+**Norms.** Entries are squared and added in float64. The bound is by strips: the entries of a strip are off by at most
+γ Σ_t ‖wide_t‖‖narrow_t‖ over the strip's columns, and the errors of different strips are of different entries, so
+they add in squares. These norms of rows come from the tiles that are there anyway, in float32, and are made 2⁻¹⁴
+larger, which covers their own rounding (squares and sums: (BN + BT + 4)u < 2⁻¹⁵; PTX's approximate square roots:
+2⁻²²), and never 0: a square below 2⁻¹²⁶ counts as that.
+
+**Sums.** A program adds SAMPLES samples, each times its factor, in float64; their sums go to memory once for each
+such group and are added in order.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpkernels.backends.triton_ops import bounds, configs, vectors
+from dpkernels.backends.triton_ops.device import (
+    TINIEST,
+    float64_of,
+    frames_added,
+    frames_of,
+    load_rows,
+    product,
+    sample_at,
+    times,
+)
+from dpkernels.backends.triton_ops.launching import (
+    architecture,
+    dense,
+    float64_bits,
+    float64_by_torch,
+    kernel,
+    launch,
+    rows,
+    scratch,
+    tile_of,
+    tiles,
+    upcast,
+)
+
+_MOST_COLUMNS = 32
+"""Columns of a narrow matrix that one program takes: larger ranks are done in several."""
+
+
+@triton.jit
+def strip_product(
+    wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, n, one, NORMS: tl.constexpr,
+    W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """One sample's wideᵀ narrow at (columns, ranks), and Σ_t ‖wide_t‖‖narrow_t‖ over these columns (NORMS)."""
+    acc = tl.zeros((BN, R), tl.float32)
+    terms = tl.zeros((), tl.float64)
+    for t in range(0, n, BT):
+        at = t + tl.arange(0, BT)
+        a = load_rows(wide, at, columns, n, width, w_t, w_n, W_ALIGN)
+        b = load_rows(narrow, at, ranks, n, rank, n_t, n_n, N_ALIGN)
+        acc = product(tl.trans(a), b, acc, one, UPCAST)
+        if NORMS:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            of_wide = tl.sum(a * a, axis=1) + 2.0 * BN * TINIEST
+            of_narrow = tl.sum(b * b, axis=1) + 2.0 * R * TINIEST
+            both = tl.where(at < n, tl.sqrt(of_wide) * tl.sqrt(of_narrow), 0.0)
+            terms += tl.sum(both, axis=0).to(tl.float64)
+    return acc, terms * (1.0 + 2.0**-14)
+
+
+@triton.jit
+def strip_norms(
+    wide, w_b, w_t, w_n, width, narrow, n_b, n_t, n_n, rank, lengths, out, frames, sample, piece, pieces,
+    rank_tiles, one, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """out [B, pieces, 2]: squares and terms of one sample's piece, for `vectors.finish`."""
+    width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
+    columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
+    n = frames_of(lengths, sample, frames)
+    acc, terms = strip_product(
+        sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
+        rank, columns, ranks, n, one, True, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+    )  # fmt: skip
+    exact = acc.to(tl.float64)
+    at = out + (sample.to(tl.int64) * pieces + piece) * 2
+    tl.store(at, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
+    tl.store(at + 1, terms * terms)
+
+
+@triton.jit
+def strip_sums(
+    wide, w_b, w_t, w_n, width, narrow, n_b, n_t, n_n, rank, lengths, factors, out, frames, batch, group, piece,
+    rank_tiles, scale, one, COLUMNS_FIRST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """out [groups, width, rank] (COLUMNS_FIRST) or [groups, rank, width]: a group's weighted sum of one piece."""
+    width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
+    columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
+    total = tl.zeros((BN, R), tl.float64)
+    for i in range(group * SAMPLES, tl.minimum((group + 1) * SAMPLES, batch)):
+        sample = i + tl.zeros((), tl.int64)
+        factor = tl.load(factors + sample).to(tl.float64)
+        n = frames_added(factor, lengths, sample, frames)
+        acc, _ = strip_product(
+            sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t,
+            n_n, rank, columns, ranks, n, one, False, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+        )  # fmt: skip
+        total += factor * scale * acc.to(tl.float64)
+    size = (tl.full((), 1, tl.int64) * width) * rank
+    if COLUMNS_FIRST:
+        at = columns.to(tl.int64)[:, None] * rank + ranks[None, :]
+    else:
+        at = columns[:, None] + ranks.to(tl.int64)[None, :] * width
+    tl.store(out + group * size + at, total, mask=(columns < width)[:, None] & (ranks < rank)[None, :])
+
+
+@kernel
+def lora_pieces(
+    x,
+    x_b: int,
+    x_t: int,
+    x_n: int,
+    d: int,
+    dh,
+    dh_b: int,
+    dh_t: int,
+    dh_n: int,
+    dh_rank: int,
+    g,
+    g_b: int,
+    g_t: int,
+    g_n: int,
+    p: int,
+    h,
+    h_b: int,
+    h_t: int,
+    h_n: int,
+    h_rank: int,
+    lengths,
+    factors,
+    of_a,
+    of_b,
+    batch: int,
+    frames: int,
+    pieces_a: int,
+    pieces_b: int,
+    rank_tiles: int,
+    scaling: int,
+    one,
+    X_ALIGN: tl.constexpr,
+    DH_ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    H_ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """One program a (sample, piece) for norms, a (group of samples, piece) for sums: first A's pieces, then B's."""
+    which, piece = tl.program_id(0) // (pieces_a + pieces_b), tl.program_id(0) % (pieces_a + pieces_b)
+    if factors is None:
+        if piece < pieces_a:
+            strip_norms(
+                x, x_b, x_t, x_n, d, dh, dh_b, dh_t, dh_n, dh_rank, lengths, of_a, frames, which, piece, pieces_a,
+                rank_tiles, one, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R,
+            )  # fmt: skip
+        else:
+            strip_norms(
+                g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, lengths, of_b, frames, which, piece - pieces_a,
+                pieces_b, rank_tiles, one, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R,
+            )  # fmt: skip
+    else:
+        if piece < pieces_a:
+            scale = tl.full((), 1.0, tl.float64)
+            strip_sums(
+                x, x_b, x_t, x_n, d, dh, dh_b, dh_t, dh_n, dh_rank, lengths, factors, of_a, frames, batch, which,
+                piece, rank_tiles, scale, one, False, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R, SAMPLES,
+            )  # fmt: skip
+        else:
+            scale = float64_of(scaling)
+            strip_sums(
+                g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, lengths, factors, of_b, frames, batch, which,
+                piece - pieces_a, rank_tiles, scale, one, True, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R, SAMPLES,
+            )  # fmt: skip
+
+
+def _columns(rank: int) -> int:
+    """R: the power of two, from the least that a matrix instruction takes, that covers the rank."""
+    return min(_MOST_COLUMNS, max(16, triton.next_power_of_2(rank)))
+
+
+def _run(
+    x: Tensor,
+    h: Tensor,
+    g: Tensor,
+    dh: Tensor,
+    lengths: Tensor | None,
+    factors: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Partials of A and B for `vectors.finish`, or with factors the sums of groups of samples, for `vectors.add`."""
+    (batch, frames, d), p, rank = x.shape, g.shape[2], h.shape[2]
+    views = {"X": rows(x), "DH": rows(dh), "G": rows(g), "H": rows(h)}
+    aligned = views["X"][1] > 1 and views["G"][1] > 1
+    strip = tile_of(lora_pieces, x, "BN", aligned)
+    columns = _columns(rank)
+    rank_tiles = tiles(rank, columns)
+    pieces_a, pieces_b = tiles(d, strip) * rank_tiles, tiles(p, strip) * rank_tiles
+    if factors is None:
+        programs = batch
+        of_a, of_b = scratch(x, batch, pieces_a, 2), scratch(x, batch, pieces_b, 2)
+    else:
+        programs = tiles(batch, tile_of(lora_pieces, x, "SAMPLES", aligned))
+        of_a, of_b = scratch(x, programs, rank, d), scratch(x, programs, p, rank)
+    launch(
+        lora_pieces,
+        programs * (pieces_a + pieces_b),
+        x,
+        *(argument for view, _ in views.values() for argument in view),
+        dense(lengths),
+        dense(factors),
+        of_a,
+        of_b,
+        batch,
+        frames,
+        pieces_a,
+        pieces_b,
+        rank_tiles,
+        float64_bits(scaling),
+        1.0,
+        aligned=aligned,
+        UPCAST=upcast(x),
+        R=columns,
+        **{f"{name}_ALIGN": align for name, (_, align) in views.items()},
+    )
+    return of_a, of_b
+
+
+@float64_by_torch
+def lora_norm_sq(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(‖dh_iᵀx_i‖², s²‖g_iᵀh_i‖²), rounded up; see `dpkernels.ops.lora_norm_sq`."""
+    lengths, frames, rank = dense(lengths), x.shape[1], h.shape[2]
+    of_a, of_b = _run(x, h, g, dh, lengths, None, scaling)
+    least, chain = configs.extremes("lora_pieces", "BT", x.dtype, architecture(x.device))
+    norm_a, norm_b = (
+        vectors.finish(
+            partials,
+            lengths,
+            frames,
+            rank * width,
+            per_term=bounds.roundings(x.dtype),
+            chain=chain,
+            least=least,
+            wide=False,
+            scaling=factor,
+        )
+        for partials, width, factor in ((of_a, x.shape[2], 1.0), (of_b, g.shape[2], scaling))
+    )
+    return norm_a, norm_b
+
+
+@float64_by_torch
+def lora_weighted_sum(
+    x: Tensor,
+    h: Tensor,
+    g: Tensor,
+    dh: Tensor,
+    factors: Tensor,
+    out_a: Tensor,
+    out_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    lengths: Tensor | None = None,
+) -> None:
+    """out_a += Σ_i c_i dh_iᵀx_i, out_b += s Σ_i c_i g_iᵀh_i; see `dpkernels.ops.lora_weighted_sum`."""
+    of_a, of_b = _run(x, h, g, dh, lengths, factors, scaling)
+    vectors.add(of_a, None, out_a)
+    vectors.add(of_b, None, out_b)

@@ -1,0 +1,8 @@
+"""Opacus's ghost clipping with this package's norm kernels: `dpkernels.opacus.register()`, and the loop stays as it is.
+
+Importing this does not import Opacus; `register` does. See `dpkernels.interop.opacus` and docs/opacus.md.
+"""
+
+from dpkernels.interop.opacus import Registration, register, unregister
+
+__all__ = ["Registration", "register", "unregister"]

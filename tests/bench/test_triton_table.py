@@ -1,0 +1,107 @@
+"""The compile table of the Triton kernels: a part of it, and the faults that it must show."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+# Planted faults, each with the sign of it: they run in the command's process, where kernels are not interpreted.
+TILES = """
+from dpkernels.backends.triton_ops import configs
+def plant(fault):
+    tiles, warps, stages = fault
+    configs.CONFIGS["linear_direct"] = {(2, 0): configs.Config(dict(zip(("BT", "BP", "BD"), tiles)), warps, stages)}
+"""
+SPILLS, TOO_MUCH_SHARED, NO_WGMMA = ((64, 256, 256), 4, 1), ((64, 128, 128), 8, 9), ((32, 32, 32), 4, 1)
+ONE_CHAIN = """
+import triton, triton.language as tl
+from dpkernels.backends.triton_ops import linear_kernels
+
+@triton.jit
+def product(a, b, acc, one, UPCAST: tl.constexpr):
+    return acc + tl.dot(a, b, input_precision="ieee")
+
+def plant(fault):
+    linear_kernels.product = product
+"""
+
+
+def tables(
+    folder: Path, architectures: str, fault: str = "def plant(fault): pass", faults: tuple[Any, ...] = (None,)
+) -> list[tuple[int, list[dict[str, Any]]]]:
+    """(exit status, rows) of the command on the direct kernel in bfloat16, once for each of `faults`."""
+    script = folder / "table.py"  # a file: Triton reads a kernel's source
+    script.write_text(
+        f"import json, sys\n{fault}\nfrom bench import triton_table\n"
+        f"for number, one in enumerate({faults!r}):\n"
+        "    plant(one)\n"
+        "    print(triton_table.main([*sys.argv[1:], f'--output={number}.json']), file=sys.stderr)\n"
+    )
+    options = (
+        "--families",
+        "linear",
+        "--kernels",
+        "linear_direct",
+        "--dtypes",
+        "bfloat16",
+        "--layouts",
+        "aligned",
+    )
+    environment = {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), *options, "--architectures", architectures],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = []
+    for number, status in enumerate(done.stderr.split()):
+        document = json.loads((folder / f"{number}.json").read_text())
+        assert "not timings" in document["what"]
+        found.append((int(status), document["rows"]))
+    return found
+
+
+def test_the_direct_kernel_compiles_for_every_architecture(tmp_path: Path) -> None:
+    [(status, rows)] = tables(tmp_path, "80,90,100")
+    assert status == 0
+    assert [row["architecture"] for row in rows] == [80, 80, 90, 90, 100, 100]  # with flags, and without
+    assert [row["matrix"] for row in rows[::2]] == ["mma.sync", "wgmma", "tcgen05"]
+    for row in rows:
+        assert row["spilled"] == 0
+        assert row["registers"] > 0
+        assert 0 < row["shared"] <= row["shared_limit"]
+        assert row["cut"] is True
+
+
+def test_a_spill_too_much_shared_memory_and_a_missing_wgmma_fail_the_command(tmp_path: Path) -> None:
+    spills, shared, matrix = tables(tmp_path, "90", TILES, (SPILLS, TOO_MUCH_SHARED, NO_WGMMA))
+    assert [status for status, _ in (spills, shared, matrix)] == [1, 1, 1]
+    assert all(row["spilled"] > 0 for row in spills[1])
+    assert all(row["shared"] > row["shared_limit"] for row in shared[1])
+    assert {row["matrix"] for row in matrix[1]} == {"mma.sync"}
+
+
+def test_products_in_one_chain_fail_the_command(tmp_path: Path) -> None:
+    [(status, rows)] = tables(tmp_path, "90", ONE_CHAIN)
+    assert status == 1
+    assert {row["cut"] for row in rows} == {False}

@@ -1,0 +1,277 @@
+"""Triton kernels: what only they have. Everything else runs on them too, in the other files of this folder.
+
+On a machine without a GPU they are interpreted (`tests/conftest.py`); with one these tests carry the mark `gpu`.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpkernels.backends import registry, triton_availability
+from tests.ops.cases import cancelling, make
+from tests.ops.checks import added_within, alone_is_the_same, never_below, not_far_above, sums_match
+from tests.ops.conftest import TRITON_DEVICE
+
+if triton_availability.unavailable_reason(TRITON_DEVICE):
+    pytest.skip(triton_availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
+from dpkernels.backends import triton_ops
+from dpkernels.backends.triton_ops import (
+    bias,
+    bounds,
+    configs,
+    launching,
+    linear,
+    linear_kernels,
+    lora,
+    vectors,
+)
+from dpkernels.backends.triton_ops.linear_kernels import GRAM_OPERATIONS
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+HALVES = (torch.bfloat16, torch.float16)
+CUDA = TRITON_DEVICE == "cuda"
+
+
+def served() -> list[str]:
+    """Families that have Triton kernels."""
+    return [f for f, found in registry.FAMILIES.items() if all(hasattr(triton_ops, op) for op in found)]
+
+
+def test_these_families_are_served_by_triton_and_not_by_a_fallback() -> None:
+    assert {"linear", "bias", "lora"} <= set(served())
+    for family in served():
+        for op in registry.FAMILIES[family]:
+            assert registry.implementation(op, TRITON_DEVICE) is getattr(triton_ops, op)
+
+
+def test_float64_goes_to_the_torch_composition_norm_and_sum_alike() -> None:
+    case = make("linear", 2, 9, dtype=torch.float64)
+    never_below(case)
+    not_far_above(case, torch.float64)
+    sums_match(case, torch.float64, torch.ones(2))
+
+
+# ---- which samples are computed how --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """(kernel, arguments) of every launch, which still happens."""
+    seen: list[tuple[str, tuple[Any, ...]]] = []
+    honest = launching.execute
+
+    def watch(function: Any, programs: int, device: Any, arguments: Any, keywords: Any) -> None:
+        honest(function, programs, device, arguments, keywords)
+        seen.append((function.__name__, arguments))
+
+    monkeypatch.setattr(launching, "execute", watch)
+    return seen
+
+
+def again(launched: list[tuple[str, tuple[Any, ...]]]) -> list[int]:
+    """The flags of the samples that direct computes."""
+    names = [name for name, _ in launched]
+    parameters = list(inspect.signature(linear_kernels.finish_gram.fn).parameters)
+    flags: Tensor = launched[names.index("finish_gram")][1][parameters.index("again")]
+    return [int(flag) for flag in flags.cpu()]
+
+
+def test_the_method_follows_each_samples_own_length(launched: list[tuple[str, tuple[Any, ...]]]) -> None:
+    """d = p = 32: half-Gram below 32 frames. Equal frames keep its bound tight, so none is redone."""
+    assert GRAM_OPERATIONS == 1.0
+    lengths = torch.tensor([31, 32, 0, 5, 70])
+    case = make("linear", 5, 70, 32, 32, lengths=lengths)
+    for tensor in case.tensors.values():
+        tensor[:] = tensor[:, :1] + 0.001 * tensor
+    never_below(case)
+    not_far_above(case, torch.float32, method="auto")
+    assert again(launched) == [0, 1, 0, 0, 1]
+
+
+def test_a_loose_gram_bound_is_redone_by_direct(launched: list[tuple[str, tuple[Any, ...]]]) -> None:
+    """Cancelling frames: the bound, relative to what is left, passes 1 %."""
+    case = cancelling("linear", 3, 20, 64, 48)
+    never_below(case, method="gram")
+    not_far_above(case, torch.float32, method="gram")
+    assert again(launched) == [1, 1, 1]
+
+
+def test_no_gram_kernel_where_every_sample_is_long(launched: list[tuple[str, tuple[Any, ...]]]) -> None:
+    """And no kernel for row norms where every sample is short."""
+    make("linear", 2, 40, 8, 8).norms(method="direct")
+    assert {name for name, _ in launched} == {"linear_rows", "linear_direct", "finish_direct"}
+    launched.clear()
+    make("linear", 2, 4, 32, 32).norms()
+    assert {name for name, _ in launched} == {"linear_gram", "finish_gram", "linear_direct", "finish_direct"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 16, 40])
+def test_every_lora_rank(rank: int, dtype: torch.dtype) -> None:
+    """Below, at and above what one program takes of the narrow matrix."""
+    case = make("lora", 2, 70, 37, 150, rank=rank, dtype=dtype)
+    never_below(case)
+    not_far_above(case, dtype)
+    sums_match(case, dtype, torch.tensor([0.5, -1.0]))
+    alone_is_the_same(case)
+
+
+@pytest.mark.parametrize("family", ["linear", "lora", "bias"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_aligned_loads_change_nothing(family: str, dtype: torch.dtype) -> None:
+    """Multiples of 16 take the wide loads; a start that is no multiple of 16 bytes is copied first."""
+    lengths = torch.tensor([70, 3])
+    case = make(family, 2, 70, 48, 32, dtype=dtype, rank=16, lengths=lengths)
+    offset = case.map(lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape))
+    if not CUDA:
+        assert all(t.data_ptr() % 16 for t in offset.tensors.values())
+    for one in (case, offset):
+        never_below(one)
+        not_far_above(one, dtype)
+        sums_match(one, dtype, torch.tensor([0.5, 1.0]))
+    assert all(torch.equal(a, b) for a, b in zip(case.norms(), offset.norms(), strict=True))
+
+
+# ---- bounds --------------------------------------------------------------------------------------------------
+
+
+def test_the_bound_of_the_sum_covers_every_configuration() -> None:
+    """The norm is told the chains of the sum's kernel for any layout; they must be those that run."""
+    for kernel in ("linear_sum", "lora_pieces"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for architecture in (0, 80, 90, 100, 103, 120):
+                least, most = configs.extremes(kernel, "BT", dtype, architecture)
+                for aligned in (True, False):
+                    tile = configs.config(kernel, dtype, architecture, aligned).tiles["BT"]
+                    assert least <= tile <= most <= bounds.CHAIN
+
+
+def truncated(values: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """Values cut off below 2^-bits of the power of two at or below `largest`."""
+    unit = torch.exp2(torch.floor(torch.log2(largest)) - bits)
+    return torch.trunc(values / unit) * unit
+
+
+def coarsest_tensor_core(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_k a_k b_k as the coarsest device of `bounds` would accumulate it: blocks of 4, no guard bits, all cut off."""
+    total = torch.zeros(a.shape[:-1], dtype=torch.float64, device=a.device)
+    for k in range(0, a.shape[-1], 4):
+        terms = torch.cat([a[..., k : k + 4].double() * b[..., k : k + 4].double(), total[..., None]], -1)
+        largest = terms.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+        total = truncated(terms, largest, 23).sum(-1)
+        total = truncated(total, total.abs().clamp_min(2.0**-100), 23)
+    return total
+
+
+def worst_chain(per_term: int, chain: int = bounds.CHAIN) -> float:
+    """Error over κu Σ|ab|, the largest found, of that device: random terms, and small ones after one that is large."""
+    a, b = (torch.rand(1000, chain).add(0.5).half() for _ in range(2))
+    small = 2.0**-12 * (2 - 2.0**-10)  # its square, just below 2⁻²², loses almost 2⁻²³ beside 1
+    a[0], b[0] = small, small
+    a[0, 0] = b[0, 0] = 1.0
+    exact = (a.double() * b.double()).sum(-1)
+    error = (coarsest_tensor_core(a, b) - exact).abs()
+    return float((error / (per_term * chain * bounds.UNIT * exact)).max())
+
+
+def test_the_roundings_of_a_tensor_core_cover_the_coarsest_device() -> None:
+    assert 0.5 < worst_chain(bounds.ROUNDINGS_TENSOR_CORE) <= 1.0
+    assert worst_chain(bounds.ROUNDINGS_FMA) > 1.0
+
+
+@pytest.mark.skipif(not CUDA, reason="needs tensor cores: a GPU")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_this_gpus_tensor_cores_are_no_coarser_than_assumed(dtype: torch.dtype) -> None:
+    """One large term, and small ones that an alignment without the assumed bits would drop or cut."""
+    large = torch.ones(1, 128, 1, dtype=dtype, device="cuda")
+    x, g = large.expand(1, 128, 64).contiguous(), large.expand(1, 128, 64).contiguous()
+    for exponent in range(1, 13):
+        g[0, 1:] = 2.0**-exponent
+        x[0, 1:] = 2.0**-exponent * 1.5
+        exact = 1.0 + 127 * 1.5 * 4.0**-exponent
+        out = torch.zeros(64, 64, dtype=torch.float64, device="cuda")
+        triton_ops.linear_weighted_sum(x, g, torch.ones(1, device="cuda"), out)
+        allowed = bounds.UNIT * (bounds.ROUNDINGS_TENSOR_CORE * bounds.CHAIN + 3) * exact
+        assert float((out - exact).abs().max()) <= allowed
+
+
+# ---- planted faults ------------------------------------------------------------------------------------------
+
+Fault = Callable[[Any, str, Callable[..., Any]], None]
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Fault:
+    """Replaces what a kernel calls, in the module that the kernel looks it up in; interpreted kernels only."""
+    if CUDA:
+        pytest.skip("faults are planted in interpreted kernels")
+    return lambda module, name, fault: monkeypatch.setattr(module, name, fault)
+
+
+def test_catches_a_norm_without_its_bound(plant: Fault) -> None:
+    def faulty(square: Any, error: Any) -> Any:
+        return linear_kernels.tl.sqrt(square * square).to(linear_kernels.tl.float32)
+
+    for module in (linear_kernels, vectors):
+        plant(module, "upper_square", faulty)
+    for family in ("linear", "lora", "bias"):
+        with pytest.raises(AssertionError):
+            never_below(cancelling(family, 8, 60, 24, 20, epsilon=2.0**-8))
+
+
+def test_catches_reading_beyond_the_lengths(plant: Fault) -> None:
+    for module in (linear_kernels, vectors, lora, bias):
+        plant(
+            module,
+            "frames_of",
+            lambda lengths, sample, frames: linear_kernels.tl.zeros((), linear_kernels.tl.int32) + frames,
+        )
+    for family in ("linear", "lora", "bias"):
+        case = make(family, 2, 70, lengths=torch.tensor([3, 5]))
+        with pytest.raises(AssertionError):
+            not_far_above(case, torch.float32)
+
+
+def test_catches_off_diagonal_blocks_counted_once(plant: Fault) -> None:
+    """Frames of one direction: the blocks below the diagonal hold half of the square."""
+    case = make("linear", 2, 130, 40, 40)
+    for tensor in case.tensors.values():
+        tensor[:] = tensor[:, :1] + 0.001 * tensor
+    never_below(case, method="gram")
+    plant(linear_kernels, "occurrences", lambda s, t: 1.0)
+    plant(linear_kernels, "GRAM_SHARE", 1.0)  # or direct would mend it
+    with pytest.raises(AssertionError):
+        never_below(case, method="gram")
+
+
+def test_catches_a_method_that_depends_on_the_batch(plant: Fault) -> None:
+    honest = linear.linear_norm_sq
+
+    def faulty(x: Tensor, g: Tensor, **options: Any) -> Tensor:
+        return honest(x, g, **{**options, "method": "gram" if len(x) > 1 else "direct"})
+
+    key = ("linear_norm_sq", TRITON_DEVICE, "triton")
+    plant(registry, "_chosen", {key: (registry.OpBackend(*key, "a fault"), faulty)})
+    with pytest.raises(AssertionError):
+        alone_is_the_same(make("linear", 3, 50, 24, 12))
+
+
+@pytest.mark.parametrize("family", ["linear", "lora", "bias"])
+def test_catches_a_sum_that_multiplies_by_zero(plant: Fault, family: str) -> None:
+    case = make(family, 2, 9)
+    case.tensors["g"][1] = torch.nan
+    factors = torch.tensor([1.0, 0.0])
+    assert all(out.isfinite().all() for out in case.sums(factors))
+    for module in (linear_kernels, lora, bias):
+        plant(module, "frames_added", lambda factor, lengths, sample, frames: frames)
+    plant(vectors.tl, "where", lambda condition, a, b: a)
+    assert not all(out.isfinite().all() for out in case.sums(factors))
+
+
+def test_what_a_half_precision_sample_adds_is_within_the_clipping_norm() -> None:
+    added_within(make("linear", 2, 150, 40, 36, dtype=torch.float16), 0.1)
+    added_within(make("lora", 2, 150, 40, 36, dtype=torch.bfloat16), 0.1)
