@@ -68,6 +68,14 @@ class Record(ABC):
         factors: [B] float32. sums[p]: float64 (or float32), contiguous, of p's shape.
         """
 
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """The same as part of one call for many layers; None where it takes `add_weighted_sum`.
+
+        Tensors of different dtypes are left to that: converted copies of all layers at once would be memory that was
+        not there before.
+        """
+        return None
+
     def held_bytes(self) -> int:
         """Bytes of the tensors that it keeps alive, over the whole batch."""
         tensors = (
@@ -85,14 +93,6 @@ class Record(ABC):
         Their norms and sums are those of the formed values, so that how they were rounded is no matter for privacy.
         """
         raise NotImplementedError(f"{type(self).__name__} does not form per-sample gradients")
-
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
-        """The same as part of one call for many layers; None where it takes `add_weighted_sum`.
-
-        Tensors of different dtypes are left to that: converted copies of all layers at once would be memory that was
-        not there before.
-        """
-        return None
 
     def merge(self, other: Record) -> Record:
         """One record for two uses of the same parameters (tied, reused): the exact sum, cross terms too.
@@ -128,6 +128,13 @@ class LinearRecord(Record):
         x, g = common_dtype(self.x, self.g)
         ops.linear_weighted_sum(x, g, factors, sums[self.weight].view(g.shape[-1], x.shape[-1]))
 
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """A linear layer."""
+        if self.x.dtype != self.g.dtype:
+            return None
+        out = sums[self.weight].view(self.g.shape[-1], self.x.shape[-1])
+        return Share("linear", self.x, self.g, (out,))
+
     def entries(self) -> int:
         """P·d."""
         return self.weight.numel()
@@ -135,13 +142,6 @@ class LinearRecord(Record):
     def formed(self) -> tuple[ExpandedRecord, ...]:
         """g_iᵀ x_i."""
         return (formed_gradient(self.layer, self.weight, per_sample_product(self.g, self.x)),)
-
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
-        """A linear layer."""
-        if self.x.dtype != self.g.dtype:
-            return None
-        out = sums[self.weight].view(self.g.shape[-1], self.x.shape[-1])
-        return Share("linear", self.x, self.g, (out,))
 
     def merge(self, other: Record) -> Record:
         """Concatenated along T; an embedding's ids become one-hot, a convolution's windows are unfolded."""
@@ -222,6 +222,13 @@ class LoRARecord(Record):
         x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
         ops.lora_weighted_sum(x, h, g, dh, factors, sums[self.a], sums[self.b], scaling=self.scaling)
 
+    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+        """A LoRA layer."""
+        if len({t.dtype for t in (self.x, self.h, self.g, self.dh)}) > 1:
+            return None
+        options: dict[str, object] = {"hs": self.h, "dhs": self.dh, "scalings": self.scaling}
+        return Share("lora", self.x, self.g, (sums[self.a], sums[self.b]), options)
+
     def entries(self) -> int:
         """r·(d + p)."""
         return self.a.numel() + self.b.numel()
@@ -231,13 +238,6 @@ class LoRARecord(Record):
         x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
         of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)
         return ExpandedRecord(self.layer, self.a, of_a), ExpandedRecord(self.layer, self.b, of_b)
-
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
-        """A LoRA layer."""
-        if len({t.dtype for t in (self.x, self.h, self.g, self.dh)}) > 1:
-            return None
-        options: dict[str, object] = {"hs": self.h, "dhs": self.dh, "scalings": self.scaling}
-        return Share("lora", self.x, self.g, (sums[self.a], sums[self.b]), options)
 
     def merge(self, other: Record) -> Record:
         """Concatenated along T."""

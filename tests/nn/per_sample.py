@@ -65,9 +65,8 @@ def run_private(
         record.add_weighted_sum(factors, sums)
     together = {p: torch.zeros_like(total) for p, total in sums.items()}
     add_weighted_sums(records, factors, together)
-    assert all(torch.equal(total, together[p]) for p, total in sums.items()), (
-        "one call for all layers differs"
-    )
+    for p, total in sums.items():  # two uses of one parameter are added in another order
+        torch.testing.assert_close(together[p], total, rtol=1e-12, atol=1e-12 * float(total.abs().max()))
     return Private(norm_sq, {names[p]: s for p, s in sums.items()}, records, losses.detach())
 
 
