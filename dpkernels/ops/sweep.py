@@ -199,7 +199,7 @@ def _check_lists(
     wide = {"sums": (sums, torch.float64)} | {
         name: (tensors, torch.float32) for name, tensors in states.items()
     }
-    places: dict[tuple[int, int], str] = {}
+    places: dict[tuple[object, object], str] = {}
     for i, param in enumerate(params):
         if param.dtype not in PARAMETER_DTYPES:
             raise TypeError(
