@@ -63,6 +63,10 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
         (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=2),
     },
+    "linear_gram unaligned": {
+        (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=1),
+    },
     "linear_rows": {
         (2, ANY): Config({"BT": 16, "BN": 128}),
         (4, ANY): Config({"BT": 16, "BN": 128}),
