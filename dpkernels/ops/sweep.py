@@ -200,29 +200,57 @@ def _check_lists(
         name: (tensors, torch.float32) for name, tensors in states.items()
     }
     for i, param in enumerate(params):
-        if param.dtype not in PARAMETER_DTYPES:
-            raise TypeError(
-                f"params[{i}]: expected float32 or bfloat16; given {param.dtype}; noise the gradient and use "
-                "torch's optimizer"
-            )
-        dense = {f"params[{i}]": param}
-        for name, (tensors, dtype) in wide.items():
-            if tensors[i].dtype != dtype:
-                raise TypeError(f"{name}[{i}]: expected {dtype}; given {tensors[i].dtype}; convert it")
-            dense[f"{name}[{i}]"] = tensors[i]
+        beside = [(tensors[i], dtype) for tensors, dtype in wide.values()]
         if grads:
-            if grads[i].dtype != param.dtype:
-                raise TypeError(
-                    f"grads[{i}]: expected {param.dtype}, as params[{i}] has; given {grads[i].dtype}; convert it"
-                )
-            dense[f"grads[{i}]"] = grads[i]
-        _check.same_device(**({"params[0]": params[0]} | dense))
-        for name, tensor in dense.items():
-            _check.shape(name, tensor, tuple(param.shape), f"params[{i}]'s shape")
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name}: expected a contiguous tensor; given strides {tensor.stride()}; copy it"
-                )
+            beside.append((grads[i], param.dtype))
+        # What is said of each is worked out only for one that does not fit: a model may have a thousand.
+        if not (_fits(param, param.dtype, param) and param.device == params[0].device) or not all(
+            _fits(tensor, dtype, param) for tensor, dtype in beside
+        ):
+            _refuse(i, params, wide, grads)
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
+    return (
+        tensor.dtype == dtype
+        and param.dtype in PARAMETER_DTYPES
+        and tensor.shape == param.shape
+        and tensor.device == param.device
+        and tensor.is_contiguous()
+    )
+
+
+def _refuse(
+    i: int,
+    params: Sequence[Tensor],
+    wide: dict[str, tuple[Sequence[Tensor], torch.dtype]],
+    grads: Sequence[Tensor],
+) -> None:
+    """Raise for the first of parameter i's tensors that does not fit."""
+    param = params[i]
+    if param.dtype not in PARAMETER_DTYPES:
+        raise TypeError(
+            f"params[{i}]: expected float32 or bfloat16; given {param.dtype}; noise the gradient and use "
+            "torch's optimizer"
+        )
+    dense = {f"params[{i}]": param}
+    for name, (tensors, dtype) in wide.items():
+        if tensors[i].dtype != dtype:
+            raise TypeError(f"{name}[{i}]: expected {dtype}; given {tensors[i].dtype}; convert it")
+        dense[f"{name}[{i}]"] = tensors[i]
+    if grads:
+        if grads[i].dtype != param.dtype:
+            raise TypeError(
+                f"grads[{i}]: expected {param.dtype}, as params[{i}] has; given {grads[i].dtype}; convert it"
+            )
+        dense[f"grads[{i}]"] = grads[i]
+    _check.same_device(**({"params[0]": params[0]} | dense))
+    for name, tensor in dense.items():
+        _check.shape(name, tensor, tuple(param.shape), f"params[{i}]'s shape")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: expected a contiguous tensor; given strides {tensor.stride()}; copy it"
+            )
 
 
 def check_secrets(
