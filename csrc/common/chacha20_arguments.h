@@ -8,9 +8,9 @@ namespace dpk {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "RFC 8439 words are stored as they are in memory");
 
-inline ChaChaState chacha20_state(const uint8_t* key, int64_t counter, const uint8_t* nonce, int64_t blocks) {
+// Blocks `counter` to `counter` + `blocks` are ones that the counter can name.
+inline void check_blocks(int64_t counter, int64_t blocks) {
   constexpr int64_t limit = int64_t{1} << 32;
-  if (key == nullptr || nonce == nullptr) invalid_argument("key or nonce is NULL");
   if (counter < 0 || counter >= limit)
     invalid_argument("counter is %lld; it has 32 bits, 0 to 4294967295", static_cast<long long>(counter));
   if (blocks < 0 || blocks > limit - counter)
@@ -20,6 +20,11 @@ inline ChaChaState chacha20_state(const uint8_t* key, int64_t counter, const uin
         "nonce for the rest",
         static_cast<long long>(blocks), static_cast<long long>(counter),
         static_cast<long long>(limit - counter));
+}
+
+inline ChaChaState chacha20_state(const uint8_t* key, int64_t counter, const uint8_t* nonce, int64_t blocks) {
+  if (key == nullptr || nonce == nullptr) invalid_argument("key or nonce is NULL");
+  check_blocks(counter, blocks);
   ChaChaState state;
   memcpy(state.key, key, sizeof(state.key));
   memcpy(state.nonce, nonce, sizeof(state.nonce));

@@ -12,6 +12,8 @@
 #include <system_error>
 #include <thread>
 
+#include "common/ieee.h"
+
 namespace dpk::detail {
 namespace {
 
@@ -29,6 +31,7 @@ struct Job {
   std::exception_ptr error;
 
   void work(int worker) noexcept {
+    const IeeeMode mode;  // a worker's own: it does not follow the caller's
     for (int64_t index = next.fetch_add(1); index < count; index = next.fetch_add(1)) {
       try {
         call(body, index, worker);
@@ -106,23 +109,27 @@ class Pool {
 // where its threads do not exist and its mutexes may be held by one of them.
 std::atomic<Pool*> current{nullptr};
 
-// libgomp's entry point of `#pragma omp parallel`, also exported by LLVM's and Intel's runtimes; null where
-// no OpenMP runtime is in the program, and in a forked child, where libgomp would wait for threads that do
-// not exist.
-using OpenMp = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-std::atomic<OpenMp> open_mp{nullptr};
+// In a forked child libgomp would wait for the parent's threads, which do not exist there.
+std::atomic<bool> forked{false};
 
-Pool& pool() {
-  static const int registered = [] {
-    current = new Pool;
-    open_mp = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return pthread_atfork(nullptr, nullptr, [] {
-      current = new Pool;
-      open_mp = nullptr;
-    });
-  }();
-  if (registered != 0) throw std::system_error(registered, std::generic_category(), "pthread_atfork");
-  return *current;
+// When the library is loaded, not at the first loop: a parent that forks before its first loop may have used
+// OpenMP already. A fork before this library is loaded goes unnoticed.
+[[gnu::constructor]] void watch_forks() {
+  current = new Pool;
+  if (pthread_atfork(nullptr, nullptr, [] {
+        current = new Pool;
+        forked = true;
+      }) != 0)
+    forked = true;  // no memory to be told of forks: never OpenMP, then
+}
+
+// libgomp's entry point of `#pragma omp parallel`, also exported by LLVM's and Intel's runtimes; null where
+// no OpenMP runtime is in the program.
+using OpenMp = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+OpenMp open_mp() {
+  static const OpenMp found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked ? nullptr : found;
 }
 
 struct Team {
@@ -154,10 +161,9 @@ void parallel_run(int64_t count, int threads, Call call, void* body) {
   if (threads <= 1) {
     job.work(0);
   } else {
-    Pool& own = pool();
-    if (const OpenMp run = open_mp)
+    if (const OpenMp run = open_mp())
       run_open_mp(run, job, threads);
-    else if (!own.run(job, threads))
+    else if (!current.load()->run(job, threads))
       job.work(0);
   }
   if (job.error) std::rethrow_exception(job.error);

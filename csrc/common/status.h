@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/ieee.h"
 #include "dpkernels.h"
 
 namespace dpk {
@@ -29,6 +30,7 @@ dpk_status report(dpk_status status, const char* message) noexcept;
 // Runs the body of one C ABI function; no exception leaves it.
 template <class Body>
 dpk_status guard(Body&& body) noexcept {
+  const IeeeMode mode;
   try {
     body();
     return DPK_OK;

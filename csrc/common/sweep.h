@@ -37,11 +37,12 @@ struct AdamPlan {
 
 struct SgdPlan {
   float coupled;     // weight_decay
-  float keep, take;  // momentum, 1 - dampening; 0 and 1 where the buffer holds nothing yet
+  float keep, take;  // momentum, 1 - dampening (1 where the buffer holds nothing yet)
   float size;        // lr
   float ahead;       // momentum, where nesterov looks ahead
   float sign;        // -1 to ascend
   bool buffered, nesterov;
+  bool fresh;  // the buffer holds nothing yet, and what it holds is not read: 0 times infinity is not 0
 };
 
 // To the nearest integer, ties to even, in (2^52 and beyond: every double is one).
@@ -83,7 +84,8 @@ DPK_SHARED float sgd_update(float gradient, float parameter, float* buffer, cons
   gradient = plan.sign * gradient;
   if (kCouples) gradient = gradient + plan.coupled * parameter;
   if (kBuffered) {
-    *buffer = plan.keep * *buffer + plan.take * gradient;
+    const float kept = plan.fresh ? 0.0f : plan.keep * *buffer;
+    *buffer = kept + plan.take * gradient;
     gradient = plan.nesterov ? gradient + plan.ahead * *buffer : *buffer;
   }
   return parameter - plan.size * gradient;

@@ -21,7 +21,11 @@ inline NoisePlan noise_plan(const dpk_noise& noise) {
   if (noise.grid != 0 && !(std::isfinite(noise.grid) && std::frexp(noise.grid, &exponent) == 0.5))
     invalid_argument("grid is %g; give a power of two, or 0 for none", noise.grid);
   const double grid = noise.grid != 0 ? noise.grid : 1.0;
-  return {1.0 / grid, noise.noise_scale / grid, grid / noise.divisor, noise.noise_scale > 0, noise.grid != 0};
+  const NoisePlan plan = {1.0 / grid, noise.noise_scale / grid, grid / noise.divisor, noise.noise_scale > 0,
+                          noise.grid != 0};
+  if (!std::isfinite(plan.sum_factor) || !std::isfinite(plan.noise_factor) || !(plan.back > 0))
+    invalid_argument("grid is %g; its inverse, noise_scale / grid or grid / divisor is out of range", grid);
+  return plan;
 }
 
 // `states`: how many of first and second the optimizer keeps.
@@ -39,7 +43,7 @@ inline void check_tensors(const dpk_sweep_tensor* tensors, int64_t count, int st
     if (t.count > 0 && ((states > 0 && t.first == nullptr) || (states > 1 && t.second == nullptr)))
       invalid_argument("tensor %lld: a state of the optimizer is NULL", n);
     check_finite("step", t.step, t.step >= 1);
-    chacha20_state(t.nonce, 0, t.nonce, normal_blocks(t.count, DPK_F64));  // the counter does not wrap
+    check_blocks(0, normal_blocks(t.count, DPK_F64));
   }
 }
 
@@ -78,11 +82,11 @@ inline void check_sgd(const dpk_sgd& sgd) {
 }
 
 inline SgdPlan sgd_plan(const dpk_sgd& sgd, const dpk_noise& noise, double step) {
-  const bool fresh = step == 1;
   SgdPlan plan;
+  plan.fresh = step == 1;
   plan.coupled = static_cast<float>(sgd.weight_decay);
-  plan.keep = static_cast<float>(fresh ? 0.0 : sgd.momentum);
-  plan.take = static_cast<float>(fresh ? 1.0 : 1.0 - sgd.dampening);
+  plan.keep = static_cast<float>(sgd.momentum);
+  plan.take = static_cast<float>(plan.fresh ? 1.0 : 1.0 - sgd.dampening);
   plan.size = static_cast<float>(sgd.lr);
   plan.buffered = sgd.momentum != 0;
   plan.nesterov = sgd.nesterov != 0;

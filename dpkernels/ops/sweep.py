@@ -199,6 +199,8 @@ def _check_lists(
     wide = {"sums": (sums, torch.float64)} | {
         name: (tensors, torch.float32) for name, tensors in states.items()
     }
+    labels = ["params", *wide, "grads"]
+    places: dict[tuple[object, object], str] = {}
     for i, param in enumerate(params):
         beside = [(tensors[i], dtype) for tensors, dtype in wide.values()]
         if grads:
@@ -208,6 +210,13 @@ def _check_lists(
             _fits(tensor, dtype, param) for tensor, dtype in beside
         ):
             _refuse(i, params, wide, grads)
+        for label, tensor in zip(labels, [param, *(tensor for tensor, _ in beside)], strict=False):
+            name, place = f"{label}[{i}]", (tensor.untyped_storage()._cdata, tensor.storage_offset())
+            if tensor.numel() and places.setdefault(place, name) != name:
+                raise ValueError(
+                    f"{name}: expected memory of its own; it starts where {places[place]} does, and would be written "
+                    "twice; pass a tied parameter once"
+                )
 
 
 def _fits(tensor: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
@@ -290,6 +299,13 @@ def check_secrets(
     if grid != 0 and not (math.isfinite(grid) and math.frexp(grid)[0] == 0.5):
         raise ValueError(f"grid: expected a power of two, or 0; given {grid}; round it down: 2.0**k")
     _check.positive("divisor", divisor)
+    if grid != 0 and not (
+        math.isfinite(1.0 / grid) and math.isfinite(noise_scale / grid) and grid / divisor > 0
+    ):
+        raise ValueError(
+            f"grid: expected one of the noise's size; given {grid} with noise_scale {noise_scale}; 1/grid, "
+            "noise_scale/grid or grid/divisor is out of range; pass 2⁻¹² of the noise, or 0"
+        )
     most = max(param.numel() for param in params)
     if most > COUNTER_END * NORMALS_PER_BLOCK:
         raise ValueError(

@@ -56,7 +56,7 @@ def rounding_slack(examples: int) -> float:
 
     It holds for gradients of float32 and narrower; float64 models (for tests) have no such K. What it does
     not count: an example that changes the *shape* of a batch can change how the others' forward and backward
-    round (docs/privacy.md says how much that was measured to be).
+    (and gradients formed there by batched products) round (docs/privacy.md says how much that was measured to be).
     """
     return max(LEAST_SLACK, examples * _PIECES * (examples + _CANCELLATION) * 2.0**-51)
 

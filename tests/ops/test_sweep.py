@@ -431,3 +431,58 @@ def test_planted_faults_are_caught(change: Callable, monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(AssertionError):
         test_equals_noise_then_torchs_optimizer("AdamW", torch.float64, "torch")
+
+
+def test_a_tensor_given_twice_is_refused() -> None:
+    """A tied parameter listed twice would be noised and stepped on by two threads at once."""
+    p, total = torch.ones(4), torch.zeros(4, dtype=torch.float64)
+    other = torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"params\[1\]: expected memory of its own"):
+        ops.noise_sgd(
+            [p, p],
+            [total, other],
+            [],
+            [1.0, 1.0],
+            key=bytes(32),
+            nonces=[bytes(12), bytes(11) + b"1"],
+            noise_scale=1.0,
+            divisor=1.0,
+            lr=0.1,
+        )
+
+
+@pytest.mark.parametrize("grid", [2.0**-1074, 2.0**-1030])
+def test_a_grid_without_an_inverse_is_refused(grid: float) -> None:
+    """1/grid would be infinite, and every parameter NaN."""
+    with pytest.raises(ValueError, match="grid: expected one of the noise's size"):
+        ops.noise_sgd(
+            [torch.ones(4)],
+            [torch.zeros(4, dtype=torch.float64)],
+            [],
+            [1.0],
+            key=bytes(32),
+            nonces=[bytes(12)],
+            noise_scale=1.0,
+            divisor=1.0,
+            lr=0.1,
+            grid=grid,
+        )
+
+
+def test_a_fresh_momentum_buffer_is_not_read(backend: str) -> None:
+    """0 times what stands in it could be NaN."""
+    p, buffer = torch.ones(4), torch.full((4,), torch.nan)
+    ops.noise_sgd(
+        [p],
+        [torch.full((4,), 2.0, dtype=torch.float64)],
+        [buffer],
+        [1.0],
+        key=bytes(32),
+        nonces=[bytes(12)],
+        noise_scale=0.0,
+        divisor=1.0,
+        lr=0.5,
+        momentum=0.9,
+    )
+    assert torch.equal(buffer, torch.full((4,), 2.0))
+    assert torch.equal(p, torch.zeros(4))

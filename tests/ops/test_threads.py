@@ -80,6 +80,51 @@ def test_without_an_openmp_runtime_the_library_has_threads_of_its_own() -> None:
     assert int(out) == 2
 
 
+def test_a_child_of_a_parent_that_ran_only_torch_computes_too() -> None:
+    """The parent's first loop may be torch's: the library must have been told of the fork all the same."""
+    out = _run(
+        """
+        import os, signal
+        import torch
+        from dpkernels import ops
+        from dpkernels.backends import native
+
+        native.library("cpu")
+        torch.set_num_threads(2)
+        torch.randn(512, 512) @ torch.randn(512, 512)
+        (torch.randn(1 << 20) + 1).sum()
+        x, g = torch.ones(4, 100, 96), torch.ones(4, 100, 80)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            norms = ops.linear_norm_sq(x, g, method="direct")
+            os._exit(0 if norms.isfinite().all() else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    )
+    assert out.strip() == "0"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torchs_flush_denormal_changes_no_norm(threads: int) -> None:
+    """It is a mode of the calling thread alone, and an input read as 0 is no rounding error: 1e-40 · 1e38 is 0.01."""
+    out = _run(
+        f"""
+        import torch
+        from dpkernels import ops
+
+        torch.set_num_threads({threads})
+        x, g = torch.full((4, 100, 96), 1e-40), torch.full((4, 100, 80), 1e38)
+        expected = ops.linear_norm_sq(x, g, method="direct")
+        assert torch.set_flush_denormal(True)
+        given = ops.linear_norm_sq(x, g, method="direct")
+        assert float(torch.tensor(1e-40) * 1.0) == 0.0, "the caller's mode is as it was"
+        print(torch.equal(given, expected) and bool((given > 0).all()))
+        """
+    )
+    assert out.strip() == "True"
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_computes_the_same() -> None:
     """The parent's threads do not exist in the child: whoever waited for them would wait for ever."""

@@ -91,7 +91,7 @@ def test_a_forced_backend_is_named_with_the_mend(shown: Shown, monkeypatch: pyte
 def test_a_wrong_backend_is_refused_with_the_mend(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPKERNELS_BACKEND", "fast")
     text = shown()
-    assert "given 'fast'; set it to one of auto, native, torch, reference, or unset it" in text
+    assert "given 'fast'; set it to one of auto, native, triton, torch, reference, or unset it" in text
     assert f"dpkernels {dpkernels.__version__}" in text  # the rest is shown all the same
 
 

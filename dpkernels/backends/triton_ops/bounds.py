@@ -13,13 +13,15 @@ and the sum is cut off to float32. Assumed, and nothing else:
 
 1. a block takes K ≥ 4 products, and the accumulator;
 2. a term loses at most 2⁻²³ of the largest term of its block in the alignment (no guard bits), each of the K + 1;
+   a factor below the format's normal numbers counts as the smallest of these (its digits may not be shifted first);
 3. the block's sum loses at most 2⁻²³ of itself.
 
 With A ≥ every partial sum of the terms' absolute values, a block loses at most (K + 1)·2⁻²³·A + 2⁻²³·A, which is
 (K + 2)/K · 2⁻²³·A ≤ 3·2⁻²⁴·A a product: three roundings where float32 arithmetic has one. This is the coarsest
-behaviour that was measured on any NVIDIA tensor core (V100: K = 4, no guard bits); later ones have wider blocks and
-guard bits, so on A100, H100 and B200 the bound has a margin. `tests/ops/test_triton.py` probes the assumptions on
-the GPU it runs on.
+behaviour that Fasi et al. found (K = 4, no guard bits, truncation); later tensor cores have wider blocks and guard
+bits, and then the bound has a margin. `tests/ops/test_triton.py` probes the assumptions on the GPU it runs on.
+
+For the subnormal factors of 2., S is Σ_t (‖x_t‖ + δ√d)(‖g_t‖ + δ√p), δ being the smallest normal number, or more.
 
 **Chains.** Roundings add up along an accumulation, so one accumulation covers `CHAIN` terms; the pieces are added in
 float32, one rounding each, outside of the matrix instruction.
@@ -45,6 +47,15 @@ ROUNDINGS_TENSOR_CORE = 3
 
 CHAIN = 64
 """Products in one accumulation of a matrix product."""
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """δ: above what a factor counts as, at least, in a product of a tensor core; 0 where none is used.
+
+    Twice the smallest normal number: then ‖x_t‖ + δ√d is not below what it stands for where the tensor core itself
+    computes ‖x_t‖² (half-Gram's diagonal) and loses most of it.
+    """
+    return 0.0 if dtype == torch.float32 else 2.0 * float(torch.finfo(dtype).smallest_normal)
 
 
 def roundings(dtype: torch.dtype) -> int:

@@ -73,6 +73,16 @@ def product(a, b, acc, one, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def upper_norms(squares, width, SMALLEST: tl.constexpr):
+    """‖row‖ + δ√n in float64, not below, of rows of n features from float64 sums of their float32 squares.
+
+    The squares' own rounding is the caller's; what underflow took from n of them is here.
+    """
+    one = tl.full((), 1.0, tl.float64)
+    return tl.sqrt(squares + one * (2.0 * TINIEST) * width) + one * SMALLEST * tl.sqrt(one * width)
+
+
+@triton.jit
 def roundings_of(n, LEAST: tl.constexpr, MOST: tl.constexpr, PER_TERM: tl.constexpr):
     """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64."""
     return (tl.minimum(n, MOST) * PER_TERM + 1 + (n + LEAST - 1) // LEAST).to(tl.float64)

@@ -33,138 +33,159 @@ from dpkernels.backends.triton_ops.linear_kernels import (
 _METHODS = {"auto": 0, "gram": 1, "direct": 2}
 
 
-def _sum_rounding(function: Any, like: Tensor) -> dict[str, Any]:
-    """What the kernels that finish a norm must know of the weighted sum's kernel `function`."""
-    least, most = configs.extremes(function.__name__, "BT", like.dtype, architecture(like.device))
-    return {"SUM_LEAST": least, "SUM_MOST": most, "PER_TERM": bounds.roundings(like.dtype)}
+class _Norms:
+    """One call of `linear_norm_sq`: what its launches have in common, and the launches."""
+
+    def __init__(self, x: Tensor, g: Tensor, lengths: Tensor | None, method: str) -> None:
+        (self.batch, self.frames, self.d), self.p = x.shape, g.shape[2]
+        self.x, self.lengths = x, dense(lengths)
+        self.out = torch.empty(self.batch, dtype=torch.float32, device=x.device)
+        (x_view, x_align), (g_view, g_align) = rows(x), rows(g)
+        self.views = (*x_view, *g_view)
+        self.aligned = x_align > 1 and g_align > 1
+        self.aligns: dict[str, Any] = {"X_ALIGN": x_align, "G_ALIGN": g_align}
+        self.most = _most_by_gram(method, self.frames, self.p, self.d)
+        # the kernels' own choice, sample by sample; without half-Gram's results none may ask for them
+        self.method: dict[str, Any] = {"METHOD": _METHODS[method if self.most else "direct"]}
+        self.smallest = bounds.smallest(x.dtype)
+        # the norm is rounded up for the weighted sum, whichever of its configurations makes that
+        least, most = configs.extremes(linear_sum.__name__, "BT", x.dtype, architecture(x.device))
+        self.rounding: dict[str, Any] = {
+            "SUM_LEAST": least,
+            "SUM_MOST": most,
+            "PER_TERM": bounds.roundings(x.dtype),
+        }
+
+    def _tile(self, kernel: Any, name: str) -> int:
+        return tile_of(kernel, self.x, name, self.aligned)
+
+    def by_gram(self) -> tuple[Tensor, Tensor]:
+        """Norms of the samples that half-Gram takes into `out`.
+
+        Returns:
+            scale [B]: their S; again [B]: 1 for the samples that are left to direct, among them those whose gram
+            bound is loose.
+        """
+        x, bt = self.x, self._tile(linear_gram, "BT")
+        blocks = tiles(self.most, bt)
+        pairs = blocks * (blocks + 1) // 2
+        products, diagonals = scratch(x, self.batch, pairs), scratch(x, self.batch, blocks, 3)
+        scale, again = scratch(x, self.batch), torch.empty(self.batch, dtype=torch.int32, device=x.device)
+        launch(
+            linear_gram,
+            self.batch * pairs,
+            x,
+            *self.views,
+            self.lengths,
+            products,
+            diagonals,
+            self.frames,
+            blocks,
+            pairs,
+            1.0,
+            aligned=self.aligned,
+            SMALLEST=self.smallest,
+            UPCAST=upcast(x),
+            **self.aligns,
+            **self.method,
+        )
+        launch(
+            finish_gram,
+            self.batch,
+            x,
+            products,
+            diagonals,
+            self.lengths,
+            self.out,
+            scale,
+            again,
+            self.frames,
+            self.p,
+            self.d,
+            blocks,
+            pairs,
+            GRAM_BT=bt,
+            GRAM_BK=self._tile(linear_gram, "BK"),
+            **self.rounding,
+            **self.method,
+        )
+        return scale, again
+
+    def by_direct(self, scale: Tensor | None, again: Tensor | None) -> None:
+        """Norms of the samples that `again` names (None: of all) into `out`; scale: S where half-Gram made it."""
+        x, rows_bt = self.x, tile_of(linear_rows, self.x, "BT")
+        blocks = tiles(self.frames, rows_bt)
+        terms = scratch(x, self.batch, blocks)
+        if self.most < self.frames:  # else half-Gram has made S of every sample
+            launch(
+                linear_rows,
+                self.batch * blocks,
+                x,
+                *self.views,
+                self.lengths,
+                terms,
+                self.frames,
+                blocks,
+                SMALLEST=self.smallest,
+                **self.aligns,
+                **self.method,
+            )
+        across = tiles(self.d, self._tile(linear_direct, "BD"))
+        count = across * tiles(self.p, self._tile(linear_direct, "BP"))
+        squares = scratch(x, self.batch, count)
+        launch(
+            linear_direct,
+            self.batch * count,
+            x,
+            *self.views,
+            self.lengths,
+            again,
+            squares,
+            self.frames,
+            across,
+            count,
+            1.0,
+            aligned=self.aligned,
+            UPCAST=upcast(x),
+            **self.aligns,
+        )
+        launch(
+            finish_direct,
+            self.batch,
+            x,
+            squares,
+            terms,
+            terms if scale is None else scale,
+            self.lengths,
+            again,
+            self.out,
+            self.frames,
+            self.p,
+            self.d,
+            count,
+            blocks,
+            ROWS_BT=rows_bt,
+            DIRECT_BT=self._tile(linear_direct, "BT"),
+            DIRECT_BD=self._tile(linear_direct, "BD"),
+            **self.rounding,
+            **self.method,
+        )
 
 
 def _most_by_gram(method: str, frames: int, p: int, d: int) -> int:
-    """The longest sample that `linear_kernels.by_gram` may give to half-Gram."""
+    """The longest sample that `linear_kernels.by_gram` may give to half-Gram; 0 where it gives it none."""
     if method != "auto":
         return frames if method == "gram" else 0
-    return min(frames, 2 * p * d // (p + d)) if p and d else 0
+    # A length at which both take as many operations goes to direct there, and must not be left out of its passes.
+    return min(frames, (2 * p * d - 1) // (p + d)) if p and d else 0
 
 
 @float64_by_torch
 def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, method: str = "auto") -> Tensor:
     """‖g_iᵀx_i‖², rounded up; see `dpkernels.ops.linear_norm_sq`."""
-    (batch, frames, d), p = x.shape, g.shape[2]
-    lengths, out = dense(lengths), torch.empty(len(x), dtype=torch.float32, device=x.device)
-    (x_view, x_align), (g_view, g_align) = rows(x), rows(g)
-    aligns: dict[str, Any] = {"X_ALIGN": x_align, "G_ALIGN": g_align}
-    aligned = x_align > 1 and g_align > 1
-    rounding = _sum_rounding(linear_sum, x)
-    most = _most_by_gram(method, frames, p, d)
-    # the kernels' own choice among methods; all by direct where no sample can be short enough
-    choice: dict[str, Any] = {"METHOD": _METHODS[method] if most else _METHODS["direct"]}
-
-    scale = again = None
-    if most:
-        gram_bt = tile_of(linear_gram, x, "BT", aligned)
-        blocks = tiles(most, gram_bt)
-        pairs = blocks * (blocks + 1) // 2
-        products, diagonals = scratch(x, batch, pairs), scratch(x, batch, blocks, 3)
-        scale, again = scratch(x, batch), torch.empty(batch, dtype=torch.int32, device=x.device)
-        launch(
-            linear_gram,
-            batch * pairs,
-            x,
-            *x_view,
-            *g_view,
-            lengths,
-            products,
-            diagonals,
-            frames,
-            blocks,
-            pairs,
-            1.0,
-            UPCAST=upcast(x),
-            aligned=aligned,
-            **aligns,
-            **choice,
-        )
-        launch(
-            finish_gram,
-            batch,
-            x,
-            products,
-            diagonals,
-            lengths,
-            out,
-            scale,
-            again,
-            frames,
-            p,
-            d,
-            blocks,
-            pairs,
-            GRAM_BT=gram_bt,
-            GRAM_BK=tile_of(linear_gram, x, "BK", aligned),
-            **rounding,
-            **choice,
-        )
-
-    rows_bt = tile_of(linear_rows, x, "BT")
-    blocks = tiles(frames, rows_bt)
-    norms = scratch(x, batch, blocks)
-    if most < frames or not most:
-        launch(
-            linear_rows,
-            batch * blocks,
-            x,
-            *x_view,
-            *g_view,
-            lengths,
-            norms,
-            frames,
-            blocks,
-            **aligns,
-            **choice,
-        )
-    direct_bd = tile_of(linear_direct, x, "BD", aligned)
-    across = tiles(d, direct_bd)
-    count = across * tiles(p, tile_of(linear_direct, x, "BP", aligned))
-    squares = scratch(x, batch, count)
-    launch(
-        linear_direct,
-        batch * count,
-        x,
-        *x_view,
-        *g_view,
-        lengths,
-        again,
-        squares,
-        frames,
-        across,
-        count,
-        1.0,
-        aligned=aligned,
-        UPCAST=upcast(x),
-        **aligns,
-    )
-    launch(
-        finish_direct,
-        batch,
-        x,
-        squares,
-        norms,
-        norms if scale is None else scale,
-        lengths,
-        again,
-        out,
-        frames,
-        p,
-        d,
-        count,
-        blocks,
-        ROWS_BT=rows_bt,
-        DIRECT_BT=tile_of(linear_direct, x, "BT", aligned),
-        DIRECT_BD=direct_bd,
-        **rounding,
-        **choice,
-    )
-    return out
+    norms = _Norms(x, g, lengths, method)
+    norms.by_direct(*(norms.by_gram() if norms.most else (None, None)))
+    return norms.out
 
 
 @float64_by_torch

@@ -1,6 +1,6 @@
 """Kernels of the linear family: half-Gram, direct, their last steps, and the weighted sum.
 
-Everything below is for one sample with L frames, x [L, d] and g [L, p]; u, γ and S as in `bounds`.
+Everything below is for one sample with L frames, x [L, d] and g [L, p]; u, γ and S (with its δ) as in `bounds`.
 
 **direct** squares and sums tiles of gᵀx. An entry is made by `product` in pieces of BT frames, so
 κ = PER·min(L, BT) + 1 + ⌈L/BT⌉. Squares are added in float32 along one side of a tile (a relative error of the
@@ -9,7 +9,7 @@ square of γ_{BD+2}), and in float64 from there.
 **gram** sums (x_s·x_t)(g_s·g_t) over blocks on and below the diagonal, those below counted twice. A term
 x_sj x_tj g_sk g_tk meets κ_d + κ_p roundings in the two products, one in multiplying them, BT in the float32 sum over
 a row of the block: with n of them in all, the square is off by at most γ_n S² (Cauchy and Schwarz, twice). S comes
-from the diagonal, x_t·x_t and g_t·g_t, which rounding makes too small by at most γ_n.
+from the diagonal, x_t·x_t and g_t·g_t, whose roots rounding makes too small by at most 2γ_n each.
 
 **Underflow.** A float32 result below 2⁻¹²⁶ may be flushed to 0: 4L√(pd)·2⁻¹²⁶ on the norm, as in
 `dpkernels.backends.bounds`; n·2⁻¹²⁶ on a sum of n squares. In gram, an entry of x_s·x_t is off by 2d·2⁻¹²⁶ at most,
@@ -30,6 +30,7 @@ from dpkernels.backends.triton_ops.device import (
     roundings_of,
     sample_at,
     times,
+    upper_norms,
     upper_square,
 )
 from dpkernels.backends.triton_ops.launching import kernel
@@ -37,7 +38,7 @@ from dpkernels.backends.triton_ops.launching import kernel
 GRAM = tl.constexpr(1)
 DIRECT = tl.constexpr(2)
 
-GRAM_OPERATIONS = tl.constexpr(1.0)
+GRAM_OPERATIONS = tl.constexpr(1.0)  # linear.py: _most_by_gram has it too
 """Half-Gram is chosen below this share of direct's operations: a constant to be measured."""
 
 GRAM_SHARE = tl.constexpr(0.01)
@@ -99,13 +100,14 @@ def linear_gram(
     X_ALIGN: tl.constexpr,
     G_ALIGN: tl.constexpr,
     METHOD: tl.constexpr,
+    SMALLEST: tl.constexpr,
     UPCAST: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
     """One program a (sample, pair of blocks s ≥ t).
 
-    partials [B, pairs]: its part of the square; diagonals [B, blocks, 3]: Σ_t ‖x_t‖‖g_t‖, Σ_t ‖x_t‖², Σ_t ‖g_t‖² of
+    partials [B, pairs]: its part of the square; diagonals [B, blocks, 3]: S, Σ_t ‖x_t‖², Σ_t ‖g_t‖² of
     a block. What lies beyond a sample's length is not written.
     """
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
@@ -128,7 +130,8 @@ def linear_gram(
         x_square = tl.sum(tl.where(of_diagonal, xx, 0.0), axis=1).to(tl.float64)
         g_square = tl.sum(tl.where(of_diagonal, gg, 0.0), axis=1).to(tl.float64)
         at = diagonals + (sample.to(tl.int64) * blocks + s) * 3
-        tl.store(at, tl.sum(tl.sqrt(x_square) * tl.sqrt(g_square), axis=0))
+        both = upper_norms(x_square, d, SMALLEST) * upper_norms(g_square, p, SMALLEST)
+        tl.store(at, tl.sum(tl.where(s * BT + tl.arange(0, BT) < n, both, 0.0), axis=0))
         tl.store(at + 1, tl.sum(x_square, axis=0))
         tl.store(at + 2, tl.sum(g_square, axis=0))
 
@@ -154,7 +157,7 @@ def finish_gram(
     PER_TERM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a sample: its norm, S ≥ Σ_t ‖x_t‖‖g_t‖, and whether direct must do it (again)."""
+    """One program a sample: its norm, S, and whether direct must do it (again)."""
     sample = tl.program_id(0).to(tl.int64)
     n = frames_of(lengths, sample, frames)
     if not by_gram(n, p, d, METHOD):
@@ -204,14 +207,14 @@ def lost(n, p, d):
 def row_squares(
     tensor, width, stride_t, stride_n, rows, n, ALIGN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr
 ):
-    """Σ of squares of each of `rows` in float64, not below the exact one."""
+    """Σ of squares of each of `rows` in float64, not below the exact one but for underflow."""
     total = tl.zeros((BT,), tl.float64)
     for k in range(0, width, BN):
         block = load_rows(tensor, rows, k + tl.arange(0, BN), n, width, stride_t, stride_n, ALIGN).to(
             tl.float32
         )
         total += tl.sum(block * block, axis=1).to(tl.float64)
-    return total * (1.0 + 2.0 * (BN + 1) * UNIT) + tl.full((), 2.0 * TINIEST, tl.float64) * width
+    return total * (1.0 + 2.0 * (BN + 1) * UNIT)
 
 
 @kernel
@@ -233,10 +236,11 @@ def linear_rows(
     X_ALIGN: tl.constexpr,
     G_ALIGN: tl.constexpr,
     METHOD: tl.constexpr,
+    SMALLEST: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """partials [B, blocks]: Σ_t ‖x_t‖‖g_t‖ over blocks of BT frames, of the samples that direct does at once."""
+    """partials [B, blocks]: S over blocks of BT frames, of the samples that direct does at once."""
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     sample, first = program // blocks, (program % blocks) * BT
     n = frames_of(lengths, sample, frames)
@@ -245,8 +249,8 @@ def linear_rows(
     rows = first + tl.arange(0, BT)
     x_square = row_squares(sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, rows, n, X_ALIGN, BT, BN)
     g_square = row_squares(sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n, rows, n, G_ALIGN, BT, BN)
-    both = tl.where(rows < n, tl.sqrt(x_square) * tl.sqrt(g_square), 0.0)
-    tl.store(partials + program.to(tl.int64), tl.sum(both, axis=0))
+    both = upper_norms(x_square, d, SMALLEST) * upper_norms(g_square, p, SMALLEST)
+    tl.store(partials + program.to(tl.int64), tl.sum(tl.where(rows < n, both, 0.0), axis=0))
 
 
 @kernel

@@ -8,7 +8,7 @@ by `device.product`, BT frames at a time.
 γ Σ_t ‖wide_t‖‖narrow_t‖ over the strip's columns, and the errors of different strips are of different entries, so
 they add in squares. These norms of rows come from the tiles that are there anyway, in float32, and are made 2⁻¹⁴
 larger, which covers their own rounding (squares and sums: (BN + BT + 4)u < 2⁻¹⁵; PTX's approximate square roots:
-2⁻²²), and never 0: a square below 2⁻¹²⁶ counts as that.
+2⁻²²), and never 0: a square below 2⁻¹²⁶ counts as that, and δ of `bounds` is added.
 
 **Sums.** A program adds SAMPLES samples, each times its factor, in float64; their sums go to memory once for each
 such group and are added in order.
@@ -49,7 +49,7 @@ _MOST_COLUMNS = 32
 
 @triton.jit
 def strip_product(
-    wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, n, one, NORMS: tl.constexpr,
+    wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, n, one, NORMS: tl.constexpr, SMALLEST: tl.constexpr,
     W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
@@ -65,16 +65,16 @@ def strip_product(
             a, b = a.to(tl.float32), b.to(tl.float32)
             of_wide = tl.sum(a * a, axis=1) + 2.0 * BN * TINIEST
             of_narrow = tl.sum(b * b, axis=1) + 2.0 * R * TINIEST
-            both = tl.where(at < n, tl.sqrt(of_wide) * tl.sqrt(of_narrow), 0.0)
-            terms += tl.sum(both, axis=0).to(tl.float64)
+            both = (tl.sqrt(of_wide) + SMALLEST * BN**0.5) * (tl.sqrt(of_narrow) + SMALLEST * R**0.5)
+            terms += tl.sum(tl.where(at < n, both, 0.0), axis=0).to(tl.float64)
     return acc, terms * (1.0 + 2.0**-14)
 
 
 @triton.jit
 def strip_norms(
     wide, w_b, w_t, w_n, width, narrow, n_b, n_t, n_n, rank, lengths, out, frames, sample, piece, pieces,
-    rank_tiles, one, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr,
-    BN: tl.constexpr, R: tl.constexpr,
+    rank_tiles, one, SMALLEST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out [B, pieces, 2]: squares and terms of one sample's piece, for `vectors.finish`."""
     width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
@@ -82,7 +82,7 @@ def strip_norms(
     n = frames_of(lengths, sample, frames)
     acc, terms = strip_product(
         sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
-        rank, columns, ranks, n, one, True, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+        rank, columns, ranks, n, one, True, SMALLEST, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
     )  # fmt: skip
     exact = acc.to(tl.float64)
     at = out + (sample.to(tl.int64) * pieces + piece) * 2
@@ -106,7 +106,7 @@ def strip_sums(
         n = frames_added(factor, lengths, sample, frames)
         acc, _ = strip_product(
             sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t,
-            n_n, rank, columns, ranks, n, one, False, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+            n_n, rank, columns, ranks, n, one, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
         )  # fmt: skip
         total += factor * scale * acc.to(tl.float64)
     size = (tl.full((), 1, tl.int64) * width) * rank
@@ -154,6 +154,7 @@ def lora_pieces(
     DH_ALIGN: tl.constexpr,
     G_ALIGN: tl.constexpr,
     H_ALIGN: tl.constexpr,
+    SMALLEST: tl.constexpr,
     UPCAST: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
@@ -166,12 +167,12 @@ def lora_pieces(
         if piece < pieces_a:
             strip_norms(
                 x, x_b, x_t, x_n, d, dh, dh_b, dh_t, dh_n, dh_rank, lengths, of_a, frames, which, piece, pieces_a,
-                rank_tiles, one, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R,
+                rank_tiles, one, SMALLEST, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R,
             )  # fmt: skip
         else:
             strip_norms(
                 g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, lengths, of_b, frames, which, piece - pieces_a,
-                pieces_b, rank_tiles, one, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R,
+                pieces_b, rank_tiles, one, SMALLEST, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R,
             )  # fmt: skip
     else:
         if piece < pieces_a:
@@ -233,6 +234,7 @@ def _run(
         float64_bits(scaling),
         1.0,
         aligned=aligned,
+        SMALLEST=bounds.smallest(x.dtype),
         UPCAST=upcast(x),
         R=columns,
         **{f"{name}_ALIGN": align for name, (_, align) in views.items()},
