@@ -89,9 +89,9 @@ def _table(
         return tensors[i].data_ptr() if tensors else None
 
     table = (_Tensor * len(params))()
-    secrets, rounding = bytes(nonces.tolist()), bytes(rounding_nonces.tolist())
+    secrets = bytes(nonces.tolist())
+    rounding = bytes(rounding_nonces.tolist()) or bytes(len(secrets))
     for i, param in enumerate(params):
-        cut = slice(12 * i, 12 * (i + 1))
         table[i] = _Tensor(
             param.data_ptr(),
             sums[i].data_ptr(),
@@ -101,8 +101,8 @@ def _table(
             param.numel(),
             steps[i],
             native.element_type(param.dtype),
-            _Bytes12(*secrets[cut]),
-            _Bytes12(*(rounding[cut] or bytes(12))),
+            _Bytes12.from_buffer_copy(secrets, 12 * i),
+            _Bytes12.from_buffer_copy(rounding, 12 * i),
         )
     return table
 

@@ -199,37 +199,67 @@ def _check_lists(
     wide = {"sums": (sums, torch.float64)} | {
         name: (tensors, torch.float32) for name, tensors in states.items()
     }
+    labels = ["params", *wide, "grads"]
     places: dict[tuple[object, object], str] = {}
     for i, param in enumerate(params):
-        if param.dtype not in PARAMETER_DTYPES:
-            raise TypeError(
-                f"params[{i}]: expected float32 or bfloat16; given {param.dtype}; noise the gradient and use "
-                "torch's optimizer"
-            )
-        dense = {f"params[{i}]": param}
-        for name, (tensors, dtype) in wide.items():
-            if tensors[i].dtype != dtype:
-                raise TypeError(f"{name}[{i}]: expected {dtype}; given {tensors[i].dtype}; convert it")
-            dense[f"{name}[{i}]"] = tensors[i]
+        beside = [(tensors[i], dtype) for tensors, dtype in wide.values()]
         if grads:
-            if grads[i].dtype != param.dtype:
-                raise TypeError(
-                    f"grads[{i}]: expected {param.dtype}, as params[{i}] has; given {grads[i].dtype}; convert it"
-                )
-            dense[f"grads[{i}]"] = grads[i]
-        _check.same_device(**({"params[0]": params[0]} | dense))
-        for name, tensor in dense.items():
-            _check.shape(name, tensor, tuple(param.shape), f"params[{i}]'s shape")
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name}: expected a contiguous tensor; given strides {tensor.stride()}; copy it"
-                )
-            place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
+            beside.append((grads[i], param.dtype))
+        # What is said of each is worked out only for one that does not fit: a model may have a thousand.
+        if not (_fits(param, param.dtype, param) and param.device == params[0].device) or not all(
+            _fits(tensor, dtype, param) for tensor, dtype in beside
+        ):
+            _refuse(i, params, wide, grads)
+        for label, tensor in zip(labels, [param, *(tensor for tensor, _ in beside)], strict=False):
+            name, place = f"{label}[{i}]", (tensor.untyped_storage()._cdata, tensor.storage_offset())
             if tensor.numel() and places.setdefault(place, name) != name:
                 raise ValueError(
                     f"{name}: expected memory of its own; it starts where {places[place]} does, and would be written "
                     "twice; pass a tied parameter once"
                 )
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
+    return (
+        tensor.dtype == dtype
+        and param.dtype in PARAMETER_DTYPES
+        and tensor.shape == param.shape
+        and tensor.device == param.device
+        and tensor.is_contiguous()
+    )
+
+
+def _refuse(
+    i: int,
+    params: Sequence[Tensor],
+    wide: dict[str, tuple[Sequence[Tensor], torch.dtype]],
+    grads: Sequence[Tensor],
+) -> None:
+    """Raise for the first of parameter i's tensors that does not fit."""
+    param = params[i]
+    if param.dtype not in PARAMETER_DTYPES:
+        raise TypeError(
+            f"params[{i}]: expected float32 or bfloat16; given {param.dtype}; noise the gradient and use "
+            "torch's optimizer"
+        )
+    dense = {f"params[{i}]": param}
+    for name, (tensors, dtype) in wide.items():
+        if tensors[i].dtype != dtype:
+            raise TypeError(f"{name}[{i}]: expected {dtype}; given {tensors[i].dtype}; convert it")
+        dense[f"{name}[{i}]"] = tensors[i]
+    if grads:
+        if grads[i].dtype != param.dtype:
+            raise TypeError(
+                f"grads[{i}]: expected {param.dtype}, as params[{i}] has; given {grads[i].dtype}; convert it"
+            )
+        dense[f"grads[{i}]"] = grads[i]
+    _check.same_device(**({"params[0]": params[0]} | dense))
+    for name, tensor in dense.items():
+        _check.shape(name, tensor, tuple(param.shape), f"params[{i}]'s shape")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: expected a contiguous tensor; given strides {tensor.stride()}; copy it"
+            )
 
 
 def check_secrets(
