@@ -64,8 +64,10 @@ def test_layer_and_rms_norm(make: Any, shape: tuple[int, ...], dtype: torch.dtyp
     y1.float().pow(2).sum().backward()
     y2.float().pow(2).sum().backward()
     assert len(tape.close()) == len(list(plain.parameters()))
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 2e-2)
-    torch.testing.assert_close(x1.grad, x2.grad, rtol=tolerance, atol=tolerance)
+    # by norm: an entry that cancels is off by any factor, in torch's own bfloat16 arithmetic too
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    difference = (x1.grad.double() - x2.grad.double()).norm()
+    assert difference <= tolerance * x1.grad.double().norm()
     check_private(nn.Sequential(nn.Tanh(), plain, nn.Tanh()), cubes, (x,))
 
 
