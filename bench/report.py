@@ -7,11 +7,12 @@ nothing in it is typed by hand.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import plots
+from bench import plots, profile
 from bench.checker import OK
 from bench.machine import ROOT
 from bench.results import FOLDER, GROUPS, Results, Row, load
@@ -147,6 +148,12 @@ def targets(all_results: Sequence[Results]) -> list[str]:
     return lines
 
 
+def profiles(folder: Path, device: str | None = None) -> list[str]:
+    """What `python -m bench.profile` saved, as Markdown."""
+    paths = sorted(folder.glob(f"{device or '*'}/profile.json"))
+    return [profile.markdown(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="only this folder of bench/results")
@@ -159,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not results:
         print(f"nothing under {options.results}: run pytest --benchmark first", file=sys.stderr)
         return 1
-    section = markdown(results)
+    section = "\n\n".join([markdown(results), *profiles(options.results, options.device)])
     if options.print:
         print(section)
     else:
