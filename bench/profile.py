@@ -49,14 +49,14 @@ def of_case(case: Case, size: int, frames: int, *, steps: int) -> dict[str, dict
         for _ in range(2):
             contender.prepare()
             contender.step()
-        contender.prepare()
-        with profile(activities=[ProfilerActivity.CPU]) as taken:
-            for _ in range(steps):
-                contender.step()
         times: dict[str, float] = {}
-        for row in taken.key_averages():
-            kind = kind_of(row.key)
-            times[kind] = times.get(kind, 0.0) + row.self_cpu_time_total / 1e3 / steps
+        for _ in range(steps):
+            contender.prepare()
+            with profile(activities=[ProfilerActivity.CPU]) as taken:
+                contender.step()
+            for row in taken.key_averages():
+                kind = kind_of(row.key)
+                times[kind] = times.get(kind, 0.0) + row.self_cpu_time_total / 1e3 / steps
         found[name] = {kind: round(ms, 2) for kind, ms in sorted(times.items(), key=lambda one: -one[1])}
     return found
 

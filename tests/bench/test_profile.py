@@ -27,7 +27,7 @@ def test_kinds(operator: str, kind: str) -> None:
 
 
 def test_the_command_writes_what_the_readme_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--cases", "tiny-lora", "--size", "2", "--frames", "32", "--steps", "1"]
+    arguments = ["--cases", "tiny-lora", "--size", "2", "--frames", "32", "--steps", "2"]
     assert profile.main([*arguments, "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/profile.json")
     saved = json.loads(path.read_text())
