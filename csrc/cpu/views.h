@@ -82,9 +82,8 @@ class Scratch {
   T* data_;
 };
 
-// Memory of one call's panels, uninitialised, on a cache line. The largest block is kept for the next call:
-// fresh pages from the system cost more than the packing (a full fine-tuning step on two cores took 120,000
-// page faults, 60,000 of them here).
+// Memory of one call's panels, uninitialised, on a cache line. The block is kept for the next call: fresh
+// pages from the system cost more than the packing.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes);
