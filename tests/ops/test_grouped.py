@@ -39,10 +39,11 @@ def grouped(cases: list[Case], outs: list[Tensor], factors: Tensor, **options: A
             for name in ("stride", "padding", "dilation"):
                 given[name + "s"].append(CONV[name])
     kinds = [case.family for case in cases]
-    ops.clip_and_noise(kinds=kinds, factors=factors, outs=outs, **{**given, **options})
+    ops.clip_and_noise(kinds=kinds, factors=factors.to(outs[0].device), outs=outs, **{**given, **options})
 
 
 def separate(cases: list[Case], factors: Tensor, start: float = 0.0) -> list[Tensor]:
+    factors = factors.to(cases[0].tensors["g"].device)
     return [out for case in cases for out in case.sums(factors, start=start)]
 
 
@@ -142,7 +143,8 @@ def test_the_epilogue_noises_and_divides(backend: str) -> None:
     outs = empty(cases)
     grouped(cases, outs, FACTORS, **noise(outs))
     for i, (ours, total) in enumerate(zip(outs, separate(cases, FACTORS), strict=True)):
-        z = ops.chacha20_normal(total.numel(), key=KEY, nonce=i.to_bytes(12, "little")).view(total.shape)
+        nonce = i.to_bytes(12, "little")
+        z = ops.chacha20_normal(total.numel(), key=KEY, nonce=nonce, device=total.device).view(total.shape)
         exact = ((total + 1.5 * z) / 2.0**-12).round() * 2.0**-12 / 6.0
         torch.testing.assert_close(ours, exact, rtol=1e-15, atol=1e-15)
         assert float((ours - total / 6).abs().min()) > 0

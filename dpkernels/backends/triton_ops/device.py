@@ -96,9 +96,10 @@ def gamma(roundings):
 
 
 @triton.jit
-def float64_of(bits):
-    """The float64 with these bits: Triton passes Python floats as float32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+def float64_of(high, low):
+    """The float64 with these two halves of its bits: Triton passes Python floats as float32."""
+    upper = high.to(tl.int64) << 32
+    return (upper | (low.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
 
 
 @triton.jit

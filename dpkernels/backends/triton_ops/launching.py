@@ -113,10 +113,11 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else aligned(tensor.contiguous())
 
 
-def float64_bits(value: float) -> int:
-    """The bits of a float64 as an int64, for `device.float64_of`."""
-    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
-    return bits
+def float64_bits(value: float) -> tuple[int, int]:
+    """The upper and lower 32 bits of a float64, for `device.float64_of`: kernels' integers are 32 bits, as an `int`
+    annotation is to Triton (a larger one is an OverflowError)."""
+    low, high = struct.unpack("<ii", struct.pack("<d", value))
+    return high, low
 
 
 def upcast(tensor: Tensor) -> bool:

@@ -148,7 +148,8 @@ def lora_pieces(
     pieces_a: int,
     pieces_b: int,
     rank_tiles: int,
-    scaling: int,
+    scale_high: int,
+    scale_low: int,
     one,
     X_ALIGN: tl.constexpr,
     DH_ALIGN: tl.constexpr,
@@ -182,7 +183,7 @@ def lora_pieces(
                 piece, rank_tiles, scale, one, False, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R, SAMPLES,
             )  # fmt: skip
         else:
-            scale = float64_of(scaling)
+            scale = float64_of(scale_high, scale_low)
             strip_sums(
                 g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, lengths, factors, of_b, frames, batch, which,
                 piece - pieces_a, rank_tiles, scale, one, True, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R, SAMPLES,
@@ -231,7 +232,7 @@ def _run(
         pieces_a,
         pieces_b,
         rank_tiles,
-        float64_bits(scaling),
+        *float64_bits(scaling),
         1.0,
         aligned=aligned,
         SMALLEST=bounds.smallest(x.dtype),
