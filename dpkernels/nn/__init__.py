@@ -19,6 +19,7 @@ from dpkernels.nn.norm import (
     batch_norms_in_training,
     freeze_batch_norm,
 )
+from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.records import (
     BiasRecord,
     Conv1dRecord,
@@ -31,7 +32,6 @@ from dpkernels.nn.records import (
     NormRecord,
     Record,
     Share,
-    add_weighted_sums,
 )
 from dpkernels.nn.sharing import sharing_inputs
 from dpkernels.nn.swapping import (
@@ -86,6 +86,7 @@ __all__ = [
     "freeze_batch_norm",
     "ghost_subclass",
     "named_modules",
+    "norms_sq",
     "register_child_swap",
     "register_refusal",
     "register_swap",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpkernels.nn import Record, sharing_inputs
+from dpkernels.nn import Record, norms_sq
 
 # Relative to C. See rounding_slack for all three.
 LEAST_SLACK = 2.0**-20
@@ -21,8 +21,8 @@ def total_norm_sq(records: Sequence[Record], batch_size: int, device: torch.devi
     the factor 1 + (R + 1)·2⁻⁵² more than gives back. NaN and infinity stay what they are.
     """
     total = torch.zeros(batch_size, dtype=torch.float64, device=device)
-    for record in sharing_inputs(records):
-        total += record.norm_sq().to(device=device, dtype=torch.float64)
+    for norm_sq in norms_sq(records):
+        total += norm_sq.to(device=device, dtype=torch.float64)
     return total * (1 + (len(records) + 1) * 2.0**-52)
 
 

@@ -106,7 +106,12 @@ def float64_of(high, low):
 def upper_square(square, error):
     """(√square + error)² of float64 values ≥ 0 as float32, rounded up; NaN and infinity stay what they are."""
     norm = tl.sqrt(square * SLACK) + error
-    exact = norm * norm * SLACK
+    return round_up(norm * norm * SLACK)
+
+
+@triton.jit
+def round_up(exact):
+    """The least float32 that is not below a float64 ≥ 0; NaN and infinity stay what they are."""
     nearest = exact.to(tl.float32)
     # the next float32 above a non-negative one has the next bit pattern
     above = (nearest.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)

@@ -49,7 +49,7 @@ class _Norms:
         self.method: dict[str, Any] = {"METHOD": _METHODS[method if self.most else "direct"]}
         self.smallest = bounds.smallest(x.dtype)
         # the norm is rounded up for the weighted sum, whichever of its configurations makes that
-        least, most = configs.extremes(linear_sum.__name__, "BT", x.dtype, architecture(x.device))
+        least, most = configs.extremes(configs.SUMS["linear"], "BT", x.dtype, architecture(x.device))
         self.rounding: dict[str, Any] = {
             "SUM_LEAST": least,
             "SUM_MOST": most,
