@@ -1,4 +1,4 @@
-"""Norms and weighted sums of many layers, one after the other, each by the backend that its family has; then the noise."""
+"""Norms and weighted sums of many layers, one after the other, each by its family's backend; then the noise."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,9 +76,7 @@ def norm_layers(
     """The arguments of `dpkernels.ops.total_norm_sq`, layer by layer, without outs."""
     none = [xs[0]] * (2 * len(kinds)) if kinds else []
     sizes = iter(kernel_sizes)
-    for layer in layers(
-        xs, gs, kinds, none, hs, dhs, scalings, padding_idxs, strides, paddings, dilations
-    ):
+    for layer in layers(xs, gs, kinds, none, hs, dhs, scalings, padding_idxs, strides, paddings, dilations):
         size = {"kernel_size": next(sizes)} if layer.family == "depthwise_conv1d" else {}
         yield Layer(layer.family, layer.tensors, (), layer.options | size)
 

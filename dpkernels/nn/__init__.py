@@ -6,6 +6,7 @@ from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
 from dpkernels.nn.conv import GhostConv1d, GhostConv2d
 from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.expanded import EXPANSION_LIMIT
+from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
 from dpkernels.nn.module import GhostModule, named_modules
@@ -19,7 +20,6 @@ from dpkernels.nn.norm import (
     batch_norms_in_training,
     freeze_batch_norm,
 )
-from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.records import (
     BiasRecord,
     Conv1dRecord,

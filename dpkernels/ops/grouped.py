@@ -63,8 +63,8 @@ def clip_and_noise(
     """Add every layer's clipped gradients to its sum, in place; at the end of a step also noise them and divide.
 
     For each layer l of kind k, `k_weighted_sum`: out_l += Σ_i c_i g_iᵀx_i and its like. On a CPU the layers are shared
-    out among the threads in one loop, with the same bits; on a GPU LoRA layers and vectors are one launch for all, whose
-    float64 additions have another order. Then, where `key` is given, once a logical batch:
+    out among the threads in one loop, with the same bits; on a GPU LoRA layers and vectors are one launch for all,
+    whose float64 additions have another order. Then, where `key` is given, once a logical batch:
 
         out = round((out + noise_scale·z)/grid)·grid/divisor          in float64; without a grid, nothing is rounded
 
@@ -94,7 +94,7 @@ def clip_and_noise(
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping); Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """
-    options = {
+    options: dict[str, dict[str, Sequence[Any]]] = {
         "lora": {"hs": hs, "dhs": dhs, "scalings": scalings},
         "embedding": {"padding_idxs": padding_idxs},
         "depthwise_conv1d": {"strides": strides, "paddings": paddings, "dilations": dilations},
@@ -111,7 +111,9 @@ def clip_and_noise(
             taps = mine[0].shape[2]
         elif kind == "embedding":
             _check.shape("out", mine[0], (None, gs[i].shape[2]), "[V, d]")
-        check_layer(i, kind, xs[i], gs[i], {name: values[n] for name, values in options.get(kind, {}).items()}, taps)
+        check_layer(
+            i, kind, xs[i], gs[i], {name: values[n] for name, values in options.get(kind, {}).items()}, taps
+        )
         if xs[i].shape[:1] != factors.shape:
             raise ValueError(
                 f"xs[{i}]: expected a batch of {len(factors)}, as factors has; given {list(xs[i].shape)}; "

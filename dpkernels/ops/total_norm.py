@@ -31,8 +31,8 @@ def total_norm_sq(
 ) -> Tensor:
     """Squared norm of each sample's gradient over many layers, rounded up: Σ_l ‖g_liᵀx_li‖² and its like.
 
-    For each layer l of kind k, `k_norm_sq` of its tensors; for a LoRA layer both factors'. On a GPU, LoRA layers, linear
-    layers with a narrow side and gradients that are formed already (a bias of one frame) are one launch for all.
+    For each layer l of kind k, `k_norm_sq` of its tensors; for a LoRA layer both factors'. On a GPU, LoRA layers,
+    linear layers with a narrow side and gradients that are formed already (a bias of one frame) are one launch for all.
 
     Args:
         xs: one a layer, at least one, all with the same B: layer inputs; ids for an embedding, x̂ for a layer_norm; a
@@ -53,7 +53,7 @@ def total_norm_sq(
 
     Source: Abadi et al. 2016, arXiv:1607.00133 (flat clipping); Goodfellow 2015, arXiv:1510.01799 (norms by layer).
     """
-    options = {
+    options: dict[str, dict[str, Sequence[Any]]] = {
         "lora": {"hs": hs, "dhs": dhs, "scalings": scalings},
         "embedding": {"padding_idxs": padding_idxs},
         "depthwise_conv1d": {

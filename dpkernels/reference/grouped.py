@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from dpkernels.reference._samples import round_up
 from dpkernels.reference.bias import bias_norm_sq, bias_weighted_sum
 from dpkernels.reference.chacha20 import chacha20_normal
 from dpkernels.reference.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.reference.embedding import embedding_norm_sq, embedding_weighted_sum
 from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.reference.lora import lora_norm_sq, lora_weighted_sum
-from dpkernels.reference._samples import round_up
 from dpkernels.reference.norm import layer_norm_norm_sq, layer_norm_weighted_sum
 
 

@@ -146,9 +146,7 @@ SUMS: dict[str, tuple[str, ...]] = {
 """The kernels that may make a family's weighted sum."""
 
 
-def extremes(
-    kernels: tuple[str, ...], tile: str, dtype: torch.dtype, architecture: int
-) -> tuple[int, int]:
+def extremes(kernels: tuple[str, ...], tile: str, dtype: torch.dtype, architecture: int) -> tuple[int, int]:
     """(smallest, largest) size of a tile over kernels and layouts: for a bound that must hold whichever is met."""
     sizes = [
         config(kernel, dtype, architecture, aligned).tiles[tile]

@@ -8,7 +8,7 @@ Bounds do not depend on who makes the sum: a norm's covers all kernels of `confi
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,12 @@ _NARROW = 32
 _FEWEST_PROGRAMS = 256
 """Below it a sum goes layer by layer: a program does all samples of a piece, and too few would leave the GPU idle."""
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
+_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 @dataclass
@@ -174,7 +179,11 @@ def _problems(layer: Layer) -> list[Problem] | None:
     found = []
     for i, (wide, narrow, scaling, by_columns) in enumerate(pairs):
         sides = [rows(side) for side in (wide, narrow) if side is not None]
-        if any(align == 0 for _, align in sides) or 0 in wide.shape or (narrow is not None and 0 in narrow.shape):
+        if (
+            any(align == 0 for _, align in sides)
+            or 0 in wide.shape
+            or (narrow is not None and 0 in narrow.shape)
+        ):
             return None
         out = layer.outs[i] if layer.outs else None
         if out is not None and not out.is_contiguous():

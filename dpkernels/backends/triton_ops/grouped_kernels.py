@@ -123,8 +123,10 @@ def grouped_sums(
         ranks < times(integer(row, RANK), N_ALIGN)
     )[None, :]
     at = tl.load(row + OUT).to(tl.pointer_type(OUT_DTYPE))
-    at = at + columns.to(tl.int64)[:, None] * tl.load(row + OUT_COLUMN) + ranks[None, :] * tl.load(
-        row + OUT_RANK
+    at = (
+        at
+        + columns.to(tl.int64)[:, None] * tl.load(row + OUT_COLUMN)
+        + ranks[None, :] * tl.load(row + OUT_RANK)
     )
     total += tl.load(at, mask=inside, other=0.0).to(tl.float64)
     tl.store(at, total.to(OUT_DTYPE), mask=inside)

@@ -17,7 +17,7 @@ INTERPRETED = triton_availability.interpreting()
 
 _ALIGN_BYTES = 16
 _ALIGNS = (16, 8)
-"""Elements: with strides and sizes divisible by one of them, loads are as wide as the hardware's (8: LoRA's h and dh)."""
+"""Elements: with strides and sizes divisible by one of them, loads are as wide as the hardware's (8: a small rank)."""
 
 # what every launch says: whether a·b + c may be one instruction (a bound never minds; Triton's default will change)
 OPTIONS = {"enable_fp_fusion": True}
