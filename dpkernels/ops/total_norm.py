@@ -1,6 +1,7 @@
 """The squared norms of many layers' per-sample gradients, added up, in one call."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
