@@ -44,9 +44,9 @@ class Update:
     _step: int = 0
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(11)
+        generator = torch.Generator(self.device).manual_seed(11)
         shape = (self.count // self.tensors,)
-        draw = [torch.randn(shape, generator=generator) for _ in range(2 * self.tensors)]
+        draw = [torch.randn(shape, generator=generator, device=self.device) for _ in range(2 * self.tensors)]
         self.params = [torch.nn.Parameter(t.to(self.device, self.dtype)) for t in draw[: self.tensors]]
         self.sums = [t.to(self.device, torch.float64) for t in draw[self.tensors :]]
         if self.name == SWEEP:
