@@ -1,16 +1,19 @@
 """CUDA code that only measurements and checks use (bench/native), built by nvcc when first asked for.
 
-`Bench` holds the sweep with ChaCha20, as the library has it, and with Philox in its place, compiled from the same
-template by the same flags.
+A build is kept in build/bench under a hash of its sources: `python -m bench.native_bench 90a` makes those of
+bench.sweep_gpu on a machine without a GPU, to be carried along. `Bench` holds the sweep with ChaCha20, as the library
+has it, and with Philox in its place, compiled from the same template by the same flags.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ FLAGS = (
     "-Icsrc",
     "-Ibench/native",
 )
+FOLDERS = ("bench/native", "csrc/common", "csrc/cuda")
 GENERATORS = ("chacha20", "philox")
 
 
@@ -99,14 +103,18 @@ class Bench:
 
 
 def build(arch: str, **defines: int) -> Path:
-    """Compile, for one architecture and with these macros; returns the library.
+    """Compile, for one architecture and with these macros, unless this very source was; returns the library.
 
     Raises:
         CannotBuild: there is no nvcc, or it failed.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
-    name = "".join(f"-{key.lower()}{value}" for key, value in sorted(defines.items()))
-    target = BUILD / f"libsweep_bench-{arch}{name}.so"
+    digest = hashlib.sha256(repr((FLAGS, arch, sorted(defines.items()))).encode())
+    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")):
+        digest.update(path.read_bytes())
+    target = BUILD / f"libsweep_bench-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
     done = subprocess.run(
         command(target, arch, defines), cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -123,3 +131,10 @@ def load(**defines: int) -> Bench:
         CannotBuild: see `build`.
     """
     return Bench(ctypes.CDLL(str(build(architecture(), **defines))))
+
+
+if __name__ == "__main__":
+    from bench.sweep_gpu import VARIANTS
+
+    for variant in VARIANTS.values():
+        print(build(sys.argv[1], **variant))
