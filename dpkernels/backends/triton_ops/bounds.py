@@ -30,6 +30,8 @@ Sources: M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of N
 Science 7:e330, 2021; F. A. Khattak, M. Mikaitis, Accurate models of NVIDIA tensor cores, arXiv:2512.07004.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 UNIT = 2.0**-24
@@ -44,6 +46,42 @@ SLACK = 1.0 + 2.0**-30
 ROUNDINGS_FMA = 1
 ROUNDINGS_TENSOR_CORE = 3
 """Roundings of size u for each product in one accumulation."""
+
+
+@dataclass(frozen=True)
+class TensorCore:
+    """What is assumed of a tensor core with 16-bit factors and a float32 accumulator.
+
+    Attributes:
+        block: products, at least, that are aligned and added together with the accumulator.
+        extra: bits, at least, that the alignment keeps below the 23 of a float32.
+    """
+
+    block: int
+    extra: int
+
+    @property
+    def roundings(self) -> float:
+        """Roundings of size u a product; a dyadic number, so that every float type holds it."""
+        return ((self.block + 1) * 2.0 ** (1 - self.extra) + 2.0) / self.block
+
+
+COARSEST = TensorCore(4, 0)
+
+TENSOR_CORES = {
+    80: TensorCore(8, 1),
+    86: TensorCore(8, 1),
+    89: TensorCore(8, 1),
+    90: TensorCore(16, 2),
+    100: TensorCore(16, 2),
+    120: TensorCore(16, 2),
+}
+
+
+def tensor_core(architecture: int) -> TensorCore:
+    """What is assumed of an architecture, the coarsest where nothing is published."""
+    return TENSOR_CORES.get(architecture, COARSEST)
+
 
 CHAIN = 64
 """Products in one accumulation of a matrix product."""
