@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from bench import machine
-from bench.tensor_core_model import Model
+from bench.tensor_core_model import CUTS, Model
+from bench.tensor_core_search import Dots, random_rows, worst
 from dpkernels.backends.triton_ops import bounds
-
-Dots = Callable[[Tensor, Tensor], Tensor]
-"""a, b [n, chain] of one 16-bit dtype to float32 [n], the rows' inner products."""
 
 BIG = 15
 """Exponent of the large terms: small ones are then normal numbers' products down to 2⁻²⁸, in float16 too."""
+
+_LEAST_BLOCK = 4
+"""Products of a block that the experiments need."""
 
 MOST_BITS = 40
 """A term this many bits below the largest counts as lost: a device that keeps it has no need of a bound."""
@@ -44,7 +45,7 @@ class Found:
         blocks: products in each block, in the order in which blocks are added; in_order: whether a block's products
             are neighbours, and blocks follow each other as the products do.
         kept: bits that a product, a product beside a large accumulator, and a small accumulator keep below the
-            largest term of their block; None where the chain has one block only.
+            largest term of their block; None, and "unknown" below, where blocks are too few or too small to tell.
         align, final: how a term is cut in the alignment, and a block's sum to float32.
         accumulator: whether it is aligned with the products or added to their sum.
         subnormals: whether subnormal factors are taken; subnormal_exponent: the one that aligns a subnormal factor,
@@ -68,7 +69,7 @@ class Found:
     subnormal_exponent: int
     zero_counts: bool
     antisymmetric: bool
-    model_agrees: float
+    model_agrees: float | None
     worst: float
 
     @property
@@ -79,7 +80,7 @@ class Found:
     @property
     def extra(self) -> int:
         """Bits kept below float32's 23."""
-        return min(bits for bits in self.kept if bits is not None) - 23
+        return min((bits for bits in self.kept if bits is not None), default=0) - 23
 
     def faults(self, assumed: bounds.TensorCore) -> list[str]:
         """In what it is coarser than assumed."""
@@ -136,17 +137,27 @@ def minus(pair: tuple[float, float]) -> tuple[float, float]:
 def ranks(e: Experiments) -> list[int]:
     """For each place the number of its block, in the order in which blocks are added.
 
-    A small term is lost in the block of BIG or of -BIG if it is there or came before, as part of the accumulator.
+    A small term is lost beside BIG and beside -BIG, and if it came before them, as part of the accumulator. So it is
+    left only where both are in earlier blocks: that is counted, over pairs of places at every distance 2^k.
     """
-    big, small = power(BIG), power(BIG - MOST_BITS)
-    firsts = range(0, e.chain, 2)
-    places = [(i, p) for i in firsts for p in range(e.chain)]
-    rows = [{i: big, i + 1: minus(big), **({} if p in (i, i + 1) else {p: small})} for i, p in places]
-    later = [0] * e.chain
-    for (_, p), value in zip(places, e.run(rows), strict=True):
-        later[p] += value != 0
+    pairs = [(i, i | s) for s in _powers_below(e.chain) for i in range(e.chain) if not i & s]
+    a, b = (torch.zeros(len(pairs), e.chain, e.chain, dtype=e.dtype) for _ in range(2))
+    small, every = power(BIG - MOST_BITS), range(e.chain)
+    a[:, every, every], b[:, every, every] = small[0], small[1]
+    for n, pair in enumerate(pairs):
+        a[n][:, pair], b[n][:, pair] = torch.tensor(power(BIG), dtype=e.dtype)
+        a[n][:, pair[1]] *= -1
+    flat = (t.flatten(0, 1).to(e.device) for t in (a, b))
+    left = (e.dots(*flat) != 0).view(len(pairs), e.chain).cpu()
+    for n, pair in enumerate(pairs):
+        left[n, pair] = False
+    later = left.sum(0).tolist()
     order = sorted(set(later))
     return [order.index(n) for n in later]
+
+
+def _powers_below(n: int) -> list[int]:
+    return [1 << k for k in range(n.bit_length() - 1)]
 
 
 def cut_name(up: float, down: float) -> str:
@@ -176,7 +187,7 @@ def final_cut(e: Experiments, first: list[int]) -> str:
 def accumulator_place(e: Experiments, first: list[int], second: list[int], bits: int) -> str:
     """A block of products that are each too small beside the accumulator, and together are not."""
     half = power(BIG - bits - 1)
-    if len(second) * 2.0 ** (-bits - 1) < 2.0**-22:
+    if len(second) * 2.0 ** (-bits - 1) < 2.0**-23:
         return "unknown"
     [value] = e.run([{first[0]: power(BIG), **dict.fromkeys(second, half)}])
     return "aligned with the products" if value == 2.0**BIG else "added to their sum"
@@ -199,72 +210,6 @@ def subnormals(e: Experiments, first: list[int], bits: int) -> tuple[bool, int]:
 def zero_counts(e: Experiments, first: list[int]) -> bool:
     [value] = e.run([{first[0]: (0.0, 2.0**BIG), first[1]: power(-28)}])
     return value != 2.0**-28
-
-
-def random_rows(
-    rows: int, chain: int, dtype: torch.dtype, generator: torch.Generator, tiny: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Signs, digits and exponents at random, over ranges from none to the format's; tiny: subnormals among them."""
-
-    def uniform(width: int = chain) -> Tensor:
-        return torch.rand(rows, width, generator=generator, device=generator.device, dtype=torch.float64)
-
-    spread, signed = (13 * uniform(1)).floor(), uniform(1) < 0.5
-
-    def one() -> Tensor:
-        values = (1 + uniform()) * torch.exp2(-(uniform() * spread).round())
-        values = torch.where(signed & (uniform() < 0.5), -values, values)
-        if tiny:
-            values = torch.where(uniform() < 0.2, values * torch.finfo(dtype).smallest_normal / 2, values)
-        return values.to(dtype)
-
-    return one(), one()
-
-
-def ratio(dots: Dots, a: Tensor, b: Tensor, bound: float) -> Tensor:
-    """|computed - exact| over bound · Σ|ab|, each row's."""
-    terms = a.double() * b.double()
-    return (dots(a, b).double() - terms.sum(1)).abs() / (bound * terms.abs().sum(1))
-
-
-def seeds(chain: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows that are bad by design: equal terms, and terms just below a place that is cut beside a large one."""
-    most = 2.0 - torch.finfo(dtype).eps
-    a, b = (torch.ones(40, chain, dtype=torch.float64) for _ in range(2))
-    a[0] = b[0] = most
-    a[1] = most
-    for i, j in enumerate(range(19, 28)):
-        for k, (large, sign) in enumerate(((1.0, 1.0), (1.0, -1.0), (most, 1.0), (most, -1.0))):
-            row = 4 + 4 * i + k
-            a[row], b[row] = most * 2.0 ** -(j // 2), sign * most * 2.0 ** -(j - j // 2)
-            a[row, 0], b[row, 0] = large, 1.0
-    return a.to(dtype), b.to(dtype)
-
-
-def worst(e: Experiments, bound: float, rows: int, rounds: int, seed: int = 0) -> float:
-    """The largest `ratio` that random starts, the seeds and changes that make it larger lead to."""
-    generator = torch.Generator(e.device).manual_seed(seed)
-
-    def uniform(width: int) -> Tensor:
-        return torch.rand(len(a), width, generator=generator, device=e.device)
-
-    start = [random_rows(rows, e.chain, e.dtype, generator), seeds(e.chain, e.dtype)]
-    a, b = (torch.cat([part.to(e.device) for part in parts]) for parts in zip(*start, strict=True))
-    best = ratio(e.dots, a, b, bound)
-    factors = torch.tensor([1.0, 0.5, 2.0, -1.0], device=e.device, dtype=e.dtype)
-    for _ in range(rounds):
-        # two places or so change: new factors, or the old ones times a power of two, or with another sign
-        places, anew = uniform(e.chain) < 2.0 / e.chain, uniform(1) < 0.5
-        tried = []
-        for old, new in zip((a, b), random_rows(len(a), e.chain, e.dtype, generator), strict=True):
-            scaled = (old * factors[(4 * uniform(e.chain)).long() % 4]).clamp(-(2.0**12), 2.0**12)
-            scaled = torch.where(scaled.abs() < 2.0**-13, old, scaled)  # subnormals have a bound of their own
-            tried.append(torch.where(places, torch.where(anew, new, scaled), old))
-        now = ratio(e.dots, tried[0], tried[1], bound)
-        better = (now > best)[:, None]
-        a, b = (torch.where(better, new, old) for new, old in zip(tried, (a, b), strict=True))
-        best = torch.maximum(best, now)
-    return float(best.max())
 
 
 def measure(
@@ -293,26 +238,27 @@ def measure(
     of_place = ranks(e)
     members = [[p for p in range(chain) if of_place[p] == r] for r in range(max(of_place) + 1)]
     big, first = power(BIG), members[0]
-    kept: list[int | None] = [e.kept(lambda small: {first[0]: big, first[1]: small, first[2]: minus(big)})]
-    accumulator = "unknown"
-    if len(members) > 1:
-        second = members[1]
-        kept.append(e.kept(lambda small: {first[0]: big, second[0]: minus(big), second[1]: small}))
-        kept.append(e.kept(lambda small: {first[0]: small, second[0]: big, second[1]: minus(big)}))
-        accumulator = accumulator_place(e, first, second, kept[1] or 0)
-    else:
-        kept += [None, None]
-    bits = kept[0] or 0
-    taken, exponent = subnormals(e, first, bits)
-    align, final, counts = alignment_cut(e, first, bits), final_cut(e, first), zero_counts(e, first)
+    kept: list[int | None] = [None, None, None]
+    align = final = accumulator = "unknown"
+    taken, exponent, counts = True, 0, False
+    if len(first) >= _LEAST_BLOCK:
+        kept[0] = e.kept(lambda small: {first[0]: big, first[1]: small, first[2]: minus(big)})
+        align, final = alignment_cut(e, first, kept[0]), final_cut(e, first)
+        (taken, exponent), counts = subnormals(e, first, kept[0]), zero_counts(e, first)
+        if len(members) > 1 and len(members[1]) > 1:
+            second = members[1]
+            kept[1] = e.kept(lambda small: {first[0]: big, second[0]: minus(big), second[1]: small})
+            kept[2] = e.kept(lambda small: {first[0]: small, second[0]: big, second[1]: minus(big)})
+            accumulator = accumulator_place(e, first, second, kept[1])
     generator = torch.Generator(device).manual_seed(1)
     pairs = [random_rows(rows, chain, dtype, generator, tiny) for tiny in (False, True)]
     a, b = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     results = dots(a, b)
-    agrees = math.nan
-    if align in ("toward zero", "to nearest", "down") and final in ("toward zero", "to nearest", "down"):
-        model = Model(len(first), bits - 23, align, final, accumulator == "added to their sum", taken, counts)
-        agrees = float((model(a.cpu(), b.cpu()) == results.cpu()).double().mean())
+    agrees = None
+    if kept[0] is not None and align in CUTS and final in CUTS:
+        late = accumulator == "added to their sum"
+        model = Model(len(first), kept[0] - 23, align, final, late, taken, counts)
+        agrees = round(float((model(a.cpu(), b.cpu()) == results.cpu()).double().mean()), 6)
     return Found(
         dtype=str(dtype).removeprefix("torch."),
         chain=chain,
@@ -327,8 +273,10 @@ def measure(
         subnormal_exponent=exponent,
         zero_counts=counts,
         antisymmetric=bool(torch.equal(dots(-a, b), -results)),
-        model_agrees=round(agrees, 6),
-        worst=round(worst(e, chain * assumed.roundings * bounds.UNIT, rows, rounds), 4),
+        model_agrees=agrees,
+        worst=round(
+            worst(dots, dtype, chain, chain * assumed.roundings * bounds.UNIT, rows, rounds, device), 4
+        ),
     )
 
 
