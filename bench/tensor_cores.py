@@ -89,6 +89,9 @@ class Found:
             found.append(f"blocks of {self.block} products, not {assumed.block}")
         if self.extra < assumed.extra:
             found.append(f"{self.extra} extra bits, not {assumed.extra}")
+        for what, cut in (("a term", self.align), ("a sum", self.final)):
+            if cut not in (*_NAMES.values(), "unknown"):
+                found.append(f"¾ and -¾ of the last place of {what} became {cut}")
         if not self.subnormals:
             found.append("subnormal factors are lost")
         if self.subnormal_exponent > 0:
@@ -162,8 +165,10 @@ def _powers_below(n: int) -> list[int]:
 
 def cut_name(up: float, down: float) -> str:
     """From what ¾ and -¾ of a unit became, in units."""
-    names = {(0, 0): "toward zero", (1, -1): "to nearest", (0, -1): "down", (1, 0): "up"}
-    return names.get((up, down), f"{up:g}, {down:g}")
+    return _NAMES.get((up, down), f"{up:g}, {down:g}")
+
+
+_NAMES = {(0.0, 0.0): "toward zero", (1.0, -1.0): "to nearest", (0.0, -1.0): "down", (1.0, 0.0): "up"}
 
 
 def alignment_cut(e: Experiments, first: list[int], bits: int) -> str:
@@ -177,11 +182,11 @@ def alignment_cut(e: Experiments, first: list[int], bits: int) -> str:
 
 
 def final_cut(e: Experiments, first: list[int]) -> str:
-    """How ¾ of a float32's last place is cut: 4.5 + 3·2⁻²³, whose terms no alignment cuts."""
-    terms = [power(BIG, 1.5)] * 3 + [power(BIG - 22, 1.5)]
+    """How ¾ of a float32's last place is cut: 4.5 + 7·2⁻²³, whose terms no alignment cuts."""
+    terms = [power(BIG, 1.5)] * 3 + [power(BIG - 21, 1.75)]
     rows = [dict(zip(first[:4], signed, strict=True)) for signed in (terms, [minus(term) for term in terms])]
     up, down = (value / 2.0**BIG for value in e.run(rows))
-    return cut_name((up - 4.5) * 2.0**21, (down + 4.5) * 2.0**21)
+    return cut_name((up - 4.5) * 2.0**21 - 1, (down + 4.5) * 2.0**21 + 1)
 
 
 def accumulator_place(e: Experiments, first: list[int], second: list[int], bits: int) -> str:

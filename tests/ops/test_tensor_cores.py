@@ -8,23 +8,25 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from bench import tensor_cores
+from bench import tensor_cores as probes
 from bench.tensor_core_model import CUTS, Model
-from bench.tensor_core_search import random_rows
-from dpkernels.backends.triton_ops import bounds
+from bench.tensor_core_search import Dots, random_rows
+from dpkernels import ops
+from dpkernels.backends import registry
+from dpkernels.backends.triton_ops import bounds, launching, tensor_cores
 
 HALVES = (torch.bfloat16, torch.float16)
 CORES = sorted({*bounds.TENSOR_CORES.values(), bounds.COARSEST}, key=lambda core: core.block)
 
 
 def measure(
-    model: tensor_cores.Dots,
+    model: Dots,
     assumed: bounds.TensorCore,
     dtype: torch.dtype = torch.float16,
     chain: int = 64,
     rounds: int = 20,
-) -> tensor_cores.Found:
-    return tensor_cores.measure(model, dtype, chain, assumed, rows=100, rounds=rounds)
+) -> probes.Found:
+    return probes.measure(model, dtype, chain, assumed, rows=100, rounds=rounds)
 
 
 # ---- the probes, on devices in software ----------------------------------------------------------------------
@@ -78,6 +80,11 @@ def test_the_order_of_the_products_is_found() -> None:
     assert found.faults(bounds.TensorCore(16, 2)) == []
 
 
+def short(a: Tensor, b: Tensor) -> Tensor:
+    """A device as assumed of sm_90, but for the last bit of its results."""
+    return (Model(16, 2)(a, b).view(torch.int32) & -2).view(torch.float32)
+
+
 # ---- planted: devices that are coarser than assumed ----------------------------------------------------------
 
 
@@ -93,9 +100,11 @@ def test_catches_a_coarser_device_by_its_properties_and_by_its_error(
     assert found.worst > 1.0
 
 
-def test_catches_lost_subnormals_and_a_chain_that_is_summed_one_by_one() -> None:
+def test_catches_lost_subnormals_a_lost_last_bit_and_a_chain_that_is_summed_one_by_one() -> None:
     found = measure(Model(16, 2, subnormals=False), bounds.COARSEST, rounds=1)
     assert [fault.split(": ")[1] for fault in found.faults(bounds.COARSEST)] == ["subnormal factors are lost"]
+    found = measure(short, bounds.tensor_core(90), rounds=1)
+    assert any("the last place of a sum" in fault for fault in found.faults(bounds.tensor_core(90)))
     found = measure(Model(1, 0), bounds.COARSEST, rounds=1)
     assert any("blocks of 1" in fault for fault in found.faults(bounds.COARSEST))
 
@@ -111,10 +120,90 @@ def test_the_exit_status_and_the_file_say_what_was_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "found.json"
-    assert tensor_cores.main(["--model", "16,2", "--architecture", "90", "--output", str(file)]) == 0
+    assert probes.main(["--model", "16,2", "--architecture", "90", "--output", str(file)]) == 0
     assert json.loads(file.read_text(encoding="utf-8"))["found"][0]["kept"] == [25, 25, 25]
-    assert tensor_cores.main(["--model", "8,1", "--architecture", "90"]) == 1
+    assert probes.main(["--model", "8,1", "--architecture", "90"]) == 1
     assert json.loads(capsys.readouterr().out.partition("\n}\n")[2])["faults"]
+
+
+# ---- what is assumed, and what is asked at the first use -----------------------------------------------------
+
+
+def test_every_architecture_has_the_roundings_that_are_published_and_others_the_coarsest() -> None:
+    published = {80: 1.375, 86: 1.375, 89: 1.375, 90: 0.65625, 100: 0.65625, 120: 0.65625}
+    for architecture in (0, 70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121):
+        for dtype in HALVES:
+            roundings = bounds.roundings(dtype, architecture)
+            assert roundings == published.get(architecture, 3.0)
+            # a kernel's constants are float32
+            assert (
+                float(torch.tensor(roundings * bounds.CHAIN + 1.0, dtype=torch.float32)) == roundings * 64 + 1
+            )
+        assert bounds.roundings(torch.float32, architecture) == 1.0
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_questions_at_first_use_are_answered_by_what_is_assumed_or_better(dtype: torch.dtype) -> None:
+    for core in CORES:
+        for better in (
+            Model(core.block, core.extra),
+            Model(2 * core.block, core.extra + 1),
+            Model(core.block, core.extra, final="to nearest"),
+            Model(core.block, core.extra, late=True),
+        ):
+            assert tensor_cores.answers_as_assumed(core, dtype, better)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_questions_at_first_use_catch_what_is_coarser(dtype: torch.dtype) -> None:
+    core = bounds.tensor_core(90)
+    for block, extra in ((4, 0), (8, 1), (16, 1), (8, 2), (4, 2), (16, 0), (1, 25)):
+        assert not tensor_cores.answers_as_assumed(core, dtype, Model(block, extra))
+    assert not tensor_cores.answers_as_assumed(core, dtype, Model(16, 2, subnormals=False))
+    assert not tensor_cores.answers_as_assumed(core, dtype, short)
+    assert not tensor_cores.answers_as_assumed(bounds.tensor_core(80), dtype, Model(4, 0))
+
+
+@pytest.mark.parametrize(
+    ("of_large", "of_small", "architecture", "trusted"),
+    [
+        (Model(16, 2), Model(16, 2), 90, 90),
+        (Model(8, 1), Model(16, 2), 90, 0),
+        (Model(16, 2), Model(8, 1), 90, 0),
+        (Model(8, 1), Model(8, 1), 80, 80),
+        (Model(16, 2), Model(16, 2), 103, 0),
+    ],
+    ids=str,
+)
+def test_a_gpu_is_trusted_by_its_answers(
+    of_large: Model,
+    of_small: Model,
+    architecture: int,
+    trusted: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of both of its instructions; where they are not as assumed, the log says so."""
+    monkeypatch.setattr(launching, "architecture", lambda device: architecture)
+    monkeypatch.setattr(
+        tensor_cores, "row_products_of", lambda a, b, rows: (of_large if rows == 64 else of_small)(a, b)
+    )
+    assert tensor_cores.trusted.__wrapped__(torch.device("cpu"), torch.float16) == trusted
+    assert ("do not round" in caplog.text) == (trusted == 0 and architecture == 90)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reads what interpreted kernels compute")
+def test_kernels_take_a_fraction_of_a_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """linear, direct: the root of the norm holds (γ_norm + γ_sum) S, with 64 products in each accumulation."""
+    x, g = torch.randn(1, 40, 32).half(), torch.randn(1, 40, 16).half()
+    terms = float((x[0].double().norm(dim=1) * g[0].double().norm(dim=1)).sum())
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "triton")
+    roots = []
+    for roundings in (0.65625, 3.0):
+        monkeypatch.setattr(tensor_cores, "roundings", lambda like, n=roundings: n)
+        roots.append(float(ops.linear_norm_sq(x, g, method="direct")) ** 0.5)
+    expected = 2 * 64 * (3.0 - 0.65625) * bounds.UNIT * terms
+    assert roots[1] - roots[0] == pytest.approx(expected, rel=0.02)
 
 
 # ---- the GPU of this machine ---------------------------------------------------------------------------------
@@ -122,15 +211,18 @@ def test_the_exit_status_and_the_file_say_what_was_found(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs tensor cores: a GPU")
-@pytest.mark.parametrize("case", tensor_cores.CASES, ids=str)
+@pytest.mark.parametrize("case", probes.CASES, ids=str)
 def test_this_gpus_tensor_cores_are_no_coarser_than_assumed(case: tuple[torch.dtype, int, int]) -> None:
-    assumed = bounds.tensor_core(
-        10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    )
-    [found] = tensor_cores.of_this_gpu([case])
+    device = torch.device("cuda", torch.cuda.current_device())
+    architecture = launching.architecture(device)
+    assumed = bounds.tensor_core(architecture)
+    [found] = probes.of_this_gpu([case])
     print(found)
     assert found.faults(assumed) == []
     assert found.instruction != "none"
+    assert tensor_cores.trusted(device, case[0]) == (
+        architecture if architecture in bounds.TENSOR_CORES else 0
+    )
 
 
 def test_random_rows_reach_subnormals_only_where_asked() -> None:
