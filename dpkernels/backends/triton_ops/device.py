@@ -83,9 +83,19 @@ def upper_norms(squares, width, SMALLEST: tl.constexpr):
 
 
 @triton.jit
+def sum_of_products(a, b, GROUP: tl.constexpr):
+    """Σ a·b of float32 tiles, in float64 over groups of GROUP neighbours in a row, each added in float32."""
+    groups = tl.reshape(a * b, (a.shape[0], a.shape[1] // GROUP, GROUP))
+    return tl.sum(tl.sum(tl.sum(groups, axis=2).to(tl.float64), axis=1), axis=0)
+
+
+@triton.jit
 def roundings_of(n, LEAST: tl.constexpr, MOST: tl.constexpr, PER_TERM: tl.constexpr):
-    """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64."""
-    return (tl.minimum(n, MOST) * PER_TERM + 1 + (n + LEAST - 1) // LEAST).to(tl.float64)
+    """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64.
+
+    A piece counts whole, however few of its terms are there: which products share a block is the tensor core's.
+    """
+    return (MOST * PER_TERM + 1.0) + ((n + LEAST - 1) // LEAST).to(tl.float64)
 
 
 @triton.jit

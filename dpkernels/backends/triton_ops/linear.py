@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import bounds, configs
+from dpkernels.backends.triton_ops import bounds, configs, tensor_cores
 from dpkernels.backends.triton_ops.launching import (
     architecture,
     dense,
@@ -53,7 +53,7 @@ class _Norms:
         self.rounding: dict[str, Any] = {
             "SUM_LEAST": least,
             "SUM_MOST": most,
-            "PER_TERM": bounds.roundings(x.dtype),
+            "PER_TERM": tensor_cores.roundings(x),
         }
 
     def _tile(self, kernel: Any, name: str) -> int:

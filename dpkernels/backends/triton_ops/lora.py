@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import bounds, configs, vectors
+from dpkernels.backends.triton_ops import bounds, configs, tensor_cores, vectors
 from dpkernels.backends.triton_ops.device import (
     TINIEST,
     float64_of,
@@ -338,7 +338,7 @@ def lora_norm_sq(
             lengths,
             frames,
             rank * width,
-            per_term=bounds.roundings(x.dtype),
+            per_term=tensor_cores.roundings(x),
             chain=chain,
             least=least,
             wide=False,

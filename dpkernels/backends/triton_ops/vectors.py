@@ -61,7 +61,7 @@ def finish(
     frames: int,
     entries: int,
     *,
-    per_term: int,
+    per_term: float,
     chain: int,
     wide: bool,
     least: int | None = None,
