@@ -118,7 +118,7 @@ def hollow(model: nn.Module) -> nn.Module:
 class _Valueless(TorchFunctionMode):
     """Gives code that asks fake tensors for values something to go on with, without changing what it allocates.
 
-    A number read from a tensor is 0. CTC is stood in for by `_CTC`, and for CUDA, attention by the kernel that it uses
+    A number read from a tensor is 0; addresses are made up, and tell tensors apart as real ones do. CTC is stood in for by `_CTC`, and for CUDA, attention by the kernel that it uses
     there for masks and float32; the one for half precision without a mask holds as much.
     """
 
@@ -132,11 +132,18 @@ class _Valueless(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.__int__, Tensor.__index__):
             return 0
+        if func is Tensor.data_ptr:
+            return _address(args[0])
         if func is F.ctc_loss:
             return _CTC.apply(args[0], args[1])
         if func is F.scaled_dot_product_attention and self._target == "cuda":
             return _cuda_attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _address(tensor: Tensor) -> int:
+    within = tensor.storage_offset() * tensor.element_size()
+    return (id(tensor.untyped_storage()) << 40) + within  # no storage is as large as 2⁴⁰ bytes
 
 
 class _CTC(torch.autograd.Function):

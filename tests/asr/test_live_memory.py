@@ -94,6 +94,13 @@ def test_a_hollow_model_holds_nothing_and_leaves_the_model_alone() -> None:
     assert type(model.table) is Tensor
 
 
+def test_fake_tensors_have_addresses_that_tell_them_apart() -> None:
+    with rehearsal("cpu"):
+        x, y = torch.zeros(8), torch.zeros(8)
+        assert x.data_ptr() == x.view(2, 4).data_ptr() == x[1:].data_ptr() - 4
+        assert not x.data_ptr() <= y.data_ptr() < x.data_ptr() + x.nbytes
+
+
 def test_cuda_s_attention_keeps_no_scores_but_a_padded_mask() -> None:
     shape, scores = (2, 4, 30, 16), 2 * 4 * 30 * 30 * 4
 
