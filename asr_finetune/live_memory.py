@@ -25,8 +25,17 @@ from torch.utils._pytree import tree_leaves
 
 Target = Literal["cpu", "cuda"]
 
-CUDA_BLOCK = 512  # bytes: torch's CUDA allocator rounds every tensor up to a multiple of it
+# torch's CUDA allocator, in bytes: every tensor is rounded up to a multiple of the first; from the second on, memory
+# comes from CUDA in multiples of the third, and what is left over is not cut off where it is at most the fourth.
+_BLOCK, _LARGE, _SEGMENT, _NOT_CUT = 512, 10 * 2**20, 2 * 2**20, 2**20
 _ATTENTION_ALIGNMENT = 8  # entries: the fused attention of CUDA pads the last axis of its mask to a multiple
+
+
+def cuda_size(nbytes: int) -> int:
+    """What torch's CUDA allocator counts as allocated for a tensor of so many bytes, in a block that CUDA just gave."""
+    block = -(-nbytes // _BLOCK) * _BLOCK
+    segment = -(-block // _SEGMENT) * _SEGMENT
+    return segment if block >= _LARGE and segment - block <= _NOT_CUT else block
 
 
 class LiveMemory(TorchDispatchMode):
@@ -35,17 +44,17 @@ class LiveMemory(TorchDispatchMode):
     A storage counts once, however many views share it. What existed before does not count, until `count` is told of it.
 
     Args:
-        block: round every storage up to a multiple of so many bytes, as an allocator does; 1: as it is.
+        size_of: bytes of a storage -> bytes that count for it, as `cuda_size`; None: as they are.
 
     Attributes:
         live: bytes alive now.
         peak: their maximum since the beginning, or since `restart`.
     """
 
-    def __init__(self, block: int = 1) -> None:
+    def __init__(self, size_of: Callable[[int], int] | None = None) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._block = block
+        self._size_of = size_of or int
         self._counted: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
@@ -72,7 +81,7 @@ class LiveMemory(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = id(storage)
-        size = -(-storage.nbytes() // self._block) * self._block
+        size = self._size_of(storage.nbytes())
 
         def freed(_: Any) -> None:
             self.live -= size
@@ -118,8 +127,9 @@ def hollow(model: nn.Module) -> nn.Module:
 class _Valueless(TorchFunctionMode):
     """Gives code that asks fake tensors for values something to go on with, without changing what it allocates.
 
-    A number read from a tensor is 0; addresses are made up, and tell tensors apart as real ones do. CTC is stood in for by `_CTC`, and for CUDA, attention by the kernel that it uses
-    there for masks and float32; the one for half precision without a mask holds as much.
+    A number read from a tensor is 0; addresses are made up, and tell tensors apart as real ones do. CTC is stood in
+    for by `_CTC`, and for CUDA, attention by the kernel that it uses there for masks and float32; the one for half
+    precision without a mask holds as much.
     """
 
     def __init__(self, target: Target) -> None:
@@ -142,7 +152,7 @@ class _Valueless(TorchFunctionMode):
 
 
 def _address(tensor: Tensor) -> int:
-    within = tensor.storage_offset() * tensor.element_size()
+    within = int(tensor.storage_offset()) * tensor.element_size()
     return (id(tensor.untyped_storage()) << 40) + within  # no storage is as large as 2⁴⁰ bytes
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from asr_finetune.live_memory import CUDA_BLOCK, LiveMemory, Target, hollow, rehearsal
+from asr_finetune.live_memory import LiveMemory, Target, cuda_size, hollow, rehearsal
 from dpkernels import PrivacyEngine
 
 # cuBLAS takes 32 MiB on Hopper from torch's allocator and keeps it, once for the forward's thread, once for autograd's.
@@ -84,11 +84,11 @@ def rehearse(
     Raises:
         ValueError: an unknown strategy, or a model that cannot be made private.
     """
-    block = CUDA_BLOCK if target == "cuda" else 1
+    size_of = cuda_size if target == "cuda" else int
     with rehearsal(target):
         copy = hollow(model)
         trained = [parameter for parameter in copy.parameters() if parameter.requires_grad]
-        with LiveMemory(block) as memory, closing(_engine()) as engine:
+        with LiveMemory(size_of) as memory, closing(_engine()) as engine:
             for tensor in (*copy.parameters(), *copy.buffers()):
                 memory.count(tensor)
             weights = memory.live
@@ -96,7 +96,7 @@ def rehearse(
             private.backward(
                 losses(copy, 1)
             )  # makes the sums, and whatever a model keeps after its first forward
-            sums = sum(_round(_SUM_BYTES * parameter.numel(), block) for parameter in trained)
+            sums = sum(size_of(_SUM_BYTES * parameter.numel()) for parameter in trained)
             found = []
             for size in sizes:
                 memory.restart()
@@ -114,14 +114,10 @@ def rehearse(
             return found
 
 
-def held_bytes(tensors: Iterable[Tensor], block: int = 1) -> int:
-    """Bytes of the tensors' storages, each counted once and rounded up to a multiple of `block`."""
+def held_bytes(tensors: Iterable[Tensor], size_of: Callable[[int], int] = int) -> int:
+    """Bytes of the tensors' storages, each counted once, by `size_of` as in `LiveMemory`."""
     storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(_round(storage.nbytes(), block) for storage in storages.values())
-
-
-def _round(size: int, block: int) -> int:
-    return -(-size // block) * block
+    return sum(size_of(storage.nbytes()) for storage in storages.values())
 
 
 def _engine() -> PrivacyEngine:

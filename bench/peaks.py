@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpkernels
-from asr_finetune.live_memory import CUDA_BLOCK, LiveMemory
+from asr_finetune.live_memory import LiveMemory, cuda_size
 from asr_finetune.memory_plan import held_bytes, rehearse
 from bench.cases import CASES, Batch, Case, forward, trained, twin
 from bench.contenders.rows import Rows
@@ -72,7 +72,7 @@ def measure(
     """Peak bytes of the second of two private steps of a copy of the model, its weights included."""
     batch = case.batch(size, frames, dtype)
     if device.startswith("cuda"):
-        frozen = held_bytes((p for p in model.parameters() if not p.requires_grad), CUDA_BLOCK)
+        frozen = held_bytes((p for p in model.parameters() if not p.requires_grad), cuda_size)
         gc.collect()  # the engine before: in reference cycles, and if freed later it would be missing from the peak
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()

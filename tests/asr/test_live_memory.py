@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asr_finetune.live_memory import LiveMemory, hollow, rehearsal
+from asr_finetune.live_memory import LiveMemory, cuda_size, hollow, rehearsal
 
 
 def test_a_storage_counts_once_and_until_it_is_freed() -> None:
@@ -34,11 +34,15 @@ def test_what_was_there_before_counts_only_when_asked() -> None:
         assert memory.live == 200
 
 
-def test_sizes_are_rounded_to_the_allocator_s_blocks() -> None:
-    with LiveMemory(512) as memory:
+def test_sizes_are_rounded_as_the_allocator_rounds_them() -> None:
+    with LiveMemory(cuda_size) as memory:
         tensors = [torch.zeros(1), torch.zeros(128), torch.zeros(129)]
         assert memory.live == 512 + 512 + 1024
         del tensors
+    mib = 2**20
+    assert cuda_size(9 * mib + 1) == 9 * mib + 512
+    assert cuda_size(11 * mib) == 12 * mib  # 1 MiB is left of the segment: not cut off
+    assert cuda_size(11 * mib - 512) == 11 * mib - 512  # more is
 
 
 class _Doubled(torch.autograd.Function):
