@@ -3,13 +3,14 @@
 Everything below is for one sample with L frames, x [L, d] and g [L, p]; u, γ and S (with its δ) as in `bounds`.
 
 **direct** squares and sums tiles of gᵀx. An entry is made by `product` in pieces of BT frames, so
-κ = PER·min(L, BT) + 1 + ⌈L/BT⌉. Squares are added in float32 along one side of a tile (a relative error of the
+κ = PER·BT + 1 + ⌈L/BT⌉. Squares are added in float32 along one side of a tile (a relative error of the
 square of γ_{BD+2}), and in float64 from there.
 
 **gram** sums (x_s·x_t)(g_s·g_t) over blocks on and below the diagonal, those below counted twice. A term
-x_sj x_tj g_sk g_tk meets κ_d + κ_p roundings in the two products, one in multiplying them, BT in the float32 sum over
-a row of the block: with n of them in all, the square is off by at most γ_n S² (Cauchy and Schwarz, twice). S comes
-from the diagonal, x_t·x_t and g_t·g_t, whose roots rounding makes too small by at most 2γ_n each.
+x_sj x_tj g_sk g_tk meets κ_d + κ_p roundings in the two products, one in multiplying them, and as many as GRAM_GROUP
+in float32 sums of so many, which are added in float64 (a whole row in float32 would cost a third of the bound): with n
+of them in all, the square is off by at most γ_n S² (Cauchy and Schwarz, twice). S comes from the diagonal, x_t·x_t
+and g_t·g_t, whose roots rounding makes too small by at most 2γ_n each.
 
 **Underflow.** A float32 result below 2⁻¹²⁶ may be flushed to 0: 4L√(pd)·2⁻¹²⁶ on the norm, as in
 `dpkernels.backends.bounds`; n·2⁻¹²⁶ on a sum of n squares. In gram, an entry of x_s·x_t is off by 2d·2⁻¹²⁶ at most,
