@@ -30,6 +30,12 @@ def frames_added(factor, lengths, sample, frames):
 
 
 @triton.jit
+def weighted(factor, product):
+    """factor·product in float64; 0, by selection, where the factor is 0, whatever the product."""
+    return tl.where(factor != 0.0, factor.to(tl.float64) * product.to(tl.float64), 0.0)
+
+
+@triton.jit
 def times(value, ALIGN: tl.constexpr):
     """An integer out of which `launching.rows` took the divisor ALIGN, whole again: the compiler sees the divisor."""
     if ALIGN > 1:

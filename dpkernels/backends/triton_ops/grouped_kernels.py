@@ -14,7 +14,6 @@ import triton.language as tl
 from dpkernels.backends.triton_ops.device import (
     SLACK,
     TINIEST,
-    frames_added,
     gamma,
     load_rows,
     product,
@@ -22,6 +21,7 @@ from dpkernels.backends.triton_ops.device import (
     roundings_of,
     times,
     upper_square,
+    weighted,
 )
 from dpkernels.backends.triton_ops.launching import kernel
 from dpkernels.backends.triton_ops.lora import strip_product
@@ -99,7 +99,7 @@ def grouped_sums(
 ):
     """One program a piece: every sample's float32 product times its factor, in order, in float64, added to `out`.
 
-    One loop over all samples' frames: a sample's first loads are on their way while the one before is computed.
+    One loop over all samples' frames, as in `linear_kernels.linear_sum`.
     """
     place = tl.program_id(0)
     row, piece = table + tl.load(work + 2 * place) * FIELDS, tl.load(work + 2 * place + 1)
@@ -114,13 +114,12 @@ def grouped_sums(
     chunks = (frames + BT - 1) // BT
     for step in range(0, batch * chunks):
         sample = step // chunks + tl.zeros((), tl.int64)
-        factor = tl.load(factors + sample)
-        n, at = frames_added(factor, None, sample, frames), step % chunks * BT + tl.arange(0, BT)
-        a = load_rows(wide + times(sample * wide_b, W_ALIGN), at, columns, n, width, wide_t, 1, W_ALIGN)
-        b = load_rows(narrow + times(sample * narrow_b, N_ALIGN), at, ranks, n, rank, narrow_t, 1, N_ALIGN)
+        at = step % chunks * BT + tl.arange(0, BT)
+        a = load_rows(wide + times(sample * wide_b, W_ALIGN), at, columns, frames, width, wide_t, 1, W_ALIGN)
+        b = load_rows(narrow + times(sample * narrow_b, N_ALIGN), at, ranks, frames, rank, narrow_t, 1, N_ALIGN)
         acc = product(tl.trans(a), b, acc, one, UPCAST)
         if step % chunks == chunks - 1:
-            total += factor.to(tl.float64) * scale * acc.to(tl.float64)
+            total += weighted(tl.load(factors + sample), acc) * scale
             acc = tl.zeros((BN, R), tl.float32)
     inside = (columns < width)[:, None] & (ranks < rank)[None, :]
     out = tl.load(row + OUT).to(tl.pointer_type(OUT_DTYPE))

@@ -34,6 +34,7 @@ from dpkernels.backends.triton_ops.device import (
     times,
     upper_norms,
     upper_square,
+    weighted,
 )
 from dpkernels.backends.triton_ops.launching import kernel
 
@@ -400,7 +401,8 @@ def linear_sum(
     """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 product times its factor, in float64.
 
     Without lengths it is one loop over all samples' frames, so that a sample's first loads are on their way while the
-    one before is computed; with them, frames beyond a length are not even looped over. The bits are the same.
+    one before is computed (nothing they need may wait for a factor, so samples with factor 0 are read, and left out);
+    with lengths, frames beyond them are not even looped over. The bits are the same.
     """
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     row, column = program // across * BP, program % across * BD
@@ -410,13 +412,12 @@ def linear_sum(
         acc, chunks = tl.zeros((BP, BD), tl.float32), (frames + BT - 1) // BT
         for step in range(0, batch * chunks):
             sample = step // chunks + tl.zeros((), tl.int64)
-            factor = tl.load(factors + sample)
-            n, rows = frames_added(factor, lengths, sample, frames), step % chunks * BT + tl.arange(0, BT)
-            a = load_rows(sample_at(g, sample, g_b, G_ALIGN), rows, outputs, n, p, g_t, g_n, G_ALIGN)
-            b = load_rows(sample_at(x, sample, x_b, X_ALIGN), rows, inputs, n, d, x_t, x_n, X_ALIGN)
+            rows = step % chunks * BT + tl.arange(0, BT)
+            a = load_rows(sample_at(g, sample, g_b, G_ALIGN), rows, outputs, frames, p, g_t, g_n, G_ALIGN)
+            b = load_rows(sample_at(x, sample, x_b, X_ALIGN), rows, inputs, frames, d, x_t, x_n, X_ALIGN)
             acc = product(tl.trans(a), b, acc, one, UPCAST)
             if step % chunks == chunks - 1:
-                total += factor.to(tl.float64) * acc.to(tl.float64)
+                total += weighted(tl.load(factors + sample), acc)
                 acc = tl.zeros((BP, BD), tl.float32)
     else:
         for i in range(0, batch):
