@@ -52,7 +52,13 @@ class LayerNorms:
     given: Mapping[str, float] | None = None
 
     def together(self, parameters: Sequence[nn.Parameter]) -> float:
-        """√Σ C_p² over these, rounded down."""
+        """√Σ C_p² over these, rounded down. Raises RuntimeError for one that was not trained at make_private."""
+        strange = [tuple(p.shape) for p in parameters if p not in self.of]
+        if strange:
+            raise RuntimeError(
+                f"parameters of shapes {strange} have no clipping norm: they were frozen at make_private. Unfreeze "
+                "them before make_private"
+            )
         if len(parameters) == 1:
             return self.of[parameters[0]]
         return math.sqrt(math.fsum(self.of[p] ** 2 for p in parameters)) * _DOWN

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from dpkernels import ops
 from dpkernels.nn import Record, Tape
@@ -476,6 +477,15 @@ def test_wrong_layer_norms_are_refused_by_name(given: Any, kind: type[Exception]
         private_run(clip=given, strategy="per_layer")
 
 
+def test_a_parameter_unfrozen_later_has_no_norm() -> None:
+    model = Net()
+    model.last.bias.requires_grad_(False)
+    run = private_run(model=model, strategy="per_layer")
+    model.last.bias.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"\(3,\).*before make_private"):
+        backward_alone(run)
+
+
 def test_several_norms_without_per_layer_are_refused_with_the_mend() -> None:
     for strategy in ("bookkeeping", "two_pass"):
         with pytest.raises(TypeError, match="strategy='per_layer'"):
@@ -577,6 +587,23 @@ def test_a_weight_read_past_its_layer_is_refused_in_every_strategy(strategy: str
     assert run.optimizer.recover() == (strategy == "per_layer")
     assert all(p.grad is None for p in run.model.parameters())
     assert run.engine.steps == 0
+
+
+@pytest.mark.parametrize(("strategy", "bound"), [("two_pass", 1.0), ("per_layer", [0.5] * 8)])
+def test_a_target_epsilon_serves_every_strategy(strategy: str, bound: Any) -> None:
+    model, data = Net(), private_run().data
+    engine_ = PrivacyEngine()
+    _, optimizer, _ = engine_.make_private_with_epsilon(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_size=8),
+        target_epsilon=8.0,
+        target_delta=1e-3,
+        steps=5,
+        max_grad_norm=bound,
+        strategy=strategy,
+    )
+    assert optimizer.max_grad_norm == pytest.approx(1.0 if strategy == "two_pass" else math.sqrt(2.0))
 
 
 def test_epsilon_is_that_of_the_stated_sensitivity() -> None:
