@@ -140,7 +140,7 @@ class TwoPass(Strategy):
         self._stream(losses, weigh)
         check()
         moved.logical_and_(factors > 0)  # one that is left out adds 0 in either case
-        if first or bool(moved.any()):
+        if first or int(moved.sum()):
             raise RuntimeError(
                 "strategy='two_pass': the second backward of a micro-batch gave other gradients than the first. Its "
                 "forward is recomputed with other random numbers (checkpoint with preserve_rng_state=False?), or "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -84,37 +85,35 @@ def summed(recognizer: Recognizer, strategy: str, *, checkpointed: bool) -> dict
             physical_batch_size=2,
         )
         optimizer.keep_gradients = True
-        calls = _count_blocks(model)
+        calls = _count_calls(model)
         for batch in next(iter(loader)):
             optimizer.backward(recognizer.loss_per_example(model, batch))
-        # forward, and a recomputation for every backward
-        assert calls[0] == 2 * 2 * (1 + (2 if strategy == "two_pass" else 1) * checkpointed)
+        # Of every block, for two micro-batches: the forward, and a recomputation for every backward.
+        assert set(calls.values()) == {2 * (1 + (2 if strategy == "two_pass" else 1) * checkpointed)}
         optimizer.step()
         assert optimizer.last_step.clip_rate > 0
     return {n: p.grad.double() * len(items) for n, p in model.named_parameters() if p.requires_grad}
 
 
-def _count_blocks(model: nn.Module) -> list[int]:
-    calls = [0]
-
-    def count(*_: object) -> None:
-        calls[0] += 1
-
+def _count_calls(model: nn.Module) -> Counter[str]:
+    """How often the attention of each of the encoder's blocks was called."""
+    calls: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if name.rpartition(".")[0].endswith("encoder.layers"):
-            module.self_attn.register_forward_pre_hook(count)  # type: ignore[union-attr]
+        if name.endswith("self_attn") and "encoder.layers" in name:
+            module.register_forward_pre_hook(lambda _module, _arguments, name=name: calls.update([name]))
     return calls
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_parakeets_clipped_sum_is_that_of_one_by_one_gradients(
-    folders: dict[str, Path], strategy: str, kind: str, checkpointed: bool
+@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert", "whisper"])
+def test_a_recognisers_clipped_sum_is_that_of_one_by_one_gradients(
+    folders: dict[str, Path], family: str, strategy: str, kind: str, checkpointed: bool
 ) -> None:
-    recognizer = prepared(folders["parakeet"], kind)
+    recognizer = prepared(folders[family], kind)
     expected = clipped(copy.copy(recognizer), strategy)
-    assert distance(summed(recognizer, strategy, checkpointed=checkpointed), expected) < 2e-3
+    assert distance(summed(recognizer, strategy, checkpointed=checkpointed), expected) < 5e-4
 
 
 # --- training that runs out of memory
