@@ -48,6 +48,8 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
         Part("diagnose", (python, "-m", "dpkernels"), 1),
         Part("gpu-tests", (*pytest, "-m", "gpu", "tests"), 9, (_NOTHING_COLLECTED,)),
         Part("op-tests", (*pytest, "-m", "not gpu", "tests/ops", "tests/nn"), 9),
+        Part("sweep", (python, "-m", "bench.sweep_gpu"), 3),
+        Part("normals", (python, "-m", "bench.many_normals", "--device", "cuda", "--draws", "1e10"), 3),
     ]
     for group in ("ops", "layers", "step", "model"):
         command = (*pytest, "--benchmark", "--benchmark-device", "cuda", "--benchmark-groups", group)

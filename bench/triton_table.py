@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,10 @@ class Row:
         return found
 
 
+GROUPED = ("lora_gradients", "total_norm_sq", "clip_and_noise")
+"""Families that are no norm with its weighted sum."""
+
+
 class _Driver:
     """What `JITFunction.warmup` asks of the active driver, for a GPU that is not there."""
 
@@ -111,6 +115,9 @@ def examples(
 
     batch = 4
     factors = torch.empty(batch, device="meta")
+    if family in GROUPED:
+        yield from _grouped(family, empty, factors, width, wide)
+        return
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     outs: tuple[tuple[int, ...], ...]
     # taps: both of `depthwise_conv1d.TAPS`
@@ -141,6 +148,31 @@ def examples(
         for kind in (torch.float64, torch.float32):
             sums = tuple(torch.empty(*shape, dtype=kind, device="meta") for shape in outs)
             yield f"{family}_weighted_sum", (*tensors, factors, *sums), options
+
+
+def _grouped(
+    family: str, empty: Callable[..., Tensor], factors: Tensor, width: int, wide: int
+) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """As `examples`, for the ops on many layers: a LoRA layer and a vector, so many that they are grouped."""
+    batch, layers = len(factors), 16
+    for rank in (8, 16, 64):
+        x, h, g, dh = (empty(batch, 188, n) for n in (width, rank, wide, rank))
+        if family == "lora_gradients":
+            yield "lora_gradients", (x, h, g, dh), {}
+            continue
+        vector = torch.empty(batch, 1, width, device="meta")
+        xs, gs = [x] * layers + [vector], [g] * layers + [vector]
+        kinds, lora = ["lora"] * layers + ["bias"], ([h] * layers, [dh] * layers, [1.0] * layers)
+        if family == "total_norm_sq":
+            yield family, (xs, gs, kinds, *lora, [], [], [], [], []), {}
+            continue
+        for kind in (torch.float64, torch.float32):
+            outs = [
+                torch.empty(*shape, dtype=kind, device="meta")
+                for shape in [*[(rank, width), (wide, rank)] * layers, (width,)]
+            ]
+            key = torch.empty(0, dtype=torch.uint8)
+            yield family, (xs, gs, kinds, factors, outs, *lora, [], [], [], [], key, key, 0.0, 0.0, 1.0), {}
 
 
 def families() -> list[str]:

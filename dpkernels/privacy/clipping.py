@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import Record, sharing_inputs
+from dpkernels.nn import Record, norms_sq
 
 # Relative to C. See rounding_slack for all three.
 LEAST_SLACK = 2.0**-20
@@ -18,7 +18,7 @@ _CANCELLATION = 2**17
 
 def total_norm_sq(records: Sequence[Record], batch_size: int, device: torch.device) -> Tensor:
     """Σ over records of their squared norms: [B] float64, rounded up. A parameter without a record adds 0."""
-    return add_up((record.norm_sq() for record in sharing_inputs(records)), batch_size, device)
+    return add_up(norms_sq(records), batch_size, device)
 
 
 def add_up(norms: Iterable[Tensor], batch_size: int, device: torch.device) -> Tensor:

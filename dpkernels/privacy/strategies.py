@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn import Record, Tape
+from dpkernels.nn import Record, Tape, norms_sq
 from dpkernels.privacy.clipping import LayerNorms, add_up, total_norm_sq
 
 Add = Callable[[Sequence[Record], Tensor], None]
@@ -193,8 +193,9 @@ def strategy_of(name: str, tape: Tape, max_grad_norm: float, layers: LayerNorms 
 
 
 def _norm_sq(record: Record, device: torch.device) -> Tensor:
-    """[B] float64, rounded up."""
-    return record.norm_sq().to(device=device, dtype=torch.float64)
+    """[B] float64, rounded up: what bounds what `add_weighted_sums` of this record adds."""
+    (norm_sq,) = norms_sq([record])
+    return norm_sq.to(device=device, dtype=torch.float64)
 
 
 def _within(factors: Tensor, before: Tensor, again: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpkernels.nn import GhostLoRALinear
+from tests.privacy.private_run import Net, Run, losses_of, private_run
 
 WIDTH, WORDS = 12, 9
+INDICES = (0, 1, 2, 3, 4, 5, 6)
+BOUND = 0.5
 KINDS = ("full", "lora", "tied", "reused")
 
 
@@ -133,3 +136,69 @@ def distance(given: dict[str, Tensor], expected: dict[str, Tensor], *, each: boo
     if each:
         found += [parts[name] / max(float(t.norm()), 1e-2 * whole) for name, t in expected.items()]
     return max(found)
+
+
+def run_of(
+    strategy: str, kind: str = "full", *, bound: Any = BOUND, half: bool = False, **options: Any
+) -> Run:
+    """`half`: what is frozen is bfloat16, what is trained float32."""
+    run = private_run(sigma=0, clip=bound, model=small(kind, **options), strategy=strategy)
+    for parameter in run.model.parameters():
+        if half and not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return run
+
+
+def check_sum(run: Run, strategy: str, tolerance: float = 1e-4, *, each: bool = True) -> None:
+    """What is released without noise is the clipped sum over the expected batch size."""
+    rows = gradients_one_by_one(run.model, losses_of, [one(run, i) for i in INDICES])
+    expected = expected_sum(rows, run.model, strategy, run.optimizer.max_grad_norm)
+    released = run.release(INDICES[:3], INDICES[3:])
+    assert distance({name: 8 * part for name, part in released.items()}, expected, each=each) < tolerance
+
+
+def one(run: Run, index: int) -> tuple[Tensor, Tensor]:
+    x, y = run.data[[index]]
+    return x.double(), y
+
+
+def excess(run: Run, indices: tuple[int, ...] = INDICES) -> float:
+    """Largest ‖what one example adds to the float64 sums‖ / C."""
+    worst = 0.0
+    for index in indices:
+        run.optimizer.begin_logical_batch(1, first=True)
+        run.optimizer.backward(run.loss_fn(run.model, run.data[[index]]))
+        worst = max(worst, added(run) / run.optimizer.max_grad_norm)
+        run.optimizer.zero_grad()
+    return worst
+
+
+def added(run: Run) -> float:
+    return float(torch.cat([total.flatten() for total in run.optimizer._sums.values()]).norm())
+
+
+def backward_alone(run: Run) -> None:
+    run.optimizer.begin_logical_batch(1, first=True)
+    run.optimizer.backward(run.loss_fn(run.model, run.data[[0]]))
+
+
+class Explodes(torch.autograd.Function):
+    """The identity, whose gradient is infinite for example 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        g = g.clone()
+        g[1] = math.inf
+        return g
+
+
+class Exploding(Net):
+    on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(torch.tanh(self.first(x)))
+        return self.last(Explodes.apply(hidden) if self.on else hidden).mean(1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import bounds, configs
+from dpkernels.backends.triton_ops import bounds, configs, tensor_cores
 from dpkernels.backends.triton_ops.launching import (
     architecture,
     dense,
@@ -49,11 +49,11 @@ class _Norms:
         self.method: dict[str, Any] = {"METHOD": _METHODS[method if self.most else "direct"]}
         self.smallest = bounds.smallest(x.dtype)
         # the norm is rounded up for the weighted sum, whichever of its configurations makes that
-        least, most = configs.extremes(linear_sum.__name__, "BT", x.dtype, architecture(x.device))
+        least, most = configs.extremes(configs.SUMS["linear"], "BT", x.dtype, architecture(x.device))
         self.rounding: dict[str, Any] = {
             "SUM_LEAST": least,
             "SUM_MOST": most,
-            "PER_TERM": bounds.roundings(x.dtype),
+            "PER_TERM": tensor_cores.roundings(x),
         }
 
     def _tile(self, kernel: Any, name: str) -> int:

@@ -29,6 +29,7 @@ from dpkernels.backends.triton_ops.device import (
     product,
     roundings_of,
     sample_at,
+    sum_of_products,
     times,
     upper_norms,
     upper_square,
@@ -40,6 +41,9 @@ DIRECT = tl.constexpr(2)
 
 GRAM_OPERATIONS = tl.constexpr(1.0)  # linear.py: _most_by_gram has it too
 """Half-Gram is chosen below this share of direct's operations: a constant to be measured."""
+
+GRAM_GROUP = tl.constexpr(8)
+"""Products of two inner products that are added in float32."""
 
 GRAM_SHARE = tl.constexpr(0.01)
 """A sample whose gram bound is above this share of its square is computed again by direct."""
@@ -123,8 +127,7 @@ def linear_gram(
     x_at, g_at = sample_at(x, sample, x_b, X_ALIGN), sample_at(g, sample, g_b, G_ALIGN)
     xx = gram_tile(x_at, d, x_t, x_n, s * BT, t * BT, n, one, X_ALIGN, BT, BK, UPCAST)
     gg = gram_tile(g_at, p, g_t, g_n, s * BT, t * BT, n, one, G_ALIGN, BT, BK, UPCAST)
-    in_rows = tl.sum(xx * gg, axis=1).to(tl.float64)
-    tl.store(partials + program.to(tl.int64), tl.sum(in_rows, axis=0) * occurrences(s, t))
+    tl.store(partials + program.to(tl.int64), sum_of_products(xx, gg, GRAM_GROUP) * occurrences(s, t))
     if s == t:
         of_diagonal = tl.arange(0, BT)[:, None] == tl.arange(0, BT)[None, :]
         x_square = tl.sum(tl.where(of_diagonal, xx, 0.0), axis=1).to(tl.float64)
@@ -181,7 +184,7 @@ def finish_gram(
     roundings = roundings_of(int_d, GRAM_BK, GRAM_BK, PER_TERM) + roundings_of(
         int_p, GRAM_BK, GRAM_BK, PER_TERM
     )
-    relative = gamma(roundings + GRAM_BT + 2.0)
+    relative = gamma(roundings + GRAM_GROUP + 2.0)
     tiny_x, tiny_g = one * TINIEST * 2.0 * d, one * TINIEST * 2.0 * p
     terms = (terms + 2.0 * n * tl.sqrt(tiny_x * of_g + tiny_g * of_x + tiny_x * tiny_g * n)) / (
         1.0 - relative
