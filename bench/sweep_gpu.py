@@ -29,10 +29,13 @@ from dpkernels import ops
 from dpkernels.backends import native_chacha20, native_sweep
 
 SWEEP_BYTES, ADAM_BYTES, APART_BYTES = 40, 28, 44
-VARIANTS: dict[str, dict[str, int]] = {
-    f"{group} pairs at a time{', prefetched' if early else ''}": {"DPK_GROUP": group, "DPK_PREFETCH": early}
-    for group in (2, 4)
-    for early in (0, 1)
+VARIANTS = {
+    "2 pairs": {"DPK_GROUP": 2, "DPK_PREFETCH": 0, "DPK_STREAM": 0},
+    "2 pairs, prefetched": {"DPK_GROUP": 2, "DPK_PREFETCH": 1, "DPK_STREAM": 0},  # as the library has it
+    "2 pairs, prefetched, streamed": {"DPK_GROUP": 2, "DPK_PREFETCH": 1, "DPK_STREAM": 1},
+    "4 pairs": {"DPK_GROUP": 4, "DPK_PREFETCH": 0, "DPK_STREAM": 0},
+    "4 pairs, prefetched": {"DPK_GROUP": 4, "DPK_PREFETCH": 1, "DPK_STREAM": 0},
+    "1 pair, prefetched": {"DPK_GROUP": 1, "DPK_PREFETCH": 1, "DPK_STREAM": 0},
 }
 """What is measured side by side until one is chosen."""
 
@@ -112,22 +115,23 @@ class Buffers:
         return [*self.params, *self.sums, *self.firsts, *self.seconds]
 
 
-def awkward(device: str, dtype: torch.dtype) -> Buffers:
+def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
     """Odd lengths, odd addresses, and second moments for which a short root or quotient would be wrong."""
     made = Buffers(8, 1, "cpu", dtype)
     for name in ("params", "sums", "firsts", "seconds"):
         generator = torch.Generator().manual_seed(len(name))
         tensors = []
-        for i, count in enumerate((1, 255, 256, 257, 1024, 5000, 70_001, 300_032, 4096 + 3)):
+        counts = [c for c in (1, 255, 256, 257, 1024, 5000, 70_001, 300_032) if c <= most]
+        for count in (*counts, 4099):
             one = torch.randn(count + 3, generator=generator, dtype=torch.float64)
             if name == "seconds":
                 one = one.square() * 10.0 ** torch.randint(-44, 20, one.shape, generator=generator)
             elif name != "params":
-                least, most = (-44, 20) if name == "firsts" else (-3, 16)
-                one = one * 10.0 ** torch.randint(least, most, one.shape, generator=generator)
+                powers = (-44, 20) if name == "firsts" else (-3, 16)
+                one = one * 10.0 ** torch.randint(*powers, one.shape, generator=generator)
             kept = {"params": dtype, "sums": torch.float64}.get(name, torch.float32)
             whole = one.to(kept).to(device)
-            tensors.append(whole[3:] if i == 8 else whole[:count].clone())
+            tensors.append(whole[3:] if count == 4099 else whole[:count].clone())
         setattr(made, name, tensors)
     made.retable()
     return made

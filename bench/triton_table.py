@@ -6,7 +6,7 @@
 What is compiled is what the ops launch: each op is called on tensors without data, and a compiler stands in for the
 launch. So every family in `triton_ops` is in the table as soon as `examples` can call it. Nothing runs and nothing
 is timed. Exit status 1 where a kernel spills, needs more shared memory than the chip has, is a 16-bit matrix
-kernel without wgmma on sm_90, or accumulates in one chain what the bounds say is cut.
+kernel without tensor cores, or without wgmma on sm_90, or accumulates in one chain what the bounds say is cut.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class Row:
             found.append(f"needs {self.shared} of {self.shared_limit} bytes of shared memory")
         if self.architecture == 90 and self.matrix and self.dtype != "float32" and self.matrix != "wgmma":
             found.append(f"uses {self.matrix}, not wgmma")
+        if self.matrix == "fma" and self.dtype != "float32":
+            found.append("multiplies without tensor cores, which the bounds count on")
         if self.cut is False:
             found.append("accumulates in one chain")
         return found

@@ -37,8 +37,7 @@ BENCH_API dpk_status bench_noise_adamw_philox(const dpk_sweep_tensor* tensors, i
 // dpk_cpu_box_muller, on device memory.
 BENCH_API dpk_status bench_box_muller(const uint64_t* words, int64_t pairs, double* normals, void* stream) {
   return dpk::guard([&] {
-    const auto blocks = static_cast<unsigned int>((pairs + 127) / 128);
-    dpk::box_muller_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(words, pairs, normals);
+    dpk::launch(dpk::box_muller_kernel, (pairs + 127) / 128, 128, stream, words, pairs, normals);
     dpk::check_launch("box_muller", pairs, "pairs");
   });
 }
@@ -46,8 +45,8 @@ BENCH_API dpk_status bench_box_muller(const uint64_t* words, int64_t pairs, doub
 // 16 words: the blocks of counters 4 c0 to 4 c0 + 3, c[1..3] as given.
 BENCH_API dpk_status bench_philox(const uint32_t* c, const uint32_t* key, uint32_t* words, void* stream) {
   return dpk::guard([&] {
-    dpk::philox_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(make_uint4(c[0], c[1], c[2], c[3]),
-                                                                       make_uint2(key[0], key[1]), words);
+    dpk::launch(dpk::philox_kernel, 1, 1, stream, make_uint4(c[0], c[1], c[2], c[3]),
+                make_uint2(key[0], key[1]), words);
     dpk::check_launch("philox", 1, "block");
   });
 }

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #ifdef __CUDACC__
+#include "cuda/instructions.cuh"
 #define DPK_SHARED __host__ __device__ __forceinline__
 #else
 #define DPK_SHARED inline __attribute__((always_inline))
@@ -136,9 +137,7 @@ static __constant__ BoxMuller kBoxMullerOnDevice = DPK_BOX_MULLER;
 DPK_SHARED double divide(double a, double b) {
 #ifdef __CUDA_ARCH__
   // What nvcc makes of a / b, without the check for what is excluded here.
-  double y;
-  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(b));
-  y = __hiloint2double(__double2hiint(y), 1);
+  double y = __hiloint2double(__double2hiint(reciprocal_seed(b)), 1);
   double e = __fma_rn(-b, y, 1.0);
   e = __fma_rn(e, e, e);
   y = __fma_rn(y, e, y);
@@ -156,9 +155,8 @@ DPK_SHARED double square_root(double v) {
 #ifdef __CUDA_ARCH__
   // What nvcc makes of sqrt(v), without the check; 0 starts from the root of another number and stays 0.
   const int high = max(__double2hiint(v), 0x00100000);
-  double y;
-  asm("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(__hiloint2double(high, 0)));
-  y = __hiloint2double(__double2hiint(y), high + static_cast<int>(0xfcb00000u));
+  const double seed = root_seed(__hiloint2double(high, 0));
+  double y = __hiloint2double(__double2hiint(seed), high + static_cast<int>(0xfcb00000u));
   const double e = __fma_rn(v, -(y * y), 1.0);
   y = __fma_rn(__fma_rn(e, 0.375, 0.5), y * e, y);
   const double g = v * y;

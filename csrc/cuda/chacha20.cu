@@ -73,9 +73,7 @@ __global__ void __launch_bounds__(kThreads)
 
 bool aligned(const void* out) { return reinterpret_cast<uintptr_t>(out) % sizeof(uint4) == 0; }
 
-unsigned int grid(int64_t blocks) {
-  return static_cast<unsigned int>(std::min((blocks + kThreads - 1) / kThreads, kMaxGrid));
-}
+int64_t grid(int64_t blocks) { return std::min((blocks + kThreads - 1) / kThreads, kMaxGrid); }
 
 }  // namespace
 }  // namespace dpk
@@ -85,8 +83,8 @@ dpk_status dpk_cuda_chacha20_keystream(const uint8_t* key, int64_t counter, cons
   return dpk::guard([&] {
     const dpk::ChaChaState state = dpk::chacha20_state(key, counter, nonce, blocks);
     if (blocks == 0) return;
-    dpk::keystream_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        state, blocks, dpk::aligned(out), out);
+    dpk::launch(dpk::keystream_kernel, dpk::grid(blocks), dpk::kThreads, stream, state, blocks,
+                dpk::aligned(out), out);
     dpk::check_launch("chacha20_keystream", blocks, "blocks");
   });
 }
@@ -97,14 +95,13 @@ dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter, const u
     const int64_t blocks = dpk::normal_blocks(count, dtype);
     const dpk::ChaChaState state = dpk::chacha20_state(key, counter, nonce, blocks);
     if (blocks == 0) return;
-    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     const bool aligned = dpk::aligned(out);
     if (dtype == DPK_F64)
-      dpk::normal_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, queue>>>(state, blocks, count, aligned,
-                                                                         static_cast<double*>(out));
+      dpk::launch(dpk::normal_kernel<double>, dpk::grid(blocks), dpk::kThreads, stream, state, blocks, count,
+                  aligned, static_cast<double*>(out));
     else
-      dpk::normal_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, queue>>>(state, blocks, count, aligned,
-                                                                         static_cast<float*>(out));
+      dpk::launch(dpk::normal_kernel<float>, dpk::grid(blocks), dpk::kThreads, stream, state, blocks, count,
+                  aligned, static_cast<float*>(out));
     dpk::check_launch("chacha20_normal", count, "normals");
   });
 }

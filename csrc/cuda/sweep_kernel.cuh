@@ -29,6 +29,23 @@ constexpr int kTilePairs = kTile / 2;
 #endif
 constexpr int kGroup = DPK_GROUP;  // pairs of a lane that are loaded, and computed side by side
 constexpr bool kPrefetches = DPK_PREFETCH != 0;
+#ifndef DPK_STREAM
+#define DPK_STREAM 0
+#endif
+constexpr bool kStreams = DPK_STREAM != 0;  // buffers are marked as used once
+
+template <class T>
+__device__ __forceinline__ T read(const T* from) {
+  return kStreams ? __ldcs(from) : *from;
+}
+
+template <class T>
+__device__ __forceinline__ void write(T* to, T value) {
+  if (kStreams)
+    __stcs(to, value);
+  else
+    *to = value;
+}
 #if CUDART_VERSION >= 12010
 constexpr int kTensorsPerLaunch = 128;
 constexpr size_t kArgumentBytes = 32764;  // since CUDA 12.1, on every architecture that is built for
@@ -129,24 +146,25 @@ struct Pair {
 template <bool kHalf, class Plan>
 __device__ __forceinline__ Pair load(const Buffers<kHalf>& from, int i, const Plan& plan) {
   Pair found;
-  found.sum = from.sum[i * kLanes];
+  found.sum = read(from.sum + i * kLanes);
   if (kHalf) {
-    const uint32_t both = static_cast<const uint32_t*>(from.parameter)[i * kLanes];
+    const uint32_t both = read(static_cast<const uint32_t*>(from.parameter) + i * kLanes);
     found.parameter = make_float2(float_from_bits(both << 16), float_from_bits(both & 0xffff0000u));
   } else {
-    found.parameter = static_cast<const float2*>(from.parameter)[i * kLanes];
+    found.parameter = read(static_cast<const float2*>(from.parameter) + i * kLanes);
   }
-  found.first = keeps_first(plan) ? from.first[i * kLanes] : make_float2(0, 0);
-  found.second = keeps_second(plan) ? from.second[i * kLanes] : make_float2(0, 0);
+  found.first = keeps_first(plan) ? read(from.first + i * kLanes) : make_float2(0, 0);
+  found.second = keeps_second(plan) ? read(from.second + i * kLanes) : make_float2(0, 0);
   return found;
 }
 
 template <bool kHalf>
 __device__ __forceinline__ void store(void* to, int i, float2 value) {
   if (kHalf)
-    static_cast<uint32_t*>(to)[i * kLanes] = to_bf16(value.x) | static_cast<uint32_t>(to_bf16(value.y)) << 16;
+    write(static_cast<uint32_t*>(to) + i * kLanes, to_bf16(value.x) | static_cast<uint32_t>(to_bf16(value.y))
+                                                                          << 16);
   else
-    static_cast<float2*>(to)[i * kLanes] = value;
+    write(static_cast<float2*>(to) + i * kLanes, value);
 }
 
 // adam_step where neither root nor quotient needs more than the short sequence that nvcc makes of them, and
@@ -158,12 +176,11 @@ __device__ __forceinline__ float short_adam_step(float parameter, float first, f
     const uint32_t low = __float_as_uint(least), high = __float_as_uint(most);
     return __float_as_uint(value) - low <= high - low;
   };
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(second));
+  float y = root_seed(second);
   const float g = second * y;
   const float root = __fmaf_rn(__fmaf_rn(-g, g, second), 0.5f * y, g);
   const float denominator = root * plan.root + plan.eps;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(denominator));
+  y = reciprocal_seed(denominator);
   y = __fmaf_rn(y, __fmaf_rn(-denominator, y, 1.0f), y);
   const float q = first * y;
   const float quotient = __fmaf_rn(y, __fmaf_rn(-denominator, q, first), q);
@@ -223,7 +240,7 @@ __device__ __forceinline__ void update(const float2 (&gradient)[kCount], Pair (&
 template <class Plan>
 __device__ __forceinline__ void prefetch(const Entry<Plan>& t, int64_t start, int lane) {
   const auto fetch = [](const void* buffer, int64_t byte) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(buffer) + byte));
+    prefetch_line(static_cast<const char*>(buffer) + byte);
   };
   const int64_t entry = start + lane * kNormalsPerBlock;
   if (entry >= t.count) return;
@@ -253,20 +270,20 @@ __device__ __forceinline__ void whole_tile(const NoisePlan& noise, const Entry<P
       const double2 z = normals[slot(lane + (done + i) * kLanes)];
       gradient[i].x = noised_gradient(pairs[i].sum.x, z.x, both);
       gradient[i].y = noised_gradient(pairs[i].sum.y, z.y, both);
-      buffers.sum[(done + i) * kLanes] = make_double2(0.0, 0.0);
+      write(buffers.sum + (done + i) * kLanes, make_double2(0.0, 0.0));
       if (buffers.gradient != nullptr) store<kHalf>(buffers.gradient, done + i, gradient[i]);
     }
     update<kCouples>(gradient, pairs, plan);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const int at = (done + i) * kLanes;
-      if (keeps_first(plan)) buffers.first[at] = pairs[i].first;
-      if (keeps_second(plan)) buffers.second[at] = pairs[i].second;
+      if (keeps_first(plan)) write(buffers.first + at, pairs[i].first);
+      if (keeps_second(plan)) write(buffers.second + at, pairs[i].second);
       if (kHalf && random != nullptr) {
         const uint32_t bits = random[lane + at];
-        static_cast<uint32_t*>(buffers.parameter)[at] =
-            to_bf16_stochastic(pairs[i].parameter.x, bits & 0xffffu) |
-            static_cast<uint32_t>(to_bf16_stochastic(pairs[i].parameter.y, bits >> 16)) << 16;
+        write(static_cast<uint32_t*>(buffers.parameter) + at,
+              to_bf16_stochastic(pairs[i].parameter.x, bits & 0xffffu) |
+                  static_cast<uint32_t>(to_bf16_stochastic(pairs[i].parameter.y, bits >> 16)) << 16);
       } else {
         store<kHalf>(buffers.parameter, done + i, pairs[i].parameter);
       }
@@ -390,8 +407,7 @@ void sweep(const char* op, const dpk_sweep_tensor* tensors, int64_t count, const
         invalid_argument("%lld entries in one launch", static_cast<long long>(blocks * kEntries));
     }
     if (blocks == 0) continue;
-    sweep_kernel<Plan, Generator>
-        <<<static_cast<unsigned int>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch);
+    launch(sweep_kernel<Plan, Generator>, blocks, kThreads, stream, batch);
     check_launch(op, blocks * kEntries, "entries");
   }
 }

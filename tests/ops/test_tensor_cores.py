@@ -1,19 +1,26 @@
 """How tensor cores round: the GPU here is no coarser than assumed, and the probes that say so find what is planted."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+from triton.runtime.interpreter import TensorHandle
+
 from bench import tensor_cores as probes
 from bench.tensor_core_model import CUTS, Model
 from bench.tensor_core_search import Dots, random_rows
 from dpkernels import ops
 from dpkernels.backends import registry
-from dpkernels.backends.triton_ops import bounds, launching, tensor_cores
+from dpkernels.backends.triton_ops import bounds, launching, linear_kernels, tensor_cores
+from tests.ops.cases import Case, make
+from tests.ops.checks import never_below
 
 HALVES = (torch.bfloat16, torch.float16)
 CORES = sorted({*bounds.TENSOR_CORES.values(), bounds.COARSEST}, key=lambda core: core.block)
@@ -204,6 +211,50 @@ def test_kernels_take_a_fraction_of_a_rounding(monkeypatch: pytest.MonkeyPatch) 
         roots.append(float(ops.linear_norm_sq(x, g, method="direct")) ** 0.5)
     expected = 2 * 64 * (3.0 - 0.65625) * bounds.UNIT * terms
     assert roots[1] - roots[0] == pytest.approx(expected, rel=0.02)
+
+
+def in_place_of_product(device: Dots) -> Callable[..., Any]:
+    """`device.product` for interpreted kernels, its accumulations made by a device in software."""
+
+    def product(a: Any, b: Any, acc: Any, one: Any, upcast: bool) -> Any:
+        left, right = (torch.from_numpy(t.handle.data.astype("float32")).half() for t in (a, b))
+        m, n = len(left), right.shape[1]
+        pairs = left.repeat_interleave(n, 0), right.T.repeat(m, 1)
+        made = device(*pairs).view(m, n).numpy()
+        return acc + acc.__class__(TensorHandle(made, acc.handle.dtype), acc.type)
+
+    return product
+
+
+def worst_frames(extra: int) -> Case:
+    """One frame, and 63 whose products are just below the last place that `extra` bits keep beside it."""
+    size = torch.full((64, 1), (2.0 - 2.0**-10) * 2.0 ** -((25 + extra) // 2))
+    size[0] = 1.0
+    other = size.clone()
+    other[1:] *= 2.0 ** -((25 + extra) % 2)
+    tensors = {"x": size.expand(1, 64, 16).half(), "g": other.expand(1, 64, 16).half()}
+    return dataclasses.replace(make("linear", 1, 64, 16, 16, dtype=torch.float16), tensors=tensors)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="puts a device in software into interpreted kernels")
+@pytest.mark.parametrize("architecture", [0, 80, 90])
+@pytest.mark.parametrize("method", ["direct", "gram"])
+def test_no_norm_is_short_on_an_assumed_device_and_on_a_much_coarser_one_it_is(
+    architecture: int, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setattr(launching, "architecture", lambda device: architecture)
+    core = bounds.tensor_core(architecture)
+    for extra in (core.extra - 1, core.extra, core.extra + 1):
+        case = worst_frames(extra)
+        monkeypatch.setattr(linear_kernels, "product", in_place_of_product(Model(core.block, core.extra)))
+        never_below(case, method=method)
+    if architecture == 90 and method == "direct":
+        # 13 bits are what sm_90 keeps of float8 products
+        for coarser in (Model(4, -1), Model(32, -10)):
+            monkeypatch.setattr(linear_kernels, "product", in_place_of_product(coarser))
+            with pytest.raises(AssertionError):
+                never_below(worst_frames(coarser.extra), method=method)
 
 
 # ---- the GPU of this machine ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 |---|---|
 | `device` | functions that kernels share: lengths, addresses, products, rounding up |
 | `bounds` | what rounding can do on a GPU, tensor cores included; the constants that kernels take from it |
+| `tensor_cores` | asks a GPU at its first use whether its tensor cores round as `bounds` assumes |
 | `configs` | tiles, warps and stages by (kernel, dtype, architecture): a table, no autotuning |
 | `launching` | how a kernel gets its arguments; float64 inputs go to the torch composition |
 | `bias`, ... | one family each: kernels, then the op |

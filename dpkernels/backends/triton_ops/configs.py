@@ -68,12 +68,12 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
     },
     "linear_gram": {
-        (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
-        (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=2),
+        (2, ANY): Config({"BS": 64, "BT": 128, "BK": 64}, warps=4, stages=4),
+        (4, ANY): Config({"BS": 64, "BT": 64, "BK": 16}, warps=8, stages=2),
     },
     "linear_gram unaligned": {
-        (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
-        (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=1),
+        (2, ANY): Config({"BS": 64, "BT": 64, "BK": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BS": 64, "BT": 64, "BK": 16}, warps=8, stages=1),
     },
     "linear_rows": {
         (2, ANY): Config({"BT": 16, "BN": 128}),

@@ -53,9 +53,14 @@ def offsets(rows, columns, stride_t, stride_n, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, rows, columns, n, width, stride_t, stride_n, ALIGN: tl.constexpr):
-    """Frames `rows` < n and features `columns` < width of one sample; 0 elsewhere."""
-    inside = (rows < n)[:, None] & (columns < width)[None, :]
+def load_rows(
+    base, rows, columns, n, width, stride_t, stride_n, ALIGN: tl.constexpr, WHOLE: tl.constexpr = False
+):
+    """Frames `rows` < n and features `columns` < width of one sample; 0 elsewhere. WHOLE: all columns are inside."""
+    if WHOLE:
+        inside = (rows < n)[:, None] & (columns >= 0)[None, :]
+    else:
+        inside = (rows < n)[:, None] & (columns < width)[None, :]
     return tl.load(base + offsets(rows, columns, stride_t, stride_n, ALIGN), mask=inside, other=0.0)
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpkernels.backends.torch_grouped import Layer, add_layer, epilogue, layers, norm_layers, of_layer
-from dpkernels.backends.triton_ops import bounds, configs
+from dpkernels.backends.triton_ops import bounds, configs, tensor_cores
 from dpkernels.backends.triton_ops.grouped_kernels import (
     add_columns,
     finish_group,
@@ -222,7 +222,7 @@ def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
         sizes *= constants["N_ALIGN"]
         kernels = ("grouped_norms", *configs.SUMS["linear"], *configs.SUMS["lora"])
         chain = configs.extremes(kernels, "BT", x.dtype, architecture(x.device))
-        per_term = bounds.roundings(x.dtype)
+        per_term = tensor_cores.roundings(x)
     launch(function, batch * pieces, x, *arguments, aligned=group.aligned, **constants)
     launch(
         finish_group,

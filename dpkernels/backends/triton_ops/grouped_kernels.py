@@ -14,7 +14,10 @@ import triton.language as tl
 from dpkernels.backends.triton_ops.device import (
     SLACK,
     TINIEST,
+    frames_added,
     gamma,
+    load_rows,
+    product,
     round_up,
     roundings_of,
     times,
@@ -44,23 +47,6 @@ def integer(row, FIELD: tl.constexpr):
     return tl.load(row + FIELD).to(tl.int32)
 
 
-@triton.jit
-def product_of(
-    row, sample, piece, one, NORMS: tl.constexpr, DTYPE: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
-    SMALLEST: tl.constexpr, UPCAST: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, n,
-):  # fmt: skip
-    """One sample's wideᵀ narrow [BN, R] at a piece, over n frames, and its terms (NORMS)."""
-    rank_tiles = integer(row, RANK_TILES)
-    columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
-    wide = address(row, WIDE, DTYPE) + times(sample * tl.load(row + WIDE_B), W_ALIGN)
-    narrow = address(row, NARROW, DTYPE) + times(sample * tl.load(row + NARROW_B), N_ALIGN)
-    width, rank = times(integer(row, WIDTH), W_ALIGN), times(integer(row, RANK), N_ALIGN)
-    return strip_product(
-        wide, tl.load(row + WIDE_T), 1, width, narrow, tl.load(row + NARROW_T), 1, rank, columns, ranks, n, one,
-        NORMS, SMALLEST, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
-    )  # fmt: skip
-
-
 @kernel
 def grouped_norms(
     work,
@@ -80,8 +66,14 @@ def grouped_norms(
     """partials [B, pieces, 2]: squares and terms of a piece of one sample's problem; one program each."""
     sample, place = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
     row, piece = table + tl.load(work + 2 * place) * FIELDS, tl.load(work + 2 * place + 1)
-    acc, terms = product_of(
-        row, sample, piece, one, True, DTYPE, W_ALIGN, N_ALIGN, SMALLEST, UPCAST, R, BT, BN, integer(row, FRAMES)
+    rank_tiles = integer(row, RANK_TILES)
+    columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
+    wide = address(row, WIDE, DTYPE) + times(sample * tl.load(row + WIDE_B), W_ALIGN)
+    narrow = address(row, NARROW, DTYPE) + times(sample * tl.load(row + NARROW_B), N_ALIGN)
+    acc, terms = strip_product(
+        wide, tl.load(row + WIDE_T), 1, times(integer(row, WIDTH), W_ALIGN), narrow, tl.load(row + NARROW_T), 1,
+        times(integer(row, RANK), N_ALIGN), columns, ranks, integer(row, FRAMES), one, True, SMALLEST, W_ALIGN,
+        N_ALIGN, UPCAST, BT, BN, R,
     )  # fmt: skip
     exact = acc.to(tl.float64)
     at = partials + (sample * pieces + integer(row, FIRST) + piece) * 2
@@ -105,31 +97,36 @@ def grouped_sums(
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program a piece: every sample's float32 product times its factor, in order, in float64, added to `out`."""
+    """One program a piece: every sample's float32 product times its factor, in order, in float64, added to `out`.
+
+    One loop over all samples' frames: a sample's first loads are on their way while the one before is computed.
+    """
     place = tl.program_id(0)
     row, piece = table + tl.load(work + 2 * place) * FIELDS, tl.load(work + 2 * place + 1)
-    frames, scale = integer(row, FRAMES), tl.load(row + SCALE).to(tl.float64, bitcast=True)
-    total = tl.zeros((BN, R), tl.float64)
-    for i in range(0, batch):
-        factor = tl.load(factors + i).to(tl.float64)
-        acc, _ = product_of(
-            row, i + tl.zeros((), tl.int64), piece, one, False, DTYPE, W_ALIGN, N_ALIGN, 0.0, UPCAST, R, BT, BN,
-            tl.where(factor != 0.0, frames, 0),
-        )  # fmt: skip
-        total += factor * scale * acc.to(tl.float64)
-    rank_tiles = integer(row, RANK_TILES)
+    frames, rank_tiles = integer(row, FRAMES), integer(row, RANK_TILES)
     columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
-    inside = (columns < times(integer(row, WIDTH), W_ALIGN))[:, None] & (
-        ranks < times(integer(row, RANK), N_ALIGN)
-    )[None, :]
-    at = tl.load(row + OUT).to(tl.pointer_type(OUT_DTYPE))
-    at = (
-        at
-        + columns.to(tl.int64)[:, None] * tl.load(row + OUT_COLUMN)
-        + ranks[None, :] * tl.load(row + OUT_RANK)
-    )
-    total += tl.load(at, mask=inside, other=0.0).to(tl.float64)
-    tl.store(at, total.to(OUT_DTYPE), mask=inside)
+    width, rank = times(integer(row, WIDTH), W_ALIGN), times(integer(row, RANK), N_ALIGN)
+    wide, narrow = address(row, WIDE, DTYPE), address(row, NARROW, DTYPE)
+    wide_b, wide_t = tl.load(row + WIDE_B), tl.load(row + WIDE_T)
+    narrow_b, narrow_t = tl.load(row + NARROW_B), tl.load(row + NARROW_T)
+    scale = tl.load(row + SCALE).to(tl.float64, bitcast=True)
+    total, acc = tl.zeros((BN, R), tl.float64), tl.zeros((BN, R), tl.float32)
+    chunks = (frames + BT - 1) // BT
+    for step in range(0, batch * chunks):
+        sample = step // chunks + tl.zeros((), tl.int64)
+        factor = tl.load(factors + sample)
+        n, at = frames_added(factor, None, sample, frames), step % chunks * BT + tl.arange(0, BT)
+        a = load_rows(wide + times(sample * wide_b, W_ALIGN), at, columns, n, width, wide_t, 1, W_ALIGN)
+        b = load_rows(narrow + times(sample * narrow_b, N_ALIGN), at, ranks, n, rank, narrow_t, 1, N_ALIGN)
+        acc = product(tl.trans(a), b, acc, one, UPCAST)
+        if step % chunks == chunks - 1:
+            total += factor.to(tl.float64) * scale * acc.to(tl.float64)
+            acc = tl.zeros((BN, R), tl.float32)
+    inside = (columns < width)[:, None] & (ranks < rank)[None, :]
+    out = tl.load(row + OUT).to(tl.pointer_type(OUT_DTYPE))
+    out += columns.to(tl.int64)[:, None] * tl.load(row + OUT_COLUMN) + ranks[None, :] * tl.load(row + OUT_RANK)
+    total += tl.load(out, mask=inside, other=0.0).to(tl.float64)
+    tl.store(out, total.to(OUT_DTYPE), mask=inside)
 
 
 @kernel

@@ -66,14 +66,15 @@ class _Norms:
             scale [B]: their S; again [B]: 1 for the samples that are left to direct, among them those whose gram
             bound is loose.
         """
-        x, bt = self.x, self._tile(linear_gram, "BT")
-        blocks = tiles(self.most, bt)
+        x, bt, bk = self.x, self._tile(linear_gram, "BT"), self._tile(linear_gram, "BK")
+        bs = self._tile(linear_gram, "BS")
+        strips, blocks = bt // bs, tiles(self.most, bt)
         pairs = blocks * (blocks + 1) // 2
-        products, diagonals = scratch(x, self.batch, pairs), scratch(x, self.batch, blocks, 3)
+        products, diagonals = scratch(x, self.batch, pairs, strips), scratch(x, self.batch, blocks, strips, 3)
         scale, again = scratch(x, self.batch), torch.empty(self.batch, dtype=torch.int32, device=x.device)
         launch(
             linear_gram,
-            self.batch * pairs,
+            self.batch * pairs * strips,
             x,
             *self.views,
             self.lengths,
@@ -86,6 +87,8 @@ class _Norms:
             aligned=self.aligned,
             SMALLEST=self.smallest,
             UPCAST=upcast(x),
+            X_WHOLE=self.d % bk == 0,
+            G_WHOLE=self.p % bk == 0,
             **self.aligns,
             **self.method,
         )
@@ -104,8 +107,9 @@ class _Norms:
             self.d,
             blocks,
             pairs,
+            GRAM_BS=bs,
             GRAM_BT=bt,
-            GRAM_BK=self._tile(linear_gram, "BK"),
+            GRAM_BK=bk,
             **self.rounding,
             **self.method,
         )
