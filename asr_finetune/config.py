@@ -182,9 +182,12 @@ class PrivacyConfig(_Section):
         default=None, metadata=about("truncated Poisson: a batch never exceeds it; null: no limit", least=1)
     )
     accountant: Literal["pld", "rdp"] = field(default="pld", metadata=about("pld (tight) or rdp"))
-    strategy: Literal["bookkeeping", "keep_small"] = field(
+    strategy: Literal["bookkeeping", "keep_small", "two_pass", "per_layer"] = field(
         default="bookkeeping",
-        metadata=about("what is kept until norms are known: inputs, or per-sample gradients where smaller"),
+        metadata=about(
+            "what is kept until norms are known: inputs; per-sample gradients where smaller; nothing (a second "
+            "backward); nothing (each layer clipped on its own: other gradients)"
+        ),
     )
     enabled: bool = field(
         default=True, metadata=about("false: ordinary training, for comparison; nothing is private then")

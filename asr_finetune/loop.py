@@ -21,7 +21,7 @@ from asr_finetune.progress import Reporter
 from asr_finetune.recognizer import Recognizer, to_device
 from asr_finetune.run_folder import RunFolder
 from dpkernels import PrivacyEngine
-from dpkernels.privacy import BudgetExhausted
+from dpkernels.privacy import BudgetExhausted, LogicalBatch, back_propagate
 
 # Composing ε can take a second: it is refreshed at most this share of the time.
 EPSILON_TIME_SHARE = 0.02
@@ -107,16 +107,20 @@ def run_steps(run: Run) -> None:
 
 def _backward(run: Run, logical_batch: Iterable[Any]) -> tuple[float, int]:
     """One backward a micro-batch. Returns the sum of the losses (NOT PRIVATE) and the number of examples."""
-    total = torch.zeros((), dtype=torch.float64, device=run.recognizer.device)
-    examples = 0
-    for batch in logical_batch:
-        losses = run.recognizer.loss_per_example(
-            run.recognizer.model, to_device(batch, run.recognizer.device)
-        )
-        run.optimizer.backward(losses)
-        total += losses.detach().double().sum()
-        examples += len(losses)
-    return float(total), examples
+
+    def losses_of(batch: Any) -> torch.Tensor:
+        return run.recognizer.loss_per_example(run.recognizer.model, to_device(batch, run.recognizer.device))
+
+    losses = []
+    if isinstance(logical_batch, LogicalBatch):
+        losses = back_propagate(run.optimizer, logical_batch, losses_of, say=run.reporter.say)
+    else:
+        for batch in logical_batch:  # without privacy
+            losses.append(losses_of(batch))
+            run.optimizer.backward(losses[-1])
+            losses[-1] = losses[-1].detach()
+    total = sum((part.double().sum() for part in losses), torch.zeros((), dtype=torch.float64))
+    return float(total), sum(map(len, losses))
 
 
 def _history_entry(run: Run, loss: float, examples: int, rate: float, seconds: float) -> dict[str, Any]:

@@ -18,7 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, OPACUS_OURS, OWN_LAYERS, TORCH_FUNC
+from bench.contenders import (
+    NON_PRIVATE,
+    OPACUS_GHOST,
+    OPACUS_HOOKS,
+    OPACUS_OURS,
+    OWN_LAYERS,
+    TIMED_STRATEGIES,
+    TORCH_FUNC,
+    ours,
+)
 from bench.results import Results, Row
 
 _STYLES: dict[str, tuple[str, Any, str]] = {
@@ -180,10 +189,7 @@ def _look(name: str) -> tuple[str, Any, str]:
         return _STYLES[name]
     if name == OWN_LAYERS:
         return "#8FA3B0", "solid", "o"
-    from bench.contenders import ours
-    from dpkernels.privacy.keywords import STRATEGIES
-
-    known = [ours(strategy) for strategy in STRATEGIES]
+    known = [ours(strategy) for strategy in TIMED_STRATEGIES]
     return _OURS[known.index(name) % len(_OURS)] if name in known else _OURS[-1]
 
 

@@ -18,11 +18,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import machine
 from bench.cases import CASES, Case, twin
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, Settings, ours, registry
+from bench.contenders import (
+    NON_PRIVATE,
+    OPACUS_GHOST,
+    OPACUS_HOOKS,
+    TIMED_STRATEGIES,
+    Settings,
+    ours,
+    registry,
+)
 from bench.results import FOLDER
-from dpkernels.privacy.keywords import STRATEGIES
 
-CONTENDERS = (NON_PRIVATE, *(ours(name) for name in STRATEGIES), OPACUS_HOOKS, OPACUS_GHOST)
+CONTENDERS = (NON_PRIVATE, *(ours(name) for name in TIMED_STRATEGIES), OPACUS_HOOKS, OPACUS_GHOST)
 # (what for, parts of the operators' names); the first that fits.
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("per-sample norms", ("_norm_sq", "clip_factors")),

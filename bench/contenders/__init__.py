@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from bench.cases import Batch, Case, trained
 from dpkernels.privacy.keywords import STRATEGIES
 
+TIMED_STRATEGIES = tuple(name for name in STRATEGIES if name != "per_layer")
+"""All that clip as every contender does: by the norm of the whole gradient."""
+
 
 class CannotRun(Exception):
     """This contender cannot train this model; the message is the reason."""
@@ -86,7 +89,7 @@ def registry() -> dict[str, Factory]:
     return {
         NON_PRIVATE: plain.NonPrivate,
         OWN_LAYERS: plain.OwnLayers,
-        **{ours(name): own.with_strategy(name) for name in STRATEGIES},
+        **{ours(name): own.with_strategy(name) for name in TIMED_STRATEGIES},
         OPACUS_HOOKS: opacus.Hooks,
         OPACUS_GHOST: opacus.Ghost,
         OPACUS_OURS: opacus.GhostWithOurNorms,

@@ -27,7 +27,7 @@ class Tape:
     Streaming: with `open(batch_size, sink=f)`, a record whose parameters were used once in the forward is
     handed to `f` the moment its layer's backward makes it, and is not kept (two-pass and per-layer clipping
     need this to hold little memory). Records of tied or reused parameters are kept and merged by `close` as
-    ever.
+    ever. A second backward over the same forward needs `close(again=True)` after the first.
 
     Forming: a record of parameters that were used once in the forward is replaced by the per-sample gradients
     themselves where these are at most half as large (`Record.formed`), which then frees the layer's input and
@@ -125,11 +125,13 @@ class Tape:
                     "consumed: several forwards share this backward. Use strategy='bookkeeping', or one "
                     "forward a backward"
                 )
-        if self._sink is not None and all(self._uses[p] == 1 for p in record.parameters):
-            self._sunk.update(record.parameters)
-            self._sink(record)
+        taken = record.formed() if self._is_smaller_formed(record) else (record,)
+        if self._sink is None or any(self._uses[p] != 1 for p in record.parameters):
+            self._records += taken
             return
-        self._records += record.formed() if self._is_smaller_formed(record) else (record,)
+        self._sunk.update(record.parameters)
+        for part in taken:
+            self._sink(part)
 
     def _is_smaller_formed(self, record: Record) -> bool:
         entries = record.entries()
@@ -139,16 +141,20 @@ class Tape:
             return False  # they are merged: with few uses that is cheaper in the form they have
         return 2 * _FORMED_BYTES * entries * record.batch_size <= record.held_bytes()
 
-    def close(self) -> list[Record]:
+    def close(self, *, again: bool = False) -> list[Record]:
         """End the backward; the records, merged so that each parameter is in exactly one of them.
+
+        again: another backward over the same forward follows, so the forward's uses stay counted.
 
         Raises RuntimeError when not open, TypeError naming both layers where two uses cannot be merged
         exactly.
         """
         if not self.is_open:
             raise RuntimeError("Tape.close: the tape is not open")
-        records = self._records
+        records, uses = self._records, self._uses.copy()
         self.discard()
+        if again:
+            self._uses = uses
         return merge_records(records)
 
     def discard(self) -> None:

@@ -7,6 +7,7 @@ from dpkernels.privacy.ledger import LedgerError, read_ledger
 from dpkernels.privacy.loader import DPDataLoader, LogicalBatch
 from dpkernels.privacy.optimizer import DPOptimizer, StepStats
 from dpkernels.privacy.plan import Sampling, plan_sampling
+from dpkernels.privacy.recovery import back_propagate
 from dpkernels.privacy.self_check import SelfCheckError, SelfCheckReport
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SelfCheckError",
     "SelfCheckReport",
     "StepStats",
+    "back_propagate",
     "epsilon",
     "noise_multiplier",
     "plan_sampling",

@@ -1,10 +1,11 @@
 """PrivacyEngine: makes a model, its optimizer and its data loader private, and says what that cost."""
 
+import logging
 import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -24,14 +25,17 @@ from dpkernels.privacy.checks import (
     check_single_process,
     trained_parameters,
 )
-from dpkernels.privacy.clipping import batch_bound, sensitivity
-from dpkernels.privacy.keywords import check_clipping, check_opacus_keywords, check_strategy
+from dpkernels.privacy.clipping import LayerNorms, batch_bound, layer_norms, sensitivity
+from dpkernels.privacy.keywords import STRATEGIES, check_clipping, check_opacus_keywords, check_strategy
 from dpkernels.privacy.loader import DPDataLoader
 from dpkernels.privacy.noise import SecretStream
 from dpkernels.privacy.optimizer import DPOptimizer
 from dpkernels.privacy.plan import Sampling, plan_sampling, speaker_ids
 from dpkernels.privacy.sampling import ExampleSampler, SpeakerSampler
 from dpkernels.privacy.self_check import SelfCheckReport, self_check
+from dpkernels.privacy.strategies import strategy_of
+
+logger = logging.getLogger("dpkernels")
 
 
 class PrivacyEngine:
@@ -120,7 +124,7 @@ class PrivacyEngine:
         optimizer: torch.optim.Optimizer,
         data_loader: DataLoader,
         noise_multiplier: float,
-        max_grad_norm: float,
+        max_grad_norm: float | Sequence[float] | Mapping[str, float],
         strategy: str = "bookkeeping",
         physical_batch_size: int | None = None,
         poisson_sampling: bool = True,
@@ -156,11 +160,17 @@ class PrivacyEngine:
                 collate_fn, num_workers, pin_memory, prefetch_factor and worker_init_fn are kept.
             noise_multiplier: σ: noise of standard deviation σ × sensitivity on the sum. 0 is not private: ε =
                 ∞, warns.
-            max_grad_norm: C, flat clipping of the gradient over all trained parameters.
+            max_grad_norm: C, flat clipping of the gradient over all trained parameters. With
+                strategy="per_layer" C is the root of the sum of the layers' squared norms, C/√P for each of the P
+                trained parameters; or give those norms, by name or in the order of named_parameters().
             strategy: "bookkeeping": one backward, keeping x and g of trained layers until the norms are
                 known. "keep_small": the same, but where a layer's per-sample gradients take at most half the
                 memory of its x and g (LoRA with r well below T, long inputs to narrow layers) these are formed
                 in the backward and kept instead: less memory, and x and g are read once, not twice.
+                "two_pass": one backward for the norms, a second for the sums; no x and g is kept, which is what
+                goes with activation checkpointing (use_reentrant=False). Refuses a second backward unlike the
+                first. "per_layer": each layer is clipped on its own within one backward, and nothing is kept; its
+                gradients are not those of flat clipping. Both keep x and g of tied and reused parameters.
             physical_batch_size: largest micro-batch; default the DataLoader's batch_size.
             poisson_sampling: must stay True.
             max_batch_size: capacity in examples: truncated Poisson sampling, with its own accounting ("pld"
@@ -173,7 +183,8 @@ class PrivacyEngine:
             lengths: sizes of all examples; micro-batches are then made of examples of like sizes.
             steps: total steps of the run: the loader then ends after them (those in the ledger included).
             target_epsilon, target_delta: step() raises BudgetExhausted rather than pass this ε.
-            clipping: "flat" only. loss_reduction: "mean" only: the sum is divided by the expected batch size.
+            clipping: "flat" only (strategy="per_layer" may say "per_layer"). loss_reduction: "mean" only: the sum is
+                divided by the expected batch size.
             noise_generator, criterion: must stay None. batch_first: must stay True.
             grad_sample_mode: None or "ghost". wrap_model, rand_on_empty: must stay False.
                 (Opacus's keywords: each refusal says why.)
@@ -192,7 +203,7 @@ class PrivacyEngine:
             )
         check_single_process()
         check_strategy(strategy)
-        norm = check_clipping(clipping, max_grad_norm)
+        check_clipping(clipping, max_grad_norm, strategy)
         check_opacus_keywords(
             poisson_sampling=poisson_sampling,
             noise_generator=noise_generator,
@@ -232,6 +243,8 @@ class PrivacyEngine:
             )
 
         check_module(module)
+        layers = layer_norms(max_grad_norm, trained_parameters(module)) if strategy == "per_layer" else None
+        norm = float(max_grad_norm) if layers is None else layers.total  # type: ignore[arg-type]
         swap(module)
         check_coverage(module)
         check_optimizer(optimizer, module)
@@ -255,7 +268,7 @@ class PrivacyEngine:
                 settings={
                     "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "max_grad_norm": norm,
-                    "clipping": "flat",
+                    **_clipping_settings(layers),
                     "sensitivity": reach,
                     "max_examples_per_unit": sampling.per_unit,
                     "expected_batch_size": sampling.expected_batch_size,
@@ -271,7 +284,7 @@ class PrivacyEngine:
         self._optimizer = DPOptimizer(
             optimizer,
             model=module,
-            tape=tape,
+            strategy=strategy_of(strategy, tape, norm, layers),
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=norm,
             sensitivity=reach,
@@ -280,6 +293,7 @@ class PrivacyEngine:
             stream=self._noise_stream,
             spend=self._spend,
         )
+        logger.info("strategy %s: %s", strategy, STRATEGIES[strategy])
         sampler: ExampleSampler | SpeakerSampler
         if sampling.unit == "speaker":
             assert speakers is not None  # plan_sampling saw to it
@@ -310,7 +324,7 @@ class PrivacyEngine:
         data_loader: DataLoader,
         target_epsilon: float,
         target_delta: float,
-        max_grad_norm: float,
+        max_grad_norm: float | Sequence[float] | Mapping[str, float],
         epochs: int | None = None,
         steps: int | None = None,
         **arguments: Any,
@@ -462,6 +476,12 @@ def _check_target(target_epsilon: float | None, target_delta: float | None, unit
         raise ValueError(f"target_epsilon must be > 0, got {target_epsilon}")
     if target_delta is not None:
         check_delta(target_delta, units)
+
+
+def _clipping_settings(layers: LayerNorms | None) -> dict[str, Any]:
+    if layers is None:
+        return {"clipping": "flat"}
+    return {"clipping": "per_layer", "layer_norms": "uniform" if layers.given is None else dict(layers.given)}
 
 
 def _versions() -> dict[str, str]:

@@ -1,13 +1,16 @@
 """Keywords of Opacus's `make_private`: accepted where the meaning is the same here, refused with the reason
 elsewhere."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from dpkernels.privacy.clipping import check_norm, several
 
 STRATEGIES = {
     "bookkeeping": "keeps x and g of every trained layer until the norms are known",
     "keep_small": "keeps per-sample gradients instead, formed in the backward, where they are at most half as large",
+    "two_pass": "keeps no trained layer's x and g: one backward for the norms, a second for the sums",
+    "per_layer": "clips each layer on its own within one backward and keeps nothing; not flat clipping",
 }
 """Ways to hold what the weighted sums need, and what each does."""
 
@@ -22,24 +25,26 @@ def check_strategy(strategy: str) -> None:
         )
 
 
-def check_clipping(clipping: str, max_grad_norm: float | Sequence[float]) -> float:
-    """The clipping norm C as a float; ValueError or TypeError for anything but flat clipping with a finite C
-    > 0."""
-    if clipping != "flat":
+def check_clipping(
+    clipping: str, max_grad_norm: float | Sequence[float] | Mapping[str, float], strategy: str
+) -> None:
+    """Raise ValueError or TypeError for anything but flat clipping with one finite C > 0, and, under
+    strategy="per_layer", per-layer clipping (whose norms `clipping.layer_norms` checks)."""
+    if clipping != "flat" and (clipping, strategy) != ("per_layer", "per_layer"):
         raise ValueError(
-            f"clipping={clipping!r} is refused: per-layer clipping has sensitivity √ΣC_l², automatic and "
-            "adaptive clipping spend budget of their own, and none of that is accounted here yet. Use "
-            "clipping='flat'."
+            f"clipping={clipping!r} is refused: per-layer clipping has sensitivity √ΣC_l² and is asked for by "
+            "strategy='per_layer'; automatic and adaptive clipping spend budget of their own, which is not "
+            "accounted here. Use clipping='flat'."
         )
-    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, int | float):
+    if strategy == "per_layer":
+        return
+    if several(max_grad_norm):
         raise TypeError(
-            f"max_grad_norm={max_grad_norm!r}: one number is expected. A list would mean per-layer "
-            "clipping, whose sensitivity √ΣC_l² is not accounted here yet; give the norm of the whole "
-            "gradient."
+            f"max_grad_norm={max_grad_norm!r}: one number is expected with strategy={strategy!r}. Several mean "
+            "per-layer clipping, whose sensitivity is √ΣC_l²: use strategy='per_layer' for that, or give the norm "
+            "of the whole gradient."
         )
-    if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
-        raise ValueError(f"max_grad_norm must be finite and > 0, got {max_grad_norm}")
-    return float(max_grad_norm)
+    check_norm(max_grad_norm)
 
 
 def check_opacus_keywords(

@@ -107,16 +107,39 @@ class LogicalBatch:
     """One Poisson-sampled batch: `len()` micro-batches, possibly 0, read once by iterating.
 
     How many examples it holds is not private: see `PrivacyEngine`.
+
+    Attributes:
+        parts: the examples of each micro-batch by their index in the data set, in order. NOT PRIVATE.
     """
 
-    def __init__(self, length: int, fetch: Callable[[], Any]) -> None:
-        self._length = length
-        self._left = length
+    def __init__(
+        self, parts: list[list[int]], fetch: Callable[[], Any], collate: Callable[[list[int]], Any]
+    ) -> None:
+        self.parts = parts
+        self._left = len(parts)
         self._fetch = fetch
+        self._collate = collate
         self._started = False
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.parts)
+
+    def collate(self, part: list[int]) -> Any:
+        """These examples of the batch as a micro-batch of their own, read anew in this process.
+
+        For parts whose backward failed (see `dpkernels.privacy.back_propagate`): back-propagated beside the one that
+        iterating gave, an example would count twice.
+
+        Raises:
+            ValueError: indices that this logical batch does not hold.
+        """
+        strange = set(part).difference(*self.parts)
+        if strange:
+            raise ValueError(
+                f"LogicalBatch.collate: {sorted(strange)[:5]} are not among this logical batch's examples; only "
+                "what was sampled can be processed"
+            )
+        return self._collate(part)
 
     def __iter__(self) -> Iterator[Any]:
         if self._started:
@@ -145,7 +168,7 @@ class _Plan:
         self._sampler = sampler
         self._split = split
         self._to_draw = steps
-        self._unread: deque[tuple[int, int]] = deque()
+        self._unread: deque[list[list[int]]] = deque()
 
     def feed(self) -> Iterator[list[int]]:
         """All micro-batches of the pass in order: what torch's DataLoader pulls, ahead of the training
@@ -155,13 +178,12 @@ class _Plan:
 
     def _draw(self) -> list[list[int]]:
         self._to_draw -= 1
-        drawn = self._sampler.draw()
-        parts = self._split(drawn)
-        self._unread.append((len(parts), len(drawn)))
+        parts = self._split(self._sampler.draw())
+        self._unread.append(parts)
         return parts
 
-    def next_counts(self, read_ahead: Callable[[], None]) -> tuple[int, int]:
-        """(micro-batches, examples) of the next logical batch."""
+    def next_parts(self, read_ahead: Callable[[], None]) -> list[list[int]]:
+        """The micro-batches of the next logical batch, as indices."""
         while not self._unread:
             read_ahead()
         return self._unread.popleft()
@@ -249,12 +271,17 @@ class DPDataLoader:
 
         first = True
         for _ in range(steps):
-            length, examples = plan.next_counts(read_ahead)
-            batch = LogicalBatch(length, fetch)
-            self._on_batch(examples, first)
+            parts = plan.next_parts(read_ahead)
+            batch = LogicalBatch(parts, fetch, self._read)
+            self._on_batch(sum(map(len, parts)), first)
             first = False
             yield batch
             batch.skip_rest()
+
+    def _read(self, part: list[int]) -> Any:
+        """A micro-batch as the workers make it, in this process."""
+        together = getattr(self.dataset, "__getitems__", None)  # as torch's own fetcher does
+        return self.collate_fn(together(part) if together else [self.dataset[index] for index in part])
 
     def _split(self, indices: np.ndarray) -> list[list[int]]:
         return micro_batches(indices, self.physical_batch_size, self._lengths)

@@ -1,14 +1,13 @@
 """The private optimizer: per-sample losses in, one noised gradient a logical batch out."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from dpkernels import ops
 from dpkernels.nn import Record, Tape, add_weighted_sums, batch_norms_in_training
 from dpkernels.privacy.checks import (
     batch_norm_message,
@@ -19,8 +18,8 @@ from dpkernels.privacy.checks import (
     released_buffers,
     trained_parameters,
 )
-from dpkernels.privacy.clipping import total_norm_sq
 from dpkernels.privacy.noise import SecretStream, grid_of
+from dpkernels.privacy.strategies import Strategy
 from dpkernels.privacy.sweep import Release, narrow_states, restore_wide_states, take_step, uncovered
 
 logger = logging.getLogger("dpkernels")
@@ -33,9 +32,10 @@ class StepStats:
 
     Attributes:
         examples: examples in the logical batch.
-        clip_rate: share of them that were clipped (0 for an empty batch).
-        mean_norm: mean norm of their gradients before clipping, over those with a finite norm.
-        non_finite: how many had a non-finite norm; they contributed exactly 0.
+        clip_rate: share of them that were clipped (0 for an empty batch); clipped by layers: in any layer.
+        mean_norm: mean norm of their whole gradients before clipping, over those with a finite norm.
+        non_finite: how many had a non-finite norm; they contributed exactly 0 (clipped by layers: in the layers
+            where it was).
     """
 
     examples: int
@@ -58,9 +58,9 @@ class DPOptimizer(torch.optim.Optimizer):
     """A torch optimizer that steps on clipped, summed and noised gradients.
 
     The step it takes is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
-    of the sum: float64, the noised sum rounded to a public grid, then to float32; everything after it is
-    post-processing. `param_groups`, `state` and `defaults` are the wrapped optimizer's, so that learning-rate
-    schedulers and `state_dict` work.
+    of the sum (clipped by layers: C_l and ‖g_il‖ in each layer l): float64, the noised sum rounded to a public
+    grid, then to float32; everything after it is post-processing. `param_groups`, `state` and `defaults` are the
+    wrapped optimizer's, so that learning-rate schedulers and `state_dict` work.
 
     torch's AdamW, Adam and SGD are not called: noise, division and their update are one sweep over memory
     (`dpkernels.ops.noise_adamw`, `noise_sgd`), with float32 state also for bfloat16 parameters. Any other optimizer,
@@ -79,9 +79,9 @@ class DPOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: the wrapped optimizer.
         model: the private model.
-        tape: its tape.
+        strategy: how a micro-batch is clipped and summed, over the model's tape.
         noise_multiplier: σ.
-        max_grad_norm: C.
+        max_grad_norm: C, or √ΣC_l² where layers are clipped each on its own.
         sensitivity: S, a little more than C (or k·C): see `dpkernels.privacy.clipping`.
         expected_batch_size: the public constant the noised sum is divided by.
         batch_bound: largest logical batch that the sensitivity is stated for.
@@ -94,7 +94,7 @@ class DPOptimizer(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         *,
         model: nn.Module,
-        tape: Tape,
+        strategy: Strategy,
         noise_multiplier: float,
         max_grad_norm: float,
         sensitivity: float,
@@ -110,7 +110,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self.sensitivity = sensitivity
         self.expected_batch_size = expected_batch_size
         self._model = model
-        self.tape = tape
+        self._strategy = strategy
         self._batch_bound = batch_bound
         self._stream = stream
         self._spend = spend
@@ -130,6 +130,11 @@ class DPOptimizer(torch.optim.Optimizer):
         self._spoiled = False
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._last_seen: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def tape(self) -> Tape:
+        """The model's tape."""
+        return self._strategy.tape
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -226,7 +231,11 @@ class DPOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: losses of another shape or kind.
             RuntimeError: more examples than the logical batch holds; a trained parameter used past its
-                layer's rule. What a failed backward leaves: the sums as they were before it.
+                layer's rule; a second backward unlike the first (strategy="two_pass").
+
+        A backward that fails (torch.OutOfMemoryError, say) leaves the sums as they were before it, or, where it had
+        begun to add to them, spoils the logical batch, of which nothing is then released. `recover` says which.
+        "per_layer" adds from the beginning, "two_pass" in its second backward, the others once it is over.
         """
         check_losses(losses)
         batch_size = losses.shape[0]
@@ -236,23 +245,32 @@ class DPOptimizer(torch.optim.Optimizer):
             self.tape.discard()
             return
         try:
-            self.tape.open(batch_size)
-            losses.sum().backward()
-            records = self.tape.close()
-            self._check_bypassed()
-            with torch.no_grad():
-                norm_sq = total_norm_sq(records, batch_size, losses.device)
-                factors = ops.clip_factors(norm_sq, self.max_grad_norm)
+            clipped = self._strategy.backward(losses, self._add, self._check_bypassed)
         except BaseException:
             self.tape.discard()
             for parameter in self._trained.values():
                 parameter.grad = None
             raise
-        self._spoiled = True  # an interrupt from here to the count would leave examples in the sums uncounted
-        self._add(records, factors)
         self._examples += batch_size
-        self._seen.append((norm_sq, factors))
+        self._seen.append((clipped.norm_sq, clipped.factors))
         self._spoiled = False
+
+    def recover(self) -> bool:
+        """Make ready to try again after the forward or backward of a micro-batch raised.
+
+        Forgets that forward. Nothing is released or counted, and the sampling is not drawn again: the examples of
+        the logical batch stay those that were drawn, and step() refuses unless each was back-propagated.
+
+        Returns:
+            True: the sums were spoiled and have been dropped; back-propagate *all* micro-batches of the logical
+            batch again, in parts of any size. False: they are as they were before the failure; only the
+            micro-batch that failed is to be done again.
+        """
+        self.tape.discard()
+        spoiled = self._spoiled
+        if spoiled:
+            self._forget_batch()
+        return spoiled
 
     @torch.no_grad()
     def step(self, closure: None = None) -> Any:  # type: ignore[override]
@@ -276,7 +294,8 @@ class DPOptimizer(torch.optim.Optimizer):
             )
         if self._spoiled:
             raise RuntimeError(
-                "a backward failed half-way through its sums; call zero_grad() to drop this logical batch"
+                "a backward failed half-way through its sums; call zero_grad() to drop this logical batch, or "
+                "recover() to do all of its micro-batches again"
             )
         self._check_parameters()
         self._check_buffers()
@@ -368,11 +387,12 @@ class DPOptimizer(torch.optim.Optimizer):
         return self._sums[parameter]
 
     @torch.no_grad()
-    def _add(self, records: list[Record], factors: Tensor) -> None:
-        self._summed = True
+    def _add(self, records: Sequence[Record], factors: Tensor) -> None:
         for record in records:
             for parameter in record.parameters:
                 self._sum_of(parameter)
+        # A failure from here to the count in `backward` would leave examples in the sums, in part or uncounted.
+        self._spoiled = self._summed = True
         add_weighted_sums(records, factors, self._sums)
 
     def _forget_batch(self) -> None:
@@ -389,7 +409,8 @@ class DPOptimizer(torch.optim.Optimizer):
     def _check_batch(self, batch_size: int) -> None:
         if self._spoiled:
             raise RuntimeError(
-                "a backward failed half-way through its sums; call zero_grad() to drop this logical batch"
+                "a backward failed half-way through its sums; call zero_grad() to drop this logical batch, or "
+                "recover() to do all of its micro-batches again"
             )
         if self.noise_multiplier == 0:
             return  # nothing is claimed

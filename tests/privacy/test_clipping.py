@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.nn import LinearRecord
-from dpkernels.privacy import optimizer as optimizer_module
+from dpkernels.privacy import strategies as strategies_module
 from dpkernels.privacy.clipping import (
     LEAST_SLACK,
     add_up,
@@ -60,7 +60,7 @@ def test_planted_stale_norms_are_caught(monkeypatch: pytest.MonkeyPatch) -> None
         first.append(fresh)
         return next(old for old in first if old.shape == fresh.shape)
 
-    monkeypatch.setattr(optimizer_module, "total_norm_sq", stale)
+    monkeypatch.setattr(strategies_module, "total_norm_sq", stale)
     run.release(INDICES[:3], INDICES[3:])
     with pytest.raises(AssertionError):
         check_clipped_sum(run)
@@ -70,7 +70,7 @@ def test_planted_per_layer_norms_are_caught(monkeypatch: pytest.MonkeyPatch) -> 
     def first_only(records: list, batch_size: int, device: torch.device) -> Tensor:
         return total_norm_sq(records[:1], batch_size, device)
 
-    monkeypatch.setattr(optimizer_module, "total_norm_sq", first_only)
+    monkeypatch.setattr(strategies_module, "total_norm_sq", first_only)
     with pytest.raises(AssertionError):
         check_clipped_sum(private_run(sigma=0, clip=0.5))
 
@@ -166,7 +166,7 @@ def test_planted_rounding_of_the_norm_to_bf16_is_caught(monkeypatch: pytest.Monk
     def rounded(records: list, batch_size: int, device: torch.device) -> Tensor:
         return total_norm_sq(records, batch_size, device).bfloat16().double()
 
-    monkeypatch.setattr(optimizer_module, "total_norm_sq", rounded)
+    monkeypatch.setattr(strategies_module, "total_norm_sq", rounded)
     assert contribution_excess(private_run(sigma=0, clip=0.3)) > 1.0
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkernels
 from dpkernels.nn import LinearRecord
 from dpkernels.privacy import PrivacyEngine
-from dpkernels.privacy import optimizer as optimizer_module
+from dpkernels.privacy import strategies as strategies_module
 from dpkernels.privacy.optimizer import DPOptimizer
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
@@ -86,8 +86,8 @@ def test_foreign_parameters_in_the_optimizer_are_refused() -> None:
 @pytest.mark.parametrize(
     ("keyword", "value", "reason"),
     [
-        ("strategy", "two_pass", "bookkeeping"),
-        ("strategy", "per_layer", "bookkeeping"),
+        ("strategy", "two-pass", "'two_pass'"),
+        ("strategy", "ghost", "'bookkeeping'"),
         ("noise_generator", torch.Generator(), "cryptographic"),
         ("poisson_sampling", False, "max_batch_size"),
         ("loss_reduction", "sum", "learning rate"),
@@ -289,7 +289,7 @@ def fail_in_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(optimizer_module, "total_norm_sq", broken)
+    monkeypatch.setattr(strategies_module, "total_norm_sq", broken)
 
 
 def fail_in_sum(monkeypatch: pytest.MonkeyPatch) -> None:
