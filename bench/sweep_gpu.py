@@ -116,7 +116,7 @@ class Buffers:
 
 
 def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
-    """Odd lengths, odd addresses, and second moments for which a short root or quotient would be wrong."""
+    """Odd lengths, odd addresses, little noise, and moments for which a short root or quotient would be wrong."""
     made = Buffers(8, 1, "cpu", dtype)
     for name in ("params", "sums", "firsts", "seconds"):
         generator = torch.Generator().manual_seed(len(name))
@@ -125,15 +125,16 @@ def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
         for count in (*counts, 4099):
             one = torch.randn(count + 3, generator=generator, dtype=torch.float64)
             if name == "seconds":
-                one = one.square() * 10.0 ** torch.randint(-44, 20, one.shape, generator=generator)
+                one = one.square() * 10.0 ** torch.randint(-44, 36, one.shape, generator=generator)
             elif name != "params":
-                powers = (-44, 20) if name == "firsts" else (-3, 16)
+                powers = (-44, 20) if name == "firsts" else (-40, 16)
                 one = one * 10.0 ** torch.randint(*powers, one.shape, generator=generator)
             kept = {"params": dtype, "sums": torch.float64}.get(name, torch.float32)
             whole = one.to(kept).to(device)
             tensors.append(whole[3:] if count == 4099 else whole[:count].clone())
         setattr(made, name, tensors)
     made.retable()
+    made.noise.noise_scale, made.noise.grid, made.options.eps = 1e-24, 2.0**-92, 1e-30
     return made
 
 
