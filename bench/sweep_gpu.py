@@ -150,6 +150,20 @@ def extreme_words() -> Tensor:
     return torch.cat([pairs, drawn])
 
 
+def all_mantissas() -> tuple[Tensor, Tensor]:
+    """(a, b), float32: every b of [1, 4), each beside an a drawn from [1, 2) or near a tie of a/b."""
+    b = torch.arange(0x3F800000, 0x40800000, dtype=torch.int32).view(torch.float32)
+    drawn = torch.rand(b.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tie = 1 + (drawn * 2**23).floor() * 2.0**-23 + 2.0**-24
+    odd = torch.arange(len(b)) % 2 == 1
+    return torch.where(odd, tie * b.double(), 1 + drawn).float(), b
+
+
+def rounded(a: Tensor, b: Tensor) -> list[Tensor]:
+    """√b and a/b, correctly rounded: float64 has more than twice the bits, and torch's own √ may be a unit off."""
+    return [b.double().sqrt().float(), (a.double() / b.double()).float()]
+
+
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     """The same bits, the signs of zeros included."""
     kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -181,7 +195,9 @@ def checks(builds: dict[str, native_bench.Bench]) -> dict[str, bool]:
     ]
     found["3,000,001 normals"] = same(drawn[:1], drawn[1:])
     first = next(iter(builds.values()))
-    # Random123's known answers: of zeros, and of digits of pi.
+    a, b = all_mantissas()
+    found["float32 roots and quotients, every mantissa"] = same(first.short(a, b), rounded(a, b))
+    # Random123's known answer.
     zeros = first.philox([0, 0, 0, 0], [0, 0])[:4]
     found["Philox's known answer"] = zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     return found

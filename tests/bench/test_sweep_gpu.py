@@ -53,6 +53,22 @@ def test_extreme_words_get_the_cpus_bits() -> None:
     assert sweep_gpu.same([found], [native_chacha20.box_muller(words)])
 
 
+def test_short_roots_and_quotients_are_correctly_rounded() -> None:
+    a, b = (t[::400].contiguous() for t in sweep_gpu.all_mantissas())
+    assert 1 <= float(b.min()) < float(b.max()) < 4
+    roots, quotients = torch.zeros_like(a), torch.zeros_like(a)
+    call(
+        "bench_short",
+        pointer(a),
+        pointer(b),
+        ctypes.c_int64(len(a)),
+        pointer(roots),
+        pointer(quotients),
+        None,
+    )
+    assert sweep_gpu.same([roots, quotients], sweep_gpu.rounded(a, b))
+
+
 # Random123's known answers for philox4x32-10.
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
