@@ -93,6 +93,15 @@ class Bench:
         self.call("bench_box_muller", *pointers, stream)
         return out.cpu()
 
+    def short(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """√b and a/b of float32 tensors by the update's short sequences on the GPU; on the CPU."""
+        given = [t.contiguous().cuda() for t in (a, b)]
+        made = [torch.full_like(given[0], float("nan")) for _ in range(2)]
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*given, *made)]
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self.call("bench_short", *pointers[:2], ctypes.c_int64(a.numel()), *pointers[2:], stream)
+        return made[0].cpu(), made[1].cpu()
+
     def philox(self, counter: list[int], key: list[int]) -> list[int]:
         """16 words of Philox4x32-10 from (4·counter[0], counter[1..3]) on."""
         out = torch.zeros(16, dtype=torch.int32, device="cuda")

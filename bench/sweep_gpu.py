@@ -116,7 +116,7 @@ class Buffers:
 
 
 def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
-    """Odd lengths, odd addresses, and second moments for which a short root or quotient would be wrong."""
+    """Odd lengths, odd addresses, little noise, and moments for which a short root or quotient would be wrong."""
     made = Buffers(8, 1, "cpu", dtype)
     for name in ("params", "sums", "firsts", "seconds"):
         generator = torch.Generator().manual_seed(len(name))
@@ -125,15 +125,16 @@ def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
         for count in (*counts, 4099):
             one = torch.randn(count + 3, generator=generator, dtype=torch.float64)
             if name == "seconds":
-                one = one.square() * 10.0 ** torch.randint(-44, 20, one.shape, generator=generator)
+                one = one.square() * 10.0 ** torch.randint(-44, 36, one.shape, generator=generator)
             elif name != "params":
-                powers = (-44, 20) if name == "firsts" else (-3, 16)
+                powers = (-44, 20) if name == "firsts" else (-40, 16)
                 one = one * 10.0 ** torch.randint(*powers, one.shape, generator=generator)
             kept = {"params": dtype, "sums": torch.float64}.get(name, torch.float32)
             whole = one.to(kept).to(device)
             tensors.append(whole[3:] if count == 4099 else whole[:count].clone())
         setattr(made, name, tensors)
     made.retable()
+    made.noise.noise_scale, made.noise.grid, made.options.eps = 1e-24, 2.0**-92, 1e-30
     return made
 
 
@@ -147,6 +148,20 @@ def extreme_words() -> Tensor:
     pairs = torch.cartesian_prod(signed, signed)
     drawn = ops.chacha20_keystream(bytes(32), 0, bytes(12), 2**20).view(torch.int64).view(-1, 2)
     return torch.cat([pairs, drawn])
+
+
+def all_mantissas() -> tuple[Tensor, Tensor]:
+    """(a, b), float32: every b of [1, 4), each beside an a drawn from [1, 2) or near a tie of a/b."""
+    b = torch.arange(0x3F800000, 0x40800000, dtype=torch.int32).view(torch.float32)
+    drawn = torch.rand(b.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tie = 1 + (drawn * 2**23).floor() * 2.0**-23 + 2.0**-24
+    odd = torch.arange(len(b)) % 2 == 1
+    return torch.where(odd, tie * b.double(), 1 + drawn).float(), b
+
+
+def rounded(a: Tensor, b: Tensor) -> list[Tensor]:
+    """√b and a/b, correctly rounded: float64 has more than twice the bits, and torch's own √ may be a unit off."""
+    return [b.double().sqrt().float(), (a.double() / b.double()).float()]
 
 
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
@@ -180,7 +195,9 @@ def checks(builds: dict[str, native_bench.Bench]) -> dict[str, bool]:
     ]
     found["3,000,001 normals"] = same(drawn[:1], drawn[1:])
     first = next(iter(builds.values()))
-    # Random123's known answers: of zeros, and of digits of pi.
+    a, b = all_mantissas()
+    found["float32 roots and quotients, every mantissa"] = same(first.short(a, b), rounded(a, b))
+    # Random123's known answer.
     zeros = first.philox([0, 0, 0, 0], [0, 0])[:4]
     found["Philox's known answer"] = zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     return found

@@ -12,6 +12,11 @@ __global__ void box_muller_kernel(const uint64_t* words, int64_t pairs, double* 
   if (i < pairs) box_muller(words[2 * i], words[2 * i + 1], normals + 2 * i, normals + 2 * i + 1);
 }
 
+__global__ void short_kernel(const float* a, const float* b, int64_t count, float* roots, float* quotients) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) roots[i] = short_root(b[i]), quotients[i] = short_quotient(a[i], b[i]);
+}
+
 __global__ void philox_kernel(uint4 counter, uint2 key, uint32_t* words) {
   ChaChaState state = {};
   state.key[0] = key.x, state.key[1] = key.y;
@@ -39,6 +44,15 @@ BENCH_API dpk_status bench_box_muller(const uint64_t* words, int64_t pairs, doub
   return dpk::guard([&] {
     dpk::launch(dpk::box_muller_kernel, (pairs + 127) / 128, 128, stream, words, pairs, normals);
     dpk::check_launch("box_muller", pairs, "pairs");
+  });
+}
+
+// roots[i] = sqrt(b[i]), quotients[i] = a[i] / b[i], by the update's short sequences, on device memory.
+BENCH_API dpk_status bench_short(const float* a, const float* b, int64_t count, float* roots,
+                                 float* quotients, void* stream) {
+  return dpk::guard([&] {
+    dpk::launch(dpk::short_kernel, (count + 127) / 128, 128, stream, a, b, count, roots, quotients);
+    dpk::check_launch("short", count, "numbers");
   });
 }
 

@@ -167,26 +167,33 @@ __device__ __forceinline__ void store(void* to, int i, float2 value) {
     write(static_cast<float2*>(to) + i * kLanes, value);
 }
 
-// adam_step where neither root nor quotient needs more than the short sequence that nvcc makes of them, and
-// leaves by a branch each time for what is out of its range; `fine` becomes false there. Without the branches
-// the entries of a lane are computed side by side.
+// What nvcc makes of sqrtf(v) and a / b, without the branches for what is out of its range: `within` the
+// limits of short_adam_step the results are correctly rounded.
+__device__ __forceinline__ float short_root(float v) {
+  const float y = root_seed(v), g = v * y;
+  return __fmaf_rn(__fmaf_rn(-g, g, v), 0.5f * y, g);
+}
+
+__device__ __forceinline__ float short_quotient(float a, float b) {
+  float y = reciprocal_seed(b);
+  y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+  const float q = a * y;
+  return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+}
+
+__device__ __forceinline__ bool within(float value, float least, float most) {
+  const uint32_t low = __float_as_uint(least), high = __float_as_uint(most);
+  return __float_as_uint(value) - low <= high - low;
+}
+
+// adam_step by these; `fine` becomes false where they do not hold. Without branches the entries of a lane are
+// computed side by side.
 __device__ __forceinline__ float short_adam_step(float parameter, float first, float second,
                                                  const AdamPlan& plan, bool* fine) {
-  const auto within = [](float value, float least, float most) {
-    const uint32_t low = __float_as_uint(least), high = __float_as_uint(most);
-    return __float_as_uint(value) - low <= high - low;
-  };
-  float y = root_seed(second);
-  const float g = second * y;
-  const float root = __fmaf_rn(__fmaf_rn(-g, g, second), 0.5f * y, g);
-  const float denominator = root * plan.root + plan.eps;
-  y = reciprocal_seed(denominator);
-  y = __fmaf_rn(y, __fmaf_rn(-denominator, y, 1.0f), y);
-  const float q = first * y;
-  const float quotient = __fmaf_rn(y, __fmaf_rn(-denominator, q, first), q);
+  const float denominator = short_root(second) * plan.root + plan.eps;
   *fine &= within(second, 0x1p-100f, 0x1p100f) & within(denominator, 0x1p-40f, 0x1p40f) &
            within(fabsf(first), 0x1p-80f, 0x1p80f);
-  return parameter - plan.size * quotient;
+  return parameter - plan.size * short_quotient(first, denominator);
 }
 
 // The update of kCount pairs; their first and second become the new ones, the parameters are returned.

@@ -54,11 +54,11 @@ def test_same_sweep(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 def test_more_tensors_than_one_launch_holds() -> None:
     found = []
     for device in ("cpu", "cuda"):
-        count = 61
+        count = 300
         params = [torch.zeros(37 + i, device=device) for i in range(count)]
         sums = [torch.zeros(37 + i, dtype=torch.float64, device=device) for i in range(count)]
         streams = [i.to_bytes(12, "little") for i in range(count)]
         ops.noise_sgd(params, sums, [], [1.0] * count, key=KEY, nonces=streams, lr=1.0, **NOISE)
         found.append([p.cpu() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert len(SHAPES) < 24
+    assert len(SHAPES) < 128
