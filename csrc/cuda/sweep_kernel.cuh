@@ -22,10 +22,10 @@ constexpr int kTile = kLanes * kNormalsPerBlock;  // entries of a warp
 constexpr int kEntries = kThreads * kNormalsPerBlock;
 constexpr int kTilePairs = kTile / 2;
 #ifndef DPK_GROUP
-#define DPK_GROUP 2
+#define DPK_GROUP 4
 #endif
 #ifndef DPK_PREFETCH
-#define DPK_PREFETCH 1
+#define DPK_PREFETCH 0
 #endif
 constexpr int kGroup = DPK_GROUP;  // pairs of a lane that are loaded, and computed side by side
 constexpr bool kPrefetches = DPK_PREFETCH != 0;
