@@ -5,8 +5,9 @@
     python -m bench.peaks --predict-only --output predicted.json       on any machine; then, with a GPU,
     python -m bench.peaks --device cuda --predicted predicted.json --output peaks.json
 
-Predicted: `asr_finetune.memory_plan.rehearse`. Measured on a GPU: `torch.cuda.max_memory_allocated` over the second
-step (the first makes sums and optimizer state); on a CPU: the live bytes of the same step with real tensors.
+Predicted: `asr_finetune.memory_plan.Rehearsal`. Measured on a GPU: `torch.cuda.max_memory_allocated` over the second
+step (the first makes sums and optimizer state); on a CPU: the live bytes of the same step with real tensors, and with
+--rss the peak resident memory of a fresh process (bench.memory), which knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from torch.utils.data import DataLoader
 
 import dpkernels
 from asr_finetune.live_memory import LiveMemory, cuda_size
-from asr_finetune.memory_plan import held_bytes, rehearse
+from asr_finetune.memory_plan import Rehearsal, held_bytes
 from bench.cases import CASES, Batch, Case, forward, trained, twin
+from bench.contenders import ours
 from bench.contenders.rows import Rows
 from bench.machine import about
+from bench.memory import Job, Server
 from dpkernels.privacy.keywords import STRATEGIES
 
 Entry = dict[str, Any]
@@ -52,7 +55,8 @@ def predict(
         batch = {name: torch.empty((size, *t.shape[1:]), dtype=t.dtype) for name, t in like.items()}
         return case.losses(forward(copy, batch), batch["labels"])
 
-    target = "cuda" if device.startswith("cuda") else "cpu"
+    with Rehearsal(model, strategy=strategy, target="cuda" if device.startswith("cuda") else "cpu") as stage:
+        found = [stage.peak(losses, size) for size in sizes]
     return [
         {
             "case": case.name,
@@ -62,7 +66,7 @@ def predict(
             "predicted": peak.total,
             "parts": {name: value for name, value in asdict(peak).items() if name != "size"},
         }
-        for peak in rehearse(model, losses, sizes, strategy=strategy, target=target)
+        for peak in found
     ]
 
 
@@ -138,6 +142,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(row)
             if not options.predict_only:
                 row |= _measured(case, model, row, dtype, options.device)
+            if options.rss:
+                row |= _resident(row)
             print(_line(row), flush=True)
     return {
         "group": "peaks",
@@ -155,10 +161,23 @@ def _measured(case: Case, model: nn.Module, row: Entry, dtype: torch.dtype, devi
     return found | {"error": round(row["predicted"] / found["measured"] - 1, 4)}
 
 
+def _resident(row: Entry) -> Entry:
+    """Peak RSS beyond what was there before the step; the prediction without weights is what compares to it."""
+    with Server() as server:
+        shape = row["shape"]
+        found = server.peak(Job(row["case"], ours(row["strategy"]), shape["B"], shape["T"]))
+    if found is None:
+        return {}
+    beyond = row["predicted"] - row["parts"]["weights"]
+    return {"rss": round(found * 2**20), "rss_error": round(beyond / (found * 2**20) - 1, 4)}
+
+
 def _line(row: Entry) -> str:
     text = f"{row['case']} {row['strategy']:12} {row['shape']} predicted {row['predicted'] / 2**20:,.1f} MiB"
     if "measured" in row:
         text += f", measured {row['measured'] / 2**20:,.1f} MiB ({row['error']:+.2%})"
+    if "rss" in row:
+        text += f", resident {row['rss'] / 2**20:,.1f} MiB beyond the weights ({row['rss_error']:+.2%})"
     return text + (f", {row['reason']}" if "reason" in row else "")
 
 
@@ -178,6 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--predicted", help="predictions of an earlier --predict-only")
     parser.add_argument("--predict-only", action="store_true", help="for CUDA, with no device")
+    parser.add_argument(
+        "--rss", action="store_true", help="also a fresh process's memory; float32, on the CPU"
+    )
     parser.add_argument("--output", help="JSON file")
     options = parser.parse_args(arguments)
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 
 from asr_finetune.config import Config, ConfigError
 from asr_finetune.data import load_corpus
+from asr_finetune.plain import micro_batch_limits
 from asr_finetune.plan import per_step, plan, probe, subject
 from asr_finetune.plan_tables import describe_probe, plan_table, size
 from asr_finetune.prepare import units
+from asr_finetune.train import train
 from tests.asr import small_models, tones
 
 
@@ -128,3 +131,23 @@ def test_a_probe_stays_within_the_models_window(folders: dict[str, Path], tmp_pa
     measured = probe(config, recognizer)
     assert measured.seconds_of_audio == 1.0
     assert any("self-check" in value for _, value in describe_probe(measured))
+
+
+def test_micro_batches_are_filled_up_to_so_many_of_the_longest(tmp_path: Path) -> None:
+    config = Config.from_dict(tones.settings(tmp_path, train__physical_batch_size=2)).train
+    assert micro_batch_limits(config, [10, 40, 20]) == (2, None)
+    filled = replace(config, fill_micro_batches=True)
+    assert micro_batch_limits(filled, [10, 40, 20]) == (8, 80)  # at most the logical batch
+
+
+def test_training_with_filled_micro_batches_sees_every_example_once(tmp_path: Path) -> None:
+    tones.write_model(tmp_path / "model")
+    tones.write_manifest(tmp_path, 12)
+    changes = {
+        "train__batch_size": 12,  # q = 1: every logical batch is the whole set
+        "train__physical_batch_size": 2,
+        "train__fill_micro_batches": True,
+        "train__steps": 1,
+    }
+    result = train(Config.from_dict(tones.settings(tmp_path, **changes)), progress=False)
+    assert [entry["examples"] for entry in result.history] == [12]
