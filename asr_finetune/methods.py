@@ -1,7 +1,8 @@
 """What is trained: everything, adapters, biases, or the output layer.
 
     full     every parameter, but for those under weight norm (Wav2Vec2's positions): they have no norm rule
-    lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj)
+    lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj), or on any
+             choice of linear layers and pointwise convolutions that `method.targets` names
     bitfit   the biases of linear and convolution layers; those of norms stay frozen
     dp_rp    LoRA whose factor A stays at its random start: half the trained parameters
     head     the output layer
@@ -11,6 +12,7 @@ A freshly initialised output layer is trained along with any of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +110,16 @@ def _with_lora(
 
     model = recognizer.base
     targets = method.targets or _DEFAULT_TARGETS[model.config.model_type]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [
-        name
-        for name in linear
-        if name.startswith(trainable) and any(name == end or name.endswith(f".{end}") for end in targets)
-    ]
+    chosen = _adapted(model, targets, trainable)
     if not chosen:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        known = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _adaptable(module)})
         raise ConfigError(
-            f"method.targets={targets} with method.layers={method.layers}: no linear layer of "
-            f"{recognizer.name} ends so; there: {', '.join(known)}"
+            f"method.targets={targets} with method.layers={method.layers}: no linear layer or pointwise "
+            f"convolution of {recognizer.name} ends so; there: {', '.join(known)}"
+        )
+    if recognizer.new_head and head in chosen:
+        raise ConfigError(
+            f"method.targets={targets}: {head} is the new output layer, which is trained as a whole: leave it out"
         )
     configuration = peft.LoraConfig(
         r=method.rank,
@@ -136,6 +137,37 @@ def _with_lora(
             if "lora_A" in name:
                 parameter.requires_grad_(False)
     return adapted
+
+
+def _adapted(model: nn.Module, targets: Sequence[str], trainable: tuple[str, ...]) -> list[str]:
+    """Names of the layers that LoRA goes on.
+
+    Raises:
+        ConfigError: one of them is a convolution that LoRA is not for.
+    """
+    chosen = []
+    for name, module in model.named_modules():
+        ends_so = any(name == end or name.endswith(f".{end}") for end in targets)
+        if not ends_so or not name.startswith(trainable):
+            continue
+        if _adaptable(module):
+            chosen.append(name)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d):
+            # Depthwise: PEFT wants a rank that its groups divide, and a channel has too few taps to gain by one.
+            # The head of Parakeet: PEFT builds adapters with the layer's own class, whose arguments are other ones.
+            raise ConfigError(
+                f"method.targets={list(targets)}: {name} ({module}) is neither a linear layer nor a pointwise "
+                "convolution (kernel 1, stride 1, groups 1), which is all that LoRA is for here: leave it out, or "
+                "train it by method.kind=full, or as a new output layer"
+            )
+    return chosen
+
+
+def _adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can go on it: a linear layer, or a convolution that is one on the transposed layout."""
+    if type(module) is nn.Conv1d:
+        return module.kernel_size == module.stride == (1,) and module.groups == 1 and module.padding == (0,)
+    return isinstance(module, nn.Linear)
 
 
 def trained_parameters(model: nn.Module) -> int:
