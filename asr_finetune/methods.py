@@ -112,7 +112,9 @@ def _with_lora(
     targets = method.targets or _DEFAULT_TARGETS[model.config.model_type]
     chosen = _adapted(model, targets, trainable)
     if not chosen:
-        known = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _adaptable(module)})
+        known = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _adaptable(module)}
+        )
         raise ConfigError(
             f"method.targets={targets} with method.layers={method.layers}: no linear layer or pointwise "
             f"convolution of {recognizer.name} ends so; there: {', '.join(known)}"

@@ -151,11 +151,12 @@ def test_a_new_head_trains_with_any_method_and_is_saved(
 
 
 POINTWISE = ["pointwise_conv1", "pointwise_conv2"]
+ODD = ["relative_k_proj", "linear_q", "feature_projection.projection"]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dp_rp"])
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
-@pytest.mark.parametrize("targets", [POINTWISE, [*POINTWISE, "relative_k_proj", "linear_q", "feature_projection.projection"]])
+@pytest.mark.parametrize("targets", [POINTWISE, [*POINTWISE, *ODD]])
 def test_lora_on_any_choice_of_linear_layers_and_pointwise_convolutions(
     folders: dict[str, Path], family: str, kind: str, targets: list[str], tmp_path: Path
 ) -> None:
@@ -174,9 +175,7 @@ def test_lora_on_any_choice_of_linear_layers_and_pointwise_convolutions(
     base = type(recognizer.base).from_pretrained(folders[family])
     plain = small_models.load(folders[family])
     plain.model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    torch.testing.assert_close(
-        small_models.logits(plain, batch), small_models.logits(recognizer, batch)
-    )
+    torch.testing.assert_close(small_models.logits(plain, batch), small_models.logits(recognizer, batch))
 
 
 def test_an_adapter_on_a_trimmed_whisper_loads_with_its_window(

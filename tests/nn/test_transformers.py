@@ -284,7 +284,9 @@ def test_relative_keys_by_the_rule_of_embeddings_would_be_caught(monkeypatch: py
     """Their ids are [L, R]: an embedding's rule takes L for the batch. Where it is not, the tape sees it; where it
     happens to be, only a comparison does.
     """
-    monkeypatch.setattr(GhostRelativeKeys, "forward", lambda self, ids: ghost_embedding(self, ids, self.weight))
+    monkeypatch.setattr(
+        GhostRelativeKeys, "forward", lambda self, ids: ghost_embedding(self, ids, self.weight)
+    )
     model, loss, batch = in_float64(wav2vec2_bert)
     with pytest.raises(ValueError, match=r"distance_embedding: its input has batch 12, the losses have 3"):
         check_private(model, loss, batch)
