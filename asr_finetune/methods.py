@@ -7,7 +7,7 @@
     dp_rp    LoRA whose factor A stays at its random start: half the trained parameters
     head     the output layer
 
-A freshly initialised output layer is trained along with any of them.
+A freshly initialised output layer is trained along with any of them, an old one with `method.train_head`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         )
     if method.layers == "decoder" and recognizer.kind != "seq2seq":
         raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")
+    if method.train_head and recognizer.kind == "seq2seq":
+        raise ConfigError(
+            "method.train_head: Whisper's output layer is its token table, read past any adapter: leave it false"
+        )
+    with_head = recognizer.new_head or method.train_head
     switch_off_shared_randomness(model)
     dpkernels.nn.freeze_batch_norm(model)
     trainable = _within(model, method.layers)
@@ -62,7 +67,7 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trainable) and not name.endswith(_NEVER_TRAINED))
     elif method.kind in ("lora", "dp_rp"):
-        recognizer.model = _with_lora(recognizer, method, trainable, head)
+        recognizer.model = _with_lora(recognizer, method, trainable, head if with_head else None)
     elif method.kind == "bitfit":
         _train_biases(model, trainable)
     else:
@@ -70,7 +75,7 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             module.requires_grad_(False)
-    if recognizer.new_head and method.kind in ("full", "bitfit"):
+    if with_head and method.kind in ("full", "bitfit"):
         _train(model.get_submodule(head))
     if trained_parameters(recognizer.model) == 0:
         raise ConfigError(
@@ -104,7 +109,7 @@ def _train_biases(model: nn.Module, trainable: tuple[str, ...]) -> None:
 
 
 def _with_lora(
-    recognizer: Recognizer, method: MethodConfig, trainable: tuple[str, ...], head: str
+    recognizer: Recognizer, method: MethodConfig, trainable: tuple[str, ...], head: str | None
 ) -> nn.Module:
     import peft
 
@@ -119,16 +124,16 @@ def _with_lora(
             f"method.targets={targets} with method.layers={method.layers}: no linear layer or pointwise "
             f"convolution of {recognizer.name} ends so; there: {', '.join(known)}"
         )
-    if recognizer.new_head and head in chosen:
+    if head in chosen:
         raise ConfigError(
-            f"method.targets={targets}: {head} is the new output layer, which is trained as a whole: leave it out"
+            f"method.targets={targets}: {head} is the output layer, which is trained as a whole: leave it out"
         )
     configuration = peft.LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
         target_modules=chosen,
-        modules_to_save=[head] if recognizer.new_head else None,
+        modules_to_save=[head] if head else None,
     )
     adapted = peft.get_peft_model(model, configuration)
     base = str(getattr(model, "name_or_path", "") or "")

@@ -131,6 +131,24 @@ def test_adapters_load_in_plain_peft(
 
 @pytest.mark.parametrize("kind", EXPECTED)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
+def test_an_old_head_trains_with_any_method_where_asked(
+    folders: dict[str, Path], family: str, kind: str, tmp_path: Path
+) -> None:
+    """After a warm start: the output layer is not new any more, and still has much to learn."""
+    recognizer = prepared(folders[family], kind, train_head=True)
+    old = {name for name in trained(prepared(folders[family], kind)) if "head." not in name}
+    assert {name for name in trained(recognizer) if "head." not in name} == old
+    heads = [p for name, p in recognizer.model.named_parameters() if "head." in name and p.requires_grad]
+    assert sorted(p.dim() for p in heads) in ([1, 2], [1, 3])  # weight and bias, once each
+    private_step(recognizer)
+    recognizer.save(tmp_path)
+    batch, _ = small_models.batch_and_singles(recognizer)
+    loaded = small_models.load(tmp_path)
+    torch.testing.assert_close(small_models.logits(loaded, batch), small_models.logits(recognizer, batch))
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
 def test_a_new_head_trains_with_any_method_and_is_saved(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -240,9 +258,10 @@ def test_the_encoder_of_a_ctc_model_is_all_but_its_head(folders: dict[str, Path]
         (
             "wav2vec2-bert",
             {"kind": "lora", "targets": ["lm_head"], "new_head": True, "vocabulary": "characters"},
-            "lm_head is the new output layer, which is trained as a whole",
+            "lm_head is the output layer, which is trained as a whole",
         ),
         ("parakeet", {"kind": "full", "layers": "decoder"}, "a CTC model has no decoder"),
+        ("whisper", {"kind": "lora", "train_head": True}, "token table"),
         ("whisper", {"kind": "dp_rp", "targets": ["linear_q"]}, "there: .*fc1.*q_proj"),
     ],
 )
