@@ -103,8 +103,8 @@ def rehearse(
 def check_table(checks: list[Check]) -> Table:
     """The checks for the screen."""
     failed = sum(not check.passed for check in checks)
-    verdict = f"{failed} checks failed" if failed else "a run would start"
-    title = f"dry run: nothing was written or spent; {verdict}"
+    result = f"{failed} checks failed" if failed else "a run would start"
+    title = f"dry run: nothing was written or spent; {result}"
     table = Table(title=title, show_header=False, title_justify="left")
     for check in checks:
         verdict = Text("ok", "green") if check.passed else Text("FAILED", "bold red")
