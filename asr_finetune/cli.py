@@ -1,4 +1,4 @@
-"""The command line: plan, train, evaluate, report, demo.
+"""The command line: plan, train, evaluate, report, synthesise, demo.
 
 Modules that load torch are imported when a command runs.
 """

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
@@ -23,13 +24,13 @@ from asr_finetune.config import Config, ConfigError
 from asr_finetune.data import Corpus, SpeechDataset, load_corpus
 from asr_finetune.messages import expected
 from asr_finetune.methods import apply_method, trained_parameters
-from asr_finetune.models import load_recognizer
 from asr_finetune.plan_tables import size
 from asr_finetune.prepare import (
     check_data,
     check_public,
     make_optimizer,
     make_private,
+    recognizer_of,
     self_check,
     sigma_of,
     training_dataset,
@@ -135,9 +136,7 @@ class _Rehearsal:
         return f"{folder.path}: free"
 
     def model(self) -> str:
-        self.recognizer = load_recognizer(self.config.model)
-        prefix = self.config.data.target_prefix
-        self.recognizer.target_prefix = prefix or self.recognizer.target_prefix
+        self.recognizer = recognizer_of(self.config)
         facts = self.recognizer.describe()
         return (
             f"{facts['name']}: {facts['class']}, {facts['total_parameters']:,} parameters in {facts['dtype']} on "
@@ -172,8 +171,8 @@ class _Rehearsal:
         corpus = load_corpus(source, split=split, data=self.config.data).fit(
             self.recognizer, training=training
         )
-        every = max(len(corpus) // DECODED, 1)
-        sample = Corpus(corpus.utterances[::every][:DECODED], source=corpus.source)
+        places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
+        sample = Corpus([corpus.utterances[place] for place in places], source=corpus.source)
         broken = sample.decoded(self.reporter, "decoding a sample").problems
         found = f"{corpus.summary()}\n{len(sample)} decoded"
         if broken:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from asr_finetune.augment import SpecAugment
 from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
 from asr_finetune.data import Corpus, SpeechDataset, load_corpus
+from asr_finetune.models import load_recognizer
 from asr_finetune.progress import Reporter, duration
 from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer, to_device
@@ -24,6 +25,13 @@ from dpkernels.privacy import Sampling, noise_multiplier, plan_sampling, read_le
 SELF_CHECK_EXAMPLES = 3
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 _NAMES_SHOWN = 10
+
+
+def recognizer_of(config: Config) -> Recognizer:
+    """The recogniser of a run, with its prefix of transcripts; see `models.load_recognizer`."""
+    recognizer = load_recognizer(config.model)
+    recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
+    return recognizer
 
 
 def load(

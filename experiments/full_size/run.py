@@ -6,7 +6,7 @@ The real configurations with random weights, in float64, so that a fault in any 
 gradient is. Three utterances of unlike lengths go through one private backward in which every parameter is trained,
 with the real CTC loss; what it would add to the sums is compared with Σ_i min(1, C/‖g_i‖)·g_i of the utterances alone
 (no batch, no padding, torch's own layers), and so is the same batch with half as much padding again. Gradients are
-compared a few hundred megabytes at a time: everything at once would not fit into the 8 GB this takes.
+compared a few hundred megabytes at a time: everything at once would not fit into the 10 GB this takes.
 
 results.json holds the largest errors by kind of parameter; README.md says what they show.
 `tests/asr/test_real_widths.py` runs two blocks of it.

@@ -116,6 +116,13 @@ def test_a_run_without_privacy(folder: Path) -> None:
     assert "gradients" in found["memory"].found
 
 
+def test_a_run_that_protects_speakers(folder: Path) -> None:
+    speakers = {"privacy__unit": "speaker", "privacy__max_examples_per_speaker": 2, "train__batch_size": 2}
+    found = checks(folder, **speakers)
+    assert failed(found) == set()
+    assert "of 4 speakers" in found["privacy"].found
+
+
 Break = Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]
 
 
@@ -209,7 +216,7 @@ def test_a_fault_is_not_a_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     def fault(*_: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr(module, "load_recognizer", fault)
+    monkeypatch.setattr(module, "recognizer_of", fault)
     with pytest.raises(KeyError):
         checks(folder)
 

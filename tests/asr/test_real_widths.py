@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+from dpkernels import PrivacyEngine
 from experiments.full_size import run as full_size
 from tests.asr import tones
 
@@ -80,6 +83,33 @@ def test_lora_on_every_linear_layer_and_pointwise_convolution(family: str) -> No
     }
     assert adapted == expected
     assert_exact(full_size.check(recognizer, full_size.FRAMES[family]))
+
+
+@pytest.mark.parametrize("family", full_size.FRAMES)
+def test_the_engine_in_float32(family: str) -> None:
+    """As people run it: the self-check of a private run, in the arithmetic and with the kernels it has."""
+    recognizer = full_size.prepared(family, "full", 1)
+    model = recognizer.model.float()
+    items = full_size.utterances(recognizer, full_size.FRAMES[family])
+    loader: Any = DataLoader(items, batch_size=len(items), collate_fn=recognizer.collate)  # type: ignore[arg-type]
+    with closing(PrivacyEngine()) as engine:
+        engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+            data_loader=loader,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+        report = engine.self_check(
+            recognizer.loss_per_example,
+            recognizer.collate(items),
+            singles=[recognizer.collate([item]) for item in items],
+        )
+    assert report.failures == []
+    assert len({item.parameter for item in report.differences}) == sum(
+        p.requires_grad for p in model.parameters()
+    )
+    assert report.norm_shortfall <= 1
 
 
 def test_padding_that_counts_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

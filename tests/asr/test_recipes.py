@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 
 from asr_finetune.config import Config
 from asr_finetune.config_file import RECIPES, load_yaml, overridden, recipes
+from asr_finetune.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.dry_run import rehearse
+from asr_finetune.methods import apply_method, trained_parameters
 from asr_finetune.models import tiny_parakeet
 from asr_finetune.train import train
 from dpkernels.privacy import noise_multiplier
 from tests.asr import small_models, tones
 from tests.asr.recordings import write
 
+DOCS = RECIPES.parents[1] / "docs" / "recipes.md"
 MODELS = ("parakeet", "wav2vec2_bert")
 LIBRISPEECH = [f"{model}_{kind}" for model in MODELS for kind in ("lora", "bitfit", "dp_rp", "full")]
 WARM = [f"{model}_warm_start" for model in MODELS]
@@ -168,6 +175,43 @@ def test_a_warm_start_goes_into_a_private_run(stand_ins: dict[str, Path], tmp_pa
     assert result.epsilon <= EPSILON
     adapter = (tmp_path / "run" / "adapter" / "adapter_config.json").read_text()
     assert yaml.safe_load(adapter)["modules_to_save"] == ["ctc_head" if model == "parakeet" else "lm_head"]
+
+
+def parameters(name: str, config: Config) -> int:
+    """Trained parameters of the real model, without its memory."""
+    with torch.device("meta"):
+        model: Any
+        if name.startswith("parakeet"):
+            model = transformers.ParakeetForCTC(transformers.ParakeetCTCConfig())
+        else:
+            classes = len(ctc_tokenizer(CHARACTERS, "characters"))
+            model = transformers.Wav2Vec2BertForCTC(transformers.Wav2Vec2BertConfig(vocab_size=classes))
+        processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=16000), tokenizer=None)
+        recognizer = CTCRecognizer(model, processor, name=name, new_head=config.model.new_head)
+        apply_method(recognizer, config.method)
+    return trained_parameters(recognizer.model)
+
+
+@pytest.mark.parametrize("name", LIBRISPEECH)
+def test_the_table_in_the_docs_is_the_recipes(name: str) -> None:
+    (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", DOCS.read_text(), re.M)
+    config = Config.from_dict(load_yaml(name))
+    said = [cell.replace(",", "") for cell in row.split(" | ")]
+    (sigma,) = re.findall(r"σ = ([\d.]+) ", head(name))
+    assert said == [
+        str(parameters(name, config)),
+        str(config.train.batch_size),
+        str(config.train.steps),
+        sigma,
+    ]
+
+
+def test_every_file_is_in_the_package() -> None:
+    package = RECIPES.parent
+    listed = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    patterns = listed["tool"]["setuptools"]["package-data"]["asr_finetune"]
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {*RECIPES.rglob("*.yaml")} <= shipped
 
 
 def test_bases_are_no_recipes() -> None:
