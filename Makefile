@@ -13,7 +13,7 @@ TORCH_STAMP = $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' 
 STAMP := $(VENV)/.installed
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-CLANG_SOURCES = $(shell find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CLANG_SOURCES = $(shell find csrc tests bench -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test lint format bench gpu wheels clean
 .DEFAULT_GOAL := help

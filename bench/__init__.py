@@ -6,6 +6,8 @@
     python -m bench.report                              README table and plots from bench/results
     python -m bench.compare HEAD~1 HEAD                 two commits in pairs, and whether they differ
     python -m bench.gpu --dry-run                       what a machine with a GPU would run
+    python -m bench.sweep_gpu                           there: bits and time of the noise and of the update
+    python -m bench.many_normals --draws 1e8            the noise's distribution
 
 `cases` are the models and batches, `contenders` the ways to take a step; `checker` compares each contender with
 float64 one-by-one gradients before `timer` lets it take its turns; `memory` measures peaks in fresh processes;

@@ -13,9 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bench import native_bench
 from dpkernels import ops, reference
+from dpkernels.backends import native_sweep
 
 SWEEP, APART = "dpkernels", "dpkernels, separate passes"
+PHILOX = "dpkernels, Philox in place of ChaCha20 (not private)"
+"""On a GPU with nvcc: what is compiled in bench/native."""
+
 PLAIN = "torch.normal, add, fused AdamW"
 NON_PRIVATE = "fused AdamW, not private"
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
@@ -28,7 +33,7 @@ class Update:
     """One contender on `count` parameters in `tensors` equal tensors.
 
     Attributes:
-        name: of SWEEP, APART, PLAIN and NON_PRIVATE.
+        name: of SWEEP, PHILOX, APART, PLAIN and NON_PRIVATE.
         noise: standard deviation of the noise on the sum.
     """
 
@@ -44,15 +49,16 @@ class Update:
     _step: int = 0
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(11)
+        generator = torch.Generator(self.device).manual_seed(11)
         shape = (self.count // self.tensors,)
-        draw = [torch.randn(shape, generator=generator) for _ in range(2 * self.tensors)]
+        draw = [torch.randn(shape, generator=generator, device=self.device) for _ in range(2 * self.tensors)]
         self.params = [torch.nn.Parameter(t.to(self.device, self.dtype)) for t in draw[: self.tensors]]
         self.sums = [t.to(self.device, torch.float64) for t in draw[self.tensors :]]
-        if self.name == SWEEP:
+        if self.name in (SWEEP, PHILOX):
             self._exp_avgs = [torch.zeros(shape, device=self.device) for _ in self.params]
             self._exp_avg_sqs = [torch.zeros(shape, device=self.device) for _ in self.params]
-            self.first, self.run = lambda: self._exp_avgs, self._sweep
+            self.first = lambda: self._exp_avgs
+            self.run = self._sweep if self.name == SWEEP else self._philox
             return
         betas = (HYPER["beta1"], HYPER["beta2"])
         others = {name: HYPER[name] for name in ("lr", "eps", "weight_decay")}
@@ -82,6 +88,16 @@ class Update:
             divisor=DIVISOR,
             **HYPER,
         )
+
+    @torch.no_grad()
+    def _philox(self) -> None:
+        nonces = torch.tensor(list(b"".join(self._nonces())), dtype=torch.uint8)
+        steps = [float(self._step)] * self.tensors
+        buffers = (self.params, self.sums, self._exp_avgs, self._exp_avg_sqs)
+        table = native_sweep._table(*buffers, [], steps, nonces, nonces[:0])
+        key = torch.tensor(list(KEY), dtype=torch.uint8)
+        noise = native_sweep._noise(key, self.noise, GRID if self.noise else 0.0, DIVISOR, False, nonces[:0])
+        native_bench.load().sweep("philox", table, noise, native_sweep._Adam(*HYPER.values(), 1))
 
     @torch.no_grad()
     def _apart(self) -> None:

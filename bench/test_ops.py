@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import sweep_cases
+from bench import native_bench, sweep_cases
 from bench.checker import CANNOT, OK, WRONG
 from bench.op_cases import PLAIN, Maker, OpCase
 from bench.results import Row, compare_rows
@@ -57,14 +57,16 @@ def test_sweep(bench: Bench, count: int, tensors: int, dtype: torch.dtype) -> No
     name = str(dtype).removeprefix("torch.")
     shape = {"n": count, "tensors": tensors}
     rows, runners = {}, {}
-    for contender in (
-        sweep_cases.SWEEP,
-        sweep_cases.APART,
-        sweep_cases.PLAIN,
-        sweep_cases.NON_PRIVATE,
-    ):
+    contenders = [sweep_cases.SWEEP, sweep_cases.APART, sweep_cases.PLAIN, sweep_cases.NON_PRIVATE]
+    if bench.device.startswith("cuda"):
+        contenders.insert(1, sweep_cases.PHILOX)
+    for contender in contenders:
         rows[contender] = Row(f"noise_adamw {name}", f"noise and AdamW, {name} parameters", shape, contender)
-        reason = sweep_cases.wrong(contender, dtype, bench.device)
+        try:
+            reason = sweep_cases.wrong(contender, dtype, bench.device)
+        except native_bench.CannotBuild as failure:
+            rows[contender].status, rows[contender].reason = CANNOT, str(failure)
+            continue
         if reason:
             rows[contender].status, rows[contender].reason = WRONG, reason
         else:

@@ -6,7 +6,7 @@
 What is compiled is what the ops launch: each op is called on tensors without data, and a compiler stands in for the
 launch. So every family in `triton_ops` is in the table as soon as `examples` can call it. Nothing runs and nothing
 is timed. Exit status 1 where a kernel spills, needs more shared memory than the chip has, is a 16-bit matrix
-kernel without wgmma on sm_90, or accumulates in one chain what the bounds say is cut.
+kernel without tensor cores, or without wgmma on sm_90, or accumulates in one chain what the bounds say is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,15 @@ class Row:
             found.append(f"needs {self.shared} of {self.shared_limit} bytes of shared memory")
         if self.architecture == 90 and self.matrix and self.dtype != "float32" and self.matrix != "wgmma":
             found.append(f"uses {self.matrix}, not wgmma")
+        if self.matrix == "fma" and self.dtype != "float32":
+            found.append("multiplies without tensor cores, which the bounds count on")
         if self.cut is False:
             found.append("accumulates in one chain")
         return found
+
+
+GROUPED = ("lora_gradients", "total_norm_sq", "clip_and_noise")
+"""Families that are no norm with its weighted sum."""
 
 
 class _Driver:
@@ -111,6 +117,9 @@ def examples(
 
     batch = 4
     factors = torch.empty(batch, device="meta")
+    if family in GROUPED:
+        yield from _grouped(family, empty, factors, width, wide)
+        return
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     outs: tuple[tuple[int, ...], ...]
     # taps: both of `depthwise_conv1d.TAPS`
@@ -141,6 +150,31 @@ def examples(
         for kind in (torch.float64, torch.float32):
             sums = tuple(torch.empty(*shape, dtype=kind, device="meta") for shape in outs)
             yield f"{family}_weighted_sum", (*tensors, factors, *sums), options
+
+
+def _grouped(
+    family: str, empty: Callable[..., Tensor], factors: Tensor, width: int, wide: int
+) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """As `examples`, for the ops on many layers: a LoRA layer and a vector, so many that they are grouped."""
+    batch, layers = len(factors), 16
+    for rank in (8, 16, 64):
+        x, h, g, dh = (empty(batch, 188, n) for n in (width, rank, wide, rank))
+        if family == "lora_gradients":
+            yield "lora_gradients", (x, h, g, dh), {}
+            continue
+        vector = torch.empty(batch, 1, width, device="meta")
+        xs, gs = [x] * layers + [vector], [g] * layers + [vector]
+        kinds, lora = ["lora"] * layers + ["bias"], ([h] * layers, [dh] * layers, [1.0] * layers)
+        if family == "total_norm_sq":
+            yield family, (xs, gs, kinds, *lora, [], [], [], [], []), {}
+            continue
+        for kind in (torch.float64, torch.float32):
+            outs = [
+                torch.empty(*shape, dtype=kind, device="meta")
+                for shape in [*[(rank, width), (wide, rank)] * layers, (width,)]
+            ]
+            key = torch.empty(0, dtype=torch.uint8)
+            yield family, (xs, gs, kinds, factors, outs, *lora, [], [], [], [], key, key, 0.0, 0.0, 1.0), {}
 
 
 def families() -> list[str]:

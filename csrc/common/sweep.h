@@ -66,17 +66,28 @@ DPK_SHARED float noised_gradient(double sum, double z, const NoisePlan& plan) {
   return static_cast<float>(noised(sum, z, plan));
 }
 
-// kCouples: weight decay enters the gradient. A constant, as 0 times an infinite parameter is not 0.
+// The moments after this gradient; returns the parameter, decayed. kCouples: weight decay enters the
+// gradient. A constant, as 0 times an infinite parameter is not 0.
+template <bool kCouples>
+DPK_SHARED float adam_moments(float gradient, float parameter, float* first, float* second,
+                              const AdamPlan& plan) {
+  gradient = plan.sign * gradient;
+  if (kCouples) gradient = gradient + plan.coupled * parameter;
+  *first = plan.keep1 * *first + plan.take1 * gradient;
+  *second = plan.keep2 * *second + (plan.take2 * gradient) * gradient;
+  return parameter * plan.decay;
+}
+
+DPK_SHARED float adam_step(float parameter, float first, float second, const AdamPlan& plan) {
+  const float denominator = sqrtf(second) * plan.root + plan.eps;
+  return parameter - plan.size * (first / denominator);
+}
+
 template <bool kCouples>
 DPK_SHARED float adam_update(float gradient, float parameter, float* first, float* second,
                              const AdamPlan& plan) {
-  gradient = plan.sign * gradient;
-  if (kCouples) gradient = gradient + plan.coupled * parameter;
-  parameter = parameter * plan.decay;
-  *first = plan.keep1 * *first + plan.take1 * gradient;
-  *second = plan.keep2 * *second + (plan.take2 * gradient) * gradient;
-  const float denominator = sqrtf(*second) * plan.root + plan.eps;
-  return parameter - plan.size * (*first / denominator);
+  parameter = adam_moments<kCouples>(gradient, parameter, first, second, plan);
+  return adam_step(parameter, *first, *second, plan);
 }
 
 template <bool kCouples, bool kBuffered>

@@ -31,30 +31,49 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// 8 normals of one block of the cipher, in pieces of 16 bytes.
+__device__ __forceinline__ void store(double* out, const double (&z)[kNormalsPerBlock]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) reinterpret_cast<double2*>(out)[i] = make_double2(z[2 * i], z[2 * i + 1]);
+}
+
+__device__ __forceinline__ void store(float* out, const double (&z)[kNormalsPerBlock]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    reinterpret_cast<float4*>(out)[i] =
+        make_float4(static_cast<float>(z[4 * i]), static_cast<float>(z[4 * i + 1]),
+                    static_cast<float>(z[4 * i + 2]), static_cast<float>(z[4 * i + 3]));
+}
+
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
-    normal_kernel(ChaChaState state, int64_t blocks, int64_t count, Real* __restrict__ out) {
+    normal_kernel(ChaChaState state, int64_t blocks, int64_t count, bool aligned, Real* __restrict__ out) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < blocks;
        block += stride) {
     uint32_t words[16];
     chacha20_block<uint32_t>(state, state.counter + static_cast<uint32_t>(block), words);
+    double z[kNormalsPerBlock];
 #pragma unroll
     for (int pair = 0; pair < kPairsPerBlock; ++pair) {
       const uint64_t w0 = words[4 * pair] | static_cast<uint64_t>(words[4 * pair + 1]) << 32;
       const uint64_t w1 = words[4 * pair + 2] | static_cast<uint64_t>(words[4 * pair + 3]) << 32;
-      double z0, z1;
-      box_muller(w0, w1, &z0, &z1);
-      const int64_t index = block * kNormalsPerBlock + 2 * pair;
-      if (index < count) out[index] = static_cast<Real>(z0);
-      if (index + 1 < count) out[index + 1] = static_cast<Real>(z1);
+      box_muller(w0, w1, &z[2 * pair], &z[2 * pair + 1]);
+    }
+    const int64_t first = block * kNormalsPerBlock;
+    if (aligned && first + kNormalsPerBlock <= count) {
+      store(out + first, z);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kNormalsPerBlock; ++i)
+        if (first + i < count) out[first + i] = static_cast<Real>(z[i]);
     }
   }
 }
 
-unsigned int grid(int64_t blocks) {
-  return static_cast<unsigned int>(std::min((blocks + kThreads - 1) / kThreads, kMaxGrid));
-}
+bool aligned(const void* out) { return reinterpret_cast<uintptr_t>(out) % sizeof(uint4) == 0; }
+
+int64_t grid(int64_t blocks) { return std::min((blocks + kThreads - 1) / kThreads, kMaxGrid); }
 
 }  // namespace
 }  // namespace dpk
@@ -64,9 +83,8 @@ dpk_status dpk_cuda_chacha20_keystream(const uint8_t* key, int64_t counter, cons
   return dpk::guard([&] {
     const dpk::ChaChaState state = dpk::chacha20_state(key, counter, nonce, blocks);
     if (blocks == 0) return;
-    const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(uint4) == 0;
-    dpk::keystream_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        state, blocks, aligned, out);
+    dpk::launch(dpk::keystream_kernel, dpk::grid(blocks), dpk::kThreads, stream, state, blocks,
+                dpk::aligned(out), out);
     dpk::check_launch("chacha20_keystream", blocks, "blocks");
   });
 }
@@ -77,13 +95,13 @@ dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter, const u
     const int64_t blocks = dpk::normal_blocks(count, dtype);
     const dpk::ChaChaState state = dpk::chacha20_state(key, counter, nonce, blocks);
     if (blocks == 0) return;
-    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    const bool aligned = dpk::aligned(out);
     if (dtype == DPK_F64)
-      dpk::normal_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, queue>>>(state, blocks, count,
-                                                                         static_cast<double*>(out));
+      dpk::launch(dpk::normal_kernel<double>, dpk::grid(blocks), dpk::kThreads, stream, state, blocks, count,
+                  aligned, static_cast<double*>(out));
     else
-      dpk::normal_kernel<<<dpk::grid(blocks), dpk::kThreads, 0, queue>>>(state, blocks, count,
-                                                                         static_cast<float*>(out));
+      dpk::launch(dpk::normal_kernel<float>, dpk::grid(blocks), dpk::kThreads, stream, state, blocks, count,
+                  aligned, static_cast<float*>(out));
     dpk::check_launch("chacha20_normal", count, "normals");
   });
 }

@@ -1,4 +1,4 @@
-// Reporting a kernel launch that failed.
+// Launching a kernel, and reporting a launch that failed.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +8,12 @@
 #include "common/status.h"
 
 namespace dpk {
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+            const Arguments&... arguments) {
+  kernel<<<static_cast<unsigned int>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+}
 
 // Names the op, its size and the device.
 inline void check_launch(const char* op, int64_t size, const char* unit) {

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dpkernels.backends import native, native_ops, registry
 from dpkernels.backends.native_sweep import _Bytes12, _Noise
-from dpkernels.backends.torch_grouped import Layer, add_layer, layers
+from dpkernels.backends.torch_grouped import Layer, add_layer, layers, total_norm_sq
+
+__all__ = ["clip_and_noise", "total_norm_sq"]
 
 _KINDS = ("linear", "bias", "lora", "embedding", "layer_norm", "depthwise_conv1d")
 
@@ -47,7 +49,7 @@ def _function(name: str, row: type[ctypes.Structure], common: Any) -> Callable[.
 
 def _row(layer: Layer, kept: list[Tensor]) -> _Layer:
     """One layer's entry; what it points to besides the layer's own tensors is put into `kept`."""
-    kind = layer.op.removesuffix("_weighted_sum")
+    kind = layer.family
     row = _Layer(_KINDS.index(kind), native.element_type(layer.outs[0].dtype))
     row.out = layer.outs[0].data_ptr()
     names = {"bias": ("g",), "lora": ("x", "h", "g", "dh"), "embedding": ("", "g")}.get(kind, ("x", "g"))
@@ -90,7 +92,7 @@ def clip_and_noise(
     rows = []
     for layer in layers(xs, gs, kinds, outs, hs, dhs, scalings, padding_idxs, strides, paddings, dilations):
         # A family that another backend serves is summed by that one: the norm's bound is on what it adds.
-        if registry.implementation(layer.op, "cpu") is getattr(native_ops, layer.op):
+        if registry.implementation(layer.sum_op, "cpu") is getattr(native_ops, layer.sum_op):
             rows.append(_row(layer, kept))
         else:
             add_layer(layer, factors)

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,11 @@ def _function(device_type: str, op: str) -> Callable[..., None]:
     return native.library(device_type).function(f"dpk_{device_type}_{op}", arguments)
 
 
+_ROW = struct.Struct(f"@PPPPPqdi12s12s{ctypes.sizeof(_Tensor) - 84}x")
+"""One _Tensor: filling its fields one by one takes several times as long."""
+assert _ROW.size == ctypes.sizeof(_Tensor)
+
+
 def _table(
     params: Sequence[Tensor],
     sums: Sequence[Tensor],
@@ -85,26 +91,23 @@ def _table(
     nonces: Tensor,
     rounding_nonces: Tensor,
 ) -> ctypes.Array[_Tensor]:
-    def address(tensors: Sequence[Tensor], i: int) -> int | None:
-        return tensors[i].data_ptr() if tensors else None
+    def addresses(tensors: Sequence[Tensor]) -> Sequence[int]:
+        return [tensor.data_ptr() for tensor in tensors] if tensors else [0] * len(params)
 
-    table = (_Tensor * len(params))()
-    secrets = bytes(nonces.tolist())
-    rounding = bytes(rounding_nonces.tolist()) or bytes(len(secrets))
-    for i, param in enumerate(params):
-        table[i] = _Tensor(
-            param.data_ptr(),
-            sums[i].data_ptr(),
-            address(firsts, i),
-            address(seconds, i),
-            address(grads, i),
-            param.numel(),
-            steps[i],
-            native.element_type(param.dtype),
-            _Bytes12.from_buffer_copy(secrets, 12 * i),
-            _Bytes12.from_buffer_copy(rounding, 12 * i),
-        )
-    return table
+    columns = [addresses(tensors) for tensors in (params, sums, firsts, seconds, grads)]
+    kinds = {dtype: native.element_type(dtype) for dtype in {param.dtype for param in params}}
+    secrets = _raw(nonces)
+    rounding = _raw(rounding_nonces) or bytes(len(secrets))
+    rows = bytearray(_ROW.size * len(params))
+    for i, (param, step, *row) in enumerate(zip(params, steps, *columns, strict=True)):
+        own = slice(12 * i, 12 * i + 12)
+        places = (*row, param.numel(), step, kinds[param.dtype], secrets[own], rounding[own])
+        _ROW.pack_into(rows, _ROW.size * i, *places)
+    return (_Tensor * len(params)).from_buffer(rows)
+
+
+def _raw(secret: Tensor) -> bytes:
+    return secret.numpy().tobytes()
 
 
 def _run(op: str, device: torch.device, table: ctypes.Array[_Tensor], noise: _Noise, options: Any) -> None:
@@ -119,9 +122,7 @@ def _run(op: str, device: torch.device, table: ctypes.Array[_Tensor], noise: _No
 def _noise(
     key: Tensor, noise_scale: float, grid: float, divisor: float, maximize: bool, rounding_nonces: Tensor
 ) -> _Noise:
-    return _Noise(
-        bytes(key.tolist()), noise_scale, grid, divisor, int(maximize), int(rounding_nonces.numel() > 0)
-    )
+    return _Noise(_raw(key), noise_scale, grid, divisor, int(maximize), int(rounding_nonces.numel() > 0))
 
 
 def noise_adamw(

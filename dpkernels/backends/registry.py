@@ -33,6 +33,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "chacha20_normal": ("chacha20_normal",),
     "noise_adamw": ("noise_adamw",),
     "noise_sgd": ("noise_sgd",),
+    "total_norm_sq": ("total_norm_sq",),
     "clip_and_noise": ("clip_and_noise",),
 }
 """Every op, by the group that is served by one backend."""
@@ -47,6 +48,7 @@ _NATIVE_MODULES = {
     "chacha20_normal": "native_chacha20",
     "noise_adamw": "native_sweep",
     "noise_sgd": "native_sweep",
+    "total_norm_sq": "native_grouped",
     "clip_and_noise": "native_grouped",
 }
 """Where a family's native functions are, if not in native_ops."""
@@ -54,6 +56,7 @@ _NATIVE_MODULES = {
 _TORCH_MODULES = {
     "noise_adamw": "torch_sweep",
     "noise_sgd": "torch_sweep",
+    "total_norm_sq": "torch_grouped",
     "clip_and_noise": "torch_grouped",
 }
 """The same for the torch compositions, if not in torch_ops."""

@@ -1,22 +1,29 @@
-"""Weighted sums of many layers, one after the other, each by the backend that its family has; then the noise."""
+"""Norms and weighted sums of many layers, one after the other, each by its family's backend; then the noise."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpkernels.backends import registry
+from dpkernels.backends.bounds import round_up
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's weighted sum: `op`(*tensors, factors, *outs, **options)."""
+    """One layer: its weighted sum is family_weighted_sum(*tensors, factors, *outs, **options), its norm likewise."""
 
-    op: str
+    family: str
     tensors: tuple[Tensor, ...]
     outs: tuple[Tensor, ...]
     options: dict[str, Any]
+
+    @property
+    def sum_op(self) -> str:
+        """The op of its weighted sum."""
+        return f"{self.family}_weighted_sum"
 
 
 def layers(
@@ -50,12 +57,67 @@ def layers(
             options = {"padding_idx": next(embedding)}
         elif kind == "depthwise_conv1d":
             options = dict(zip(("stride", "padding", "dilation"), next(conv), strict=True))
-        yield Layer(f"{kind}_weighted_sum", tensors, mine, options)
+        yield Layer(kind, tensors, mine, options)
+
+
+def norm_layers(
+    xs: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    kinds: Sequence[str],
+    hs: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    scalings: Sequence[float],
+    padding_idxs: Sequence[int],
+    kernel_sizes: Sequence[int],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    dilations: Sequence[int],
+) -> Iterator[Layer]:
+    """The arguments of `dpkernels.ops.total_norm_sq`, layer by layer, without outs."""
+    none = [xs[0]] * (2 * len(kinds)) if kinds else []
+    sizes = iter(kernel_sizes)
+    for layer in layers(xs, gs, kinds, none, hs, dhs, scalings, padding_idxs, strides, paddings, dilations):
+        size = {"kernel_size": next(sizes)} if layer.family == "depthwise_conv1d" else {}
+        yield Layer(layer.family, layer.tensors, (), layer.options | size)
+
+
+def of_layer(layer: Layer) -> tuple[Tensor, ...]:
+    """A layer's squared norms [B], one a parameter, by the backend of its family."""
+    op = f"{layer.family}_norm_sq"
+    function = registry.implementation(op, layer.tensors[-1].device.type)
+    found = function(*layer.tensors, **layer.options)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def total_norm_sq(
+    xs: list[Tensor],
+    gs: list[Tensor],
+    kinds: list[str],
+    hs: list[Tensor],
+    dhs: list[Tensor],
+    scalings: list[float],
+    padding_idxs: list[int],
+    kernel_sizes: list[int],
+    strides: list[int],
+    paddings: list[int],
+    dilations: list[int],
+) -> Tensor:
+    """Σ over layers of ‖g_iᵀx_i‖² and its like, rounded up; see `dpkernels.ops.total_norm_sq`."""
+    total = torch.zeros(len(gs[0]), dtype=torch.float64, device=gs[0].device)
+    parts = 0
+    for layer in norm_layers(
+        xs, gs, kinds, hs, dhs, scalings, padding_idxs, kernel_sizes, strides, paddings, dilations
+    ):
+        for part in of_layer(layer):
+            total += part.double()
+            parts += 1
+    # each addition loses at most 2⁻⁵³ of the sum
+    return round_up(total * (1 + (parts + 1) * 2.0**-52))
 
 
 def add_layer(layer: Layer, factors: Tensor) -> None:
     """By the backend of the layer's family: the norm's bound is on what that one adds."""
-    function = registry.implementation(layer.op, factors.device.type)
+    function = registry.implementation(layer.sum_op, factors.device.type)
     function(*layer.tensors, factors, *layer.outs, **layer.options)
 
 
@@ -81,9 +143,16 @@ def clip_and_noise(
     """Out += Σ_i c_i g_iᵀx_i for every layer, then noise; see `dpkernels.ops.clip_and_noise`."""
     for layer in layers(xs, gs, kinds, outs, hs, dhs, scalings, padding_idxs, strides, paddings, dilations):
         add_layer(layer, factors)
+    epilogue(outs, key, nonces, noise_scale, grid, divisor)
+
+
+def epilogue(
+    outs: Sequence[Tensor], key: Tensor, nonces: Tensor, noise_scale: float, grid: float, divisor: float
+) -> None:
+    """Noise, grid and division of every out, where there is a key."""
     if not key.numel():
         return
-    normal = registry.implementation("chacha20_normal", factors.device.type)
+    normal = registry.implementation("chacha20_normal", outs[0].device.type)
     secret, streams, unit = bytes(key.tolist()), bytes(nonces.tolist()), grid or 1.0
     for i, out in enumerate(outs):
         if noise_scale > 0:

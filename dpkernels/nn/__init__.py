@@ -6,6 +6,7 @@ from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
 from dpkernels.nn.conv import GhostConv1d, GhostConv2d
 from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.expanded import EXPANSION_LIMIT
+from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
 from dpkernels.nn.module import GhostModule, named_modules
@@ -31,7 +32,6 @@ from dpkernels.nn.records import (
     NormRecord,
     Record,
     Share,
-    add_weighted_sums,
 )
 from dpkernels.nn.sharing import sharing_inputs
 from dpkernels.nn.swapping import (
@@ -86,6 +86,7 @@ __all__ = [
     "freeze_batch_norm",
     "ghost_subclass",
     "named_modules",
+    "norms_sq",
     "register_child_swap",
     "register_refusal",
     "register_swap",

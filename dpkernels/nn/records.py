@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,20 @@ from dpkernels.nn.module import accumulation_dtype, no_autocast
 
 @dataclass(frozen=True)
 class Share:
-    """A record's part of one `ops.clip_and_noise`: a layer of this kind, the sums it adds to, its kind's options."""
+    """A record's part of one `ops.total_norm_sq` or `ops.clip_and_noise`: a layer of this kind.
+
+    Attributes:
+        kind: of `ops.grouped.KINDS`.
+        x, g: as those ops take them.
+        options: of its kind, by the names of the ops' lists.
+        norm_options: those that only the norm takes: the sum reads them off its out.
+    """
 
     kind: str
     x: Tensor
     g: Tensor
-    outs: tuple[Tensor, ...]
     options: dict[str, object] = field(default_factory=dict)
+    norm_options: dict[str, object] = field(default_factory=dict)
 
 
 class Record(ABC):
@@ -68,13 +75,17 @@ class Record(ABC):
         factors: [B] float32. sums[p]: float64 (or float32), contiguous, of p's shape.
         """
 
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
-        """The same as part of one call for many layers; None where it takes `add_weighted_sum`.
+    def share(self) -> Share | None:
+        """Its part of one call for many layers; None where it takes `norm_sq` and `add_weighted_sum`.
 
-        Tensors of different dtypes are left to that: converted copies of all layers at once would be memory that was
+        Tensors of different dtypes are left to those: converted copies of all layers at once would be memory that was
         not there before.
         """
         return None
+
+    def outs(self, sums: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, ...]:
+        """The sums that a share adds to, in the shapes that the op takes."""
+        return tuple(sums[parameter] for parameter in self.parameters)
 
     def held_bytes(self) -> int:
         """Bytes of the tensors that it keeps alive, over the whole batch."""
@@ -128,12 +139,13 @@ class LinearRecord(Record):
         x, g = common_dtype(self.x, self.g)
         ops.linear_weighted_sum(x, g, factors, sums[self.weight].view(g.shape[-1], x.shape[-1]))
 
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+    def share(self) -> Share | None:
         """A linear layer."""
-        if self.x.dtype != self.g.dtype:
-            return None
-        out = sums[self.weight].view(self.g.shape[-1], self.x.shape[-1])
-        return Share("linear", self.x, self.g, (out,))
+        return Share("linear", self.x, self.g) if self.x.dtype == self.g.dtype else None
+
+    def outs(self, sums: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, ...]:
+        """The weight's sum as a matrix."""
+        return (sums[self.weight].view(self.g.shape[-1], self.x.shape[-1]),)
 
     def entries(self) -> int:
         """P·d."""
@@ -173,10 +185,10 @@ class EmbeddingRecord(Record):
         """Add c_i g_t to row id_t."""
         ops.embedding_weighted_sum(self.ids, self.g, factors, sums[self.weight], padding_idx=self.padding_idx)
 
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+    def share(self) -> Share | None:
         """An embedding."""
         padding = -1 if self.padding_idx is None else self.padding_idx
-        return Share("embedding", self.ids, self.g, (sums[self.weight],), {"padding_idxs": padding})
+        return Share("embedding", self.ids, self.g, {"padding_idxs": padding})
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
         """The same gradient as a linear layer's: Σ_t onehot(id_t) g_tᵀ, with no row for `padding_idx`."""
@@ -222,12 +234,12 @@ class LoRARecord(Record):
         x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
         ops.lora_weighted_sum(x, h, g, dh, factors, sums[self.a], sums[self.b], scaling=self.scaling)
 
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+    def share(self) -> Share | None:
         """A LoRA layer."""
         if len({t.dtype for t in (self.x, self.h, self.g, self.dh)}) > 1:
             return None
         options: dict[str, object] = {"hs": self.h, "dhs": self.dh, "scalings": self.scaling}
-        return Share("lora", self.x, self.g, (sums[self.a], sums[self.b]), options)
+        return Share("lora", self.x, self.g, options)
 
     def entries(self) -> int:
         """r·(d + p)."""
@@ -272,10 +284,14 @@ class ExpandedRecord(Record):
         """Σ_i c_i g_i."""
         ops.bias_weighted_sum(self._flat(), factors, sums[self.parameter].view(-1))
 
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+    def share(self) -> Share | None:
         """A bias of one frame."""
         flat = self._flat()
-        return Share("bias", flat, flat, (sums[self.parameter].view(-1),))
+        return Share("bias", flat, flat)
+
+    def outs(self, sums: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, ...]:
+        """The sum as a vector."""
+        return (sums[self.parameter].view(-1),)
 
     def merge(self, other: Record) -> Record:
         """Added, sample by sample."""
@@ -334,7 +350,7 @@ class DepthwiseConv1dRecord(Record):
             dilation=self.dilation,
         )
 
-    def share(self, sums: Mapping[nn.Parameter, Tensor]) -> Share | None:
+    def share(self) -> Share | None:
         """A depthwise convolution."""
         if self.x.dtype != self.g.dtype:
             return None
@@ -343,7 +359,8 @@ class DepthwiseConv1dRecord(Record):
             "paddings": self.padding,
             "dilations": self.dilation,
         }
-        return Share("depthwise_conv1d", self.x, self.g, (sums[self.weight],), options)
+        size: dict[str, object] = {"kernel_sizes": self.weight.shape[-1]}
+        return Share("depthwise_conv1d", self.x, self.g, options, size)
 
     def merge(self, other: Record) -> Record:
         """One after the other, with a gap in which g is 0: no window of one reads the other."""
@@ -425,48 +442,6 @@ class Conv1dRecord(Record):
 
 class Conv2dRecord(Conv1dRecord):
     """Weight [p, d/groups, kh, kw]: x [B,d,H,W], g [B,p,H',W']; else as Conv1dRecord."""
-
-
-def _shares(kind: type[Record]) -> bool:
-    """Whether `share` was written with this class's `add_weighted_sum`: a subclass may have replaced only that one."""
-    return _definer(kind, "share") is _definer(kind, "add_weighted_sum")
-
-
-def _definer(kind: type[Record], name: str) -> type:
-    return next(c for c in kind.__mro__ if name in vars(c))
-
-
-def add_weighted_sums(
-    records: Sequence[Record], factors: Tensor, sums: Mapping[nn.Parameter, Tensor]
-) -> None:
-    """`add_weighted_sum` of all records, those that can in one call a device.
-
-    factors: [B] float32. sums: as for `Record.add_weighted_sum`.
-    """
-    shares: dict[torch.device, list[Share]] = {}
-    seen: set[nn.Parameter] = set()
-    for record in records:
-        share = record.share(sums) if _shares(type(record)) else None
-        # Two layers of one call write at the same time: not to the same sum.
-        again = not seen.isdisjoint(record.parameters)
-        seen.update(record.parameters)
-        if share is None or again:
-            record.add_weighted_sum(factors.to(record.parameters[0].device), sums)
-        else:
-            shares.setdefault(share.outs[0].device, []).append(share)
-    for device, mine in shares.items():
-        options: dict[str, Any] = {}
-        for share in mine:
-            for name, value in share.options.items():
-                options.setdefault(name, []).append(value)
-        ops.clip_and_noise(
-            [share.x for share in mine],
-            [share.g for share in mine],
-            [share.kind for share in mine],
-            factors.to(device),
-            [out for share in mine for out in share.outs],
-            **options,
-        )
 
 
 def unfold(

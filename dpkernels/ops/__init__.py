@@ -18,6 +18,7 @@ from dpkernels.ops.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.ops.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.ops.norm import layer_norm_norm_sq, layer_norm_weighted_sum
 from dpkernels.ops.sweep import noise_adamw, noise_sgd
+from dpkernels.ops.total_norm import total_norm_sq
 
 registry.add_reference({name: getattr(reference, name) for name in reference.__all__})
 
@@ -41,4 +42,5 @@ __all__ = [
     "lora_weighted_sum",
     "noise_adamw",
     "noise_sgd",
+    "total_norm_sq",
 ]

@@ -1,7 +1,8 @@
 """Weighted sums of many layers in one call, with noise and division as its epilogue."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +62,9 @@ def clip_and_noise(
 ) -> None:
     """Add every layer's clipped gradients to its sum, in place; at the end of a step also noise them and divide.
 
-    For each layer l of kind k, `k_weighted_sum`: out_l += Σ_i c_i g_iᵀx_i and its like, with the same bits. On a CPU
-    the layers are shared out among the threads in one loop. Then, where `key` is given, once a logical batch:
+    For each layer l of kind k, `k_weighted_sum`: out_l += Σ_i c_i g_iᵀx_i and its like. On a CPU the layers are shared
+    out among the threads in one loop, with the same bits; on a GPU LoRA layers and vectors are one launch for all,
+    whose float64 additions have another order. Then, where `key` is given, once a logical batch:
 
         out = round((out + noise_scale·z)/grid)·grid/divisor          in float64; without a grid, nothing is rounded
 
@@ -92,50 +94,32 @@ def clip_and_noise(
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping); Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """
-    _check_lists(
-        kinds,
-        {"xs": xs, "gs": gs},
-        {"outs": outs},
-        {"lora": {"hs": hs, "dhs": dhs, "scalings": scalings}, "embedding": {"padding_idxs": padding_idxs},
-         "depthwise_conv1d": {"strides": strides, "paddings": paddings, "dilations": dilations}},
-    )  # fmt: skip
+    options: dict[str, dict[str, Sequence[Any]]] = {
+        "lora": {"hs": hs, "dhs": dhs, "scalings": scalings},
+        "embedding": {"padding_idxs": padding_idxs},
+        "depthwise_conv1d": {"strides": strides, "paddings": paddings, "dilations": dilations},
+    }
+    check_lists(kinds, {"xs": xs, "gs": gs}, options, outs)
     places = layout(kinds)
     of_kind = dict.fromkeys(KINDS, 0)
     for i, kind in enumerate(kinds):
         mine, n = outs[places[i] : places[i + 1]], of_kind[kind]
         of_kind[kind] += 1
+        taps = 1
+        if kind == "depthwise_conv1d":
+            _check.shape("out", mine[0], (None, 1, None), "[C, 1, k]")
+            taps = mine[0].shape[2]
+        elif kind == "embedding":
+            _check.shape("out", mine[0], (None, gs[i].shape[2]), "[V, d]")
+        check_layer(
+            i, kind, xs[i], gs[i], {name: values[n] for name, values in options.get(kind, {}).items()}, taps
+        )
         if xs[i].shape[:1] != factors.shape:
             raise ValueError(
                 f"xs[{i}]: expected a batch of {len(factors)}, as factors has; given {list(xs[i].shape)}; "
                 "pass one micro-batch"
             )
-        if kind == "linear":
-            linear.check_pair(xs[i], gs[i], None)
-            _check.weighted_sum(factors, xs[i], out=(mine[0], (gs[i].shape[2], xs[i].shape[2]), "[p, d]"))
-        elif kind == "bias":
-            bias._check_gradient(gs[i], None)
-            _check.weighted_sum(factors, gs[i], out=(mine[0], (gs[i].shape[2],), "[p]"))
-        elif kind == "lora":
-            lora._check_inputs(xs[i], hs[n], gs[i], dhs[n], scalings[n], None)
-            rank = hs[n].shape[2]
-            shapes = {
-                "out_a": (mine[0], (rank, xs[i].shape[2]), "[r, d]"),
-                "out_b": (mine[1], (gs[i].shape[2], rank), "[p, r]"),
-            }
-            _check.weighted_sum(factors, xs[i], **shapes)
-        elif kind == "embedding":
-            embedding._check_inputs(xs[i], gs[i])
-            _check.shape("out", mine[0], (None, gs[i].shape[2]), "[V, d]")
-            _check.weighted_sum(factors, gs[i], out=(mine[0], tuple(mine[0].shape), "[V, d]"))
-        elif kind == "layer_norm":
-            norm._check_inputs(xs[i], gs[i], None)
-            _check.weighted_sum(factors, gs[i], out=(mine[0], (gs[i].shape[2],), "[d]"))
-        else:
-            _check.shape("out", mine[0], (None, 1, None), "[C, 1, k]")
-            conv._check_inputs(xs[i], gs[i], mine[0].shape[2], strides[n], paddings[n], dilations[n])
-            _check.weighted_sum(
-                factors, xs[i], out=(mine[0], (xs[i].shape[1], 1, mine[0].shape[2]), "[C, 1, k]")
-            )
+        _check.weighted_sum(factors, gs[i], **_outs_of(kind, xs[i], gs[i], mine))
     _check_outs(outs, noised=key is not None)
     secrets = (torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8))
     if key is not None:
@@ -150,17 +134,19 @@ def clip_and_noise(
     torch.autograd.graph.increment_version(list(outs))
 
 
-def _check_lists(
+def check_lists(
     kinds: Sequence[str],
     layers: dict[str, Sequence[object]],
-    outs: dict[str, Sequence[object]],
-    options: dict[str, dict[str, Sequence[object]]],
+    options: Mapping[str, Mapping[str, Sequence[object]]],
+    outs: Sequence[object] | None = None,
 ) -> None:
+    """Known kinds, and lists of as many entries as there are layers (of a kind, of parameters) to them."""
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"kinds: given {kind!r}; pass one of {', '.join(KINDS)} a layer")
     expected = [(name, values, len(kinds), "layer") for name, values in layers.items()]
-    expected += [(name, values, layout(kinds)[-1], "parameter") for name, values in outs.items()]
+    if outs is not None:
+        expected.append(("outs", outs, layout(kinds)[-1], "parameter"))
     for kind, lists in options.items():
         expected += [
             (name, values, list(kinds).count(kind), f"{kind} layer") for name, values in lists.items()
@@ -168,6 +154,41 @@ def _check_lists(
     for name, values, count, what in expected:
         if len(values) != count:
             raise ValueError(f"{name}: expected {count}, one a {what}; given {len(values)}; pass one each")
+
+
+def check_layer(i: int, kind: str, x: Tensor, g: Tensor, options: Mapping[str, Any], taps: int) -> None:
+    """The inputs of layer i, as its own ops check them; options: of its kind, by the names of the lists."""
+    if kind == "linear":
+        linear.check_pair(x, g, None)
+    elif kind == "bias":
+        bias._check_gradient(g, None)
+    elif kind == "lora":
+        lora._check_inputs(x, options["hs"], g, options["dhs"], options["scalings"], None)
+    elif kind == "embedding":
+        embedding._check_inputs(x, g)
+    elif kind == "layer_norm":
+        norm._check_inputs(x, g, None)
+    else:
+        conv._check_inputs(x, g, taps, options["strides"], options["paddings"], options["dilations"])
+
+
+def _outs_of(
+    kind: str, x: Tensor, g: Tensor, outs: Sequence[Tensor]
+) -> dict[str, tuple[Tensor, tuple[int, ...], str]]:
+    """The outs of a layer with the shapes they must have."""
+    if kind == "lora":
+        rank = outs[0].shape[0] if outs[0].dim() else 0
+        return {
+            "out_a": (outs[0], (rank, x.shape[2]), "[r, d]"),
+            "out_b": (outs[1], (g.shape[2], rank), "[p, r]"),
+        }
+    if kind == "linear":
+        return {"out": (outs[0], (g.shape[2], x.shape[2]), "[p, d]")}
+    if kind == "embedding":
+        return {"out": (outs[0], tuple(outs[0].shape), "[V, d]")}
+    if kind == "depthwise_conv1d":
+        return {"out": (outs[0], (x.shape[1], 1, outs[0].shape[2]), "[C, 1, k]")}
+    return {"out": (outs[0], (g.shape[2],), "[p]" if kind == "bias" else "[d]")}
 
 
 def _check_outs(outs: Sequence[Tensor], *, noised: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dpkernels.ops import _check, _library
 from dpkernels.ops.chacha20 import COUNTER_END, NORMALS_PER_BLOCK
@@ -199,34 +200,43 @@ def _check_lists(
     wide = {"sums": (sums, torch.float64)} | {
         name: (tensors, torch.float32) for name, tensors in states.items()
     }
-    labels = ["params", *wide, "grads"]
-    places: dict[tuple[object, object], str] = {}
-    for i, param in enumerate(params):
-        beside = [(tensors[i], dtype) for tensors, dtype in wide.values()]
-        if grads:
-            beside.append((grads[i], param.dtype))
-        # What is said of each is worked out only for one that does not fit: a model may have a thousand.
-        if not (_fits(param, param.dtype, param) and param.device == params[0].device) or not all(
-            _fits(tensor, dtype, param) for tensor, dtype in beside
-        ):
-            _refuse(i, params, wide, grads)
-        for label, tensor in zip(labels, [param, *(tensor for tensor, _ in beside)], strict=False):
-            name, place = f"{label}[{i}]", (tensor.untyped_storage()._cdata, tensor.storage_offset())
-            if tensor.numel() and places.setdefault(place, name) != name:
+    # A model may have a thousand parameters: what is said of each is worked out only for one that does not fit.
+    shapes = [param.shape for param in params]
+    device = params[0].device if params else None
+    lists = {"params": (params, None), **wide} | ({"grads": (grads, None)} if grads else {})
+    for tensors, dtype in lists.values():
+        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+            if not (
+                tensor.dtype is (dtype or params[i].dtype)
+                and (dtype or tensor.dtype in PARAMETER_DTYPES)
+                and tensor.shape == shape
+                and tensor.device == device
+                and tensor.is_contiguous()
+            ):
+                _refuse(i, params, wide, grads)
+    starts = [_start(tensor) for tensors, _ in lists.values() for tensor in tensors if tensor.numel()]
+    if len(set(starts)) != len(starts):
+        _refuse_shared({name: tensors for name, (tensors, _) in lists.items()})
+
+
+def _start(tensor: Tensor) -> object:
+    """Where a tensor's memory starts."""
+    if type(tensor) in (Tensor, Parameter) and not tensor.is_meta:
+        return tensor.data_ptr()
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()  # of one that has no memory
+
+
+def _refuse_shared(lists: dict[str, Sequence[Tensor]]) -> None:
+    """Raise for the first tensor that starts where another does."""
+    places: dict[object, str] = {}
+    for i in range(len(lists["params"])):
+        for label, tensors in lists.items():
+            name, place = f"{label}[{i}]", _start(tensors[i])
+            if tensors[i].numel() and places.setdefault(place, name) != name:
                 raise ValueError(
                     f"{name}: expected memory of its own; it starts where {places[place]} does, and would be written "
                     "twice; pass a tied parameter once"
                 )
-
-
-def _fits(tensor: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
-    return (
-        tensor.dtype == dtype
-        and param.dtype in PARAMETER_DTYPES
-        and tensor.shape == param.shape
-        and tensor.device == param.device
-        and tensor.is_contiguous()
-    )
 
 
 def _refuse(
@@ -323,7 +333,11 @@ def check_secrets(
 
 def _bytes(rows: Sequence[bytes]) -> Tensor:
     """uint8, one row after the other."""
-    return torch.tensor(list(b"".join(rows)), dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
+        if rows
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 def _written(*lists: Sequence[Tensor]) -> None:

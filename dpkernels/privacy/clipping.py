@@ -1,12 +1,12 @@
 """Flat clipping: one norm a sample over all trained parameters, and what one sample can change in the sum."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from dpkernels.nn import Record, sharing_inputs
+from dpkernels.nn import Record, norms_sq
 
 # Relative to C. See rounding_slack for all three.
 LEAST_SLACK = 2.0**-20
@@ -15,15 +15,21 @@ _CANCELLATION = 2**17
 
 
 def total_norm_sq(records: Sequence[Record], batch_size: int, device: torch.device) -> Tensor:
-    """Σ over records of their squared norms: [B] float64, rounded up. A parameter without a record adds 0.
+    """Σ over records of their squared norms: [B] float64, rounded up. A parameter without a record adds 0."""
+    return add_up(norms_sq(records), batch_size, device)
 
-    Each record's norm is an upper bound already; R additions in float64 lose at most R·2⁻⁵³ of the sum, which
-    the factor 1 + (R + 1)·2⁻⁵² more than gives back. NaN and infinity stay what they are.
+
+def add_up(norms: Iterable[Tensor], batch_size: int, device: torch.device) -> Tensor:
+    """Σ of [B] upper bounds: [B] float64, an upper bound itself.
+
+    R additions in float64 lose at most R·2⁻⁵³ of the sum, which the factor 1 + (R + 1)·2⁻⁵² more than gives
+    back. NaN and infinity stay what they are.
     """
-    total = torch.zeros(batch_size, dtype=torch.float64, device=device)
-    for record in sharing_inputs(records):
-        total += record.norm_sq().to(device=device, dtype=torch.float64)
-    return total * (1 + (len(records) + 1) * 2.0**-52)
+    total, count = torch.zeros(batch_size, dtype=torch.float64, device=device), 0
+    for norm_sq in norms:
+        total += norm_sq.to(device=device, dtype=torch.float64)
+        count += 1
+    return total * (1 + (count + 1) * 2.0**-52)
 
 
 def batch_bound(units: int, sample_rate: float, *, per_unit: int = 1, capacity: int | None = None) -> int:

@@ -10,7 +10,7 @@ from dpkernels.reference.bias import bias_norm_sq, bias_weighted_sum
 from dpkernels.reference.clip import clip_factors
 from dpkernels.reference.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.reference.embedding import embedding_norm_sq, embedding_weighted_sum
-from dpkernels.reference.grouped import clip_and_noise
+from dpkernels.reference.grouped import clip_and_noise, total_norm_sq
 from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.reference.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.reference.norm import layer_norm_norm_sq, layer_norm_weighted_sum
@@ -34,4 +34,5 @@ __all__ = [
     "lora_weighted_sum",
     "noise_adamw",
     "noise_sgd",
+    "total_norm_sq",
 ]

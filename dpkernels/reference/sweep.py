@@ -28,7 +28,7 @@ def store(param: Tensor, value: Tensor, key: bytes, rounding_nonce: bytes) -> No
     if param.dtype == torch.bfloat16 and rounding_nonce:
         count = value.numel()
         stream = chacha20_keystream(key, 0, rounding_nonce, -(-count // 32)).view(-1, 2)[:count].long()
-        random = (stream[:, 0] + 256 * stream[:, 1]).view(value.shape)
+        random = (stream[:, 0] + 256 * stream[:, 1]).view(value.shape).to(value.device)
         bits = value.view(torch.int32).long()
         away = (bits % 65536 + random) >= 65536
         below = (bits - bits % 65536).int().view(torch.float32)

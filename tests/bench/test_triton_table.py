@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -105,3 +106,13 @@ def test_products_in_one_chain_fail_the_command(tmp_path: Path) -> None:
     [(status, rows)] = tables(tmp_path, "90", ONE_CHAIN)
     assert status == 1
     assert {row["cut"] for row in rows} == {False}
+
+
+def test_a_16_bit_product_without_tensor_cores_is_a_fault() -> None:
+    """The bounds count fewer roundings there than multiply-adds have."""
+    from bench.triton_table import Row
+
+    row = Row("linear_direct", "bfloat16", 80, "aligned", "", 100, 0, 1024, 2048, "fma", True)
+    assert len(row.faults) == 1
+    assert dataclasses.replace(row, dtype="float32").faults == []
+    assert dataclasses.replace(row, matrix="mma.sync").faults == []

@@ -39,8 +39,8 @@ def test_one_call_for_those_that_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_planted_share_of_a_class_that_replaced_the_sum_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpkernels.nn import records as module
+    from dpkernels.nn import grouping as module
 
-    monkeypatch.setattr(module, "_shares", lambda kind: True)
+    monkeypatch.setattr(module, "_shares", lambda kind, method: True)
     with pytest.raises(AssertionError):
         test_one_call_for_those_that_share(monkeypatch)

@@ -62,16 +62,14 @@ class Case:
         return replace(self, tensors=changed)
 
     def gradients(self, i: int) -> list[Tensor]:
-        """Sample i's gradients by autograd in float64, one a parameter."""
+        """Sample i's gradients by autograd in float64, one a parameter; on the CPU, moved to where the tensors are."""
         if i not in self._truth:
             one = self.alone(i).tensors
-            tensors = {n: t[0].double() if t.is_floating_point() else t[0] for n, t in one.items()}
-            self._truth[i] = [
-                torch.autograd.grad(layer(weight), weight, upstream)[0]
-                for weight, layer, upstream in _layers(
-                    self.family, tensors, self.out_shapes, self.norm_options
-                )
-            ]
+            tensors = {n: (t[0].double() if t.is_floating_point() else t[0]).cpu() for n, t in one.items()}
+            with torch.device("cpu"):
+                layers = _layers(self.family, tensors, self.out_shapes, self.norm_options)
+                truth = [torch.autograd.grad(layer(w), w, upstream)[0] for w, layer, upstream in layers]
+            self._truth[i] = [t.to(one["g"].device) for t in truth]
         return self._truth[i]
 
     def scale(self, i: int) -> list[float]:

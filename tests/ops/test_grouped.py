@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.backends import native, native_grouped, registry, torch_ops
+from dpkernels.backends import native, native_grouped, registry, torch_ops, triton_ops
 from tests.ops.cases import CONV, FAMILIES, SCALING, Case, make
 
 KEY = bytes(range(32))
 BATCH = 3
 
 
-def many(rounds: int = 2, **sizes: int) -> list[Case]:
+def many(rounds: int = 2, **sizes: Any) -> list[Case]:
     """Layers of every kind, in turns."""
     return [make(family, BATCH, 7 + i, **sizes) for i in range(rounds) for family in FAMILIES]
 
@@ -39,10 +39,11 @@ def grouped(cases: list[Case], outs: list[Tensor], factors: Tensor, **options: A
             for name in ("stride", "padding", "dilation"):
                 given[name + "s"].append(CONV[name])
     kinds = [case.family for case in cases]
-    ops.clip_and_noise(kinds=kinds, factors=factors, outs=outs, **{**given, **options})
+    ops.clip_and_noise(kinds=kinds, factors=factors.to(outs[0].device), outs=outs, **{**given, **options})
 
 
 def separate(cases: list[Case], factors: Tensor, start: float = 0.0) -> list[Tensor]:
+    factors = factors.to(cases[0].tensors["g"].device)
     return [out for case in cases for out in case.sums(factors, start=start)]
 
 
@@ -62,8 +63,44 @@ def check_same_as_one_by_one() -> None:
         assert torch.equal(ours, alone)
 
 
+@pytest.fixture
+def always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's grouped launch also for layers that are too few to fill a GPU."""
+    monkeypatch.setattr(triton_ops.grouped, "_FEWEST_PROGRAMS", 0)
+
+
 def test_same_bits_as_layer_by_layer(backend: str) -> None:
     check_same_as_one_by_one()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out", [torch.float64, torch.float32], ids=str)
+def test_one_launch_for_many_layers(
+    triton_backend: str, always_grouped: None, dtype: torch.dtype, out: torch.dtype
+) -> None:
+    """The order of the float64 additions is another than layer by layer; float32 sums are rounded once."""
+    cases = many(dtype=dtype)
+    shapes = ((70, 32, 48, 8), (5, 30, 70, 3), (40, 64, 64, 40))
+    cases += [make("lora", BATCH, *sizes, rank=rank, dtype=dtype) for *sizes, rank in shapes]
+    cases += [make("linear", BATCH, 9, 77, 5, dtype=dtype), make("linear", BATCH, 9, 5, 77, dtype=dtype)]
+    cases += [make("bias", BATCH, 1, p=n, dtype=dtype) for n in (3, 1100)]
+    cases[0].tensors["x"][1] = torch.nan  # its factor is 0
+    outs = empty(cases, start=0.5, dtype=out)
+    grouped(cases, outs, FACTORS)
+    off = 1e-12 if out == torch.float64 else 1e-6
+    for ours, alone in zip(outs, separate(cases, FACTORS, start=0.5), strict=True):
+        assert float((ours.double() - alone).norm()) <= off * (1 + float(alone.norm()))
+
+
+def test_catches_a_grouped_sum_of_the_wrong_factors(
+    triton_backend: str, always_grouped: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = triton_ops.grouped._group_sums
+    monkeypatch.setattr(
+        triton_ops.grouped, "_group_sums", lambda group, factors: real(group, factors.flip(0))
+    )
+    with pytest.raises(AssertionError):
+        test_one_launch_for_many_layers(triton_backend, None, torch.float32, torch.float64)
 
 
 def test_accumulates_over_micro_batches(backend: str) -> None:
@@ -142,7 +179,8 @@ def test_the_epilogue_noises_and_divides(backend: str) -> None:
     outs = empty(cases)
     grouped(cases, outs, FACTORS, **noise(outs))
     for i, (ours, total) in enumerate(zip(outs, separate(cases, FACTORS), strict=True)):
-        z = ops.chacha20_normal(total.numel(), key=KEY, nonce=i.to_bytes(12, "little")).view(total.shape)
+        nonce = i.to_bytes(12, "little")
+        z = ops.chacha20_normal(total.numel(), key=KEY, nonce=nonce, device=total.device).view(total.shape)
         exact = ((total + 1.5 * z) / 2.0**-12).round() * 2.0**-12 / 6.0
         torch.testing.assert_close(ours, exact, rtol=1e-15, atol=1e-15)
         assert float((ours - total / 6).abs().min()) > 0

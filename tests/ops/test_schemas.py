@@ -55,6 +55,9 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return sweep_arguments(op), {}
     if op == "clip_and_noise":
         return grouped_arguments(), {}
+    if op == "total_norm_sq":
+        xs, gs, kinds, _, _, hs, dhs, scalings = grouped_arguments()[:8]
+        return (xs, gs, kinds, hs, dhs, scalings, [], [], [], [], []), {}
     family, _, kind = op.rpartition("_norm_sq" if op.endswith("_norm_sq") else "_weighted_sum")
     del kind
     case = make(family)
@@ -86,7 +89,8 @@ def test_one_name_from_schema_to_backend() -> None:
     import dpkernels.reference
     from dpkernels.backends import torch_grouped, torch_ops, torch_sweep
 
-    modules = dict.fromkeys(SWEEPS, torch_sweep) | {"clip_and_noise": torch_grouped}
+    modules = dict.fromkeys(SWEEPS, torch_sweep)
+    modules |= dict.fromkeys(("clip_and_noise", "total_norm_sq"), torch_grouped)
     assert set(ops.__all__) == set(registry.OPS)
     for op in TENSOR_OPS:
         assert callable(getattr(dpkernels.reference, op))

@@ -1,7 +1,7 @@
 """noise_adamw and noise_sgd: noise followed by torch's optimizer, in one pass; the same bits wherever they are made."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,12 @@ def nonces(step: int, purpose: int = 1) -> list[bytes]:
     return [bytes([purpose, step]) + i.to_bytes(10, "little") for i in range(len(SHAPES))]
 
 
+def drawn(generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normals of a CPU's generator, so the same on every device, on the test's."""
+    normals = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+    return normals.to(torch.get_default_device())
+
+
 @dataclass
 class State:
     """The tensors of one optimizer."""
@@ -57,7 +63,7 @@ class State:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(5)
-        self.params = [torch.randn(shape, generator=generator).to(self.dtype) for shape in SHAPES]
+        self.params = [drawn(generator, shape).to(self.dtype) for shape in SHAPES]
         self.sums = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
         self.firsts = [torch.zeros(shape) for shape in SHAPES]
         self.seconds = [torch.zeros(shape) for shape in SHAPES]
@@ -65,7 +71,7 @@ class State:
     def fill(self, step: int) -> None:
         generator = torch.Generator().manual_seed(100 + step)
         for total in self.sums:
-            total.copy_(torch.randn(total.shape, generator=generator, dtype=torch.float64) * 5)
+            total.copy_(drawn(generator, total.shape, torch.float64) * 5)
 
     def step(self, step: int, **options: Any) -> None:
         """Fill the sums and sweep."""
@@ -102,7 +108,7 @@ class State:
 
 def gradient(total: Tensor, nonce: bytes) -> Tensor:
     """Today's noise, by hand: float64."""
-    z = ops.chacha20_normal(total.numel(), key=KEY, nonce=nonce).view(total.shape)
+    z = ops.chacha20_normal(total.numel(), key=KEY, nonce=nonce, device=total.device).view(total.shape)
     noised = total + NOISE["noise_scale"] * z
     return (noised / NOISE["grid"]).round() * NOISE["grid"] / NOISE["divisor"]
 

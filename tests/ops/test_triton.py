@@ -27,6 +27,7 @@ from dpkernels.backends.triton_ops import (
     linear,
     linear_kernels,
     lora,
+    tensor_cores,
     vectors,
 )
 from dpkernels.backends.triton_ops.linear_kernels import GRAM_OPERATIONS
@@ -149,39 +150,6 @@ def test_the_bound_of_the_sum_covers_every_configuration() -> None:
                     assert least <= tile <= most <= bounds.CHAIN
 
 
-def truncated(values: Tensor, largest: Tensor, bits: int) -> Tensor:
-    """Values cut off below 2^-bits of the power of two at or below `largest`."""
-    unit = torch.exp2(torch.floor(torch.log2(largest)) - bits)
-    return torch.trunc(values / unit) * unit
-
-
-def coarsest_tensor_core(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_k a_k b_k as the coarsest device of `bounds` would accumulate it: blocks of 4, no guard bits, all cut off."""
-    total = torch.zeros(a.shape[:-1], dtype=torch.float64, device=a.device)
-    for k in range(0, a.shape[-1], 4):
-        terms = torch.cat([a[..., k : k + 4].double() * b[..., k : k + 4].double(), total[..., None]], -1)
-        largest = terms.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
-        total = truncated(terms, largest, 23).sum(-1)
-        total = truncated(total, total.abs().clamp_min(2.0**-100), 23)
-    return total
-
-
-def worst_chain(per_term: int, chain: int = bounds.CHAIN) -> float:
-    """Error over κu Σ|ab|, the largest found, of that device: random terms, and small ones after one that is large."""
-    a, b = (torch.rand(1000, chain).add(0.5).half() for _ in range(2))
-    small = 2.0**-12 * (2 - 2.0**-10)  # its square, just below 2⁻²², loses almost 2⁻²³ beside 1
-    a[0], b[0] = small, small
-    a[0, 0] = b[0, 0] = 1.0
-    exact = (a.double() * b.double()).sum(-1)
-    error = (coarsest_tensor_core(a, b) - exact).abs()
-    return float((error / (per_term * chain * bounds.UNIT * exact)).max())
-
-
-def test_the_roundings_of_a_tensor_core_cover_the_coarsest_device() -> None:
-    assert 0.5 < worst_chain(bounds.ROUNDINGS_TENSOR_CORE) <= 1.0
-    assert worst_chain(bounds.ROUNDINGS_FMA) > 1.0
-
-
 @pytest.mark.parametrize("method", ["gram", "direct"])
 def test_subnormal_halves_count_as_normal_numbers(method: str) -> None:
     """A tensor core may align them by the exponent of the smallest normal number: δ is in the bound, and is needed."""
@@ -191,39 +159,8 @@ def test_subnormal_halves_count_as_normal_numbers(method: str) -> None:
     norms = [t[0].double().norm(dim=1) for t in case.tensors.values()]
     terms = float(((norms[0] + delta * 4) * (norms[1] + delta * 4)).sum())
     assert delta > float(norms[0].max()) / 4
-    least = bounds.ROUNDINGS_TENSOR_CORE * 32 * bounds.UNIT * terms  # of the sum alone
+    least = tensor_cores.roundings(case.tensors["x"]) * 32 * bounds.UNIT * terms  # of the sum alone
     assert float(case.norms(method=method)[0]) ** 0.5 >= float(case.gradients(0)[0].norm()) + least
-
-
-@pytest.mark.skipif(not CUDA, reason="needs tensor cores: a GPU")
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_this_gpus_tensor_cores_are_no_coarser_than_assumed(dtype: torch.dtype) -> None:
-    """One large term, and small ones that an alignment without the assumed bits would drop or cut."""
-    large = torch.ones(1, 128, 1, dtype=dtype, device="cuda")
-    x, g = large.expand(1, 128, 64).contiguous(), large.expand(1, 128, 64).contiguous()
-    for exponent in range(1, 13):
-        g[0, 1:] = 2.0**-exponent
-        x[0, 1:] = 2.0**-exponent * 1.5
-        exact = 1.0 + 127 * 1.5 * 4.0**-exponent
-        out = torch.zeros(64, 64, dtype=torch.float64, device="cuda")
-        triton_ops.linear_weighted_sum(x, g, torch.ones(1, device="cuda"), out)
-        allowed = bounds.UNIT * (bounds.ROUNDINGS_TENSOR_CORE * bounds.CHAIN + 3) * exact
-        assert float((out - exact).abs().max()) <= allowed
-
-
-@pytest.mark.skipif(not CUDA, reason="needs tensor cores: a GPU")
-def test_this_gpus_tensor_cores_take_subnormals_as_assumed() -> None:
-    """A subnormal factor beside small normal ones, whose digits its exponent may push out."""
-    x = torch.full((1, 64, 64), 2.0**-14, dtype=torch.float16, device="cuda")
-    g = torch.full((1, 64, 64), 1 + 2.0**-10, dtype=torch.float16, device="cuda")
-    for exponent in range(0, 11):
-        x[0, 0], g[0, 0] = 2.0**-24, 2.0**exponent
-        exact = (x[0, :, 0].double() * g[0, :, 0].double()).sum()
-        terms = (x[0, :, 0].double().clamp_min(2.0**-14) * g[0, :, 0].double()).sum()
-        out = torch.zeros(64, 64, dtype=torch.float64, device="cuda")
-        triton_ops.linear_weighted_sum(x, g, torch.ones(1, device="cuda"), out)
-        allowed = bounds.UNIT * (bounds.ROUNDINGS_TENSOR_CORE * bounds.CHAIN + 3) * terms
-        assert float((out - exact).abs().max()) <= float(allowed)
 
 
 # ---- planted faults ------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_lint_changes_nothing_and_format_does() -> None:
 
 
 def test_clang_format_sees_every_c_and_cpp_file() -> None:
-    files = [path for folder in ("csrc", "tests") for path in (ROOT / folder).rglob("*.*")]
+    files = [path for folder in ("csrc", "tests", "bench") for path in (ROOT / folder).rglob("*.*")]
     sources = [path for path in files if path.suffix in (".c", ".h", ".cpp", ".cu", ".cuh")]
     line = next(line for line in recipe("lint") if "/clang-format" in line)
     assert sorted(line.partition("--Werror")[2].split()) == sorted(str(s.relative_to(ROOT)) for s in sources)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from dpkernels import ops
 from dpkernels.nn import LinearRecord
 from dpkernels.privacy import optimizer as optimizer_module
-from dpkernels.privacy.clipping import LEAST_SLACK, batch_bound, rounding_slack, sensitivity, total_norm_sq
+from dpkernels.privacy.clipping import (
+    LEAST_SLACK,
+    add_up,
+    batch_bound,
+    rounding_slack,
+    sensitivity,
+    total_norm_sq,
+)
 from dpkernels.privacy.optimizer import DPOptimizer
 from tests.privacy.private_run import Net, Run, losses_of, norm_of, private_run
 
@@ -164,18 +171,11 @@ def test_planted_rounding_of_the_norm_to_bf16_is_caught(monkeypatch: pytest.Monk
 
 
 def test_the_total_is_never_below_the_sum_of_the_parts() -> None:
-    class Fixed:
-        def __init__(self, value: float) -> None:
-            self.value = value
-
-        def norm_sq(self) -> Tensor:
-            return torch.tensor([self.value], dtype=torch.float32)
-
-    values = [1.0, 2.0**-24, 2.0**-23, 3e-8] * 40
     from fractions import Fraction
 
-    exact = sum(Fraction(float(torch.tensor(v))) for v in values)
-    total = total_norm_sq([Fixed(v) for v in values], 1, torch.device("cpu"))  # type: ignore[list-item]
+    parts = [torch.tensor([value]) for value in [1.0, 2.0**-24, 2.0**-23, 3e-8] * 40]
+    exact = sum(Fraction(float(part)) for part in parts)
+    total = add_up(parts, 1, torch.device("cpu"))
     assert exact <= Fraction(float(total)) <= exact * Fraction(1 + 2**-43)
 
 
@@ -279,7 +279,7 @@ def test_planted_multiplication_by_zero_is_caught(poisoned: Run, monkeypatch: py
         x, g = self.x.flatten(1, -2), self.g.flatten(1, -2)
         sums[self.weight] += torch.einsum("b,btp,btd->pd", factors, g, x).double()
 
-    monkeypatch.setattr(LinearRecord, "share", lambda self, sums: None)  # alone, not in the call for all
+    monkeypatch.setattr(LinearRecord, "share", lambda self: None)  # alone, not in the call for all
     monkeypatch.setattr(LinearRecord, "add_weighted_sum", multiply)
     with pytest.raises(AssertionError):
         check_poison_is_left_out(poisoned)

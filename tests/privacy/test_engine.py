@@ -296,7 +296,7 @@ def fail_in_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(LinearRecord, "share", lambda self, sums: None)  # alone, not in the call for all
+    monkeypatch.setattr(LinearRecord, "share", lambda self: None)  # alone, not in the call for all
     monkeypatch.setattr(LinearRecord, "add_weighted_sum", broken)
 
 

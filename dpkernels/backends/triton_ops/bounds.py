@@ -9,17 +9,28 @@ not, so n terms give κ = n. The divisions and approximate functions of PTX are 
 
 **Tensor cores** do not round to nearest. An instruction forms products of 16-bit inputs exactly and adds them, with
 the accumulator, in blocks: all terms of a block are aligned to the largest of them and cut off below, added exactly,
-and the sum is cut off to float32. Assumed, and nothing else:
+and the sum is cut off to float32. Assumed, with K and e of the architecture (`TensorCore`), and nothing else:
 
-1. a block takes K ≥ 4 products, and the accumulator;
-2. a term loses at most 2⁻²³ of the largest term of its block in the alignment (no guard bits), each of the K + 1;
+1. a block takes K products, or more, and the accumulator;
+2. a term loses at most 2^-(23+e) of the largest term of its block in the alignment, each of the K + 1;
    a factor below the format's normal numbers counts as the smallest of these (its digits may not be shifted first);
 3. the block's sum loses at most 2⁻²³ of itself.
 
-With A ≥ every partial sum of the terms' absolute values, a block loses at most (K + 1)·2⁻²³·A + 2⁻²³·A, which is
-(K + 2)/K · 2⁻²³·A ≤ 3·2⁻²⁴·A a product: three roundings where float32 arithmetic has one. This is the coarsest
-behaviour that Fasi et al. found (K = 4, no guard bits, truncation); later tensor cores have wider blocks and guard
-bits, and then the bound has a margin. `tests/ops/test_triton.py` probes the assumptions on the GPU it runs on.
+With A ≥ every partial sum of the terms' absolute values, a block loses at most (K + 1)·2^-(23+e)·A + 2⁻²³·A. That is
+((K + 1)·2^(1-e) + 2) u A a block, and a K-th of it a product: `TensorCore.roundings`, where float32 arithmetic has 1.
+An accumulation counts by the blocks that it *could* fill, not by its terms: a tile that is partly empty counts whole.
+So nothing is assumed of which products share a block and in which order blocks are added.
+
+| tensor core | K | e | roundings a product |
+|---|---|---|---|
+| sm_80, sm_86, sm_89 | 8 | 1 | 1.375 |
+| sm_90, by mma.sync and by wgmma; sm_100, by tcgen05; sm_120 | 16 | 2 | 0.65625 |
+| V100, the coarsest that was found; assumed of every other | 4 | 0 | 3 |
+
+All of these cut off (round toward zero) both times, and keep subnormal factors and results. Xie et al. and Khattak and
+Mikaitis built models that agree bit for bit with the GPUs, the former also for wgmma and tcgen05, and name the same K
+and e; Fasi et al. found V100's, and A100's K. That a GPU does as its architecture is known to is checked on it, when it
+is first used (`tensor_cores`), and by `tests/ops/test_tensor_cores.py` at length.
 
 For the subnormal factors of 2., S is Σ_t (‖x_t‖ + δ√d)(‖g_t‖ + δ√p), δ being the smallest normal number, or more.
 
@@ -27,8 +38,13 @@ For the subnormal factors of 2., S is Σ_t (‖x_t‖ + δ√d)(‖g_t‖ + δ�
 float32, one rounding each, outside of the matrix instruction.
 
 Sources: M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
-Science 7:e330, 2021; F. A. Khattak, M. Mikaitis, Accurate models of NVIDIA tensor cores, arXiv:2512.07004.
+Science 7:e330, 2021. F. A. Khattak, M. Mikaitis, Accurate models of NVIDIA tensor cores, arXiv:2512.07004, with the
+models in github.com/north-numerical-computing/MATLAB-tensor-core (V100, A100, A30, A2, L40S, RTX 1000 Ada, H100, H200,
+B200, RTX PRO 6000). P. Xie, Y. Wang, F. Yang, M. Yang, MMA-Sim: bit-accurate reference model of tensor cores and matrix
+cores, arXiv:2511.10909, with the simulator in github.com/microsoft/MMA-Sim.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -41,12 +57,47 @@ TINIEST = 2.0**-126
 SLACK = 1.0 + 2.0**-30
 """Covers the float64 arithmetic of sums of squares and of the bounds themselves, chains below 2²² operations."""
 
-ROUNDINGS_FMA = 1
-ROUNDINGS_TENSOR_CORE = 3
-"""Roundings of size u for each product in one accumulation."""
+ROUNDINGS_FMA = 1.0
+"""Roundings of size u for each product in one accumulation, without tensor cores."""
+
+
+@dataclass(frozen=True)
+class TensorCore:
+    """What is assumed of a tensor core with 16-bit factors and a float32 accumulator.
+
+    Attributes:
+        block: K, products, at least, that are aligned and added together with the accumulator; it divides 16.
+        extra: e, bits, at least, that the alignment keeps below the 23 of a float32.
+    """
+
+    block: int
+    extra: int
+
+    @property
+    def roundings(self) -> float:
+        """Roundings of size u for each product in one accumulation; exact in float32, as kernels need it."""
+        return ((self.block + 1) * 2.0 ** (1 - self.extra) + 2.0) / self.block
+
+
+COARSEST = TensorCore(4, 0)
+"""The coarsest that was found in any NVIDIA GPU (V100)."""
+
+TENSOR_CORES = {
+    80: TensorCore(8, 1),
+    86: TensorCore(8, 1),
+    89: TensorCore(8, 1),
+    90: TensorCore(16, 2),
+    100: TensorCore(16, 2),
+    120: TensorCore(16, 2),
+}
+"""By compute capability × 10, where it is published. Not by generation: sm_87, 103, 110 and 121 are not."""
 
 CHAIN = 64
-"""Products in one accumulation of a matrix product."""
+"""Products in one accumulation of a matrix product.
+
+Twice as many would halve the pieces, which are added in float32, and double the rest: for a sum of 1024 at 0.65625
+roundings a product, 84 + 1 + 8 against 42 + 1 + 16. From 1,000 to 4,000 terms 64 is within a tenth of the best.
+"""
 
 
 def smallest(dtype: torch.dtype) -> float:
@@ -58,6 +109,11 @@ def smallest(dtype: torch.dtype) -> float:
     return 0.0 if dtype == torch.float32 else 2.0 * float(torch.finfo(dtype).smallest_normal)
 
 
-def roundings(dtype: torch.dtype) -> int:
+def tensor_core(architecture: int) -> TensorCore:
+    """What is assumed of an architecture (compute capability × 10): the coarsest where nothing is published."""
+    return TENSOR_CORES.get(architecture, COARSEST)
+
+
+def roundings(dtype: torch.dtype, architecture: int) -> float:
     """Roundings a product meets in one accumulation of `tl.dot`: float32 is computed without tensor cores."""
-    return ROUNDINGS_FMA if dtype == torch.float32 else ROUNDINGS_TENSOR_CORE
+    return ROUNDINGS_FMA if dtype == torch.float32 else tensor_core(architecture).roundings

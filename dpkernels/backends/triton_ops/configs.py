@@ -59,13 +59,21 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (2, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
     },
+    "lora_forms": {
+        (2, ANY): Config({"BT": 64, "BN": 64}, warps=4, stages=4),
+        (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
+    },
+    "lora_forms unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
+    },
     "linear_gram": {
-        (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
-        (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=2),
+        (2, ANY): Config({"BS": 64, "BT": 128, "BK": 64}, warps=4, stages=4),
+        (4, ANY): Config({"BS": 64, "BT": 64, "BK": 16}, warps=8, stages=2),
     },
     "linear_gram unaligned": {
-        (2, ANY): Config({"BT": 64, "BK": 64}, warps=8, stages=3),
-        (4, ANY): Config({"BT": 64, "BK": 16}, warps=8, stages=1),
+        (2, ANY): Config({"BS": 64, "BT": 64, "BK": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BS": 64, "BT": 64, "BK": 16}, warps=8, stages=1),
     },
     "linear_rows": {
         (2, ANY): Config({"BT": 16, "BN": 128}),
@@ -88,6 +96,26 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (2, ANY): Config({"BT": 64, "BP": 128, "BD": 64}, warps=8, stages=3),
         (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
     },
+    "grouped_norms": {
+        (2, ANY): Config({"BT": 64, "BN": 64}, warps=4, stages=4),
+        (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
+    },
+    "grouped_norms unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
+    },
+    "grouped_sums": {
+        (2, ANY): Config({"BT": 64, "BN": 64}, warps=4, stages=4),
+        (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
+    },
+    "grouped_sums unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
+    },
+    "grouped_vector_norms": {(4, ANY): Config({"BN": 1024})},
+    "grouped_vector_sums": {(4, ANY): Config({"BN": 512})},
+    "finish_group": {(4, ANY): Config({"BLOCK": 64}, warps=1)},
+    "add_columns": {(4, ANY): Config({"BLOCK": 256}, warps=1)},
     "finish_gram": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
     "finish_direct": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
 }
@@ -111,7 +139,18 @@ def config(kernel: str, dtype: torch.dtype, architecture: int, aligned: bool = T
     return entries.get((size, architecture // 10 * 10), entries[size, ANY])
 
 
-def extremes(kernel: str, tile: str, dtype: torch.dtype, architecture: int) -> tuple[int, int]:
-    """(smallest, largest) size of a tile over layouts: for a bound that must hold whichever of them is met."""
-    sizes = [config(kernel, dtype, architecture, aligned).tiles[tile] for aligned in (True, False)]
+SUMS: dict[str, tuple[str, ...]] = {
+    "linear": ("linear_sum", "grouped_sums"),
+    "lora": ("lora_pieces", "grouped_sums"),
+}
+"""The kernels that may make a family's weighted sum."""
+
+
+def extremes(kernels: tuple[str, ...], tile: str, dtype: torch.dtype, architecture: int) -> tuple[int, int]:
+    """(smallest, largest) size of a tile over kernels and layouts: for a bound that must hold whichever is met."""
+    sizes = [
+        config(kernel, dtype, architecture, aligned).tiles[tile]
+        for kernel in kernels
+        for aligned in (True, False)
+    ]
     return min(sizes), max(sizes)

@@ -53,9 +53,14 @@ def offsets(rows, columns, stride_t, stride_n, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, rows, columns, n, width, stride_t, stride_n, ALIGN: tl.constexpr):
-    """Frames `rows` < n and features `columns` < width of one sample; 0 elsewhere."""
-    inside = (rows < n)[:, None] & (columns < width)[None, :]
+def load_rows(
+    base, rows, columns, n, width, stride_t, stride_n, ALIGN: tl.constexpr, WHOLE: tl.constexpr = False
+):
+    """Frames `rows` < n and features `columns` < width of one sample; 0 elsewhere. WHOLE: all columns are inside."""
+    if WHOLE:
+        inside = (rows < n)[:, None] & (columns >= 0)[None, :]
+    else:
+        inside = (rows < n)[:, None] & (columns < width)[None, :]
     return tl.load(base + offsets(rows, columns, stride_t, stride_n, ALIGN), mask=inside, other=0.0)
 
 
@@ -83,9 +88,19 @@ def upper_norms(squares, width, SMALLEST: tl.constexpr):
 
 
 @triton.jit
+def sum_of_products(a, b, GROUP: tl.constexpr):
+    """Σ a·b of float32 tiles, in float64 over groups of GROUP neighbours in a row, each added in float32."""
+    groups = tl.reshape(a * b, (a.shape[0], a.shape[1] // GROUP, GROUP))
+    return tl.sum(tl.sum(tl.sum(groups, axis=2).to(tl.float64), axis=1), axis=0)
+
+
+@triton.jit
 def roundings_of(n, LEAST: tl.constexpr, MOST: tl.constexpr, PER_TERM: tl.constexpr):
-    """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64."""
-    return (tl.minimum(n, MOST) * PER_TERM + 1 + (n + LEAST - 1) // LEAST).to(tl.float64)
+    """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64.
+
+    A piece counts whole, however few of its terms are there: which products share a block is the tensor core's.
+    """
+    return (MOST * PER_TERM + 1.0) + ((n + LEAST - 1) // LEAST).to(tl.float64)
 
 
 @triton.jit
@@ -96,16 +111,22 @@ def gamma(roundings):
 
 
 @triton.jit
-def float64_of(bits):
-    """The float64 with these bits: Triton passes Python floats as float32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+def float64_of(high, low):
+    """The float64 with these two halves of its bits: Triton passes Python floats as float32."""
+    upper = high.to(tl.int64) << 32
+    return (upper | (low.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def upper_square(square, error):
     """(√square + error)² of float64 values ≥ 0 as float32, rounded up; NaN and infinity stay what they are."""
     norm = tl.sqrt(square * SLACK) + error
-    exact = norm * norm * SLACK
+    return round_up(norm * norm * SLACK)
+
+
+@triton.jit
+def round_up(exact):
+    """The least float32 that is not below a float64 ≥ 0; NaN and infinity stay what they are."""
     nearest = exact.to(tl.float32)
     # the next float32 above a non-negative one has the next bit pattern
     above = (nearest.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)

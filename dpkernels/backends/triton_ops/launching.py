@@ -15,8 +15,9 @@ from dpkernels.backends.triton_ops import configs
 INTERPRETED = triton_availability.interpreting()
 """Decided when kernels are defined, hence when this package is imported."""
 
-_ALIGN = 16
-"""Elements: with strides and sizes divisible by it, loads are as wide as the hardware's."""
+_ALIGN_BYTES = 16
+_ALIGNS = (16, 8)
+"""Elements: with strides and sizes divisible by one of them, loads are as wide as the hardware's (8: a small rank)."""
 
 # what every launch says: whether a·b + c may be one instruction (a bound never minds; Triton's default will change)
 OPTIONS = {"enable_fp_fusion": True}
@@ -87,15 +88,16 @@ def tile_of(function: Any, like: Tensor, name: str, aligned: bool = True) -> int
 
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where it does not start at a multiple of 16 bytes, as all allocations do."""
-    return tensor.clone() if not tensor.is_meta and tensor.data_ptr() % _ALIGN else tensor
+    return tensor.clone() if not tensor.is_meta and tensor.data_ptr() % _ALIGN_BYTES else tensor
 
 
 def rows(tensor: Tensor) -> tuple[tuple[Any, ...], int]:
     """A [B, T, n] tensor as kernel arguments, and the constexpr ALIGN that they go with.
 
     Returns:
-        (tensor, stride of B, of T, of n, n) and ALIGN: 0 for any strides; 1 where features are adjacent; 16 where,
-        on top, n and the other strides are multiples of 16, which are then passed divided by it (`device.times`).
+        (tensor, stride of B, of T, of n, n) and ALIGN: 0 for any strides; 1 where features are adjacent; 16 or 8
+        where, on top, n and the other strides are multiples of it, which are then passed divided by it
+        (`device.times`).
     """
     tensor = aligned(tensor)
     width = tensor.shape[2]
@@ -103,8 +105,9 @@ def rows(tensor: Tensor) -> tuple[tuple[Any, ...], int]:
     batch, frame, feature = (s if n > 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     if feature != 1 and width > 1:
         return (tensor, batch, frame, feature, width), 0
-    if width % _ALIGN == 0 and batch % _ALIGN == 0 and frame % _ALIGN == 0:
-        return (tensor, batch // _ALIGN, frame // _ALIGN, 1, width // _ALIGN), _ALIGN
+    for align in _ALIGNS:
+        if width % align == 0 and batch % align == 0 and frame % align == 0:
+            return (tensor, batch // align, frame // align, 1, width // align), align
     return (tensor, batch, frame, 1, width), 1
 
 
@@ -113,8 +116,15 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else aligned(tensor.contiguous())
 
 
-def float64_bits(value: float) -> int:
-    """The bits of a float64 as an int64, for `device.float64_of`."""
+def float64_bits(value: float) -> tuple[int, int]:
+    """The upper and lower 32 bits of a float64, for `device.float64_of`: kernels' integers are 32 bits, as an `int`
+    annotation is to Triton (a larger one is an OverflowError)."""
+    low, high = struct.unpack("<ii", struct.pack("<d", value))
+    return high, low
+
+
+def float64_int(value: float) -> int:
+    """The bits of a float64 as an int64, for a table in memory."""
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import bounds, configs
+from dpkernels.backends.triton_ops import bounds, configs, tensor_cores
 from dpkernels.backends.triton_ops.launching import (
     architecture,
     dense,
@@ -49,11 +49,11 @@ class _Norms:
         self.method: dict[str, Any] = {"METHOD": _METHODS[method if self.most else "direct"]}
         self.smallest = bounds.smallest(x.dtype)
         # the norm is rounded up for the weighted sum, whichever of its configurations makes that
-        least, most = configs.extremes(linear_sum.__name__, "BT", x.dtype, architecture(x.device))
+        least, most = configs.extremes(configs.SUMS["linear"], "BT", x.dtype, architecture(x.device))
         self.rounding: dict[str, Any] = {
             "SUM_LEAST": least,
             "SUM_MOST": most,
-            "PER_TERM": bounds.roundings(x.dtype),
+            "PER_TERM": tensor_cores.roundings(x),
         }
 
     def _tile(self, kernel: Any, name: str) -> int:
@@ -66,14 +66,15 @@ class _Norms:
             scale [B]: their S; again [B]: 1 for the samples that are left to direct, among them those whose gram
             bound is loose.
         """
-        x, bt = self.x, self._tile(linear_gram, "BT")
-        blocks = tiles(self.most, bt)
+        x, bt, bk = self.x, self._tile(linear_gram, "BT"), self._tile(linear_gram, "BK")
+        bs = self._tile(linear_gram, "BS")
+        strips, blocks = bt // bs, tiles(self.most, bt)
         pairs = blocks * (blocks + 1) // 2
-        products, diagonals = scratch(x, self.batch, pairs), scratch(x, self.batch, blocks, 3)
+        products, diagonals = scratch(x, self.batch, pairs, strips), scratch(x, self.batch, blocks, strips, 3)
         scale, again = scratch(x, self.batch), torch.empty(self.batch, dtype=torch.int32, device=x.device)
         launch(
             linear_gram,
-            self.batch * pairs,
+            self.batch * pairs * strips,
             x,
             *self.views,
             self.lengths,
@@ -86,6 +87,8 @@ class _Norms:
             aligned=self.aligned,
             SMALLEST=self.smallest,
             UPCAST=upcast(x),
+            X_WHOLE=self.d % bk == 0,
+            G_WHOLE=self.p % bk == 0,
             **self.aligns,
             **self.method,
         )
@@ -104,8 +107,9 @@ class _Norms:
             self.d,
             blocks,
             pairs,
+            GRAM_BS=bs,
             GRAM_BT=bt,
-            GRAM_BK=self._tile(linear_gram, "BK"),
+            GRAM_BK=bk,
             **self.rounding,
             **self.method,
         )

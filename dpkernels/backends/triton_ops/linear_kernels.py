@@ -3,13 +3,14 @@
 Everything below is for one sample with L frames, x [L, d] and g [L, p]; u, γ and S (with its δ) as in `bounds`.
 
 **direct** squares and sums tiles of gᵀx. An entry is made by `product` in pieces of BT frames, so
-κ = PER·min(L, BT) + 1 + ⌈L/BT⌉. Squares are added in float32 along one side of a tile (a relative error of the
+κ = PER·BT + 1 + ⌈L/BT⌉. Squares are added in float32 along one side of a tile (a relative error of the
 square of γ_{BD+2}), and in float64 from there.
 
 **gram** sums (x_s·x_t)(g_s·g_t) over blocks on and below the diagonal, those below counted twice. A term
-x_sj x_tj g_sk g_tk meets κ_d + κ_p roundings in the two products, one in multiplying them, BT in the float32 sum over
-a row of the block: with n of them in all, the square is off by at most γ_n S² (Cauchy and Schwarz, twice). S comes
-from the diagonal, x_t·x_t and g_t·g_t, whose roots rounding makes too small by at most 2γ_n each.
+x_sj x_tj g_sk g_tk meets κ_d + κ_p roundings in the two products, one in multiplying them, and as many as GRAM_GROUP
+in float32 sums of so many, which are added in float64 (a whole row in float32 would cost a third of the bound): with n
+of them in all, the square is off by at most γ_n S² (Cauchy and Schwarz, twice). S comes from the diagonal, x_t·x_t
+and g_t·g_t, whose roots rounding makes too small by at most 2γ_n each.
 
 **Underflow.** A float32 result below 2⁻¹²⁶ may be flushed to 0: 4L√(pd)·2⁻¹²⁶ on the norm, as in
 `dpkernels.backends.bounds`; n·2⁻¹²⁶ on a sum of n squares. In gram, an entry of x_s·x_t is off by 2d·2⁻¹²⁶ at most,
@@ -29,6 +30,7 @@ from dpkernels.backends.triton_ops.device import (
     product,
     roundings_of,
     sample_at,
+    sum_of_products,
     times,
     upper_norms,
     upper_square,
@@ -40,6 +42,9 @@ DIRECT = tl.constexpr(2)
 
 GRAM_OPERATIONS = tl.constexpr(1.0)  # linear.py: _most_by_gram has it too
 """Half-Gram is chosen below this share of direct's operations: a constant to be measured."""
+
+GRAM_GROUP = tl.constexpr(8)
+"""Products of two inner products that are added in float32."""
 
 GRAM_SHARE = tl.constexpr(0.01)
 """A sample whose gram bound is above this share of its square is computed again by direct."""
@@ -58,16 +63,16 @@ def by_gram(n, p, d, METHOD: tl.constexpr):
 
 @triton.jit
 def gram_tile(
-    tensor, width, stride_t, stride_n, row, column, n, one, ALIGN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    UPCAST: tl.constexpr,
+    tensor, width, stride_t, stride_n, row, column, n, one, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
+    BS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BT, BT] inner products of the frames `row`... and `column`... of one sample."""
-    rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BT)
-    acc = tl.zeros((BT, BT), tl.float32)
+    """[BS, BT] inner products of the frames `row`... and `column`... of one sample. WHOLE: BK divides the width."""
+    rows, columns = row + tl.arange(0, BS), column + tl.arange(0, BT)
+    acc = tl.zeros((BS, BT), tl.float32)
     for k in range(0, width, BK):
         features = k + tl.arange(0, BK)
-        a = load_rows(tensor, rows, features, n, width, stride_t, stride_n, ALIGN)
-        b = load_rows(tensor, columns, features, n, width, stride_t, stride_n, ALIGN)
+        a = load_rows(tensor, rows, features, n, width, stride_t, stride_n, ALIGN, WHOLE)
+        b = load_rows(tensor, columns, features, n, width, stride_t, stride_n, ALIGN, WHOLE)
         acc = product(a, tl.trans(b), acc, one, UPCAST)
     return acc
 
@@ -102,15 +107,19 @@ def linear_gram(
     METHOD: tl.constexpr,
     SMALLEST: tl.constexpr,
     UPCAST: tl.constexpr,
+    X_WHOLE: tl.constexpr,
+    G_WHOLE: tl.constexpr,
+    BS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One program a (sample, pair of blocks s ≥ t).
+    """One program a (sample, pair of blocks s ≥ t of BT frames, strip of BS of the frames of s).
 
-    partials [B, pairs]: its part of the square; diagonals [B, blocks, 3]: S, Σ_t ‖x_t‖², Σ_t ‖g_t‖² of
-    a block. What lies beyond a sample's length is not written.
+    partials [B, pairs, BT/BS]: its part of the square; diagonals [B, blocks, BT/BS, 3]: S, Σ_t ‖x_t‖², Σ_t ‖g_t‖² of
+    a strip. Of pairs that lie beyond a sample's length nothing is written.
     """
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
+    strip, program = program % (BT // BS), program // (BT // BS)
     sample, pair = program // pairs, program % pairs
     # pair s(s+1)/2 + t, the root corrected for its rounding
     s = ((tl.sqrt((8 * pair + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
@@ -121,17 +130,19 @@ def linear_gram(
     if s * BT >= tl.where(by_gram(n, p, d, METHOD), n, 0):
         return
     x_at, g_at = sample_at(x, sample, x_b, X_ALIGN), sample_at(g, sample, g_b, G_ALIGN)
-    xx = gram_tile(x_at, d, x_t, x_n, s * BT, t * BT, n, one, X_ALIGN, BT, BK, UPCAST)
-    gg = gram_tile(g_at, p, g_t, g_n, s * BT, t * BT, n, one, G_ALIGN, BT, BK, UPCAST)
-    in_rows = tl.sum(xx * gg, axis=1).to(tl.float64)
-    tl.store(partials + program.to(tl.int64), tl.sum(in_rows, axis=0) * occurrences(s, t))
+    row = s * BT + strip * BS
+    # a strip beyond the length, in a block that is not, has nothing to read
+    xx = gram_tile(x_at, d, x_t, x_n, row, t * BT, n, one, X_ALIGN, X_WHOLE, BS, BT, BK, UPCAST)
+    gg = gram_tile(g_at, p, g_t, g_n, row, t * BT, n, one, G_ALIGN, G_WHOLE, BS, BT, BK, UPCAST)
+    at = partials + program.to(tl.int64) * (BT // BS) + strip
+    tl.store(at, sum_of_products(xx, gg, GRAM_GROUP) * occurrences(s, t))
     if s == t:
-        of_diagonal = tl.arange(0, BT)[:, None] == tl.arange(0, BT)[None, :]
+        of_diagonal = (strip * BS + tl.arange(0, BS))[:, None] == tl.arange(0, BT)[None, :]
         x_square = tl.sum(tl.where(of_diagonal, xx, 0.0), axis=1).to(tl.float64)
         g_square = tl.sum(tl.where(of_diagonal, gg, 0.0), axis=1).to(tl.float64)
-        at = diagonals + (sample.to(tl.int64) * blocks + s) * 3
+        at = diagonals + ((sample.to(tl.int64) * blocks + s) * (BT // BS) + strip) * 3
         both = upper_norms(x_square, d, SMALLEST) * upper_norms(g_square, p, SMALLEST)
-        tl.store(at, tl.sum(tl.where(s * BT + tl.arange(0, BT) < n, both, 0.0), axis=0))
+        tl.store(at, tl.sum(tl.where(row + tl.arange(0, BS) < n, both, 0.0), axis=0))
         tl.store(at + 1, tl.sum(x_square, axis=0))
         tl.store(at + 2, tl.sum(g_square, axis=0))
 
@@ -150,6 +161,7 @@ def finish_gram(
     blocks: int,
     pairs: int,
     METHOD: tl.constexpr,
+    GRAM_BS: tl.constexpr,
     GRAM_BT: tl.constexpr,
     GRAM_BK: tl.constexpr,
     SUM_LEAST: tl.constexpr,
@@ -164,16 +176,18 @@ def finish_gram(
         tl.store(again + sample, 1)
         return
     one = tl.full((), 1.0, tl.float64)
+    strips = GRAM_BT // GRAM_BS
     mine = (n + GRAM_BT - 1) // GRAM_BT
+    parts, mine = mine * (mine + 1) // 2 * strips, mine * strips
     square, terms, of_x, of_g = one * 0.0, one * 0.0, one * 0.0, one * 0.0
-    for first in range(0, mine * (mine + 1) // 2, BLOCK):
-        pair = first + tl.arange(0, BLOCK)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
         square += tl.sum(
-            tl.load(partials + sample * pairs + pair, mask=pair < mine * (mine + 1) // 2, other=0.0), axis=0
+            tl.load(partials + sample * pairs * strips + part, mask=part < parts, other=0.0), axis=0
         )
     for first in range(0, mine, BLOCK):
         block = first + tl.arange(0, BLOCK)
-        at = diagonals + (sample * blocks + block) * 3
+        at = diagonals + (sample * blocks * strips + block) * 3
         terms += tl.sum(tl.load(at, mask=block < mine, other=0.0), axis=0)
         of_x += tl.sum(tl.load(at + 1, mask=block < mine, other=0.0), axis=0)
         of_g += tl.sum(tl.load(at + 2, mask=block < mine, other=0.0), axis=0)
@@ -181,7 +195,7 @@ def finish_gram(
     roundings = roundings_of(int_d, GRAM_BK, GRAM_BK, PER_TERM) + roundings_of(
         int_p, GRAM_BK, GRAM_BK, PER_TERM
     )
-    relative = gamma(roundings + GRAM_BT + 2.0)
+    relative = gamma(roundings + GRAM_GROUP + 2.0)
     tiny_x, tiny_g = one * TINIEST * 2.0 * d, one * TINIEST * 2.0 * p
     terms = (terms + 2.0 * n * tl.sqrt(tiny_x * of_g + tiny_g * of_x + tiny_x * tiny_g * n)) / (
         1.0 - relative
@@ -383,20 +397,37 @@ def linear_sum(
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 product times its factor, in float64."""
+    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 product times its factor, in float64.
+
+    Without lengths it is one loop over all samples' frames, so that a sample's first loads are on their way while the
+    one before is computed; with them, frames beyond a length are not even looped over. The bits are the same.
+    """
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     row, column = program // across * BP, program % across * BD
     total = tl.zeros((BP, BD), tl.float64)
-    for i in range(0, batch):
-        sample = i + tl.zeros((), tl.int64)
-        factor = tl.load(factors + sample).to(tl.float64)
-        n = frames_added(factor, lengths, sample, frames)
-        acc = sample_product(
-            sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
-            row, column, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
-        )  # fmt: skip
-        total += factor * acc.to(tl.float64)
     outputs, inputs = row + tl.arange(0, BP), column + tl.arange(0, BD)
+    if lengths is None:
+        acc, chunks = tl.zeros((BP, BD), tl.float32), (frames + BT - 1) // BT
+        for step in range(0, batch * chunks):
+            sample = step // chunks + tl.zeros((), tl.int64)
+            factor = tl.load(factors + sample)
+            n, rows = frames_added(factor, lengths, sample, frames), step % chunks * BT + tl.arange(0, BT)
+            a = load_rows(sample_at(g, sample, g_b, G_ALIGN), rows, outputs, n, p, g_t, g_n, G_ALIGN)
+            b = load_rows(sample_at(x, sample, x_b, X_ALIGN), rows, inputs, n, d, x_t, x_n, X_ALIGN)
+            acc = product(tl.trans(a), b, acc, one, UPCAST)
+            if step % chunks == chunks - 1:
+                total += factor.to(tl.float64) * acc.to(tl.float64)
+                acc = tl.zeros((BP, BD), tl.float32)
+    else:
+        for i in range(0, batch):
+            sample = i + tl.zeros((), tl.int64)
+            factor = tl.load(factors + sample).to(tl.float64)
+            n = frames_added(factor, lengths, sample, frames)
+            acc = sample_product(
+                sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
+                row, column, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
+            )  # fmt: skip
+            total += factor * acc.to(tl.float64)
     # read only now: addresses held over the loop would spill
     at = out + outputs.to(tl.int64)[:, None] * d + inputs[None, :]
     inside = (outputs < p)[:, None] & (inputs < d)[None, :]

@@ -10,15 +10,18 @@ they add in squares. These norms of rows come from the tiles that are there anyw
 larger, which covers their own rounding (squares and sums: (BN + BT + 4)u < 2⁻¹⁵; PTX's approximate square roots:
 2⁻²²), and never 0: a square below 2⁻¹²⁶ counts as that, and δ of `bounds` is added.
 
+**Gradients.** The same products, kept: float32 by sample, so that x and g are read once and then can be freed.
+
 **Sums.** A program adds SAMPLES samples, each times its factor, in float64; their sums go to memory once for each
 such group and are added in order.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import bounds, configs, vectors
+from dpkernels.backends.triton_ops import bounds, configs, tensor_cores, vectors
 from dpkernels.backends.triton_ops.device import (
     TINIEST,
     float64_of,
@@ -148,7 +151,8 @@ def lora_pieces(
     pieces_a: int,
     pieces_b: int,
     rank_tiles: int,
-    scaling: int,
+    scale_high: int,
+    scale_low: int,
     one,
     X_ALIGN: tl.constexpr,
     DH_ALIGN: tl.constexpr,
@@ -182,15 +186,93 @@ def lora_pieces(
                 piece, rank_tiles, scale, one, False, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R, SAMPLES,
             )  # fmt: skip
         else:
-            scale = float64_of(scaling)
+            scale = float64_of(scale_high, scale_low)
             strip_sums(
                 g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, lengths, factors, of_b, frames, batch, which,
                 piece - pieces_a, rank_tiles, scale, one, True, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R, SAMPLES,
             )  # fmt: skip
 
 
-def _columns(rank: int) -> int:
-    """R: the power of two, from the least that a matrix instruction takes, that covers the rank."""
+@triton.jit
+def strip_gradient(
+    wide, w_b, w_t, w_n, width, narrow, n_b, n_t, n_n, rank, out, frames, sample, piece, rank_tiles, scale, one,
+    COLUMNS_FIRST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """out [B, width, rank] (COLUMNS_FIRST) or [B, rank, width]: one piece of one sample's scale·wideᵀ narrow."""
+    width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
+    columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
+    acc, _ = strip_product(
+        sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
+        rank, columns, ranks, frames + tl.zeros((), tl.int32), one, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+    )  # fmt: skip
+    if COLUMNS_FIRST:
+        at = columns.to(tl.int64)[:, None] * rank + ranks[None, :]
+    else:
+        at = columns[:, None] + ranks.to(tl.int64)[None, :] * width
+    at = out + (sample.to(tl.int64) * width) * rank + at
+    inside = (columns < width)[:, None] & (ranks < rank)[None, :]
+    tl.store(at, (acc.to(tl.float64) * scale).to(tl.float32), mask=inside)
+
+
+@kernel
+def lora_forms(
+    x,
+    x_b: int,
+    x_t: int,
+    x_n: int,
+    d: int,
+    dh,
+    dh_b: int,
+    dh_t: int,
+    dh_n: int,
+    dh_rank: int,
+    g,
+    g_b: int,
+    g_t: int,
+    g_n: int,
+    p: int,
+    h,
+    h_b: int,
+    h_t: int,
+    h_n: int,
+    h_rank: int,
+    of_a,
+    of_b,
+    frames: int,
+    pieces_a: int,
+    pieces_b: int,
+    rank_tiles: int,
+    scale_high: int,
+    scale_low: int,
+    one,
+    X_ALIGN: tl.constexpr,
+    DH_ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr,
+    H_ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """of_a [B, r, d], of_b [B, p, r] float32: one program a (sample, piece), first A's pieces, then B's."""
+    sample, piece = tl.program_id(0) // (pieces_a + pieces_b), tl.program_id(0) % (pieces_a + pieces_b)
+    if piece < pieces_a:
+        scale = tl.full((), 1.0, tl.float64)
+        strip_gradient(
+            x, x_b, x_t, x_n, d, dh, dh_b, dh_t, dh_n, dh_rank, of_a, frames, sample, piece, rank_tiles, scale, one,
+            False, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R,
+        )  # fmt: skip
+    else:
+        scale = float64_of(scale_high, scale_low)
+        strip_gradient(
+            g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, of_b, frames, sample, piece - pieces_a, rank_tiles, scale,
+            one, True, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R,
+        )  # fmt: skip
+
+
+def rank_columns(rank: int) -> int:
+    """R: columns of the narrow matrix a program takes, the power of two, from 16, that covers the rank; at most 32."""
     return min(_MOST_COLUMNS, max(16, triton.next_power_of_2(rank)))
 
 
@@ -208,7 +290,7 @@ def _run(
     views = {"X": rows(x), "DH": rows(dh), "G": rows(g), "H": rows(h)}
     aligned = views["X"][1] > 1 and views["G"][1] > 1
     strip = tile_of(lora_pieces, x, "BN", aligned)
-    columns = _columns(rank)
+    columns = rank_columns(rank)
     rank_tiles = tiles(rank, columns)
     pieces_a, pieces_b = tiles(d, strip) * rank_tiles, tiles(p, strip) * rank_tiles
     if factors is None:
@@ -231,7 +313,7 @@ def _run(
         pieces_a,
         pieces_b,
         rank_tiles,
-        float64_bits(scaling),
+        *float64_bits(scaling),
         1.0,
         aligned=aligned,
         SMALLEST=bounds.smallest(x.dtype),
@@ -249,14 +331,14 @@ def lora_norm_sq(
     """(‖dh_iᵀx_i‖², s²‖g_iᵀh_i‖²), rounded up; see `dpkernels.ops.lora_norm_sq`."""
     lengths, frames, rank = dense(lengths), x.shape[1], h.shape[2]
     of_a, of_b = _run(x, h, g, dh, lengths, None, scaling)
-    least, chain = configs.extremes("lora_pieces", "BT", x.dtype, architecture(x.device))
+    least, chain = configs.extremes(configs.SUMS["lora"], "BT", x.dtype, architecture(x.device))
     norm_a, norm_b = (
         vectors.finish(
             partials,
             lengths,
             frames,
             rank * width,
-            per_term=bounds.roundings(x.dtype),
+            per_term=tensor_cores.roundings(x),
             chain=chain,
             least=least,
             wide=False,
@@ -265,6 +347,40 @@ def lora_norm_sq(
         for partials, width, factor in ((of_a, x.shape[2], 1.0), (of_b, g.shape[2], scaling))
     )
     return norm_a, norm_b
+
+
+@float64_by_torch
+def lora_gradients(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(dh_iᵀx_i, s·g_iᵀh_i), float32; see `dpkernels.ops.lora_gradients`. x and g are read once."""
+    (batch, frames, d), p, rank = x.shape, g.shape[2], h.shape[2]
+    of_a = torch.empty(batch, rank, d, dtype=torch.float32, device=x.device)
+    of_b = torch.empty(batch, p, rank, dtype=torch.float32, device=x.device)
+    views = {"X": rows(x), "DH": rows(dh), "G": rows(g), "H": rows(h)}
+    aligned = views["X"][1] > 1 and views["G"][1] > 1
+    strip, columns = tile_of(lora_forms, x, "BN", aligned), rank_columns(rank)
+    rank_tiles = tiles(rank, columns)
+    pieces_a, pieces_b = tiles(d, strip) * rank_tiles, tiles(p, strip) * rank_tiles
+    launch(
+        lora_forms,
+        batch * (pieces_a + pieces_b),
+        x,
+        *(argument for view, _ in views.values() for argument in view),
+        of_a,
+        of_b,
+        frames,
+        pieces_a,
+        pieces_b,
+        rank_tiles,
+        *float64_bits(scaling),
+        1.0,
+        aligned=aligned,
+        UPCAST=upcast(x),
+        R=columns,
+        **{f"{name}_ALIGN": align for name, (_, align) in views.items()},
+    )
+    return of_a, of_b
 
 
 @float64_by_torch

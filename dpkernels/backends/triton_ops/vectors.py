@@ -24,7 +24,8 @@ def finish_norms(
     frames: int,
     pieces: int,
     entries: int,
-    scaling: int,
+    scale_high: int,
+    scale_low: int,
     PER_TERM: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
@@ -50,7 +51,7 @@ def finish_norms(
     error = 2.0 * relative / (1.0 - relative) * tl.sqrt(magnitude)
     lost = tl.full((), 4.0 * TINIEST, tl.float64) * n * tl.sqrt(tl.full((), 1.0, tl.float64) * entries)
     error += tl.where(magnitude == 0.0, 0.0, lost)
-    scale = tl.abs(float64_of(scaling))
+    scale = tl.abs(float64_of(scale_high, scale_low))
     tl.store(out + sample, upper_square(square * scale * scale, error * scale))
 
 
@@ -60,7 +61,7 @@ def finish(
     frames: int,
     entries: int,
     *,
-    per_term: int,
+    per_term: float,
     chain: int,
     wide: bool,
     least: int | None = None,
@@ -95,7 +96,7 @@ def finish(
         frames,
         partials.shape[1],
         entries,
-        float64_bits(scaling),
+        *float64_bits(scaling),
         PER_TERM=per_term,
         LEAST=chain if least is None else least,
         MOST=chain,

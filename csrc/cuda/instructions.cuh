@@ -1,0 +1,37 @@
+// Instructions that CUDA C++ has no name for. tests/ops/emulated_cuda has them for a CPU.
+#pragma once
+
+namespace dpk {
+
+// 1 / v and 1 / sqrt(v) to some 20 bits; the low word is 0.
+__device__ __forceinline__ double reciprocal_seed(double v) {
+  double y;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(v));
+  return y;
+}
+
+__device__ __forceinline__ double root_seed(double v) {
+  double y;
+  asm("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(v));
+  return y;
+}
+
+// The same in float, to a unit or two in the last place.
+__device__ __forceinline__ float reciprocal_seed(float v) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
+  return y;
+}
+
+__device__ __forceinline__ float root_seed(float v) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
+  return y;
+}
+
+// Brings the line of an address on its way to the second-level cache.
+__device__ __forceinline__ void prefetch_line(const char* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+}  // namespace dpk

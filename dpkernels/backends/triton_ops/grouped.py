@@ -1,0 +1,331 @@
+"""Norms and weighted sums of many layers: LoRA, narrow linear layers and per-sample vectors go out together.
+
+What a launch costs the host is more than what most of these layers cost the GPU. So layers with a few columns on one
+side, and gradients that are formed already, are done by one launch for all of a kind; the others one by one, by their
+own family's op. Addresses are sent with each call; the list of pieces, which depends on shapes only, is kept.
+
+Bounds do not depend on who makes the sum: a norm's covers all kernels of `configs.SUMS`.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from dpkernels.backends.torch_grouped import Layer, add_layer, epilogue, layers, norm_layers, of_layer
+from dpkernels.backends.triton_ops import bounds, configs, tensor_cores
+from dpkernels.backends.triton_ops.grouped_kernels import (
+    add_columns,
+    finish_group,
+    grouped_norms,
+    grouped_sums,
+    grouped_vector_norms,
+    grouped_vector_sums,
+)
+from dpkernels.backends.triton_ops.launching import (
+    architecture,
+    dense,
+    float64_int,
+    launch,
+    rows,
+    scratch,
+    tile_of,
+    tiles,
+    upcast,
+)
+from dpkernels.backends.triton_ops.lora import rank_columns
+
+_NARROW = 32
+"""Columns up to which a side of a linear layer counts as narrow."""
+
+_FEWEST_PROGRAMS = 256
+"""Below it a sum goes layer by layer: a program does all samples of a piece, and too few would leave the GPU idle."""
+
+_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass
+class Problem:
+    """wideᵀ narrow of every sample, times `scaling`; a vector has no narrow.
+
+    Attributes:
+        wide: a [B, T, n] tensor and its ALIGN, from `launching.rows`.
+        narrow: the same of [B, T, r].
+        out: [n, r], [r, n] or [n] that the sum is added to, and its strides by (n, r).
+    """
+
+    wide: tuple[tuple[Any, ...], int]
+    narrow: tuple[tuple[Any, ...], int] | None
+    scaling: float = 1.0
+    out: Tensor | None = None
+    strides: tuple[int, int] = (1, 0)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What one launch has in common."""
+        tensor, out = self.wide[0][0], None if self.out is None else self.out.dtype
+        if self.narrow is None:
+            return tensor.dtype, out, self.wide[1], 0, 0
+        rank = self.narrow[0][4] * self.narrow[1]
+        return tensor.dtype, out, self.wide[1], self.narrow[1], rank_columns(rank)
+
+    def fields(self, strip: int, first: int) -> tuple[list[int], int]:
+        """Its row of the table, and how many pieces it has; strip: BN."""
+        (wide, wide_b, wide_t, _, width), w_align = self.wide
+        frames, rank_tiles, narrow, rank = wide.shape[1], 1, (0, 0, 0), 1
+        if self.narrow is not None:
+            (tensor, narrow_b, narrow_t, _, rank), n_align = self.narrow
+            narrow = (tensor.data_ptr(), narrow_b, narrow_t)
+            rank_tiles = tiles(rank * n_align, rank_columns(rank * n_align))
+        pieces = tiles(width * w_align, strip) * rank_tiles
+        row = [wide.data_ptr(), narrow[0], 0 if self.out is None else self.out.data_ptr()]
+        row += [wide_b, wide_t, width, narrow[1], narrow[2], rank, frames, rank_tiles, first, pieces]
+        return [*row, *self.strides, float64_int(self.scaling)], pieces
+
+
+@dataclass
+class Group:
+    """Problems of one kind: what one launch does."""
+
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of its device and dtype."""
+        tensor: Tensor = self.problems[0].wide[0][0]
+        return tensor
+
+    def constants(self, *, sums: bool) -> dict[str, Any]:
+        """The constexprs of its kernels."""
+        dtype, out, w_align, n_align, columns = self.problems[0].kind
+        found = {"DTYPE": _TYPES[dtype], "W_ALIGN": w_align} | ({"OUT_DTYPE": _TYPES[out]} if sums else {})
+        if columns:
+            found |= {"N_ALIGN": n_align, "R": columns, "UPCAST": upcast(self.like)}
+        return found
+
+    @property
+    def aligned(self) -> bool:
+        """Whether its configuration is that of aligned tensors."""
+        return self.problems[0].wide[1] > 1 or self.problems[0].narrow is None
+
+    def tables(self, strip: int) -> tuple[Tensor, Tensor, int]:
+        """(work [pieces, 2] int32, table [problems, FIELDS] int64, pieces) on the device."""
+        lines: list[list[int]] = []
+        counts, readers, total = [], [], 0
+        for problem in self.problems:
+            line, pieces = problem.fields(strip, total)
+            lines.append(line)
+            counts.append(pieces)
+            total += pieces
+            # Problems in a row that read one tensor are done side by side, so that it comes from the cache.
+            same = len(lines) > 1 and lines[-2][0] == line[0] and counts[-2] == pieces
+            readers.append(not same)
+        table = torch.tensor(lines, dtype=torch.int64, device="cpu")
+        device = self.like.device
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
+        return _work(tuple(counts), tuple(readers), device), table, total
+
+
+@functools.lru_cache(maxsize=64)
+def _work(counts: tuple[int, ...], begins: tuple[bool, ...], device: torch.device) -> Tensor:
+    """[pieces, 2] int32: (problem, piece), piece by piece for problems in a row of which only the first `begins`."""
+    sets: list[list[int]] = []
+    for problem, first in enumerate(begins):
+        if first:
+            sets.append([])
+        sets[-1].append(problem)
+    work = [(problem, piece) for one in sets for piece in range(counts[one[0]]) for problem in one]
+    return torch.tensor(work, dtype=torch.int32, device="cpu").view(-1, 2).to(device)
+
+
+def _groups(problems: Iterable[Problem]) -> list[Group]:
+    found: dict[tuple[Any, ...], Group] = {}
+    for problem in problems:
+        found.setdefault(problem.kind, Group()).problems.append(problem)
+    return list(found.values())
+
+
+def _problems(layer: Layer) -> list[Problem] | None:
+    """The problems that a layer is made of, or None for one that its own family's op must do."""
+    family, options = layer.family, layer.options
+    if layer.tensors[-1].dtype not in (torch.bfloat16, torch.float16, torch.float32) or "embedding" in family:
+        return None
+    pairs: list[tuple[Tensor, Tensor | None, float, bool]]
+    if family == "lora":
+        x, h, g, dh = layer.tensors
+        pairs = [(x, dh, 1.0, False), (g, h, options["scaling"], True)]
+    elif family == "linear":
+        x, g = layer.tensors
+        if g.shape[2] <= _NARROW:
+            pairs = [(x, g, 1.0, False)]
+        elif x.shape[2] <= _NARROW:
+            pairs = [(g, x, 1.0, True)]
+        else:
+            return None
+    elif family == "bias" and layer.tensors[0].shape[1] == 1:
+        pairs = [(layer.tensors[0], None, 1.0, False)]
+    else:
+        return None
+    found = []
+    for i, (wide, narrow, scaling, by_columns) in enumerate(pairs):
+        sides = [rows(side) for side in (wide, narrow) if side is not None]
+        if (
+            any(align == 0 for _, align in sides)
+            or 0 in wide.shape
+            or (narrow is not None and 0 in narrow.shape)
+        ):
+            return None
+        out = layer.outs[i] if layer.outs else None
+        if out is not None and not out.is_contiguous():
+            return None
+        strides = (1, 0) if narrow is None else (narrow.shape[2], 1) if by_columns else (1, wide.shape[2])
+        found.append(Problem(sides[0], sides[1] if narrow is not None else None, scaling, out, strides))
+    return found
+
+
+def _split(given: Iterable[Layer]) -> tuple[list[Problem], list[Layer]]:
+    """Problems of the layers that go together, and the other layers."""
+    problems: list[Problem] = []
+    rest: list[Layer] = []
+    for layer in given:
+        mine = _problems(layer)
+        if mine is None:
+            rest.append(layer)
+        else:
+            problems += mine
+    return problems, rest
+
+
+def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
+    """The norms of a group's problems into columns of norms [B, columns], from first_column on."""
+    x, batch, vectors = group.like, len(norms), group.problems[0].narrow is None
+    function: Any = grouped_vector_norms if vectors else grouped_norms
+    work, table, pieces = group.tables(tile_of(function, x, "BN", group.aligned))
+    partials = scratch(x, batch, pieces, 2)
+    constants = group.constants(sums=False)
+    sizes, chain, per_term = constants["W_ALIGN"], (1, 1), bounds.ROUNDINGS_FMA
+    if vectors:
+        arguments: tuple[Any, ...] = (work, table, partials, pieces)
+    else:
+        arguments = (work, table, partials, pieces, 1.0)
+        constants["SMALLEST"] = bounds.smallest(x.dtype)
+        sizes *= constants["N_ALIGN"]
+        kernels = ("grouped_norms", *configs.SUMS["linear"], *configs.SUMS["lora"])
+        chain = configs.extremes(kernels, "BT", x.dtype, architecture(x.device))
+        per_term = tensor_cores.roundings(x)
+    launch(function, batch * pieces, x, *arguments, aligned=group.aligned, **constants)
+    launch(
+        finish_group,
+        batch * len(group.problems),
+        norms,
+        table,
+        partials,
+        norms,
+        len(group.problems),
+        pieces,
+        norms.shape[1],
+        first_column,
+        SIZES=sizes,
+        PER_TERM=per_term,
+        LEAST=chain[0],
+        MOST=chain[1],
+    )
+
+
+def total_norm_sq(
+    xs: list[Tensor],
+    gs: list[Tensor],
+    kinds: list[str],
+    hs: list[Tensor],
+    dhs: list[Tensor],
+    scalings: list[float],
+    padding_idxs: list[int],
+    kernel_sizes: list[int],
+    strides: list[int],
+    paddings: list[int],
+    dilations: list[int],
+) -> Tensor:
+    """Σ over layers of ‖g_iᵀx_i‖² and its like, rounded up; see `dpkernels.ops.total_norm_sq`."""
+    given = norm_layers(
+        xs, gs, kinds, hs, dhs, scalings, padding_idxs, kernel_sizes, strides, paddings, dilations
+    )
+    problems, rest = _split(given)
+    alone = [part for layer in rest for part in of_layer(layer)]
+    batch = len(gs[0])
+    norms = scratch(gs[0], batch, len(problems) + len(alone))
+    place = 0
+    for group in _groups(problems):
+        _group_norms(group, norms, place)
+        place += len(group.problems)
+    if alone:
+        norms[:, place:] = torch.stack(alone, 1)
+    out = torch.empty(batch, dtype=torch.float32, device=norms.device)
+    launch(add_columns, batch, out, norms, out, norms.shape[1])
+    return out
+
+
+def _group_sums(group: Group, factors: Tensor) -> None:
+    x = group.like
+    function: Any = grouped_vector_sums if group.problems[0].narrow is None else grouped_sums
+    work, table, pieces = group.tables(tile_of(function, x, "BN", group.aligned))
+    one = () if function is grouped_vector_sums else (1.0,)
+    launch(
+        function,
+        pieces,
+        x,
+        work,
+        table,
+        dense(factors),
+        len(factors),
+        *one,
+        aligned=group.aligned,
+        **group.constants(sums=True),
+    )
+
+
+def _programs(group: Group) -> int:
+    function: Any = grouped_vector_sums if group.problems[0].narrow is None else grouped_sums
+    strip = tile_of(function, group.like, "BN", group.aligned)
+    return sum(problem.fields(strip, 0)[1] for problem in group.problems)
+
+
+def clip_and_noise(
+    xs: list[Tensor],
+    gs: list[Tensor],
+    kinds: list[str],
+    factors: Tensor,
+    outs: list[Tensor],
+    hs: list[Tensor],
+    dhs: list[Tensor],
+    scalings: list[float],
+    padding_idxs: list[int],
+    strides: list[int],
+    paddings: list[int],
+    dilations: list[int],
+    key: Tensor,
+    nonces: Tensor,
+    noise_scale: float,
+    grid: float,
+    divisor: float,
+) -> None:
+    """Out += Σ_i c_i g_iᵀx_i for every layer, then noise; see `dpkernels.ops.clip_and_noise`."""
+    given = list(layers(xs, gs, kinds, outs, hs, dhs, scalings, padding_idxs, strides, paddings, dilations))
+    problems, apart = _split(given)
+    groups = _groups(problems)
+    if sum(_programs(group) for group in groups) < _FEWEST_PROGRAMS:
+        groups, apart = [], given
+    for group in groups:
+        _group_sums(group, factors)
+    for layer in apart:
+        add_layer(layer, factors)
+    epilogue(outs, key, nonces, noise_scale, grid, divisor)
