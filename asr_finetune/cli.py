@@ -97,13 +97,21 @@ def plan(
             help="With --model: length of an utterance; else 12.3, or the model's window.", show_default=False
         ),
     ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB: find strategy and micro-batch for such a GPU, here, instead of measuring this machine.",
+            show_default=False,
+        ),
+    ] = None,
     settings: _Settings = None,
 ) -> None:
     """How much noise a target ε needs; with a model, how long a run takes and how much memory.
 
     Without a model nothing is loaded: the noise multiplier σ by PLD and by RDP, the sampling rate, and ε on
     the way. With --model or --config, a few micro-batches of synthetic audio are timed on this machine: the
-    training alone, without reading audio, self-check and evaluations.
+    training alone, without reading audio, self-check and evaluations. With --gpu-memory as well, nothing is
+    timed: a private step is rehearsed without data or GPU, and the largest micro-batch of each strategy shown.
 
     **Examples**
 
@@ -111,9 +119,10 @@ def plan(
     - `asr-finetune plan --config run.yaml`
     - `asr-finetune plan --examples 28000 --epsilon 8 --delta 1e-6 --batch-size 512 --steps 500 --model`
     openai/whisper-tiny.en
+    - `asr-finetune plan --config run.yaml --gpu-memory 80`
     """
     from asr_finetune import plan as planning
-    from asr_finetune.plan_tables import plan_table, probe_table
+    from asr_finetune.plan_tables import memory_table, plan_table, probe_table
 
     flags = {
         "privacy.epsilon": epsilon,
@@ -158,7 +167,14 @@ def plan(
         from asr_finetune.models import load_recognizer
 
         recognizer = load_recognizer(loaded.model)
-    if recognizer is not None:
+    if recognizer is not None and gpu_memory is not None:
+        from asr_finetune.memory_plan import plan_memory
+        from asr_finetune.methods import apply_method
+
+        apply_method(recognizer, loaded.method)
+        memory = round(gpu_memory * 2**30)
+        Console().print(memory_table(plan_memory(loaded, recognizer, memory, corpus=corpus, seconds=seconds)))
+    elif recognizer is not None:
         Console().print(probe_table(planning.probe(loaded, recognizer, corpus, seconds=seconds)))
 
 

@@ -210,6 +210,10 @@ class TrainConfig(_Section):
         default=16,
         metadata=about("utterances in one forward; changes speed and memory, not the result", least=1),
     )
+    fill_micro_batches: bool = field(
+        default=False,
+        metadata=about("physical_batch_size counts utterances of the longest length; more of shorter ones"),
+    )
     steps: int = field(default=100, metadata=about("logical steps", least=1))
     optimizer: Literal["adam", "adamw", "sgd"] = field(default="adam", metadata=about("torch.optim class"))
     learning_rate: float = field(default=1e-3, metadata=about("peak learning rate", above=0))

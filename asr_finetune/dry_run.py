@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader
 from asr_finetune import record
 from asr_finetune.config import Config, ConfigError
 from asr_finetune.data import Corpus, SpeechDataset, load_corpus
+from asr_finetune.memory_plan import MARGIN, Rehearsal, losses_of
 from asr_finetune.messages import expected
 from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.plan import typical_speech
 from asr_finetune.plan_tables import size
 from asr_finetune.prepare import (
     check_data,
@@ -43,7 +45,6 @@ from asr_finetune.run_folder import RunFolder
 from dpkernels.privacy import epsilon, plan_sampling, read_ledger
 
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
-_STATES = {"adam": 2, "adamw": 2, "sgd": 0}  # float32 tensors a trained parameter
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def rehearse(
         ("validation data", rehearsal.validation_data, ("model", "training data")),
         ("method", rehearsal.method, ("model",)),
         ("privacy", rehearsal.privacy, ("output", "training data")),
-        ("memory", rehearsal.memory, ("method",)),
+        ("memory", rehearsal.memory, ("training data", "method")),
         ("gradients", rehearsal.gradients, ("privacy", "method", "memory")),
     ]
     checks: list[Check] = []
@@ -228,28 +229,36 @@ class _Rehearsal:
         return found
 
     def memory(self) -> str:
-        """What is certain: weights, sums or gradients, optimizer. Micro-batches come on top."""
-        config, model, device = self.config, self.recognizer.model, self.recognizer.device
-        trained = trained_parameters(model)
-        sums = 8 if config.privacy.enabled else 4
-        parts = {
-            "weights": sum(
-                p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values()
-            ),
-            "float64 sums" if config.privacy.enabled else "gradients": sums * trained,
-            "optimizer": 4 * _STATES[config.train.optimizer] * trained,
-        }
-        needed, there = sum(parts.values()), _capacity(device)
-        listed = " + ".join(f"{size(part)} {name}" for name, part in parts.items())
-        if needed > there:
-            raise ConfigError(
-                f"{size(needed)} ({listed}) of the {size(there)} of {device}, before any micro-batch: choose a method "
-                "that trains less, model.dtype=bfloat16, or another device"
-            )
-        return (
-            f"{size(needed)} ({listed}) of the {size(there)} of {device}; micro-batches of "
-            f"{config.train.physical_batch_size} come on top: `asr-finetune plan --config` measures them"
+        """The predicted peak with a micro-batch of the longest utterances, against what there is."""
+        config, recognizer = self.config, self.recognizer
+        if not config.privacy.enabled:
+            return "not predicted: memory plans are of private steps"
+        width = min(config.train.physical_batch_size, config.train.batch_size)
+        speech = typical_speech(recognizer, self.corpus)
+        losses = losses_of(recognizer, speech.item(recognizer, speech.longest))
+        device: torch.device = recognizer.device
+        with Rehearsal(
+            recognizer.model,
+            strategy=config.privacy.strategy,
+            optimizer=config.train.optimizer,
+            target="cuda" if device.type == "cuda" else "cpu",
+        ) as stage:
+            peak = stage.peak(losses, width)
+        there = _capacity(device)
+        parts = (
+            (peak.weights, "weights"),
+            (peak.sums, "float64 sums"),
+            (peak.optimizer, "optimizer"),
+            (peak.micro_batch, f"micro-batch of {width} × {speech.longest:.1f} s"),
         )
+        listed = " + ".join(f"{size(part)} {name}" for part, name in parts)
+        found = f"predicted peak {size(peak.total)} ({listed}) of the {size(there)} of {device}"
+        if peak.total > MARGIN * there:
+            raise ConfigError(
+                f"{found}, of which {MARGIN:.0%} can be used: lower train.physical_batch_size, or choose a method that "
+                f"trains less; `asr-finetune plan --config ... --gpu-memory {there / 2**30:.0f}` finds what fits"
+            )
+        return found
 
     def gradients(self) -> str:
         config, recognizer = self.config, self.recognizer

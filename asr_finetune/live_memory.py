@@ -105,7 +105,7 @@ def rehearsal(target: Target) -> Iterator[FakeTensorMode]:
     """
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_Valueless(target))
+        stack.enter_context(Valueless(target))
         yield mode
 
 
@@ -124,12 +124,15 @@ def hollow(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, made)
 
 
-class _Valueless(TorchFunctionMode):
+class Valueless(TorchFunctionMode):
     """Gives code that asks fake tensors for values something to go on with, without changing what it allocates.
 
-    A number read from a tensor is 0; addresses are made up, and tell tensors apart as real ones do. CTC is stood in
-    for by `_CTC`, and for CUDA, attention by the kernel that it uses there for masks and float32; the one for half
-    precision without a mask holds as much.
+    A number read from a tensor is 0, a truth value is False; addresses are made up, and tell tensors apart as real
+    ones do. CTC is stood in for by `_CTC`, and for CUDA, attention by the kernel that it uses there for masks and
+    float32; the one for half precision without a mask holds as much.
+
+    `rehearsal` enters it. torch takes it off for the time of a backward: forwards that run within one (checkpointing)
+    need it anew.
     """
 
     def __init__(self, target: Target) -> None:
@@ -142,6 +145,8 @@ class _Valueless(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.__int__, Tensor.__index__):
             return 0
+        if func is Tensor.__bool__:
+            return False
         if func is Tensor.data_ptr:
             return _address(args[0])
         if func is F.ctc_loss:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from asr_finetune.config import TrainConfig
 from asr_finetune.recognizer import Recognizer
+from dpkernels.privacy import micro_batches
 
 
 class PlainOptimizer:
@@ -72,6 +73,16 @@ class PlainLoader:
         size = len(self._lengths)
         generator = np.random.default_rng([self._config.seed, step])
         chosen = np.flatnonzero(generator.random(size) < self._config.batch_size / size)
-        chosen = chosen[np.argsort(-self._lengths[chosen], kind="stable")]
-        width = self._config.physical_batch_size
-        return [chosen[start : start + width].tolist() for start in range(0, len(chosen), width)]
+        size, frames = micro_batch_limits(self._config, self._lengths)
+        return micro_batches(chosen, size, self._lengths, frames)
+
+
+def micro_batch_limits(config: TrainConfig, lengths: Sequence[int] | np.ndarray) -> tuple[int, int | None]:
+    """The largest micro-batch: (utterances, frames with padding, or None for no such limit).
+
+    With `fill_micro_batches` it is as many frames as `physical_batch_size` of the longest utterances have: what fits of
+    those fits of shorter ones in larger numbers.
+    """
+    if not config.fill_micro_batches:
+        return config.physical_batch_size, None
+    return config.batch_size, config.physical_batch_size * int(np.max(lengths))

@@ -220,25 +220,14 @@ def probe(
     from asr_finetune.prepare import make_optimizer
     from dpkernels import PrivacyEngine
 
-    window = float(getattr(recognizer, "window_seconds", math.inf))
-    if seconds is not None and seconds > window:
-        raise ConfigError(
-            f"plan: --seconds {seconds:g} is longer than the model's window of {window:g} s: lower it, or raise "
-            "model.window_seconds"
-        )
-    seconds = min(TYPICAL_SECONDS, window) if seconds is None else seconds
-    mean, longest, per_second = seconds, seconds, TYPICAL_LABELS_PER_SECOND
-    if corpus is not None:
-        lengths = [utterance.seconds for utterance in corpus.utterances]
-        mean, longest = float(np.mean(lengths)), float(np.max(lengths))
-        text = max((utterance.text for utterance in corpus.utterances), key=len)
-        per_second = len(recognizer.encode_text(text)) / longest
+    speech = typical_speech(recognizer, corpus, seconds)
+    mean, longest = speech.mean, speech.longest
     apply_method(recognizer, config.method)
     model = recognizer.model.train()
     width = min(config.train.physical_batch_size, config.train.batch_size)
     device = next(model.parameters()).device
     optimizer = make_optimizer(config.train, model)
-    dataset = _Synthetic(recognizer, longest, mean, width, per_second)
+    dataset = _Synthetic(recognizer, speech, width)
     engine = PrivacyEngine()
     with closing(engine):
         # q = 1: the one logical batch is the whole set, so the number of micro-batches is known.
@@ -260,6 +249,46 @@ def probe(
             return _measure(
                 config, recognizer, device, private, loader, (mean, longest, width), per_step(config, corpus)
             )
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What utterances to plan for: seconds of the mean and the longest one, labels in a second."""
+
+    mean: float
+    longest: float
+    labels_per_second: float
+
+    def item(self, recognizer: Recognizer, seconds: float) -> dict[str, torch.Tensor]:
+        """Noise of that length and a made-up transcript, as an item for `Recognizer.collate`."""
+        noise = np.random.default_rng(0).normal(size=max(round(seconds * recognizer.sampling_rate), 1))
+        # Two classes in turn, neither of them padding or blank: which ones is of no matter to time or memory.
+        pad = recognizer.base.config.pad_token_id
+        first, second = [number for number in range(4) if number != pad][:2]
+        labels = max(1, round(seconds * self.labels_per_second))
+        text = torch.tensor([first, second] * labels)[:labels]
+        return {**recognizer.encode_audio(0.1 * noise.astype(np.float32)), "labels": text}
+
+
+def typical_speech(recognizer: Recognizer, corpus: Corpus | None, seconds: float | None = None) -> Speech:
+    """The lengths of a corpus; without one, `seconds`, or `TYPICAL_SECONDS` or the model's window where shorter.
+
+    Raises:
+        ConfigError: `seconds` above the model's window.
+    """
+    window = float(getattr(recognizer, "window_seconds", math.inf))
+    if seconds is not None and seconds > window:
+        raise ConfigError(
+            f"plan: --seconds {seconds:g} is longer than the model's window of {window:g} s: lower it, or raise "
+            "model.window_seconds"
+        )
+    seconds = min(TYPICAL_SECONDS, window) if seconds is None else seconds
+    if corpus is None:
+        return Speech(seconds, seconds, TYPICAL_LABELS_PER_SECOND)
+    lengths = [utterance.seconds for utterance in corpus.utterances]
+    longest = float(np.max(lengths))
+    text = max((utterance.text for utterance in corpus.utterances), key=len)
+    return Speech(float(np.mean(lengths)), longest, len(recognizer.encode_text(text)) / longest)
 
 
 def per_step(config: Config, corpus: Corpus | None) -> float:
@@ -321,26 +350,12 @@ def _measure(
 class _Synthetic(torch.utils.data.Dataset[dict[str, Any]]):
     """A micro-batch of the longest utterances, then some of the mean length: noise, made-up transcripts."""
 
-    def __init__(
-        self, recognizer: Recognizer, longest: float, mean: float, width: int, labels_per_second: float
-    ) -> None:
-        self._kinds = [
-            self._item(recognizer, seconds, max(1, round(seconds * labels_per_second)))
-            for seconds in (longest, mean)
-        ]
+    def __init__(self, recognizer: Recognizer, speech: Speech, width: int) -> None:
+        self._kinds = [speech.item(recognizer, seconds) for seconds in (speech.longest, speech.mean)]
         self._width = width
         # The loader sorts by these, longest first: the first micro-batch is the one that memory is measured
         # with.
         self.order = [2] * width + [1] * (width * (MICRO_BATCHES + 1))
-
-    @staticmethod
-    def _item(recognizer: Recognizer, seconds: float, labels: int) -> dict[str, Any]:
-        noise = np.random.default_rng(0).normal(size=max(round(seconds * recognizer.sampling_rate), 1))
-        # Two classes in turn, neither of them padding or blank: which ones is of no matter to time or memory.
-        pad = recognizer.base.config.pad_token_id
-        first, second = [number for number in range(4) if number != pad][:2]
-        text = torch.tensor([first, second] * labels)[:labels]
-        return {**recognizer.encode_audio(0.1 * noise.astype(np.float32)), "labels": text}
 
     def __len__(self) -> int:
         return len(self.order)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 
 from asr_finetune.plan import Plan, Probe
 from asr_finetune.progress import duration
+
+if TYPE_CHECKING:
+    from asr_finetune.memory_plan import Fit, MemoryPlan
 
 
 def plan_table(made: Plan) -> Table:
@@ -63,6 +68,34 @@ def describe_probe(measured: Probe) -> list[tuple[str, str]]:
             f"{measured.longest_seconds:.1f} s",
         ),
     ]
+
+
+def memory_table(made: MemoryPlan) -> Table:
+    """The largest micro-batch of each strategy, and of the chosen one for shorter utterances."""
+    table = Table(
+        title=f"largest micro-batch within {made.margin:.0%} of {size(made.memory)}, rehearsed",
+        title_justify="left",
+    )
+    for name in ("strategy", "utterances of", "micro-batch", "peak", "  weights", "  of the micro-batch"):
+        table.add_column(name)
+    for fit in made.fits:
+        table.add_row(*_fit_row(fit), style="bold" if fit is made.chosen else "")
+    for fit in made.shorter:
+        table.add_row(*_fit_row(fit))
+    table.caption = "nothing fits" if made.chosen is None else _advice(made.chosen)
+    return table
+
+
+def _fit_row(fit: Fit) -> list[str]:
+    name = fit.strategy + (", checkpointing" if fit.checkpointing else "")
+    if fit.peak is None:
+        return [name, f"{fit.seconds:.1f} s", "none fits", "", "", ""]
+    parts = (fit.peak.total, fit.peak.weights, fit.peak.micro_batch)
+    return [name, f"{fit.seconds:.1f} s", str(fit.size), *map(size, parts)]
+
+
+def _advice(chosen: Fit) -> str:
+    return f"privacy.strategy={chosen.strategy} train.physical_batch_size={chosen.size}"
 
 
 def size(count: float) -> str:

@@ -16,6 +16,7 @@ from asr_finetune.augment import SpecAugment
 from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
 from asr_finetune.data import Corpus, SpeechDataset, load_corpus
 from asr_finetune.models import load_recognizer
+from asr_finetune.plain import micro_batch_limits
 from asr_finetune.progress import Reporter, duration
 from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer, to_device
@@ -118,6 +119,7 @@ def make_private(
                 f"{config.train.steps} steps, sampling rate {sampling.sample_rate:.4g} of {sampling.units:,} "
                 f"{sampling.unit}s"
             )
+    size, frames = micro_batch_limits(config.train, lengths)
     engine = PrivacyEngine(accountant=privacy.accountant, ledger=ledger)
     _, private, loader = engine.make_private(
         module=recognizer.model,
@@ -126,7 +128,8 @@ def make_private(
         noise_multiplier=sigma,
         max_grad_norm=privacy.max_grad_norm,
         strategy=privacy.strategy,
-        physical_batch_size=config.train.physical_batch_size,
+        physical_batch_size=size,
+        physical_frames=frames,
         lengths=list(lengths),
         steps=max(spent + remaining, 1),
         target_epsilon=privacy.epsilon,
@@ -197,12 +200,14 @@ def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} exceeds the {count} training {what}: lower it"
         )
-    if recognizer.equal_lengths_only and config.train.physical_batch_size > 1:
+    several = config.train.physical_batch_size > 1 or config.train.fill_micro_batches
+    if recognizer.equal_lengths_only and several:
         lengths = {recognizer.samples(utterance) for utterance in corpus.utterances}
         if len(lengths) > 1:
             raise ConfigError(
                 f"train.physical_batch_size={config.train.physical_batch_size}: {recognizer.name} takes batches "
-                f"of equal lengths only ({recognizer.equal_lengths_only}), and the recordings' differ: set it to 1"
+                f"of equal lengths only ({recognizer.equal_lengths_only}), and the recordings' differ: set it to 1, "
+                "and train.fill_micro_batches to false"
             )
 
 

@@ -32,6 +32,7 @@ MAY_CHANGE = frozenset(
         "output",
         "model.device",
         "train.physical_batch_size",
+        "train.fill_micro_batches",
         "train.num_workers",
         "train.cache_features",
         "train.checkpoint_every",

@@ -5,7 +5,7 @@
     python -m bench.peaks --predict-only --output predicted.json       on any machine; then, with a GPU,
     python -m bench.peaks --device cuda --predicted predicted.json --output peaks.json
 
-Predicted: `asr_finetune.memory_plan.rehearse`. Measured on a GPU: `torch.cuda.max_memory_allocated` over the second
+Predicted: `asr_finetune.memory_plan.Rehearsal`. Measured on a GPU: `torch.cuda.max_memory_allocated` over the second
 step (the first makes sums and optimizer state); on a CPU: the live bytes of the same step with real tensors.
 """
 
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 import dpkernels
 from asr_finetune.live_memory import LiveMemory, cuda_size
-from asr_finetune.memory_plan import held_bytes, rehearse
+from asr_finetune.memory_plan import Rehearsal, held_bytes
 from bench.cases import CASES, Batch, Case, forward, trained, twin
 from bench.contenders.rows import Rows
 from bench.machine import about
@@ -52,7 +52,8 @@ def predict(
         batch = {name: torch.empty((size, *t.shape[1:]), dtype=t.dtype) for name, t in like.items()}
         return case.losses(forward(copy, batch), batch["labels"])
 
-    target = "cuda" if device.startswith("cuda") else "cpu"
+    with Rehearsal(model, strategy=strategy, target="cuda" if device.startswith("cuda") else "cpu") as stage:
+        found = [stage.peak(losses, size) for size in sizes]
     return [
         {
             "case": case.name,
@@ -62,7 +63,7 @@ def predict(
             "predicted": peak.total,
             "parts": {name: value for name, value in asdict(peak).items() if name != "size"},
         }
-        for peak in rehearse(model, losses, sizes, strategy=strategy, target=target)
+        for peak in found
     ]
 
 

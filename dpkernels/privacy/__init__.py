@@ -4,7 +4,7 @@ from dpkernels.privacy.accounting import epsilon, noise_multiplier
 from dpkernels.privacy.budget import BudgetExhausted
 from dpkernels.privacy.engine import PrivacyEngine
 from dpkernels.privacy.ledger import LedgerError, read_ledger
-from dpkernels.privacy.loader import DPDataLoader, LogicalBatch
+from dpkernels.privacy.loader import DPDataLoader, LogicalBatch, micro_batches
 from dpkernels.privacy.optimizer import DPOptimizer, StepStats
 from dpkernels.privacy.plan import Sampling, plan_sampling
 from dpkernels.privacy.self_check import SelfCheckError, SelfCheckReport
@@ -21,6 +21,7 @@ __all__ = [
     "SelfCheckReport",
     "StepStats",
     "epsilon",
+    "micro_batches",
     "noise_multiplier",
     "plan_sampling",
     "read_ledger",

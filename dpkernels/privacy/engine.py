@@ -129,6 +129,7 @@ class PrivacyEngine:
         speakers: Sequence[Hashable] | None = None,
         max_examples_per_speaker: int | None = None,
         lengths: Sequence[int] | None = None,
+        physical_frames: int | None = None,
         steps: int | None = None,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
@@ -171,6 +172,8 @@ class PrivacyEngine:
             speakers: the speaker of every example (unit="speaker").
             max_examples_per_speaker: k (unit="speaker").
             lengths: sizes of all examples; micro-batches are then made of examples of like sizes.
+            physical_frames: with lengths: the largest micro-batch counted in them, padding included (examples × the
+                longest's length). Short examples then go together in larger numbers, physical_batch_size at most.
             steps: total steps of the run: the loader then ends after them (those in the ledger included).
             target_epsilon, target_delta: step() raises BudgetExhausted rather than pass this ε.
             clipping: "flat" only. loss_reduction: "mean" only: the sum is divided by the expected batch size.
@@ -230,6 +233,8 @@ class PrivacyEngine:
             raise ValueError(
                 f"lengths must hold one size for each of the {examples} examples, got {len(lengths)}"
             )
+        if physical_frames is not None and (lengths is None or physical_frames < 1):
+            raise ValueError(f"physical_frames={physical_frames} must be >= 1, and needs lengths")
 
         check_module(module)
         swap(module)
@@ -295,6 +300,7 @@ class PrivacyEngine:
             epoch_steps=max(1, round(1 / sampling.sample_rate)),
             total_steps=steps,
             lengths=lengths,
+            physical_frames=physical_frames,
             on_batch=self._optimizer.begin_logical_batch,
             steps_taken=lambda: budget.steps,
         )

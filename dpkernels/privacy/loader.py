@@ -90,17 +90,31 @@ def _sources(dataset: Any) -> Iterator[tuple[int, int]]:
 
 
 def micro_batches(
-    indices: np.ndarray, physical_batch_size: int, lengths: np.ndarray | None = None
+    indices: np.ndarray,
+    physical_batch_size: int,
+    lengths: np.ndarray | None = None,
+    physical_frames: int | None = None,
 ) -> list[list[int]]:
     """Split a logical batch into micro-batches of at most `physical_batch_size`, of like lengths where these
     are known.
 
-    Longest first: what runs out of memory does so at once. The order changes no example's gradient.
+    Longest first: what runs out of memory does so at once. With `physical_frames` a micro-batch also holds at most
+    that many frames, padding included (examples × the longest's length), but always one example: short examples go
+    together in larger numbers.
+
+    It sees the batch that was drawn and nothing else, puts every example of it into exactly one micro-batch, and is a
+    function of the two: what is sampled, and what each example adds to the sum, do not depend on it.
     """
     if lengths is not None:
         indices = indices[np.argsort(-lengths[indices], kind="stable")]
-    starts = range(0, len(indices), physical_batch_size)
-    return [indices[start : start + physical_batch_size].tolist() for start in starts]
+    parts, start = [], 0
+    while start < len(indices):
+        size = physical_batch_size
+        if lengths is not None and physical_frames is not None:
+            size = max(1, min(size, physical_frames // max(int(lengths[indices[start]]), 1)))
+        parts.append(indices[start : start + size].tolist())
+        start += size
+    return parts
 
 
 class LogicalBatch:
@@ -181,6 +195,7 @@ class DPDataLoader:
         epoch_steps: logical batches in one pass.
         total_steps: where given, one pass runs from the steps already taken to this total.
         lengths: sizes of the examples [N]; micro-batches then hold examples of like sizes.
+        physical_frames: largest micro-batch in those sizes, padding included.
         on_batch: told of each logical batch before it is handed out: its examples, and whether it opens a
             pass.
         steps_taken: how many steps the run has behind it.
@@ -195,6 +210,7 @@ class DPDataLoader:
         epoch_steps: int,
         total_steps: int | None = None,
         lengths: Sequence[int] | np.ndarray | None = None,
+        physical_frames: int | None = None,
         on_batch: Callable[[int, bool], None],
         steps_taken: Callable[[], int],
     ) -> None:
@@ -202,6 +218,7 @@ class DPDataLoader:
         self.batch_size = data_loader.batch_size
         self.collate_fn = data_loader.collate_fn
         self.physical_batch_size = physical_batch_size
+        self.physical_frames = physical_frames
         self.epoch_steps = epoch_steps
         self.total_steps = total_steps
         self._sampler = sampler
@@ -257,7 +274,7 @@ class DPDataLoader:
             batch.skip_rest()
 
     def _split(self, indices: np.ndarray) -> list[list[int]]:
-        return micro_batches(indices, self.physical_batch_size, self._lengths)
+        return micro_batches(indices, self.physical_batch_size, self._lengths, self.physical_frames)
 
 
 class _Feed:

@@ -364,3 +364,16 @@ def test_an_epoch_is_round_one_over_q_and_steps_are_a_total() -> None:
     assert train(run) == 3
     assert train(run) == 0
     assert run.engine.steps == 5
+
+
+def test_micro_batches_within_a_frame_budget() -> None:
+    lengths = np.random.default_rng(1).integers(1, 100, 60)
+    drawn = np.arange(0, 60, 2)
+    parts = micro_batches(drawn, 20, lengths, 200)
+    assert sorted(index for part in parts for index in part) == drawn.tolist()
+    assert all(len(part) * max(lengths[part]) <= 200 and len(part) <= 20 for part in parts)
+    assert all(min(lengths[a]) >= max(lengths[b]) for a, b in pairwise(parts))
+    assert len(parts[0]) < len(parts[-2])
+    assert micro_batches(drawn, 20, lengths, 200) == parts  # a function of the batch
+    assert micro_batches(drawn, 20, lengths, 1) == [[index] for part in parts for index in part]
+    assert micro_batches(np.array([], dtype=int), 20, lengths, 200) == []
