@@ -1,4 +1,4 @@
-"""The command line: plan, train, evaluate, report, demo.
+"""The command line: plan, train, evaluate, report, synthesise, demo.
 
 Modules that load torch are imported when a command runs.
 """
@@ -44,7 +44,12 @@ def options(
 
 _Configuration = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="YAML file; flags and --set go over it.", show_default=False),
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML file, or a recipe's name; flags and --set go over it.",
+        show_default=False,
+    ),
 ]
 _Settings = Annotated[
     list[str] | None,
@@ -220,6 +225,10 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue a run that is in the output folder.")] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check data, model, memory and accounting; write and spend nothing."),
+    ] = False,
     settings: _Settings = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     print_config: Annotated[
@@ -239,6 +248,7 @@ def train(
     - `asr-finetune train --config run.yaml --epsilon 8 --delta 1e-6 --output runs/first`
     - `asr-finetune train --config run.yaml --not-private --output runs/plain`
     - `asr-finetune train --config run.yaml --set train.steps=60 --set data.speakers=[anna,ben]`
+    - `asr-finetune train --config wav2vec2_bert_lora --train LIBRISPEECH --test LIBRISPEECH --dry-run`
     """
     flags = {
         "model.name": model,
@@ -268,6 +278,12 @@ def train(
         return
     loaded = Config.from_dict(given)
     loaded.check_trainable()
+    if dry_run:
+        from asr_finetune.dry_run import check_table, rehearse
+
+        checks = rehearse(loaded, resume=resume, compare=compare, progress=not quiet)
+        Console().print(check_table(checks))
+        raise typer.Exit(0 if all(check.passed for check in checks) else 1)
     from asr_finetune.train import train as run_training
 
     run_training(loaded, progress=not quiet, resume=resume, compare=compare)
@@ -346,6 +362,24 @@ def report(
 
     written = write_report(run, out if out is not None else run / "report.html")
     typer.echo(f"written to {written}")
+
+
+@app.command()
+def synthesise(
+    texts: Annotated[Path, typer.Option(help="Public sentences, one a line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for WAV files and manifest.jsonl.")],
+    voices: Annotated[int, typer.Option(min=1, help="Voices that each sentence is said by.")] = 4,
+) -> None:
+    """Synthetic speech of public sentences: what a new output layer may be warmed up on, at no ε.
+
+    **Example**
+
+    - `asr-finetune synthesise --texts sentences.txt --output speech`
+    """
+    from asr_finetune.synth import speak
+
+    written, count = speak(texts, output, voices)
+    typer.echo(f"{count} recordings, listed in {written}")
 
 
 @app.command()

@@ -75,8 +75,11 @@ class ModelConfig(_Section):
     new_head: bool = field(
         default=False, metadata=about("CTC: train a new output layer on `vocabulary`, drop the old one")
     )
-    vocabulary: Literal["keep", "characters", "words"] = field(
-        default="keep", metadata=about("what the output layer's classes are")
+    vocabulary: Literal["keep", "own", "characters", "words"] = field(
+        default="keep",
+        metadata=about(
+            "keep; for a new output layer: own (the checkpoint's) or characters; words: a model made for them"
+        ),
     )
 
 
@@ -149,6 +152,10 @@ class MethodConfig(_Section):
     dropout: float = field(default=0.0, metadata=about("lora: dropout before the adapter", least=0, below=1))
     targets: list[str] | None = field(
         default=None, metadata=about("lora, dp_rp: endings of module names; null: the model's default")
+    )
+    train_head: bool = field(
+        default=False,
+        metadata=about("CTC: train the output layer along with any method; a new one is trained anyway"),
     )
     layers: Literal["all", "encoder", "decoder"] = field(
         default="all", metadata=about("which half of a seq2seq model is trained")

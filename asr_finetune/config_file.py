@@ -1,7 +1,12 @@
-"""A configuration's YAML: read, overridden by flags, compared, and written with every key explained."""
+"""A configuration's YAML: found, read, overridden by flags, compared, and written with every key explained.
+
+The recipes that come with the package are found by name. A file may stand on another: `base: other.yaml` (beside it,
+or a recipe's name) gives every key that the file does not.
+"""
 
 from __future__ import annotations
 
+import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -13,21 +18,66 @@ import yaml
 from asr_finetune.config import SECTIONS, Config
 from asr_finetune.values import ConfigError, unknown_key
 
+RECIPES = Path(__file__).with_name("configs")
 _COMMENT_COLUMN = 44
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The plain values of a YAML file, unchecked (overrides may come before the check).
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package, as `--config` takes them."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find(path: str | Path) -> Path:
+    """The file that is meant: a path, or the name of a recipe, with or without .yaml.
 
     Raises:
-        FileNotFoundError: no such file.
-        ConfigError: not YAML, or not a mapping.
+        FileNotFoundError: neither.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"--config {path}: no such file; `asr-finetune train --print-config > {path}` writes one"
-        )
+    if path.is_file():
+        return path
+    if path.parent == Path():
+        recipe = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+        if recipe.is_file():
+            return recipe
+    near = difflib.get_close_matches(path.name.removesuffix(".yaml"), recipes(), n=1)
+    meant = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipes())}"
+    raise FileNotFoundError(
+        f"--config {path}: no such file; `asr-finetune train --print-config > {path}` writes one. {meant}"
+    )
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The plain values of a YAML file (or recipe) and its bases, unchecked: overrides may come before the check.
+
+    Raises:
+        FileNotFoundError: no such file, or no such base.
+        ConfigError: not YAML, not a mapping, or a file that stands on itself.
+    """
+    return _load(find(path), ())
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ConfigError(f"--config {path}: its `base` leads back to itself")
+    values = _read(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"--config {path}: base={base!r}: expected another configuration's path or name")
+    beside = path.parent / base
+    under = _load(beside if beside.is_file() else find(base), (*above, path.resolve()))
+    both = [key for key in under.keys() & values.keys() if isinstance(under[key], Mapping)]
+    return {**under, **values, **{key: _over(under[key], values[key]) for key in both}}
+
+
+def _over(under: Any, values: Any) -> Any:
+    """A section over its base's; what is no section is left for the check to name."""
+    return {**under, **values} if isinstance(values, Mapping) else under if values is None else values
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -40,28 +40,12 @@ from asr_finetune.progress import Reporter, duration
 from asr_finetune.recognizer import Recognizer
 from asr_finetune.report import write_report
 from asr_finetune.run_folder import RunFolder
-from asr_finetune.synth import Voice, synthesise, write_wav
+from asr_finetune.synth import PUBLIC_VOICES, Voice, synthesise, write_wav
 from asr_finetune.train import train
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LONGEST = 3  # digits in an utterance
 
-# Ten ordinary voices: who agreed to publish recordings.
-PUBLIC_VOICES = tuple(
-    Voice(name)
-    for name in (
-        "en-us",
-        "en-us+f2",
-        "en-us+f4",
-        "en-us+m2",
-        "en-us+m4",
-        "en-us+m7",
-        "en+f3",
-        "en+m3",
-        "en-029+f1",
-        "en-gb-x-rp+m1",
-    )
-)
 # Whisperers, a hoarse voice, a slow low one and a fast high one: whom the recogniser has yet to learn.
 PRIVATE_VOICES = (
     Voice("en+whisper", rate=200, pitch=30),

@@ -1,16 +1,18 @@
 """What is trained: everything, adapters, biases, or the output layer.
 
     full     every parameter, but for those under weight norm (Wav2Vec2's positions): they have no norm rule
-    lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj)
+    lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj), or on any
+             choice of linear layers and pointwise convolutions that `method.targets` names
     bitfit   the biases of linear and convolution layers; those of norms stay frozen
     dp_rp    LoRA whose factor A stays at its random start: half the trained parameters
     head     the output layer
 
-A freshly initialised output layer is trained along with any of them.
+A freshly initialised output layer is trained along with any of them, an old one with `method.train_head`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,11 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         )
     if method.layers == "decoder" and recognizer.kind != "seq2seq":
         raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")
+    if method.train_head and recognizer.kind == "seq2seq":
+        raise ConfigError(
+            "method.train_head: Whisper's output layer is its token table, read past any adapter: leave it false"
+        )
+    with_head = recognizer.new_head or method.train_head
     switch_off_shared_randomness(model)
     dpkernels.nn.freeze_batch_norm(model)
     trainable = _within(model, method.layers)
@@ -60,7 +67,7 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trainable) and not name.endswith(_NEVER_TRAINED))
     elif method.kind in ("lora", "dp_rp"):
-        recognizer.model = _with_lora(recognizer, method, trainable, head)
+        recognizer.model = _with_lora(recognizer, method, trainable, head if with_head else None)
     elif method.kind == "bitfit":
         _train_biases(model, trainable)
     else:
@@ -68,7 +75,7 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             module.requires_grad_(False)
-    if recognizer.new_head and method.kind in ("full", "bitfit"):
+    if with_head and method.kind in ("full", "bitfit"):
         _train(model.get_submodule(head))
     if trained_parameters(recognizer.model) == 0:
         raise ConfigError(
@@ -102,30 +109,31 @@ def _train_biases(model: nn.Module, trainable: tuple[str, ...]) -> None:
 
 
 def _with_lora(
-    recognizer: Recognizer, method: MethodConfig, trainable: tuple[str, ...], head: str
+    recognizer: Recognizer, method: MethodConfig, trainable: tuple[str, ...], head: str | None
 ) -> nn.Module:
     import peft
 
     model = recognizer.base
     targets = method.targets or _DEFAULT_TARGETS[model.config.model_type]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [
-        name
-        for name in linear
-        if name.startswith(trainable) and any(name == end or name.endswith(f".{end}") for end in targets)
-    ]
+    chosen = _adapted(model, targets, trainable)
     if not chosen:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        known = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _adaptable(module)}
+        )
         raise ConfigError(
-            f"method.targets={targets} with method.layers={method.layers}: no linear layer of "
-            f"{recognizer.name} ends so; there: {', '.join(known)}"
+            f"method.targets={targets} with method.layers={method.layers}: no linear layer or pointwise "
+            f"convolution of {recognizer.name} ends so; there: {', '.join(known)}"
+        )
+    if head in chosen:
+        raise ConfigError(
+            f"method.targets={targets}: {head} is the output layer, which is trained as a whole: leave it out"
         )
     configuration = peft.LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
         target_modules=chosen,
-        modules_to_save=[head] if recognizer.new_head else None,
+        modules_to_save=[head] if head else None,
     )
     adapted = peft.get_peft_model(model, configuration)
     base = str(getattr(model, "name_or_path", "") or "")
@@ -136,6 +144,37 @@ def _with_lora(
             if "lora_A" in name:
                 parameter.requires_grad_(False)
     return adapted
+
+
+def _adapted(model: nn.Module, targets: Sequence[str], trainable: tuple[str, ...]) -> list[str]:
+    """Names of the layers that LoRA goes on.
+
+    Raises:
+        ConfigError: one of them is a convolution that LoRA is not for.
+    """
+    chosen = []
+    for name, module in model.named_modules():
+        ends_so = any(name == end or name.endswith(f".{end}") for end in targets)
+        if not ends_so or not name.startswith(trainable):
+            continue
+        if _adaptable(module):
+            chosen.append(name)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d):
+            # Depthwise: PEFT wants a rank that its groups divide, and a channel has too few taps to gain by one.
+            # The head of Parakeet: PEFT builds adapters with the layer's own class, whose arguments are other ones.
+            raise ConfigError(
+                f"method.targets={list(targets)}: {name} ({module}) is neither a linear layer nor a pointwise "
+                "convolution (kernel 1, stride 1, groups 1), which is all that LoRA is for here: leave it out, or "
+                "train it by method.kind=full, or as a new output layer"
+            )
+    return chosen
+
+
+def _adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can go on it: a linear layer, or a convolution that is one on the transposed layout."""
+    if type(module) is nn.Conv1d:
+        return module.kernel_size == module.stride == (1,) and module.groups == 1 and module.padding == (0,)
+    return isinstance(module, nn.Linear)
 
 
 def trained_parameters(model: nn.Module) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 
 from asr_finetune.config import ConfigError, ModelConfig
 from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
+from asr_finetune.methods import head_name
 from asr_finetune.recognizer import SETTINGS, Recognizer, quiet_transformers
 from asr_finetune.whisper import START, WhisperRecognizer, trim_encoder
 
@@ -98,15 +99,21 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
             "recogniser with asr_finetune.models.tiny_parakeet(words), save it, and load that folder with "
             "vocabulary keep"
         )
-    if config.new_head != (config.vocabulary == "characters"):
+    if config.new_head != (config.vocabulary in ("own", "characters")):
         raise ConfigError(
             f"model.new_head={config.new_head} with model.vocabulary={config.vocabulary}: a new output layer "
-            "is for a new vocabulary: set new_head true and vocabulary characters, or neither"
+            "needs to know its classes: set new_head true and vocabulary characters (or own, the checkpoint's), or "
+            "neither"
         )
     # Eager attention gives NaN on rows that are masked altogether, which padding makes; sdpa does not.
     load: dict[str, Any] = {"dtype": _dtype(config), "attn_implementation": "sdpa"}
-    if not config.new_head:
+    if config.vocabulary != "characters":
         model = _read(transformers.AutoModelForCTC, config, **load)
+        if config.new_head:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # public: the new layer's initialisation
+                model.get_submodule(head_name(model)).reset_parameters()
+            options |= {"new_head": True, "vocabulary": "own"}
         return CTCRecognizer(_placed(model, config), _read(transformers.AutoProcessor, config), **options)
     tokenizer = ctc_tokenizer(CHARACTERS, "characters")
     found.vocab_size, found.pad_token_id = len(tokenizer), tokenizer.pad_token_id
@@ -117,7 +124,8 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
         )
     extractor = _read(transformers.AutoFeatureExtractor, config)
     processor = processor_class(found.model_type)(extractor, tokenizer)
-    return CTCRecognizer(_placed(model, config), processor, new_head=True, **options)
+    options |= {"new_head": True, "vocabulary": "characters"}
+    return CTCRecognizer(_placed(model, config), processor, **options)
 
 
 def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
@@ -134,8 +142,9 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
     if config.window_seconds is None:
         config = replace(config, window_seconds=saved.get("window_seconds"))
     if "new_head" in saved:
-        vocabulary: Literal["keep", "characters"] = "characters" if saved["new_head"] else "keep"
-        config = replace(config, new_head=saved["new_head"], vocabulary=vocabulary)
+        # Written by versions without `own`, where a new layer was always one of characters.
+        before = "characters" if saved["new_head"] else "keep"
+        config = replace(config, new_head=saved["new_head"], vocabulary=saved.get("vocabulary", before))
     recognizer = load_recognizer(config)
     recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
     recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)

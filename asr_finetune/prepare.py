@@ -15,16 +15,24 @@ from torch.utils.data import DataLoader
 from asr_finetune.augment import SpecAugment
 from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
 from asr_finetune.data import Corpus, SpeechDataset, load_corpus
+from asr_finetune.models import load_recognizer
 from asr_finetune.plain import micro_batch_limits
 from asr_finetune.progress import Reporter, duration
 from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer, to_device
 from dpkernels import PrivacyEngine
-from dpkernels.privacy import noise_multiplier, plan_sampling, read_ledger
+from dpkernels.privacy import Sampling, noise_multiplier, plan_sampling, read_ledger
 
 SELF_CHECK_EXAMPLES = 3
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 _NAMES_SHOWN = 10
+
+
+def recognizer_of(config: Config) -> Recognizer:
+    """The recogniser of a run, with its prefix of transcripts; see `models.load_recognizer`."""
+    recognizer = load_recognizer(config.model)
+    recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
+    return recognizer
 
 
 def load(
@@ -88,7 +96,7 @@ def make_private(
     spent.
     """
     privacy = config.privacy
-    unit = _unit_arguments(config, dataset.corpus)
+    unit = unit_arguments(config, dataset.corpus)
     data_loader = DataLoader(
         dataset,
         batch_size=config.train.batch_size,
@@ -103,25 +111,14 @@ def make_private(
     if begun:
         sigma = begun[0].mechanism.noise_multiplier
         reporter.say(f"noise multiplier {sigma:g}, as before (ledger: {spent} steps spent)")
-    elif privacy.noise_multiplier is not None:
-        sigma = privacy.noise_multiplier
     else:
-        assert privacy.epsilon is not None  # check_trainable saw to it
-        assert privacy.delta is not None
-        sigma = noise_multiplier(
-            privacy.epsilon,
-            privacy.delta,
-            sampling.sample_rate,
-            config.train.steps,
-            accountant=privacy.accountant,
-            max_batch_size=privacy.max_batch_size,
-            dataset_size=sampling.units,
-        )
-        reporter.say(
-            f"noise multiplier {sigma:g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
-            f"{config.train.steps} steps, sampling rate {sampling.sample_rate:.4g} of {sampling.units:,} "
-            f"{sampling.unit}s"
-        )
+        sigma = sigma_of(config, sampling)
+        if privacy.noise_multiplier is None:
+            reporter.say(
+                f"noise multiplier {sigma:g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
+                f"{config.train.steps} steps, sampling rate {sampling.sample_rate:.4g} of {sampling.units:,} "
+                f"{sampling.unit}s"
+            )
     size, frames = micro_batch_limits(config.train, lengths)
     engine = PrivacyEngine(accountant=privacy.accountant, ledger=ledger)
     _, private, loader = engine.make_private(
@@ -142,7 +139,25 @@ def make_private(
     return engine, private, loader
 
 
-def _unit_arguments(config: Config, corpus: Corpus) -> dict[str, Any]:
+def sigma_of(config: Config, sampling: Sampling) -> float:
+    """σ of a run from its start: by hand, else the smallest for the target ε over `train.steps` steps."""
+    privacy = config.privacy
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    assert privacy.epsilon is not None  # check_trainable saw to it
+    assert privacy.delta is not None
+    return noise_multiplier(
+        privacy.epsilon,
+        privacy.delta,
+        sampling.sample_rate,
+        config.train.steps,
+        accountant=privacy.accountant,
+        max_batch_size=privacy.max_batch_size,
+        dataset_size=sampling.units,
+    )
+
+
+def unit_arguments(config: Config, corpus: Corpus) -> dict[str, Any]:
     """What make_private and plan_sampling need to know about the privacy unit."""
     privacy = config.privacy
     if privacy.unit == "example":

@@ -33,6 +33,7 @@ class Recognizer(ABC):
         kind: "ctc" or "seq2seq".
         target_prefix: put before a text that is learnt, or scored by restricted decoding.
         new_head: the output layer is freshly initialised and must be trained along with any method.
+        vocabulary: what its classes are, as `model.vocabulary` says; "keep" where it is not new.
         equal_lengths_only: why batches of unequal lengths are refused, or "" where padding changes nothing.
     """
 
@@ -46,6 +47,7 @@ class Recognizer(ABC):
         name: str,
         revision: str | None = None,
         new_head: bool = False,
+        vocabulary: str = "keep",
         target_prefix: str = "",
     ) -> None:
         self.model = model
@@ -55,6 +57,7 @@ class Recognizer(ABC):
         self.name = name
         self.revision = revision
         self.new_head = new_head
+        self.vocabulary = vocabulary
         self.target_prefix = target_prefix
         self.sampling_rate = int(self.feature_extractor.sampling_rate)
         self.equal_lengths_only = ""
@@ -191,7 +194,12 @@ class Recognizer(ABC):
         (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
 
     def _settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "target_prefix": self.target_prefix, "new_head": self.new_head}
+        return {
+            "kind": self.kind,
+            "target_prefix": self.target_prefix,
+            "new_head": self.new_head,
+            "vocabulary": self.vocabulary,
+        }
 
     def describe(self) -> dict[str, Any]:
         """Facts for a report: plain values."""

@@ -96,11 +96,11 @@ class RunFolder:
         """Whether a step was taken here. A start that failed before the first leaves nothing that counts."""
         return self.checkpoint.exists() or (self.ledger.exists() and read_ledger(self.ledger).steps > 0)
 
-    def prepare(self, config: Config, *, resume: bool) -> bool:
-        """Make the folder for `config`, or find that a run in it may be continued.
+    def check(self, config: Config, *, resume: bool) -> bool:
+        """Whether `config` may use the folder; nothing is written.
 
         Returns:
-            Whether a run took steps here before.
+            Whether a run took steps here before, which is then to be continued.
 
         Raises:
             RunFolderError: a run is here and `resume` is False; or files of a run without its configuration.
@@ -120,6 +120,15 @@ class RunFolder:
                 f"output={str(self.path)!r} holds a ledger or a checkpoint, but no config.yaml: what they "
                 "belong to is unknown. Put config.yaml back, or give another --output."
             )
+        return False
+
+    def prepare(self, config: Config, *, resume: bool) -> bool:
+        """Make the folder for `config`, or find that a run in it may be continued.
+
+        Returns, raises: as `check`.
+        """
+        if self.check(config, resume=resume):
+            return True
         self.not_private.mkdir(parents=True, exist_ok=True)
         write_text(self.not_private / "README.txt", _NOTICE)
         self.trim_history(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import difflib
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from asr_finetune.checkpoint import write_text
+
 SAMPLING_RATE = 16_000
 
 # From espeak-ng's speak_lib.h.
@@ -32,6 +35,7 @@ _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 _NOISE_SEED = 1
+_SPOKEN_AT_ONCE = 100  # sentences whose samples are in memory together
 _LOCK = threading.Lock()
 
 
@@ -63,6 +67,24 @@ class Voice:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise ValueError(f"Voice.{key}={value}: espeak-ng takes {low} to {high}")
+
+
+# Ten ordinary voices: who agreed to publish recordings.
+PUBLIC_VOICES = tuple(
+    Voice(name)
+    for name in (
+        "en-us",
+        "en-us+f2",
+        "en-us+f4",
+        "en-us+m2",
+        "en-us+m4",
+        "en-us+m7",
+        "en+f3",
+        "en+m3",
+        "en-029+f1",
+        "en-gb-x-rp+m1",
+    )
+)
 
 
 def synthesise(texts: Sequence[str], voice: Voice) -> list[np.ndarray]:
@@ -109,6 +131,40 @@ def synthesise(texts: Sequence[str], voice: Voice) -> list[np.ndarray]:
 def write_wav(path: Path, samples: np.ndarray) -> None:
     """Write float32 [n] at 16 kHz as 16-bit PCM."""
     soundfile.write(path, samples, SAMPLING_RATE, subtype="PCM_16")
+
+
+def speak(texts: Path, folder: Path, voices: int) -> tuple[Path, int]:
+    """Have `voices` of the public voices say the lines of a text file: WAV files and manifest.jsonl in `folder`.
+
+    Returns the manifest's path, and the number of recordings. The manifest is written last: where it is, they all are.
+
+    Raises:
+        FileNotFoundError: no such text file.
+        ValueError: nothing to say, more voices than there are, or a folder that holds a manifest already.
+        SynthesisError: as `synthesise`.
+    """
+    manifest = folder / "manifest.jsonl"
+    if not texts.is_file():
+        raise FileNotFoundError(f"--texts {texts}: no such file: give public sentences, one a line")
+    lines = [" ".join(line.split()) for line in texts.read_text(encoding="utf-8").split("\n")]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"--texts {texts}: no sentence in it")
+    if not 0 < voices <= len(PUBLIC_VOICES):
+        raise ValueError(f"--voices {voices}: there are {len(PUBLIC_VOICES)}")
+    if manifest.exists():
+        raise ValueError(f"{manifest} is there already: give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, voice in enumerate(PUBLIC_VOICES[:voices]):
+        for start in range(0, len(lines), _SPOKEN_AT_ONCE):
+            part = lines[start : start + _SPOKEN_AT_ONCE]
+            for index, (text, samples) in enumerate(zip(part, synthesise(part, voice), strict=True), start):
+                name = f"{number}-{index:06d}"
+                write_wav(folder / f"{name}.wav", samples)
+                entries.append({"utt_id": name, "audio": f"{name}.wav", "text": text, "speaker": voice.name})
+    write_text(manifest, "".join(json.dumps(entry) + "\n" for entry in entries))
+    return manifest, len(entries)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from asr_finetune.data import Corpus, SpeechDataset
 from asr_finetune.evaluate import Evaluation, evaluate
 from asr_finetune.loop import Interrupted, Run, epsilon_spent, run_steps
 from asr_finetune.methods import apply_method, trained_parameters
-from asr_finetune.models import load_recognizer
 from asr_finetune.plain import PlainLoader, PlainOptimizer
 from asr_finetune.prepare import (
     check_data,
@@ -24,6 +23,7 @@ from asr_finetune.prepare import (
     load,
     make_optimizer,
     make_private,
+    recognizer_of,
     self_check,
     training_dataset,
 )
@@ -156,7 +156,7 @@ def train(
         reporter.say("NOT PRIVATE: privacy.enabled is false. This run has no epsilon.", style="bold red")
 
     torch.manual_seed(config.train.seed)
-    session = _Session(config, folder, reporter, _load(config))
+    session = _Session(config, folder, reporter, recognizer_of(config))
     recognizer = session.recognizer
     corpus = session.load("train", config.data.train, config.data.train_split)
     check_data(config, corpus, recognizer)
@@ -176,12 +176,6 @@ def train(
         return _finish(run, session, data, tests, {"before": before, "non_private": non_private})
 
 
-def _load(config: Config) -> Recognizer:
-    recognizer = load_recognizer(config.model)
-    recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
-    return recognizer
-
-
 def _evaluate_before(session: _Session, tests: tuple[Corpus, SpeechDataset] | None) -> dict[str, Any] | None:
     """Error rates of the checkpoint as it was published; read back on resume.
 
@@ -193,7 +187,7 @@ def _evaluate_before(session: _Session, tests: tuple[Corpus, SpeechDataset] | No
         return noted.get("before")
     if session.config.model.window_seconds is not None:
         whole = replace(session.config, model=replace(session.config.model, window_seconds=None))
-        session = replace(session, recognizer=_load(whole))
+        session = replace(session, recognizer=recognizer_of(whole))
         tests = tests[0], SpeechDataset(tests[0], session.recognizer, cache=False)
     result = session.evaluate("before", tests).to_dict()
     session.folder.note_metrics(private=session.config.privacy.enabled, before=result)

@@ -37,7 +37,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "evaluate", "report", "demo"])
+@pytest.mark.parametrize("command", ["plan", "train", "evaluate", "report", "synthesise", "demo"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0

@@ -20,6 +20,7 @@ from asr_finetune.config import (
 from asr_finetune.config_file import (
     changed_keys,
     commented_yaml,
+    find,
     load_yaml,
     overridden,
     parse_setting,
@@ -173,6 +174,56 @@ def test_files_that_are_not_configurations(tmp_path: Path) -> None:
     path.write_text("just text")
     with pytest.raises(ConfigError, match="expected sections"):
         load_yaml(path)
+
+
+def test_a_file_stands_on_a_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "least.yaml").write_text(
+        "model: {name: m, dtype: bfloat16}\ndata: {train: d}\noutput: o\n"
+    )
+    (tmp_path / "base" / "middle.yaml").write_text(
+        "base: least.yaml\ntrain: {steps: 5, batch_size: 7}\ndata:\n"
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text("base: base/middle.yaml\ntrain: {steps: 9}\nmodel: {name: n}\noutput: p\n")
+    config = Config.from_dict(load_yaml(path))
+    assert (config.model.name, config.model.dtype, config.data.train, config.output) == (
+        "n",
+        "bfloat16",
+        "d",
+        "p",
+    )
+    assert (config.train.steps, config.train.batch_size) == (9, 7)
+    path.write_text("base: parakeet_lora\noutput: q\n")  # a recipe's name
+    assert Config.from_dict(load_yaml(path)).method.kind == "lora"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: run.yaml", "leads back to itself"),
+        ("base: [a, b]", "another configuration's path or name"),
+        ("base: none.yaml", "none.yaml: no such file"),
+        ("base: parakeet_lora\ntrain: [1]", "train: expected a section"),
+        ("base: parakeet_lora\ntrian: {steps: 1}", "did you mean train"),
+    ],
+)
+def test_wrong_bases_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises((ConfigError, FileNotFoundError), match=message):
+        Config.from_dict(load_yaml(path))
+
+
+def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find("parakeet_lora") == find("parakeet_lora.yaml") == CONFIGS / "parakeet_lora.yaml"
+    (tmp_path / "parakeet_lora").write_text("a user's own file comes first")
+    assert find("parakeet_lora") == Path("parakeet_lora")
+    with pytest.raises(FileNotFoundError, match=r"did you mean wav2vec2_bert_full\?"):
+        find("wav2vec2_bert_ful")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        find("elsewhere/parakeet_lora")
 
 
 def test_changed_keys_are_dotted() -> None:

@@ -58,9 +58,29 @@ def test_a_new_head_is_for_public_characters(folders: dict[str, Path], family: s
     assert torch.equal(loaded.encode_text("it's 5"), labels)
 
 
+@pytest.mark.parametrize("family", CTC)
+def test_a_new_head_on_the_checkpoints_own_vocabulary(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    """Characters leave no CTC alignment where a frame is 80 ms, Parakeet's; its own tokens are longer."""
+    old = small_models.load(folders[family])
+    new, again = (small_models.load(folders[family], new_head=True, vocabulary="own") for _ in range(2))
+    assert new.new_head
+    head = ("lm_head", "ctc_head")
+    for name, value in new.base.state_dict().items():
+        assert torch.equal(value, again.base.state_dict()[name]), "the new layer's start is not public"
+        assert torch.equal(value, old.base.state_dict()[name]) != name.startswith(head)
+    assert torch.equal(new.encode_text("low high"), old.encode_text("low high"))
+    new.save(tmp_path)
+    batch, _ = small_models.batch_and_singles(new)
+    loaded = small_models.load(tmp_path)
+    assert torch.equal(small_models.logits(loaded, batch), small_models.logits(new, batch))
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
+        ("parakeet", {"vocabulary": "own"}, "new_head true and vocabulary characters .or own"),
         ("parakeet", {"new_head": True}, "new_head true and vocabulary characters"),
         ("parakeet", {"vocabulary": "characters"}, "new_head true and vocabulary characters"),
         ("parakeet", {"vocabulary": "words"}, "tiny_parakeet"),

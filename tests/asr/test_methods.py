@@ -131,6 +131,24 @@ def test_adapters_load_in_plain_peft(
 
 @pytest.mark.parametrize("kind", EXPECTED)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
+def test_an_old_head_trains_with_any_method_where_asked(
+    folders: dict[str, Path], family: str, kind: str, tmp_path: Path
+) -> None:
+    """After a warm start: the output layer is not new any more, and still has much to learn."""
+    recognizer = prepared(folders[family], kind, train_head=True)
+    old = {name for name in trained(prepared(folders[family], kind)) if "head." not in name}
+    assert {name for name in trained(recognizer) if "head." not in name} == old
+    heads = [p for name, p in recognizer.model.named_parameters() if "head." in name and p.requires_grad]
+    assert sorted(p.dim() for p in heads) in ([1, 2], [1, 3])  # weight and bias, once each
+    private_step(recognizer)
+    recognizer.save(tmp_path)
+    batch, _ = small_models.batch_and_singles(recognizer)
+    loaded = small_models.load(tmp_path)
+    torch.testing.assert_close(small_models.logits(loaded, batch), small_models.logits(recognizer, batch))
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
 def test_a_new_head_trains_with_any_method_and_is_saved(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -148,6 +166,34 @@ def test_a_new_head_trains_with_any_method_and_is_saved(
     loaded = small_models.load(tmp_path)
     expected = small_models.logits(recognizer, batch)
     torch.testing.assert_close(small_models.logits(loaded, batch), expected)
+
+
+POINTWISE = ["pointwise_conv1", "pointwise_conv2"]
+ODD = ["relative_k_proj", "linear_q", "feature_projection.projection"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dp_rp"])
+@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
+@pytest.mark.parametrize("targets", [POINTWISE, [*POINTWISE, *ODD]])
+def test_lora_on_any_choice_of_linear_layers_and_pointwise_convolutions(
+    folders: dict[str, Path], family: str, kind: str, targets: list[str], tmp_path: Path
+) -> None:
+    recognizer = prepared(folders[family], kind, targets=targets)
+    layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained(recognizer)}
+    named = [name for name, _ in recognizer.base.named_modules() if name.endswith(tuple(targets))]
+    assert layers == {name.rpartition(".")[2] for name in named}
+    assert ("lora_A" in "".join(trained(recognizer))) == (kind == "lora")
+    before = {name: p.detach().clone() for name, p in recognizer.model.named_parameters()}
+    private_step(recognizer)
+    for name, parameter in recognizer.model.named_parameters():
+        # B starts at 0: A's first gradient is exactly 0, and what moves it is the noise.
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    recognizer.save(tmp_path)
+    batch, _ = small_models.batch_and_singles(recognizer)
+    base = type(recognizer.base).from_pretrained(folders[family])
+    plain = small_models.load(folders[family])
+    plain.model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(small_models.logits(plain, batch), small_models.logits(recognizer, batch))
 
 
 def test_an_adapter_on_a_trimmed_whisper_loads_with_its_window(
@@ -202,7 +248,20 @@ def test_the_encoder_of_a_ctc_model_is_all_but_its_head(folders: dict[str, Path]
             r"targets=\['query'\].*there: .*linear1.*q_proj",
         ),
         ("parakeet", {"kind": "lora", "targets": ["proj"]}, "no linear layer"),
+        (
+            "parakeet",
+            {"kind": "lora", "targets": ["q_proj", "depthwise_conv"]},
+            r"layers\.0\.conv\.depthwise_conv .*groups=16.*neither a linear layer nor a pointwise.*leave it out",
+        ),
+        ("parakeet", {"kind": "dp_rp", "targets": ["subsampling.layers.0"]}, "neither a linear layer nor"),
+        ("parakeet", {"kind": "lora", "targets": ["ctc_head"]}, "ctc_head .*neither a linear layer nor"),
+        (
+            "wav2vec2-bert",
+            {"kind": "lora", "targets": ["lm_head"], "new_head": True, "vocabulary": "characters"},
+            "lm_head is the output layer, which is trained as a whole",
+        ),
         ("parakeet", {"kind": "full", "layers": "decoder"}, "a CTC model has no decoder"),
+        ("whisper", {"kind": "lora", "train_head": True}, "token table"),
         ("whisper", {"kind": "dp_rp", "targets": ["linear_q"]}, "there: .*fc1.*q_proj"),
     ],
 )

@@ -2,12 +2,16 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from asr_finetune.synth import SAMPLING_RATE, SynthesisError, Voice, synthesise, write_wav
+from asr_finetune.config import DataConfig
+from asr_finetune.data import load_corpus
+from asr_finetune.progress import Reporter
+from asr_finetune.synth import SAMPLING_RATE, SynthesisError, Voice, speak, synthesise, write_wav
 
 # Noise-based voices are where espeak-ng's hidden state shows most.
 VOICES = [Voice("en-us"), Voice("en+f3", rate=260, pitch=80), Voice("en-us+whisper"), Voice("en+klatt4")]
@@ -42,6 +46,31 @@ def test_what_was_spoken_before_changes_nothing(voice: Voice) -> None:
     again = synthesise(texts, voice)
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@needs_espeak
+def test_a_manifest_of_public_sentences(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("One two.\n\n  three   four \n")
+    manifest, count = speak(texts, tmp_path / "speech", 3)
+    corpus = load_corpus(str(manifest), split=None, data=DataConfig(train=str(manifest)))
+    assert count == len(corpus) == 6
+    assert {utterance.text for utterance in corpus.utterances} == {"One two.", "three four"}
+    assert len(set(corpus.speakers)) == 3
+    assert corpus.decoded(Reporter(False), "").problems == []
+    with pytest.raises(ValueError, match="is there already"):
+        speak(texts, tmp_path / "speech", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "voices", "message"),
+    [(None, 1, "no such file"), ("\n", 1, "no sentence"), ("a", 99, "--voices 99")],
+)
+def test_nothing_to_speak_is_named(tmp_path: Path, text: str | None, voices: int, message: str) -> None:
+    if text is not None:
+        (tmp_path / "texts.txt").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        speak(tmp_path / "texts.txt", tmp_path / "speech", voices)
 
 
 @needs_espeak

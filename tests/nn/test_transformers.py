@@ -11,11 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpkernels.nn import Tape, attach, coverage, freeze_batch_norm, swap
+from dpkernels.nn import (
+    ExpandedRecord,
+    LinearRecord,
+    Record,
+    Tape,
+    attach,
+    coverage,
+    freeze_batch_norm,
+    swap,
+)
+from dpkernels.nn.embedding import ghost_embedding
 from tests.nn.per_sample import check_private
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+from dpkernels.interop.transformers import GhostRelativeKeys  # noqa: E402
 
 Made = tuple[nn.Module, Callable[..., Tensor], tuple[Tensor, ...], list[str]]
 
@@ -245,6 +256,43 @@ def test_a_dropped_record_would_be_caught(
     monkeypatch.setattr(Tape, "add", lambda self, r: None if layer in r.layer else add(self, r))
     with pytest.raises(AssertionError, match=r"weighted sum|norm too small"):
         check_private(*in_float64(make))
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [(parakeet, "bias_u"), (parakeet, "bias_v"), (wav2vec2_bert, "distance_embedding")],
+)
+def test_a_rule_that_loses_whose_gradient_is_whose_would_be_caught(
+    make: Callable[[], Made], layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault that a parameter without a batch in it invites: the right sum, split evenly over the batch."""
+    add: Any = Tape.add
+
+    def evenly(tape: Tape, record: Record) -> None:
+        if layer not in record.layer:
+            return add(tape, record)
+        (own,) = record.formed() if isinstance(record, LinearRecord) else (record,)
+        mean = own.g.mean(0, keepdim=True).expand_as(own.g)
+        return add(tape, ExpandedRecord(own.layer, own.parameters[0], mean))
+
+    monkeypatch.setattr(Tape, "add", evenly)
+    with pytest.raises(AssertionError, match=rf"{layer}.*weighted sum|norm too"):
+        check_private(*in_float64(make))
+
+
+def test_relative_keys_by_the_rule_of_embeddings_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ids are [L, R]: an embedding's rule takes L for the batch. Where it is not, the tape sees it; where it
+    happens to be, only a comparison does.
+    """
+    monkeypatch.setattr(
+        GhostRelativeKeys, "forward", lambda self, ids: ghost_embedding(self, ids, self.weight)
+    )
+    model, loss, batch = in_float64(wav2vec2_bert)
+    with pytest.raises(ValueError, match=r"distance_embedding: its input has batch 12, the losses have 3"):
+        check_private(model, loss, batch)
+    as_many = tuple(torch.cat([t] * 4)[:12] for t in batch)
+    with pytest.raises(AssertionError, match=r"weighted sum|norm too"):
+        check_private(model, loss, as_many)
 
 
 def test_relative_keys_refuse_other_uses() -> None:
