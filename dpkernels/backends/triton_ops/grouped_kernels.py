@@ -116,14 +116,18 @@ def grouped_sums(
         sample = step // chunks + tl.zeros((), tl.int64)
         at = step % chunks * BT + tl.arange(0, BT)
         a = load_rows(wide + times(sample * wide_b, W_ALIGN), at, columns, frames, width, wide_t, 1, W_ALIGN)
-        b = load_rows(narrow + times(sample * narrow_b, N_ALIGN), at, ranks, frames, rank, narrow_t, 1, N_ALIGN)
+        b = load_rows(
+            narrow + times(sample * narrow_b, N_ALIGN), at, ranks, frames, rank, narrow_t, 1, N_ALIGN
+        )
         acc = product(tl.trans(a), b, acc, one, UPCAST)
         if step % chunks == chunks - 1:
             total += weighted(tl.load(factors + sample), acc) * scale
             acc = tl.zeros((BN, R), tl.float32)
     inside = (columns < width)[:, None] & (ranks < rank)[None, :]
     out = tl.load(row + OUT).to(tl.pointer_type(OUT_DTYPE))
-    out += columns.to(tl.int64)[:, None] * tl.load(row + OUT_COLUMN) + ranks[None, :] * tl.load(row + OUT_RANK)
+    out += columns.to(tl.int64)[:, None] * tl.load(row + OUT_COLUMN) + ranks[None, :] * tl.load(
+        row + OUT_RANK
+    )
     total += tl.load(out, mask=inside, other=0.0).to(tl.float64)
     tl.store(out, total.to(OUT_DTYPE), mask=inside)
 
