@@ -157,7 +157,7 @@ class LogicalBatch:
             )
         if len(set(part)) < len(part):
             raise ValueError(
-                "LogicalBatch.collate: an example is given twice; it would count twice in the sum, where it is accounted "
+                "LogicalBatch.collate: an example is given twice; it would count twice in the sum, and be accounted "
                 "once; give each once"
             )
         return self._collate(part)

@@ -275,7 +275,7 @@ def test_reduced_factors_below_float32s_normal_numbers_are_rounded_down_too() ->
     before = again * 10.0 ** (-86 - 8 * torch.rand(20_000, generator=generator, dtype=torch.float64))
     factors = torch.rand(20_000, generator=generator)
     within = strategies._within(factors, before, again)
-    assert 0 < int((within > 0).sum())
+    assert int((within > 0).sum()) > 0
     assert float(within.max()) < 2.0**-126
     assert bool((within.double() * again.sqrt() <= factors.double() * before.sqrt()).all())
 
