@@ -12,6 +12,7 @@ from torch import Tensor
 from dpkernels import ops
 from dpkernels.backends import native, native_grouped, registry, torch_ops, triton_ops
 from tests.ops.cases import CONV, FAMILIES, SCALING, Case, make
+from tests.ops.test_total_norm import total as total_norm
 
 KEY = bytes(range(32))
 BATCH = 3
@@ -90,6 +91,26 @@ def test_one_launch_for_many_layers(
     off = 1e-12 if out == torch.float64 else 1e-6
     for ours, alone in zip(outs, separate(cases, FACTORS, start=0.5), strict=True):
         assert float((ours.double() - alone).norm()) <= off * (1 + float(alone.norm()))
+
+
+@pytest.mark.parametrize("family", ["linear", "lora", "bias"])
+def test_a_family_that_torch_serves_is_left_to_it_norm_and_sum_alike(
+    triton_backend: str, always_grouped: None, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """As `registry.TORCH_WINS` would have it on a GPU: the bound of a grouped norm is not on what torch adds."""
+    case = make(family, BATCH, 1, 40, 8)
+    device, called = case.tensors["g"].device.type, []
+    for op in (f"{family}_norm_sq", f"{family}_weighted_sum"):
+
+        def by_torch(*arguments: Any, op: str = op, **options: Any) -> Any:
+            called.append(op)
+            return getattr(torch_ops, op)(*arguments, **options)
+
+        chosen = (registry.OpBackend(op, device, "torch", "for this test"), by_torch)
+        monkeypatch.setitem(registry._chosen, (op, device, "triton"), chosen)
+    total_norm([case])
+    grouped([case], empty([case]), FACTORS)
+    assert called == [f"{family}_norm_sq", f"{family}_weighted_sum"]
 
 
 def test_catches_a_grouped_sum_of_the_wrong_factors(

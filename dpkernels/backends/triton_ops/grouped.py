@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from dpkernels.backends import registry
 from dpkernels.backends.torch_grouped import Layer, add_layer, epilogue, layers, norm_layers, of_layer
 from dpkernels.backends.triton_ops import bounds, configs, tensor_cores
 from dpkernels.backends.triton_ops.grouped_kernels import (
@@ -197,8 +198,13 @@ def _split(given: Iterable[Layer]) -> tuple[list[Problem], list[Layer]]:
     """Problems of the layers that go together, and the other layers."""
     problems: list[Problem] = []
     rest: list[Layer] = []
+    ours: dict[str, bool] = {}
     for layer in given:
-        mine = _problems(layer)
+        if layer.family not in ours:
+            # A family that another backend serves goes to that one: a norm's bound is on what its own sum adds.
+            function = registry.implementation(layer.sum_op, layer.tensors[-1].device.type)
+            ours[layer.family] = function.__module__.startswith(__package__)
+        mine = _problems(layer) if ours[layer.family] else None
         if mine is None:
             rest.append(layer)
         else:
