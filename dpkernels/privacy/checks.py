@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpkernels.nn import batch_norms_in_training, coverage, mixes_samples, modules_of, named_modules
+from dpkernels.nn import batch_norms_in_training, coverage, mixes_samples, named_modules
 
 
 def check_single_process() -> None:
@@ -111,12 +111,12 @@ class Snapshot:
     trained: list[int]
 
 
-def snapshot(model: nn.Module) -> Snapshot:
-    """A model's snapshot: checks of every micro-batch compare it, and look for names only where it differs."""
+def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
+    """The snapshot of a model's modules: checks compare it, and look for names only where it differs."""
     batch_norms = False
     buffers: list[tuple[int, int]] = []
     trained: list[int] = []
-    for module in modules_of(model):
+    for module in modules:
         if module._buffers:
             passing = module._non_persistent_buffers_set
             buffers += [
@@ -130,6 +130,11 @@ def snapshot(model: nn.Module) -> Snapshot:
         if module._parameters:
             trained += [id(p) for p in module._parameters.values() if p is not None and p.requires_grad]
     return Snapshot(batch_norms, buffers, trained)
+
+
+def stateful(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of them that a snapshot's buffers and batch norms are read from."""
+    return [module for module in modules if module._buffers or isinstance(module, _BatchNorm)]
 
 
 def released_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import Record, Tape, add_weighted_sums, batch_norms_in_training
+from dpkernels.nn import Record, Tape, add_weighted_sums, batch_norms_in_training, modules_of
 from dpkernels.privacy.checks import (
     Snapshot,
     batch_norm_message,
@@ -18,6 +18,7 @@ from dpkernels.privacy.checks import (
     check_trained,
     released_buffers,
     snapshot,
+    stateful,
     trained_parameters,
 )
 from dpkernels.privacy.noise import SecretStream, grid_of
@@ -119,7 +120,8 @@ class DPOptimizer(torch.optim.Optimizer):
         self._trained = trained_parameters(model)
         self._held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._buffers = released_buffers(model)
-        self._snapshot = snapshot(model)
+        modules = modules_of(model)
+        self._snapshot, self._stateful = snapshot(modules), stateful(modules)
         self.keep_gradients = False
         self.stochastic_rounding = False
         scale = noise_multiplier * sensitivity
@@ -300,7 +302,8 @@ class DPOptimizer(torch.optim.Optimizer):
                 "a backward failed half-way through its sums; call zero_grad() to drop this logical batch, or "
                 "recover() to do all of its micro-batches again"
             )
-        now = snapshot(self._model)
+        now = snapshot(modules_of(self._model))
+        self._check_batch_norms(now)
         self._check_parameters(now)
         self._check_buffers(now)
         if self._drawn is not None and self._examples < self._drawn and self.noise_multiplier > 0:
@@ -436,9 +439,10 @@ class DPOptimizer(torch.optim.Optimizer):
             )
 
     def _check_model(self) -> None:
-        now = snapshot(self._model)
-        if now.batch_norms:
-            raise RuntimeError(batch_norm_message(batch_norms_in_training(self._model)))
+        # Those modules that had state at make_private: a walk over all of them is a per cent of a step. step() takes
+        # it before anything is released, and sees what was added or replaced since.
+        now = snapshot(self._stateful)
+        self._check_batch_norms(now)
         for name, parameter in self._trained.items():
             if parameter.grad is None:
                 continue
@@ -451,6 +455,10 @@ class DPOptimizer(torch.optim.Optimizer):
             parameter.grad = None
         self._published = {}
         self._check_buffers(now)
+
+    def _check_batch_norms(self, now: Snapshot) -> None:
+        if now.batch_norms:
+            raise RuntimeError(batch_norm_message(batch_norms_in_training(self._model)))
 
     def _check_buffers(self, now: Snapshot) -> None:
         if now.buffers != self._snapshot.buffers:
