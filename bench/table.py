@@ -37,6 +37,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("peak MiB", lambda row: "" if row.peak_mib is None else f"{row.peak_mib:.0f}"),
     ("memory", lambda row: times(row.memory_ratio)),
     ("largest B", lambda row: "" if row.largest_batch is None else str(row.largest_batch)),
+    ("utt/s", lambda row: "" if row.rate is None else f"{row.rate:.0f}"),
+    ("of matrix rate", lambda row: "" if row.matrix_share is None else f"{row.matrix_share:.0%}"),
     ("of floor", lambda row: "" if row.floor_share is None else f"{row.floor_share:.0%}"),
     ("error", lambda row: "" if row.error is None else f"{row.error:.0e}"),
 )
