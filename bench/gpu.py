@@ -46,7 +46,7 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
         # Tests and benchmarks run in the checkout, whose package shadows the installed one: it needs the library too.
         Part("build-inplace", (python, "setup.py", "--quiet", "build_ext", "--inplace"), 8),
         Part("diagnose", (python, "-m", "dpkernels"), 1),
-        Part("tensor-cores", (python, "-m", "bench.tensor_cores", f"--output={out}/tensor_cores.json"), 2),
+        Part("tensor-cores", (python, "-m", "bench.tensor_cores"), 2),
         Part("gpu-tests", (*pytest, "-m", "gpu", "tests"), 9, (_NOTHING_COLLECTED,)),
         Part("op-tests", (*pytest, "-m", "not gpu", "tests/ops", "tests/nn"), 9),
         *(

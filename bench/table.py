@@ -1,9 +1,9 @@
-"""Results as tables for the terminal."""
+"""Results as tables, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +27,13 @@ def milliseconds(row: Row) -> str:
 def times(value: float | None) -> str:
     """A ratio, "1.23×", or nothing."""
     return "" if value is None else f"{value:.2f}×"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
+    """A Markdown table; align: "l" or "r" for each column."""
+    rule = "".join("---|" if side == "l" else "--:|" for side in align)
+    lines = ["| " + " | ".join(head) + " |", f"|{rule}"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
