@@ -53,6 +53,67 @@ def sweep(saved: Saved) -> str:
     return f"{head}\n\n{table}\n\n{normals}"
 
 
+def tune(saved: Saved) -> str:
+    """The Triton kernels in the configuration that is used, the first of each, beside plain PyTorch."""
+    ceilings = saved["ceilings"]
+    head = (
+        f"**Triton kernels, {saved['device']}** ({_origin({'about': saved})}): bfloat16, r = 16, inputs larger than "
+        f"the cache; grouped: 24 layers a launch. Share: of {ceilings['flops'] / 1e12:.0f} TFLOP/s, the rate of a large "
+        f"matrix product, counting executed tiles, or of {ceilings['bandwidth'] / 1e12:.2f} TB/s, the bandwidth of "
+        "a large copy, counting each input once. Plain PyTorch: the shortest expression, with no bound on its rounding."
+    )
+    plain = {(r["kernel"], str(r["shape"])): r for r in saved["rows"] if r["config"] == "plain torch"}
+    rows: list[list[str]] = []
+    seen: set[tuple[str, str]] = set()
+    for row in saved["rows"]:
+        place = (row["kernel"], str(row["shape"]))
+        if row["config"] == "plain torch" or place in seen:
+            continue
+        seen.add(place)
+        shape = ", ".join(f"{name} = {value}" for name, value in row["shape"].items())
+        unit = "matrix rate" if row["teraflops"] else "copy bandwidth"
+        beside = plain.get(place)
+        times = f"{beside['microseconds'] / row['microseconds']:.1f}×" if beside else ""
+        rows.append(
+            [
+                f"`{row['kernel']}`",
+                shape,
+                f"{row['microseconds']:.1f}",
+                f"{row['share']:.0%} of {unit}",
+                times,
+            ]
+        )
+    return f"{head}\n\n" + markdown(
+        ["kernel", "shape", "time, µs", "share", "faster than plain PyTorch"], rows, "llrrr"
+    )
+
+
+def peaks(saved: Saved) -> str:
+    """Predicted against measured peak memory; of GPUs only: docs/memory.md has a CPU's."""
+    if not saved["about"]["slug"].startswith("nvidia"):
+        return ""
+    rows = [row for row in saved["rows"] if "measured" in row]
+    worst = max(abs(row["error"]) for row in rows)
+    lines = [
+        [
+            row["case"],
+            row["strategy"],
+            ", ".join(f"{name} = {value}" for name, value in row["shape"].items()),
+            f"{row['predicted'] / 2**20:,.0f}",
+            f"{row['measured'] / 2**20:,.0f}",
+            f"{row['error']:+.1%}",
+        ]
+        for row in rows
+    ]
+    head = (
+        f"**Peak memory of a private step, predicted and measured, {saved['about']['device']}** ({_origin(saved)}), "
+        f"weights included; the largest error is {worst:.1%}:"
+    )
+    return f"{head}\n\n" + markdown(
+        ["model", "strategy", "micro-batch", "predicted, MiB", "measured, MiB", "error"], lines, "lllrrr"
+    )
+
+
 def many_normals(saved: Saved) -> str:
     """A sentence: how many draws were judged, and whether they are sound."""
     unsound = [figure["name"] for figure in saved["figures"] if not figure["sound"]]
@@ -96,7 +157,9 @@ def triton_table(saved: Saved) -> str:
 
 
 _OF_A_DEVICE: dict[str, Callable[[Saved], str]] = {
+    "tune": tune,
     "sweep": sweep,
+    "peaks": peaks,
     "many_normals": many_normals,
     "tensor_cores": tensor_cores,
 }
@@ -109,6 +172,7 @@ def section(folder: Path, device: str | None = None) -> list[str]:
         for name, of in _OF_A_DEVICE.items()
         for path in sorted(folder.glob(f"{device or '*'}/{name}.json"))
     ]
+    parts = [part for part in parts if part]
     path = folder / "triton_table.json"
     return [*parts, triton_table(json.loads(path.read_text(encoding="utf-8")))] if path.exists() else parts
 

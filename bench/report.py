@@ -78,6 +78,9 @@ def _table(rows: Sequence[Row]) -> str:
         "… hooks",
         "memory, MiB",
     )
+    rated = any(row.rate is not None for row in rows)
+    if rated:
+        head = (*head, "utterances a second", "model FLOPs, of the matrix rate")
     lines = []
     place = None
     for row in rows:
@@ -90,10 +93,13 @@ def _table(rows: Sequence[Row]) -> str:
             memory = f"{row.peak_mib:.0f}{share}"
         own = row.contender.startswith("dpkernels")
         cells = [milliseconds(row), times(row.ratio), times(row.over_ghost), times(row.over_hooks), memory]
+        if rated:
+            cells.append("" if row.rate is None else f"{row.rate:.0f}")
+            cells.append("" if row.matrix_share is None else f"{row.matrix_share:.0%}")
         cells = [f"**{cell}**" if own and cell else cell for cell in cells]
         name = f"**{row.contender}**" if own else row.contender
         lines.append([f"{row.title}, {shape}" if first else "", name, *cells])
-    return table.markdown(head, lines, "llrrrrr")
+    return table.markdown(head, lines, "ll" + "r" * (len(head) - 2))
 
 
 def _batches(own: Sequence[Results]) -> list[str]:

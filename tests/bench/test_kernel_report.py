@@ -13,7 +13,7 @@ from bench.sweep_cases import NON_PRIVATE, PHILOX, PLAIN, SWEEP
 
 ABOUT = {
     "device": "A GPU 80GB",
-    "slug": "a-gpu-80gb",
+    "slug": "nvidia-80gb",
     "versions": {"torch": "2.11.0"},
     "commit": "abc1234",
     "dirty": False,
@@ -57,6 +57,22 @@ SAVED: dict[str, dict[str, Any]] = {
         "found": [{"worst": 0.85}, {"worst": 0.8792}],
     },
 }
+SAVED["tune"] = ABOUT | {
+    "ceilings": {"flops": 8e14, "bandwidth": 3e12},
+    "rows": [
+        {"kernel": "linear_gram", "shape": {"B": 2, "T": 9}, "config": config, "microseconds": microseconds,
+         "teraflops": 400.0, "gigabytes_a_second": None, "share": 0.5}
+        for config, microseconds in (("plain torch", 30.0), ("BT=128", 10.0), ("BT=64", 9.0))
+    ],
+}  # fmt: skip
+SAVED["peaks"] = {
+    "about": ABOUT,
+    "rows": [
+        {"case": "a-model", "strategy": "bookkeeping", "shape": {"B": 8, "T": 9}, "predicted": 2**30,
+         "measured": 2**30 * 1.02, "error": -0.0196},
+        {"case": "a-model", "strategy": "two_pass", "shape": {"B": 8, "T": 9}, "predicted": 2**30, "reason": "out"},
+    ],
+}  # fmt: skip
 TABLE: dict[str, Any] = {
     "triton": "3.6.0",
     "architectures": [80, 90],
@@ -69,9 +85,9 @@ TABLE: dict[str, Any] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "a-gpu-80gb").mkdir()
+    (tmp_path / "nvidia-80gb").mkdir()
     for name, saved in SAVED.items():
-        (tmp_path / "a-gpu-80gb" / f"{name}.json").write_text(json.dumps(saved), encoding="utf-8")
+        (tmp_path / "nvidia-80gb" / f"{name}.json").write_text(json.dumps(saved), encoding="utf-8")
     (tmp_path / "triton_table.json").write_text(json.dumps(TABLE), encoding="utf-8")
     return tmp_path
 
@@ -118,10 +134,10 @@ def test_a_sentence_each() -> None:
 
 
 def test_files_that_are_absent_leave_no_trace(folder: Path) -> None:
-    assert len(kernel_report.section(folder)) == 4
+    assert len(kernel_report.section(folder)) == 6
     assert len(kernel_report.section(folder, "another")) == 1
     (folder / "triton_table.json").unlink()
-    (folder / "a-gpu-80gb" / "many_normals.json").unlink()
+    (folder / "nvidia-80gb" / "many_normals.json").unlink()
     assert len(kernel_report.section(folder)) == 2
     assert kernel_report.section(folder / "nowhere") == []
 
@@ -132,3 +148,16 @@ def test_the_report_has_it_without_any_benchmark(folder: Path, capsys: pytest.Ca
     assert "**dpkernels**" in text
     assert "variants of 21 kernels" in text
     assert report.main(["--results", str(folder / "nowhere"), "--print"]) == 1
+
+
+def test_a_kernels_row_is_that_of_the_configuration_in_use() -> None:
+    text = kernel_report.tune(SAVED["tune"])
+    assert "| `linear_gram` | B = 2, T = 9 | 10.0 | 50% of matrix rate | 3.0× |" in text
+    assert text.count("`linear_gram`") == 1
+
+
+def test_predicted_peaks_stand_beside_measured_ones() -> None:
+    text = kernel_report.peaks(SAVED["peaks"])
+    assert "the largest error is 2.0%" in text
+    assert "| a-model | bookkeeping | B = 8, T = 9 | 1,024 | 1,044 | -2.0% |" in text
+    assert "two_pass" not in text
