@@ -58,8 +58,8 @@ def tune(saved: Saved) -> str:
     ceilings = saved["ceilings"]
     head = (
         f"**Triton kernels, {saved['device']}** ({_origin({'about': saved})}): bfloat16, r = 16, inputs larger than "
-        f"the cache; grouped: 24 layers a launch. Share: of {ceilings['flops'] / 1e12:.0f} TFLOP/s, the rate of a large "
-        f"matrix product, counting executed tiles, or of {ceilings['bandwidth'] / 1e12:.2f} TB/s, the bandwidth of "
+        f"the cache; grouped: 24 layers a launch. Share: of {ceilings['flops'] / 1e12:.0f} TFLOP/s, the rate of a "
+        f"large matrix product, counting executed tiles, or of {ceilings['bandwidth'] / 1e12:.2f} TB/s, the bandwidth of "
         "a large copy, counting each input once. Plain PyTorch: the shortest expression, with no bound on its rounding."
     )
     plain = {(r["kernel"], str(r["shape"])): r for r in saved["rows"] if r["config"] == "plain torch"}

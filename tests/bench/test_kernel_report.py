@@ -138,7 +138,7 @@ def test_files_that_are_absent_leave_no_trace(folder: Path) -> None:
     assert len(kernel_report.section(folder, "another")) == 1
     (folder / "triton_table.json").unlink()
     (folder / "nvidia-80gb" / "many_normals.json").unlink()
-    assert len(kernel_report.section(folder)) == 2
+    assert len(kernel_report.section(folder)) == 4
     assert kernel_report.section(folder / "nowhere") == []
 
 
