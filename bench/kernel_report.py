@@ -56,11 +56,12 @@ def sweep(saved: Saved) -> str:
 def tune(saved: Saved) -> str:
     """The Triton kernels in the configuration that is used, the first of each, beside plain PyTorch."""
     ceilings = saved["ceilings"]
+    flops, bandwidth = ceilings["flops"] / 1e12, ceilings["bandwidth"] / 1e12
     head = (
-        f"**Triton kernels, {saved['device']}** ({_origin({'about': saved})}): bfloat16, r = 16, inputs larger than "
-        f"the cache; grouped: 24 layers a launch. Share: of {ceilings['flops'] / 1e12:.0f} TFLOP/s, the rate of a "
-        f"large matrix product, counting executed tiles, or of {ceilings['bandwidth'] / 1e12:.2f} TB/s, the bandwidth of "
-        "a large copy, counting each input once. Plain PyTorch: the shortest expression, with no bound on its rounding."
+        f"**Triton kernels, {saved['device']}** ({_origin({'about': saved})}): bfloat16, r = 16, inputs larger than the "
+        f"cache; grouped: 24 layers a launch. Share: of {flops:.0f} TFLOP/s, the rate of a large matrix product, counting "
+        f"executed tiles, or of {bandwidth:.2f} TB/s, the bandwidth of a large copy, counting each input once. Plain "
+        "PyTorch: the shortest expression, with no bound on its rounding."
     )
     plain = {(r["kernel"], str(r["shape"])): r for r in saved["rows"] if r["config"] == "plain torch"}
     rows: list[list[str]] = []
