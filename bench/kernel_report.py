@@ -58,10 +58,10 @@ def tune(saved: Saved) -> str:
     ceilings = saved["ceilings"]
     flops, bandwidth = ceilings["flops"] / 1e12, ceilings["bandwidth"] / 1e12
     head = (
-        f"**Triton kernels, {saved['device']}** ({_origin({'about': saved})}): bfloat16, r = 16, inputs larger than the "
-        f"cache; grouped: 24 layers a launch. Share: of {flops:.0f} TFLOP/s, the rate of a large matrix product, counting "
-        f"executed tiles, or of {bandwidth:.2f} TB/s, the bandwidth of a large copy, counting each input once. Plain "
-        "PyTorch: the shortest expression, with no bound on its rounding."
+        f"**Triton kernels, {saved['device']}** ({_origin({'about': saved})}): bfloat16, r = 16, inputs larger than "
+        f"the cache; grouped: 24 layers a launch. Share: of {flops:.0f} TFLOP/s, the rate of a large matrix product, "
+        f"counting executed tiles, or of {bandwidth:.2f} TB/s, the bandwidth of a large copy, counting each input "
+        "once. Plain PyTorch: the shortest expression, with no bound on its rounding."
     )
     plain = {(r["kernel"], str(r["shape"])): r for r in saved["rows"] if r["config"] == "plain torch"}
     rows: list[list[str]] = []
