@@ -1,5 +1,6 @@
 """The private data loader: the user's DataLoader, its batches replaced by Poisson-sampled logical batches."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -106,12 +107,13 @@ def micro_batches(
     function of the two: what is sampled, and what each example adds to the sum, do not depend on it.
     """
     if lengths is not None:
-        indices = indices[np.argsort(-lengths[indices], kind="stable")]
+        # as float64: minus an unsigned number is a large one
+        indices = indices[np.argsort(-lengths[indices].astype(np.float64), kind="stable")]
     parts, start = [], 0
     while start < len(indices):
         size = physical_batch_size
         if lengths is not None and physical_frames is not None:
-            size = max(1, min(size, physical_frames // max(int(lengths[indices[start]]), 1)))
+            size = max(1, min(size, physical_frames // max(math.ceil(lengths[indices[start]]), 1)))
         parts.append(indices[start : start + size].tolist())
         start += size
     return parts
@@ -145,13 +147,18 @@ class LogicalBatch:
         iterating gave, an example would count twice.
 
         Raises:
-            ValueError: indices that this logical batch does not hold.
+            ValueError: indices that this logical batch does not hold, or one that is given twice.
         """
         strange = set(part).difference(*self.parts)
         if strange:
             raise ValueError(
                 f"LogicalBatch.collate: {sorted(strange)[:5]} are not among this logical batch's examples; only "
                 "what was sampled can be processed"
+            )
+        if len(set(part)) < len(part):
+            raise ValueError(
+                "LogicalBatch.collate: an example is given twice; it would count twice in the sum, and be accounted "
+                "once; give each once"
             )
         return self._collate(part)
 

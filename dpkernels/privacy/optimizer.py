@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels.nn import Record, Tape, add_weighted_sums, batch_norms_in_training, modules_of
+from dpkernels.privacy.buffers import BufferWatch
 from dpkernels.privacy.checks import (
     Snapshot,
     batch_norm_message,
@@ -127,6 +128,7 @@ class DPOptimizer(torch.optim.Optimizer):
         scale = noise_multiplier * sensitivity
         self._release = Release(scale, grid_of(scale), expected_batch_size)
         self._logged: set[str] = set()
+        self._watch = BufferWatch(model)
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._summed = False
         self._published: dict[nn.Parameter, Tensor] = {}
@@ -313,6 +315,7 @@ class DPOptimizer(torch.optim.Optimizer):
                 "collate_fn pack several examples into one row? Back-propagate every micro-batch once, with one "
                 "loss for each example (0 for one that is to be left out), then step(), then zero_grad()."
             )
+        self._watch.check()
         fused = self._can_sweep()
         self._spend()
         try:

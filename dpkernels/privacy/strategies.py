@@ -203,7 +203,9 @@ def _within(factors: Tensor, before: Tensor, again: Tensor) -> Tensor:
 
     factors: [B] float32. before, again: [B] float64, squared norms. [B] float32. 0 where `again` is not finite.
     """
-    # Division, root, product and the float32 rounding are below one part in 2²² together.
-    reduced = factors.double() * (before / again).sqrt() * (1 - 2.0**-22)
-    capped = torch.where(again.isfinite(), reduced, 0.0).float()
+    # Division, root and product are below one part in 2⁵⁰ together; to float32 it is rounded down, subnormals too.
+    reduced = factors.double() * (before / again).sqrt() * (1 - 2.0**-50)
+    exact = torch.where(again.isfinite(), reduced, 0.0)
+    nearest = exact.float()
+    capped = torch.where(nearest > exact, nearest.nextafter(torch.zeros_like(nearest)), nearest)
     return torch.where(again <= before, factors, torch.minimum(capped, factors))

@@ -15,6 +15,7 @@ from dpkernels.backends import registry, triton_availability
 from tests.ops.cases import cancelling, make
 from tests.ops.checks import added_within, alone_is_the_same, never_below, not_far_above, sums_match
 from tests.ops.conftest import TRITON_DEVICE
+from tests.ops.test_total_norm import total
 
 if triton_availability.unavailable_reason(TRITON_DEVICE):
     pytest.skip(triton_availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
@@ -139,15 +140,53 @@ def test_aligned_loads_change_nothing(family: str, dtype: torch.dtype) -> None:
 # ---- bounds --------------------------------------------------------------------------------------------------
 
 
-def test_the_bound_of_the_sum_covers_every_configuration() -> None:
-    """The norm is told the chains of the sum's kernel for any layout; they must be those that run."""
-    for kernel in ("linear_sum", "lora_pieces"):
-        for dtype in (torch.float32, torch.bfloat16):
-            for architecture in (0, 80, 90, 100, 103, 120):
-                least, most = configs.extremes(kernel, "BT", dtype, architecture)
+MAKERS = {"linear": ("linear_sum", "grouped_sums"), "lora": ("lora_pieces", "grouped_sums")}
+"""The kernels that may make a family's sum: written down here once more, so that one left out there is noticed."""
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_the_bound_of_the_sum_covers_every_configuration(family: str) -> None:
+    """The norm is told the chains of the sum's kernels for any layout; they must be those that run."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for architecture in (0, 80, 90, 100, 103, 120):
+            least, most = configs.extremes(configs.SUMS[family], "BT", dtype, architecture)
+            for kernel in MAKERS[family]:
                 for aligned in (True, False):
                     tile = configs.config(kernel, dtype, architecture, aligned).tiles["BT"]
                     assert least <= tile <= most <= bounds.CHAIN
+
+
+@pytest.mark.parametrize("way", ["single", "grouped"])
+@pytest.mark.parametrize("family", MAKERS)
+def test_every_norm_is_rounded_up_for_every_kernel_that_sums(
+    family: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last kernel of a norm is given, of one layer and of many; the planted tile is in one sum only."""
+    if CUDA:
+        pytest.skip("tiles are planted that a GPU may not have the memory for; what is checked is the host's")
+    case = make(family, 1, 8, 32, 16, rank=8)
+    given: list[dict[str, Any]] = []
+    honest = launching.execute
+
+    def watch(function: Any, programs: int, device: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        honest(function, programs, device, arguments, keywords)
+        if function.__name__.startswith("finish"):
+            given.append(keywords)
+
+    monkeypatch.setattr(launching, "execute", watch)
+    for kernel in MAKERS[family]:
+        for layout in ("", " unaligned"):
+            entry = configs.config(kernel, torch.float32, 0, not layout)
+            for frames in (8, 128):
+                planted = configs.Config(entry.tiles | {"BT": frames}, entry.warps, entry.stages)
+                with monkeypatch.context() as patched:
+                    patched.setitem(configs.CONFIGS, kernel + layout, {(4, configs.ANY): planted})
+                    given.clear()
+                    case.norms() if way == "single" else total([case])
+                assert given
+                for keywords in given:
+                    least, most = (keywords.get(n, keywords.get(f"SUM_{n}")) for n in ("LEAST", "MOST"))
+                    assert least <= frames <= most
 
 
 @pytest.mark.parametrize("method", ["gram", "direct"])

@@ -5,6 +5,7 @@ For every refusal the fault is planted: without the check the same use goes thro
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import warnings
@@ -162,6 +163,62 @@ def test_buffers_that_record_the_data_are_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match="seen"):
         run.optimizer.step()
     assert run.engine.steps == 0
+
+
+def by_data(buffer: torch.Tensor, mean: torch.Tensor) -> None:
+    buffer.data.mul_(0.9).add_(mean)
+
+
+def by_other_data(buffer: torch.Tensor, mean: torch.Tensor) -> None:
+    buffer.data = buffer.data.lerp(mean, 0.1)
+
+
+def by_numpy(buffer: torch.Tensor, mean: torch.Tensor) -> None:
+    buffer.numpy()[:] = mean.numpy()
+
+
+@pytest.mark.parametrize("write", [by_data, by_other_data, by_numpy])
+def test_buffers_written_past_autograd_are_refused_by_name(
+    write: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    """No version counter tells of it."""
+
+    class Written(Running):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                write(self.seen, x.mean((0, 1)))
+            return self.net(x)
+
+    run = private_run(model=Written(persistent=True))
+    with pytest.raises(RuntimeError, match="seen"):
+        run.release((0, 1))
+    assert run.engine.steps == 0
+
+
+def test_a_replaced_buffer_does_not_hide_behind_the_first_ones_identity() -> None:
+    """A module that is called twice in a forward: the second mean may come to lie where the first buffer was."""
+
+    class Replaced(Running):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, mean = id(self.seen), x.mean((0, 1))
+            self.seen = self.seen.lerp(mean, 0.1)
+            kept = []
+            while id(self.seen) != first and len(kept) < 1000:
+                kept.append(self.seen)
+                self.seen = self.seen.clone()
+            return self.net(x)
+
+    run = private_run(model=Replaced(persistent=True))
+    run.optimizer.begin_logical_batch(2)
+    with pytest.raises(RuntimeError, match="seen"):
+        run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+
+
+def test_buffers_that_stay_are_no_trouble_also_with_nan() -> None:
+    model = Running(persistent=False)
+    model.register_buffer("table", torch.tensor([1.0, math.nan, -math.inf]))
+    model.register_buffer("count", torch.tensor(3))
+    assert train(private_run(model=model), 5) == 5
 
 
 def test_buffers_that_are_never_saved_may_change() -> None:

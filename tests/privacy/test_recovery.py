@@ -279,3 +279,5 @@ def test_only_sampled_examples_can_be_read_again() -> None:
         torch.testing.assert_close(logical.collate(inside)[0], run.data[inside][0])
         with pytest.raises(ValueError, match=f"{outside}.*sampled"):
             logical.collate([*inside, outside])
+        with pytest.raises(ValueError, match="given twice"):
+            logical.collate([*inside, inside[0]])

@@ -377,3 +377,15 @@ def test_micro_batches_within_a_frame_budget() -> None:
     assert micro_batches(drawn, 20, lengths, 200) == parts  # a function of the batch
     assert micro_batches(drawn, 20, lengths, 1) == [[index] for part in parts for index in part]
     assert micro_batches(np.array([], dtype=int), 20, lengths, 200) == []
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint32, np.int8, np.float32])
+def test_the_frame_budget_holds_for_lengths_of_any_kind(kind: type) -> None:
+    """Unsigned ones, of which minus is a large number, and fractions, say of seconds."""
+    lengths = np.array([0, 9, 2, 9, 9, 5], dtype=kind)
+    if kind is np.float32:
+        lengths += 0.75
+    parts = micro_batches(np.arange(6), 5, lengths, 19)
+    assert sorted(index for part in parts for index in part) == list(range(6))
+    assert all(len(part) * float(max(lengths[part])) <= 19 for part in parts)
+    assert all(min(lengths[a]) >= max(lengths[b]) for a, b in pairwise(parts))

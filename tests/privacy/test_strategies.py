@@ -268,6 +268,18 @@ def test_reduced_factors_never_exceed_what_the_first_pass_allows() -> None:
     assert strategies._within(factors[:2], before[:2], torch.tensor([math.nan, math.inf])).tolist() == [0, 0]
 
 
+def test_reduced_factors_below_float32s_normal_numbers_are_rounded_down_too() -> None:
+    """There the spacing of float32 is no longer a share of the factor."""
+    generator = torch.Generator().manual_seed(1)
+    again = torch.rand(20_000, generator=generator, dtype=torch.float64) + 0.5
+    before = again * 10.0 ** (-86 - 8 * torch.rand(20_000, generator=generator, dtype=torch.float64))
+    factors = torch.rand(20_000, generator=generator)
+    within = strategies._within(factors, before, again)
+    assert int((within > 0).sum()) > 0
+    assert float(within.max()) < 2.0**-126
+    assert bool((within.double() * again.sqrt() <= factors.double() * before.sqrt()).all())
+
+
 def test_a_second_backward_without_a_layer_of_the_first_is_refused() -> None:
     run = private_run(sigma=0, strategy="two_pass")
     original, calls = Tape.add, []
