@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import machine
@@ -82,7 +83,17 @@ CANDIDATES: dict[str, tuple[tuple[Shape, ...], tuple[configs.Config, ...]]] = {
         NARROW,
         (_config(4, 1, BT=64, BN=32), _config(4, 1, BT=128, BN=32), _config(4, 1, BT=64, BN=64)),
     ),
+    "depthwise_conv1d_sums": (
+        NARROW,
+        (
+            _config(4, 1, BC=8, BT=16, EACH=2, AHEAD=8, SPAN=1024),
+            _config(4, 1, BC=4, BT=32, EACH=2, AHEAD=8, SPAN=1024),
+            _config(4, 1, BC=16, BT=8, EACH=4, AHEAD=8, SPAN=512),
+            _config(2, 1, BC=4, BT=16, EACH=2, AHEAD=8, SPAN=1024),
+        ),
+    ),
 }
+TAPS = 9
 GROUPED_LAYERS = 24
 
 
@@ -145,6 +156,19 @@ def job(kernel: str, shape: Shape, device: str = "cuda") -> Job:
         return Job(
             lambda i: triton_ops.layer_norm_norm_sq(x[i % sets], g[i % sets]),
             lambda i: (x[i % sets] * g[i % sets]).sum(1).square().sum(1),
+        )
+    if kernel == "depthwise_conv1d_sums":
+        # frames adjacent, as convolutions have them
+        xs, gs = ([t.mT.contiguous() for t in tensors] for tensors in (x, g))
+        return Job(
+            lambda i: triton_ops.depthwise_conv1d_norm_sq(
+                xs[i % sets], gs[i % sets], kernel_size=TAPS, padding=TAPS // 2
+            ),
+            lambda i: torch.einsum(
+                "bctk,bct->bck", F.pad(xs[i % sets], (TAPS // 2,) * 2).unfold(2, TAPS, 1), gs[i % sets]
+            )
+            .square()
+            .sum((1, 2)),
         )
     h, dh = ([normal(batch, frames, RANK) for _ in range(sets)] for _ in range(2))
 

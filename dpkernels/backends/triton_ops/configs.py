@@ -50,8 +50,12 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 8, "BN": 128}),
     },
     "depthwise_conv1d_sums": {
-        (2, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
-        (4, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
+        (2, ANY): Config({"BC": 8, "BT": 16, "EACH": 2, "AHEAD": 8, "SPAN": 1024}),
+        (4, ANY): Config({"BC": 8, "BT": 16, "EACH": 1, "AHEAD": 8, "SPAN": 1024}),
+    },
+    "depthwise_conv1d_sums channels_last": {
+        (2, ANY): Config({"BC": 64, "BT": 4, "EACH": 2, "AHEAD": 8, "SPAN": 256}),
+        (4, ANY): Config({"BC": 64, "BT": 4, "EACH": 2, "AHEAD": 8, "SPAN": 256}),
     },
     "lora_pieces": {
         (2, ANY): Config({"BT": 64, "BN": 64, "SAMPLES": 4}, warps=4, stages=4),
