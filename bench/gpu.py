@@ -46,9 +46,19 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
         # Tests and benchmarks run in the checkout, whose package shadows the installed one: it needs the library too.
         Part("build-inplace", (python, "setup.py", "--quiet", "build_ext", "--inplace"), 8),
         Part("diagnose", (python, "-m", "dpkernels"), 1),
-        Part("tensor-cores", (python, "-m", "bench.tensor_cores", f"--output={out}/tensor_cores.json"), 2),
+        Part("tensor-cores", (python, "-m", "bench.tensor_cores"), 2),
         Part("gpu-tests", (*pytest, "-m", "gpu", "tests"), 9, (_NOTHING_COLLECTED,)),
         Part("op-tests", (*pytest, "-m", "not gpu", "tests/ops", "tests/nn"), 9),
+        *(
+            Part(
+                tool,
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode=1", python, "-m", "bench.sanitize"),
+                5,
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
+        Part("tune", (python, "-m", "bench.tune", f"--output={out}"), 4),
+        Part("peaks", (python, "-m", "bench.peaks", "--device", "cuda", f"--output={out}/peaks.json"), 3),
         Part("sweep", (python, "-m", "bench.sweep_gpu"), 3),
         Part("normals", (python, "-m", "bench.many_normals", "--device", "cuda", "--draws", "1e10"), 3),
     ]

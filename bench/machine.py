@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +53,18 @@ def about(device: str) -> dict[str, Any]:
         **commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def path(about: Mapping[str, Any], name: str) -> Path:
+    """<$OUT, or bench/results>/<slug>/<name>.json."""
+    return Path(os.environ.get("OUT", ROOT / "bench" / "results")) / about["slug"] / f"{name}.json"
+
+
+def save(document: Mapping[str, Any], name: str) -> None:
+    """Write what has its `about` under "about" to its `path`."""
+    target = path(document["about"], name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def commit() -> dict[str, Any]:

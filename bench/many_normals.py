@@ -1,6 +1,6 @@
 """The noise's distribution over 10¹⁰ draws: moments, tails, goodness of fit, independence.
 
-    python -m bench.many_normals --device cuda --draws 1e10      JSON to $OUT (default bench/results)
+    python -m bench.many_normals --device cuda --draws 1e10      $OUT/<device>/many_normals.json (OUT: bench/results)
     python -m bench.many_normals --draws 1e7                     on this machine's CPU
 
 Draws come in blocks of four streams, two parameters at two steps of a run, which differ in their nonces as those of
@@ -15,14 +15,12 @@ a sound generator a chance of some 1e-5 to fail one. The key is fixed, so that a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -240,9 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "largest": sums.largest,
         "figures": [vars(figure) | {"sound": figure.sound} for figure in found],
     }
-    folder = Path(os.environ.get("OUT", "bench/results"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "many_normals.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    machine.save(result, "many_normals")
     for figure in found:
         mark = "ok " if figure.sound else "BAD"
         print(f"{mark} {figure.name:70} {figure.value:10.3g} {figure.unit}, limit {figure.limit:g}")

@@ -1,8 +1,8 @@
 """CUDA code that only measurements and checks use (bench/native), built by nvcc when first asked for.
 
-A build is kept in build/bench under a hash of its sources: `python -m bench.native_bench 90a` makes those of
-bench.sweep_gpu on a machine without a GPU, to be carried along. `Bench` holds the sweep with ChaCha20, as the library
-has it, and with Philox in its place, compiled from the same template by the same flags.
+A build is kept in build/bench under a hash of its sources: `python -m bench.native_bench 90a` makes that of
+bench.sweep_gpu on a machine without a GPU, to be carried along. `Bench` holds the sweep with Philox in ChaCha20's
+place, compiled from the library's template by the library's flags, and single functions of the kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ FLAGS = (
     "-Ibench/native",
 )
 FOLDERS = ("bench/native", "csrc/common", "csrc/cuda")
-GENERATORS = ("chacha20", "philox")
 
 
 class CannotBuild(RuntimeError):
@@ -49,13 +48,12 @@ def architecture(device: str = "cuda") -> str:
     return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
-def command(target: Path, arch: str, defines: dict[str, int]) -> list[str]:
+def command(target: Path, arch: str) -> list[str]:
     """nvcc's command line; run it in ROOT."""
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         raise CannotBuild("nvcc is not on the PATH")
-    named = [f"-D{name}={value}" for name, value in defines.items()]
-    return [nvcc, *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", *named, "-o", str(target), *SOURCES]
+    return [nvcc, *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(target), *SOURCES]
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,11 @@ class Bench:
         if getattr(self.handle, name)(*arguments) != 0:
             raise RuntimeError(f"{name}: {self.handle.dpk_last_error().decode(errors='replace')}")
 
-    def sweep(self, generator: str, table: Any, noise: Any, options: Any) -> None:
-        """dpk_cuda_noise_adamw with a generator of GENERATORS, on the current stream."""
+    def philox_sweep(self, table: Any, noise: Any, options: Any) -> None:
+        """dpk_cuda_noise_adamw with Philox, on the current stream."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         arguments = (table, ctypes.c_int64(len(table)), ctypes.byref(noise), ctypes.byref(options), stream)
-        self.call(f"bench_noise_adamw_{generator}", *arguments)
+        self.call("bench_noise_adamw_philox", *arguments)
 
     def box_muller(self, words: Tensor) -> Tensor:
         """The normals of words [pairs, 2] (uint64 or int64, any device), by the GPU: float64 [pairs, 2] on the CPU."""
@@ -111,39 +109,34 @@ class Bench:
         return [word & 0xFFFFFFFF for word in out.tolist()]
 
 
-def build(arch: str, **defines: int) -> Path:
-    """Compile, for one architecture and with these macros, unless this very source was; returns the library.
+def build(arch: str) -> Path:
+    """Compile for one architecture, unless this very source was; returns the library.
 
     Raises:
         CannotBuild: there is no nvcc, or it failed.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(repr((FLAGS, arch, sorted(defines.items()))).encode())
+    digest = hashlib.sha256(repr((FLAGS, arch)).encode())
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")):
         digest.update(path.read_bytes())
     target = BUILD / f"libsweep_bench-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
-    done = subprocess.run(
-        command(target, arch, defines), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command(target, arch), cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CannotBuild(f"nvcc failed: {done.stderr[-2000:]}")
     return target
 
 
 @functools.cache
-def load(**defines: int) -> Bench:
+def load() -> Bench:
     """Build for the current GPU and load.
 
     Raises:
         CannotBuild: see `build`.
     """
-    return Bench(ctypes.CDLL(str(build(architecture(), **defines))))
+    return Bench(ctypes.CDLL(str(build(architecture()))))
 
 
 if __name__ == "__main__":
-    from bench.sweep_gpu import VARIANTS
-
-    for variant in VARIANTS.values():
-        print(build(sys.argv[1], **variant))
+    print(build(sys.argv[1]))

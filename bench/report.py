@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import plots, profile
+from bench import kernel_report, plots, profile, table
 from bench.checker import OK
 from bench.machine import ROOT
 from bench.results import FOLDER, GROUPS, Results, Row, load
@@ -78,7 +78,10 @@ def _table(rows: Sequence[Row]) -> str:
         "… hooks",
         "memory, MiB",
     )
-    lines = ["| " + " | ".join(head) + " |", "|---|---|--:|--:|--:|--:|--:|"]
+    rated = any(row.rate is not None for row in rows)
+    if rated:
+        head = (*head, "utterances a second", "model FLOPs, of the matrix rate")
+    lines = []
     place = None
     for row in rows:
         first = row.place != place
@@ -90,10 +93,13 @@ def _table(rows: Sequence[Row]) -> str:
             memory = f"{row.peak_mib:.0f}{share}"
         own = row.contender.startswith("dpkernels")
         cells = [milliseconds(row), times(row.ratio), times(row.over_ghost), times(row.over_hooks), memory]
+        if rated:
+            cells.append("" if row.rate is None else f"{row.rate:.0f}")
+            cells.append("" if row.matrix_share is None else f"{row.matrix_share:.0%}")
         cells = [f"**{cell}**" if own and cell else cell for cell in cells]
         name = f"**{row.contender}**" if own else row.contender
-        lines.append(f"| {f'{row.title}, {shape}' if first else ''} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([f"{row.title}, {shape}" if first else "", name, *cells])
+    return table.markdown(head, lines, "ll" + "r" * (len(head) - 2))
 
 
 def _batches(own: Sequence[Results]) -> list[str]:
@@ -163,10 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     results = found(options.results, options.device)
-    if not results:
+    parts = [markdown(results)] if results else []
+    parts += profiles(options.results, options.device) + kernel_report.section(
+        options.results, options.device
+    )
+    if not parts:
         print(f"nothing under {options.results}: run pytest --benchmark first", file=sys.stderr)
         return 1
-    section = "\n\n".join([markdown(results), *profiles(options.results, options.device)])
+    section = "\n\n".join(parts)
     if options.print:
         print(section)
     else:

@@ -32,6 +32,9 @@ class Row:
         peak_mib: peak memory beyond what was there before the step.
         memory_ratio: peak over the non-private one's.
         largest_batch, limit_mib: the largest physical batch within that much memory.
+        rate: utterances a second.
+        matrix_share: the model's own FLOPs a second, counted on the non-private step, over the rate of a large matrix
+            product measured in this run.
         floor_share: the floor (bench.floor) over the median: 1 is the best that this machine could do.
     """
 
@@ -53,6 +56,8 @@ class Row:
     memory_ratio: float | None = None
     largest_batch: int | None = None
     limit_mib: int | None = None
+    rate: float | None = None
+    matrix_share: float | None = None
     floor_share: float | None = None
 
     @property

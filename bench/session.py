@@ -9,7 +9,7 @@ ever. The one private name is the session's place on pytest's config (`_benchmar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from pytest_benchmark.stats import Metadata
 from bench import machine, memory
 from bench.cases import Case, twin
 from bench.checker import OK, Verdict, check
-from bench.contenders import CannotRun, Contender, Settings, registry
+from bench.contenders import NON_PRIVATE, CannotRun, Contender, Settings, registry
 from bench.floor import Ceilings, measure
 from bench.memory import Job, Server
 from bench.results import Results, Row, compare_rows
@@ -40,6 +40,16 @@ class Entry:
     param: str | None = None
     cprofile_stats: Any = None
     has_error: bool = False
+
+
+def counted_flops(contender: Contender) -> float:
+    """FLOPs of the matrix products, convolutions and attention of one step: what the model itself needs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    contender.prepare()
+    with FlopCounterMode(display=False) as counter:
+        contender.step()
+    return float(counter.get_total_flops())
 
 
 @dataclass
@@ -70,7 +80,7 @@ class Bench:
     def ceilings(self) -> Ceilings:
         """This machine's, measured once a run."""
         if self._ceilings is None:
-            self._ceilings = measure(self.device, quick=self.quick)
+            self._ceilings = measure(self.device, self.dtype, quick=self.quick)
         return self._ceilings
 
     def verdicts(self, case: Case, dtype: torch.dtype | None = None) -> dict[str, Verdict]:
@@ -98,10 +108,17 @@ class Bench:
         rounds: int | None = None,
         seconds: float | None = None,
         with_memory: bool = False,
+        with_rates: bool = False,
+        contenders: Sequence[str] = (),
     ) -> list[Row]:
-        """Check, time in turns and record every contender on `size` utterances of `frames` frames."""
+        """Check, time in turns and record contenders (all by default) on `size` utterances of `frames` frames.
+
+        with_rates: also utterances a second, and the share of the matrix rate that the model's own FLOPs come to.
+        """
         shape = {"B": size, "T": frames} | ({} if case.rank is None else {"r": case.rank})
         verdicts = self.verdicts(case)
+        if contenders:
+            verdicts = {name: verdicts[name] for name in contenders}
         rows = {
             name: Row(case.name, case.title, shape, name, axis, v.status, v.reason, v.error)
             for name, v in verdicts.items()
@@ -113,7 +130,7 @@ class Bench:
         batch = case.batch(size, frames, self.dtype, self.device)
         runners: dict[str, Contender] = {}
         for name, factory in registry().items():
-            if verdicts[name].status != OK:
+            if name not in verdicts or verdicts[name].status != OK:
                 continue
             try:
                 runners[name] = factory(case, twin(model), batch, settings or Settings())
@@ -132,6 +149,11 @@ class Bench:
             rows[name].timed(samples)
         if with_memory:
             self._add_memory(rows, runners, case, size, frames)
+        if with_rates and NON_PRIVATE in runners:
+            flops = counted_flops(runners[NON_PRIVATE])
+            for name, samples in taken.items():
+                rows[name].rate = round(size / samples.median, 1)
+                rows[name].matrix_share = round(flops / samples.median / self.ceilings.flops, 4)
         found = list(rows.values())
         compare_rows(found)
         self.record(group, found, taken)

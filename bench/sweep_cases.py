@@ -97,7 +97,7 @@ class Update:
         table = native_sweep._table(*buffers, [], steps, nonces, nonces[:0])
         key = torch.tensor(list(KEY), dtype=torch.uint8)
         noise = native_sweep._noise(key, self.noise, GRID if self.noise else 0.0, DIVISOR, False, nonces[:0])
-        native_bench.load().sweep("philox", table, noise, native_sweep._Adam(*HYPER.values(), 1))
+        native_bench.load().philox_sweep(table, noise, native_sweep._Adam(*HYPER.values(), 1))
 
     @torch.no_grad()
     def _apart(self) -> None:

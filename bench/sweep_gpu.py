@@ -1,43 +1,33 @@
 """The sweep of a private step on a GPU: bits, time, and what ChaCha20 costs over Philox, in half a minute.
 
-    python -m bench.sweep_gpu                     builds bench/native by nvcc; JSON to $OUT (default bench/results)
+    python -m bench.sweep_gpu                     builds bench/native by nvcc; $OUT/<device>/sweep.json
     python -m bench.sweep_gpu --sizes 2e7 --rounds 5
 
-Needs nvcc, and the native libraries in dpkernels/lib (`python setup.py build_ext --inplace`). "queued" is the time
-between two CUDA events while the GPU was kept busy until both the work and they were queued: launches and Python are
-not in it. "called" has them in. Each entry of a sweep moves 40 bytes: its float64 sum is read and cleared, float32
-parameter and moments are read and written; of torch's AdamW 28, of torch.normal + add + AdamW 28 + 4 + 12.
+OUT is bench/results where it is not set. Needs nvcc, and the native libraries in dpkernels/lib (`python setup.py
+build_ext --inplace`). "queued" is the time between two CUDA events while the GPU was kept busy until both the work and
+they were queued: launches and Python are not in it. "called" has them in. Each entry of a sweep moves 40 bytes: its
+float64 sum is read and cleared, float32 parameter and moments are read and written; of torch's AdamW 28, of
+torch.normal + add + AdamW 28 + 4 + 12.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import machine, native_bench, sweep_cases
+from bench import kernel_report, machine, native_bench, sweep_cases
+from bench.sweep_cases import NON_PRIVATE, PHILOX, PLAIN, SWEEP
 from bench.timer import Samples
 from dpkernels import ops
 from dpkernels.backends import native_chacha20, native_sweep
 
-SWEEP_BYTES, ADAM_BYTES, APART_BYTES = 40, 28, 44
-VARIANTS = {
-    "2 pairs": {"DPK_GROUP": 2, "DPK_PREFETCH": 0, "DPK_STREAM": 0},
-    "2 pairs, prefetched": {"DPK_GROUP": 2, "DPK_PREFETCH": 1, "DPK_STREAM": 0},  # as the library has it
-    "2 pairs, prefetched, streamed": {"DPK_GROUP": 2, "DPK_PREFETCH": 1, "DPK_STREAM": 1},
-    "4 pairs": {"DPK_GROUP": 4, "DPK_PREFETCH": 0, "DPK_STREAM": 0},
-    "4 pairs, prefetched": {"DPK_GROUP": 4, "DPK_PREFETCH": 1, "DPK_STREAM": 0},
-    "1 pair, prefetched": {"DPK_GROUP": 1, "DPK_PREFETCH": 1, "DPK_STREAM": 0},
-}
-"""What is measured side by side until one is chosen."""
+BYTES = {SWEEP: 40, PHILOX: 40, NON_PRIVATE: 28, PLAIN: 44}
+"""What an entry moves at least: see above."""
 
 HOLD = 12_000_000
 """Clock cycles that the GPU spins while work is queued: some 7 ms."""
@@ -108,7 +98,7 @@ class Buffers:
         self.options = native_sweep._Adam(*sweep_cases.HYPER.values(), 1)
 
     def library(self) -> None:
-        """The sweep that is installed."""
+        """The library's sweep."""
         native_sweep._run("noise_adamw", self.params[0].device, self.table, self.noise, self.options)
 
     def everything(self) -> list[Tensor]:
@@ -173,41 +163,26 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     )
 
 
-def checks(builds: dict[str, native_bench.Bench]) -> dict[str, bool]:
-    """Whether the GPU makes the CPU's bits, for the installed library and every build."""
+def checks(build: native_bench.Bench) -> dict[str, bool]:
+    """Whether the GPU makes the CPU's bits."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        on_cpu = awkward("cpu", dtype)
+        on_cpu, on_gpu = (awkward(device, dtype) for device in ("cpu", "cuda"))
         on_cpu.library()
-        runs: dict[str, Callable[[Buffers], None]] = {"installed": lambda b: b.library()}
-        for name, build in builds.items():
-            runs[name] = lambda b, build=build: build.sweep("chacha20", b.table, b.noise, b.options)  # type: ignore[misc]
-        for name, run in runs.items():
-            on_gpu = awkward("cuda", dtype)
-            run(on_gpu)
-            found[f"sweep, {dtype}, {name}"] = same(on_gpu.everything(), on_cpu.everything())
+        on_gpu.library()
+        found[f"sweep, {dtype}"] = same(on_gpu.everything(), on_cpu.everything())
     words = extreme_words()
-    exact = native_chacha20.box_muller(words)
-    for name, build in builds.items():
-        found[f"normals of extreme words, {name}"] = same([build.box_muller(words)], [exact])
+    found["normals of extreme words"] = same([build.box_muller(words)], [native_chacha20.box_muller(words)])
     drawn = [
         ops.chacha20_normal(3_000_001, key=bytes(32), nonce=bytes(12), device=d) for d in ("cpu", "cuda")
     ]
     found["3,000,001 normals"] = same(drawn[:1], drawn[1:])
-    first = next(iter(builds.values()))
     a, b = all_mantissas()
-    found["float32 roots and quotients, every mantissa"] = same(first.short(a, b), rounded(a, b))
+    found["float32 roots and quotients, every mantissa"] = same(build.short(a, b), rounded(a, b))
     # Random123's known answer.
-    zeros = first.philox([0, 0, 0, 0], [0, 0])[:4]
+    zeros = build.philox([0, 0, 0, 0], [0, 0])[:4]
     found["Philox's known answer"] = zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     return found
-
-
-def build_all(variants: dict[str, dict[str, int]]) -> dict[str, native_bench.Bench]:
-    """All variants, compiled side by side."""
-    with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda defines: native_bench.load(**defines), variants.values())
-        return dict(zip(variants, made, strict=True))
 
 
 def bandwidth(rounds: int) -> float:
@@ -218,45 +193,26 @@ def bandwidth(rounds: int) -> float:
     return 2 * 4 * source.numel() / taken["copy"].median
 
 
-def time_sweeps(
-    count: int, tensors: int, builds: dict[str, native_bench.Bench], rounds: int
-) -> dict[str, Any]:
-    """Seconds of every contender: {name: {"queued", "called", "bytes"}}."""
+def time_sweeps(count: int, tensors: int, build: native_bench.Bench, rounds: int) -> dict[str, Any]:
+    """Seconds of every contender: {name: {"queued", "iqr", "called", "bytes"}}."""
     ours = Buffers(count, tensors, "cuda")
-    contenders: dict[str, Callable[[], object]] = {"dpkernels": ours.library}
-    for name, build in builds.items():
-        for generator in native_bench.GENERATORS:
-            contenders[f"{generator}, {name}"] = lambda b=build, g=generator: b.sweep(  # type: ignore[misc]
-                g, ours.table, ours.noise, ours.options
-            )
-    parts = [(contenders, SWEEP_BYTES)]
-    torchs = {
-        n: sweep_cases.Update(n, count, tensors, torch.float32, "cuda") for n in (sweep_cases.NON_PRIVATE,)
+    plain, apart = (
+        sweep_cases.Update(n, count, tensors, torch.float32, "cuda") for n in (NON_PRIVATE, PLAIN)
+    )
+    contenders: dict[str, Callable[[], object]] = {
+        SWEEP: ours.library,
+        PHILOX: lambda: build.philox_sweep(ours.table, ours.noise, ours.options),
+        NON_PRIVATE: plain.run,
+        PLAIN: apart.run,
     }
-    plain = next(iter(torchs.values()))
-    plain.run()
-
-    def apart() -> None:
-        with torch.no_grad():
-            for parameter in plain.params:
-                noise = torch.normal(
-                    0.0, sweep_cases.SCALE / sweep_cases.DIVISOR, parameter.shape, device="cuda"
-                )
-                parameter.grad.add_(noise)  # type: ignore[union-attr]
-        plain.run()
-
-    parts += [({sweep_cases.NON_PRIVATE: plain.run}, ADAM_BYTES), ({sweep_cases.PLAIN: apart}, APART_BYTES)]
-    everyone = {name: run for group, _ in parts for name, run in group.items()}
-    moved = {name: each for group, each in parts for name in group}
-    on_gpu = in_turns(everyone, rounds, queued)
-    few = {n: everyone[n] for n in ("dpkernels", sweep_cases.NON_PRIVATE, sweep_cases.PLAIN)}
-    whole = in_turns(few, max(3, rounds // 3), called)
+    on_gpu = in_turns(contenders, rounds, queued)
+    whole = in_turns(contenders, max(3, rounds // 3), called)
     return {
         name: {
             "queued": samples.median,
             "iqr": samples.iqr,
-            "called": whole[name].median if name in whole else None,
-            "bytes": moved[name] * count,
+            "called": whole[name].median,
+            "bytes": BYTES[name] * count,
         }
         for name, samples in on_gpu.items()
     }
@@ -274,27 +230,6 @@ def time_normals(count: int, rounds: int) -> dict[str, float]:
     return {name: samples.median for name, samples in in_turns(contenders, rounds, queued).items()}
 
 
-def table(result: dict[str, Any]) -> str:
-    """What is printed."""
-    copy = result["copy_bytes_per_s"]
-    lines = [
-        f"{result['about']['device']}, commit {result['about']['commit']}: a copy moves {copy / 1e12:.3f} TB/s"
-    ]
-    lines += [f"  {'ok ' if good else 'BAD'} {what}" for what, good in result["checks"].items()]
-    for size, rows in result["sweeps"].items():
-        lines.append(f"{float(size):.0e} entries in {result['tensors']} tensors")
-        for name, row in rows.items():
-            other = rows.get(name.replace("chacha20", "philox", 1))
-            ratio = f"{row['queued'] / other['queued']:6.3f} × Philox" if other and other is not row else ""
-            whole = f"{row['called'] * 1e3:8.3f} ms called" if row["called"] else " " * 18
-            share = row["bytes"] / row["queued"] / copy
-            taken = f"{row['queued'] * 1e3:8.3f} ms ±{row['iqr'] * 1e3:.3f}"
-            lines.append(f"  {name:42} {taken} {whole} {share:6.1%} of copy {ratio}")
-    for name, seconds in result["normals"].items():
-        lines.append(f"  {name:42} {seconds * 1e3:8.3f} ms for {result['normals_count']:.0e} float32 normals")
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.sweep_gpu",
@@ -308,25 +243,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: torch sees no CUDA device; mend: run this on a machine with a GPU", file=sys.stderr)
         return 2
-    builds = build_all(VARIANTS)
+    build = native_bench.load()
     result: dict[str, Any] = {
         "about": machine.about("cuda"),
-        "checks": checks(builds),
+        "checks": checks(build),
         "copy_bytes_per_s": bandwidth(options.rounds),
         "tensors": options.tensors,
-        "variants": VARIANTS,
         "sweeps": {},
         "normals_count": 10**8,
         "normals": time_normals(10**8, options.rounds),
     }
     for size in options.sizes:
-        rows = time_sweeps(int(size), options.tensors, builds, options.rounds)
-        result["sweeps"][str(int(size))] = rows
+        result["sweeps"][str(int(size))] = time_sweeps(int(size), options.tensors, build, options.rounds)
         torch.cuda.empty_cache()
-    folder = Path(os.environ.get("OUT", "bench/results"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep_gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
+    machine.save(result, "sweep")
+    for what, good in result["checks"].items():
+        print(f"{'ok ' if good else 'BAD'} {what}")
+    print(kernel_report.sweep(result))
     return 0 if all(result["checks"].values()) else 1
 
 

@@ -1,9 +1,9 @@
-"""Results as tables for the terminal."""
+"""Results as tables, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,13 @@ def times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}×"
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
+    """A Markdown table; align: "l" or "r" for each column."""
+    rule = "".join("---|" if side == "l" else "--:|" for side in align)
+    lines = ["| " + " | ".join(head) + " |", f"|{rule}"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("median ± IQR/2, ms", milliseconds),
     ("ratio", lambda row: times(row.ratio)),
@@ -37,6 +44,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("peak MiB", lambda row: "" if row.peak_mib is None else f"{row.peak_mib:.0f}"),
     ("memory", lambda row: times(row.memory_ratio)),
     ("largest B", lambda row: "" if row.largest_batch is None else str(row.largest_batch)),
+    ("utt/s", lambda row: "" if row.rate is None else f"{row.rate:.0f}"),
+    ("of matrix rate", lambda row: "" if row.matrix_share is None else f"{row.matrix_share:.0%}"),
     ("of floor", lambda row: "" if row.floor_share is None else f"{row.floor_share:.0%}"),
     ("error", lambda row: "" if row.error is None else f"{row.error:.0e}"),
 )

@@ -1,7 +1,7 @@
 """How this GPU's tensor cores round, found by experiments through the kernels' own `product`, beside what is assumed.
 
-    python -m bench.tensor_cores                 prints what was found; exit status 1 where it is coarser than assumed
-    python -m bench.tensor_cores --output FILE   and writes it as JSON
+    python -m bench.tensor_cores                 prints what was found; exit status 1 where it is coarser than assumed;
+                                                 $OUT/<device>/tensor_cores.json (OUT: bench/results)
     python -m bench.tensor_cores --model 8,1     without a GPU: a device in software, of 8 products and 1 extra bit
 
 An experiment is an inner product whose terms are zeros but for a few. `BIG` and -`BIG` cancel, and what is left of a
@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    parser.add_argument("--output", type=Path, help="the JSON file to write instead")
     parser.add_argument("--model", help="products of a block, extra bits: probe a device in software")
     parser.add_argument("--architecture", type=int, help="whose bound --model is held against; default: any")
     given = parser.parse_args(arguments)
@@ -324,14 +324,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         block, extra = (int(n) for n in given.model.split(","))
         architecture = given.architecture or 0
         assumed = bounds.tensor_core(architecture)
-        report = {"device": f"model of {block} products, {extra} extra bits"}
+        report = {"about": {"device": f"model of {block} products, {extra} extra bits"}}
         found = [
             measure(Model(block, extra), dtype, 64, assumed, rows=200, rounds=20)
             for dtype in (torch.bfloat16, torch.float16)
         ]
     elif torch.cuda.is_available():
         architecture = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-        assumed, report, found = bounds.tensor_core(architecture), machine.about("cuda"), of_this_gpu()
+        assumed, found = bounds.tensor_core(architecture), of_this_gpu()
+        report = {"about": machine.about("cuda")}
     else:
         print("no GPU here; mend: run this on a machine with one, or give --model", file=sys.stderr)
         return 2
@@ -345,6 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = ",\n  ".join(json.dumps(asdict(one), ensure_ascii=False) for one in found)
     text = f'{head},\n "found": [\n  {lines}\n ]\n}}'
     print(text)
+    if given.output is None and not given.model:
+        given.output = machine.path(report["about"], "tensor_cores")
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(text + "\n", encoding="utf-8")

@@ -29,11 +29,7 @@ __global__ void philox_kernel(uint4 counter, uint2 key, uint32_t* words) {
 
 #define BENCH_API extern "C" __attribute__((visibility("default")))
 
-BENCH_API dpk_status bench_noise_adamw_chacha20(const dpk_sweep_tensor* tensors, int64_t tensor_count,
-                                                const dpk_noise* noise, const dpk_adam* adam, void* stream) {
-  return dpk::noise_adamw<dpk::ChaCha>(tensors, tensor_count, noise, adam, stream);
-}
-
+// dpk_cuda_noise_adamw with Philox's words.
 BENCH_API dpk_status bench_noise_adamw_philox(const dpk_sweep_tensor* tensors, int64_t tensor_count,
                                               const dpk_noise* noise, const dpk_adam* adam, void* stream) {
   return dpk::noise_adamw<dpk::Philox>(tensors, tensor_count, noise, adam, stream);

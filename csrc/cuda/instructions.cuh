@@ -29,9 +29,4 @@ __device__ __forceinline__ float root_seed(float v) {
   return y;
 }
 
-// Brings the line of an address on its way to the second-level cache.
-__device__ __forceinline__ void prefetch_line(const char* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 }  // namespace dpk

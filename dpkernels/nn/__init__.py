@@ -9,7 +9,7 @@ from dpkernels.nn.expanded import EXPANSION_LIMIT
 from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
-from dpkernels.nn.module import GhostModule, named_modules
+from dpkernels.nn.module import GhostModule, modules_of, named_modules
 from dpkernels.nn.norm import (
     FrozenBatchNorm,
     FrozenBatchNorm1d,
@@ -19,6 +19,7 @@ from dpkernels.nn.norm import (
     GhostRMSNorm,
     batch_norms_in_training,
     freeze_batch_norm,
+    mixes_samples,
 )
 from dpkernels.nn.records import (
     BiasRecord,
@@ -85,6 +86,8 @@ __all__ = [
     "detach",
     "freeze_batch_norm",
     "ghost_subclass",
+    "mixes_samples",
+    "modules_of",
     "named_modules",
     "norms_sq",
     "register_child_swap",

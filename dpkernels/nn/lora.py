@@ -202,7 +202,9 @@ class _LoRA(torch.autograd.Function):
             compute = ctx.a.dtype if ctx.dtype is None else ctx.dtype
             rows = as_rows(g)
             if b is not None:
-                dh = torch.mm(rows.to(compute), b.to(compute)).mul_(ctx.scaling)
+                # scaled within the product: a launch less, a rounding less
+                dh = rows.new_empty(rows.shape[0], b.shape[1], dtype=compute)
+                dh.addmm_(rows.to(compute), b.to(compute), beta=0, alpha=ctx.scaling)
             if needs_x:
                 dx = torch.mm(rows, weight.to(g.dtype))
                 if ctx.shared:

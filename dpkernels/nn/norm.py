@@ -114,13 +114,16 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
 
 def batch_norms_in_training(model: nn.Module) -> list[str]:
     """Names of the batch norms that mix the samples of a batch: in training mode, or without statistics."""
-    return [
-        name
-        for name, module in named_modules(model)
-        if isinstance(module, _BatchNorm)
+    return [name for name, module in named_modules(model) if mixes_samples(module)]
+
+
+def mixes_samples(module: nn.Module) -> bool:
+    """Whether it is a batch norm in training mode, or without statistics."""
+    return (
+        isinstance(module, _BatchNorm)
         and not isinstance(module, FrozenBatchNorm)
         and (module.training or module.running_mean is None)
-    ]
+    )
 
 
 def _by_sample(t: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import ClassVar
 
 import torch
@@ -54,7 +54,7 @@ class Record(ABC):
     # whether forming is the default where it is smaller, for rules that pay twice for not doing so
     forms_by_default: ClassVar[bool] = False
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The trained parameters that this record speaks for."""
         return tuple(getattr(self, name) for name in self.parameter_fields)

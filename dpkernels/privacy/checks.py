@@ -1,11 +1,13 @@
 """What must hold of the model, the optimizer and the losses, each refused by name and with the mend."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpkernels.nn import batch_norms_in_training, coverage, named_modules
+from dpkernels.nn import batch_norms_in_training, coverage, mixes_samples, named_modules
 
 
 def check_single_process() -> None:
@@ -92,6 +94,47 @@ def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
             f"{shapes[:5]}): it would step them with a gradient that is neither clipped nor noised. Call "
             "optimizer.zero_grad() before make_private, and compute no gradients past optimizer.backward."
         )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What must not change while a model is trained privately, of one walk over its modules.
+
+    Attributes:
+        batch_norms: whether a batch norm mixes the samples of a batch.
+        buffers: (identity, version) of every buffer that state_dict() would release, in the modules' order.
+        trained: identities of the parameters with requires_grad, in the modules' order.
+    """
+
+    batch_norms: bool
+    buffers: list[tuple[int, int]]
+    trained: list[int]
+
+
+def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
+    """The snapshot of a model's modules: checks compare it, and look for names only where it differs."""
+    batch_norms = False
+    buffers: list[tuple[int, int]] = []
+    trained: list[int] = []
+    for module in modules:
+        if module._buffers:
+            passing = module._non_persistent_buffers_set
+            buffers += [
+                (id(buffer), buffer._version)
+                for name, buffer in module._buffers.items()
+                if buffer is not None and name not in passing
+            ]
+            batch_norms = batch_norms or mixes_samples(module)
+        elif isinstance(module, _BatchNorm):  # one without statistics has no buffers
+            batch_norms = batch_norms or mixes_samples(module)
+        if module._parameters:
+            trained += [id(p) for p in module._parameters.values() if p is not None and p.requires_grad]
+    return Snapshot(batch_norms, buffers, trained)
+
+
+def stateful(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of them that a snapshot's buffers and batch norms are read from."""
+    return [module for module in modules if module._buffers or isinstance(module, _BatchNorm)]
 
 
 def released_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -8,15 +8,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import Record, Tape, add_weighted_sums, batch_norms_in_training
+from dpkernels.nn import Record, Tape, add_weighted_sums, batch_norms_in_training, modules_of
 from dpkernels.privacy.buffers import BufferWatch
 from dpkernels.privacy.checks import (
+    Snapshot,
     batch_norm_message,
     changed_buffers,
     check_losses,
     check_no_gradient,
     check_trained,
     released_buffers,
+    snapshot,
+    stateful,
     trained_parameters,
 )
 from dpkernels.privacy.noise import SecretStream, grid_of
@@ -118,6 +121,8 @@ class DPOptimizer(torch.optim.Optimizer):
         self._trained = trained_parameters(model)
         self._held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._buffers = released_buffers(model)
+        modules = modules_of(model)
+        self._snapshot, self._stateful = snapshot(modules), stateful(modules)
         self.keep_gradients = False
         self.stochastic_rounding = False
         scale = noise_multiplier * sensitivity
@@ -299,8 +304,10 @@ class DPOptimizer(torch.optim.Optimizer):
                 "a backward failed half-way through its sums; call zero_grad() to drop this logical batch, or "
                 "recover() to do all of its micro-batches again"
             )
-        self._check_parameters()
-        self._check_buffers()
+        now = snapshot(modules_of(self._model))
+        self._check_batch_norms(now)
+        self._check_parameters(now)
+        self._check_buffers(now)
         if self._drawn is not None and self._examples < self._drawn and self.noise_multiplier > 0:
             raise RuntimeError(
                 "step(): fewer examples were back-propagated than the logical batch holds. Was zero_grad() "
@@ -435,9 +442,10 @@ class DPOptimizer(torch.optim.Optimizer):
             )
 
     def _check_model(self) -> None:
-        names = batch_norms_in_training(self._model)
-        if names:
-            raise RuntimeError(batch_norm_message(names))
+        # Those modules that had state at make_private: a walk over all of them is a per cent of a step. step() takes
+        # it before anything is released, and sees what was added or replaced since.
+        now = snapshot(self._stateful)
+        self._check_batch_norms(now)
         for name, parameter in self._trained.items():
             if parameter.grad is None:
                 continue
@@ -449,11 +457,15 @@ class DPOptimizer(torch.optim.Optimizer):
                 )
             parameter.grad = None
         self._published = {}
-        self._check_buffers()
+        self._check_buffers(now)
 
-    def _check_buffers(self) -> None:
-        changed = changed_buffers(self._buffers, released_buffers(self._model))
-        if changed:
+    def _check_batch_norms(self, now: Snapshot) -> None:
+        if now.batch_norms:
+            raise RuntimeError(batch_norm_message(batch_norms_in_training(self._model)))
+
+    def _check_buffers(self, now: Snapshot) -> None:
+        if now.buffers != self._snapshot.buffers:
+            changed = changed_buffers(self._buffers, released_buffers(self._model))
             raise RuntimeError(
                 f"buffers of the model changed since make_private: {', '.join(changed)}. Running statistics, "
                 "code books and the like would carry data of the examples into the saved model without noise. "
@@ -471,8 +483,9 @@ class DPOptimizer(torch.optim.Optimizer):
                 "its layer only, or freeze it."
             )
 
-    def _check_parameters(self) -> None:
-        check_trained(trained_parameters(self._model), self._trained)
+    def _check_parameters(self, now: Snapshot) -> None:
+        if now.trained != self._snapshot.trained:
+            check_trained(trained_parameters(self._model), self._trained)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         trained, held = {id(p) for p in self._trained.values()}, {id(p) for p in parameters}
         added = [tuple(p.shape) for p in parameters if id(p) not in self._held]

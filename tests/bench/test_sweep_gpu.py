@@ -1,4 +1,4 @@
-"""bench.sweep_gpu, as far as a CPU goes: its checks by the emulated kernels, its table, its refusal."""
+"""bench.sweep_gpu, as far as a CPU goes: its checks by the emulated kernels, its refusal."""
 
 import ctypes
 from pathlib import Path
@@ -27,9 +27,9 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def sweep(generator: str, given: sweep_gpu.Buffers) -> None:
+def sweep(name: str, given: sweep_gpu.Buffers) -> None:
     settings = ctypes.byref(given.noise), ctypes.byref(given.options)
-    call(f"bench_noise_adamw_{generator}", given.table, ctypes.c_int64(len(given.table)), *settings, None)
+    call(name, given.table, ctypes.c_int64(len(given.table)), *settings, None)
 
 
 @needs_native
@@ -37,7 +37,7 @@ def sweep(generator: str, given: sweep_gpu.Buffers) -> None:
 def test_awkward_buffers_get_the_cpus_bits(dtype: torch.dtype) -> None:
     exact, found = (sweep_gpu.awkward("cpu", dtype, most=5000) for _ in range(2))
     exact.library()
-    sweep("chacha20", found)
+    sweep("dpk_cuda_noise_adamw", found)
     assert sweep_gpu.same(found.everything(), exact.everything())
     assert not any(
         bool(tensor.isnan().any()) for tensor in exact.everything()
@@ -98,7 +98,7 @@ def test_the_philox_sweep_draws_unit_normals() -> None:
         first.zero_()
     for total in buffers.sums:
         total.zero_()
-    sweep("philox", buffers)
+    sweep("bench_noise_adamw_philox", buffers)
     z = torch.cat(buffers.firsts).double() / (0.1 * 3.0 / 64.0)
     assert abs(float(z.mean())) < 5 / 200
     assert abs(float(z.var()) - 1) < 5 * 2**0.5 / 200
@@ -106,33 +106,11 @@ def test_the_philox_sweep_draws_unit_normals() -> None:
 
 def test_the_build_has_the_librarys_flags() -> None:
     text = (ROOT / "CMakeLists.txt").read_text()
-    command = native_bench.command(Path("x.so"), "90a", {"DPK_GROUP": 2})
+    command = native_bench.command(Path("x.so"), "90a")
     assert "--fmad=false" in command
     assert "--fmad=false" in text
-    assert {"-std=c++17", "-O3", "-DDPK_GROUP=2", "-gencode=arch=compute_90a,code=sm_90a"} <= set(command)
+    assert {"-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a"} <= set(command)
     assert "set(CMAKE_CUDA_STANDARD 17)" in text
-
-
-def test_the_table_tells_shares_and_ratios() -> None:
-    def row(milliseconds: float, called: float | None = None) -> dict[str, float | None]:
-        return {"queued": milliseconds / 1e3, "iqr": 1e-6, "called": called, "bytes": 8e8}
-
-    result = {
-        "about": {"device": "a GPU", "commit": "abc"},
-        "checks": {"bits": True, "others": False},
-        "copy_bytes_per_s": 3e12,
-        "tensors": 100,
-        "sweeps": {
-            "20000000": {"dpkernels": row(0.3, 0.0005), "chacha20, a": row(0.33), "philox, a": row(0.3)}
-        },
-        "normals": {"torch.randn": 1e-3},
-        "normals_count": 10**8,
-    }
-    text = sweep_gpu.table(result)
-    assert "BAD others" in text
-    assert "88.9% of copy" in text
-    assert "1.100 × Philox" in text
-    assert "0.500 ms called" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

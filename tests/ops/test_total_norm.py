@@ -166,10 +166,10 @@ def test_catches_a_last_piece_that_is_not_added(plant: Callable[..., None]) -> N
     grouped = triton_ops.grouped
     real = grouped.Problem.fields
 
-    def short(self: Any, strip: int, first: int) -> tuple[list[int], int]:
-        row, pieces = real(self, strip, first)
-        row[12] = max(1, pieces - 1)
-        return row, pieces
+    def short(self: Any, first: int) -> list[int]:
+        row = real(self, first)
+        row[12] = max(1, row[12] - 1)
+        return row
 
     plant(grouped.Problem, "fields", short)
     with pytest.raises(AssertionError):

@@ -1,6 +1,8 @@
 """Embeddings, norm layers and depthwise convolutions in Triton: shapes that meet every branch of their kernels."""
 
+import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from dpkernels import ops
 from dpkernels.backends import triton_ops
-from dpkernels.backends.triton_ops import configs
+from dpkernels.backends.triton_ops import configs, vectors
 from tests.ops.tolerances import DTYPES, MEAN_EXCESS, SUM_OFF
 
 WIDTH = 5
@@ -32,11 +34,27 @@ def check(norm_sq: Tensor, exact: Tensor) -> None:
     assert float(excess.max()) <= MEAN_EXCESS
 
 
-# around depthwise_conv1d.TAPS
-@pytest.mark.parametrize("taps", [1, 3, 8, 9, 16, 17, 31, 33])
-def test_any_number_of_taps(triton_backend: str, taps: int) -> None:
+def channels_last(tensor: Tensor) -> Tensor:
+    """[B, C, T] as a speech model has it that keeps [B, T, C]: channels are adjacent."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def every_other(tensor: Tensor) -> Tensor:
+    """With nothing adjacent, and NaN between."""
+    return torch.stack((tensor, torch.full_like(tensor, torch.nan)), dim=-1)[..., 0]
+
+
+LAYOUTS = {"contiguous": Tensor.contiguous, "channels last": channels_last, "every other": every_other}
+
+
+# around depthwise_conv1d.MOST_TAPS
+@pytest.mark.parametrize("taps", [1, 3, 5, 9, 16, 17, 31, 33])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_any_number_of_taps(triton_backend: str, taps: int, layout: str) -> None:
     geometry = {"stride": 1, "padding": taps // 2, "dilation": 1}
-    x, g = torch.randn(2, WIDTH, 40), torch.randn(2, WIDTH, 40 + 2 * (taps // 2) - taps + 1)
+    frames = 70  # more than two tiles, so that one has no border
+    shapes = (2, WIDTH, frames), (2, WIDTH, frames + 2 * (taps // 2) - taps + 1)
+    x, g = (LAYOUTS[layout](torch.randn(shape)) for shape in shapes)
     exact = gradients(x, g, taps, geometry)
     check(ops.depthwise_conv1d_norm_sq(x, g, kernel_size=taps, **geometry), exact)
     out = torch.zeros(WIDTH, 1, taps, dtype=torch.float64)
@@ -65,19 +83,58 @@ def test_strides_paddings_and_dilations(
     check(ops.depthwise_conv1d_norm_sq(x, g, kernel_size=taps, **geometry), gradients(x, g, taps, geometry))
 
 
-def test_more_frames_than_one_float32_sum_takes(triton_backend: str) -> None:
-    span = configs.CONFIGS["depthwise_conv1d_sums"][4, configs.ANY].tiles["SPAN"]
-    x, g = torch.randn(1, 2, 2 * span + 70), torch.randn(1, 2, 2 * span + 70)
+@pytest.mark.parametrize("layout, config", [("contiguous", ""), ("channels last", " channels_last")])
+def test_more_frames_than_one_float32_sum_takes(triton_backend: str, layout: str, config: str) -> None:
+    span = configs.CONFIGS["depthwise_conv1d_sums" + config][4, configs.ANY].tiles["SPAN"]
+    x, g = (LAYOUTS[layout](torch.randn(1, 2, 2 * span + 70)) for _ in range(2))
     geometry = {"stride": 1, "padding": 1, "dilation": 1}
     check(ops.depthwise_conv1d_norm_sq(x, g, kernel_size=3, **geometry), gradients(x, g, 3, geometry))
 
 
-def test_channels_last_convolution_has_the_same_bits(triton_backend: str) -> None:
-    x, g = torch.randn(2, 9, 40), torch.randn(2, 9, 38)
-    moved = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, g)]
-    assert moved[0].stride() != x.stride()
-    given, other = (ops.depthwise_conv1d_norm_sq(*pair, kernel_size=3) for pair in ((x, g), moved))
-    assert torch.equal(given, other)
+@pytest.mark.parametrize("channels", [7, 8, 72])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts_of_a_convolution(triton_backend: str, channels: int, dtype: torch.dtype) -> None:
+    """Widths with and without whole tiles and vectors; with what is not adjacent in x, g is not either."""
+    x, g = torch.randn(2, channels, 45).to(dtype), torch.randn(2, channels, 45).to(dtype)
+    geometry = {"stride": 1, "padding": 2, "dilation": 2}
+    exact, factors = gradients(x, g, 3, geometry), torch.tensor([0.5, 2.0])
+    results = {}
+    for of_x, of_g in itertools.product(LAYOUTS, LAYOUTS):
+        placed = LAYOUTS[of_x](x), LAYOUTS[of_g](g)
+        norm_sq = ops.depthwise_conv1d_norm_sq(*placed, kernel_size=3, **geometry)
+        check(norm_sq, exact)
+        out = torch.zeros(channels, 1, 3, dtype=torch.float64)
+        ops.depthwise_conv1d_weighted_sum(*placed, factors, out, **geometry)
+        torch.testing.assert_close(out, 0.5 * exact[0] + 2 * exact[1], rtol=1e-5, atol=1e-5)
+        results[of_x, of_g] = norm_sq, out
+    for (of_x, _), pair in results.items():  # g's layout decides nothing
+        assert all(torch.equal(a, b) for a, b in zip(pair, results[of_x, of_x], strict=True))
+
+
+@pytest.mark.parametrize("scale_x, scale_g", [(1e-25, 1e20), (1e25, 1e-20), (0.0, 1e30), (1e-42, 1e-42)])
+def test_a_convolutions_bound_holds_where_squares_leave_float32(
+    triton_backend: str, scale_x: float, scale_g: float
+) -> None:
+    x, g = torch.randn(2, WIDTH, 40) * scale_x, torch.randn(2, WIDTH, 40) * scale_g
+    geometry = {"stride": 1, "padding": 1, "dilation": 1}
+    exact = gradients(x, g, 3, geometry).flatten(1).square().sum(1)
+    given = ops.depthwise_conv1d_norm_sq(x, g, kernel_size=3, **geometry)
+    assert (given.double() >= exact).all()
+    if scale_x == 0.0:
+        assert not given.any()
+    elif scale_x * scale_g > 1e-30:
+        assert (given.double() <= exact * 1.02).all()
+
+
+def test_the_bound_of_a_convolution_counts_every_frame(triton_backend: str) -> None:
+    """One program's squares, beside float64 ones of all that its taps meet: never below."""
+    for stride, frames in ((1, 2100), (3, 700)):
+        x, g = torch.randn(1, 8, (frames - 1) * stride + 5), torch.randn(1, 8, frames)
+        seen = []
+        with mock.patch.object(vectors, "finish", lambda partials, *_, **__: seen.append(partials)):
+            triton_ops.depthwise_conv1d_norm_sq(x, g, kernel_size=5, stride=stride)
+        exact = 5 * (x.double().square().sum(2) * g.double().square().sum(2)).sum()
+        assert exact <= seen[0][..., 1].sum() <= exact * (1 + 2.0**-12)
 
 
 def table_gradients(ids: Tensor, g: Tensor, rows: int, padding_idx: int | None = None) -> Tensor:

@@ -400,7 +400,7 @@ def test_a_changed_parameter_is_noticed_by_name(change: Callable[[Run], None]) -
 def test_planted_missing_check_of_parameters_is_caught(
     change: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DPOptimizer, "_check_parameters", lambda self: None)
+    monkeypatch.setattr(DPOptimizer, "_check_parameters", lambda self, now: None)
     with pytest.raises(AssertionError):
         check_change_is_noticed(change)
 

@@ -4,7 +4,7 @@ A table and no autotuning: what a kernel runs with is the same on every run and 
 holds a batch size or a length, and every entry is compiled ahead for every architecture by
 `python -m bench.triton_table`. Entries for 16-bit tensors are the fastest of those tried on an H100 for layers of
 1024×1024 and 1024×4096 at T = 188 and 750 (bench/results/nvidia-h100-80gb-hbm3/tune.json); the others are chosen by
-registers and shared memory.
+registers and shared memory, those of one architecture where the one of all would spill on it.
 """
 
 from dataclasses import dataclass, field
@@ -50,8 +50,12 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 8, "BN": 128}),
     },
     "depthwise_conv1d_sums": {
-        (2, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
-        (4, ANY): Config({"BC": 4, "BT": 32, "SPAN": 256}, warps=8),
+        (2, ANY): Config({"BC": 8, "BT": 16, "EACH": 2, "AHEAD": 8, "SPAN": 1024}),
+        (4, ANY): Config({"BC": 8, "BT": 16, "EACH": 1, "AHEAD": 8, "SPAN": 1024}),
+    },
+    "depthwise_conv1d_sums channels_last": {
+        (2, ANY): Config({"BC": 64, "BT": 4, "EACH": 2, "AHEAD": 8, "SPAN": 256}),
+        (4, ANY): Config({"BC": 64, "BT": 4, "EACH": 2, "AHEAD": 8, "SPAN": 256}),
     },
     "lora_pieces": {
         (2, ANY): Config({"BT": 64, "BN": 64, "SAMPLES": 4}, warps=4, stages=4),
@@ -66,10 +70,12 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
     },
     "lora_forms unaligned": {
+        (2, 100): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
         (2, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
     },
     "linear_gram": {
+        (2, 80): Config({"BS": 64, "BT": 128, "BK": 64}, warps=8, stages=4),
         (2, ANY): Config({"BS": 128, "BT": 128, "BK": 64}, warps=8, stages=4),
         (4, ANY): Config({"BS": 64, "BT": 64, "BK": 16}, warps=8, stages=2),
     },
@@ -95,10 +101,12 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     },
     "linear_sum": {
         (2, 80): Config({"BT": 32, "BP": 128, "BD": 64}, warps=8, stages=3),
+        (2, 100): Config({"BT": 64, "BP": 64, "BD": 64}, warps=4, stages=3),
         (2, ANY): Config({"BT": 64, "BP": 64, "BD": 64}, warps=4, stages=4),
         (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
     },
     "grouped_norms": {
+        (4, 100): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 64, "BN": 128}, warps=4, stages=2),
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
     },
@@ -111,6 +119,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
     },
     "grouped_sums unaligned": {
+        (4, 100): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
         (2, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
     },

@@ -1,116 +1,247 @@
 """Depthwise conv1d: Σ_t g_ct x_c(ts + jδ − π) for channels c and taps j, its norm and weighted sum.
 
-A program takes BC channels and BK taps of one sample and reads their frames once from memory; that every tap loads its
-own shift of x is the cache's work, as neighbouring taps share all but one frame. Products are added in float32 in BT
-separate sums over SPAN frames, those BT to one another in float32, and the results in float64: a term meets its
-product's rounding and at most SPAN/BT + BT others, or as many as there are frames. The bound: tap (c, j) is off by at
-most γ Σ_t |g x| ≤ γ ‖x_c‖‖g_c‖ (Cauchy and Schwarz), whose squares cost one addition a frame and not one a product.
+A program takes BC channels of one sample and K taps. BT threads share its frames, EACH neighbouring ones to a thread
+at a time, so that a frame of x which serves several of them is read once into a register and otherwise from L1. Only
+tiles at a border have masks. The norm reads a SPAN of frames once before, for the bound, with many loads in flight.
+
+Products are added in float32, one sum for each thread, over SPAN frames, and all else is float64: a term meets its
+product's rounding and at most SPAN/BT others, or as many as there are frames. The bound: tap (c, j) is off by at most
+γ Σ_t |g x| ≤ γ ‖x_c‖‖g_c‖ (Cauchy and Schwarz), whose squares cost one addition a frame and not one a product.
 """
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import vectors
+from dpkernels.backends.triton_ops import configs, launching, vectors
+from dpkernels.backends.triton_ops.device import times
 from dpkernels.backends.triton_ops.launching import (
     aligned,
     dense,
     float64_by_torch,
     kernel,
-    launch,
     scratch,
-    tile_of,
     tiles,
 )
 
-TAPS = (8, 16)
-"""Taps of one program: enough for the filter, or the most, and the filter is shared out among several programs."""
+MOST_TAPS = 16
+"""Of one program, whose sums are in registers: a longer filter is shared out evenly among several."""
+
+_VECTOR = 8
+"""Channels that strides are multiples of, where the compiler may read several at once."""
+
+
+@triton.jit
+def placed(places, LAST: tl.constexpr):
+    """Frames along their axis of a tile: the one whose neighbours are adjacent in memory is the second."""
+    if LAST:
+        return places[:, None]
+    else:
+        return places[None, :]
+
+
+@triton.jit
+def squares(
+    base, step, here, first, last, SPAN: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr, LAST: tl.constexpr
+):
+    """Σ_t a_ct² over frames first <= t < last, SPAN of them at most, of every channel: float64, never below.
+
+    Squares are float32: off by γ of SPAN/BT + BT roundings, fewer than 2⁸, which 1 + 2⁻¹⁵ is more than. Outside of
+    2⁻⁶⁰ to 2¹²⁰, where they may have underflowed or overflowed, it is SPAN times the largest.
+    """
+    tl.static_assert(SPAN // BT + BT < 256)
+    place = placed(tl.arange(0, BT), LAST)
+    pointer = base + (place.to(tl.int64) + first) * step
+    square = tl.zeros(pointer.shape, tl.float32)
+    largest = tl.zeros(pointer.shape, tl.float32)
+    for t in range(first, last, BT * AHEAD):
+        for i in tl.static_range(AHEAD):
+            read = here & (place < last - t - i * BT)
+            a = tl.load(pointer + i * BT * step, mask=read, other=0.0).to(tl.float32)
+            square += a * a
+            largest = tl.maximum(largest, tl.abs(a))
+        pointer += step * (BT * AHEAD)
+    total = tl.sum(square, axis=0 if LAST else 1)
+    peak = tl.max(largest, axis=0 if LAST else 1).to(tl.float64)
+    extreme = (total < 2.0**-60) | (total > 2.0**120)
+    return tl.where(extreme, peak * peak * SPAN, total.to(tl.float64) * (1.0 + 2.0**-15))
+
+
+@triton.jit
+def added(
+    sums,
+    x_tile,
+    x_step,
+    g_tile,
+    g_step,
+    here,
+    at,
+    n,
+    place,
+    x_frames,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    EACH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """`sums`, one tile for each tap, and the products of EACH frames from `at` on, whose first tap is at `place`.
+
+    A frame that several taps meet is loaded by name for each; the compiler loads it once. WHOLE: all exist.
+    """
+    for r in tl.static_range(EACH):
+        read = here & (at + r < n)
+        if WHOLE:
+            b = tl.load(g_tile + r * g_step).to(tl.float32)
+        else:
+            b = tl.load(g_tile + r * g_step, mask=read, other=0.0).to(tl.float32)
+        after = ()
+        for j in tl.static_range(K):
+            shift = r * STRIDE + j * DILATION
+            if WHOLE:
+                a = tl.load(x_tile + shift * x_step)
+            else:
+                exists = read & (place + shift >= 0) & (place + shift < x_frames)
+                a = tl.load(x_tile + shift * x_step, mask=exists, other=0.0)
+            after = after + (sums[j] + a.to(tl.float32) * b,)
+        sums = after
+    return sums
+
+
+@triton.jit
+def zeros(K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+    """K tiles."""
+    found = ()
+    for _ in tl.static_range(K):
+        found = found + (tl.zeros((ROWS, COLUMNS), dtype),)
+    return found
 
 
 @kernel
 def depthwise_conv1d_sums(
     x,
     x_b: int,
-    x_c: int,
-    x_t: int,
+    x_step: int,
     g,
     g_b: int,
-    g_c: int,
-    g_t: int,
+    g_step: int,
     factors,
     out,
     channels: int,
     x_frames: int,
     g_frames: int,
     taps: int,
-    stride: int,
     padding: int,
-    dilation: int,
     across: int,
     pieces: int,
-    BK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    K: tl.constexpr,
+    LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
     BC: tl.constexpr,
     BT: tl.constexpr,
+    EACH: tl.constexpr,
+    AHEAD: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """One program a (sample, BC channels, BK taps): squares for the norm, or with factors the sums themselves."""
+    """One program a (sample, BC channels, K taps): squares for the norm, or with factors the sums themselves.
+
+    Frames are adjacent and x_step, g_step a channel's stride; with LAST channels are adjacent and they are a frame's.
+    """
     program = tl.program_id(0)
+    channels = times(channels, ALIGN)
     sample, piece = program // pieces, program % pieces
-    channel = (piece // across) * BC + tl.arange(0, BC)
-    tap = (piece % across) * BK + tl.arange(0, BK)
-    here, inside = channel < channels, (channel < channels)[:, None] & (tap < taps)[None, :]
-    x_rows = x + sample.to(tl.int64) * x_b + channel.to(tl.int64) * x_c
-    g_rows = g + sample.to(tl.int64) * g_b + channel.to(tl.int64) * g_c
-    shift = tap * dilation - padding
+    first_channel, first_tap = (piece // across) * BC, (piece % across) * K
+    channel = first_channel + tl.arange(0, BC)
+    x_base = x + times(sample.to(tl.int64) * x_b, ALIGN)
+    g_base = g + times(sample.to(tl.int64) * g_b, ALIGN)
+    if LAST:
+        x_frame, g_frame = times(x_step.to(tl.int64), ALIGN), times(g_step.to(tl.int64), ALIGN)
+        x_base, g_base = x_base + channel[None, :], g_base + channel[None, :]
+        here = (channel < channels)[None, :]
+    else:
+        x_frame, g_frame = 1, 1
+        x_base += channel.to(tl.int64)[:, None] * x_step
+        g_base += channel.to(tl.int64)[:, None] * g_step
+        here = (channel < channels)[:, None]
+    shift = first_tap * DILATION - padding
     n = g_frames
     if factors is not None:
         n = tl.where(tl.load(factors + sample) != 0.0, g_frames, 0)
-    total = tl.zeros((BC, BK), tl.float64)
+    own = placed(tl.arange(0, BT) * EACH, LAST)
+    x_tile = x_base + own.to(tl.int64) * STRIDE * x_frame
+    g_tile = g_base + own.to(tl.int64) * g_frame
+    full = first_channel + BC <= channels
+    totals = zeros(K, BT if LAST else BC, BC if LAST else BT, tl.float64)
     of_g = tl.zeros((BC,), tl.float64)
+    of_x = tl.zeros((BC,), tl.float64)
     for first in range(0, n, SPAN):
-        sums = tl.zeros((BC, BK, BT), tl.float32)
-        for t in range(first, tl.minimum(first + SPAN, n), BT):
-            at = t + tl.arange(0, BT)
-            b = tl.load(
-                g_rows[:, None] + at.to(tl.int64)[None, :] * g_t,
-                mask=here[:, None] & (at < n)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            place = at[None, :] * stride + shift[:, None]
-            read = (at < n)[None, :] & (place >= 0) & (place < x_frames)
-            a = tl.load(
-                x_rows[:, None, None] + place.to(tl.int64)[None, :, :] * x_t,
-                mask=inside[:, :, None] & read[None, :, :],
-                other=0.0,
-            ).to(tl.float32)
-            sums += a * b[:, None, :]
-            if factors is None:
-                of_g += tl.sum(b.to(tl.float64) * b.to(tl.float64), axis=1)
-        total += tl.sum(sums, axis=2).to(tl.float64)
+        end = tl.minimum(first + SPAN, n)
+        if factors is None:
+            of_g += squares(g_base, g_frame, here, first, end, SPAN, BT, AHEAD, LAST)
+            x_end = tl.minimum(end.to(tl.int64) * STRIDE, x_frames).to(tl.int32)
+            x_end = tl.where(end == n, x_frames, x_end)
+            for t in range(first * STRIDE, x_end, SPAN):
+                of_x += squares(x_base, x_frame, here, t, tl.minimum(t + SPAN, x_end), SPAN, BT, AHEAD, LAST)
+        sums = zeros(K, BT if LAST else BC, BC if LAST else BT, tl.float32)
+        for t in range(first, end, BT * EACH):
+            place = t * STRIDE + shift
+            x_at, g_at = x_tile + place.to(tl.int64) * x_frame, g_tile + t * g_frame
+            inside = (place >= 0) & (place + (BT * EACH - 1) * STRIDE + (K - 1) * DILATION < x_frames)
+            at, start = t + own, place + own * STRIDE
+            if full & inside & (t + BT * EACH <= end):
+                sums = added(
+                    sums, x_at, x_frame, g_at, g_frame, here, at, end, start, x_frames,
+                    K, STRIDE, DILATION, EACH, True,
+                )  # fmt: skip
+            else:
+                sums = added(
+                    sums, x_at, x_frame, g_at, g_frame, here, at, end, start, x_frames,
+                    K, STRIDE, DILATION, EACH, False,
+                )  # fmt: skip
+        after = ()
+        for j in tl.static_range(K):
+            after = after + (totals[j] + sums[j].to(tl.float64),)
+        totals = after
+    square = tl.zeros((BC,), tl.float64)
+    entry = (sample.to(tl.int64) * channels + channel) * taps + first_tap
+    for j in tl.static_range(K):
+        total = tl.sum(totals[j], axis=0 if LAST else 1)
+        if factors is None:
+            square += tl.where(first_tap + j < taps, total * total, 0.0)
+        else:
+            tl.store(out + entry + j, total, mask=channel < tl.where(first_tap + j < taps, channels, 0))
     if factors is None:
-        of_x = tl.zeros((BC,), tl.float64)
-        for t in range(0, x_frames, SPAN):
-            at = t + tl.arange(0, SPAN)
-            mask = here[:, None] & (at < x_frames)[None, :]
-            c = tl.load(x_rows[:, None] + at.to(tl.int64)[None, :] * x_t, mask=mask, other=0.0).to(tl.float64)
-            of_x += tl.sum(c * c, axis=1)
-        own = tl.sum((tap < taps).to(tl.float64), axis=0)
-        tl.store(out + program.to(tl.int64) * 2, tl.sum(tl.sum(total * total, axis=1), axis=0))
-        tl.store(out + program.to(tl.int64) * 2 + 1, own * tl.sum(of_x * of_g, axis=0))
-    else:
-        entry = (sample.to(tl.int64) * channels + channel)[:, None] * taps + tap[None, :]
-        tl.store(out + entry, total, mask=inside)
+        magnitude = tl.sum(of_x * of_g, axis=0) * tl.minimum(taps - first_tap, K)
+        tl.store(out + program.to(tl.int64) * 2, tl.sum(square, axis=0))
+        tl.store(out + program.to(tl.int64) * 2 + 1, magnitude)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether channels are adjacent in memory, and frames are not. A stride over one entry means nothing."""
+    _, channels, frames = x.shape
+    return x.stride(1) == 1 and channels > 1 and frames > 1 and x.stride(2) != 1
+
+
+def _config(x: Tensor, last: bool) -> configs.Config:
+    name = "depthwise_conv1d_sums channels_last" if last else "depthwise_conv1d_sums"
+    return configs.config(name, x.dtype, launching.architecture(x.device))
+
+
+def _rows(tensor: Tensor, last: bool) -> Tensor:
+    """With adjacent channels or else adjacent frames: itself, or a copy."""
+    turned = tensor.transpose(1, 2) if last else tensor
+    if turned.shape[2] > 1 and turned.stride(2) != 1:
+        turned = turned.contiguous()
+    turned = aligned(turned)
+    return turned.transpose(1, 2) if last else turned
 
 
 def _pieces(x: Tensor, taps: int) -> tuple[int, int, int]:
     """(taps a program, programs across the taps, programs a sample)."""
-    size = next((size for size in TAPS if size >= taps), TAPS[-1])
-    across = tiles(taps, size)
-    return size, across, across * tiles(x.shape[1], tile_of(depthwise_conv1d_sums, x, "BC"))
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of [B, C, T]; 0 where there is one entry, whose stride means nothing."""
-    return tuple(s if n > 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    across = tiles(taps, MOST_TAPS)
+    return tiles(taps, across), across, across * tiles(x.shape[1], _config(x, _channels_last(x)).tiles["BC"])
 
 
 def _launch(
@@ -119,29 +250,32 @@ def _launch(
     factors: Tensor | None,
     out: Tensor,
     taps: int,
-    geometry: tuple[int, int, int],
+    stride: int,
+    padding: int,
+    dilation: int,
 ) -> None:
     batch, channels, x_frames = x.shape
     size, across, pieces = _pieces(x, taps)
-    x, g = aligned(x), aligned(g)
-    launch(
+    if batch * pieces == 0:
+        return
+    last = _channels_last(x)
+    x, g = _rows(x, last), _rows(g, last)
+    # of a sample, and of a channel or of a frame; 0 over one entry
+    steps = [
+        stride if size > 1 else 0
+        for t in (x, g)
+        for stride, size in ((t.stride(n), t.shape[n]) for n in (0, 2 if last else 1))
+    ]
+    align = _VECTOR if last and not any(n % _VECTOR for n in (*steps, channels)) else 1
+    x_b, x_step, g_b, g_step = (n // align for n in steps)
+    launching.execute(
         depthwise_conv1d_sums,
         batch * pieces,
-        x,
-        x,
-        *_strides(x),
-        g,
-        *_strides(g),
-        dense(factors),
-        out,
-        channels,
-        x_frames,
-        g.shape[2],
-        taps,
-        *geometry,
-        across,
-        pieces,
-        BK=size,
+        x.device,
+        (x, x_b, x_step, g, g_b, g_step, dense(factors), out)
+        + (channels // align, x_frames, g.shape[2], taps, padding, across, pieces),
+        _config(x, last).options
+        | {"STRIDE": stride, "DILATION": dilation, "K": size, "LAST": last, "ALIGN": align},
     )
 
 
@@ -151,9 +285,11 @@ def depthwise_conv1d_norm_sq(
 ) -> Tensor:
     """‖Σ_t g_ct x_ct'‖² over c and j, rounded up; see `dpkernels.ops.depthwise_conv1d_norm_sq`."""
     partials = scratch(x, len(x), _pieces(x, kernel_size)[2], 2)
-    _launch(x, g, None, partials, kernel_size, (stride, padding, dilation))
-    entries, block = x.shape[1] * kernel_size, tile_of(depthwise_conv1d_sums, x, "BT")
-    chain = block + tile_of(depthwise_conv1d_sums, x, "SPAN") // block
+    _launch(x, g, None, partials, kernel_size, stride, padding, dilation)
+    # the sum may meet the same tensors in another layout
+    sizes = [_config(x, last).tiles for last in (False, True)]
+    chain = max(size["SPAN"] // size["BT"] for size in sizes)
+    entries = x.shape[1] * kernel_size
     return vectors.finish(partials, None, g.shape[2], entries, per_term=1, chain=chain, wide=True)
 
 
@@ -171,5 +307,5 @@ def depthwise_conv1d_weighted_sum(
     """out[c, 0, j] += Σ_i c_i Σ_t g_ict x_ict'; see `dpkernels.ops.depthwise_conv1d_weighted_sum`."""
     taps = out.shape[2]
     sums = scratch(x, len(x), x.shape[1], taps)
-    _launch(x, g, factors, sums, taps, (stride, padding, dilation))
+    _launch(x, g, factors, sums, taps, stride, padding, dilation)
     vectors.add(sums, factors, out)

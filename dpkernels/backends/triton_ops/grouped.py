@@ -46,6 +46,8 @@ _NARROW = 32
 _FEWEST_PROGRAMS = 256
 """Below it a sum goes layer by layer: a program does all samples of a piece, and too few would leave the GPU idle."""
 
+_GROUPED = (torch.bfloat16, torch.float16, torch.float32)
+
 _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -54,43 +56,62 @@ _TYPES = {
 }
 
 
-@dataclass
 class Problem:
     """wideᵀ narrow of every sample, times `scaling`; a vector has no narrow.
 
     Attributes:
-        wide: a [B, T, n] tensor and its ALIGN, from `launching.rows`.
+        wide: the [B, T, n] tensor.
+        kind: what one launch has in common: dtypes of tensors and out, ALIGN of wide and narrow, R.
+        pieces: in how many pieces of BN columns it is done.
+
+    Args:
+        wide: the tensor as kernel arguments and its ALIGN, from `launching.rows`.
         narrow: the same of [B, T, r].
-        out: [n, r], [r, n] or [n] that the sum is added to, and its strides by (n, r).
+        scaling: s.
+        out: [n, r], [r, n] or [n] that the sum is added to.
+        strides: of `out` by (n, r).
+        kernel: the one that will do it, which says what BN is.
     """
 
-    wide: tuple[tuple[Any, ...], int]
-    narrow: tuple[tuple[Any, ...], int] | None
-    scaling: float = 1.0
-    out: Tensor | None = None
-    strides: tuple[int, int] = (1, 0)
+    def __init__(
+        self,
+        wide: tuple[tuple[Any, ...], int],
+        narrow: tuple[tuple[Any, ...], int] | None,
+        scaling: float,
+        out: Tensor | None,
+        strides: tuple[int, int],
+        kernel: Any,
+    ) -> None:
+        (self.wide, wide_b, wide_t, _, width), w_align = wide
+        self.kernel, out_dtype, n_align, columns, rank_tiles = kernel, None, 0, 0, 1
+        narrow_fields = (0, 0, 0, 1)
+        self._held: tuple[Tensor | None, ...] = (self.wide, out)
+        if narrow is not None:
+            (tensor, narrow_b, narrow_t, _, rank), n_align = narrow
+            narrow_fields = (tensor.data_ptr(), narrow_b, narrow_t, rank)
+            columns = rank_columns(rank * n_align)
+            rank_tiles = tiles(rank * n_align, columns)
+            self._held += (tensor,)
+        if out is not None:
+            out_dtype = out.dtype
+        self.kind = (self.wide.dtype, out_dtype, w_align, n_align, columns)
+        strip = tile_of(kernel, self.wide, "BN", w_align > 1 or narrow is None)
+        self.pieces = tiles(width * w_align, strip) * rank_tiles
+        address, narrow_b, narrow_t, rank = narrow_fields
+        self._before = [
+            self.wide.data_ptr(),
+            address,
+            0 if out is None else out.data_ptr(),
+            wide_b,
+            wide_t,
+            width,
+        ]
+        self._before += [narrow_b, narrow_t, rank, self.wide.shape[1], rank_tiles]
+        self._after = [self.pieces, *strides, float64_int(scaling)]
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What one launch has in common."""
-        tensor, out = self.wide[0][0], None if self.out is None else self.out.dtype
-        if self.narrow is None:
-            return tensor.dtype, out, self.wide[1], 0, 0
-        rank = self.narrow[0][4] * self.narrow[1]
-        return tensor.dtype, out, self.wide[1], self.narrow[1], rank_columns(rank)
-
-    def fields(self, strip: int, first: int) -> tuple[list[int], int]:
-        """Its row of the table, and how many pieces it has; strip: BN."""
-        (wide, wide_b, wide_t, _, width), w_align = self.wide
-        frames, rank_tiles, narrow, rank = wide.shape[1], 1, (0, 0, 0), 1
-        if self.narrow is not None:
-            (tensor, narrow_b, narrow_t, _, rank), n_align = self.narrow
-            narrow = (tensor.data_ptr(), narrow_b, narrow_t)
-            rank_tiles = tiles(rank * n_align, rank_columns(rank * n_align))
-        pieces = tiles(width * w_align, strip) * rank_tiles
-        row = [wide.data_ptr(), narrow[0], 0 if self.out is None else self.out.data_ptr()]
-        row += [wide_b, wide_t, width, narrow[1], narrow[2], rank, frames, rank_tiles, first, pieces]
-        return [*row, *self.strides, float64_int(self.scaling)], pieces
+    def fields(self, first: int) -> list[int]:
+        """Its row of the table, with its first piece."""
+        return [*self._before, first, *self._after]
 
 
 @dataclass
@@ -102,13 +123,25 @@ class Group:
     @property
     def like(self) -> Tensor:
         """A tensor of its device and dtype."""
-        tensor: Tensor = self.problems[0].wide[0][0]
-        return tensor
+        return self.problems[0].wide
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel that does it."""
+        return self.problems[0].kernel
+
+    @property
+    def vectors(self) -> bool:
+        """Whether its problems have no narrow side."""
+        return self.problems[0].kind[4] == 0
 
     def constants(self, *, sums: bool) -> dict[str, Any]:
         """The constexprs of its kernels."""
         dtype, out, w_align, n_align, columns = self.problems[0].kind
-        found = {"DTYPE": _TYPES[dtype], "W_ALIGN": w_align} | ({"OUT_DTYPE": _TYPES[out]} if sums else {})
+        found = {"DTYPE": _TYPES[dtype], "W_ALIGN": w_align}
+        if sums:
+            assert out is not None
+            found["OUT_DTYPE"] = _TYPES[out]
         if columns:
             found |= {"N_ALIGN": n_align, "R": columns, "UPCAST": upcast(self.like)}
         return found
@@ -116,25 +149,31 @@ class Group:
     @property
     def aligned(self) -> bool:
         """Whether its configuration is that of aligned tensors."""
-        return self.problems[0].wide[1] > 1 or self.problems[0].narrow is None
+        return self.vectors or self.problems[0].kind[2] > 1
 
-    def tables(self, strip: int) -> tuple[Tensor, Tensor, int]:
-        """(work [pieces, 2] int32, table [problems, FIELDS] int64, pieces) on the device."""
-        lines: list[list[int]] = []
-        counts, readers, total = [], [], 0
+    @property
+    def pieces(self) -> int:
+        """Of all its problems: the programs of a sum."""
+        return sum(problem.pieces for problem in self.problems)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """(work [pieces, 2] int32, table [problems, FIELDS] int64) on the device."""
+        lines: list[int] = []
+        counts, begins, total, before = [], [], 0, (0, 0)
         for problem in self.problems:
-            line, pieces = problem.fields(strip, total)
-            lines.append(line)
-            counts.append(pieces)
-            total += pieces
+            row = problem.fields(total)
+            lines += row
+            counts.append(problem.pieces)
+            total += problem.pieces
             # Problems in a row that read one tensor are done side by side, so that it comes from the cache.
-            same = len(lines) > 1 and lines[-2][0] == line[0] and counts[-2] == pieces
-            readers.append(not same)
+            reads = (row[0], problem.pieces)
+            begins.append(reads != before)
+            before = reads
         table = torch.tensor(lines, dtype=torch.int64, device="cpu")
         device = self.like.device
         if device.type == "cuda":
             table = table.pin_memory().to(device, non_blocking=True)
-        return _work(tuple(counts), tuple(readers), device), table, total
+        return _work(tuple(counts), tuple(begins), device), table
 
 
 @functools.lru_cache(maxsize=64)
@@ -156,45 +195,42 @@ def _groups(problems: Iterable[Problem]) -> list[Group]:
     return list(found.values())
 
 
-def _problems(layer: Layer) -> list[Problem] | None:
-    """The problems that a layer is made of, or None for one that its own family's op must do."""
-    family, options = layer.family, layer.options
-    if layer.tensors[-1].dtype not in (torch.bfloat16, torch.float16, torch.float32) or "embedding" in family:
+def _problems(layer: Layer, kernels: tuple[Any, Any]) -> list[Problem] | None:
+    """The problems that a layer is made of, or None for one that its own family's op must do.
+
+    kernels: for products and for vectors.
+    """
+    family = layer.family
+    if layer.tensors[-1].dtype not in _GROUPED:
         return None
-    pairs: list[tuple[Tensor, Tensor | None, float, bool]]
+    pairs: tuple[tuple[Tensor, Tensor | None, float, bool], ...]
     if family == "lora":
         x, h, g, dh = layer.tensors
-        pairs = [(x, dh, 1.0, False), (g, h, options["scaling"], True)]
+        pairs = ((x, dh, 1.0, False), (g, h, layer.options["scaling"], True))
+    elif family == "bias" and layer.tensors[0].shape[1] == 1:
+        pairs = ((layer.tensors[0], None, 1.0, False),)
     elif family == "linear":
         x, g = layer.tensors
-        if g.shape[2] <= _NARROW:
-            pairs = [(x, g, 1.0, False)]
-        elif x.shape[2] <= _NARROW:
-            pairs = [(g, x, 1.0, True)]
-        else:
+        if min(x.shape[2], g.shape[2]) > _NARROW:
             return None
-    elif family == "bias" and layer.tensors[0].shape[1] == 1:
-        pairs = [(layer.tensors[0], None, 1.0, False)]
+        pairs = ((x, g, 1.0, False),) if g.shape[2] <= _NARROW else ((g, x, 1.0, True),)
     else:
         return None
     found = []
     for i, (wide, narrow, scaling, by_columns) in enumerate(pairs):
-        sides = [rows(side) for side in (wide, narrow) if side is not None]
-        if (
-            any(align == 0 for _, align in sides)
-            or 0 in wide.shape
-            or (narrow is not None and 0 in narrow.shape)
-        ):
-            return None
         out = layer.outs[i] if layer.outs else None
-        if out is not None and not out.is_contiguous():
+        wide_side, narrow_side = rows(wide), None if narrow is None else rows(narrow)
+        narrow_align = 1 if narrow_side is None else narrow_side[1]
+        empty = not wide.numel() or (narrow is not None and not narrow.numel())
+        if empty or wide_side[1] == 0 or narrow_align == 0 or not (out is None or out.is_contiguous()):
             return None
         strides = (1, 0) if narrow is None else (narrow.shape[2], 1) if by_columns else (1, wide.shape[2])
-        found.append(Problem(sides[0], sides[1] if narrow is not None else None, scaling, out, strides))
+        kernel = kernels[1] if narrow is None else kernels[0]
+        found.append(Problem(wide_side, narrow_side, scaling, out, strides, kernel))
     return found
 
 
-def _split(given: Iterable[Layer]) -> tuple[list[Problem], list[Layer]]:
+def _split(given: Iterable[Layer], kernels: tuple[Any, Any]) -> tuple[list[Problem], list[Layer]]:
     """Problems of the layers that go together, and the other layers."""
     problems: list[Problem] = []
     rest: list[Layer] = []
@@ -204,7 +240,7 @@ def _split(given: Iterable[Layer]) -> tuple[list[Problem], list[Layer]]:
             # A family that another backend serves goes to that one: a norm's bound is on what its own sum adds.
             function = registry.implementation(layer.sum_op, layer.tensors[-1].device.type)
             ours[layer.family] = function.__module__.startswith(__package__)
-        mine = _problems(layer) if ours[layer.family] else None
+        mine = _problems(layer, kernels) if ours[layer.family] else None
         if mine is None:
             rest.append(layer)
         else:
@@ -214,22 +250,20 @@ def _split(given: Iterable[Layer]) -> tuple[list[Problem], list[Layer]]:
 
 def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
     """The norms of a group's problems into columns of norms [B, columns], from first_column on."""
-    x, batch, vectors = group.like, len(norms), group.problems[0].narrow is None
-    function: Any = grouped_vector_norms if vectors else grouped_norms
-    work, table, pieces = group.tables(tile_of(function, x, "BN", group.aligned))
+    x, batch, pieces = group.like, len(norms), group.pieces
+    work, table = group.tables()
     partials = scratch(x, batch, pieces, 2)
     constants = group.constants(sums=False)
+    arguments: tuple[Any, ...] = (work, table, partials, pieces)
     sizes, chain, per_term = constants["W_ALIGN"], (1, 1), bounds.ROUNDINGS_FMA
-    if vectors:
-        arguments: tuple[Any, ...] = (work, table, partials, pieces)
-    else:
-        arguments = (work, table, partials, pieces, 1.0)
+    if not group.vectors:
+        arguments = (*arguments, 1.0)
         constants["SMALLEST"] = bounds.smallest(x.dtype)
         sizes *= constants["N_ALIGN"]
         kernels = ("grouped_norms", *configs.SUMS["linear"], *configs.SUMS["lora"])
         chain = configs.extremes(kernels, "BT", x.dtype, architecture(x.device))
         per_term = tensor_cores.roundings(x)
-    launch(function, batch * pieces, x, *arguments, aligned=group.aligned, **constants)
+    launch(group.kernel, batch * pieces, x, *arguments, aligned=group.aligned, **constants)
     launch(
         finish_group,
         batch * len(group.problems),
@@ -265,7 +299,7 @@ def total_norm_sq(
     given = norm_layers(
         xs, gs, kinds, hs, dhs, scalings, padding_idxs, kernel_sizes, strides, paddings, dilations
     )
-    problems, rest = _split(given)
+    problems, rest = _split(given, (grouped_norms, grouped_vector_norms))
     alone = [part for layer in rest for part in of_layer(layer)]
     batch = len(gs[0])
     norms = scratch(gs[0], batch, len(problems) + len(alone))
@@ -281,28 +315,18 @@ def total_norm_sq(
 
 
 def _group_sums(group: Group, factors: Tensor) -> None:
-    x = group.like
-    function: Any = grouped_vector_sums if group.problems[0].narrow is None else grouped_sums
-    work, table, pieces = group.tables(tile_of(function, x, "BN", group.aligned))
-    one = () if function is grouped_vector_sums else (1.0,)
+    work, table = group.tables()
+    arguments: tuple[Any, ...] = (work, table, dense(factors), len(factors))
+    if not group.vectors:
+        arguments = (*arguments, 1.0)
     launch(
-        function,
-        pieces,
-        x,
-        work,
-        table,
-        dense(factors),
-        len(factors),
-        *one,
+        group.kernel,
+        group.pieces,
+        group.like,
+        *arguments,
         aligned=group.aligned,
         **group.constants(sums=True),
     )
-
-
-def _programs(group: Group) -> int:
-    function: Any = grouped_vector_sums if group.problems[0].narrow is None else grouped_sums
-    strip = tile_of(function, group.like, "BN", group.aligned)
-    return sum(problem.fields(strip, 0)[1] for problem in group.problems)
 
 
 def clip_and_noise(
@@ -326,9 +350,9 @@ def clip_and_noise(
 ) -> None:
     """Out += Σ_i c_i g_iᵀx_i for every layer, then noise; see `dpkernels.ops.clip_and_noise`."""
     given = list(layers(xs, gs, kinds, outs, hs, dhs, scalings, padding_idxs, strides, paddings, dilations))
-    problems, apart = _split(given)
+    problems, apart = _split(given, (grouped_sums, grouped_vector_sums))
     groups = _groups(problems)
-    if sum(_programs(group) for group in groups) < _FEWEST_PROGRAMS:
+    if sum(group.pieces for group in groups) < _FEWEST_PROGRAMS:
         groups, apart = [], given
     for group in groups:
         _group_sums(group, factors)

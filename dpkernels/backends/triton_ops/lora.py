@@ -273,7 +273,7 @@ def lora_forms(
 
 def rank_columns(rank: int) -> int:
     """R: columns of the narrow matrix a program takes, the power of two, from 16, that covers the rank; at most 32."""
-    return min(_MOST_COLUMNS, max(16, triton.next_power_of_2(rank)))
+    return min(_MOST_COLUMNS, max(16, 1 << (rank - 1).bit_length()))
 
 
 def _run(

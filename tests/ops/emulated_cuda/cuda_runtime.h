@@ -70,12 +70,3 @@ inline double __hiloint2double(int high, int low) {
 inline uint32_t __float_as_uint(float v) { return same_bits<uint32_t>(v); }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
-
-template <class T>
-T __ldcs(const T* from) {
-  return *from;
-}
-template <class T>
-void __stcs(T* to, T value) {
-  *to = value;
-}

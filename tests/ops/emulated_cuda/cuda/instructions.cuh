@@ -30,6 +30,4 @@ inline float root_seed(float v) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(flushed(v))));
 }
 
-inline void prefetch_line(const char*) {}
-
 }  // namespace dpk

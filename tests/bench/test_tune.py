@@ -1,0 +1,53 @@
+"""bench.tune without a GPU: what it would run, and what its figures count."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from bench import tune
+from bench.floor import Ceilings
+from dpkernels.backends.triton_ops import configs, launching
+
+CEILINGS = Ceilings(flops=8e14, bandwidth=3e12)
+
+
+@pytest.mark.parametrize("kernel", tune.CANDIDATES)
+def test_the_table_holds_a_candidate(kernel: str) -> None:
+    assert configs.config(kernel, torch.bfloat16, 90) in tune.CANDIDATES[kernel][1]
+
+
+@pytest.mark.parametrize("kernel", tune.CANDIDATES)
+def test_every_job_launches_its_kernel(kernel: str) -> None:
+    launched = []
+    with (
+        mock.patch.object(launching, "execute", lambda function, *rest: launched.append(function.__name__)),
+        mock.patch.object(launching, "architecture", return_value=90),
+    ):
+        job = tune.job(kernel, (2, 70, 512, 512), "meta")
+        job.call(0)
+        assert kernel in launched
+        if job.plain is not None:
+            job.plain(0)
+
+
+def test_half_gram_counts_the_blocks_it_executes() -> None:
+    config = configs.Config({"BT": 128})
+    flops, moved = tune.work("linear_gram", (2, 200, 32, 64), config)
+    assert (flops, moved) == (2 * 3 * 128**2 * 2 * 96, 0)
+    one = tune.row("linear_gram", (2, 200, 32, 64), config, 1e-6, CEILINGS)
+    assert one.share == round(flops / 1e-6 / 8e14, 4)
+    assert one.gigabytes_a_second is None
+
+
+def test_lora_counts_each_input_once() -> None:
+    assert tune.work("lora_pieces", (2, 5, 32, 64), None) == (0, 2 * 5 * 96 * 2)
+    assert tune.work("grouped_norms", (2, 5, 32, 64), None) == (0, tune.GROUPED_LAYERS * 2 * 5 * 96 * 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would run")
+def test_refused_with_the_mend(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in ((["linear_gramm"], "no such kernel"), ([], "no CUDA device")):
+        with pytest.raises(SystemExit):
+            tune.main(arguments)
+        assert message in capsys.readouterr().err
