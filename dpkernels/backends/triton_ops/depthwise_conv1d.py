@@ -42,7 +42,15 @@ def placed(places, LAST: tl.constexpr):
 
 @triton.jit
 def squares(
-    base, step, here, first, last, SPAN: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr, LAST: tl.constexpr
+    base,
+    step,
+    here,
+    first,
+    last,
+    SPAN: tl.constexpr,
+    BT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """Σ_t a_ct² over frames first <= t < last, SPAN of them at most, of every channel: float64, never below.
 
@@ -103,7 +111,7 @@ def added(
             else:
                 exists = read & (place + shift >= 0) & (place + shift < x_frames)
                 a = tl.load(x_tile + shift * x_step, mask=exists, other=0.0)
-            after = after + (sums[j] + a.to(tl.float32) * b,)
+            after += (sums[j] + a.to(tl.float32) * b,)
         sums = after
     return sums
 
@@ -113,7 +121,7 @@ def zeros(K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.
     """K tiles."""
     found = ()
     for _ in tl.static_range(K):
-        found = found + (tl.zeros((ROWS, COLUMNS), dtype),)
+        found += (tl.zeros((ROWS, COLUMNS), dtype),)
     return found
 
 
@@ -202,7 +210,7 @@ def depthwise_conv1d_sums(
                 )  # fmt: skip
         after = ()
         for j in tl.static_range(K):
-            after = after + (totals[j] + sums[j].to(tl.float64),)
+            after += (totals[j] + sums[j].to(tl.float64),)
         totals = after
     square = tl.zeros((BC,), tl.float64)
     entry = (sample.to(tl.int64) * channels + channel) * taps + first_tap
@@ -268,12 +276,12 @@ def _launch(
     ]
     align = _VECTOR if last and not any(n % _VECTOR for n in (*steps, channels)) else 1
     x_b, x_step, g_b, g_step = (n // align for n in steps)
+    of_x, of_g, counts = (x, x_b, x_step), (g, g_b, g_step), (taps, padding, across, pieces)
     launching.execute(
         depthwise_conv1d_sums,
         batch * pieces,
         x.device,
-        (x, x_b, x_step, g, g_b, g_step, dense(factors), out)
-        + (channels // align, x_frames, g.shape[2], taps, padding, across, pieces),
+        (*of_x, *of_g, dense(factors), out, channels // align, x_frames, g.shape[2], *counts),
         _config(x, last).options
         | {"STRIDE": stride, "DILATION": dilation, "K": size, "LAST": last, "ALIGN": align},
     )
