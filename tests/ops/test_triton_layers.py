@@ -48,7 +48,7 @@ LAYOUTS = {"contiguous": Tensor.contiguous, "channels last": channels_last, "eve
 
 
 # around depthwise_conv1d.MOST_TAPS
-@pytest.mark.parametrize("taps", [1, 3, 5, 9, 16, 17, 31, 33])
+@pytest.mark.parametrize("taps", [1, 5, 9, 12, 13, 31, 33])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_any_number_of_taps(triton_backend: str, taps: int, layout: str) -> None:
     geometry = {"stride": 1, "padding": taps // 2, "dilation": 1}
@@ -91,11 +91,12 @@ def test_more_frames_than_one_float32_sum_takes(triton_backend: str, layout: str
     check(ops.depthwise_conv1d_norm_sq(x, g, kernel_size=3, **geometry), gradients(x, g, 3, geometry))
 
 
-@pytest.mark.parametrize("channels", [7, 8, 72])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(7, torch.float32), (8, torch.bfloat16), (72, torch.bfloat16)]
+)
 def test_layouts_of_a_convolution(triton_backend: str, channels: int, dtype: torch.dtype) -> None:
     """Widths with and without whole tiles and vectors; with what is not adjacent in x, g is not either."""
-    x, g = torch.randn(2, channels, 45).to(dtype), torch.randn(2, channels, 45).to(dtype)
+    x, g = torch.randn(2, channels, 37).to(dtype), torch.randn(2, channels, 37).to(dtype)
     geometry = {"stride": 1, "padding": 2, "dilation": 2}
     exact, factors = gradients(x, g, 3, geometry), torch.tensor([0.5, 2.0])
     results = {}

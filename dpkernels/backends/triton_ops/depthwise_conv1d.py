@@ -24,7 +24,7 @@ from dpkernels.backends.triton_ops.launching import (
     tiles,
 )
 
-MOST_TAPS = 16
+MOST_TAPS = 12
 """Of one program, whose sums are in registers: a longer filter is shared out evenly among several."""
 
 _VECTOR = 8
@@ -111,7 +111,7 @@ def added(
             else:
                 exists = read & (place + shift >= 0) & (place + shift < x_frames)
                 a = tl.load(x_tile + shift * x_step, mask=exists, other=0.0)
-            after += (sums[j] + a.to(tl.float32) * b,)
+            after += (sums[j] + a.to(tl.float32) * b,)  # type: ignore[assignment]
         sums = after
     return sums
 
@@ -121,7 +121,7 @@ def zeros(K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.
     """K tiles."""
     found = ()
     for _ in tl.static_range(K):
-        found += (tl.zeros((ROWS, COLUMNS), dtype),)
+        found += (tl.zeros((ROWS, COLUMNS), dtype),)  # type: ignore[assignment]
     return found
 
 
@@ -165,7 +165,8 @@ def depthwise_conv1d_sums(
     x_base = x + times(sample.to(tl.int64) * x_b, ALIGN)
     g_base = g + times(sample.to(tl.int64) * g_b, ALIGN)
     if LAST:
-        x_frame, g_frame = times(x_step.to(tl.int64), ALIGN), times(g_step.to(tl.int64), ALIGN)
+        one = tl.full((), 1, tl.int64)
+        x_frame, g_frame = times(one * x_step, ALIGN), times(one * g_step, ALIGN)
         x_base, g_base = x_base + channel[None, :], g_base + channel[None, :]
         here = (channel < channels)[None, :]
     else:
@@ -210,7 +211,7 @@ def depthwise_conv1d_sums(
                 )  # fmt: skip
         after = ()
         for j in tl.static_range(K):
-            after += (totals[j] + sums[j].to(tl.float64),)
+            after += (totals[j] + sums[j].to(tl.float64),)  # type: ignore[assignment]
         totals = after
     square = tl.zeros((BC,), tl.float64)
     entry = (sample.to(tl.int64) * channels + channel) * taps + first_tap
