@@ -164,11 +164,13 @@ def job(kernel: str, shape: Shape, device: str = "cuda") -> Job:
             lambda i: triton_ops.depthwise_conv1d_norm_sq(
                 xs[i % sets], gs[i % sets], kernel_size=TAPS, padding=TAPS // 2
             ),
-            lambda i: torch.einsum(
-                "bctk,bct->bck", F.pad(xs[i % sets], (TAPS // 2,) * 2).unfold(2, TAPS, 1), gs[i % sets]
-            )
-            .square()
-            .sum((1, 2)),
+            lambda i: (
+                torch.einsum(
+                    "bctk,bct->bck", F.pad(xs[i % sets], (TAPS // 2,) * 2).unfold(2, TAPS, 1), gs[i % sets]
+                )
+                .square()
+                .sum((1, 2))
+            ),
         )
     h, dh = ([normal(batch, frames, RANK) for _ in range(sets)] for _ in range(2))
 

@@ -24,7 +24,7 @@ from dpkernels.backends.triton_ops.launching import (
     tiles,
 )
 
-MOST_TAPS = 16
+MOST_TAPS = 12
 """Of one program, whose sums are in registers: a longer filter is shared out evenly among several."""
 
 _VECTOR = 8
@@ -42,7 +42,15 @@ def placed(places, LAST: tl.constexpr):
 
 @triton.jit
 def squares(
-    base, step, here, first, last, SPAN: tl.constexpr, BT: tl.constexpr, AHEAD: tl.constexpr, LAST: tl.constexpr
+    base,
+    step,
+    here,
+    first,
+    last,
+    SPAN: tl.constexpr,
+    BT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """Σ_t a_ct² over frames first <= t < last, SPAN of them at most, of every channel: float64, never below.
 
@@ -103,7 +111,7 @@ def added(
             else:
                 exists = read & (place + shift >= 0) & (place + shift < x_frames)
                 a = tl.load(x_tile + shift * x_step, mask=exists, other=0.0)
-            after = after + (sums[j] + a.to(tl.float32) * b,)
+            after += (sums[j] + a.to(tl.float32) * b,)  # type: ignore[assignment]
         sums = after
     return sums
 
@@ -113,7 +121,7 @@ def zeros(K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.
     """K tiles."""
     found = ()
     for _ in tl.static_range(K):
-        found = found + (tl.zeros((ROWS, COLUMNS), dtype),)
+        found += (tl.zeros((ROWS, COLUMNS), dtype),)  # type: ignore[assignment]
     return found
 
 
@@ -157,7 +165,8 @@ def depthwise_conv1d_sums(
     x_base = x + times(sample.to(tl.int64) * x_b, ALIGN)
     g_base = g + times(sample.to(tl.int64) * g_b, ALIGN)
     if LAST:
-        x_frame, g_frame = times(x_step.to(tl.int64), ALIGN), times(g_step.to(tl.int64), ALIGN)
+        one = tl.full((), 1, tl.int64)
+        x_frame, g_frame = times(one * x_step, ALIGN), times(one * g_step, ALIGN)
         x_base, g_base = x_base + channel[None, :], g_base + channel[None, :]
         here = (channel < channels)[None, :]
     else:
@@ -202,7 +211,7 @@ def depthwise_conv1d_sums(
                 )  # fmt: skip
         after = ()
         for j in tl.static_range(K):
-            after = after + (totals[j] + sums[j].to(tl.float64),)
+            after += (totals[j] + sums[j].to(tl.float64),)  # type: ignore[assignment]
         totals = after
     square = tl.zeros((BC,), tl.float64)
     entry = (sample.to(tl.int64) * channels + channel) * taps + first_tap
@@ -268,12 +277,12 @@ def _launch(
     ]
     align = _VECTOR if last and not any(n % _VECTOR for n in (*steps, channels)) else 1
     x_b, x_step, g_b, g_step = (n // align for n in steps)
+    of_x, of_g, counts = (x, x_b, x_step), (g, g_b, g_step), (taps, padding, across, pieces)
     launching.execute(
         depthwise_conv1d_sums,
         batch * pieces,
         x.device,
-        (x, x_b, x_step, g, g_b, g_step, dense(factors), out)
-        + (channels // align, x_frames, g.shape[2], taps, padding, across, pieces),
+        (*of_x, *of_g, dense(factors), out, channels // align, x_frames, g.shape[2], *counts),
         _config(x, last).options
         | {"STRIDE": stride, "DILATION": dilation, "K": size, "LAST": last, "ALIGN": align},
     )
