@@ -68,7 +68,13 @@ def save(document: Mapping[str, Any], name: str) -> None:
 
 
 def commit() -> dict[str, Any]:
-    """{"commit": short hash or None, "dirty": whether sources that are measured differ from it}."""
+    """{"commit": short hash or None, "dirty": whether sources that are measured differ from it}.
+
+    BENCH_COMMIT names the commit where the tree is a copy of it without its history.
+    """
+    named = os.environ.get("BENCH_COMMIT")
+    if named:
+        return {"commit": named, "dirty": False}
     sources = ["dpkernels", "csrc", "bench", ":!bench/results"]
     head = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", *sources)
