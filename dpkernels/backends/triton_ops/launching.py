@@ -35,8 +35,12 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def architecture(device: torch.device) -> int:
     """Compute capability × 10 of a CUDA device; 0 in the interpreter."""
-    if device.type != "cuda":
-        return 0
+    return _capability(device) if device.type == "cuda" else 0
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    # asked several times a layer, and torch asks the driver each time
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
