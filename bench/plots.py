@@ -133,9 +133,12 @@ def curve(rows: Sequence[Row], axis: str, quantity: str) -> Figure | None:
 def ratios(rows: Sequence[Row], subtitle: str) -> Figure | None:
     """Bars: every contender's time over the non-private step's, a panel a case; a note where there is no time."""
     cases: dict[str, list[Row]] = {}
+    sizes = {(row.title, row.shape["B"]) for row in rows}
+    several = len(sizes) > len({title for title, _ in sizes})  # of one case: the panels say which
     for row in rows:
         if row.contender != NON_PRIVATE:
-            cases.setdefault(row.title, []).append(row)
+            title = f"{row.title}\nB = {row.shape['B']}" if several else row.title
+            cases.setdefault(title, []).append(row)
     if not any(row.ratio is not None for row in rows):
         return None
     with _style():
@@ -167,7 +170,7 @@ def ratios(rows: Sequence[Row], subtitle: str) -> Figure | None:
 
 def _bar(axes: Axes, place: int, name: str, row: Row | None) -> None:
     if row is None or row.ratio is None:
-        text = "" if row is None else row.status
+        text = "not run" if row is None else row.status
         axes.annotate(
             text, (0.0, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
         )
@@ -238,12 +241,10 @@ def _places(group: Sequence[float], least: float) -> list[float]:
 
 
 def _subtitle(results: Results) -> str:
-    row = results.rows[0]
-    shape = ", ".join(f"{k} = {v}" for k, v in row.shape.items() if k != "r")
-    threads = results.about["threads"]
-    return f"{shape}; {results.about['device']}" + (
-        "" if "load" not in results.about else f", {threads} threads"
-    )
+    shapes = [row.shape for row in results.rows if row.axis is None]
+    common = {k: v for k, v in shapes[0].items() if k != "r" and all(s[k] == v for s in shapes)}
+    threads = f", {results.about['threads']} threads" if results.about.get("load") is not None else ""
+    return f"{', '.join(f'{k} = {v}' for k, v in common.items())}; {results.about['device']}{threads}"
 
 
 def _save(figure: Figure, stem: Path) -> list[Path]:

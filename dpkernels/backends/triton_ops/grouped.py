@@ -173,12 +173,17 @@ class Group:
         device = self.like.device
         if device.type == "cuda":
             table = table.pin_memory().to(device, non_blocking=True)
-        return _work(tuple(counts), tuple(begins), device), table
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return _work(tuple(counts), tuple(begins), device, stream), table
 
 
 @functools.lru_cache(maxsize=64)
-def _work(counts: tuple[int, ...], begins: tuple[bool, ...], device: torch.device) -> Tensor:
-    """[pieces, 2] int32: (problem, piece), piece by piece for problems in a row of which only the first `begins`."""
+def _work(counts: tuple[int, ...], begins: tuple[bool, ...], device: torch.device, stream: int) -> Tensor:
+    """[pieces, 2] int32: (problem, piece), piece by piece for problems in a row of which only the first `begins`.
+
+    One a stream: an entry that is dropped goes back to the memory of the stream it was made on.
+    """
+    del stream
     sets: list[list[int]] = []
     for problem, first in enumerate(begins):
         if first:
