@@ -148,9 +148,10 @@ def rounding_slack(examples: int) -> float:
     an entry, and they may cancel: a piece can be far above C. How far is bounded by the ops' own rounding
     bounds: a norm is stated as at least e ≥ (2κ + 1)·2⁻²⁴·S, S = Σ_t ‖x_t‖‖g_t‖ (csrc/cpu/bounds.h), so that
     c·S ≤ C/(e/S) = K·C with K ≤ 2¹⁷ where there are two pieces of 64 frames or more (κ ≥ 66), and P·K ≤ 2²³
-    for an embedding. (On a GPU an example is added whole, times its factor: its piece is at most C.) A partial sum is then below (n + K)·C, a sum of n·P additions within n·P·(n + K)·2⁻⁵³·C
-    of the exact one, and two neighbouring sums differ by twice that more than exact ones; 2⁻⁵¹ in place of
-    2⁻⁵² leaves a factor of two for terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens.
+    for an embedding. (On a GPU an example is added whole, times its factor: its piece is at most C.) A partial
+    sum is then below (n + K)·C, a sum of n·P additions within n·P·(n + K)·2⁻⁵³·C of the exact one, and two
+    neighbouring sums differ by twice that more than exact ones; 2⁻⁵¹ in place of 2⁻⁵² leaves a factor of two for
+    terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens.
 
     Clipped by layers, all of this holds in each layer with C_l in place of C, and √Σ(1 + s)²C_l² = (1 + s)·C.
 
