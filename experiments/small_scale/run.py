@@ -3,9 +3,9 @@
     python -m experiments.small_scale.run --speech FOLDER --checkpoint FOLDER [--only TEXT]
 
 `--speech` is the folder of `manifest.jsonl`, `--checkpoint` holds whisper-tiny.en in Hugging Face format; the small
-Parakeet is made here. Each run is `asr-finetune` as a person would type it; its command is kept in its result. A run with a
-result is skipped, so the set can be cut anywhere and started again. The first seed of every run comes first.
-`summarise.py` makes the tables and the plots.
+Parakeet is made here. Each run is `asr-finetune` as a person would type it; its command is kept in its result. A run
+whose result exists is skipped, so the set can be cut anywhere and started again. The first seed of every run comes
+first. `summarise.py` makes the tables and the plots.
 """
 
 import argparse

@@ -118,7 +118,7 @@ def figure(axis: str) -> Figure:
         made = Figure(figsize=(8.2, 3.2))
         panels = made.subplots(1, 2)
         for panel, (model, recogniser) in zip(panels, RECOGNISERS.items(), strict=True):
-            draw(panel, cells(model, axis), COLOURS[model], line=axis != "method")
+            draw(panel, cells(model, axis), COLOURS[model], axis)
             settings = [f"batch {recogniser.batch}"] if axis != "batch" else []
             settings += [METHODS[recogniser.method]] if axis != "method" else []
             panel.set_title(f"{recogniser.title} ({', '.join(settings)})", color=COLOURS[model])
@@ -127,34 +127,37 @@ def figure(axis: str) -> Figure:
     return made
 
 
-def draw(panel: Axes, found: list[tuple[str, list[dict[str, Any]]]], colour: str, *, line: bool) -> None:
+def draw(panel: Axes, found: list[tuple[str, list[dict[str, Any]]]], colour: str, axis: str) -> None:
     """The cells side by side, evenly: neither ∞ nor a method's name has a place on a scale."""
-    means = {place: mean(map(wer, results)) for place, (_, results) in enumerate(found) if results}
-    if line:
+    points = {
+        place: [wer(result) for result in results] for place, (_, results) in enumerate(found) if results
+    }
+    means = {place: mean(rates) for place, rates in points.items()}
+    if axis != "method":
         panel.plot(list(means), list(means.values()), color=colour, linewidth=1.4)
-    highest = 0.0
-    for place, (_, results) in enumerate(found):
-        rates = [wer(result) for result in results]
-        panel.plot(
-            [place] * len(rates), rates, "o", color=colour, alpha=0.45, markeredgewidth=0, clip_on=False
+    # Where no line goes by: below a rising one, above a falling one.
+    offset, side, height = {
+        "epsilon": ((6, -4), "left", "top"),
+        "batch": ((6, 4), "left", "bottom"),
+        "method": ((0, 6), "center", "bottom"),
+    }[axis]
+    for place, rates in points.items():
+        panel.plot([place] * len(rates), rates, "o", color=colour, alpha=0.45, markeredgewidth=0)
+        if axis == "method":
+            panel.plot([place - 0.22, place + 0.22], [means[place]] * 2, color=colour, linewidth=1.8)
+        panel.annotate(
+            f"{means[place]:.1%}",
+            (place, max(rates) if axis == "method" else means[place]),
+            xytext=offset,
+            textcoords="offset points",
+            ha=side,
+            va=height,
+            fontsize=8.5,
+            color=colour,
         )
-        if rates:
-            highest = max([highest, *rates])
-            if not line:
-                panel.plot([place - 0.22, place + 0.22], [means[place]] * 2, color=colour, linewidth=1.8)
-            panel.annotate(
-                f"{means[place]:.1%}",
-                (place, max(rates)),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8.5,
-                color=colour,
-                annotation_clip=False,
-            )
     panel.set_xticks(range(len(found)), [name for name, _ in found])
-    panel.set_xlim(-0.45, len(found) - 0.55)
-    panel.set_ylim(0, 1.15 * highest)
+    panel.set_xlim(-0.45, len(found) - 0.3)
+    panel.set_ylim(0, 1.18 * max((max(rates) for rates in points.values()), default=1.0))
     panel.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
