@@ -22,6 +22,7 @@ from experiments.small_scale.run import (
     ZERO_SHOT,
     Run,
     along,
+    controls,
     every_run,
 )
 
@@ -49,6 +50,12 @@ def cells(model: str, axis: str) -> list[tuple[str, list[dict[str, Any]]]]:
     return found
 
 
+def clipped() -> list[tuple[str, list[dict[str, Any]]]]:
+    """The control of the ε axis, as a cell."""
+    controlled = [run for seed in range(SEEDS) for run in controls(seed)]
+    return [("∞, clipped, no noise", [result for run in controlled if (result := load(run)) is not None])]
+
+
 def label(run: Run, axis: str) -> str:
     """What is different about the run on this axis, for people."""
     if axis == "epsilon":
@@ -69,7 +76,10 @@ def table(axis: str) -> str:
         "|---|---|--:|--:|--:|---|",
     ]
     for model, recogniser in RECOGNISERS.items():
-        for name, results in cells(model, axis):
+        found = cells(model, axis)
+        if (model, axis) == ("parakeet", "epsilon"):
+            found[1:1] = clipped()
+        for name, results in found:
             if not results:
                 rows.append(f"| {recogniser.title} | {name} | | | | not run |")
                 continue
@@ -141,7 +151,13 @@ def draw(panel: Axes, found: list[tuple[str, list[dict[str, Any]]]], colour: str
         "batch": ((6, 4), "left", "bottom"),
         "method": ((0, 6), "center", "bottom"),
     }[axis]
+    shown = [rates for rates in points.values() if max(rates) <= 1] or [[1.0]]
+    top = 1.18 * max(max(rates) for rates in shown)
     for place, rates in points.items():
+        if max(rates) > 1:  # more wrong words than words said: named, not drawn to scale
+            text = f"{means[place]:.0%}\n(off the scale)"
+            panel.annotate(text, (place, 0.96 * top), ha="center", va="top", fontsize=8.5, color=colour)
+            continue
         panel.plot([place] * len(rates), rates, "o", color=colour, alpha=0.45, markeredgewidth=0)
         if axis == "method":
             panel.plot([place - 0.22, place + 0.22], [means[place]] * 2, color=colour, linewidth=1.8)
@@ -157,7 +173,7 @@ def draw(panel: Axes, found: list[tuple[str, list[dict[str, Any]]]], colour: str
         )
     panel.set_xticks(range(len(found)), [name for name, _ in found])
     panel.set_xlim(-0.45, len(found) - 0.3)
-    panel.set_ylim(0, 1.18 * max((max(rates) for rates in points.values()), default=1.0))
+    panel.set_ylim(0, top)
     panel.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
