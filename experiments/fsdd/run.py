@@ -1,6 +1,6 @@
 """Whisper-tiny.en on spoken digits: WER against ε with three seeds, and leave-one-speaker-out.
 
-    python experiments/fsdd/run.py --speech FOLDER --checkpoint FOLDER [--only TEXT]
+    python -m experiments.fsdd.run --speech FOLDER --checkpoint FOLDER [--only TEXT]
 
 `--speech` is the folder of `manifest.jsonl`, `--checkpoint` holds whisper-tiny.en in Hugging Face format. Each run is
 `asr-finetune` as a person would type it, in a process of its own; its command is kept in its result. A run whose result
@@ -10,15 +10,13 @@ exists is skipped, so the set can be cut anywhere and started again. `summarise.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from asr_finetune.checkpoint import write_json
+from experiments.runs import asr_finetune, trained
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 CONFIG = "experiments/fsdd/digits.yaml"
 SPEAKERS = ("george", "jackson", "nicolas", "theo")
@@ -68,26 +66,12 @@ def manifest(name: str, speech: Path, work: Path) -> Path:
     return path
 
 
-def asr_finetune(arguments: list[str], paths: list[str | Path]) -> str:
-    """Run the command; return it as a person would type it, with names in place of paths."""
-    tool = Path(sys.executable).with_name("asr-finetune")
-    shown = [
-        "CHECKPOINT" if part == "--model" else Path(path).name
-        for part, path in zip(paths[::2], paths[1::2], strict=True)
-    ]
-    typed = [f"{option} {name}" for option, name in zip(paths[::2], shown, strict=True)]
-    command = " ".join(["asr-finetune", *arguments, *typed])
-    print(command, flush=True)
-    subprocess.run([tool, *arguments, *paths], check=True, cwd=ROOT)
-    return command
-
-
 def zero_shot(name: str, speech: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
     """Error rates without training."""
     work.mkdir(parents=True, exist_ok=True)
     out = work / f"{name}.json"
     arguments = ["evaluate", "--split=test", "--set=evaluate.normalize=english", *_COMMON, *ZERO_SHOT[name]]
-    paths = ["--model", checkpoint, "--data", speech / "manifest.jsonl"]
+    paths: list[str | Path] = ["--model", checkpoint, "--data", speech / "manifest.jsonl"]
     command = asr_finetune(arguments, [*paths, "--out", out])
     result = json.loads(out.read_text())
     result.pop("hypotheses", None)
@@ -98,12 +82,9 @@ def train(name: str, speech: Path, checkpoint: Path, work: Path) -> dict[str, An
     """The record of one training run, without machine paths."""
     data, output = manifest(name, speech, work), work / name
     arguments = ["train", "--config", CONFIG, *training_runs()[name]]
-    paths = ["--model", checkpoint, "--train", data, "--test", data]
+    paths: list[str | Path] = ["--model", checkpoint, "--train", data, "--test", data]
     command = asr_finetune(arguments, [*paths, "--output", output])
-    record: dict[str, Any] = json.loads((output / "run.json").read_text())
-    record["command"] = command
-    record["data"]["source"] = data.name
-    record["model"]["name"] = "whisper-tiny.en"
+    record = trained(output, command=command, data=data.name, model="whisper-tiny.en")
     shutil.rmtree(output)
     return record
 

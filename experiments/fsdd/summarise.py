@@ -1,17 +1,15 @@
-"""Table and plots of the runs in results/: `python experiments/fsdd/summarise.py`.
+"""Table and plots of the runs in results/: `python -m experiments.fsdd.summarise`.
 
 Writes README.md here between its markers, the README's own short table, and wer_against_epsilon.svg and .png.
 """
 
-import json
-import re
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from run import PRIVACY, RESULTS, ROOT, SPEAKERS
-
 from asr_finetune.plots import wer_against_epsilon
+from experiments import runs
+from experiments.fsdd.run import PRIVACY, RESULTS, SPEAKERS
+from experiments.runs import ROOT, between, save, shown
 
 HERE = Path(__file__).parent
 PRIVATE = [epsilon for epsilon in PRIVACY if epsilon != "inf"]
@@ -19,8 +17,7 @@ PRIVATE = [epsilon for epsilon in PRIVACY if epsilon != "inf"]
 
 def load(name: str) -> dict[str, Any] | None:
     """A run's result, or None where it was not made."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return runs.load(RESULTS, name)
 
 
 def after(name: str) -> float | None:
@@ -39,15 +36,6 @@ def seeds(epsilon: str) -> list[str]:
     return [f"eps{epsilon}_seed{seed}" for seed in range(3)]
 
 
-def shown(values: list[float]) -> str:
-    """The mean and every value."""
-    if not values:
-        return "not run"
-    return f"**{mean(values):.1%}**" + (
-        f" ({', '.join(f'{v:.1%}' for v in values)})" if len(values) > 1 else ""
-    )
-
-
 def zero_shot(name: str) -> float:
     """WER of the untrained checkpoint."""
     result = load(name)
@@ -63,12 +51,12 @@ def main_table() -> str:
         f"| the checkpoint, held to the ten digits | – | – | – | {zero_shot('zero_shot_digits'):.1%} |"
     )
     for epsilon in ("inf", *PRIVATE):
-        runs = [result for name in seeds(epsilon) if (result := load(name)) is not None]
-        if not runs:
+        done = [result for name in seeds(epsilon) if (result := load(name)) is not None]
+        if not done:
             continue
-        privacy, steps = runs[0]["privacy"], runs[0]["steps"]
-        values = [float(run["evaluation"]["after"]["wer"]) for run in runs]
-        spent = f"{max(run['privacy']['epsilon'] for run in runs):.2f}" if privacy["enabled"] else "∞"
+        privacy, steps = done[0]["privacy"], done[0]["steps"]
+        values = [float(run["evaluation"]["after"]["wer"]) for run in done]
+        spent = f"{max(run['privacy']['epsilon'] for run in done):.2f}" if privacy["enabled"] else "∞"
         label = "private" if privacy["enabled"] else "without privacy"
         sigma = f"{privacy['noise_multiplier']:.3f}" if privacy["enabled"] else "–"
         rows.append(f"| {label} | {spent} | {sigma} | {steps} | {shown(values)} |")
@@ -90,13 +78,6 @@ def commands() -> str:
     return "\n".join(f"    {result['command']}" for name in names if (result := load(name)) is not None)
 
 
-def between(text: str, marker: str, content: str) -> str:
-    """`text` with what stands between a marker and its end replaced."""
-    pattern = re.compile(rf"(<!-- {marker}[^>]*-->\n).*?(<!-- /{marker} -->)", re.DOTALL)
-    assert pattern.search(text), f"no <!-- {marker} --> in the page"
-    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
-
-
 def plot() -> None:
     """WER against ε, every run a point."""
     results = [
@@ -107,9 +88,7 @@ def plot() -> None:
         non_private=rates(seeds("inf")) or None,
         title="Spoken digits, whisper-tiny.en, LoRA: word error rate after training",
     )
-    for kind in ("svg", "png"):
-        options = {"dpi": 160, "facecolor": "white"} if kind == "png" else {"metadata": {"Date": None}}
-        figure.savefig(HERE / f"wer_against_epsilon.{kind}", **options)
+    save(figure, HERE / "wer_against_epsilon")
 
 
 def main() -> None:
