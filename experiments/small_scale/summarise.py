@@ -132,7 +132,7 @@ def figure(axis: str) -> Figure:
             settings = [f"batch {recogniser.batch}"] if axis != "batch" else []
             settings += [METHODS[recogniser.method]] if axis != "method" else []
             panel.set_title(f"{recogniser.title} ({', '.join(settings)})", color=COLOURS[model])
-        panels[0].set_ylabel("WER on 200 spoken digits")
+        panels[0].set_ylabel("WER on the test digits")
         made.supxlabel(AXES[axis], fontsize=9)
     return made
 
