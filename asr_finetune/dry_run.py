@@ -91,7 +91,7 @@ def rehearse(
     for what, step, needs in steps:
         missing = [check.what for check in checks if check.what in needs and not check.passed]
         if missing:
-            checks.append(Check(what, False, f"not checked: needs {', '.join(missing)}"))
+            checks.append(Check(what, False, f"{_NOT_CHECKED}: needs {', '.join(missing)}"))
             continue
         try:
             checks.append(Check(what, True, step()))
@@ -102,14 +102,19 @@ def rehearse(
     return checks
 
 
+_NOT_CHECKED = "not checked"
+
+
 def check_table(checks: list[Check]) -> Table:
     """The checks for the screen."""
-    failed = sum(not check.passed for check in checks)
-    result = f"{failed} checks failed" if failed else "a run would start"
+    failed = sum(not check.passed and not check.found.startswith(_NOT_CHECKED) for check in checks)
+    result = f"{failed} of {len(checks)} checks failed" if failed else "a run would start"
     title = f"dry run: nothing was written or spent; {result}"
     table = Table(title=title, show_header=False, title_justify="left")
     for check in checks:
         verdict = Text("ok", "green") if check.passed else Text("FAILED", "bold red")
+        if not check.passed and check.found.startswith(_NOT_CHECKED):
+            verdict = Text("not checked", "yellow")
         table.add_row(check.what, verdict, Text(check.found))  # as it is: brackets are not rich's markup
     return table
 

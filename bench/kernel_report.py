@@ -126,7 +126,7 @@ def many_normals(saved: Saved) -> str:
     )
     return (
         f"{saved['draws']:,} draws of the noise in {saved['dtype']} on {saved['about']['device']} "
-        f"({_origin(saved)}): {verdict}; the largest is {saved['largest']:.2f} σ."
+        f"({_origin(saved)}): {verdict}; the largest draw is {saved['largest']:.2f} σ."
     )
 
 

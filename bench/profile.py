@@ -87,8 +87,8 @@ def show(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[Tab
 def markdown(saved: Mapping[str, Any]) -> str:
     """The same as Markdown tables, with what it was measured on."""
     parts = [
-        f"Where the time goes, {saved['shape']}: self times by torch's profiler, ms a step (profiling adds some; "
-        f"commit {saved['about']['commit']}, {saved['about']['date'][:10]})."
+        f"Where the time goes, {saved['about']['device']}, {saved['shape']}: self times by torch's profiler, ms a "
+        f"step (profiling adds some; commit {saved['about']['commit']}, {saved['about']['date'][:10]})."
     ]
     for name, found in saved["cases"].items():
         kinds = dict.fromkeys(kind for times in found.values() for kind in times)

@@ -320,7 +320,19 @@ class PrivacyEngine:
         )
         if not self._noise_stream.fixed:
             _seed_from_the_system()
+        self._report_steps_before(budget.steps, steps)
         return module, self._optimizer, loader
+
+    def _report_steps_before(self, spent: int, planned: int | None) -> None:
+        """Say what the ledger holds already: a loader that is at its end would train nothing, and say nothing."""
+        if planned is not None and spent >= planned:
+            warnings.warn(
+                f"ledger={str(self._ledger_path)!r} holds {spent} steps already, and steps={planned}: the loader is "
+                "empty and nothing will be trained. To go on, give more steps; for another run, another ledger.",
+                stacklevel=3,
+            )
+        elif spent:
+            logger.info("the ledger holds %d steps already; they count", spent)
 
     def make_private_with_epsilon(
         self,
@@ -358,7 +370,7 @@ class PrivacyEngine:
         sampling = plan_sampling(data_loader, **{key: arguments[key] for key in planned if key in arguments})
         total = steps if steps is not None else (epochs or 0) * max(1, round(1 / sampling.sample_rate))
         if total < 1:
-            raise ValueError(f"the run has no steps: epochs={epochs}, steps={steps}")
+            raise ValueError(f"the run has no steps: epochs={epochs}, steps={steps}; give at least 1")
         sigma = accounting.noise_multiplier(
             target_epsilon,
             target_delta,

@@ -9,7 +9,7 @@ but dropout off, where the model then gives the same losses twice.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +110,10 @@ def self_check(
         SelfCheckError: the layers that differ, with their numbers.
         ValueError, TypeError: losses of another shape than [B]; nothing in the batch with B rows.
     """
+    if _rows(batch) == 0:
+        raise ValueError(
+            "self_check: batch holds no example, so nothing would be compared; give at least two"
+        )
     trained = trained_parameters(model)
     if tolerance is None:
         tolerance = max(_TOLERANCES[parameter.dtype] for parameter in trained.values())
@@ -135,6 +139,14 @@ def self_check(
             report,
         )
     return report
+
+
+def _rows(batch: Any) -> int | None:
+    """Rows of the first tensor of a batch; None where it holds none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return next((rows for rows in map(_rows, parts) if rows is not None), None)
 
 
 def _compare(

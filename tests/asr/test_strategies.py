@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from asr_finetune import loop
 from asr_finetune.config import Config, MethodConfig
-from asr_finetune.memory_plan import rehearse
+from asr_finetune.memory_plan import Rehearsal
 from asr_finetune.methods import apply_method
 from asr_finetune.models import Recognizer
 from asr_finetune.train import train
@@ -133,8 +133,8 @@ def rehearsed(recognizer: Recognizer, strategy: str) -> int:
             model(input_features=torch.empty(size, 400, 16), attention_mask=mask).logits.square().mean((1, 2))
         )
 
-    (peak,) = rehearse(recognizer.model, losses, [8], strategy=strategy, target="cpu")
-    return peak.micro_batch
+    with Rehearsal(recognizer.model, strategy=strategy, target="cpu") as stage:
+        return stage.peak(losses, 8).micro_batch
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,3 +410,13 @@ def test_moving_the_model_in_place_is_fine() -> None:
     run = private_run()
     run.model.to(torch.float32)
     run.release((0, 1))
+
+
+def test_a_ledger_that_is_full_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    first = private_run(ledger=path, steps=2)
+    assert train(first) == 2
+    first.engine.close()
+    with pytest.warns(UserWarning, match=r"holds 2 steps already, and steps=2: the loader is empty"):
+        again = private_run(ledger=path, steps=2)
+    assert train(again) == 0

@@ -289,3 +289,9 @@ def test_planted_fresh_masks_in_the_recomputation_are_caught(same_weights: Calla
         torch.testing.assert_close(
             step_under_seed(same_weights(Checkpointed(keep_masks=False))), plain, rtol=1e-5, atol=1e-8
         )
+
+
+def test_a_check_of_no_example_is_refused() -> None:
+    run = private_run(model=Masked())
+    with pytest.raises(ValueError, match="batch holds no example"):
+        run.engine.self_check(masked_losses, [part[:0] for part in run.data[:4]])
