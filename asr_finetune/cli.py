@@ -135,6 +135,8 @@ def plan(
         "model.name": model,
         "method.kind": method,
     }
+    if gpu_memory is not None and model is None and config is None:
+        raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
     loaded = _plan_config(config, flags, settings)
     corpus = recognizer = None
     if config is not None:

@@ -23,6 +23,8 @@ def sharing_inputs(records: Sequence[Record]) -> list[Record]:
     Only for norms: a record that stands for several has the first one's weight. Layers are joined where the joint one
     is cheaper by Gram, which is the form that has something to share.
     """
+    if len(records) < 2:
+        return list(records)
     readers: dict[tuple[object, ...], list[LinearRecord]] = {}
     rest: list[Record] = []
     for record in records:

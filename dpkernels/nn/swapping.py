@@ -88,8 +88,10 @@ def swap(model: nn.Module) -> nn.Module:
 
     nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, PEFT's LoRA layers, and the transformers layers
     named in `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `coverage`
-    names what of it is trained.
+    names what of it is trained. Raises TypeError for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")
     load_library_rules()
     for module in list(model.modules()):
         for attribute, ghost_class in _CHILDREN.get(type(module), {}).items():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any, overload
 
 import dp_accounting
@@ -304,8 +305,11 @@ def noise_multiplier(
         decimals: places σ is rounded up to.
 
     Raises:
+        TypeError: a target_epsilon that is no number.
         ValueError: an argument out of range, or a target that dp-accounting finds no σ for.
     """
+    if not isinstance(target_epsilon, Real):
+        raise TypeError(f"target_epsilon must be a number, got {target_epsilon!r}")
     if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
         raise ValueError(f"target_epsilon must be finite and > 0, got {target_epsilon}")
     if steps < 1:

@@ -187,6 +187,8 @@ class Ledger:
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         self.path = Path(path)
         self._broken = False
+        if not self.path.parent.is_dir():
+            raise LedgerError(f"ledger={str(path)!r}: its folder does not exist; create it, or name another")
         # Open and locked as long as the run lasts.
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         try:

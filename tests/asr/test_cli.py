@@ -80,6 +80,7 @@ def test_print_config_is_a_configuration() -> None:
         (["train", "--set", "trian.steps=3"], "did you mean train?"),
         (["train", "--model", "m", "--train", "d", "-o", "o", "--epsilon", "3"], "privacy.delta is missing"),
         (["plan", "--epsilon", "3", "--delta", "1e-5"], "--examples, --batch-size, --steps missing"),
+        (["plan", "--gpu-memory", "80"], "--gpu-memory needs a model to plan for"),
         (["evaluate", "--data", "d"], "give --model, --adapter, or both"),
         (["plan", "--epsilon", "3", "--noise-multiplier", "1"], "--epsilon and --noise-multiplier: give one"),
         (["plan", "--epsilon", "3", "--set", "privacy.enabled=false"], "privacy.enabled is false"),

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from dpkernels.nn import named_modules
+from dpkernels.nn import named_modules, swap
 
 
 class _Tree(nn.Module):
@@ -28,3 +29,9 @@ def test_a_child_that_is_its_own_ancestor_ends_the_walk() -> None:
     model[0].add_module("back", model)
     assert [name for name, _ in named_modules(model)] == ["", "0"]
     assert torch.is_tensor(model[0](torch.zeros(1)))
+
+
+@pytest.mark.parametrize("given", [None, "encoder"])
+def test_swap_takes_modules(given: object) -> None:
+    with pytest.raises(TypeError, match=r"swap: model must be a torch.nn.Module, got"):
+        swap(given)  # type: ignore[arg-type]

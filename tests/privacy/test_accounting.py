@@ -249,3 +249,8 @@ def test_asking_again_is_answered_from_the_cache() -> None:
     composed_epsilon([(Mechanism(0.07, 5.0), 34)], 1e-5)
     after = accounting._composed_epsilon.cache_info().hits, accounting._single_step.cache_info().misses
     assert after == (before[0] + 1, before[1])
+
+
+def test_a_target_that_is_no_number_is_named() -> None:
+    with pytest.raises(TypeError, match="target_epsilon must be a number, got '8'"):
+        noise_multiplier("8", 1e-5, 0.1, 10)  # type: ignore[arg-type]

@@ -344,3 +344,8 @@ def test_planted_batch_size_in_the_ledger_is_caught(path: Path, monkeypatch: pyt
     monkeypatch.setattr(Ledger, "_append", append)
     with pytest.raises(AssertionError):
         check_says_nothing_about_the_data(path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="its folder does not exist; create it"):
+        private_run(ledger=tmp_path / "nowhere" / "ledger.jsonl")
