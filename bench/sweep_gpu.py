@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench import kernel_report, machine, native_bench, sweep_cases
 from bench.sweep_cases import NON_PRIVATE, PHILOX, PLAIN, SWEEP
-from bench.timer import Samples
+from bench.timer import Samples, device_seconds
 from dpkernels import ops
 from dpkernels.backends import native_chacha20, native_sweep
 
@@ -38,17 +38,6 @@ def queued(function: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(HOLD)
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def called(function: Callable[[], object]) -> float:
-    """Seconds from an idle GPU to the end of the work."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
     start.record()
     function()
     end.record()
@@ -206,7 +195,7 @@ def time_sweeps(count: int, tensors: int, build: native_bench.Bench, rounds: int
         PLAIN: apart.run,
     }
     on_gpu = in_turns(contenders, rounds, queued)
-    whole = in_turns(contenders, max(3, rounds // 3), called)
+    whole = in_turns(contenders, max(3, rounds // 3), device_seconds)
     return {
         name: {
             "queued": samples.median,

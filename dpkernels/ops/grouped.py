@@ -112,7 +112,7 @@ def clip_and_noise(
         elif kind == "embedding":
             _check.shape("out", mine[0], (None, gs[i].shape[2]), "[V, d]")
         check_layer(
-            i, kind, xs[i], gs[i], {name: values[n] for name, values in options.get(kind, {}).items()}, taps
+            kind, xs[i], gs[i], {name: values[n] for name, values in options.get(kind, {}).items()}, taps
         )
         if xs[i].shape[:1] != factors.shape:
             raise ValueError(
@@ -156,8 +156,8 @@ def check_lists(
             raise ValueError(f"{name}: expected {count}, one a {what}; given {len(values)}; pass one each")
 
 
-def check_layer(i: int, kind: str, x: Tensor, g: Tensor, options: Mapping[str, Any], taps: int) -> None:
-    """The inputs of layer i, as its own ops check them; options: of its kind, by the names of the lists."""
+def check_layer(kind: str, x: Tensor, g: Tensor, options: Mapping[str, Any], taps: int) -> None:
+    """The inputs of a layer, as its own ops check them; options: of its kind, by the names of the lists."""
     if kind == "linear":
         linear.check_pair(x, g, None)
     elif kind == "bias":

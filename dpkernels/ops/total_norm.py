@@ -70,7 +70,7 @@ def total_norm_sq(
         if kind in options:
             mine = {name: values[of_kind[kind]] for name, values in options[kind].items()}
             of_kind[kind] += 1
-        check_layer(i, kind, xs[i], gs[i], mine, mine.get("kernel_sizes", 1))
+        check_layer(kind, xs[i], gs[i], mine, mine.get("kernel_sizes", 1))
         if len(gs[i]) != len(gs[0]):
             raise ValueError(
                 f"gs[{i}]: expected a batch of {len(gs[0])}, as gs[0] has; given {list(gs[i].shape)}; "
