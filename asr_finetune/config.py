@@ -64,7 +64,11 @@ class ModelConfig(_Section):
         metadata=about("Whisper: trim the encoder to that many seconds (faster); CTC: leave null", above=0),
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata=about("type of the weights")
+        default="float32",
+        metadata=about(
+            "of matrix products and frozen weights (autocast); what is trained is float32. Half types: see "
+            "docs/privacy.md, Rounding"
+        ),
     )
     device: str = field(
         default="auto", metadata=about("auto (CUDA where there is one), cpu, cuda, cuda:1, ...")

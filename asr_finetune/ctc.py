@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import ParakeetTokenizer
 
 from asr_finetune.losses import IGNORED, ctc_frames_needed, ctc_loss_per_example
-from asr_finetune.recognizer import Recognizer, pad_rows, to_device
+from asr_finetune.recognizer import Recognizer, pad_rows
 
 if TYPE_CHECKING:
     from asr_finetune.data import Utterance
@@ -89,9 +89,8 @@ class CTCRecognizer(Recognizer):
             lengths = model._get_feat_extract_output_lengths(inputs)
         return lengths.to(torch.int64)
 
-    def loss_per_example(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """−ln p(y | x) in nats of each utterance; see Recognizer and `losses.ctc_loss_per_example`."""
-        batch = to_device(batch, next(model.parameters()).device)
+    def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """−ln p(y | x) in nats of each utterance; see `losses.ctc_loss_per_example`."""
         logits, lengths = self.logits(model, batch)
         losses = ctc_loss_per_example(logits, lengths, batch["labels"], self.blank)
         learnt = (batch["labels"] != IGNORED).any(dim=1)

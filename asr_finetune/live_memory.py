@@ -28,6 +28,8 @@ Target = Literal["cpu", "cuda"]
 # torch's CUDA allocator, in bytes: every tensor is rounded up to a multiple of the first; from the second on, memory
 # comes from CUDA in multiples of the third, and what is left over is not cut off where it is at most the fourth.
 _BLOCK, _LARGE, _SEGMENT, _NOT_CUT = 512, 10 * 2**20, 2 * 2**20, 2**20
+# What autocast computes in float32 on CUDA and not on a CPU, of what the models here do to large tensors.
+_CUDA_FLOAT32 = {F.layer_norm, torch.softmax, Tensor.softmax, torch.log_softmax, Tensor.log_softmax}
 _ATTENTION_ALIGNMENT = 8  # entries: the fused attention of CUDA pads the last axis of its mask to a multiple
 
 
@@ -131,6 +133,8 @@ class Valueless(TorchFunctionMode):
     ones do. CTC is stood in for by `_CTC`, and for CUDA, attention by the kernel that it uses there for masks and
     float32; the one for half precision without a mask holds as much.
 
+    Tensors say that they are on the CPU, so autocast is the CPU's; what CUDA's computes in float32 is so here too.
+
     `rehearsal` enters it. torch takes it off for the time of a backward: forwards that run within one (checkpointing)
     need it anew.
     """
@@ -151,8 +155,11 @@ class Valueless(TorchFunctionMode):
             return _address(args[0])
         if func is F.ctc_loss:
             return _CTC.apply(args[0], args[1])
-        if func is F.scaled_dot_product_attention and self._target == "cuda":
-            return _cuda_attention(*args, **kwargs)
+        if self._target == "cuda":
+            if func is F.scaled_dot_product_attention:
+                return _cuda_attention(*args, **kwargs)
+            if func in _CUDA_FLOAT32 and torch.is_autocast_enabled("cpu"):
+                args = (args[0].float(), *args[1:])
         return func(*args, **kwargs)
 
 

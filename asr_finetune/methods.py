@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 import dpkernels.nn
 from asr_finetune.config import ConfigError, MethodConfig
+from asr_finetune.precision import hold_frozen
 from asr_finetune.recognizer import Recognizer, switch_off_shared_randomness
 
 _HEADS = ("ctc_head", "lm_head", "proj_out")
@@ -39,7 +41,8 @@ _DEFAULT_TARGETS = {
 def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     """Choose what is trained, in place.
 
-    Also freezes the statistics of batch norms and switches LayerDrop and the model's own masks off. Adapters
+    Also freezes the statistics of batch norms, holds what is frozen in the recogniser's dtype, and switches
+    LayerDrop and the model's own masks off. Adapters
     are initialised from torch's generator: seed it (publicly) beforehand to repeat a run's start.
 
     Raises:
@@ -77,6 +80,8 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
             module.requires_grad_(False)
     if with_head and method.kind in ("full", "bitfit"):
         _train(model.get_submodule(head))
+    if recognizer.dtype is not torch.float32:
+        hold_frozen(recognizer.model, recognizer.dtype)
     if trained_parameters(recognizer.model) == 0:
         raise ConfigError(
             f"method.kind={method.kind}, layers={method.layers}: nothing is trained in {recognizer.name}"

@@ -20,6 +20,7 @@ from torch import nn
 from asr_finetune.config import ConfigError, ModelConfig
 from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
 from asr_finetune.methods import head_name
+from asr_finetune.precision import DTYPES
 from asr_finetune.recognizer import SETTINGS, Recognizer, quiet_transformers
 from asr_finetune.whisper import START, WhisperRecognizer, trim_encoder
 
@@ -51,7 +52,7 @@ def load_recognizer(config: ModelConfig) -> Recognizer:
         return _adapter_and_its_base(config)
     found = _read(transformers.AutoConfig, config)
     settings = Path(config.name) / SETTINGS
-    options = {"name": config.name, "revision": config.revision}
+    options = {"name": config.name, "revision": config.revision, "dtype": DTYPES[config.dtype]}
     if settings.is_file():
         saved = json.loads(settings.read_text(encoding="utf-8"))
         options["target_prefix"] = saved["target_prefix"]
@@ -71,7 +72,7 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
             "model.new_head and model.vocabulary are for CTC models; Whisper's output layer is its token table: "
             "leave new_head false and vocabulary keep"
         )
-    model = _read(transformers.WhisperForConditionalGeneration, config, dtype=_dtype(config))
+    model = _read(transformers.WhisperForConditionalGeneration, config, dtype=torch.float32)
     if config.window_seconds is not None:
         try:
             trim_encoder(model, config.window_seconds)
@@ -106,7 +107,7 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
             "neither"
         )
     # Eager attention gives NaN on rows that are masked altogether, which padding makes; sdpa does not.
-    load: dict[str, Any] = {"dtype": _dtype(config), "attn_implementation": "sdpa"}
+    load: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     if config.vocabulary != "characters":
         model = _read(transformers.AutoModelForCTC, config, **load)
         if config.new_head:
@@ -187,10 +188,6 @@ def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
             "processor's files, or a hub id (and model.revision) that this machine can download; transformers "
             f"says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
         ) from error
-
-
-def _dtype(config: ModelConfig) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
 
 
 def _placed(model: nn.Module, config: ModelConfig) -> nn.Module:

@@ -236,7 +236,9 @@ def self_check(
 ) -> None:
     """A few utterances of unlike lengths, together and one by one: their gradients must agree.
 
-    Where the recogniser takes equal lengths only, one utterance and its copies.
+    Where the recogniser takes equal lengths only, one utterance and its copies. In float32 whatever the run computes
+    in: the question is whether one utterance's gradient depends on another, and in a half type a small parameter's
+    gradient can be rounding alone.
 
     Raises:
         SelfCheckError: they do not; the message names the layers.
@@ -251,7 +253,8 @@ def self_check(
     singles = [to_device(recognizer.collate([item]), recognizer.device) for item in items]
     batch = to_device(recognizer.collate(items), recognizer.device)
     began = time.monotonic()
-    engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
+    with recognizer.in_float32():
+        engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
     reporter.say(
         f"self-check passed: the gradients of {what} are the same in a batch and alone "
         f"({duration(time.monotonic() - began)})"

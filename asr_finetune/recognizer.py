@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from asr_finetune.losses import IGNORED
+from asr_finetune.precision import arithmetic, widened, widened_state
 
 if TYPE_CHECKING:
     from asr_finetune.data import Utterance
@@ -34,6 +36,7 @@ class Recognizer(ABC):
         target_prefix: put before a text that is learnt, or scored by restricted decoding.
         new_head: the output layer is freshly initialised and must be trained along with any method.
         vocabulary: what its classes are, as `model.vocabulary` says; "keep" where it is not new.
+        dtype: of its arithmetic; see `precision`.
         equal_lengths_only: why batches of unequal lengths are refused, or "" where padding changes nothing.
     """
 
@@ -49,6 +52,7 @@ class Recognizer(ABC):
         new_head: bool = False,
         vocabulary: str = "keep",
         target_prefix: str = "",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -59,6 +63,7 @@ class Recognizer(ABC):
         self.new_head = new_head
         self.vocabulary = vocabulary
         self.target_prefix = target_prefix
+        self.dtype = dtype
         self.sampling_rate = int(self.feature_extractor.sampling_rate)
         self.equal_lengths_only = ""
         switch_off_shared_randomness(self.base)
@@ -97,11 +102,17 @@ class Recognizer(ABC):
     def text_problem(self, utterance: Utterance) -> str | None:
         """Why an utterance's transcript cannot be learnt; None where it can."""
 
-    @abstractmethod
     def loss_per_example(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Losses [B] float32 of a batch from `collate`, each of its own utterance only; 0 where there are no
         labels.
         """
+        device = next(model.parameters()).device
+        with arithmetic(self.dtype, device):
+            return self._losses(model, to_device(batch, device))
+
+    @abstractmethod
+    def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """`loss_per_example` of a batch that is on the model's device."""
 
     @abstractmethod
     def _decode(self, batch: dict[str, Any]) -> list[str]:
@@ -154,19 +165,22 @@ class Recognizer(ABC):
         was_training = self.model.training
         self.model.eval()
         try:
-            if restrict_to is None:
-                texts = self._decode(batch)
-            elif not restrict_to:
-                raise ValueError("restrict_to=[]: give at least one text, or None for free decoding")
-            else:
-                best = self._scores(batch, restrict_to).argmax(dim=1)
-                texts = [restrict_to[int(index)] for index in best]
+            with arithmetic(self.dtype, self.device):
+                texts = self._texts(batch, restrict_to)
         finally:
             self.model.train(was_training)
         if "labels" in batch:  # an empty item: see `empty_item`
             usable = (batch["labels"] != IGNORED).any(dim=1).tolist()
             texts = [text if row else "" for text, row in zip(texts, usable, strict=True)]
         return texts
+
+    def _texts(self, batch: dict[str, Any], restrict_to: Sequence[str] | None) -> list[str]:
+        if restrict_to is None:
+            return self._decode(batch)
+        if not restrict_to:
+            raise ValueError("restrict_to=[]: give at least one text, or None for free decoding")
+        best = self._scores(batch, restrict_to).argmax(dim=1)
+        return [restrict_to[int(index)] for index in best]
 
     def cached_inputs(self, item: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is worth keeping of an item between epochs; a model may replace features by what it makes of
@@ -188,7 +202,13 @@ class Recognizer(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         saved: Any = self.model
         # PEFT would take a new output layer for resized token embeddings, which a CTC model has none of.
-        saved.save_pretrained(folder, **({} if saved is self.base else {"save_embedding_layers": False}))
+        options: dict[str, Any] = {} if saved is self.base else {"save_embedding_layers": False}
+        if saved is self.base and self.dtype is not torch.float32:
+            options["state_dict"] = widened_state(saved.state_dict())
+        saved.save_pretrained(folder, **options)
+        if "state_dict" in options:  # transformers wrote the type of the model's first parameter
+            saved.config.dtype = "float32"
+            saved.config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         settings = json.dumps(self._settings(), indent=2)
         (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
@@ -200,6 +220,16 @@ class Recognizer(ABC):
             "new_head": self.new_head,
             "vocabulary": self.vocabulary,
         }
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Within it, weights and arithmetic are float32."""
+        dtype, self.dtype = self.dtype, torch.float32
+        try:
+            with widened(self.model):
+                yield
+        finally:
+            self.dtype = dtype
 
     def describe(self) -> dict[str, Any]:
         """Facts for a report: plain values."""
@@ -213,7 +243,7 @@ class Recognizer(ABC):
             "kind": self.kind,
             "sampling_rate": self.sampling_rate,
             "vocabulary": int(self.base.config.vocab_size),
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "new_head": self.new_head,
             "total_parameters": sum(parameters.values()),
             "trained_parameters": trained_parameters(self.model),

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from asr_finetune.losses import IGNORED, seq2seq_loss_per_example, sequence_log_likelihood
+from asr_finetune.precision import arithmetic
 from asr_finetune.recognizer import Recognizer, pad_rows, to_device
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class WhisperRecognizer(Recognizer):
         if not self.can_cache_states():
             return item
         kept = {key: value for key, value in item.items() if key != "input_features"}
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.dtype, self.device):
             states = self._encode(to_device({"input_features": item["input_features"][None]}, self.device))
         # A clone: an inference tensor may not enter autograd later.
         return {**kept, "encoder_states": states[0].cpu().clone()}
@@ -127,11 +128,8 @@ class WhisperRecognizer(Recognizer):
         states: Tensor = self.base.model.encoder(features).last_hidden_state
         return states
 
-    def loss_per_example(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Mean −ln p over an utterance's tokens and its end; see Recognizer and
-        `losses.seq2seq_loss_per_example`.
-        """
-        batch = to_device(batch, next(model.parameters()).device)
+    def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Mean −ln p over an utterance's tokens and its end; see `losses.seq2seq_loss_per_example`."""
         decoder, labels = self._teacher_forcing(batch["labels"])
         inputs: dict[str, Any]
         if "encoder_states" in batch:

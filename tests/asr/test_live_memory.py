@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asr_finetune.live_memory import LiveMemory, cuda_size, hollow, rehearsal
+from asr_finetune.live_memory import LiveMemory, Target, cuda_size, hollow, rehearsal
 
 
 def test_a_storage_counts_once_and_until_it_is_freed() -> None:
@@ -132,3 +133,12 @@ def test_ctc_saves_its_forward_variables() -> None:
         losses.sum().backward()
         assert log_probs.grad is not None
         assert log_probs.grad.shape == log_probs.shape
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16)])
+def test_autocast_takes_a_softmax_in_float32_on_cuda_only(target: Target, dtype: torch.dtype) -> None:
+    with rehearsal(target), torch.autocast("cpu", torch.bfloat16):
+        x = torch.empty(4, 8, dtype=torch.bfloat16)
+        assert {x.softmax(-1).dtype, F.layer_norm(x, (8,)).dtype} == {dtype}
+    with rehearsal(target):
+        assert torch.empty(4, 8, dtype=torch.bfloat16).softmax(-1).dtype == torch.bfloat16

@@ -1,0 +1,212 @@
+"""Mixed precision: what is trained is float32, the rest and the products are bfloat16, and privacy is as without."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from asr_finetune.config import MethodConfig
+from asr_finetune.methods import apply_method
+from asr_finetune.models import Recognizer
+from asr_finetune.precision import HalfLayerNorm, hold_frozen, widened_state
+from dpkernels import PrivacyEngine
+from dpkernels.nn import LoRARecord, Record
+from tests.asr import small_models
+
+KINDS = ("full", "lora", "dp_rp", "bitfit", "head")
+FAMILIES = ("parakeet", "wav2vec2-bert", "wav2vec2", "whisper")
+EVERY = [(family, kind) for family in FAMILIES for kind in KINDS]
+HALF = torch.bfloat16
+
+
+def prepared(folder: Path, kind: str, dtype: str = "bfloat16") -> Recognizer:
+    recognizer = small_models.load(folder, dtype=dtype)
+    small_models.same_start(lambda: apply_method(recognizer, MethodConfig(kind=kind, rank=2)))  # type: ignore[arg-type]
+    for name, parameter in recognizer.model.named_parameters():
+        if "lora_B" in name:  # zeros as they come: A would have no gradient
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    return recognizer
+
+
+def made_private(engine: PrivacyEngine, recognizer: Recognizer, **options: Any) -> Any:
+    model = recognizer.model.train()
+    items = small_models.items(recognizer)
+    return engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4),
+        data_loader=DataLoader(items, batch_size=len(items), collate_fn=recognizer.collate),  # type: ignore[arg-type]
+        **{"noise_multiplier": 1.0, "max_grad_norm": 1.0, **options},
+    )
+
+
+@pytest.mark.parametrize(("family", "kind"), EVERY)
+def test_what_is_trained_is_float32_and_the_rest_is_half(
+    folders: dict[str, Path], family: str, kind: str
+) -> None:
+    recognizer = prepared(folders[family], kind)
+    norms = {
+        f"{name}." for name, module in recognizer.model.named_modules() if isinstance(module, nn.BatchNorm1d)
+    }
+    for name, parameter in recognizer.model.named_parameters():
+        whole = parameter.requires_grad or name.startswith(tuple(norms))
+        assert parameter.dtype == (torch.float32 if whole else HALF), name
+
+
+@pytest.mark.parametrize(("family", "kind"), EVERY)
+def test_each_utterances_gradient_is_what_autograd_says(
+    folders: dict[str, Path], family: str, kind: str
+) -> None:
+    """The private sums against one-by-one gradients through torch's own layers, padding included, as `train` asks."""
+    recognizer = prepared(folders[family], kind)
+    batch, singles = small_models.batch_and_singles(recognizer)
+    before = {name: p.data for name, p in recognizer.model.named_parameters()}
+    with closing(PrivacyEngine()) as engine:
+        made_private(engine, recognizer)
+        with recognizer.in_float32():
+            report = engine.self_check(recognizer.loss_per_example, batch, singles=singles)
+    assert recognizer.dtype == HALF
+    assert all(
+        p.dtype == before[n].dtype and torch.equal(p, before[n])
+        for n, p in recognizer.model.named_parameters()
+    )
+    assert {item.parameter for item in report.differences} == {
+        name for name, p in recognizer.model.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "family", ["parakeet", "wav2vec2-bert", "whisper"]
+)  # a tiny Wav2Vec2 is rounding alone
+def test_the_same_under_autocast(folders: dict[str, Path], family: str, kind: str) -> None:
+    recognizer = prepared(folders[family], kind)
+    batch, singles = small_models.batch_and_singles(recognizer)
+    with closing(PrivacyEngine()) as engine:
+        made_private(engine, recognizer)
+        # One way and the other round differently; a rule that is wrong, or a mate's gradient, is off by its whole norm.
+        report = engine.self_check(recognizer.loss_per_example, batch, singles=singles, tolerance=0.2)
+    assert report.norm_shortfall <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_near_those_of_float32(folders: dict[str, Path], family: str) -> None:
+    recognizer, whole = prepared(folders[family], "lora"), prepared(folders[family], "lora", "float32")
+    batch, _ = small_models.batch_and_singles(recognizer)
+    losses = recognizer.loss_per_example(recognizer.model, batch)
+    assert losses.dtype == torch.float32
+    # 8 bits: a relative step of 2⁻⁸, which a few layers in a row make a few per cent.
+    torch.testing.assert_close(losses, whole.loss_per_example(whole.model, batch), rtol=0.1, atol=0.1)
+
+
+def test_frozen_blocks_stay_in_the_half_type(folders: dict[str, Path]) -> None:
+    """Between the first product and the output layer nothing falls back to float32: it would be copied, and kept."""
+    recognizer = prepared(folders["parakeet"], "lora")
+    seen: dict[str, torch.dtype] = {}
+    for name, module in recognizer.base.encoder.layers.named_modules():
+        module.register_forward_hook(
+            lambda _m, _i, output, name=name: seen.update({name: _first(output).dtype})
+        )
+    batch, _ = small_models.batch_and_singles(recognizer)
+    recognizer.loss_per_example(recognizer.model, batch)
+    adapters = {name for name in seen if ".lora_" in name}
+    assert {name: dtype for name, dtype in seen.items() if dtype is not HALF and name not in adapters} == {}
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
+def test_adapters_records_are_of_one_type_so_that_one_launch_takes_them(folders: dict[str, Path]) -> None:
+    recognizer = prepared(folders["parakeet"], "lora")
+    records: list[Record] = []
+    with closing(PrivacyEngine()) as engine:
+        _, optimizer, _ = made_private(engine, recognizer)
+        optimizer.tape.open(3, sink=records.append)
+        batch, _ = small_models.batch_and_singles(recognizer)
+        recognizer.loss_per_example(recognizer.model, batch).sum().backward()
+        records += optimizer.tape.close()
+    adapters = [record for record in records if isinstance(record, LoRARecord)]
+    assert len(adapters) == 2 * (4 + 4)  # blocks × (attention + two feed-forwards of two)
+    assert all(record.share() is not None for record in adapters)
+    assert {record.x.dtype for record in adapters} == {HALF}
+
+
+def test_an_update_below_the_half_types_step_is_not_lost(folders: dict[str, Path]) -> None:
+    recognizer = prepared(folders["parakeet"], "bitfit")
+    trained = [p for p in recognizer.model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.fill_(1.0)
+    with closing(PrivacyEngine()) as engine:
+        # steps of about 1e-4: an eightieth of bfloat16's at 1
+        _, optimizer, loader = made_private(engine, recognizer)
+        for micro_batches in loader:
+            for micro_batch in micro_batches:
+                optimizer.backward(recognizer.loss_per_example(recognizer.model, micro_batch))
+            optimizer.step()
+            break
+    moved = torch.cat([(parameter.detach() - 1).abs().flatten() for parameter in trained])
+    assert 0 < float(moved.max()) < 2.0**-9
+    assert float((moved > 0).float().mean()) > 0.9
+
+
+def test_half_layer_norm_is_autocasts_rounded_once() -> None:
+    norm = nn.LayerNorm(64)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm.requires_grad_(False)
+    x = torch.randn(3, 5, 64, dtype=HALF)
+    hold_frozen(norm, HALF)
+    assert type(norm) is HalfLayerNorm
+    with torch.autocast("cpu", HALF):
+        y = norm(x)
+    wide = F.layer_norm(x.double(), (64,), norm.weight.double(), norm.bias.double(), norm.eps)
+    assert y.dtype == HALF
+    # bfloat16 of the exact value, or its neighbour where float32's rounding crossed the middle
+    torch.testing.assert_close(y.double(), wide, rtol=2.0**-8, atol=1e-6)
+
+
+def test_a_trained_norm_and_a_batch_norm_stay_whole() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4), nn.LayerNorm(4))
+    model.requires_grad_(False)
+    model[0].requires_grad_(True)
+    hold_frozen(model, HALF)
+    assert [type(module) for module in model] == [nn.LayerNorm, nn.BatchNorm1d, HalfLayerNorm]
+    assert [module.weight.dtype for module in model] == [torch.float32, torch.float32, HALF]
+
+
+def test_widened_tensors_that_shared_memory_still_do() -> None:
+    shared = torch.ones(3, dtype=HALF)
+    wide = widened_state({"a": shared, "b": shared, "c": torch.ones(2, dtype=torch.int64)})
+    assert wide["a"].dtype == torch.float32
+    assert wide["a"].data_ptr() == wide["b"].data_ptr()
+    assert wide["c"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("family", ["parakeet", "whisper"])
+def test_a_saved_model_is_float32_and_keeps_what_was_trained(
+    folders: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    recognizer = prepared(folders[family], "bitfit")
+    with torch.no_grad():
+        for parameter in recognizer.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    recognizer.save(tmp_path)
+    kind = (
+        transformers.AutoModelForCTC if family == "parakeet" else transformers.WhisperForConditionalGeneration
+    )
+    loaded = kind.from_pretrained(tmp_path)
+    saved = dict(recognizer.base.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float32, name
+        assert torch.equal(parameter, saved[name].float()), name
