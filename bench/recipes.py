@@ -1,0 +1,290 @@
+"""What each LibriSpeech recipe takes on this GPU: seconds of a step, hours of the run, peak memory.
+
+    python -m bench.recipes                                     all of them; $OUT/<device>/recipes.json
+    python -m bench.recipes --recipes parakeet_lora --dtypes bfloat16 --predict-only      on any machine
+
+The recipe's own model at full size (random weights), method, optimizer, strategy, micro-batches and private step,
+through `asr_finetune.prepare.make_private`. Utterances have LibriSpeech-like lengths (`bench.data`), and features and labels of
+noise that are in memory: reading audio is measured by `bench.data`. Two logical steps of `--batch` utterances are drawn
+from 281,241; the second is timed. Hours = steps · (batch / rate + what noise and update take). Peak: a micro-batch of
+the recipe's size of the longest utterances, beside what `asr_finetune.memory_plan` predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from asr_finetune.config import Config
+from asr_finetune.config_file import load_yaml
+from asr_finetune.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
+from asr_finetune.memory_plan import Rehearsal, losses_of
+from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.precision import DTYPES
+from asr_finetune.prepare import make_optimizer, make_private
+from asr_finetune.progress import Reporter
+from bench.data import LONGEST, librispeech_like_seconds
+from bench.machine import about
+from bench.results import FOLDER
+from dpkernels import PrivacyEngine
+
+RECIPES = [
+    f"{model}_{kind}"
+    for model in ("parakeet", "wav2vec2_bert")
+    for kind in ("lora", "dp_rp", "bitfit", "full")
+]
+UTTERANCES = 281_241
+SEED = 20
+# Frames of features, and labels, in a second of speech: Parakeet's 10 ms and word pieces; Wav2Vec2-BERT's 20 ms, letters.
+_FRAMES = {"parakeet_ctc": 100, "wav2vec2-bert": 50}
+_LABELS = {"parakeet_ctc": 4, "wav2vec2-bert": 15}
+_WIDTH = {"parakeet_ctc": 80, "wav2vec2-bert": 160}
+
+Entry = dict[str, Any]
+
+
+class Noise(Dataset[dict[str, Tensor]]):
+    """Utterances of given lengths: views of one stretch of noise, so that drawing a logical batch takes no time."""
+
+    corpus = None  # asked for by `unit: speaker` only
+
+    def __init__(self, kind: str, seconds: np.ndarray) -> None:
+        generator = torch.Generator().manual_seed(SEED)
+        longest = float(seconds.max())
+        self._frames = np.maximum((seconds * _FRAMES[kind]).astype(int), 2)
+        self._labels = np.maximum((seconds * _LABELS[kind]).astype(int), 1)
+        self._features = torch.randn(int(longest * _FRAMES[kind]) + 2, _WIDTH[kind], generator=generator)
+        self._text = torch.randint(2, 30, (int(longest * _LABELS[kind]) + 2,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        features, labels = self._features[: self._frames[index]], self._text[: self._labels[index]]
+        return {"input_features": features, "labels": labels}
+
+    def lengths(self, recognizer: CTCRecognizer) -> list[int]:
+        """Encoder frames of each."""
+        found: list[int] = recognizer.frames(torch.from_numpy(self._frames)).tolist()
+        return found
+
+
+def recogniser(config: Config, device: str) -> CTCRecognizer:
+    """The recipe's model with random weights, its method applied."""
+    with torch.device(device):
+        model: Any
+        if "parakeet" in config.model.name:
+            own = transformers.ParakeetCTCConfig()
+            own._attn_implementation = "sdpa"
+            model = transformers.ParakeetForCTC(own)
+        else:
+            classes = len(ctc_tokenizer(CHARACTERS, "characters"))
+            own = transformers.Wav2Vec2BertConfig(vocab_size=classes, pad_token_id=0)
+            # as from_pretrained asks for it; not every version of transformers has it for this model
+            own._attn_implementation = "sdpa" if transformers.Wav2Vec2BertForCTC._supports_sdpa else "eager"
+            model = transformers.Wav2Vec2BertForCTC(own)
+        processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=16_000), tokenizer=None)
+        made = CTCRecognizer(
+            model,
+            processor,
+            name=config.model.name,
+            new_head=config.model.new_head,
+            dtype=DTYPES[config.model.dtype],
+        )
+        apply_method(made, config.method)
+    made.model.train()
+    return made
+
+
+def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
+    """The planner's peak of a micro-batch of the longest utterances."""
+    item = Noise(made.base.config.model_type, np.array([LONGEST]))[0]
+    with Rehearsal(
+        made.model,
+        strategy=config.privacy.strategy,
+        optimizer=config.train.optimizer,
+        target=target,
+        checkpointing=getattr(config.train, "checkpointing", False),
+    ) as stage:
+        peak = stage.peak(losses_of(made, item), config.train.physical_batch_size)
+    return {"predicted": peak.total}
+
+
+def _private(config: Config, made: CTCRecognizer, data: Noise) -> tuple[PrivacyEngine, Any, Any]:
+    reporter = Reporter(False)
+    plain = make_optimizer(config.train, made.model)
+    return make_private(config, made, plain, data, data.lengths(made), reporter, None, 2)  # type: ignore[arg-type]
+
+
+def measure_peak(config: Config, device: str) -> Entry:
+    """Allocated and reserved bytes at the highest point of the second of two steps, weights included."""
+    size = config.train.physical_batch_size
+    _clear()
+    before = torch.cuda.memory_allocated()
+    made = recogniser(config, device)
+    data = Noise(made.base.config.model_type, np.full(size, LONGEST))
+    alone = replace(config, train=replace(config.train, batch_size=size, fill_micro_batches=False))
+    engine, optimizer, loader = _private(alone, made, data)
+    with closing(engine):
+        for step, parts in enumerate(loader):
+            if step == 1:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            for batch in parts:
+                optimizer.backward(made.loss_per_example(made.model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                break
+    torch.cuda.synchronize()
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"measured": peaks[0] - before, "reserved": peaks[1] - before}
+
+
+def measure_time(config: Config, device: str, batch: int) -> Entry:
+    """Rate of forward and private backward, seconds of noise and update, of a step of a private run."""
+    _clear()
+    made = recogniser(config, device)
+    data = Noise(made.base.config.model_type, librispeech_like_seconds(UTTERANCES))
+    drawn = replace(config, train=replace(config.train, batch_size=batch, num_workers=0))
+    engine, optimizer, loader = _private(drawn, made, data)
+    found: Entry = {}
+    with closing(engine):
+        found |= _self_check(engine, made, data)
+        for step, parts in enumerate(loader):
+            batches = list(parts)
+            spent = _seconds(lambda batches=batches: _backward(made, optimizer, batches))
+            update = _seconds(optimizer.step)
+            optimizer.zero_grad()
+            if step == 1:
+                break
+        stats = optimizer.last_step
+    micro = [tuple(part["labels"].shape) for part in batches]
+    examples = sum(size for size, _ in micro)
+    assert stats.non_finite == 0
+    return found | {
+        "examples": examples,
+        "micro_batches": len(micro),
+        "largest": max(size for size, _ in micro),
+        "rate": round(examples / spent, 1),
+        "step_seconds": round(update, 4),
+        "hours": round(config.train.steps * (config.train.batch_size * spent / examples + update) / 3600, 2),
+    }
+
+
+def _backward(made: CTCRecognizer, optimizer: Any, batches: Sequence[dict[str, Tensor]]) -> None:
+    for batch in batches:
+        optimizer.backward(made.loss_per_example(made.model, batch))
+
+
+def _self_check(engine: PrivacyEngine, made: CTCRecognizer, data: Noise) -> Entry:
+    places = (0, 1, 2)
+    singles = [made.collate([data[place]]) for place in places]
+    began = time.perf_counter()
+    with made.in_float32():
+        report = engine.self_check(
+            made.loss_per_example, made.collate([data[place] for place in places]), singles=singles
+        )
+    return {
+        "self_check_error": report.differences[0].error,
+        "self_check_seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _clear() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def of(name: str, dtype: str, options: argparse.Namespace) -> Entry:
+    """One recipe in one type."""
+    config = Config.from_dict({**load_yaml(name), "output": "unused"})
+    config = config.with_values("model", dtype=dtype)
+    # Calibration takes seconds and changes no time; the recipe's head has the accountant's.
+    config = config.with_values("privacy", epsilon=None, noise_multiplier=0.7)
+    train = config.train
+    row: Entry = {
+        "recipe": name,
+        "dtype": dtype,
+        "strategy": config.privacy.strategy,
+        "checkpointing": getattr(train, "checkpointing", False),
+        "physical_batch_size": train.physical_batch_size,
+        "batch_size": train.batch_size,
+        "steps": train.steps,
+    }
+    on_gpu = not options.predict_only
+    made = recogniser(config, options.device if on_gpu else "meta")
+    row["trained"] = trained_parameters(made.model)
+    row |= predict(config, made, "cuda")
+    del made
+    if on_gpu:
+        row |= _or_reason(lambda: measure_peak(config, options.device))
+        if "measured" in row:
+            row["error"] = round(row["predicted"] / row["measured"] - 1, 4)
+        row |= _or_reason(lambda: measure_time(config, options.device, options.batch))
+    return row
+
+
+def _or_reason(measure: Callable[[], Entry]) -> Entry:
+    try:
+        return measure()
+    except torch.OutOfMemoryError as error:
+        return {"reason": str(error).splitlines()[0]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.recipes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES, metavar="RECIPE")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=sorted(DTYPES))
+    parser.add_argument("--batch", type=int, default=512, help="utterances in a timed step")
+    parser.add_argument("--predict-only", action="store_true", help="memory only, for CUDA, with no device")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", str(FOLDER))))
+    options = parser.parse_args(arguments)
+    rows = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no self_check")
+        for name in options.recipes:
+            for dtype in options.dtypes:
+                rows.append(of(name, dtype, options))
+                print(json.dumps(rows[-1]), flush=True)
+    if options.predict_only:
+        return 0
+    facts = about(options.device)
+    path = options.output / facts["slug"] / "recipes.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
