@@ -1,13 +1,14 @@
 """What each LibriSpeech recipe takes on this GPU: seconds of a step, hours of the run, peak memory.
 
     python -m bench.recipes                                     all of them; $OUT/<device>/recipes.json
-    python -m bench.recipes --recipes parakeet_lora --dtypes bfloat16 --predict-only      on any machine
+    python -m bench.recipes --predict-only --output predicted.json     on any machine, minutes; then, with a GPU,
+    python -m bench.recipes --predicted predicted.json --recipes parakeet_lora --dtypes bfloat16
 
 The recipe's own model at full size (random weights), method, optimizer, strategy, micro-batches and private step,
-through `asr_finetune.prepare.make_private`. Utterances have LibriSpeech-like lengths (`bench.data`), and features and labels of
-noise that are in memory: reading audio is measured by `bench.data`. Two logical steps of `--batch` utterances are drawn
-from 281,241; the second is timed. Hours = steps · (batch / rate + what noise and update take). Peak: a micro-batch of
-the recipe's size of the longest utterances, beside what `asr_finetune.memory_plan` predicts.
+through `asr_finetune.prepare.make_private`. Utterances have LibriSpeech-like lengths (`bench.data`), and features and
+labels of noise that are in memory: reading audio is measured by `bench.data`. Two logical steps of `--batch` utterances
+are drawn from 281,241; the second is timed. Hours = steps · (batch / rate + what noise and update take). Peak: a
+micro-batch of the recipe's size of the longest utterances, beside what `asr_finetune.memory_plan` predicts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -52,7 +52,7 @@ RECIPES = [
 ]
 UTTERANCES = 281_241
 SEED = 20
-# Frames of features, and labels, in a second of speech: Parakeet's 10 ms and word pieces; Wav2Vec2-BERT's 20 ms, letters.
+# Frames of features, and labels, in a second of speech: Parakeet's 10 ms, word pieces; Wav2Vec2-BERT's 20 ms, letters.
 _FRAMES = {"parakeet_ctc": 100, "wav2vec2-bert": 50}
 _LABELS = {"parakeet_ctc": 4, "wav2vec2-bert": 15}
 _WIDTH = {"parakeet_ctc": 80, "wav2vec2-bert": 160}
@@ -86,20 +86,23 @@ class Noise(Dataset[dict[str, Tensor]]):
         return found
 
 
+def full_size(name: str) -> Any:
+    """The model of a recipe's `model.name`, with its own configuration and random weights."""
+    if "parakeet" in name:
+        parakeet = transformers.ParakeetCTCConfig()
+        parakeet._attn_implementation = "sdpa"
+        return transformers.ParakeetForCTC(parakeet)
+    classes = len(ctc_tokenizer(CHARACTERS, "characters"))
+    bert = transformers.Wav2Vec2BertConfig(vocab_size=classes, pad_token_id=0)
+    bert._attn_implementation = "sdpa" if transformers.Wav2Vec2BertForCTC._supports_sdpa else "eager"
+    return transformers.Wav2Vec2BertForCTC(bert)
+
+
 def recogniser(config: Config, device: str) -> CTCRecognizer:
-    """The recipe's model with random weights, its method applied."""
+    """The recipe's model, its method applied."""
     with torch.device(device):
-        model: Any
-        if "parakeet" in config.model.name:
-            own = transformers.ParakeetCTCConfig()
-            own._attn_implementation = "sdpa"
-            model = transformers.ParakeetForCTC(own)
-        else:
-            classes = len(ctc_tokenizer(CHARACTERS, "characters"))
-            own = transformers.Wav2Vec2BertConfig(vocab_size=classes, pad_token_id=0)
-            # as from_pretrained asks for it; not every version of transformers has it for this model
-            own._attn_implementation = "sdpa" if transformers.Wav2Vec2BertForCTC._supports_sdpa else "eager"
-            model = transformers.Wav2Vec2BertForCTC(own)
+        # `to`: torch.Tensor(n), in some constructors, is on the CPU whatever the context
+        model = full_size(config.model.name).to(device)
         processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=16_000), tokenizer=None)
         made = CTCRecognizer(
             model,
@@ -124,57 +127,52 @@ def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
         checkpointing=getattr(config.train, "checkpointing", False),
     ) as stage:
         peak = stage.peak(losses_of(made, item), config.train.physical_batch_size)
-    return {"predicted": peak.total}
+    return {"trained": trained_parameters(made.model), "predicted": peak.total}
 
 
-def _private(config: Config, made: CTCRecognizer, data: Noise) -> tuple[PrivacyEngine, Any, Any]:
-    reporter = Reporter(False)
+def _private(config: Config, made: CTCRecognizer, data: Noise, batch: int) -> tuple[PrivacyEngine, Any, Any]:
+    """A private run of two logical steps of `batch` expected utterances, as `train` prepares it."""
+    drawn = replace(config, train=replace(config.train, batch_size=batch, num_workers=0))
     plain = make_optimizer(config.train, made.model)
-    return make_private(config, made, plain, data, data.lengths(made), reporter, None, 2)  # type: ignore[arg-type]
+    return make_private(drawn, made, plain, data, data.lengths(made), Reporter(False), None, 2)  # type: ignore[arg-type]
 
 
 def measure_peak(config: Config, device: str) -> Entry:
     """Allocated and reserved bytes at the highest point of the second of two steps, weights included."""
     size = config.train.physical_batch_size
-    _clear()
-    before = torch.cuda.memory_allocated()
+    _clear(device)
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
     made = recogniser(config, device)
     data = Noise(made.base.config.model_type, np.full(size, LONGEST))
-    alone = replace(config, train=replace(config.train, batch_size=size, fill_micro_batches=False))
-    engine, optimizer, loader = _private(alone, made, data)
+    engine, optimizer, loader = _private(
+        config.with_values("train", fill_micro_batches=False), made, data, size
+    )
     with closing(engine):
-        for step, parts in enumerate(loader):
-            if step == 1:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            for batch in parts:
-                optimizer.backward(made.loss_per_example(made.model, batch))
+        for parts in loader:
+            _clear(device)
+            _backward(made, optimizer, list(parts))
             optimizer.step()
             optimizer.zero_grad()
-            if step == 1:
-                break
-    torch.cuda.synchronize()
+    if device != "cuda":
+        return {}
     peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return {"measured": peaks[0] - before, "reserved": peaks[1] - before}
 
 
 def measure_time(config: Config, device: str, batch: int) -> Entry:
     """Rate of forward and private backward, seconds of noise and update, of a step of a private run."""
-    _clear()
+    _clear(device)
     made = recogniser(config, device)
     data = Noise(made.base.config.model_type, librispeech_like_seconds(UTTERANCES))
-    drawn = replace(config, train=replace(config.train, batch_size=batch, num_workers=0))
-    engine, optimizer, loader = _private(drawn, made, data)
+    engine, optimizer, loader = _private(config, made, data, batch)
     found: Entry = {}
     with closing(engine):
         found |= _self_check(engine, made, data)
-        for step, parts in enumerate(loader):
+        for parts in loader:  # two: the last one's times stay
             batches = list(parts)
-            spent = _seconds(lambda batches=batches: _backward(made, optimizer, batches))
-            update = _seconds(optimizer.step)
+            spent = _seconds(lambda batches=batches: _backward(made, optimizer, batches), device)
+            update = _seconds(optimizer.step, device)
             optimizer.zero_grad()
-            if step == 1:
-                break
         stats = optimizer.last_step
     micro = [tuple(part["labels"].shape) for part in batches]
     examples = sum(size for size, _ in micro)
@@ -208,21 +206,26 @@ def _self_check(engine: PrivacyEngine, made: CTCRecognizer, data: Noise) -> Entr
     }
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+def _seconds(function: Callable[[], object], device: str) -> float:
+    _clear(device)
     began = time.perf_counter()
     function()
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def _clear() -> None:
+def _clear(device: str) -> None:
+    """Nothing under way, nothing left of the one before, and the peak begins here."""
     gc.collect()
-    torch.cuda.empty_cache()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
-def of(name: str, dtype: str, options: argparse.Namespace) -> Entry:
-    """One recipe in one type."""
+def of(name: str, dtype: str, options: argparse.Namespace, known: Entry) -> Entry:
+    """One recipe in one type; `known`: what `predict` found before."""
     config = Config.from_dict({**load_yaml(name), "output": "unused"})
     config = config.with_values("model", dtype=dtype)
     # Calibration takes seconds and changes no time; the recipe's head has the accountant's.
@@ -237,12 +240,8 @@ def of(name: str, dtype: str, options: argparse.Namespace) -> Entry:
         "batch_size": train.batch_size,
         "steps": train.steps,
     }
-    on_gpu = not options.predict_only
-    made = recogniser(config, options.device if on_gpu else "meta")
-    row["trained"] = trained_parameters(made.model)
-    row |= predict(config, made, "cuda")
-    del made
-    if on_gpu:
+    row |= known or predict(config, recogniser(config, "meta"), "cuda")
+    if not options.predict_only:
         row |= _or_reason(lambda: measure_peak(config, options.device))
         if "measured" in row:
             row["error"] = round(row["predicted"] / row["measured"] - 1, 4)
@@ -268,21 +267,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=sorted(DTYPES))
     parser.add_argument("--batch", type=int, default=512, help="utterances in a timed step")
     parser.add_argument("--predict-only", action="store_true", help="memory only, for CUDA, with no device")
-    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", str(FOLDER))))
+    parser.add_argument("--predicted", type=Path, help="rows of an earlier --predict-only")
+    parser.add_argument("--output", type=Path, help="JSON file; default: recipes.json of the device in $OUT")
     options = parser.parse_args(arguments)
-    rows = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no self_check")
-        for name in options.recipes:
-            for dtype in options.dtypes:
-                rows.append(of(name, dtype, options))
-                print(json.dumps(rows[-1]), flush=True)
-    if options.predict_only:
-        return 0
-    facts = about(options.device)
-    path = options.output / facts["slug"] / "recipes.json"
+    facts = about("cpu" if options.predict_only else options.device)
+    path: Path = options.output or Path(os.environ.get("OUT", str(FOLDER))) / facts["slug"] / "recipes.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    before = json.loads(options.predicted.read_text())["rows"] if options.predicted else []
+    known = {
+        (row["recipe"], row["dtype"]): {key: row[key] for key in ("trained", "predicted")} for row in before
+    }
+    rows = []
+    for name in options.recipes:
+        for dtype in options.dtypes:
+            rows.append(of(name, dtype, options, known.get((name, dtype), {})))
+            print(json.dumps(rows[-1]), flush=True)
+            # one by one: what was measured stays when the next one fails
+            path.write_text(json.dumps({"about": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
