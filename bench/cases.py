@@ -50,6 +50,7 @@ class Case:
         family: a key of FAMILIES.
         rank: LoRA's r; None for full fine-tuning.
         width, layers: of the model; the family's own units.
+        mixed: what is trained is float32, and the forward runs under autocast to the benchmark's (half) type.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     rank: int | None = None
     width: int = 256
     layers: int = 6
+    mixed: bool = False
 
     def model(self, frames: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
         """A fresh model for batches of `frames` encoder frames, in training mode, the same on every call."""
@@ -67,7 +69,11 @@ class Case:
             model = FAMILIES[self.family].build(self, frames)
             if self.rank is not None:
                 model = _with_lora(model, FAMILIES[self.family].targets, self.rank)
-        return model.to(device=device, dtype=dtype).train()
+        model.to(device=device, dtype=dtype).train()
+        if self.mixed:
+            for parameter in trained(model).values():
+                parameter.data = parameter.data.float()
+        return model
 
     def batch(self, size: int, frames: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Batch:
         """`size` utterances of `frames` encoder frames each, none of them padded."""
@@ -88,8 +94,11 @@ class Case:
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits of a batch."""
-    logits: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    """Logits of a batch; under autocast where its type is not that of what is trained."""
+    features = batch["input_features"]
+    kept = next((p.dtype for p in model.parameters() if p.requires_grad), features.dtype)
+    with torch.autocast(features.device.type, features.dtype, enabled=kept != features.dtype):
+        logits: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     return logits
 
 
@@ -259,9 +268,19 @@ CASES = {
         Case("whisper-lora", "Whisper-tiny, LoRA r=8", "whisper", 8, 384, 4),
         Case("whisper-full", "Whisper-tiny, full", "whisper", None, 384, 4),
         Case("parakeet-600m-lora", "Parakeet-CTC 608.8 M, LoRA r=8", "parakeet", 8, 1024, 24),
+        Case(
+            "parakeet-600m-lora-mixed",
+            "Parakeet-CTC 608.8 M, LoRA r=8 in float32 by autocast",
+            "parakeet",
+            8,
+            1024,
+            24,
+            mixed=True,
+        ),
         *(Case(f"{kind}-layer", f"One {title}", f"{kind}-layer", rank, 512) for kind, title, rank in _LAYERS),
         # For tests of the benchmarks themselves.
         Case("tiny-lora", "Parakeet-CTC, tiny, LoRA r=2", "parakeet", 2, 32, 1),
+        Case("tiny-lora-mixed", "Parakeet-CTC, tiny, LoRA r=2, mixed", "parakeet", 2, 32, 1, mixed=True),
         Case("tiny-full", "Parakeet-CTC, tiny, full", "parakeet", None, 32, 1),
     )
 }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 
-from bench.cases import CASES
+from bench.cases import CASES, Case
 from bench.checker import check
 from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours, registry
 from bench.session import Bench
 
 CASE = CASES["parakeet-600m-lora"]
+MIXED = CASES["parakeet-600m-lora-mixed"]
 FRAMES = 188  # 15 s
 SHOWN = (NON_PRIVATE, ours("bookkeeping"), ours("keep_small"), OPACUS_HOOKS, OPACUS_GHOST)
 ON_GPU = (
@@ -18,16 +22,31 @@ ON_GPU = (
 )
 
 
+def test_mixed_precision(bench: Bench) -> None:
+    """Float32 adapters on a bfloat16 base, as the recipes and most trainers have it, beside the same of PEFT."""
+    if not bench.device.startswith("cuda"):
+        pytest.skip("of a GPU")
+    names = (NON_PRIVATE, ours("bookkeeping"))
+    _check(bench, MIXED, names)
+    for size, _ in ON_GPU:
+        bench.run(
+            "model",
+            MIXED,
+            size,
+            FRAMES,
+            with_memory=True,
+            with_rates=True,
+            rounds=9,
+            seconds=6,
+            contenders=names,
+        )
+
+
 def test_model(bench: Bench) -> None:
     if not bench.model or bench.quick:
         pytest.skip("--benchmark-model runs the 608.8 M model on a CPU")
-    # float64 one-by-one gradients of 608.8 M parameters are 5 GB and minutes: the same layers at two of the 24
-    # blocks are checked instead.
     on_gpu = bench.device.startswith("cuda")
-    small = type(CASE)(CASE.name, CASE.title, CASE.family, CASE.rank, CASE.width, 2)
-    model = small.model(32, bench.dtype, bench.device)
-    factories = {name: factory for name, factory in registry().items() if not on_gpu or name in SHOWN}
-    bench.adopt(CASE, check(factories, small, model, small.batch(2, 32, bench.dtype, bench.device)))
+    _check(bench, CASE, SHOWN if on_gpu else tuple(registry()))
     if not on_gpu:
         bench.run("model", CASE, 1, FRAMES, rounds=3, with_rates=True)
         return
@@ -43,3 +62,11 @@ def test_model(bench: Bench) -> None:
             seconds=12,
             contenders=names,
         )
+
+
+def _check(bench: Bench, case: Case, names: Sequence[str]) -> None:
+    """Verdicts from two of the 24 blocks: float64 one-by-one gradients of 608.8 M parameters are 5 GB and minutes."""
+    small = replace(case, layers=2)
+    model = small.model(32, bench.dtype, bench.device)
+    factories = {name: factory for name, factory in registry().items() if name in names}
+    bench.adopt(case, check(factories, small, model, small.batch(2, 32, bench.dtype, bench.device)))

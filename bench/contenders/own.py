@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import dpkernels
+from asr_finetune.precision import hold_frozen
 from bench.cases import Batch, Case, forward
 from bench.contenders import Contender, Factory, Settings
 from bench.contenders.rows import Rows
@@ -24,6 +25,8 @@ class Private(Contender):
         self, case: Case, model: nn.Module, batch: Batch, settings: Settings, *, strategy: str
     ) -> None:
         super().__init__(case, model, batch, settings)
+        if case.mixed:  # as asr_finetune does
+            hold_frozen(model, batch["input_features"].dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="noise_multiplier=0")
             self.model, self.optimizer, self.loader = dpkernels.PrivacyEngine().make_private(

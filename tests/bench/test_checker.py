@@ -50,12 +50,15 @@ class Refuses(NonPrivate):
 PLANTED = {"after the sum": ClipsAfterTheSum, "one short": ForgetsOneParameter, "NaN": GivesNaN}
 
 
-@pytest.mark.parametrize("name", ["tiny-lora", "tiny-full", "lora-layer", "depthwise-layer"])
+@pytest.mark.parametrize(
+    "name", ["tiny-lora", "tiny-lora-mixed", "tiny-full", "lora-layer", "depthwise-layer"]
+)
 def test_every_contender_of_a_case_is_right_or_says_why_not(name: str) -> None:
     case = CASES[name]
-    model = case.model(16)
+    dtype = torch.bfloat16 if case.mixed else torch.float32
+    model = case.model(16, dtype)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    verdicts = check(registry(), case, model, case.batch(3, 16))
+    verdicts = check(registry(), case, model, case.batch(3, 16, dtype))
     assert {key: v for key, v in verdicts.items() if v.status != OK} == {}
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

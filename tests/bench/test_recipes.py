@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import transformers
 
 from bench import recipes
+from tests.asr import tones
 
 
 def small(name: str) -> Any:
@@ -32,11 +34,13 @@ def small(name: str) -> Any:
 
 
 @pytest.fixture
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(recipes, "full_size", small)
     monkeypatch.setattr(recipes, "UTTERANCES", 200)
     monkeypatch.setattr(recipes, "LONGEST", 2.0)
     monkeypatch.setattr(recipes, "librispeech_like_seconds", lambda count: np.linspace(1.0, 2.0, count))
+    with tones.one_thread():
+        yield
 
 
 @pytest.mark.usefixtures("_small")

@@ -1,0 +1,106 @@
+"""Writes what `bench.recipes` measured into the recipes' heads and docs/recipes.md: `python -m bench.recipe_heads`.
+
+python -m bench.recipe_heads --results bench/results/DEVICE/recipes.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from asr_finetune.config_file import RECIPES
+from bench.machine import ROOT
+from bench.results import FOLDER
+from bench.table import markdown
+
+DOCS = ROOT / "docs" / "recipes.md"
+HEAD = re.compile(r"^# measured on one H100: .*$", re.M)
+BEGIN, END = "<!-- measured: written by bench.recipe_heads -->", "<!-- /measured -->"
+_NAMES = {"float32": "float32", "bfloat16": "model.dtype=bfloat16"}
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def in_a_line(rows: Rows) -> str:
+    """One recipe's figures, for its head."""
+    return "# measured on one H100: " + "; ".join(_figures(row) for row in rows)
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    name = _NAMES[row["dtype"]]
+    if "rate" not in row:
+        return f"{name}: {row['reason']}"
+    return f"{name} {_hours(row)} hours ({row['rate']:.0f} utterances/s), {_gib(row, 'measured')} GiB"
+
+
+def table(saved: Mapping[str, Any]) -> str:
+    """All recipes, as Markdown with what they were measured on."""
+    rows = []
+    for row in saved["rows"]:
+        cells = [f"`{row['recipe']}`", row["dtype"]]
+        if "rate" in row:
+            cells += [
+                f"{row['rate']:.0f}",
+                f"{row['step_seconds'] * 1e3:.0f}",
+                _hours(row),
+                _gib(row, "measured"),
+                _gib(row, "predicted"),
+            ]
+        else:
+            cells += [row["reason"], "", "", "", _gib(row, "predicted")]
+        rows.append(cells)
+    about = saved["about"]
+    head = (
+        f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date'][:10]}; random weights, "
+        f"features of noise in memory, utterances of LibriSpeech-like lengths, one timed step of some "
+        f"{saved['rows'][0]['examples']} of them. A step: noise and update. Hours: of the whole run, without "
+        "evaluation. Memory: highest allocated, a micro-batch of the longest utterances; predicted by the planner."
+    )
+    names = ["recipe", "arithmetic", "utterances/s", "a step, ms", "hours", "GiB", "predicted"]
+    return f"{head}\n\n{markdown(names, rows, 'llrrrrr')}"
+
+
+def _hours(row: Mapping[str, Any]) -> str:
+    return f"{row['hours']:.1f}"
+
+
+def _gib(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key] / 2**30:.1f}" if key in row else ""
+
+
+def with_section(text: str, section: str) -> str:
+    """The document with what stands between its two marks replaced.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        raise ValueError(f"no {BEGIN} … {END} in it: put both where the table is to stand")
+    return f"{text[: begin + len(BEGIN)]}\n\n{section}\n\n{text[end:]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.recipe_heads", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, help="default: the one recipes.json under bench/results")
+    options = parser.parse_args(arguments)
+    found = [options.results] if options.results else sorted(FOLDER.glob("*/recipes.json"))
+    if len(found) != 1:
+        print(f"error: {len(found)} recipes.json under {FOLDER}; mend: give --results", file=sys.stderr)
+        return 1
+    saved = json.loads(found[0].read_text(encoding="utf-8"))
+    for name in dict.fromkeys(row["recipe"] for row in saved["rows"]):
+        path = RECIPES / f"{name}.yaml"
+        line = in_a_line([row for row in saved["rows"] if row["recipe"] == name])
+        path.write_text(HEAD.sub(line, path.read_text(encoding="utf-8")), encoding="utf-8")
+    DOCS.write_text(with_section(DOCS.read_text(encoding="utf-8"), table(saved)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
