@@ -213,6 +213,10 @@ class TrainConfig(_Section):
         default=16,
         metadata=about("utterances in one forward; changes speed and memory, not the result", least=1),
     )
+    checkpointing: bool = field(
+        default=False,
+        metadata=about("recompute each block's activations in the backward: less memory, more time"),
+    )
     fill_micro_batches: bool = field(
         default=False,
         metadata=about("physical_batch_size counts utterances of the longest length; more of shorter ones"),

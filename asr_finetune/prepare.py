@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.augment import SpecAugment
+from asr_finetune.checkpointing import checkpoint_blocks
 from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
 from asr_finetune.data import Corpus, SpeechDataset, load_corpus
 from asr_finetune.models import load_recognizer
@@ -77,6 +78,16 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     """The torch optimizer over the trained parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return _OPTIMIZERS[config.optimizer](trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def prepare_blocks(config: TrainConfig, recognizer: Recognizer) -> None:
+    """What the configuration asks of the model's blocks, in place: after the method, before `make_private`.
+
+    Raises:
+        ConfigError: the model has no such blocks; the message names the key.
+    """
+    if config.checkpointing:
+        checkpoint_blocks(recognizer.model)
 
 
 def make_private(
