@@ -273,13 +273,13 @@ class _Rehearsal:
         dataset = training_dataset(config, self.corpus, recognizer)
         lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
         recognizer.model.train()
-        prepare_blocks(config.train, recognizer)
+        quiet = Reporter(False)
+        prepare_blocks(config.train, recognizer, quiet)
         if not config.privacy.enabled:
             recognizer.loss_per_example(recognizer.model, recognizer.collate([dataset[0]])).sum().backward()
             return "one utterance went forward and backward"
         config = config.with_values("privacy", noise_multiplier=self.sigma)
         optimizer = make_optimizer(config.train, recognizer.model)
-        quiet = Reporter(False)
         engine, _, _ = make_private(
             config, recognizer, optimizer, dataset, lengths, quiet, None, config.train.steps
         )

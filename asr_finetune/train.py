@@ -206,7 +206,7 @@ def _prepare(
     dataset = training_dataset(config, corpus, recognizer)
     lengths = [recognizer.length(utterance) for utterance in corpus.utterances]
     model.train()
-    prepare_blocks(config.train, recognizer)
+    prepare_blocks(config.train, recognizer, reporter)
     plain = make_optimizer(config.train, model)
     optimizer: Any
     loader: Iterable[Any]

@@ -294,15 +294,18 @@ def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules without children, and ghost layers that have some, by name.
 
     Nothing within a ghost layer: it may compute as one with its children (LoRA), and with a hook on one of them would
-    take another path than in training, and than where checkpointing computes it again without the hook.
+    take another path than in training, and than where checkpointing computes it again without the hook. Nothing of a
+    compiled module: torch.compile would make the hook part of the code that training runs, and does not look whether
+    hooks came or went.
     """
     within: set[nn.Module] = set()
     for name, module in named_modules(model):
         children = list(module.children())
+        compiled = module._compiled_call_impl is not None
         ghost = isinstance(module, GhostModule) and not isinstance(module, ExpandingModule)
-        if module in within or ghost:
+        if module in within or ghost or compiled:
             within.update(children)
-        if module not in within and (ghost or not children):
+        if module not in within and not compiled and (ghost or not children):
             yield name, module
 
 

@@ -17,6 +17,7 @@ from asr_finetune.config import Config, ConfigError, TrainConfig
 from asr_finetune.dry_run import rehearse
 from asr_finetune.models import Recognizer
 from asr_finetune.prepare import prepare_blocks
+from asr_finetune.progress import Reporter
 from asr_finetune.train import train
 from tests.asr import small_models, tones
 from tests.asr.test_strategies import prepared, summed
@@ -79,8 +80,8 @@ def test_a_model_without_blocks_is_refused_by_the_key(folders: dict[str, Path]) 
     with pytest.raises(
         ConfigError, match=r"train.checkpointing=true: ParakeetForCTC has no .* set it to false"
     ):
-        prepare_blocks(TrainConfig(checkpointing=True), recognizer)
-    prepare_blocks(TrainConfig(), recognizer)
+        prepare_blocks(TrainConfig(checkpointing=True), recognizer, Reporter(False))
+    prepare_blocks(TrainConfig(), recognizer, Reporter(False))
 
 
 @pytest.fixture(scope="module")
