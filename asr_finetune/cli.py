@@ -111,7 +111,8 @@ def plan(
     Without a model nothing is loaded: the noise multiplier σ by PLD and by RDP, the sampling rate, and ε on
     the way. With --model or --config, a few micro-batches of synthetic audio are timed on this machine: the
     training alone, without reading audio, self-check and evaluations. With --gpu-memory as well, nothing is
-    timed: a private step is rehearsed without data or GPU, and the largest micro-batch of each strategy shown.
+    timed: a private step is rehearsed without data or GPU, and the largest micro-batch of each strategy shown,
+    with and without activation checkpointing.
 
     **Examples**
 
@@ -170,12 +171,15 @@ def plan(
 
         recognizer = load_recognizer(loaded.model)
     if recognizer is not None and gpu_memory is not None:
+        from asr_finetune.checkpointing import has_checkpointing
         from asr_finetune.memory_plan import plan_memory
         from asr_finetune.methods import apply_method
 
         apply_method(recognizer, loaded.method)
         memory = round(gpu_memory * 2**30)
-        Console().print(memory_table(plan_memory(loaded, recognizer, memory, corpus=corpus, seconds=seconds)))
+        both = (False, True) if has_checkpointing(recognizer.model) else (False,)
+        fits = plan_memory(loaded, recognizer, memory, corpus=corpus, seconds=seconds, checkpointing=both)
+        Console().print(memory_table(fits))
     elif recognizer is not None:
         Console().print(probe_table(planning.probe(loaded, recognizer, corpus, seconds=seconds)))
 

@@ -217,6 +217,14 @@ class TrainConfig(_Section):
         default=16,
         metadata=about("utterances in one forward; changes speed and memory, not the result", least=1),
     )
+    checkpointing: bool = field(
+        default=False,
+        metadata=about("recompute each block's activations in the backward: less memory, more time"),
+    )
+    compile_frozen: bool = field(
+        default=False,
+        metadata=about("torch.compile the blocks without trained parameters: faster steps, minutes to start"),
+    )
     fill_micro_batches: bool = field(
         default=False,
         metadata=about("physical_batch_size counts utterances of the longest length; more of shorter ones"),

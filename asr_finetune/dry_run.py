@@ -32,6 +32,7 @@ from asr_finetune.prepare import (
     check_public,
     make_optimizer,
     make_private,
+    prepare_blocks,
     recognizer_of,
     self_check,
     sigma_of,
@@ -247,14 +248,16 @@ class _Rehearsal:
             strategy=config.privacy.strategy,
             optimizer=config.train.optimizer,
             target="cuda" if device.type == "cuda" else "cpu",
+            checkpointing=config.train.checkpointing,
         ) as stage:
             peak = stage.peak(losses, width)
         there = _capacity(device)
+        recomputed = ", checkpointing" if config.train.checkpointing else ""
         parts = (
             (peak.weights, "weights"),
             (peak.sums, "float64 sums"),
             (peak.optimizer, "optimizer"),
-            (peak.micro_batch, f"micro-batch of {width} × {speech.longest:.1f} s"),
+            (peak.micro_batch, f"micro-batch of {width} × {speech.longest:.1f} s{recomputed}"),
         )
         listed = " + ".join(f"{size(part)} {name}" for part, name in parts)
         found = f"predicted peak {size(peak.total)} ({listed}) of the {size(there)} of {device}"
@@ -270,12 +273,13 @@ class _Rehearsal:
         dataset = training_dataset(config, self.corpus, recognizer)
         lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
         recognizer.model.train()
+        quiet = Reporter(False)
+        prepare_blocks(config.train, recognizer, quiet)
         if not config.privacy.enabled:
             recognizer.loss_per_example(recognizer.model, recognizer.collate([dataset[0]])).sum().backward()
             return "one utterance went forward and backward"
         config = config.with_values("privacy", noise_multiplier=self.sigma)
         optimizer = make_optimizer(config.train, recognizer.model)
-        quiet = Reporter(False)
         engine, _, _ = make_private(
             config, recognizer, optimizer, dataset, lengths, quiet, None, config.train.steps
         )

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from asr_finetune.checkpointing import checkpoint_blocks
 from asr_finetune.config import Config, PrivacyConfig
 from asr_finetune.live_memory import LiveMemory, Target, Valueless, cuda_size, hollow, rehearsal
 from asr_finetune.plan import typical_speech
-from asr_finetune.recognizer import Recognizer, base_model
+from asr_finetune.recognizer import Recognizer
 from dpkernels import PrivacyEngine
 
 if TYPE_CHECKING:
@@ -115,7 +116,11 @@ class Rehearsal:
             stack.enter_context(rehearsal(self._target))
             self._copy = hollow(self._model).train()
             if self._checkpointing:
-                _checkpoint(self._copy, self._target)
+                checkpoint_blocks(
+                    self._copy,
+                    preserve_rng_state=False,  # it would be read from real tensors, and matters to no shape
+                    context_fn=lambda: (nullcontext(), Valueless(self._target)),
+                )
             self._trained = [parameter for parameter in self._copy.parameters() if parameter.requires_grad]
             self._memory = stack.enter_context(LiveMemory(self._size_of))
             for tensor in (*self._copy.parameters(), *self._copy.buffers()):
@@ -288,19 +293,6 @@ def plan_memory(
     if not chosen.size:
         return MemoryPlan(memory, margin, found, None, [])
     return MemoryPlan(memory, margin, found, chosen, find(chosen.strategy, chosen.checkpointing, lengths))
-
-
-def _checkpoint(model: nn.Module, target: Target) -> None:
-    base = base_model(model)
-    if not getattr(base, "supports_gradient_checkpointing", False):
-        raise ValueError(f"{type(base).__name__} has no activation checkpointing")
-    base.gradient_checkpointing_enable(
-        {
-            "use_reentrant": False,
-            "preserve_rng_state": False,  # it would be read from real tensors, and matters to no shape
-            "context_fn": lambda: (nullcontext(), Valueless(target)),
-        }
-    )
 
 
 def _engine() -> PrivacyEngine:

@@ -217,13 +217,15 @@ def probe(
     """
     # Here: a plan without a model must not load transformers.
     from asr_finetune.methods import apply_method
-    from asr_finetune.prepare import make_optimizer
+    from asr_finetune.prepare import make_optimizer, prepare_blocks
+    from asr_finetune.progress import Reporter
     from dpkernels import PrivacyEngine
 
     speech = typical_speech(recognizer, corpus, seconds)
     mean, longest = speech.mean, speech.longest
     apply_method(recognizer, config.method)
     model = recognizer.model.train()
+    prepare_blocks(config.train, recognizer, Reporter(False))
     width = min(config.train.physical_batch_size, config.train.batch_size)
     device = next(model.parameters()).device
     optimizer = make_optimizer(config.train, model)

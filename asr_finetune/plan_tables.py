@@ -95,7 +95,11 @@ def _fit_row(fit: Fit) -> list[str]:
 
 
 def _advice(chosen: Fit) -> str:
-    return f"privacy.strategy={chosen.strategy} train.physical_batch_size={chosen.size}"
+    checkpointing = str(chosen.checkpointing).lower()
+    return (
+        f"privacy.strategy={chosen.strategy} train.physical_batch_size={chosen.size} "
+        f"train.checkpointing={checkpointing}"
+    )
 
 
 def size(count: float) -> str:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.augment import SpecAugment
+from asr_finetune.checkpointing import checkpoint_blocks
+from asr_finetune.compiling import compile_frozen_blocks
 from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
 from asr_finetune.data import Corpus, SpeechDataset, load_corpus
 from asr_finetune.models import load_recognizer
@@ -77,6 +79,24 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     """The torch optimizer over the trained parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return _OPTIMIZERS[config.optimizer](trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def prepare_blocks(config: TrainConfig, recognizer: Recognizer, reporter: Reporter) -> None:
+    """What the configuration asks of the model's blocks, in place: after the method, before `make_private`.
+
+    Raises:
+        ConfigError: the model has no such blocks, or torch.compile does not work; the message names the key.
+    """
+    if config.checkpointing:
+        checkpoint_blocks(recognizer.model)
+    if config.compile_frozen:
+        names = compile_frozen_blocks(recognizer.model)
+        if not names:
+            raise ConfigError(
+                f"train.compile_frozen=true: every block of {recognizer.name} holds a trained parameter, so that there "
+                "is nothing to compile: set it to false, or choose a method or method.targets that leave blocks frozen"
+            )
+        reporter.say(f"{len(names)} frozen blocks are compiled when they are first called")
 
 
 def make_private(

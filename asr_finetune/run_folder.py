@@ -33,6 +33,8 @@ MAY_CHANGE = frozenset(
         "model.device",
         "train.physical_batch_size",
         "train.fill_micro_batches",
+        "train.checkpointing",
+        "train.compile_frozen",
         "train.num_workers",
         "train.cache_features",
         "train.checkpoint_every",

@@ -23,6 +23,7 @@ from asr_finetune.prepare import (
     load,
     make_optimizer,
     make_private,
+    prepare_blocks,
     recognizer_of,
     self_check,
     training_dataset,
@@ -205,6 +206,7 @@ def _prepare(
     dataset = training_dataset(config, corpus, recognizer)
     lengths = [recognizer.length(utterance) for utterance in corpus.utterances]
     model.train()
+    prepare_blocks(config.train, recognizer, reporter)
     plain = make_optimizer(config.train, model)
     optimizer: Any
     loader: Iterable[Any]

@@ -31,12 +31,14 @@ class GhostModule:
 
     def _ghost_active(self, *parameters: Tensor | None) -> bool:
         """Whether this forward is a private one: a tape, gradients wanted, and something here is trained."""
-        tape = self.ghost_tape
-        if tape is None or not tape.recording or not torch.is_grad_enabled():
-            return False
+        # First: a frozen layer never looks at the tape, so that torch.compile of frozen blocks depends on none of its
+        # state.
         trained = [p for p in parameters if p is not None and p.requires_grad]
+        tape = self.ghost_tape
+        if not trained or tape is None or not tape.recording or not torch.is_grad_enabled():
+            return False
         tape.note_use(trained)
-        return bool(trained)
+        return True
 
     def ghost_label(self) -> str:
         """The qualified name for messages, or the class name before `attach`."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dpkernels.nn import Record, Tape, add_weighted_sums
+from dpkernels.nn import GhostModule, Record, Tape, add_weighted_sums, named_modules
+from dpkernels.nn.expanded import ExpandingModule
 from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.clipping import total_norm_sq
 
@@ -270,7 +271,7 @@ def _repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any)
 
 @contextmanager
 def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collects the first tensor that each module without children returns, by name, in order of execution."""
+    """Collects the first tensor that each innermost module returns, by name, in order of execution."""
     collected: dict[str, Tensor] = {}
     handles = []
 
@@ -281,14 +282,32 @@ def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    for name, module in model.named_modules():
-        if not any(module.children()):
-            handles.append(module.register_forward_hook(collect(name)))
+    for name, module in _innermost(model):
+        handles.append(module.register_forward_hook(collect(name)))
     try:
         yield collected
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules without children, and ghost layers that have some, by name.
+
+    Nothing within a ghost layer: it may compute as one with its children (LoRA), and with a hook on one of them would
+    take another path than in training, and than where checkpointing computes it again without the hook. Nothing of a
+    compiled module: torch.compile would make the hook part of the code that training runs, and does not look whether
+    hooks came or went.
+    """
+    within: set[nn.Module] = set()
+    for name, module in named_modules(model):
+        children = list(module.children())
+        compiled = module._compiled_call_impl is not None
+        ghost = isinstance(module, GhostModule) and not isinstance(module, ExpandingModule)
+        if module in within or ghost or compiled:
+            within.update(children)
+        if module not in within and not compiled and (ghost or not children):
+            yield name, module
 
 
 def _first_difference(

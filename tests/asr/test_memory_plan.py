@@ -166,7 +166,8 @@ def test_the_table_says_what_to_set() -> None:
     peak = Peak(size=12, weights=2**30, sums=0, optimizer=0, micro_batch=2**31, workspace=0)
     fit = Fit("keep_small", True, 15.0, peak)
     table = memory_table(MemoryPlan(80 * 2**30, 0.9, [Fit("bookkeeping", True, 15.0, None), fit], fit, []))
-    assert "privacy.strategy=keep_small train.physical_batch_size=12" in str(table.caption)
+    settings = "privacy.strategy=keep_small train.physical_batch_size=12 train.checkpointing=true"
+    assert settings in str(table.caption)
     cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["bookkeeping, checkpointing", "keep_small, checkpointing"]
     assert cells[2] == ["none fits", "12"]
@@ -180,5 +181,7 @@ def test_the_command_shows_it(tmp_path: Path) -> None:
     shown = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, ["plan", *sizes, *model])
     assert shown.exit_code == 0, shown.output
     assert "largest micro-batch" in shown.output
-    assert "train.physical_batch_size=4" in shown.output
+    assert "train.physical_batch_size=4 train.checkpointing=false" in shown.output
+    for strategy in strategies():
+        assert f"{strategy}, checkpointing" in shown.output
     assert "time per utterance" not in shown.output

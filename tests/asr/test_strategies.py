@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from asr_finetune import loop
+from asr_finetune.checkpointing import checkpoint_blocks
 from asr_finetune.config import Config, MethodConfig
 from asr_finetune.memory_plan import Rehearsal
 from asr_finetune.methods import apply_method
@@ -92,12 +93,6 @@ def summed(recognizer: Recognizer, strategy: str, *, checkpointed: bool) -> dict
         optimizer.step()
         assert optimizer.last_step.clip_rate > 0
     return {n: p.grad.double() * len(items) for n, p in model.named_parameters() if p.requires_grad}
-
-
-def checkpoint_blocks(model: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames it
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _count_calls(model: nn.Module) -> Counter[str]:

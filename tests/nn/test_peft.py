@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import GhostConv1d, GhostLinear, LinearRecord, LoRARecord, attach, coverage, detach, swap
+from dpkernels.nn import (
+    GhostConv1d,
+    GhostLinear,
+    LinearRecord,
+    LoRARecord,
+    Tape,
+    attach,
+    coverage,
+    detach,
+    swap,
+)
+from dpkernels.privacy.self_check import self_check
 from tests.nn.per_sample import check_private, one_by_one, run_private
 
 peft = pytest.importorskip("peft")
@@ -171,6 +182,18 @@ def test_several_active_adapters_run_over_the_inner_layers() -> None:
     private = check_private(model, squares, (X,))
     assert sum(isinstance(r, LinearRecord) for r in private.records) == 4
     assert sum(isinstance(r, LoRARecord) for r in private.records) == 1
+
+
+def test_the_self_check_takes_the_fused_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training takes it; so must what is checked beforehand, and what checkpointing then computes again."""
+    kinds: list[type] = []
+    original = Tape.add
+    monkeypatch.setattr(
+        Tape, "add", lambda tape, record: (kinds.append(type(record)), original(tape, record))
+    )
+    model = swap(adapted())
+    assert self_check(model, attach(model), squares, X).first_module is None
+    assert set(kinds) == {LoRARecord}
 
 
 def test_hooks_on_inner_layers_still_run() -> None:
