@@ -38,7 +38,7 @@ from asr_finetune.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.memory_plan import Rehearsal, losses_of
 from asr_finetune.methods import apply_method, trained_parameters
 from asr_finetune.precision import DTYPES
-from asr_finetune.prepare import make_optimizer, make_private
+from asr_finetune.prepare import make_optimizer, make_private, prepare_blocks
 from asr_finetune.progress import Reporter
 from bench.data import LONGEST, librispeech_like_seconds
 from bench.machine import about
@@ -124,7 +124,7 @@ def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
         strategy=config.privacy.strategy,
         optimizer=config.train.optimizer,
         target=target,
-        checkpointing=getattr(config.train, "checkpointing", False),
+        checkpointing=config.train.checkpointing,
     ) as stage:
         peak = stage.peak(losses_of(made, item), config.train.physical_batch_size)
     return {"trained": trained_parameters(made.model), "predicted": peak.total}
@@ -133,6 +133,7 @@ def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
 def _private(config: Config, made: CTCRecognizer, data: Noise, batch: int) -> tuple[PrivacyEngine, Any, Any]:
     """A private run of two logical steps of `batch` expected utterances, as `train` prepares it."""
     drawn = replace(config, train=replace(config.train, batch_size=batch, num_workers=0))
+    prepare_blocks(config.train, made, Reporter(False))
     plain = make_optimizer(config.train, made.model)
     return make_private(drawn, made, plain, data, data.lengths(made), Reporter(False), None, 2)  # type: ignore[arg-type]
 
@@ -235,7 +236,7 @@ def of(name: str, dtype: str, options: argparse.Namespace, known: Entry) -> Entr
         "recipe": name,
         "dtype": dtype,
         "strategy": config.privacy.strategy,
-        "checkpointing": getattr(train, "checkpointing", False),
+        "checkpointing": train.checkpointing,
         "physical_batch_size": train.physical_batch_size,
         "batch_size": train.batch_size,
         "steps": train.steps,
