@@ -54,7 +54,7 @@ def compile_frozen_blocks(model: nn.Module, *, backend: Backend = "inductor") ->
             # Graphs with checkpoints in them are not for every backend, and what a compiled block keeps for its
             # backward is chosen by torch.compile; nothing, where no gradient passes (a whole frozen encoder).
             if getattr(part, "gradient_checkpointing", False):
-                part.gradient_checkpointing = False
+                vars(part)["gradient_checkpointing"] = False
         block.compile(dynamic=True, backend=backend)
     return [name for name, _ in blocks]
 

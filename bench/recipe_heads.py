@@ -56,8 +56,8 @@ def table(saved: Mapping[str, Any]) -> str:
         rows.append(cells)
     about = saved["about"]
     head = (
-        f"{about['device']}, torch {about['versions']['torch']}, commit {about['commit']}, {about['date'][:10]}; random weights, "
-        f"features of noise in memory, utterances of LibriSpeech-like lengths, one timed step of some "
+        f"{about['device']}, torch {about['versions']['torch']}, commit {about['commit']}, {about['date'][:10]}; "
+        f"random weights, features of noise in memory, utterances of LibriSpeech-like lengths, one timed step of some "
         f"{saved['rows'][0]['examples']} of them. A step: noise and update. Hours: of the whole run, without "
         "evaluation. Memory: highest allocated, a micro-batch of the longest utterances; predicted by the planner."
     )
