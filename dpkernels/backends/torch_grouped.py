@@ -1,8 +1,7 @@
 """Norms and weighted sums of many layers, one after the other, each by its family's backend; then the noise."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from dpkernels.backends import registry
 from dpkernels.backends.bounds import round_up
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One layer: its weighted sum is family_weighted_sum(*tensors, factors, *outs, **options), its norm likewise."""
 
     family: str

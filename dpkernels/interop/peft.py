@@ -31,37 +31,45 @@ class GhostLoRALinear(GhostModule, LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
-        adapter = None if args or kwargs else self._fused_adapter()
-        if adapter is None:
+        fused = None if args or kwargs else self._fused()
+        if fused is None:
             return super().forward(x, *args, **kwargs)
-        base: Any = self.base_layer
-        a: Any = self.lora_A[adapter].weight
-        b: Any = self.lora_B[adapter].weight
-        if not self._ghost_active(base.weight, base.bias, a, b):
+        base, lora_a, lora_b, dropout, scaling = fused
+        weight, bias, a, b = base.weight, base.bias, lora_a.weight, lora_b.weight
+        if not self._ghost_active(weight, bias, a, b):
             return super().forward(x)
-        dropout = self.lora_dropout[adapter]
         dropped = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
         # PEFT casts before it drops.
         adapter_input = dropout(self._cast_input_dtype(x, a.dtype)) if dropped else None
-        return ghost_lora(self, x, adapter_input, base.weight, base.bias, a, b, self.scaling[adapter])
+        return ghost_lora(self, x, adapter_input, weight, bias, a, b, scaling)
 
-    def _fused_adapter(self) -> str | None:
-        """The adapter that the fused path may serve now, or None."""
+    def _fused(self) -> tuple[Any, Any, Any, Any, float] | None:
+        """Base, A, B, dropout and scaling of the one adapter that the fused path may serve now, or None.
+
+        Asked in every forward: adapters are switched, and hooks added, between one and the next.
+        """
         if self.ghost_tape is None or self.disable_adapters or self.merged:
             return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        # Not by attribute: nn.Module finds its modules last of all, at a microsecond each.
+        own: Any = self._modules
+        active = [name for name in self.active_adapters if name in own["lora_A"]._modules]
         if len(active) != 1 or active[0] in self.lora_variant or not self.cast_input_dtype_enabled:
             return None
         (name,) = active
-        layers = (self.base_layer, self.lora_A[name], self.lora_B[name])
-        plain = all(type(layer) in (nn.Linear, GhostLinear) and not _has_hooks(layer) for layer in layers)
-        known = isinstance(self.lora_dropout[name], nn.Dropout | nn.Identity)
-        return name if plain and known and self.lora_B[name].bias is None else None
+        base, a, b, dropout = own["base_layer"], *(own[key]._modules[name] for key in _OF_AN_ADAPTER)
+        plain = _is_plain(base) and _is_plain(a) and _is_plain(b) and b.bias is None
+        known = isinstance(dropout, nn.Dropout | nn.Identity)
+        return (base, a, b, dropout, self.scaling[name]) if plain and known else None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Hooks on an inner layer only run when that layer is called, which the fused path does not do."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+_OF_AN_ADAPTER = ("lora_A", "lora_B", "lora_dropout")
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it is a linear layer without hooks: they only run when it is called, which the fused path does not do."""
+    if type(layer) not in (nn.Linear, GhostLinear):
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
 
 
 def _refusal(module: nn.Module) -> str | None:

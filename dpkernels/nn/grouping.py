@@ -20,8 +20,10 @@ def norms_sq(records: Sequence[Record]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     shares: dict[torch.device, list[Share]] = {}
-    for record in sharing_inputs(records):
-        share = record.share() if _shares(type(record), "norm_sq") else None
+    asked = sharing_inputs(records)
+    kinds = _sharing(asked, "norm_sq")
+    for record in asked:
+        share = record.share() if type(record) in kinds else None
         if share is None:
             found.append(record.norm_sq())
         else:
@@ -41,8 +43,9 @@ def add_weighted_sums(
     """
     shares: dict[torch.device, list[tuple[Share, tuple[Tensor, ...]]]] = {}
     seen: set[nn.Parameter] = set()
+    kinds = _sharing(records, "add_weighted_sum")
     for record in records:
-        share = record.share() if _shares(type(record), "add_weighted_sum") else None
+        share = record.share() if type(record) in kinds else None
         # Two layers of one call write at the same time: not to the same sum.
         again = not seen.isdisjoint(record.parameters)
         seen.update(record.parameters)
@@ -55,6 +58,11 @@ def add_weighted_sums(
         options = _lists([share.options for share, _ in mine])
         outs = tuple(out for _, its in mine for out in its)
         ops.clip_and_noise(*_layers([share for share, _ in mine]), factors.to(device), outs, **options)
+
+
+def _sharing(records: Sequence[Record], method: str) -> set[type[Record]]:
+    """Those of the records' classes that take part in one call for many layers."""
+    return {kind for kind in set(map(type, records)) if _shares(kind, method)}
 
 
 def _shares(kind: type[Record], method: str) -> bool:

@@ -171,8 +171,8 @@ class _LoRA(torch.autograd.Function):
         with no_autocast(x.device.type):
             compute = a.dtype if dtype is None else dtype
             y = F.linear(x, maybe_cast(weight, dtype), maybe_cast(bias, dtype))
-            h = torch.mm(as_rows(source).to(compute), a.to(compute).t())
-            rows, up = as_rows(y), b.to(compute).t()
+            h = torch.mm(maybe_cast(as_rows(source), compute), maybe_cast(a, compute).t())
+            rows, up = as_rows(y), maybe_cast(b, compute).t()
             if compute == y.dtype:
                 rows.addmm_(h, up, alpha=scaling)
             else:
@@ -204,11 +204,11 @@ class _LoRA(torch.autograd.Function):
             if b is not None:
                 # scaled within the product: a launch less, a rounding less
                 dh = rows.new_empty(rows.shape[0], b.shape[1], dtype=compute)
-                dh.addmm_(rows.to(compute), b.to(compute), beta=0, alpha=ctx.scaling)
+                dh.addmm_(maybe_cast(rows, compute), maybe_cast(b, compute), beta=0, alpha=ctx.scaling)
             if needs_x:
-                dx = torch.mm(rows, weight.to(g.dtype))
+                dx = torch.mm(rows, maybe_cast(weight, g.dtype))
                 if ctx.shared:
-                    dx = _add_product(dx, dh, a.to(compute))
+                    dx = _add_product(dx, dh, maybe_cast(a, compute))
                 dx = dx.view(*g.shape[:-1], -1)
             if needs_source:
                 d_source = torch.mm(dh, a.to(compute)).to(g.dtype).view(*g.shape[:-1], -1)

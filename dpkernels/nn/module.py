@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, overload
 
 import torch
@@ -45,15 +44,17 @@ class GhostModule:
         return self.ghost_name or type(self).__name__
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     """Every module once, the same order on every call of the same model; a fifth of the time of named_modules."""
     found, seen = [model], {model}
     for module in found:  # which grows
+        yield module  # while it is in the cache
+        if not module._modules:
+            continue
         for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
                 found.append(child)
-    return found
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -86,14 +87,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-@contextmanager
-def no_autocast(device_type: str) -> Iterator[None]:
+_AS_IT_IS = nullcontext()
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off: inside, every dtype is already chosen."""
-    if not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    with torch.autocast(device_type, enabled=False):
-        yield
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IT_IS
 
 
 @overload
@@ -108,7 +107,8 @@ def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | Non
     Explicitly rather than through autocast's own cache: a cast made without gradients would be handed by that
     cache to a later ordinary use of the same weight, which would then get no gradient and say nothing.
     """
-    return tensor if tensor is None or dtype is None else tensor.to(dtype)
+    # `to` would hand back the tensor itself, at five times the cost of asking: a step asks a thousand times.
+    return tensor if tensor is None or dtype is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 def not_a_view(y: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def as_tokens(t: Tensor) -> Tensor:
 
 def as_rows(t: Tensor) -> Tensor:
     """[*, n] -> [N, n], with sizes of 0 allowed anywhere."""
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:

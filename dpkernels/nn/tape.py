@@ -78,8 +78,10 @@ class Tape:
 
     def note_use(self, parameters: Iterable[Tensor]) -> None:
         """Count a use of each parameter in a forward (one recomputed within the backward does not count)."""
-        if not self.is_open:
-            self._uses.update(p for p in parameters if isinstance(p, nn.Parameter))
+        if self._batch_size is None:
+            for p in parameters:
+                if isinstance(p, nn.Parameter):
+                    self._uses[p] += 1
 
     def open(self, batch_size: int, sink: Callable[[Record], None] | None = None) -> None:
         """Start taking the records of a backward over `batch_size` samples. Raises RuntimeError if open."""
@@ -134,8 +136,10 @@ class Tape:
             self._sink(part)
 
     def _is_smaller_formed(self, record: Record) -> bool:
+        if not (self._keep_small or record.forms_by_default):
+            return False
         entries = record.entries()
-        if entries is None or not (self._keep_small or record.forms_by_default):
+        if entries is None:
             return False
         if any(self._uses[p] != 1 for p in record.parameters):
             return False  # they are merged: with few uses that is cheaper in the form they have

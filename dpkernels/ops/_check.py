@@ -34,8 +34,9 @@ def floats(**tensors: Tensor) -> None:
             f"convert it: {first}.float()",
             TypeError,
         )
+    dtype = reference.dtype
     for name, tensor in rest:
-        if tensor.dtype != reference.dtype:
+        if tensor.dtype != dtype:
             _fail(
                 name,
                 tensor,
@@ -54,8 +55,9 @@ def same_device(**tensors: Tensor | None) -> None:
     """
     given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
     first, reference = given[0]
+    device = reference.device
     for name, tensor in given[1:]:
-        if tensor.device != reference.device:
+        if tensor.device != device:
             _fail(
                 name,
                 tensor,
@@ -70,10 +72,10 @@ def shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], layout: s
     Raises:
         ValueError: another shape; `layout` says what it should be, as in "[B, T, d]".
     """
-    if tensor.dim() == len(expected):
-        for size, want in zip(
-            tensor.shape, expected, strict=True
-        ):  # in a loop: this is most of a check's time
+    given = tensor.shape
+    if len(given) == len(expected):
+        # in a loop: this is most of a check's time
+        for size, want in zip(given, expected):  # noqa: B905 - of one length
             if want is not None and want != size:
                 break
         else:
@@ -120,11 +122,15 @@ def weighted_sum(factors: Tensor, x: Tensor, **outs: tuple[Tensor, tuple[int, ..
     if factors.dtype != torch.float32:
         _fail("factors", factors, "float32 [B]", "pass what clip_factors returns", TypeError)
     shape("factors", factors, (x.shape[0],), "[B]")
+    device = x.device
+    if factors.device != device:
+        same_device(x=x, factors=factors)
     for name, (out, expected, layout) in outs.items():
         if out.dtype not in (torch.float32, torch.float64):
             _fail(name, out, "float32 or float64", "sum in float64 and convert afterwards", TypeError)
         shape(name, out, expected, layout)
-        same_device(x=x, factors=factors, **{name: out})
+        if out.device != device:
+            same_device(x=x, **{name: out})
 
 
 def finite(name: str, value: float) -> None:

@@ -192,20 +192,20 @@ def _outs_of(
 
 
 def _check_outs(outs: Sequence[Tensor], *, noised: bool) -> None:
+    dtype, device = (outs[0].dtype, outs[0].device) if outs else (None, None)
     for i, out in enumerate(outs):
         if not out.is_contiguous():
             raise ValueError(
                 f"outs[{i}]: expected a contiguous tensor; given strides {out.stride()}; copy it"
             )
-        if out.dtype != outs[0].dtype:
-            raise TypeError(
-                f"outs[{i}]: expected {outs[0].dtype}, as outs[0] has; given {out.dtype}; convert it"
-            )
+        if out.dtype != dtype:
+            raise TypeError(f"outs[{i}]: expected {dtype}, as outs[0] has; given {out.dtype}; convert it")
         if noised and out.dtype != torch.float64:
             raise TypeError(
                 f"outs[{i}]: expected float64, as noise is asked for; given {out.dtype}; convert it"
             )
-        _check.same_device(**({"outs[0]": outs[0]} | {f"outs[{i}]": out}))
+        if out.device != device:
+            _check.same_device(**{"outs[0]": outs[0], f"outs[{i}]": out})
     if not any(isinstance(out, torch._subclasses.FakeTensor) for out in outs):
         spans = sorted((out.data_ptr(), out.data_ptr() + out.nbytes) for out in outs if out.numel())
         if any(end > start for (_, end), (start, _) in pairwise(spans)):

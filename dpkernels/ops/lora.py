@@ -56,9 +56,10 @@ def _check_inputs(
 ) -> None:
     _check.floats(x=x, h=h, g=g, dh=dh)
     _check.shape("x", x, (None, None, None), "[B, T, d]")
-    _check.shape("h", h, (x.shape[0], x.shape[1], None), "[B, T, r]")
-    _check.shape("g", g, (x.shape[0], x.shape[1], None), "[B, T, p]")
-    _check.shape("dh", dh, (x.shape[0], x.shape[1], h.shape[2]), "[B, T, r]")
+    batch, frames, _ = x.shape
+    _check.shape("h", h, (batch, frames, None), "[B, T, r]")
+    _check.shape("g", g, (batch, frames, None), "[B, T, p]")
+    _check.shape("dh", dh, (batch, frames, h.shape[2]), "[B, T, r]")
     _check.finite("scaling", scaling)
     _check.lengths_of(lengths, x)
 

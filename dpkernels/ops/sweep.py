@@ -204,16 +204,16 @@ def _check_lists(
     shapes = [param.shape for param in params]
     device = params[0].device if params else None
     lists = {"params": (params, None), **wide} | ({"grads": (grads, None)} if grads else {})
-    for tensors, dtype in lists.values():
-        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
-            if not (
-                tensor.dtype is (dtype or params[i].dtype)
-                and (dtype or tensor.dtype in PARAMETER_DTYPES)
-                and tensor.shape == shape
-                and tensor.device == device
-                and tensor.is_contiguous()
-            ):
-                _refuse(i, params, wide, grads)
+    dtypes = [param.dtype for param in params]
+    fit = all(dtype in PARAMETER_DTYPES for dtype in dtypes) and all(
+        [tensor.dtype for tensor in tensors] == (dtypes if dtype is None else [dtype] * len(params))
+        and [tensor.shape for tensor in tensors] == shapes
+        and all(tensor.device == device and tensor.is_contiguous() for tensor in tensors)
+        for tensors, dtype in lists.values()
+    )
+    if not fit:
+        for i in range(len(params)):
+            _refuse(i, params, wide, grads)
     starts = [_start(tensor) for tensors, _ in lists.values() for tensor in tensors if tensor.numel()]
     if len(set(starts)) != len(starts):
         _refuse_shared({name: tensors for name, (tensors, _) in lists.items()})
@@ -289,16 +289,15 @@ def check_secrets(
             raise ValueError(
                 f"{name}: expected {len(params)}, as many as params; given {len(values)}; pass one each"
             )
-    for name, secret, size in (
-        ("key", key, 32),
-        *((f"nonces[{i}]", nonce, 12) for i, nonce in enumerate([*nonces, *rounding_nonces])),
-    ):
+    for i, secret in enumerate((key, *nonces, *rounding_nonces)):
+        size = 12 if i else 32
+        if isinstance(secret, bytes) and len(secret) == size:
+            continue
+        name = f"nonces[{i - 1}]" if i else "key"
         if not isinstance(secret, bytes):
             raise TypeError(f"{name}: expected bytes; given {type(secret).__name__}; convert it: bytes(...)")
-        if len(secret) != size:  # never the value itself: a key does not belong in a log
-            raise ValueError(
-                f"{name}: expected {size} bytes; given {len(secret)}; draw it: os.urandom({size})"
-            )
+        # never the value itself: a key does not belong in a log
+        raise ValueError(f"{name}: expected {size} bytes; given {len(secret)}; draw it: os.urandom({size})")
     if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):
         raise ValueError(
             "nonces: expected all different, those for rounding too; given one twice; two tensors would share "

@@ -116,7 +116,7 @@ def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
     batch_norms = False
     buffers: list[tuple[int, int]] = []
     trained: list[int] = []
-    for module in modules:
+    for module in modules:  # thousands, in every step: in loops, and with no call where there is nothing
         if module._buffers:
             passing = module._non_persistent_buffers_set
             buffers += [
@@ -128,7 +128,9 @@ def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
         elif isinstance(module, _BatchNorm):  # one without statistics has no buffers
             batch_norms = batch_norms or mixes_samples(module)
         if module._parameters:
-            trained += [id(p) for p in module._parameters.values() if p is not None and p.requires_grad]
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    trained.append(id(parameter))
     return Snapshot(batch_norms, buffers, trained)
 
 

@@ -47,10 +47,11 @@ def grid_of(noise_scale: float) -> float:
 def nonce(purpose: int, index: int, draw: int, rank: int = 0) -> bytes:
     """12 bytes: purpose (1), rank (1), index (4), draw (6), little-endian. Raises ValueError where one does
     not fit."""
-    limits = {"purpose": (purpose, 8), "rank": (rank, 8), "index": (index, 32), "draw": (draw, 48)}
-    for name, (value, bits) in limits.items():
-        if not 0 <= value < 2**bits:
-            raise ValueError(f"nonce: {name}={value} does not fit {bits} bits")
+    if not (0 <= purpose < 2**8 and 0 <= rank < 2**8 and 0 <= index < 2**32 and 0 <= draw < 2**48):
+        limits = {"purpose": (purpose, 8), "rank": (rank, 8), "index": (index, 32), "draw": (draw, 48)}
+        for name, (value, bits) in limits.items():
+            if not 0 <= value < 2**bits:
+                raise ValueError(f"nonce: {name}={value} does not fit {bits} bits")
     return struct.pack("<BBI", purpose, rank, index) + draw.to_bytes(6, "little")
 
 

@@ -121,7 +121,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._trained = trained_parameters(model)
         self._held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._buffers = released_buffers(model)
-        modules = modules_of(model)
+        modules = list(modules_of(model))
         self._snapshot, self._stateful = snapshot(modules), stateful(modules)
         self.keep_gradients = False
         self.stochastic_rounding = False

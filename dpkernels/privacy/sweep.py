@@ -85,15 +85,16 @@ def _uncovered_group(group: Mapping[str, Any]) -> str:
 
 
 def _uncovered_parameter(parameter: nn.Parameter, state: Mapping[str, Any]) -> str:
+    shape, device = parameter.shape, parameter.device
     if parameter.dtype not in DTYPES:
         return f"its dtype is {parameter.dtype}"
-    if parameter.device.type not in ("cpu", "cuda"):
-        return f"it is on {parameter.device.type}"
+    if device.type not in ("cpu", "cuda"):
+        return f"it is on {device.type}"
     if parameter.layout != torch.strided or not parameter.is_contiguous():
         return "it is not contiguous"
     for name in (*ADAM_STATES, "momentum_buffer"):
         kept = state.get(name)
-        if kept is not None and (kept.shape != parameter.shape or kept.device != parameter.device):
+        if kept is not None and (kept.shape != shape or kept.device != device):
             return f"its {name} has another shape or device"
     return ""
 
@@ -203,15 +204,14 @@ def _prepare(
             )
         for name in ADAM_STATES:
             kept_state = state.get(name)
-            state[name] = (
-                torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
-                if kept_state is None
-                else kept_state.float().contiguous()
-            )
+            if kept_state is None:
+                state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+            elif kept_state.dtype != torch.float32 or not kept_state.is_contiguous():
+                state[name] = kept_state.float().contiguous()
             part.states.setdefault(name, []).append(state[name])
         part.counters.append(state["step"])
     # One transfer for all counters that live on a GPU.
-    part.steps = [count + 1.0 for count in torch.stack([c.double() for c in part.counters]).tolist()]
+    part.steps = [count + 1.0 for count in torch.stack(part.counters).tolist()]
     return part
 
 
@@ -264,7 +264,8 @@ def _run(
         decoupled=bool(group["decoupled_weight_decay"]),
         **common,
     )
-    torch._foreach_add_(part.counters, 1)
+    # A number would be made a tensor anew for each of the counters that are on the host.
+    torch._foreach_add_(part.counters, torch.ones_like(part.counters[0]))
 
 
 def narrow_states(optimizer: Optimizer, trained: Sequence[nn.Parameter]) -> None:

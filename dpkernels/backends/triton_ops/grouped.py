@@ -8,9 +8,10 @@ Bounds do not depend on who makes the sum: a norm's covers all kernels of `confi
 """
 
 import functools
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -28,6 +29,7 @@ from dpkernels.backends.triton_ops.grouped_kernels import (
     grouped_vector_sums,
 )
 from dpkernels.backends.triton_ops.launching import (
+    aligned,
     architecture,
     dense,
     float64_int,
@@ -56,62 +58,75 @@ _TYPES = {
 }
 
 
-class Problem:
-    """wideᵀ narrow of every sample, times `scaling`; a vector has no narrow.
+class Form(NamedTuple):
+    """What is common to all problems of one shape: a model has hundreds of layers and a handful of these.
 
     Attributes:
-        wide: the [B, T, n] tensor.
+        kernel: the one that does them.
         kind: what one launch has in common: dtypes of tensors and out, ALIGN of wide and narrow, R.
-        pieces: in how many pieces of BN columns it is done.
-
-    Args:
-        wide: the tensor as kernel arguments and its ALIGN, from `launching.rows`.
-        narrow: the same of [B, T, r].
-        scaling: s.
-        out: [n, r], [r, n] or [n] that the sum is added to.
-        strides: of `out` by (n, r).
-        kernel: the one that will do it, which says what BN is.
+        pieces: in how many pieces of BN columns a problem is done.
+        before, after: of a row of the table, what stands between the addresses and the first piece, and behind it.
     """
 
-    def __init__(
-        self,
-        wide: tuple[tuple[Any, ...], int],
-        narrow: tuple[tuple[Any, ...], int] | None,
-        scaling: float,
-        out: Tensor | None,
-        strides: tuple[int, int],
-        kernel: Any,
-    ) -> None:
-        (self.wide, wide_b, wide_t, _, width), w_align = wide
-        self.kernel, out_dtype, n_align, columns, rank_tiles = kernel, None, 0, 0, 1
-        narrow_fields = (0, 0, 0, 1)
-        self._held: tuple[Tensor | None, ...] = (self.wide, out)
-        if narrow is not None:
-            (tensor, narrow_b, narrow_t, _, rank), n_align = narrow
-            narrow_fields = (tensor.data_ptr(), narrow_b, narrow_t, rank)
-            columns = rank_columns(rank * n_align)
-            rank_tiles = tiles(rank * n_align, columns)
-            self._held += (tensor,)
-        if out is not None:
-            out_dtype = out.dtype
-        self.kind = (self.wide.dtype, out_dtype, w_align, n_align, columns)
-        strip = tile_of(kernel, self.wide, "BN", w_align > 1 or narrow is None)
-        self.pieces = tiles(width * w_align, strip) * rank_tiles
-        address, narrow_b, narrow_t, rank = narrow_fields
-        self._before = [
-            self.wide.data_ptr(),
-            address,
-            0 if out is None else out.data_ptr(),
-            wide_b,
-            wide_t,
-            width,
-        ]
-        self._before += [narrow_b, narrow_t, rank, self.wide.shape[1], rank_tiles]
-        self._after = [self.pieces, *strides, float64_int(scaling)]
+    kernel: Any
+    kind: tuple[Any, ...]
+    pieces: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def _form(
+    kernel: Any, wide: Tensor, narrow: Tensor | None, scaling: float, out: Tensor | None, by_columns: bool
+) -> Form | None:
+    """The form of a problem, or None for one that cannot go with others.
+
+    kernel: the one that will do it, which says what BN is. by_columns: whether out is [n, r] and not [r, n].
+    """
+    if not wide.numel() or (narrow is not None and not narrow.numel()):
+        return None
+    (_, wide_b, wide_t, _, width), w_align = rows(wide)
+    n_align, columns, rank_tiles, strides = 0, 0, 1, (1, 0)
+    narrow_b, narrow_t, rank = 0, 0, 0
+    if narrow is not None:
+        (_, narrow_b, narrow_t, _, rank), n_align = rows(narrow)
+        entries = narrow.shape[2]
+        columns = rank_columns(entries)
+        rank_tiles = tiles(entries, columns)
+        strides = (entries, 1) if by_columns else (1, wide.shape[2])
+    if w_align == 0 or (narrow is not None and n_align == 0):
+        return None
+    strip = tile_of(kernel, wide, "BN", w_align > 1 or narrow is None)
+    pieces = tiles(wide.shape[2], strip) * rank_tiles
+    return Form(
+        kernel,
+        (wide.dtype, None if out is None else out.dtype, w_align, n_align, columns),
+        pieces,
+        (wide_b, wide_t, width, narrow_b, narrow_t, rank, wide.shape[1], rank_tiles),
+        (pieces, *strides, float64_int(scaling)),
+    )
+
+
+class Problem(NamedTuple):
+    """wideᵀ narrow of every sample, times a scaling; a vector has no narrow.
+
+    Attributes:
+        form: what it has in common with others.
+        wide: the [B, T, n] tensor, which starts at a multiple of 16 bytes.
+        narrow: the [B, T, r] tensor, which does too.
+        out: [n, r], [r, n] or [n] that the sum is added to, contiguous.
+    """
+
+    form: Form
+    wide: Tensor
+    narrow: Tensor | None
+    out: Tensor | None
 
     def fields(self, first: int) -> list[int]:
         """Its row of the table, with its first piece."""
-        return [*self._before, first, *self._after]
+        form, wide, narrow, out = self
+        narrow_address = 0 if narrow is None else narrow.data_ptr()
+        out_address = 0 if out is None else out.data_ptr()
+        return [wide.data_ptr(), narrow_address, out_address, *form.before, first, *form.after]
 
 
 @dataclass
@@ -128,16 +143,21 @@ class Group:
     @property
     def kernel(self) -> Any:
         """The kernel that does it."""
-        return self.problems[0].kernel
+        return self.form.kernel
+
+    @property
+    def form(self) -> Form:
+        """That of its first problem: of one kind, and by one kernel, are all."""
+        return self.problems[0].form
 
     @property
     def vectors(self) -> bool:
         """Whether its problems have no narrow side."""
-        return self.problems[0].kind[4] == 0
+        return bool(self.form.kind[4] == 0)
 
     def constants(self, *, sums: bool) -> dict[str, Any]:
         """The constexprs of its kernels."""
-        dtype, out, w_align, n_align, columns = self.problems[0].kind
+        dtype, out, w_align, n_align, columns = self.form.kind
         found = {"DTYPE": _TYPES[dtype], "W_ALIGN": w_align}
         if sums:
             assert out is not None
@@ -149,12 +169,12 @@ class Group:
     @property
     def aligned(self) -> bool:
         """Whether its configuration is that of aligned tensors."""
-        return self.vectors or self.problems[0].kind[2] > 1
+        return self.vectors or bool(self.form.kind[2] > 1)
 
     @property
     def pieces(self) -> int:
         """Of all its problems: the programs of a sum."""
-        return sum(problem.pieces for problem in self.problems)
+        return sum(problem.form.pieces for problem in self.problems)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """(work [pieces, 2] int32, table [problems, FIELDS] int64) on the device."""
@@ -163,13 +183,14 @@ class Group:
         for problem in self.problems:
             row = problem.fields(total)
             lines += row
-            counts.append(problem.pieces)
-            total += problem.pieces
+            pieces = problem.form.pieces
+            counts.append(pieces)
+            total += pieces
             # Problems in a row that read one tensor are done side by side, so that it comes from the cache.
-            reads = (row[0], problem.pieces)
+            reads = (row[0], pieces)
             begins.append(reads != before)
             before = reads
-        table = torch.tensor(lines, dtype=torch.int64, device="cpu")
+        table = torch.frombuffer(array("q", lines), dtype=torch.int64)
         device = self.like.device
         if device.type == "cuda":
             table = table.pin_memory().to(device, non_blocking=True)
@@ -196,14 +217,16 @@ def _work(counts: tuple[int, ...], begins: tuple[bool, ...], device: torch.devic
 def _groups(problems: Iterable[Problem]) -> list[Group]:
     found: dict[tuple[Any, ...], Group] = {}
     for problem in problems:
-        found.setdefault(problem.kind, Group()).problems.append(problem)
+        found.setdefault(problem.form.kind, Group()).problems.append(problem)
     return list(found.values())
 
 
-def _problems(layer: Layer, kernels: tuple[Any, Any]) -> list[Problem] | None:
+def _problems(
+    layer: Layer, kernels: tuple[Any, Any], forms: dict[tuple[Any, ...], Form | None]
+) -> list[Problem] | None:
     """The problems that a layer is made of, or None for one that its own family's op must do.
 
-    kernels: for products and for vectors.
+    kernels: for products and for vectors. forms: those of the layers before it in this call, by what decides them.
     """
     family = layer.family
     if layer.tensors[-1].dtype not in _GROUPED:
@@ -224,14 +247,17 @@ def _problems(layer: Layer, kernels: tuple[Any, Any]) -> list[Problem] | None:
     found = []
     for i, (wide, narrow, scaling, by_columns) in enumerate(pairs):
         out = layer.outs[i] if layer.outs else None
-        wide_side, narrow_side = rows(wide), None if narrow is None else rows(narrow)
-        narrow_align = 1 if narrow_side is None else narrow_side[1]
-        empty = not wide.numel() or (narrow is not None and not narrow.numel())
-        if empty or wide_side[1] == 0 or narrow_align == 0 or not (out is None or out.is_contiguous()):
+        wide, narrow = aligned(wide), None if narrow is None else aligned(narrow)
+        of_narrow = None if narrow is None else (narrow.shape, narrow.stride())
+        of_out = None if out is None else out.dtype
+        key = (wide.shape, wide.stride(), wide.dtype, of_narrow, scaling, of_out, by_columns)
+        if key not in forms:
+            kernel = kernels[1] if narrow is None else kernels[0]
+            forms[key] = _form(kernel, wide, narrow, scaling, out, by_columns)
+        form = forms[key]
+        if form is None or not (out is None or out.is_contiguous()):
             return None
-        strides = (1, 0) if narrow is None else (narrow.shape[2], 1) if by_columns else (1, wide.shape[2])
-        kernel = kernels[1] if narrow is None else kernels[0]
-        found.append(Problem(wide_side, narrow_side, scaling, out, strides, kernel))
+        found.append(Problem(form, wide, narrow, out))
     return found
 
 
@@ -240,12 +266,13 @@ def _split(given: Iterable[Layer], kernels: tuple[Any, Any]) -> tuple[list[Probl
     problems: list[Problem] = []
     rest: list[Layer] = []
     ours: dict[str, bool] = {}
+    forms: dict[tuple[Any, ...], Form | None] = {}
     for layer in given:
         if layer.family not in ours:
             # A family that another backend serves goes to that one: a norm's bound is on what its own sum adds.
             function = registry.implementation(layer.sum_op, layer.tensors[-1].device.type)
             ours[layer.family] = function.__module__.startswith(__package__)
-        mine = _problems(layer, kernels) if ours[layer.family] else None
+        mine = _problems(layer, kernels, forms) if ours[layer.family] else None
         if mine is None:
             rest.append(layer)
         else:
