@@ -96,6 +96,18 @@ def test_expected_errors_are_messages(
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_printed_configuration_says_what_is_to_be_filled_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    printed = tmp_path / "run.yaml"
+    printed.write_text(invoke("train", "--print-config", "--epsilon", 8, "--delta", 1e-6).output)
+    assert run_main(monkeypatch, command, "--config", printed, "--model", "m") == 2
+    assert "error: still the placeholder '...' of --print-config" in (said := capsys.readouterr().err)
+    assert "data.train" in said
+    assert "model.name" not in said
+
+
 def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a ValueError, where a library raised it: json here."""
     monkeypatch.setattr(sys, "argv", ["asr-finetune", "train"])
