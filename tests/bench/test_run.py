@@ -83,6 +83,13 @@ def test_usage_errors_name_the_mend(arguments: list[str], message: str) -> None:
     assert message in done.stderr
 
 
+def test_benchmarks_do_not_share_the_cores() -> None:
+    pytest.importorskip("xdist")
+    done = run("-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "-n", "2")
+    assert done.returncode == 4
+    assert "leave out -n" in done.stderr
+
+
 def test_the_options_are_documented() -> None:
     text = run("-m", "pytest", "--help").stdout
     assert "--benchmark  " in text or "--benchmark\n" in text
