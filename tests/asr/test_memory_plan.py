@@ -136,7 +136,7 @@ def test_the_largest_micro_batch_is_the_largest(blocks: Recognizer) -> None:
 
 
 def a_plan(blocks: Recognizer, folder: Path, memory: int, **options: Any) -> MemoryPlan:
-    config = Config.from_dict(tones.settings(folder, train__batch_size=16))
+    config = Config.from_dict(tones.settings(folder, train__batch_size=50))
     return plan_memory(config, blocks, memory, seconds=2.0, target="cpu", **options)
 
 
