@@ -7,6 +7,8 @@ VENV ?= .venv
 WHEELS ?= build/wheels
 OUT ?= bench/results
 PARTS ?=
+# Processes that share the tests; 0: none but pytest itself.
+JOBS ?= logical
 BIN := $(VENV)/bin
 # A new torch or a new pyproject.toml means a new set-up; native sources mean a new build.
 TORCH_STAMP = $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
@@ -20,7 +22,7 @@ CLANG_SOURCES = $(shell find csrc tests bench -name '*.c' -o -name '*.cpp' -o -n
 
 help:
 	@echo "make demo    DP-fine-tune a small speech recogniser on this machine; prints WER and epsilon, writes a report"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, on every core (8 at most); JOBS=0 in one process"
 	@echo "make lint    ruff, mypy, clang-format; changes nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   pytest --benchmark: what privacy costs here, beside Opacus and non-private training"
@@ -54,7 +56,7 @@ demo: $(STAMP)
 	$(BIN)/asr-finetune demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

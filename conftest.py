@@ -82,6 +82,10 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError("bench/ holds benchmarks, not tests: add --benchmark")
         return
     _wanted(config)
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError(
+            "--benchmark measures one step at a time: leave out -n, which shares the cores"
+        )
     missing = [name for name in ("pytest_benchmark", "opacus") if importlib.util.find_spec(name) is None]
     if missing:
         raise pytest.UsageError(f"--benchmark needs {', '.join(missing)}: pip install '.[bench]'")

@@ -433,6 +433,7 @@ def _plan_config(config: Path | None, flags: dict[str, Any], settings: list[str]
         if flags["model.name"] is None:
             defaults |= {"model": {"name": "-"}}
     loaded = Config.from_dict(overridden({**defaults, **values}, flags, settings or ()))
+    loaded.check_filled()
     if not loaded.privacy.enabled:
         raise ConfigError(
             "plan: privacy.enabled is false: such a run has no epsilon and no noise to plan; set it to true"

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
-from asr_finetune.values import ConfigError, about, check_limits, coerce, unknown_key
+from asr_finetune.values import PLACEHOLDER, ConfigError, about, check_limits, coerce, unknown_key
 
 
 class _Section:
@@ -336,12 +336,31 @@ class Config:
         """A copy in which some values of one section are replaced, and checked again."""
         return replace(self, **{section: replace(getattr(self, section), **values)})
 
+    def check_filled(self) -> None:
+        """Whether every placeholder of a printed configuration was replaced.
+
+        Raises:
+            ConfigError: naming those that were not.
+        """
+        left = [
+            f"{name}.{item.name} ({item.metadata['help']})"
+            for name, section in SECTIONS.items()
+            for item in fields(section)  # type: ignore[arg-type]
+            if getattr(getattr(self, name), item.name) == PLACEHOLDER
+        ]
+        if left:
+            raise ConfigError(
+                f"still the placeholder {PLACEHOLDER!r} of --print-config, to be replaced by a value of yours: "
+                f"{'; '.join(left)}"
+            )
+
     def check_trainable(self) -> None:
         """Whether the parts fit together for training; what a single section cannot see.
 
         Raises:
-            ConfigError: no δ; neither ε nor a noise multiplier; options that need each other.
+            ConfigError: a placeholder; no δ; neither ε nor a noise multiplier; options that need each other.
         """
+        self.check_filled()
         privacy, train = self.privacy, self.train
         if privacy.enabled:
             if privacy.delta is None:

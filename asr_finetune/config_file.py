@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from asr_finetune.config import SECTIONS, Config
-from asr_finetune.values import ConfigError, unknown_key
+from asr_finetune.values import PLACEHOLDER, ConfigError, unknown_key
 
 RECIPES = Path(__file__).with_name("configs")
 _COMMENT_COLUMN = 44
@@ -145,7 +145,7 @@ def template(given: Mapping[str, Any] | None = None) -> str:
     given = given or {}
     values: dict[str, Any] = {"output": given.get("output") or "runs/first"}
     for name, section in SECTIONS.items():
-        required = {item.name: "..." for item in fields(section) if item.default is MISSING}  # type: ignore[arg-type]
+        required = {item.name: PLACEHOLDER for item in fields(section) if item.default is MISSING}  # type: ignore[arg-type]
         found = given.get(name) or {}
         values[name] = {**required, **found} if isinstance(found, Mapping) else found
     unknown = {key: value for key, value in given.items() if key not in values}

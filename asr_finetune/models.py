@@ -5,15 +5,18 @@ The classes are in `recognizer.py` (what all do), `ctc.py` and `whisper.py`.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import peft
 import torch
 import transformers
+from huggingface_hub import errors
 from safetensors import SafetensorError
 from torch import nn
 
@@ -48,6 +51,7 @@ def load_recognizer(config: ModelConfig) -> Recognizer:
             options that do not fit it; the message names the option and the mend.
     """
     quiet_transformers()
+    _hub_answers.cache_clear()  # asked once a load: it may be there the next time
     if (Path(config.name) / _ADAPTER).is_file():
         return _adapter_and_its_base(config)
     found = _read(transformers.AutoConfig, config)
@@ -174,20 +178,42 @@ def _adapter_and_its_base(config: ModelConfig) -> Recognizer:
 
 def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
     """`reader.from_pretrained` of the checkpoint, its failure said in our words."""
+    folder = Path(asked.name)
+    if folder.is_dir():
+        fault = f"the folder is there, but {reader.__name__} finds no usable checkpoint in it"
+    elif _hub_answers(asked.name, asked.revision):
+        fault = "there is no such folder, and the hub does not give it"
+    else:
+        # downloads of before are used; no file is asked for again and again
+        options["local_files_only"] = True
+        fault = (
+            f"there is no such folder, the hub ({huggingface_hub.constants.ENDPOINT}) cannot be reached, and no "
+            "earlier download is complete"
+        )
     try:
         return reader.from_pretrained(asked.name, revision=asked.revision, **options)
     except (OSError, ValueError, TypeError, SafetensorError) as error:  # TypeError: no tokenizer's files
-        folder = Path(asked.name)
-        what = (
-            f"the folder is there, but {reader.__name__} finds no usable checkpoint in it"
-            if folder.is_dir()
-            else "there is no such folder, and the hub does not know it or cannot be reached"
-        )
         raise NoSuchModel(
-            f"model.name={asked.name!r}: {what}. Give a folder with config.json, model.safetensors and the "
-            "processor's files, or a hub id (and model.revision) that this machine can download; transformers "
-            f"says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+            f"model.name={asked.name!r}: {fault}. Give (--model, or model.name) a folder with config.json, "
+            "model.safetensors and the processor's files, or a hub id (and model.revision) that this machine can "
+            f"download; transformers says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
         ) from error
+
+
+@functools.cache
+def _hub_answers(name: str, revision: str | None) -> bool:
+    """Whether the hub can be reached: one request, where loading would repeat each of its own for half a minute."""
+    try:
+        url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision)
+        huggingface_hub.get_hf_file_metadata(url)
+    except (
+        errors.HFValidationError,
+        errors.HfHubHTTPError,
+    ):  # no hub's id; an answer, if not the one hoped for
+        return True
+    except (OSError, errors.HTTPError):  # OSError: HF_HUB_OFFLINE
+        return False
+    return True
 
 
 def _placed(model: nn.Module, config: ModelConfig) -> nn.Module:

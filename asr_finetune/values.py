@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import Field
 from typing import Any, Literal
 
+PLACEHOLDER = "..."  # what a printed configuration holds where only its user knows the value
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: the message names the key, what was given, and the mend."""

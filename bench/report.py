@@ -11,9 +11,11 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import kernel_report, plots, profile, table
 from bench.checker import OK
+from bench.contenders import OPACUS_GHOST, OPACUS_HOOKS
 from bench.machine import ROOT
 from bench.results import FOLDER, GROUPS, Results, Row, load
 from bench.table import milliseconds, times
@@ -21,6 +23,7 @@ from bench.table import milliseconds, times
 START, END = "<!-- bench -->", "<!-- /bench -->"
 README = ROOT / "README.md"
 _SHOWN = ("step", "model")
+_NOT_RUN = "not run"
 
 
 def found(folder: Path, device: str | None = None) -> list[Results]:
@@ -47,7 +50,7 @@ def markdown(all_results: Sequence[Results]) -> str:
         own = [one for one in all_results if one.about["slug"] == device and one.group in _SHOWN]
         rows = [row for one in own for row in main_rows(one)]
         if rows:
-            parts += [_header(own), _table(rows), *_notes(rows), *_batches(own)]
+            parts += [_header(own), _table(rows), *_notes(rows), *_not_run(rows), *_batches(own)]
     return "\n\n".join(parts)
 
 
@@ -83,23 +86,55 @@ def _table(rows: Sequence[Row]) -> str:
         head = (*head, "utterances a second", "model FLOPs, of the matrix rate")
     lines = []
     place = None
+    absent = _absent(rows)
     for row in rows:
         first = row.place != place
         place = row.place
-        shape = ", ".join(f"{name} = {value}" for name, value in row.shape.items() if name != "r")
+        shape = _shape(row)
         memory = ""
         if row.peak_mib is not None:
             share = "" if row.memory_ratio is None else f" ({row.memory_ratio:.2f}×)"
             memory = f"{row.peak_mib:.0f}{share}"
         own = row.contender.startswith("dpkernels")
-        cells = [milliseconds(row), times(row.ratio), times(row.over_ghost), times(row.over_hooks), memory]
+        ratios = [
+            _NOT_RUN if base in absent[row.place] else times(value)
+            for base, value in ((OPACUS_GHOST, row.over_ghost), (OPACUS_HOOKS, row.over_hooks))
+        ]
+        cells = [milliseconds(row), times(row.ratio), *ratios, memory]
         if rated:
             cells.append("" if row.rate is None else f"{row.rate:.0f}")
             cells.append("" if row.matrix_share is None else f"{row.matrix_share:.0%}")
-        cells = [f"**{cell}**" if own and cell else cell for cell in cells]
+        cells = [f"**{cell}**" if own and cell not in ("", _NOT_RUN) else cell for cell in cells]
         name = f"**{row.contender}**" if own else row.contender
         lines.append([f"{row.title}, {shape}" if first else "", name, *cells])
     return table.markdown(head, lines, "ll" + "r" * (len(head) - 2))
+
+
+def _shape(row: Row) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in row.shape.items() if name != "r")
+
+
+def _absent(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[str]]:
+    """place -> which of Opacus's ways have no row there, not even one that says why it has no time."""
+    there: dict[tuple[Any, ...], set[str]] = {}
+    for row in rows:
+        there.setdefault(row.place, set()).add(row.contender)
+    return {
+        place: [base for base in (OPACUS_HOOKS, OPACUS_GHOST) if base not in names]
+        for place, names in there.items()
+    }
+
+
+def _not_run(rows: Sequence[Row]) -> list[str]:
+    """A sentence a place: what its cells are not compared with."""
+    absent = _absent(rows)
+    places = {row.place: f"{row.title}, {_shape(row)}" for row in rows}
+    lines = [
+        f"{title}: {' and '.join(absent[place])} not run at this size."
+        for place, title in places.items()
+        if absent[place]
+    ]
+    return ["\n".join(lines)] if lines else []
 
 
 def _batches(own: Sequence[Results]) -> list[str]:

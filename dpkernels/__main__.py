@@ -25,7 +25,21 @@ def _version(distribution: str) -> str:
 def _versions() -> list[str]:
     rows = [("dpkernels", dpkernels.__version__), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in ("torch", "triton", "numpy")]
+    if _version("torch") != "not installed":
+        rows.append(("gpu", _gpu()))
     return ["Versions", *_table(rows)]
+
+
+def _gpu() -> str:
+    """The GPU, or why there is none, in a line."""
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    cuda = torch.version.cuda
+    why = (
+        "this torch is built without CUDA" if cuda is None else f"torch's CUDA {cuda} finds no GPU or driver"
+    )
+    return f"none: {why}; everything runs on the CPU, and the cuda rows below say what a GPU would use"
 
 
 def _libraries() -> list[str]:

@@ -69,7 +69,9 @@ def _is_plain(layer: nn.Module) -> bool:
     """Whether it is a linear layer without hooks: they only run when it is called, which the fused path does not do."""
     if type(layer) not in (nn.Linear, GhostLinear):
         return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    return not (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
 
 
 def _refusal(module: nn.Module) -> str | None:

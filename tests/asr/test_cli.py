@@ -96,6 +96,18 @@ def test_expected_errors_are_messages(
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_printed_configuration_says_what_is_to_be_filled_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    printed = tmp_path / "run.yaml"
+    printed.write_text(invoke("train", "--print-config", "--epsilon", 8, "--delta", 1e-6).output)
+    assert run_main(monkeypatch, command, "--config", printed, "--model", "m") == 2
+    assert "error: still the placeholder '...' of --print-config" in (said := capsys.readouterr().err)
+    assert "data.train" in said
+    assert "model.name" not in said
+
+
 def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a ValueError, where a library raised it: json here."""
     monkeypatch.setattr(sys, "argv", ["asr-finetune", "train"])
@@ -172,7 +184,11 @@ def test_a_warning_is_said_once(
 ) -> None:
     tones.write_manifest(tmp_path, 12)
     tones.write_model(tmp_path / "model")
-    values = tones.settings(tmp_path, method__kind="head", train__steps=1, privacy__delta=0.2)
+    by_hand = {
+        "privacy__noise_multiplier": 4.0,
+        "privacy__accountant": "rdp",
+    }  # else half a minute at such a delta
+    values = tones.settings(tmp_path, method__kind="head", train__steps=1, privacy__delta=0.2, **by_hand)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setattr(messages, "_said", set())
     monkeypatch.setattr(sys, "argv", ["asr-finetune", "train", "-q", "--config", str(tmp_path / "run.yaml")])

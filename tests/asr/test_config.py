@@ -239,6 +239,20 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         Config.from_dict(load_yaml(path)).check_trainable()
 
 
+def test_a_placeholder_that_was_left_in_is_named() -> None:
+    printed = yaml.safe_load(template({"privacy": {"epsilon": 8, "delta": 1e-6}}))
+    named = (
+        r"placeholder '\.\.\.' of --print-config.*: model\.name \(folder or hub id.*; data\.train \(private"
+    )
+    with pytest.raises(ConfigError, match=named):
+        Config.from_dict(printed).check_trainable()
+    printed["model"]["name"] = "m"
+    with pytest.raises(ConfigError, match=r"a value of yours: data\.train \(private[^;]*$"):
+        Config.from_dict(printed).check_trainable()
+    printed["data"]["train"] = "d"
+    Config.from_dict(printed).check_trainable()
+
+
 def test_the_template_takes_what_is_given() -> None:
     config = Config.from_dict(yaml.safe_load(template({"privacy": {"epsilon": 8}, "train": {"steps": 7}})))
     assert (config.privacy.epsilon, config.train.steps) == (8.0, 7)

@@ -32,7 +32,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoResult, st
     """(folder, result, what was printed)."""
     folder = tmp_path_factory.mktemp("demo")
     out = io.StringIO()
-    result = demo.run(folder, SMALL, console=Console(file=out, width=110))
+    with tones.one_thread():
+        result = demo.run(folder, SMALL, console=Console(file=out, width=110))
     return folder, result, out.getvalue()
 
 

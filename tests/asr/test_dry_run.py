@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from asr_finetune import cli
+from asr_finetune import cli, prepare
 from asr_finetune import dry_run as module
 from asr_finetune.config import Config
 from asr_finetune.dry_run import Check, rehearse
@@ -87,12 +88,14 @@ def test_it_writes_draws_and_spends_nothing(folder: Path, monkeypatch: pytest.Mo
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
 
 
-def test_it_goes_the_way_of_the_run(folder: Path) -> None:
-    """Noise and trained parameters are those that `train` then has."""
+def test_it_goes_the_way_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise and trained parameters are those that `train` then has; asked the same, σ is not calibrated twice."""
+    monkeypatch.setattr(prepare, "noise_multiplier", functools.cache(prepare.noise_multiplier))
     changes = {"train__steps": 2, "method__kind": "lora", "privacy__noise_multiplier": None}
     found = checks(folder, **changes)
     config = Config.from_dict(settings(folder, **changes))
     result = train(config, progress=False)
+    assert prepare.noise_multiplier.cache_info()[:2] == (1, 1)  # hits, misses
     assert f"σ = {result.noise_multiplier:g}:" in found["privacy"].found
     assert f"ε = {result.epsilon:.3f}" in found["privacy"].found
     values = json.loads((Path(config.output) / "run.json").read_text())

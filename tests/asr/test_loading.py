@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -10,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from asr_finetune import models
 from asr_finetune.config import ConfigError, ModelConfig
 from asr_finetune.models import WhisperRecognizer, load_recognizer, tiny_parakeet
 from tests.asr import small_models
@@ -96,12 +99,70 @@ def test_options_that_do_not_fit_are_named(
         small_models.load(folders[family], **options)
 
 
-def test_a_model_that_the_hub_does_not_give_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ConfigError, match="no such folder, and the hub does not know it or cannot be reached"
-    ):
+def test_a_hub_that_is_away_is_one_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clients would wait between repetitions, of every file."""
+
+    def waits(seconds: float) -> None:
+        raise AssertionError(f"waited {seconds} s to ask again")
+
+    monkeypatch.setattr(time, "sleep", waits)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    away = r"there is no such folder, the hub .http://127\.0\.0\.1:9. cannot be reached.*Give .--model, .*a folder"
+    with pytest.raises(ConfigError, match=away):
         small_models.load(Path("nobody/no-such-model"))
+
+
+def test_a_hub_that_is_not_wanted_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"there is no such folder, the hub .* cannot be reached"):
+        small_models.load(Path("nobody/no-such-model"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked"),
+    [(None, {}), (huggingface_hub.errors.HTTPError("away"), {"local_files_only": True})],
+    ids=["there", "away"],
+)
+def test_the_hub_is_read_where_it_answers(
+    monkeypatch: pytest.MonkeyPatch, answer: Exception | None, asked: dict[str, Any]
+) -> None:
+    """And its earlier downloads where it does not."""
+    seen: list[dict[str, Any]] = []
+
+    def metadata(url: str) -> None:
+        assert url.endswith("/somebody/model/resolve/v1/config.json")
+        if answer is not None:
+            raise answer
+
+    class Reader:
+        @staticmethod
+        def from_pretrained(name: str, **options: Any) -> str:
+            seen.append(options)
+            return name
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    models._hub_answers.cache_clear()
+    config = ModelConfig("somebody/model", revision="v1")
+    assert models._read(Reader, config) == "somebody/model"
+    assert seen == [{"revision": "v1", **asked}]
+
+
+def test_a_model_that_the_hub_does_not_have_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has answered, so transformers asks it in its own way."""
+
+    class Reader:
+        @staticmethod
+        def from_pretrained(name: str, revision: str | None) -> str:
+            raise OSError("401 Client Error")
+
+    def refused(url: str) -> None:
+        response: Any = SimpleNamespace(headers={}, request=None)
+        raise huggingface_hub.errors.HfHubHTTPError("401", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refused)
+    models._hub_answers.cache_clear()
+    with pytest.raises(ConfigError, match=r"no such folder, and the hub does not give it.*says: 401 Client"):
+        models._read(Reader, ModelConfig("nobody/no-such-model"))
 
 
 @pytest.mark.parametrize(

@@ -91,31 +91,53 @@ def run_plain(folder: Path, cases: list[dict[str, object]]) -> None:
     assert done.stdout.strip() == "done"
 
 
-@pytest.mark.parametrize("new_head", [False, True], ids=["old head", "new head"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_logits_without_this_project(
-    folders: dict[str, Path], family: str, new_head: bool, tmp_path: Path
-) -> None:
-    cases = []
+HEADS = {"old head": False, "new head": True}
+
+
+def trained(base: Path, folder: Path, new_head: bool) -> list[dict[str, object]]:
+    """A model of every method after a private step, saved under `folder`."""
+    made = []
     for kind in METHODS:
-        folder = tmp_path / kind
-        folder.mkdir()
+        (folder / kind).mkdir(parents=True)
         targets = [*POINTWISE, "q_proj", "linear_q"] if kind == "lora" else None
         loading = {"new_head": True, "vocabulary": "characters"} if new_head else {}
-        recognizer = prepared(folders[family], kind, targets=targets, **loading)
+        recognizer = prepared(base, kind, targets=targets, **loading)
         before = small_models.logits(recognizer, small_models.batch_and_singles(recognizer)[0])
         private_step(recognizer, (16000, 19200, 24000) if new_head else small_models.SAMPLES)
-        cases.append(case(recognizer, folder, folders[family]))
-        assert cases[-1]["class"] == FAMILIES[family]
-        assert not torch.equal(torch.load(folder / "expected.pt"), before)
+        made.append(case(recognizer, folder / kind, base))
+        assert not torch.equal(torch.load(folder / kind / "expected.pt"), before)
     if not new_head:
-        folder = tmp_path / "merged"
-        folder.mkdir()
-        recognizer = prepared(folders[family], "lora", targets=[*POINTWISE, "q_proj", "linear_q"])
+        (folder / "merged").mkdir()
+        recognizer = prepared(base, "lora", targets=[*POINTWISE, "q_proj", "linear_q"])
         private_step(recognizer)
-        cases.append(case(recognizer, folder, folders[family], merged=True))
-    run_plain(tmp_path, cases)
+        made.append(case(recognizer, folder / "merged", base, merged=True))
+    return made
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], list[dict[str, object]]]:
+    """Every case, loaded by one process: starting it takes longer than what it does."""
+    folder = tmp_path_factory.mktemp("plain")
+    cases = {
+        (family, head): trained(folders[family], folder / family / head, new)
+        for family in FAMILIES
+        for head, new in HEADS.items()
+    }
+    run_plain(folder, [one for some in cases.values() for one in some])
+    return cases
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_logits_without_this_project(
+    loaded: dict[tuple[str, str], list[dict[str, object]]], family: str, head: str
+) -> None:
+    cases = loaded[family, head]
+    assert len(cases) == len(METHODS) + (head == "old head")
     for made in cases:
+        assert made["class"] == FAMILIES[family]
         found = torch.load(str(made["out"]))
         expected = torch.load(Path(str(made["out"])).with_name("expected.pt"))
         if made["merged"]:  # A and B multiplied into the weight: another order of rounding

@@ -71,6 +71,23 @@ def test_the_table_of_the_readme(results: Results) -> None:
     assert text.count("Parakeet, LoRA r=8, B = 8, T = 150") == 1
 
 
+def test_what_was_not_run_is_told_from_what_failed(results: Results) -> None:
+    """Also where one of Opacus's ways failed: then its row says so, and the cell stays empty."""
+    assert "not run" not in report.markdown([results])
+    ours = ("non-private", "dpkernels bookkeeping")
+    larger = [row for row in rows(B=16) if row.contender in ours]
+    compare_rows(larger)
+    failed = next(row for row in results.rows if row.contender == "Opacus ghost")
+    failed.status, failed.median_ms = "wrong", None
+    compare_rows(results.rows)
+    text = report.markdown([Results("step", ABOUT, [*results.rows, *larger])])
+    assert "| **105 ± 1** | **1.05×** | not run | not run | **52 (1.05×)** |" in text
+    assert "| **105 ± 1** | **1.05×** |  | **1.33×** | **52 (1.05×)** |" in text
+    said = "\n\nParakeet, LoRA r=8, B = 16, T = 150: Opacus hooks and Opacus ghost not run at this size.\n"
+    assert said in f"{text}\n"
+    assert text.count("at this size") == 1
+
+
 def test_only_what_is_between_the_markers_changes() -> None:
     text = f"before\n{report.START}\nold\n{report.END}\nafter"
     once = report.replace_section(text, "new")

@@ -56,9 +56,11 @@ def test_quick_benchmark_end_to_end(tmp_path: Path) -> None:
 
 
 def test_plain_pytest_collects_nothing_of_bench() -> None:
-    done = run(
-        "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "tests/bench/test_timer.py", "."
-    )
+    elsewhere = [
+        f"--ignore=tests/{name}" for name in ("asr", "interop", "nn", "ops", "privacy")
+    ]  # takes long
+    there = ("tests/bench/test_timer.py", ".")
+    done = run("-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", *elsewhere, *there)
     assert done.returncode == 0, done.stderr
     assert "tests/bench/test_timer.py::" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith("bench/")]
@@ -81,6 +83,13 @@ def test_usage_errors_name_the_mend(arguments: list[str], message: str) -> None:
     done = run("-m", "pytest", "-p", "no:cacheprovider", *arguments)
     assert done.returncode == 4
     assert message in done.stderr
+
+
+def test_benchmarks_do_not_share_the_cores() -> None:
+    pytest.importorskip("xdist")
+    done = run("-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "-n", "2")
+    assert done.returncode == 4
+    assert "leave out -n" in done.stderr
 
 
 def test_the_options_are_documented() -> None:

@@ -22,9 +22,9 @@ SHARE = 1 - Fraction(1, 2**22)
 LEAST_NORMAL = Fraction(2) ** -126
 
 
-def never_below(case: Case, **options: object) -> None:
-    """Every norm ≥ the exact square."""
-    for parameter, norm_sq in enumerate(case.norms(**options)):
+def never_below(case: Case, norms: list[Tensor] | None = None, **options: object) -> None:
+    """Every norm ≥ the exact square; `norms`: of the case, where they were computed before."""
+    for parameter, norm_sq in enumerate(case.norms(**options) if norms is None else norms):
         assert norm_sq.shape == (case.batch,)
         assert norm_sq.dtype == torch.float32
         for i in range(case.batch):
@@ -34,11 +34,13 @@ def never_below(case: Case, **options: object) -> None:
             assert float(norm_sq[i]) >= least, f"sample {i}: {float(norm_sq[i])} < {exact}"
 
 
-def not_far_above(case: Case, dtype: torch.dtype, **options: object) -> float:
+def not_far_above(
+    case: Case, dtype: torch.dtype, norms: list[Tensor] | None = None, **options: object
+) -> float:
     """Every norm ≤ (‖G‖ + tolerance·S)², and GRAM_SHARE more by Gram; the mean relative excess of the squares."""
     share = GRAM_SHARE if options.get("method") == "gram" else 0.0
     excess = []
-    for parameter, norm_sq in enumerate(case.norms(**options)):
+    for parameter, norm_sq in enumerate(case.norms(**options) if norms is None else norms):
         for i in range(case.batch):
             norm = float(case.gradients(i)[parameter].norm())
             most = (norm * (1 + share) ** 0.5 + NORM_ABOVE[dtype] * case.scale(i)[parameter]) ** 2
@@ -47,6 +49,13 @@ def not_far_above(case: Case, dtype: torch.dtype, **options: object) -> float:
             if norm:
                 excess.append(float(norm_sq[i]) / norm**2 - 1)
     return sum(excess) / len(excess) if excess else 0.0
+
+
+def within(case: Case, dtype: torch.dtype, **options: object) -> float:
+    """Both: the same norms are never below and not far above."""
+    norms = case.norms(**options)
+    never_below(case, norms)
+    return not_far_above(case, dtype, norms, **options)
 
 
 def added_within(case: Case, max_grad_norm: float) -> None:

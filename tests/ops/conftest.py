@@ -16,7 +16,8 @@ TRITON = pytest.param("triton", marks=pytest.mark.gpu) if TRITON_DEVICE == "cuda
 BACKENDS = ("reference", "torch", "native", TRITON)
 
 
-def _use(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """For a fixture: the backend, tensors on its device; skips where there is none."""
     device = TRITON_DEVICE if name == "triton" else "cpu"
     reason = native.unavailable_reason("cpu", "linear") if name == "native" else ""
     if name == "triton":
@@ -31,19 +32,19 @@ def _use(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test once on every backend that this installation has, making its tensors on that one's device."""
-    yield from _use(request.param, monkeypatch)
+    yield from use(request.param, monkeypatch)
 
 
 @pytest.fixture(params=BACKENDS[1:])
 def bounded_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The same without the reference, whose float64 has no bound added: it is what the bounds are about."""
-    yield from _use(request.param, monkeypatch)
+    yield from use(request.param, monkeypatch)
 
 
 @pytest.fixture(params=[TRITON])
 def triton_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The Triton kernels only."""
-    yield from _use(request.param, monkeypatch)
+    yield from use(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """noise_adamw and noise_sgd: noise followed by torch's optimizer, in one pass; the same bits wherever they are made."""
 
+import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.backends import native, registry
+from dpkernels.backends import native, registry, triton_ops
+from tests.ops import conftest
 from tests.ops.tolerances import SWEEP_GRADIENT, SWEEP_OFF
 
 KEY = bytes(range(32))
@@ -38,6 +41,19 @@ SGD: dict[str, dict[str, Any]] = {
     "SGD, nesterov": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
 }
 OPTIMIZERS = {**ADAM, **SGD}
+
+
+# On a CPU Triton leaves these ops to torch: the same functions again.
+OF_THEIR_OWN = conftest.BACKENDS if conftest.TRITON_DEVICE == "cuda" else conftest.BACKENDS[:-1]
+
+
+@pytest.fixture(params=OF_THEIR_OWN)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from conftest.use(request.param, monkeypatch)
+
+
+def test_triton_has_no_sweep_of_its_own() -> None:
+    assert not any(hasattr(triton_ops, op) for op in ("noise_adamw", "noise_sgd"))
 
 
 def nonces(step: int, purpose: int = 1) -> list[bytes]:
@@ -106,9 +122,16 @@ class State:
         return [*self.params, *self.firsts, *self.seconds, *self.sums]
 
 
+@functools.cache
+def normals_of(backend: str | None, count: int, nonce: bytes, device: torch.device) -> Tensor:
+    """What the backend's own op draws, once for all optimizers."""
+    return ops.chacha20_normal(count, key=KEY, nonce=nonce, device=device)
+
+
 def gradient(total: Tensor, nonce: bytes) -> Tensor:
     """Today's noise, by hand: float64."""
-    z = ops.chacha20_normal(total.numel(), key=KEY, nonce=nonce, device=total.device).view(total.shape)
+    backend = os.environ.get(registry.ENVIRONMENT_VARIABLE)
+    z = normals_of(backend, total.numel(), nonce, total.device).view(total.shape)
     noised = total + NOISE["noise_scale"] * z
     return (noised / NOISE["grid"]).round() * NOISE["grid"] / NOISE["divisor"]
 

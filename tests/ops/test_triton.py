@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpkernels.backends import registry, triton_availability
 from tests.ops.cases import cancelling, make
-from tests.ops.checks import added_within, alone_is_the_same, never_below, not_far_above, sums_match
+from tests.ops.checks import added_within, alone_is_the_same, never_below, not_far_above, sums_match, within
 from tests.ops.conftest import TRITON_DEVICE
 from tests.ops.test_total_norm import total
 
@@ -52,8 +52,7 @@ def test_these_families_are_served_by_triton_and_not_by_a_fallback() -> None:
 
 def test_float64_goes_to_the_torch_composition_norm_and_sum_alike() -> None:
     case = make("linear", 2, 9, dtype=torch.float64)
-    never_below(case)
-    not_far_above(case, torch.float64)
+    within(case, torch.float64)
     sums_match(case, torch.float64, torch.ones(2))
 
 
@@ -97,8 +96,7 @@ def test_the_method_follows_each_samples_own_length(launched: list[tuple[str, tu
 def test_a_loose_gram_bound_is_redone_by_direct(launched: list[tuple[str, tuple[Any, ...]]]) -> None:
     """Cancelling frames: the bound, relative to what is left, passes 1 %."""
     case = cancelling("linear", 3, 20, 64, 48)
-    never_below(case, method="gram")
-    not_far_above(case, torch.float32, method="gram")
+    within(case, torch.float32, method="gram")
     assert again(launched) == [1, 1, 1]
 
 
@@ -115,8 +113,7 @@ def test_no_gram_kernel_where_every_sample_is_long(launched: list[tuple[str, tup
 def test_every_lora_rank(rank: int, dtype: torch.dtype) -> None:
     """Below, at and above what one program takes of the narrow matrix."""
     case = make("lora", 2, 40, 17, 70, rank=rank, dtype=dtype)
-    never_below(case)
-    not_far_above(case, dtype)
+    within(case, dtype)
     sums_match(case, dtype, torch.tensor([0.5, -1.0]))
     alone_is_the_same(case)
 
@@ -131,8 +128,7 @@ def test_aligned_loads_change_nothing(family: str, dtype: torch.dtype) -> None:
     if not CUDA:
         assert all(t.data_ptr() % 16 for t in offset.tensors.values())
     for one in (case, offset):
-        never_below(one)
-        not_far_above(one, dtype)
+        within(one, dtype)
         sums_match(one, dtype, torch.tensor([0.5, 1.0]))
     assert all(torch.equal(a, b) for a, b in zip(case.norms(), offset.norms(), strict=True))
 

@@ -7,7 +7,7 @@ import torch
 
 from dpkernels import ops
 from tests.ops.cases import FAMILIES, WITH_LENGTHS, cancelling, make
-from tests.ops.checks import added_within, never_below, not_far_above, sums_match
+from tests.ops.checks import added_within, not_far_above, sums_match, within
 from tests.ops.tolerances import DTYPES, MEAN_EXCESS
 
 SIZES = [(3, 7, 5, 4), (1, 1, 1, 1), (2, 1, 33, 17), (2, 300, 33, 65), (3, 129, 16, 7)]
@@ -18,8 +18,7 @@ GRID = [(torch.float32, size) for size in SIZES] + [(dtype, (2, 139, 33, 17)) fo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_and_sums(backend: str, family: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
     case = make(family, *size, dtype=dtype)
-    never_below(case)
-    not_far_above(case, dtype)
+    within(case, dtype)
     sums_match(case, dtype, torch.rand(case.batch) - 0.3, start=1.5)
 
 
@@ -34,8 +33,7 @@ def test_the_bound_costs_little(backend: str, family: str) -> None:
 @pytest.mark.parametrize("size", [(2, 300, 33, 65), (2, 40, 200, 100)], ids=str)
 def test_linear_methods_agree(backend: str, size: tuple[int, ...], method: str) -> None:
     case = make("linear", *size)
-    never_below(case, method=method)
-    not_far_above(case, torch.float32, method=method)
+    within(case, torch.float32, method=method)
 
 
 @pytest.mark.parametrize("empty", [(0, 5, 3, 2), (2, 0, 3, 2), (2, 4, 0, 2)], ids=["B", "T", "d"])
@@ -61,8 +59,7 @@ def test_frames_beyond_a_length_are_not_read(backend: str, family: str) -> None:
     for tensor in case.tensors.values():
         for i, n in enumerate(lengths.tolist()):
             tensor[i, n:] = torch.nan
-    never_below(case)
-    not_far_above(case, torch.float32)
+    within(case, torch.float32)
     sums_match(case, torch.float32, torch.tensor([0.5, 1.0, -1.0, 0.25]))
 
 
@@ -85,8 +82,7 @@ def test_layout_does_not_matter(backend: str, family: str) -> None:
     strided = case.map(lambda t: torch.stack([t, t + 1], -1)[..., 0])
     transposed = case.map(lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))
     for other in (strided, transposed):
-        never_below(other)
-        not_far_above(other, torch.float32)
+        within(other, torch.float32)
         sums_match(other, torch.float32, torch.tensor([0.5, 1.0]))
 
 
@@ -112,8 +108,9 @@ def test_a_float32_out_is_rounded_once(backend: str, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_sample_adds_is_within_the_clipping_norm(backend: str, family: str) -> None:
+    batch = 3 if backend == "triton" else 6  # a sum for each sample: interpreted kernels are slow
     for dtype in (torch.float32, torch.bfloat16):
-        added_within(make(family, 6, 50, 24, 12, dtype=dtype), 0.1)
+        added_within(make(family, batch, 50, 24, 12, dtype=dtype), 0.1)
 
 
 @pytest.mark.parametrize("family", ["linear", "bias", "lora", "embedding", "layer_norm"])
@@ -122,8 +119,7 @@ def test_cancellation(bounded_backend: str, family: str) -> None:
     case = cancelling(family, 2 if bounded_backend == "triton" else 8, 150, 24, 20)
     if family == "embedding":
         case = replace(case, norm_options={"padding_idx": None}, sum_options={})
-    never_below(case)
-    not_far_above(case, torch.float32)
+    within(case, torch.float32)
     added_within(case, 1e-3)
 
 
@@ -131,5 +127,4 @@ def test_cancellation(bounded_backend: str, family: str) -> None:
 @pytest.mark.parametrize("method", ["auto", "gram", "direct"])
 def test_cancellation_by_either_method(bounded_backend: str, method: str, epsilon: float) -> None:
     case = cancelling("linear", 4, 30, 160, 120, epsilon)
-    never_below(case, method=method)
-    not_far_above(case, torch.float32, method=method)
+    within(case, torch.float32, method=method)

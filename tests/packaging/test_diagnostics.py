@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import dpkernels
 from dpkernels import __main__
@@ -67,6 +68,23 @@ def test_the_instruction_set_is_shown(shown: Shown) -> None:
         assert ", instruction set baseline" in shown()
     finally:
         native.set_isa(before)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "found", "said"),
+    [
+        (None, False, "gpu none: this torch is built without CUDA; everything runs on the CPU"),
+        ("13.0", False, "gpu none: torch's CUDA 13.0 finds no GPU or driver; everything runs on the CPU"),
+        ("13.0", True, "gpu NVIDIA X1 Native libraries"),
+    ],
+)
+def test_whether_there_is_a_gpu_is_said(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch, cuda: str | None, found: bool, said: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
+    assert said in shown()
 
 
 def test_notes_number_the_reasons(shown: Shown, library_folder: Path) -> None:

@@ -52,6 +52,13 @@ def test_lint_changes_nothing_and_format_does() -> None:
     assert any(EDITING.search(line) for line in recipe("format"))
 
 
+def test_the_tests_run_on_every_core_and_on_one_where_asked() -> None:
+    for wanted, arguments in (("-n logical ", []), ("-n 0 ", ["JOBS=0"])):
+        line = make("--dry-run", "VENV=no-such-folder", *arguments, "test").splitlines()[-1]
+        assert line.startswith("no-such-folder/bin/python -m pytest ")
+        assert wanted in line
+
+
 def test_clang_format_sees_every_c_and_cpp_file() -> None:
     files = [path for folder in ("csrc", "tests", "bench") for path in (ROOT / folder).rglob("*.*")]
     sources = [path for path in files if path.suffix in (".c", ".h", ".cpp", ".cu", ".cuh")]

@@ -244,6 +244,21 @@ def test_a_batch_processed_twice_is_refused() -> None:
     run.optimizer.step()
 
 
+def test_more_losses_than_examples_are_counted_in_the_error() -> None:
+    run = private_run()
+    run.optimizer.begin_logical_batch(3)
+    losses = run.loss_fn(run.model, run.data[[0, 1, 2]])
+    with pytest.raises(
+        RuntimeError, match="losses of 4, after 0 that were processed, in a logical batch of 3"
+    ):
+        run.optimizer.backward(torch.cat([losses, losses[:1]]))
+    run.optimizer.zero_grad()
+    run.optimizer.begin_logical_batch(7, first=True)
+    losses = run.loss_fn(run.model, run.data[[0, 1, 2]])
+    with pytest.raises(ValueError, match="its input has batch 3, the losses have 4"):
+        run.optimizer.backward(torch.cat([losses, losses[:1]]))
+
+
 def test_zero_grad_drops_an_unfinished_batch() -> None:
     run = private_run(sigma=0)
     run.optimizer.begin_logical_batch(3)
