@@ -49,6 +49,7 @@ def compile_frozen_blocks(model: nn.Module, *, backend: Backend = "inductor") ->
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _FORMS)
     torch._functorch.config.donated_buffer = False
+    part: Any  # a flag is set on it that not every module has
     for _, block in blocks:
         for part in block.modules():
             # Graphs with checkpoints in them are not for every backend, and what a compiled block keeps for its

@@ -223,7 +223,7 @@ class TrainConfig(_Section):
     )
     compile_frozen: bool = field(
         default=False,
-        metadata=about("torch.compile the blocks without trained parameters: faster steps, minutes to start"),
+        metadata=about("torch.compile the blocks without trained parameters: minutes to start; for a GPU"),
     )
     fill_micro_batches: bool = field(
         default=False,

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
+from asr_finetune.checkpointing import checkpoint_blocks
 from asr_finetune.cli import app
 from asr_finetune.config import Config, MethodConfig
 from asr_finetune.live_memory import LiveMemory
@@ -74,6 +75,18 @@ def test_live_bytes_are_predicted(folders: dict[str, Path], name: str, kind: str
     with Rehearsal(recognizer.model, strategy=strategy, target="cpu") as stage:
         predicted = stage.peak(losses_of(recognizer, item), 3)
     assert predicted.total == pytest.approx(measured(recognizer, item, 3, strategy), rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "strategy"), [("lora", "bookkeeping"), ("full", "two_pass")])
+def test_live_bytes_with_checkpointing_are_predicted(
+    folders: dict[str, Path], kind: str, strategy: str
+) -> None:
+    recognizer = prepared(folders["parakeet"], kind)
+    item = SPEECH.item(recognizer, 4.0)
+    with Rehearsal(recognizer.model, strategy=strategy, target="cpu", checkpointing=True) as stage:
+        predicted = stage.peak(losses_of(recognizer, item), 4)
+    checkpoint_blocks(recognizer.model)
+    assert predicted.total == pytest.approx(measured(recognizer, item, 4, strategy), rel=0.1)
 
 
 def test_a_rehearsal_leaves_the_model_as_it_is(folders: dict[str, Path]) -> None:
