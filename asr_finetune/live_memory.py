@@ -131,7 +131,7 @@ class Valueless(TorchFunctionMode):
 
     A number read from a tensor is 0, a truth value is False; addresses are made up, and tell tensors apart as real
     ones do. CTC is stood in for by `_CTC`, and for CUDA, attention by the kernel that it uses there for masks and
-    float32; the one for half precision without a mask holds as much.
+    float32 (the one for half precision without a mask holds as much), and dropout by the one that keeps a byte an entry.
 
     Tensors say that they are on the CPU, so autocast is the CPU's; what CUDA's computes in float32 is so here too.
 
@@ -158,6 +158,8 @@ class Valueless(TorchFunctionMode):
         if self._target == "cuda":
             if func is F.scaled_dot_product_attention:
                 return _cuda_attention(*args, **kwargs)
+            if func is F.dropout:
+                return _cuda_dropout(*args, **kwargs)
             if func in _CUDA_FLOAT32 and torch.is_autocast_enabled("cpu"):
                 args = (args[0].float(), *args[1:])
         return func(*args, **kwargs)
@@ -185,6 +187,13 @@ class _CTC(torch.autograd.Function):
         result = torch.empty_like(log_probs)
         del log_beta
         return result, None
+
+
+def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0 or inplace:
+        return F.dropout(input, p, training, inplace)
+    result: Tensor = torch.ops.aten.native_dropout(input, p, True)[0]
+    return result
 
 
 def _cuda_attention(

@@ -142,3 +142,15 @@ def test_autocast_takes_a_softmax_in_float32_on_cuda_only(target: Target, dtype:
         assert {x.softmax(-1).dtype, F.layer_norm(x, (8,)).dtype} == {dtype}
     with rehearsal(target):
         assert torch.empty(4, 8, dtype=torch.bfloat16).softmax(-1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("target", "kept"), [("cuda", 1), ("cpu", 4)])
+def test_dropout_keeps_a_byte_an_entry_on_cuda(target: Target, kept: int) -> None:
+    with rehearsal(target), LiveMemory() as memory:
+        x = torch.empty(1000, requires_grad=True)
+        before = memory.live
+        y = nn.Dropout(0.1)(x)
+        assert memory.live - before == 4 * 1000 + kept * 1000
+        assert F.dropout(y, 0.1, training=False) is not None
+        y.sum().backward()
+        assert x.grad is not None
