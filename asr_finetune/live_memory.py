@@ -131,7 +131,7 @@ class Valueless(TorchFunctionMode):
 
     A number read from a tensor is 0, a truth value is False; addresses are made up, and tell tensors apart as real
     ones do. CTC is stood in for by `_CTC`, and for CUDA, attention by the kernel that it uses there for masks and
-    float32 (the one for half precision without a mask holds as much), and dropout by the one that keeps a byte an entry.
+    float32 (the one for half precision without a mask holds as much), and dropout by one that keeps a byte an entry.
 
     Tensors say that they are on the CPU, so autocast is the CPU's; what CUDA's computes in float32 is so here too.
 

@@ -23,7 +23,7 @@ from torch import nn
 from asr_finetune.config import ConfigError, ModelConfig
 from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
 from asr_finetune.methods import head_name
-from asr_finetune.precision import DTYPES
+from asr_finetune.precision import DTYPES, no_tf32
 from asr_finetune.recognizer import SETTINGS, Recognizer, quiet_transformers
 from asr_finetune.whisper import START, WhisperRecognizer, trim_encoder
 
@@ -229,6 +229,7 @@ def _placed(model: nn.Module, config: ModelConfig) -> nn.Module:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         seen = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
         raise ConfigError(f"model.device={name!r}: torch sees {seen} here; use auto or cpu")
+    no_tf32()
     return model.to(device).eval()
 
 

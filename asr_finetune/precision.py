@@ -24,6 +24,15 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> AbstractContextManag
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
 
 
+def no_tf32() -> None:
+    """For the process: a GPU's float32 products keep 24 bits, not TF32's 11, which torch's default for convolutions is.
+
+    What docs/privacy.md says of rounding in float32, and the self-check's tolerance, are of float32.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def hold_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold frozen parameters in `dtype`, in place, and let frozen layer norms read and write it.
 

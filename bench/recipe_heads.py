@@ -34,8 +34,8 @@ def in_a_line(rows: Rows) -> str:
 def _figures(row: Mapping[str, Any]) -> str:
     name = _NAMES[row["dtype"]]
     if "rate" not in row:
-        return f"{name}: {row['reason']}"
-    return f"{name} {_hours(row)} hours ({row['rate']:.0f} utterances/s), {_gib(row, 'measured')} GiB"
+        return f"{name} {row['reason']}, {_gib(row, 'predicted')} GiB predicted"
+    return f"{name} {_hours(row)} hours, {_gib(row, 'measured')} GiB"
 
 
 def table(saved: Mapping[str, Any]) -> str:
@@ -45,28 +45,31 @@ def table(saved: Mapping[str, Any]) -> str:
         cells = [f"`{row['recipe']}`", row["dtype"]]
         if "rate" in row:
             cells += [
-                f"{row['rate']:.0f}",
+                f"{'at least ' if row.get('at_most') else ''}{row['rate']:.0f}",
                 f"{row['step_seconds'] * 1e3:.0f}",
                 _hours(row),
                 _gib(row, "measured"),
                 _gib(row, "predicted"),
             ]
         else:
-            cells += [row["reason"], "", "", "", _gib(row, "predicted")]
+            cells += [row["reason"], "", "", _gib(row, "measured"), _gib(row, "predicted")]
         rows.append(cells)
     about = saved["about"]
+    sizes = sorted(row["examples"] for row in saved["rows"] if "examples" in row)
     head = (
         f"{about['device']}, torch {about['versions']['torch']}, commit {about['commit']}, {about['date'][:10]}; "
-        f"random weights, features of noise in memory, utterances of LibriSpeech-like lengths, one timed step of some "
-        f"{saved['rows'][0]['examples']} of them. A step: noise and update. Hours: of the whole run, without "
+        f"random weights, features of noise in memory, utterances of LibriSpeech-like lengths, one timed step of "
+        f"{sizes[0]} to {sizes[-1]} of them. A step: noise and update. Hours: of the whole run, without "
         "evaluation. Memory: highest allocated, a micro-batch of the longest utterances; predicted by the planner."
     )
+    if "note" in saved:
+        head += f" {saved['note']}"
     names = ["recipe", "arithmetic", "utterances/s", "a step, ms", "hours", "GiB", "predicted"]
     return f"{head}\n\n{markdown(names, rows, 'llrrrrr')}"
 
 
 def _hours(row: Mapping[str, Any]) -> str:
-    return f"{row['hours']:.1f}"
+    return f"{'at most ' if row.get('at_most') else ''}{row['hours']:.0f}"
 
 
 def _gib(row: Mapping[str, Any], key: str) -> str:

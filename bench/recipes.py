@@ -37,7 +37,7 @@ from asr_finetune.config_file import load_yaml
 from asr_finetune.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.memory_plan import Rehearsal, losses_of
 from asr_finetune.methods import apply_method, trained_parameters
-from asr_finetune.precision import DTYPES
+from asr_finetune.precision import DTYPES, no_tf32
 from asr_finetune.prepare import make_optimizer, make_private, prepare_blocks
 from asr_finetune.progress import Reporter
 from bench.data import LONGEST, librispeech_like_seconds
@@ -100,6 +100,7 @@ def full_size(name: str) -> Any:
 
 def recogniser(config: Config, device: str) -> CTCRecognizer:
     """The recipe's model, its method applied."""
+    no_tf32()  # as a recogniser that is loaded
     with torch.device(device):
         # `to`: torch.Tensor(n), in some constructors, is on the CPU whatever the context
         model = full_size(config.model.name).to(device)
@@ -208,7 +209,8 @@ def _self_check(engine: PrivacyEngine, made: CTCRecognizer, data: Noise) -> Entr
 
 
 def _seconds(function: Callable[[], object], device: str) -> float:
-    _clear(device)
+    if device == "cuda":  # and the allocator keeps what it has: asking CUDA for it again would be timed
+        torch.cuda.synchronize()
     began = time.perf_counter()
     function()
     if device == "cuda":

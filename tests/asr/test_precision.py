@@ -247,3 +247,16 @@ def test_a_saved_model_is_float32_and_keeps_what_was_trained(
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == torch.float32, name
         assert torch.equal(parameter, saved[name].float()), name
+
+
+def test_a_loaded_recogniser_computes_without_tf32(folders: dict[str, Path]) -> None:
+    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        small_models.load(folders["parakeet"])
+        assert [flag.allow_tf32 for flag in flags] == [False, False]
+    finally:
+        for flag, was in zip(flags, before, strict=True):
+            flag.allow_tf32 = was

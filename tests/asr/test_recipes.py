@@ -194,7 +194,8 @@ def parameters(name: str, config: Config) -> int:
 
 @pytest.mark.parametrize("name", LIBRISPEECH)
 def test_the_table_in_the_docs_is_the_recipes(name: str) -> None:
-    (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", DOCS.read_text(), re.M)
+    first, _ = DOCS.read_text().split("\n## Hours", maxsplit=1)
+    (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", first, re.M)
     config = Config.from_dict(load_yaml(name))
     said = [cell.replace(",", "") for cell in row.split(" | ")]
     (sigma,) = re.findall(r"σ = ([\d.]+) ", head(name))
