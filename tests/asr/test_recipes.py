@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 
 from asr_finetune.config import Config
 from asr_finetune.config_file import RECIPES, load_yaml, overridden, recipes
@@ -159,6 +160,23 @@ def test_every_recipe_would_start(stand_ins: dict[str, Path], tmp_path: Path, na
         assert "target 10" in found["privacy"]
     assert "classes (new)" in found["model"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["parakeet_lora", "wav2vec2_bert_full"])
+def test_a_recipe_in_bfloat16_with_recomputed_blocks(
+    stand_ins: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """All of the run: self-check, training, evaluation, and files that are float32 and load without this package."""
+    settings = ("model.dtype=bfloat16", "train.checkpointing=true", "privacy.strategy=keep_small")
+    result = train(tiny(name, stand_ins, tmp_path / "run", *settings), progress=False)
+    assert result.steps == 3
+    assert result.epsilon is not None
+    saved = tmp_path / "run" / ("adapter" if name.endswith("lora") else "model")
+    tensors = [tensor for file in saved.glob("*.safetensors") for tensor in load_file(file).values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    evaluated = small_models.load(saved, dtype="bfloat16")
+    batch, _ = small_models.batch_and_singles(evaluated)
+    assert len(evaluated.transcribe(batch)) == len(batch["labels"])
 
 
 @pytest.mark.parametrize("model", MODELS)
