@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HALF = (torch.bfloat16, torch.float16)
@@ -29,37 +30,59 @@ def no_tf32() -> None:
 
     What docs/privacy.md says of rounding in float32, and the self-check's tolerance, are of float32.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):  # before torch 2.9
+        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+        return
+    # Each by its own switch: what is "none" there follows torch.backends.fp32_precision, which may be "tf32".
+    places: list[Any] = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+    places += [
+        backends.mkldnn.conv,
+        backends.mkldnn.rnn,
+        backends.mkldnn.matmul,
+    ]  # a CPU's, by the same switch
+    for place in places:
+        place.fp32_precision = "ieee"
 
 
 def hold_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold frozen parameters in `dtype`, in place, and let frozen layer norms read and write it.
+    """Hold frozen parameters in `dtype` and trained ones in float32, in place; frozen layer norms read and write it.
 
-    Not of batch norms, whose statistics stay float32 and whose parameters must have their type. Trained parameters and
-    buffers stay as they are.
+    Other norms stay in float32, as their statistics are, and so do adapters, whose frozen factor is saved. Buffers stay
+    as they are.
     """
-    kept = {id(parameter) for norm in _batch_norms(model) for parameter in norm.parameters(recurse=False)}
-    for parameter in model.parameters():
-        if not parameter.requires_grad and id(parameter) not in kept and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    whole: set[int] = set()
     for module in model.modules():
-        if type(module) is nn.LayerNorm and not any(p.requires_grad for p in module.parameters()):
-            module.__class__ = HalfLayerNorm
+        frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if type(module) in (nn.LayerNorm, HalfLayerNorm):
+            module.__class__ = HalfLayerNorm if frozen else nn.LayerNorm
+        if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm) and type(module) is not HalfLayerNorm:
+            whole.update(map(id, module.parameters(recurse=False)))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_floating_point():
+            continue
+        if parameter.requires_grad or ".lora_" in name or id(parameter) in whole:
+            parameter.data = parameter.data.float()
+        else:
+            parameter.data = parameter.data.to(dtype)
 
 
 class HalfLayerNorm(nn.LayerNorm):
-    """A frozen nn.LayerNorm that reads and writes its weight's type; mean and variance are float32 either way.
+    """A frozen nn.LayerNorm that writes its weight's type; mean and variance are float32 either way.
 
     Autocast writes float32, which the next product rounds to the half type: the same values, at three times the memory
     traffic, and the rounded copies of queries', keys' and values' input are three.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """As nn.LayerNorm's, in the weight's type."""
-        dtype = input.dtype if self.weight is None else self.weight.dtype
+        """As nn.LayerNorm's: of the input as it is, then in the weight's type."""
+        weight, bias = self.weight, self.bias
         with torch.autocast(input.device.type, enabled=False):
-            return F.layer_norm(input.to(dtype), self.normalized_shape, self.weight, self.bias, self.eps)
+            if weight is None or weight.dtype == input.dtype:
+                return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+            wide = None if bias is None else bias.to(input.dtype)
+            y = F.layer_norm(input, self.normalized_shape, weight.to(input.dtype), wide, self.eps)
+            return y.to(weight.dtype)
 
 
 @contextmanager
@@ -77,14 +100,10 @@ def widened(model: nn.Module) -> Iterator[None]:
 
 def widened_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict whose half tensors are float32; tensors that shared memory still share it."""
-    done: dict[tuple[int, torch.Size], Tensor] = {}
+    done: dict[tuple[object, ...], Tensor] = {}
     wide = {}
     for name, tensor in state.items():
         if tensor.dtype in _HALF:
-            tensor = done.setdefault((tensor.data_ptr(), tensor.shape), tensor.float())
+            tensor = done.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor.float())
         wide[name] = tensor
     return wide
-
-
-def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, _BatchNorm))

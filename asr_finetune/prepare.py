@@ -257,8 +257,8 @@ def self_check(
     """A few utterances of unlike lengths, together and one by one: their gradients must agree.
 
     Where the recogniser takes equal lengths only, one utterance and its copies. In float32 whatever the run computes
-    in: the question is whether one utterance's gradient depends on another, and in a half type a small parameter's
-    gradient can be rounding alone.
+    in: in a half type a small parameter's gradient can be rounding alone. In the half type it is asked whether an
+    utterance adds the same beside others.
 
     Raises:
         SelfCheckError: they do not; the message names the layers.
@@ -275,6 +275,8 @@ def self_check(
     began = time.monotonic()
     with recognizer.in_float32():
         engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
+    if recognizer.dtype is not torch.float32:
+        engine.check_mates(recognizer.loss_per_example, batch, samples=len(items))
     reporter.say(
         f"self-check passed: the gradients of {what} are the same in a batch and alone "
         f"({duration(time.monotonic() - began)})"

@@ -123,17 +123,22 @@ class WhisperRecognizer(Recognizer):
     def _encode(self, batch: dict[str, Any]) -> Tensor:
         """Encoder states [B, S, d]."""
         if "encoder_states" in batch:
-            return batch["encoder_states"]
+            return self._cached(batch, self.model)
         features = batch["input_features"].transpose(1, 2).to(next(self.model.parameters()).dtype)
         states: Tensor = self.base.model.encoder(features).last_hidden_state
         return states
+
+    def _cached(self, batch: dict[str, Any], model: nn.Module) -> Tensor:
+        """Kept encoder states, which may be of the half type while the arithmetic is float32, and the other way."""
+        states: Tensor = batch["encoder_states"]
+        return states.to(next(model.parameters()).dtype)
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Mean −ln p over an utterance's tokens and its end; see `losses.seq2seq_loss_per_example`."""
         decoder, labels = self._teacher_forcing(batch["labels"])
         inputs: dict[str, Any]
         if "encoder_states" in batch:
-            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=batch["encoder_states"])}
+            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=self._cached(batch, model))}
         else:
             features = batch["input_features"].transpose(1, 2)
             inputs = {"input_features": features.to(next(model.parameters()).dtype)}

@@ -131,7 +131,9 @@ def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
     return {"trained": trained_parameters(made.model), "predicted": peak.total}
 
 
-def _private(config: Config, made: CTCRecognizer, data: Noise, batch: int) -> tuple[PrivacyEngine, Any, Any]:
+def private_run(
+    config: Config, made: CTCRecognizer, data: Noise, batch: int
+) -> tuple[PrivacyEngine, Any, Any]:
     """A private run of two logical steps of `batch` expected utterances, as `train` prepares it."""
     drawn = replace(config, train=replace(config.train, batch_size=batch, num_workers=0))
     prepare_blocks(config.train, made, Reporter(False))
@@ -146,7 +148,7 @@ def measure_peak(config: Config, device: str) -> Entry:
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     made = recogniser(config, device)
     data = Noise(made.base.config.model_type, np.full(size, LONGEST))
-    engine, optimizer, loader = _private(
+    engine, optimizer, loader = private_run(
         config.with_values("train", fill_micro_batches=False), made, data, size
     )
     with closing(engine):
@@ -166,7 +168,7 @@ def measure_time(config: Config, device: str, batch: int) -> Entry:
     _clear(device)
     made = recogniser(config, device)
     data = Noise(made.base.config.model_type, librispeech_like_seconds(UTTERANCES))
-    engine, optimizer, loader = _private(config, made, data, batch)
+    engine, optimizer, loader = private_run(config, made, data, batch)
     found: Entry = {}
     with closing(engine):
         found |= _self_check(engine, made, data)

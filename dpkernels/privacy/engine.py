@@ -28,6 +28,7 @@ from dpkernels.privacy.checks import (
 from dpkernels.privacy.clipping import LayerNorms, batch_bound, layer_norms, sensitivity
 from dpkernels.privacy.keywords import STRATEGIES, check_clipping, check_opacus_keywords, check_strategy
 from dpkernels.privacy.loader import DPDataLoader
+from dpkernels.privacy.mates import check_mates
 from dpkernels.privacy.noise import SecretStream
 from dpkernels.privacy.optimizer import DPOptimizer
 from dpkernels.privacy.plan import Sampling, plan_sampling, speaker_ids
@@ -436,8 +437,22 @@ class PrivacyEngine:
             samples=samples,
             tolerance=tolerance,
         )
+        self.check_mates(loss_fn, batch, samples=samples)
         self._self_checked = True
         return report
+
+    def check_mates(
+        self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, samples: int = 3
+    ) -> None:
+        """Check that an example adds the same beside other examples, in the arithmetic that `loss_fn` computes in.
+
+        `self_check` asks it too; alone it serves where that is done in float32 and training is not. Arguments as of
+        `dpkernels.privacy.mates.check_mates`. Spends nothing and releases nothing. Raises SelfCheckError.
+        """
+        self._made()
+        assert self._module is not None
+        assert self._optimizer is not None
+        check_mates(self._module, self._optimizer.tape, loss_fn, batch, samples=samples)
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent, for a checkpoint: plain values, no keys."""

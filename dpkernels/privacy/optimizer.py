@@ -433,8 +433,8 @@ class DPOptimizer(torch.optim.Optimizer):
         if self._examples + batch_size > self._drawn:
             raise RuntimeError(
                 f"optimizer.backward: more examples than the logical batch holds: losses of {batch_size}, after "
-                f"{self._examples} that were processed, in a logical batch of {self._drawn}. Losses have shape "
-                "[B], one an example. An example processed twice in a step, or one that was not sampled, breaks "
+                f"{self._examples} that were processed, in a logical batch of {self._drawn} (NOT PRIVATE). Losses have "
+                "shape [B], one an example. An example processed twice in a step, or one that was not sampled, breaks "
                 "the privacy claim; call zero_grad() to start this batch again."
             )
         if self._examples + batch_size > self._batch_bound:

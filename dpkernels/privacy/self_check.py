@@ -9,8 +9,8 @@ but dropout off, where the model then gives the same losses twice.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 6e-2, t
 # A parameter whose gradient is this small a part of the example's is compared with that part instead:
 # rounding only.
 _FLOOR = 1e-3
+# Norms are rounded up: nothing is taken off for the dtype. What is left is the comparison's own rounding.
+_SHORTFALL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def self_check(
         singles: one-example batches of the batch's first examples, each collated alone, so with no padding of
             its batch-mates. By default slices of `batch`, whose padding stays.
         samples: how many examples to compare.
-        tolerance: largest relative error; default by the narrowest dtype of the model's parameters.
+        tolerance: largest relative error; default by the narrowest dtype that the model computes in.
 
     Raises:
         SelfCheckError: the layers that differ, with their numbers.
@@ -116,25 +118,26 @@ def self_check(
             "self_check: batch holds no example, so nothing would be compared; give at least two"
         )
     trained = trained_parameters(model)
-    if tolerance is None:
-        # Of all parameters: float32 adapters on a half base are as exact as the base.
-        tolerance = max(_TOLERANCES.get(parameter.dtype, 0.0) for parameter in model.parameters())
     differences: list[Difference] = []
     first_module: str | None = None
     shortfall = 0.0
-    for mode in ("eval", "train"):
-        with _mode(model, train=mode == "train"):
-            if mode == "train" and not _repeatable(model, tape, loss_fn, batch):
-                continue
-            found, module, short = _compare(model, tape, trained, loss_fn, batch, singles, samples, mode)
-        differences += found
-        first_module = first_module or module
-        shortfall = max(shortfall, short)
+    computed: set[torch.dtype] = set()
+    with closing(checked_modes(model, tape, loss_fn, batch)) as modes:
+        for mode in modes:
+            found, module, short, dtypes = _compare(
+                model, tape, trained, loss_fn, batch, singles, samples, mode
+            )
+            differences += found
+            first_module = first_module or module
+            shortfall = max(shortfall, short)
+            computed |= dtypes
+    if tolerance is None:
+        tolerance = max(_TOLERANCES[dtype] for dtype in computed)
     differences.sort(key=lambda item: -item.error if not math.isnan(item.error) else -math.inf)
     report = SelfCheckReport(differences, tolerance, first_module, shortfall)
     if report.failures:
         raise SelfCheckError(_explain(report), report)
-    if shortfall > 1 + tolerance:
+    if shortfall > 1 + _SHORTFALL:
         raise SelfCheckError(
             f"a gradient's norm was computed {shortfall:.4f} times too small: clipping would let through "
             "more than C. A norm rule is wrong; please report the model's layers.",
@@ -160,12 +163,12 @@ def _compare(
     singles: Sequence[Any] | None,
     samples: int,
     mode: str,
-) -> tuple[list[Difference], str | None, float]:
+) -> tuple[list[Difference], str | None, float, set[torch.dtype]]:
     with _outputs(model) as together:
         losses = loss_fn(model, batch)
     check_losses(losses)
     batch_size = losses.shape[0]
-    records = _private_backward(tape, losses)
+    records = private_backward(tape, losses)
     with torch.no_grad():
         norm_sq = total_norm_sq(records, batch_size, losses.device).cpu()
     count = min(samples, batch_size) if singles is None else min(samples, len(singles), batch_size)
@@ -174,7 +177,7 @@ def _compare(
     shortfall = 0.0
     for sample in range(count):
         single = take_sample(batch, sample, batch_size) if singles is None else singles[sample]
-        private = _private_gradient(records, trained, sample, batch_size)
+        private = private_gradient(records, trained, sample, batch_size)
         with tape.paused(), _outputs(model) as alone:
             expected = _plain_gradient(loss_fn(model, single), trained)
         whole = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in expected.values()))
@@ -186,10 +189,15 @@ def _compare(
         bound = math.sqrt(max(float(norm_sq[sample]), 0.0))
         shortfall = max(shortfall, contribution / bound if bound else (math.inf if contribution else 0.0))
         first_module = first_module or _first_difference(together, alone, sample, batch_size)
-    return differences, first_module, shortfall
+    dtypes = {output.dtype for output in together.values()} | {p.dtype for p in trained.values()}
+    dtypes |= {
+        p.dtype for module in _compiled(model) for p in module.parameters()
+    }  # where no output is collected
+    return differences, first_module, shortfall, dtypes & _TOLERANCES.keys()
 
 
-def _private_backward(tape: Tape, losses: Tensor) -> list[Record]:
+def private_backward(tape: Tape, losses: Tensor) -> list[Record]:
+    """The records of one backward of losses [B]."""
     tape.open(losses.shape[0])
     try:
         losses.sum().backward()
@@ -200,7 +208,7 @@ def _private_backward(tape: Tape, losses: Tensor) -> list[Record]:
 
 
 @torch.no_grad()
-def _private_gradient(
+def private_gradient(
     records: list[Record], trained: dict[str, nn.Parameter], sample: int, batch_size: int
 ) -> dict[str, Tensor]:
     """What the private path adds for one sample at factor 1: float64, by name. Zero without a record."""
@@ -241,6 +249,19 @@ def take_sample(batch: Any, sample: int, batch_size: int) -> Any:
             return type(batch)([batch[sample]])  # a list of texts, one an example
         return type(batch)([take_sample(value, sample, batch_size) for value in batch])
     return batch
+
+
+def checked_modes(
+    model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any
+) -> Generator[str, None, None]:
+    """Evaluation mode, and training mode with dropout off where the model then repeats itself: "eval", "train".
+
+    The model is in it until the next is asked for; close the generator, so that an error leaves no mode behind.
+    """
+    for mode in ("eval", "train"):
+        with _mode(model, train=mode == "train"):
+            if mode == "eval" or _repeatable(model, tape, loss_fn, batch):
+                yield mode
 
 
 @contextmanager
@@ -299,15 +320,29 @@ def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     compiled module: torch.compile would make the hook part of the code that training runs, and does not look whether
     hooks came or went.
     """
-    within: set[nn.Module] = set()
+    # All of them first: a module that is shared has another name, and may be met elsewhere before.
+    within = {inner for module in _compiled(model) for inner in module.modules()}
+    ghosts = {
+        module
+        for module in model.modules()
+        if isinstance(module, GhostModule) and not isinstance(module, ExpandingModule)
+    }
+    within |= {inner for module in ghosts for inner in module.modules() if inner is not module}
     for name, module in named_modules(model):
-        children = list(module.children())
-        compiled = module._compiled_call_impl is not None
-        ghost = isinstance(module, GhostModule) and not isinstance(module, ExpandingModule)
-        if module in within or ghost or compiled:
-            within.update(children)
-        if module not in within and not compiled and (ghost or not children):
+        if module not in within and (module in ghosts or not any(module.children())):
             yield name, module
+
+
+def _compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that torch.compile has, by whichever of its ways."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if (
+            module._compiled_call_impl is not None
+            or "_orig_mod" in module._modules  # torch.compile(module)
+            or hasattr(forward, "_torchdynamo_orig_callable")
+        ):
+            yield module
 
 
 def _first_difference(
@@ -344,6 +379,7 @@ def _explain(report: SelfCheckReport) -> str:
     return (
         "self-check: the gradient of an example in its batch is not its gradient alone, beyond "
         f"{report.tolerance:g}, for {len(worst)} parameters:{lines}{where}\nLikely causes: normalisation "
-        "over the batch, padding that is not masked, a layer whose first dimension is not the batch, or a "
-        "loss that mixes examples. (These numbers are NOT PRIVATE.)"
+        "over the batch, padding that is not masked, a layer whose first dimension is not the batch, a loss "
+        "that mixes examples, or, where errors are below 0.01 and on a GPU, convolutions in TF32, torch's default "
+        "(torch.backends.cudnn.allow_tf32 = False). (These numbers are NOT PRIVATE.)"
     )

@@ -196,12 +196,13 @@ def _prepare(
         return part
     for p in params:
         state = optimizer.state[p]
+        kind = torch_optimizer._get_scalar_dtype(group["fused"])
         if not state:
             # As Adam lays it out: the counter lives on the host unless the group is fused.
             place_of_step = p.device if group["fused"] else torch.device("cpu")
-            state["step"] = torch.zeros(
-                (), dtype=torch_optimizer._get_scalar_dtype(group["fused"]), device=place_of_step
-            )
+            state["step"] = torch.zeros((), dtype=kind, device=place_of_step)
+        elif state["step"].dtype != kind:  # of another optimizer's state: all are counted on together
+            state["step"] = state["step"].to(kind)
         for name in ADAM_STATES:
             kept_state = state.get(name)
             if kept_state is None:

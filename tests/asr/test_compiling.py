@@ -25,7 +25,7 @@ from asr_finetune.prepare import prepare_blocks
 from asr_finetune.progress import Reporter
 from dpkernels import PrivacyEngine
 from dpkernels.nn import detach
-from dpkernels.privacy.self_check import SelfCheckReport
+from dpkernels.privacy.self_check import SelfCheckReport, _innermost
 from tests.asr import small_models, tones
 from tests.privacy.strategy_models import distance
 
@@ -92,6 +92,11 @@ def squares(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().flatten(1).sum(1)
 
 
+def in_half(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return squares(model, x).float()
+
+
 def batches() -> list[Tensor]:
     """Of unlike sizes and lengths, one of a single example."""
     generator = torch.Generator().manual_seed(1)
@@ -155,10 +160,28 @@ def test_what_training_runs_is_what_the_self_check_ran() -> None:
         checked = len(graphs)
         runs.clear()
         optimizer.backward(squares(model.train(), batch))
-    assert len(graphs) == checked
+        assert len(graphs) == checked
+        # In half precision the graphs are others, and the mates check runs those.
+        engine.check_mates(in_half, batch)
+        assert (checked_in_half := len(graphs)) > checked
+        optimizer.zero_grad()
+        optimizer.backward(in_half(model.train(), batch))
+        assert len(graphs) == checked_in_half
     assert runs
     code = "".join(graph.code for graph in graphs)
     assert "detach" not in code, code
+
+
+def test_the_self_check_hooks_nothing_that_is_compiled_by_whichever_way() -> None:
+    model = nn.Module()
+    model.act = nn.Tanh()  # met first under another name than within the compiled block
+    model.shared = nn.Sequential(model.act, nn.Linear(8, 8))
+    model.shared.compile(backend="eager")
+    model.wrapped = torch.compile(nn.Sequential(nn.Linear(8, 8)), backend="eager")
+    model.replaced = nn.Sequential(nn.Linear(8, 8))
+    model.replaced.forward = torch.compile(model.replaced.forward, backend="eager")  # type: ignore[method-assign]
+    model.last = nn.Linear(8, 3)
+    assert [name for name, _ in _innermost(model)] == ["last"]
 
 
 class Recording(nn.Module):

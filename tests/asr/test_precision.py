@@ -16,16 +16,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config import MethodConfig
+from asr_finetune.data import Corpus, SpeechDataset
 from asr_finetune.methods import apply_method
 from asr_finetune.models import Recognizer
 from asr_finetune.precision import HalfLayerNorm, hold_frozen, widened_state
-from dpkernels import PrivacyEngine
-from dpkernels.nn import LoRARecord, Record
+from asr_finetune.prepare import self_check
+from asr_finetune.progress import Reporter
+from dpkernels import PrivacyEngine, ops
+from dpkernels.nn import LoRARecord, Record, add_weighted_sums
+from dpkernels.privacy.clipping import total_norm_sq
+from dpkernels.privacy.self_check import SelfCheckError, private_backward
 from tests.asr import small_models
 
 KINDS = ("full", "lora", "dp_rp", "bitfit", "head")
 FAMILIES = ("parakeet", "wav2vec2-bert", "wav2vec2", "whisper")
 EVERY = [(family, kind) for family in FAMILIES for kind in KINDS]
+# Wav2Vec2, and Wav2Vec2-BERT with LoRA, are rough: in bfloat16 torch's own gradients are half rounding.
+TAME = [
+    (family, kind)
+    for family, kind in EVERY
+    if family in ("parakeet", "whisper") or (family == "wav2vec2-bert" and kind in ("full", "bitfit", "head"))
+]
+RECORDINGS = [(6400, " low"), (9600, " high low"), (12160, " low low high"), (8000, " high")]
 HALF = torch.bfloat16
 
 
@@ -96,7 +108,7 @@ def test_what_is_trained_is_float32_and_the_rest_is_half(
         f"{name}." for name, module in recognizer.model.named_modules() if isinstance(module, nn.BatchNorm1d)
     }
     for name, parameter in recognizer.model.named_parameters():
-        whole = parameter.requires_grad or name.startswith(tuple(norms))
+        whole = parameter.requires_grad or name.startswith(tuple(norms)) or ".lora_" in name
         assert parameter.dtype == (torch.float32 if whole else HALF), name
 
 
@@ -123,14 +135,76 @@ def test_each_utterances_gradient_is_what_autograd_says(
 
 
 @pytest.mark.parametrize(("family", "kind"), EVERY)
-def test_the_private_sum_rounds_no_worse_than_torchs(
-    folders: dict[str, Path], family: str, kind: str
-) -> None:
-    """Under autocast, padding included. How far either is from float32 is the models' matter: small, and rough."""
+def test_the_private_sum_is_the_gradient_in_float32(folders: dict[str, Path], family: str, kind: str) -> None:
     exact = one_by_one(prepared(folders[family], kind, "float32"))
     assert distance(privately(prepared(folders[family], kind, "float32")), exact) < 1e-4
-    off = distance(privately(prepared(folders[family], kind)), exact)
-    assert 0 < off < 2 * distance(one_by_one(prepared(folders[family], kind)), exact) + 0.02
+
+
+@pytest.mark.parametrize(("family", "kind"), TAME)
+def test_and_near_it_under_autocast(folders: dict[str, Path], family: str, kind: str) -> None:
+    """Where these small random models are no worse than a few per cent in bfloat16; padding included."""
+    exact = one_by_one(prepared(folders[family], kind, "float32"))
+    assert 0 < distance(privately(prepared(folders[family], kind)), exact) < 0.12
+
+
+@pytest.mark.parametrize(("family", "kind"), EVERY)
+def test_no_utterance_adds_more_than_its_norm_says_under_autocast(
+    folders: dict[str, Path], family: str, kind: str
+) -> None:
+    recognizer = prepared(folders[family], kind)
+    batch, _ = small_models.batch_and_singles(recognizer)
+    trained = [p for p in recognizer.model.parameters() if p.requires_grad]
+    with closing(PrivacyEngine()) as engine:
+        _, optimizer, _ = made_private(engine, recognizer)
+        losses = recognizer.loss_per_example(recognizer.model, batch)
+        records = private_backward(optimizer.tape, losses)
+    norm_sq = total_norm_sq(records, len(losses), losses.device).detach()
+    for clip, factors in ((None, torch.ones(len(losses))), (0.1, ops.clip_factors(norm_sq, 0.1))):
+        for sample in range(len(losses)):
+            sums = {p: torch.zeros_like(p, dtype=torch.float64) for p in trained}
+            alone = torch.zeros_like(factors)
+            alone[sample] = factors[sample]
+            add_weighted_sums(records, alone, sums)
+            adds = math.sqrt(sum(float(part.square().sum()) for part in sums.values()))
+            assert 0 < adds <= (float(norm_sq[sample].sqrt()) if clip is None else clip)
+
+
+@pytest.mark.parametrize(("family", "kind"), EVERY)
+def test_what_an_utterance_adds_does_not_know_its_mates_under_autocast(
+    folders: dict[str, Path], family: str, kind: str
+) -> None:
+    recognizer = prepared(folders[family], kind)
+    batch, _ = small_models.batch_and_singles(recognizer)
+    with closing(PrivacyEngine()) as engine:
+        made_private(engine, recognizer)
+        engine.check_mates(recognizer.loss_per_example, batch)
+
+
+def test_the_runs_self_check_asks_in_its_own_arithmetic_too(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognizer = prepared(folders["whisper"], "head")
+    forward = type(recognizer.base.model.encoder).forward
+
+    def mixing(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        found = forward(self, *arguments, **keywords)
+        states = found.last_hidden_state
+        if torch.is_autocast_enabled("cpu"):
+            found.last_hidden_state = states + 0.1 * states.mean(0)
+        return found
+
+    corpus = Corpus([small_models.recording(size, text) for size, text in RECORDINGS])
+    dataset = SpeechDataset(corpus, recognizer)
+    lengths = [recognizer.length(utterance) for utterance in corpus.utterances]
+    with closing(PrivacyEngine()) as engine:
+        made_private(engine, recognizer)
+        self_check(
+            engine, recognizer, dataset, lengths, Reporter(False)
+        )  # on cached states, of the half type
+        monkeypatch.setattr(type(recognizer.base.model.encoder), "forward", mixing)
+        uncached = SpeechDataset(corpus, recognizer, cache=False)
+        with pytest.raises(SelfCheckError, match="with other examples beside it"):
+            self_check(engine, recognizer, uncached, lengths, Reporter(False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,18 +286,40 @@ def test_half_layer_norm_is_autocasts_rounded_once() -> None:
     torch.testing.assert_close(y.double(), wide, rtol=2.0**-8, atol=1e-6)
 
 
-def test_a_trained_norm_and_a_batch_norm_stay_whole() -> None:
-    model = nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4), nn.LayerNorm(4))
+def test_it_normalises_what_it_is_given_and_rounds_what_it_gives() -> None:
+    """Frames of mean 10 and deviation 0.01: rounded before, nothing but the rounding would be left."""
+    norm = nn.LayerNorm(64).requires_grad_(False)
+    x = 10 + 0.01 * torch.randn(3, 64)
+    exact = norm(x)
+    hold_frozen(norm, HALF)
+    assert norm(x).dtype == HALF
+    torch.testing.assert_close(norm(x).float(), exact, rtol=2.0**-8, atol=1e-6)
+
+
+def test_other_norms_stay_whole_and_a_norm_that_is_trained_later_is_one_again() -> None:
+    model = nn.Sequential(
+        nn.LayerNorm(4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+    )
     model.requires_grad_(False)
     model[0].requires_grad_(True)
+    model[4].bias.requires_grad_(True)
     hold_frozen(model, HALF)
-    assert [type(module) for module in model] == [nn.LayerNorm, nn.BatchNorm1d, HalfLayerNorm]
-    assert [module.weight.dtype for module in model] == [torch.float32, torch.float32, HALF]
+    kinds = [nn.LayerNorm, nn.BatchNorm1d, HalfLayerNorm, nn.GroupNorm, nn.LayerNorm]
+    assert [type(module) for module in model] == kinds
+    assert [module.weight.dtype == HALF for module in model] == [False, False, True, False, False]
+    model.requires_grad_(True)
+    hold_frozen(model, HALF)
+    assert type(model[2]) is nn.LayerNorm
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_widened_tensors_that_shared_memory_still_do() -> None:
     shared = torch.ones(3, dtype=HALF)
-    wide = widened_state({"a": shared, "b": shared, "c": torch.ones(2, dtype=torch.int64)})
+    square = torch.ones(2, 2, dtype=HALF)
+    wide = widened_state(
+        {"a": shared, "b": shared, "c": torch.ones(2, dtype=torch.int64), "d": square, "e": square.t()}
+    )
+    assert wide["d"].stride() != wide["e"].stride()
     assert wide["a"].dtype == torch.float32
     assert wide["a"].data_ptr() == wide["b"].data_ptr()
     assert wide["c"].dtype == torch.int64
@@ -250,13 +346,14 @@ def test_a_saved_model_is_float32_and_keeps_what_was_trained(
 
 
 def test_a_loaded_recogniser_computes_without_tf32(folders: dict[str, Path]) -> None:
-    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [flag.allow_tf32 for flag in flags]
+    backends: Any = torch.backends
+    places = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul]
+    before, everywhere = [place.fp32_precision for place in places], backends.fp32_precision
     try:
-        for flag in flags:
-            flag.allow_tf32 = True
+        backends.fp32_precision = "tf32"  # what places that say "none" follow
         small_models.load(folders["parakeet"])
-        assert [flag.allow_tf32 for flag in flags] == [False, False]
+        assert [place.fp32_precision for place in places] == ["ieee"] * len(places)
     finally:
-        for flag, was in zip(flags, before, strict=True):
-            flag.allow_tf32 = was
+        backends.fp32_precision = everywhere
+        for place, was in zip(places, before, strict=True):
+            place.fp32_precision = was

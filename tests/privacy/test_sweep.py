@@ -128,6 +128,17 @@ def test_a_state_dict_goes_to_plain_torch_and_back(name: str) -> None:
         assert set(other.optimizer.state[weight]) == {"momentum_buffer"}
 
 
+def test_counters_of_another_kind_are_counted_on() -> None:
+    """As another program's state may have them; refused within the update, half of it would be done."""
+    run = a_run(OPTIMIZERS["AdamW"])
+    run.release((0, 1))
+    first = next(iter(run.optimizer.state.values()))
+    first["step"] = first["step"].to(torch.int64)
+    run.release((0, 1))
+    assert {float(state["step"]) for state in run.optimizer.state.values()} == {2.0}
+    assert {state["step"].dtype for state in run.optimizer.state.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", ["AdamW", "SGD, momentum"])
 def test_bf16_parameters_keep_float32_state_through_a_checkpoint(name: str) -> None:
     run = a_run(OPTIMIZERS[name], dtype=torch.bfloat16)
