@@ -35,13 +35,8 @@ def no_tf32() -> None:
         backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
         return
     # Each by its own switch: what is "none" there follows torch.backends.fp32_precision, which may be "tf32".
-    places: list[Any] = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
-    places += [
-        backends.mkldnn.conv,
-        backends.mkldnn.rnn,
-        backends.mkldnn.matmul,
-    ]  # a CPU's, by the same switch
-    for place in places:
+    cpu, cuda = backends.mkldnn, backends.cudnn
+    for place in (cuda.conv, cuda.rnn, backends.cuda.matmul, cpu.conv, cpu.rnn, cpu.matmul):
         place.fp32_precision = "ieee"
 
 
