@@ -31,20 +31,23 @@ def no_tf32() -> None:
     What docs/privacy.md says of rounding in float32, and the self-check's tolerance, are of float32.
     """
     backends: Any = torch.backends
-    if not hasattr(backends.cudnn, "conv"):  # before torch 2.9
-        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+    if not hasattr(backends, "fp32_precision"):  # before torch 2.9
         return
-    # Each by its own switch: what is "none" there follows torch.backends.fp32_precision, which may be "tf32".
+    # What says "none" follows this one. Only where it has been set elsewhere: torch refuses to read the older switches,
+    # as transformers does, once these have been set one by one.
+    backends.fp32_precision = "ieee"
     cpu, cuda = backends.mkldnn, backends.cudnn
     for place in (cuda.conv, cuda.rnn, backends.cuda.matmul, cpu.conv, cpu.rnn, cpu.matmul):
-        place.fp32_precision = "ieee"
+        if place.fp32_precision != "ieee":
+            place.fp32_precision = "ieee"
 
 
 def hold_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold frozen parameters in `dtype` and trained ones in float32, in place; frozen layer norms read and write it.
 
-    Other norms stay in float32, as their statistics are, and so do adapters, whose frozen factor is saved. Buffers stay
-    as they are.
+    Adapters are float32 too: their frozen factor is saved. Other norms stay as they are, of the type of their
+    statistics, and so do buffers.
     """
     whole: set[int] = set()
     for module in model.modules():
@@ -56,9 +59,9 @@ def hold_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_floating_point():
             continue
-        if parameter.requires_grad or ".lora_" in name or id(parameter) in whole:
+        if parameter.requires_grad or ".lora_" in name:
             parameter.data = parameter.data.float()
-        else:
+        elif id(parameter) not in whole:
             parameter.data = parameter.data.to(dtype)
 
 

@@ -19,23 +19,36 @@ from bench.results import FOLDER
 from bench.table import markdown
 
 DOCS = ROOT / "docs" / "recipes.md"
-HEAD = re.compile(r"^# measured on one H100: .*$", re.M)
+HEAD = re.compile(r"^# (?:measured|estimated) on one H100: .*$", re.M)
 BEGIN, END = "<!-- measured: written by bench.recipe_heads -->", "<!-- /measured -->"
 _NAMES = {"float32": "float32", "bfloat16": "model.dtype=bfloat16"}
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def in_a_line(rows: Rows) -> str:
+def in_a_line(rows: Rows, name: str) -> str:
     """One recipe's figures, for its head."""
-    return "# measured on one H100: " + "; ".join(_figures(row) for row in rows)
+    own = [row for row in rows if row["recipe"] == name]
+    what = "measured" if any("rate" in row for row in own) else "estimated"
+    return f"# {what} on one H100: " + "; ".join(_figures(row, rows) for row in own)
 
 
-def _figures(row: Mapping[str, Any]) -> str:
+def _figures(row: Mapping[str, Any], rows: Rows) -> str:
     name = _NAMES[row["dtype"]]
-    if "rate" not in row:
-        return f"{name} {row['reason']}, {_gib(row, 'predicted')} GiB predicted"
-    return f"{name} {_hours(row)} hours, {_gib(row, 'measured')} GiB"
+    if "rate" in row:
+        return f"{name} {_hours(row)} hours, {_gib(row, 'measured')} GiB"
+    hours = estimate(row, rows)
+    said = row["reason"] if hours is None else f"some {hours:.0f} hours"
+    return f"{name} {said}, {_gib(row, 'predicted')} GiB"
+
+
+def estimate(row: Mapping[str, Any], rows: Rows) -> float | None:
+    """Hours of a recipe that was not run: those of Parakeet's with the same method, at the same FLOPs a second."""
+    like = row["recipe"].replace("wav2vec2_bert", "parakeet")
+    for one in rows:
+        if (one["recipe"], one["dtype"]) == (like, row["dtype"]) and "hours" in one:
+            return float(one["hours"] * row["flops"] / one["flops"])
+    return None
 
 
 def table(saved: Mapping[str, Any]) -> str:
@@ -52,7 +65,9 @@ def table(saved: Mapping[str, Any]) -> str:
                 _gib(row, "predicted"),
             ]
         else:
-            cells += [row["reason"], "", "", _gib(row, "measured"), _gib(row, "predicted")]
+            hours = estimate(row, saved["rows"])
+            said = "" if hours is None else f"({hours:.0f})"
+            cells += [row["reason"], "", said, _gib(row, "measured"), _gib(row, "predicted")]
         rows.append(cells)
     about = saved["about"]
     sizes = sorted(row["examples"] for row in saved["rows"] if "examples" in row)
@@ -60,7 +75,8 @@ def table(saved: Mapping[str, Any]) -> str:
         f"{about['device']}, torch {about['versions']['torch']}, commit {about['commit']}, {about['date'][:10]}; "
         f"random weights, features of noise in memory, utterances of LibriSpeech-like lengths, one timed step of "
         f"{sizes[0]} to {sizes[-1]} of them. A step: noise and update. Hours: of the whole run, without "
-        "evaluation. Memory: highest allocated, a micro-batch of the longest utterances; predicted by the planner."
+        "evaluation. Memory: highest allocated, a micro-batch of the longest utterances; predicted by the planner. "
+        "In brackets: estimated from a model's own FLOPs and the time of Parakeet's recipe of the same method."
     )
     if "note" in saved:
         head += f" {saved['note']}"
@@ -99,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     saved = json.loads(found[0].read_text(encoding="utf-8"))
     for name in dict.fromkeys(row["recipe"] for row in saved["rows"]):
         path = RECIPES / f"{name}.yaml"
-        line = in_a_line([row for row in saved["rows"] if row["recipe"] == name])
+        line = in_a_line(saved["rows"], name)
         path.write_text(HEAD.sub(line, path.read_text(encoding="utf-8")), encoding="utf-8")
     DOCS.write_text(with_section(DOCS.read_text(encoding="utf-8"), table(saved)), encoding="utf-8")
     return 0

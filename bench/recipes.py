@@ -8,7 +8,8 @@ The recipe's own model at full size (random weights), method, optimizer, strateg
 through `asr_finetune.prepare.make_private`. Utterances have LibriSpeech-like lengths (`bench.data`), and features and
 labels of noise that are in memory: reading audio is measured by `bench.data`. Two logical steps of `--batch` utterances
 are drawn from 281,241; the second is timed. Hours = steps · (batch / rate + what noise and update take). Peak: a
-micro-batch of the recipe's size of the longest utterances, beside what `asr_finetune.memory_plan` predicts.
+micro-batch of the recipe's size of the longest utterances, beside what `asr_finetune.memory_plan` predicts. FLOPs are
+of the model's own products, convolutions and attention, forward and backward, for an utterance of mean length.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from asr_finetune.config import Config
 from asr_finetune.config_file import load_yaml
@@ -40,7 +42,7 @@ from asr_finetune.methods import apply_method, trained_parameters
 from asr_finetune.precision import DTYPES, no_tf32
 from asr_finetune.prepare import make_optimizer, make_private, prepare_blocks
 from asr_finetune.progress import Reporter
-from bench.data import LONGEST, librispeech_like_seconds
+from bench.data import LONGEST, MEAN_SECONDS, librispeech_like_seconds
 from bench.machine import about
 from bench.results import FOLDER
 from dpkernels import PrivacyEngine
@@ -118,8 +120,8 @@ def recogniser(config: Config, device: str) -> CTCRecognizer:
 
 
 def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
-    """The planner's peak of a micro-batch of the longest utterances."""
-    item = Noise(made.base.config.model_type, np.array([LONGEST]))[0]
+    """The planner's peak of a micro-batch of the longest utterances; the model's own FLOPs for one of mean length."""
+    longest, typical = Noise(made.base.config.model_type, np.array([LONGEST, MEAN_SECONDS]))
     with Rehearsal(
         made.model,
         strategy=config.privacy.strategy,
@@ -127,8 +129,14 @@ def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
         target=target,
         checkpointing=config.train.checkpointing,
     ) as stage:
-        peak = stage.peak(losses_of(made, item), config.train.physical_batch_size)
-    return {"trained": trained_parameters(made.model), "predicted": peak.total}
+        peak = stage.peak(losses_of(made, longest), config.train.physical_batch_size)
+        with FlopCounterMode(display=False) as counter:
+            stage.peak(losses_of(made, typical), 1)
+    return {
+        "trained": trained_parameters(made.model),
+        "predicted": peak.total,
+        "flops": counter.get_total_flops(),
+    }
 
 
 def private_run(
@@ -280,7 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(options.predicted.read_text())["rows"] if options.predicted else []
     known = {
-        (row["recipe"], row["dtype"]): {key: row[key] for key in ("trained", "predicted")} for row in before
+        (row["recipe"], row["dtype"]): {key: row[key] for key in ("trained", "predicted", "flops")}
+        for row in before
     }
     rows = []
     for name in options.recipes:

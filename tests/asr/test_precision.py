@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -345,15 +347,24 @@ def test_a_saved_model_is_float32_and_keeps_what_was_trained(
         assert torch.equal(parameter, saved[name].float()), name
 
 
-def test_a_loaded_recogniser_computes_without_tf32(folders: dict[str, Path]) -> None:
-    backends: Any = torch.backends
-    places = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul]
-    before, everywhere = [place.fp32_precision for place in places], backends.fp32_precision
-    try:
-        backends.fp32_precision = "tf32"  # what places that say "none" follow
-        small_models.load(folders["parakeet"])
-        assert [place.fp32_precision for place in places] == ["ieee"] * len(places)
-    finally:
-        backends.fp32_precision = everywhere
-        for place, was in zip(places, before, strict=True):
-            place.fp32_precision = was
+_TF32 = """
+import sys, torch
+from asr_finetune.config import ModelConfig
+from asr_finetune.models import load_recognizer
+if sys.argv[2] == "elsewhere":  # what places that say "none" follow; a notebook may have set it
+    torch.backends.fp32_precision = "tf32"
+load_recognizer(ModelConfig(sys.argv[1], device="cpu"))
+b = torch.backends
+places = (b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul)
+assert {place.fp32_precision for place in places} == {"ieee"}
+if sys.argv[2] != "elsewhere":
+    with b.cudnn.flags(enabled=False):  # as transformers' own CTC loss has it: it reads the older switch
+        assert not b.cuda.matmul.allow_tf32
+"""
+
+
+@pytest.mark.parametrize("set_before", ["nowhere", "elsewhere"])
+def test_a_loaded_recogniser_computes_without_tf32(folders: dict[str, Path], set_before: str) -> None:
+    """In a process of its own: the switches are the process's."""
+    command = [sys.executable, "-W", "ignore", "-c", _TF32, str(folders["parakeet"]), set_before]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])

@@ -21,6 +21,7 @@ ROW = {
     "examples": 256,
     "measured": 40 * 2**30,
     "predicted": 41 * 2**30,
+    "flops": 10,
 }
 ABOUT = {"device": "a GPU", "versions": {"torch": "2"}, "commit": "abc", "date": "2026-11-26T00:00:00"}
 
@@ -32,12 +33,16 @@ def test_a_line_of_a_head() -> None:
         "reason": "CUDA out of memory",
         "predicted": 2**37,
     }
-    line = in_a_line([ROW, full])
-    assert line == (
-        "# measured on one H100: float32 at most 22 hours, 40.0 GiB; model.dtype=bfloat16 CUDA out of memory, "
-        "128.0 GiB predicted"
+    other = {**full, "recipe": "wav2vec2_bert_lora", "dtype": "float32", "flops": 40}
+    rows = [ROW, full, other, {**other, "dtype": "bfloat16"}]
+    assert in_a_line(rows, "parakeet_lora") == (
+        "# measured on one H100: float32 at most 22 hours, 40.0 GiB; model.dtype=bfloat16 CUDA out of memory, 128.0 GiB"
     )
-    assert HEAD.fullmatch(line)
+    # four times the FLOPs; there is no time in bfloat16 to go by
+    assert in_a_line(rows, "wav2vec2_bert_lora") == (
+        "# estimated on one H100: float32 some 90 hours, 128.0 GiB; model.dtype=bfloat16 CUDA out of memory, 128.0 GiB"
+    )
+    assert all(HEAD.fullmatch(in_a_line(rows, name)) for name in ("parakeet_lora", "wav2vec2_bert_lora"))
 
 
 def test_the_section_takes_the_place_of_the_one_before() -> None:
@@ -55,5 +60,5 @@ def test_heads_and_docs_say_what_was_measured() -> None:
     saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert table(saved) in DOCS.read_text(encoding="utf-8")
     for name in {row["recipe"] for row in saved["rows"]}:
-        line = in_a_line([row for row in saved["rows"] if row["recipe"] == name])
+        line = in_a_line(saved["rows"], name)
         assert line in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("\n")

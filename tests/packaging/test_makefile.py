@@ -54,8 +54,8 @@ def test_lint_changes_nothing_and_format_does() -> None:
 
 def test_the_tests_run_on_every_core_and_on_one_where_asked() -> None:
     for wanted, arguments in (("-n logical ", []), ("-n 0 ", ["JOBS=0"])):
-        line = make("--dry-run", "VENV=no-such-folder", *arguments, "test").splitlines()[-1]
-        assert line.startswith("no-such-folder/bin/python -m pytest ")
+        said = make("--dry-run", "VENV=no-such-folder", *arguments, "test").splitlines()
+        (line,) = [line for line in said if line.startswith("no-such-folder/bin/python -m pytest ")]
         assert wanted in line
 
 
