@@ -25,6 +25,7 @@ from dpkernels.privacy.self_check import (
     checked_modes,
     private_backward,
     private_gradient,
+    with_rows,
 )
 
 LIMIT = 1e-6
@@ -88,30 +89,19 @@ def _check(
 
 def with_other_mates(batch: Any, sample: int, size: int) -> Any:
     """The batch in which all examples but `sample` have changed places, and are half of what they were."""
-    if isinstance(batch, Tensor):
-        if not batch.dim() or len(batch) != size:
-            return batch
-        changed = batch[torch.tensor(_rows(sample, size), device=batch.device)].clone()
-        if changed.is_floating_point():
-            scale = torch.full((size,), 0.5, dtype=changed.dtype, device=changed.device)
-            scale[sample] = 1
-            changed *= scale.view(-1, *[1] * (changed.dim() - 1))
-        return changed
-    if isinstance(batch, Mapping) or hasattr(batch, "items"):
-        return {key: with_other_mates(value, sample, size) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(with_other_mates(value, sample, size) for value in batch))
-    if isinstance(batch, list | tuple):
-        if len(batch) == size and not any(isinstance(value, Tensor) for value in batch):
-            return type(batch)([batch[row] for row in _rows(sample, size)])
-        return type(batch)([with_other_mates(value, sample, size) for value in batch])
-    return batch
-
-
-def _rows(sample: int, size: int) -> list[int]:
     others = [row for row in range(size) if row != sample]
     moved = iter(others[1:] + others[:1])
-    return [row if row == sample else next(moved) for row in range(size)]
+    order = [row if row == sample else next(moved) for row in range(size)]
+
+    def changed(rows: Tensor) -> Tensor:
+        found = rows[torch.tensor(order, device=rows.device)]
+        if found.is_floating_point():
+            scale = torch.full((size,), 0.5, dtype=found.dtype, device=found.device)
+            scale[sample] = 1
+            found = found * scale.view(-1, *[1] * (found.dim() - 1))
+        return found
+
+    return with_rows(batch, size, changed, lambda texts: [texts[row] for row in order])
 
 
 def _run(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> tuple[Tensor, list[Record]]:

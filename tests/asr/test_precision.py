@@ -25,7 +25,7 @@ from asr_finetune.precision import HalfLayerNorm, hold_frozen, widened_state
 from asr_finetune.prepare import self_check
 from asr_finetune.progress import Reporter
 from dpkernels import PrivacyEngine, ops
-from dpkernels.nn import LoRARecord, Record, add_weighted_sums
+from dpkernels.nn import LoRARecord, add_weighted_sums
 from dpkernels.privacy.clipping import total_norm_sq
 from dpkernels.privacy.self_check import SelfCheckError, private_backward
 from tests.asr import small_models
@@ -238,16 +238,17 @@ def _first(output: Any) -> Tensor:
     return found
 
 
-def test_adapters_records_are_of_one_type_so_that_one_launch_takes_them(folders: dict[str, Path]) -> None:
-    recognizer = prepared(folders["parakeet"], "lora")
-    records: list[Record] = []
+def adapter_records(recognizer: Recognizer) -> list[LoRARecord]:
+    """What a private backward of three utterances records of the adapters."""
+    batch, _ = small_models.batch_and_singles(recognizer)
     with closing(PrivacyEngine()) as engine:
         _, optimizer, _ = made_private(engine, recognizer)
-        optimizer.tape.open(3, sink=records.append)
-        batch, _ = small_models.batch_and_singles(recognizer)
-        recognizer.loss_per_example(recognizer.model, batch).sum().backward()
-        records += optimizer.tape.close()
-    adapters = [record for record in records if isinstance(record, LoRARecord)]
+        records = private_backward(optimizer.tape, recognizer.loss_per_example(recognizer.model, batch))
+    return [record for record in records if isinstance(record, LoRARecord)]
+
+
+def test_adapters_records_are_of_one_type_so_that_one_launch_takes_them(folders: dict[str, Path]) -> None:
+    adapters = adapter_records(prepared(folders["parakeet"], "lora"))
     assert len(adapters) == 2 * (4 + 4)  # blocks × (attention + two feed-forwards of two)
     assert all(record.share() is not None for record in adapters)
     assert {record.x.dtype for record in adapters} == {HALF}

@@ -13,12 +13,12 @@ from packaging.version import Version
 
 from asr_finetune.recognizer import Recognizer
 from dpkernels import PrivacyEngine
-from dpkernels.nn import LoRARecord, Record
 from tests.asr import small_models
 from tests.asr.test_precision import (
     HALF,
     KINDS,
     TAME,
+    adapter_records,
     distance,
     made_private,
     one_by_one,
@@ -59,14 +59,7 @@ def test_gradients_are_the_utterances_own(folders: dict[str, Path], family: str,
 def test_one_launch_takes_the_adapters(folders: dict[str, Path]) -> None:
     recognizer = prepared(folders["parakeet"], "lora")
     recognizer.model.to("cuda")
-    records: list[Record] = []
-    with closing(PrivacyEngine()) as engine:
-        _, optimizer, _ = made_private(engine, recognizer)
-        optimizer.tape.open(3, sink=records.append)
-        batch, _ = small_models.batch_and_singles(recognizer)
-        recognizer.loss_per_example(recognizer.model, batch).sum().backward()
-        records += optimizer.tape.close()
-    adapters = [record for record in records if isinstance(record, LoRARecord)]
+    adapters = adapter_records(recognizer)
     assert adapters
-    assert {record.x.dtype for record in adapters} == {HALF}
     assert all(record.share() is not None for record in adapters)
+    assert {record.x.dtype for record in adapters} == {HALF}

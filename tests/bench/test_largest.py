@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from bench.largest import largest
+from bench.machine import ROOT
+from bench.results import FOLDER
 
 
 @pytest.mark.parametrize("guess", [1, 7, 100, 1000])
@@ -24,3 +28,21 @@ def test_the_largest_that_fits(guess: int, limit: int) -> None:
 
 def test_nothing_fits() -> None:
     assert largest(lambda size: False, 5, 0.03) == 0
+
+
+def test_the_table_in_the_docs_is_what_was_measured() -> None:
+    docs = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    (path,) = FOLDER.glob("*/largest.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        name = row["contender"] + (" + checkpointing" if row["checkpointing"] else "")
+        cells = ["cannot run", "", ""]
+        if "reason" not in row:
+            cells = [
+                f"{row['largest']:,}",
+                f"{row['rate']:.0f}",
+                f"{row['bytes_an_utterance'] / 2**20:.0f} MiB",
+            ]
+        line = " | ".join([f"| {name}", *cells]) + " |"
+        assert line.replace("  ", " ") in docs.replace("  ", " "), line
+    assert len(rows) == 6
