@@ -196,13 +196,12 @@ def test_the_runs_self_check_asks_in_its_own_arithmetic_too(
         return found
 
     corpus = Corpus([small_models.recording(size, text) for size, text in RECORDINGS])
-    dataset = SpeechDataset(corpus, recognizer)
+    dataset = SpeechDataset(corpus, recognizer, cache=True)
+    assert dataset[0]["encoder_states"].dtype == HALF
     lengths = [recognizer.length(utterance) for utterance in corpus.utterances]
     with closing(PrivacyEngine()) as engine:
         made_private(engine, recognizer)
-        self_check(
-            engine, recognizer, dataset, lengths, Reporter(False)
-        )  # on cached states, of the half type
+        self_check(engine, recognizer, dataset, lengths, Reporter(False))
         monkeypatch.setattr(type(recognizer.base.model.encoder), "forward", mixing)
         uncached = SpeechDataset(corpus, recognizer, cache=False)
         with pytest.raises(SelfCheckError, match="with other examples beside it"):
