@@ -270,7 +270,7 @@ CASES = {
         Case("parakeet-600m-lora", "Parakeet-CTC 608.8 M, LoRA r=8", "parakeet", 8, 1024, 24),
         Case(
             "parakeet-600m-lora-mixed",
-            "Parakeet-CTC 608.8 M, LoRA r=8, mixed",
+            "Parakeet-CTC 608.8 M, LoRA, mixed",
             "parakeet",
             8,
             1024,
