@@ -284,7 +284,7 @@ class _Rehearsal:
             config, recognizer, optimizer, dataset, lengths, quiet, None, config.train.steps
         )
         with closing(engine):
-            self_check(engine, recognizer, dataset, lengths, quiet)
+            self_check(engine, recognizer, dataset, lengths, config.train.physical_batch_size, quiet)
         return "every trained parameter has a norm rule; an utterance's gradient is the same in a batch and alone"
 
 

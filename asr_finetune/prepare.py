@@ -252,11 +252,13 @@ def self_check(
     recognizer: Recognizer,
     dataset: SpeechDataset,
     lengths: Sequence[int],
+    physical_batch_size: int,
     reporter: Reporter,
 ) -> None:
     """A few utterances of unlike lengths, together and one by one: their gradients must agree.
 
-    Where the recogniser takes equal lengths only, one utterance and its copies. In float32 whatever the run computes
+    As many as a micro-batch holds, of 2 to 3: what was planned for leaves room for them. Where the recogniser takes
+    equal lengths only, one utterance and its copies. In float32 whatever the run computes
     in: in a half type a small parameter's gradient can be rounding alone. In the half type it is asked whether an
     utterance adds the same beside others.
 
@@ -264,7 +266,8 @@ def self_check(
         SelfCheckError: they do not; the message names the layers.
     """
     order = np.argsort(lengths)
-    places = np.linspace(0.1, 0.9, min(SELF_CHECK_EXAMPLES, len(order))) * (len(order) - 1)
+    examples = min(SELF_CHECK_EXAMPLES, max(physical_batch_size, 2), len(order))
+    places = np.linspace(0.1, 0.9, examples) * (len(order) - 1)
     what = f"{len(places)} utterances"
     if recognizer.equal_lengths_only:
         places = np.repeat(places[len(places) // 2], len(places))

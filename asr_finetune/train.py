@@ -219,7 +219,7 @@ def _prepare(
             config, recognizer, plain, dataset, lengths, reporter, session.folder.ledger, remaining
         )
         stack.callback(engine.close)
-        self_check(engine, recognizer, dataset, lengths, reporter)
+        self_check(engine, recognizer, dataset, lengths, config.train.physical_batch_size, reporter)
     else:
         optimizer = PlainOptimizer(plain, config.train.batch_size)
         loader = PlainLoader(config.train, dataset, recognizer, lengths)

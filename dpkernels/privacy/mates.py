@@ -7,30 +7,27 @@ same batch is repeated: on a CPU not at all, on a GPU by atomic additions. So it
 autocast, and of compiled code: of the very code that training runs.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import Record, Tape
+from dpkernels.nn import Tape
 from dpkernels.privacy.checks import check_losses, trained_parameters
-from dpkernels.privacy.self_check import (
-    Difference,
-    LossFunction,
-    SelfCheckError,
-    SelfCheckReport,
-    checked_modes,
-    private_backward,
-    private_gradient,
-    with_rows,
-)
+from dpkernels.privacy.probing import LossFunction, checked_modes, private_backward, private_gradient
+from dpkernels.privacy.rows import with_rows
+from dpkernels.privacy.self_check import Difference, SelfCheckError, SelfCheckReport
 
 LIMIT = 1e-6
-"""Of the example's gradient: what may change where repeating the batch changes nothing."""
+"""Of the example's gradient, and of its loss: what may change where repeating the batch changes nothing."""
 _TIMES_REPEATED = 10
+Found = TypeVar("Found")
 
 
 def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any, *, samples: int = 3) -> None:
@@ -46,44 +43,42 @@ def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any,
         samples: of how many examples.
 
     Raises:
-        SelfCheckError: one changed by more than `LIMIT` of its gradient, and ten times more than by repeating.
+        SelfCheckError: a gradient changed by more than `LIMIT` of it and ten times more than by repeating, or a loss.
     """
-    trained = trained_parameters(model)
+    probe = _Probe(model, tape, loss_fn, trained_parameters(model))
     with closing(checked_modes(model, tape, loss_fn, batch)) as modes:
         for mode in modes:
-            _check(model, tape, trained, loss_fn, batch, samples, mode)
+            _check(probe, batch, samples, mode)
 
 
-def _check(
-    model: nn.Module,
-    tape: Tape,
-    trained: dict[str, nn.Parameter],
-    loss_fn: LossFunction,
-    batch: Any,
-    samples: int,
-    mode: str,
-) -> None:
-    losses, records = _run(model, tape, loss_fn, batch)
-    repeated_losses, repeated = _run(model, tape, loss_fn, batch)
+def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
+    losses, own = probe.run(batch, range(samples), lambda _, gradient: _narrowed(gradient))
     size = len(losses)
-    for sample in range(min(samples, size) if size > 1 else 0):
-        other_losses, others = _run(model, tape, loss_fn, with_other_mates(batch, sample, size))
-        own = private_gradient(records, trained, sample, size)
-        norm, loss = _norm(own), abs(float(losses[sample]))
-        repeating = _distance(private_gradient(repeated, trained, sample, size), own)
-        repeating += abs(float(repeated_losses[sample] - losses[sample]))
-        changed = _distance(private_gradient(others, trained, sample, size), own)
-        changed += abs(float(other_losses[sample] - losses[sample]))
-        limit = max(LIMIT * (norm + loss), _TIMES_REPEATED * repeating)
-        if not changed <= limit:
-            what = Difference("all trained parameters", sample, changed / max(norm, 1e-30), norm, mode)
+    if size < 2:
+        return
+
+    def distance(sample: int, gradient: Mapping[str, Tensor]) -> float:
+        return math.hypot(*(float((gradient[name] - part).norm()) for name, part in own[sample].items()))
+
+    same_losses, repeating = probe.run(batch, own, distance)
+    for sample in own:
+        other_losses, changed = probe.run(with_other_mates(batch, sample, size), [sample], distance)
+        loss, same_loss, other_loss = (float(of[sample]) for of in (losses, same_losses, other_losses))
+        for what, whole, by_repeating, change in (
+            ("all trained parameters", _norm(own[sample]), repeating[sample], changed[sample]),
+            ("the loss", abs(loss), abs(same_loss - loss), abs(other_loss - loss)),
+        ):
+            limit = max(LIMIT * whole, _TIMES_REPEATED * by_repeating)
+            if change <= limit:  # a NaN is not
+                continue
+            whole = max(whole, 1e-30)
             raise SelfCheckError(
-                f"self-check: with other examples beside it, example {sample} of the batch has another loss or "
-                f"gradient ({mode} mode): they change by {changed:.3g}, its gradient being {norm:.3g}, and by "
-                f"{repeating:.3g} when the same batch is repeated. Something mixes examples: a statistic over the "
-                "batch, or a layer that does so in the arithmetic that was asked for only, as in half precision. "
-                "(These numbers are NOT PRIVATE.)",
-                SelfCheckReport([what], limit / max(norm, 1e-30)),
+                f"self-check: with other examples beside it, example {sample} of the batch has another gradient or "
+                f"loss ({mode} mode): {what} changed by {change:.3g} of {whole:.3g}, and by {by_repeating:.3g} when "
+                "the same batch was repeated. Something mixes examples: a statistic over the batch, or a layer that "
+                "does so in the arithmetic that was asked for only, as in half precision. (These numbers are NOT "
+                "PRIVATE.)",
+                SelfCheckReport([Difference(what, sample, change / whole, whole, mode)], limit / whole),
             )
 
 
@@ -104,15 +99,36 @@ def with_other_mates(batch: Any, sample: int, size: int) -> Any:
     return with_rows(batch, size, changed, lambda texts: [texts[row] for row in order])
 
 
-def _run(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> tuple[Tensor, list[Record]]:
-    losses = loss_fn(model, batch)
-    check_losses(losses)
-    return losses.detach(), private_backward(tape, losses)
+@dataclass(frozen=True)
+class _Probe:
+    """One private backward, and what is asked of it."""
+
+    model: nn.Module
+    tape: Tape
+    loss_fn: LossFunction
+    trained: dict[str, nn.Parameter]
+
+    def run(
+        self, batch: Any, samples: Iterable[int], see: Callable[[int, dict[str, Tensor]], Found]
+    ) -> tuple[Tensor, dict[int, Found]]:
+        """Losses [B], and `see(sample, its private gradient in float64)`; the records end with the call, since those
+        of a large model are as large as its activations.
+        """
+        losses = self.loss_fn(self.model, batch)
+        check_losses(losses)
+        size = len(losses)
+        records = private_backward(self.tape, losses)
+        return losses.detach(), {
+            sample: see(sample, private_gradient(records, self.trained, sample, size))
+            for sample in samples
+            if sample < size
+        }
+
+
+def _narrowed(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In float32, half the memory: rounded by at most 6·10⁻⁸ of the norm, far below `LIMIT`."""
+    return {name: part.float() for name, part in gradient.items()}
 
 
 def _norm(gradient: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float(part.square().sum()) for part in gradient.values()))
-
-
-def _distance(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float((found[name] - part).square().sum()) for name, part in own.items()))
+    return math.hypot(*(float(part.double().norm()) for part in gradient.values()))

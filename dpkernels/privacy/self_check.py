@@ -9,21 +9,27 @@ but dropout off, where the model then gives the same losses twice.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from dpkernels.nn import GhostModule, Record, Tape, add_weighted_sums, named_modules
-from dpkernels.nn.expanded import ExpandingModule
+from dpkernels.nn import Tape
 from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.clipping import total_norm_sq
+from dpkernels.privacy.probing import (
+    LossFunction,
+    checked_modes,
+    compiled,
+    private_backward,
+    private_gradient,
+    watched,
+)
+from dpkernels.privacy.rows import rows_of, take_sample
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
 # Relative to a parameter's own gradient: float32 keeps 1e-5 or better through deep models; half precision
 # keeps 1e-2.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -39,11 +45,11 @@ class Difference:
     """How far one parameter's gradient is off. NOT PRIVATE.
 
     Attributes:
-        parameter: qualified name.
+        parameter: qualified name. From the mates check: "all trained parameters", or "the loss".
         sample: index in the batch.
         error: ‖private − one by one‖ over the larger of ‖one by one‖ and 10⁻³ of the example's whole
-            gradient.
-        norm: ‖one by one‖.
+            gradient. From the mates check: the change over `norm`.
+        norm: ‖one by one‖. From the mates check: of the private gradient, or of the loss.
         mode: "eval" or "train".
     """
 
@@ -61,8 +67,8 @@ class SelfCheckReport:
     Attributes:
         differences: every parameter × sample × mode, worst first.
         tolerance: largest error accepted.
-        first_module: in order of execution, the first module whose output for a sample differs; None where
-            none does.
+        first_module: where a gradient differs, in order of execution the first module whose output does; None
+            where no gradient or no output does.
         norm_shortfall: largest factor by which a norm fell below the gradient's (<= 1 where norms are upper
             bounds).
     """
@@ -113,7 +119,7 @@ def self_check(
         SelfCheckError: the layers that differ, with their numbers.
         ValueError, TypeError: losses of another shape than [B]; nothing in the batch with B rows.
     """
-    if _rows(batch) == 0:
+    if rows_of(batch) == 0:
         raise ValueError(
             "self_check: batch holds no example, so nothing would be compared; give at least two"
         )
@@ -124,17 +130,16 @@ def self_check(
     computed: set[torch.dtype] = set()
     with closing(checked_modes(model, tape, loss_fn, batch)) as modes:
         for mode in modes:
-            found, module, short, dtypes = _compare(
-                model, tape, trained, loss_fn, batch, singles, samples, mode
-            )
+            found, short, dtypes = _compare(model, tape, trained, loss_fn, batch, singles, samples, mode)
             differences += found
-            first_module = first_module or module
             shortfall = max(shortfall, short)
             computed |= dtypes
-    if tolerance is None:
-        tolerance = max(_TOLERANCES[dtype] for dtype in computed)
+            accepted = max(_TOLERANCES[dtype] for dtype in computed) if tolerance is None else tolerance
+            failed = SelfCheckReport(found, accepted).failures
+            if failed and first_module is None:
+                first_module = _first_module(model, tape, loss_fn, batch, singles, failed[0].sample)
     differences.sort(key=lambda item: -item.error if not math.isnan(item.error) else -math.inf)
-    report = SelfCheckReport(differences, tolerance, first_module, shortfall)
+    report = SelfCheckReport(differences, accepted, first_module, shortfall)
     if report.failures:
         raise SelfCheckError(_explain(report), report)
     if shortfall > 1 + _SHORTFALL:
@@ -146,14 +151,6 @@ def self_check(
     return report
 
 
-def _rows(batch: Any) -> int | None:
-    """Rows of the first tensor of a batch; None where it holds none."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((rows for rows in map(_rows, parts) if rows is not None), None)
-
-
 def _compare(
     model: nn.Module,
     tape: Tape,
@@ -163,64 +160,42 @@ def _compare(
     singles: Sequence[Any] | None,
     samples: int,
     mode: str,
-) -> tuple[list[Difference], str | None, float, set[torch.dtype]]:
-    with _outputs(model) as together:
+) -> tuple[list[Difference], float, set[torch.dtype]]:
+    dtypes = {p.dtype for p in trained.values()}
+    dtypes |= {p.dtype for module in compiled(model) for p in module.parameters()}  # they show no outputs
+    with watched(model, lambda _, output: dtypes.add(output.dtype)):
         losses = loss_fn(model, batch)
     check_losses(losses)
-    batch_size = losses.shape[0]
+    size = losses.shape[0]
     records = private_backward(tape, losses)
     with torch.no_grad():
-        norm_sq = total_norm_sq(records, batch_size, losses.device).cpu()
-    count = min(samples, batch_size) if singles is None else min(samples, len(singles), batch_size)
+        norm_sq = total_norm_sq(records, size, losses.device).cpu()
+    count = min(samples, size) if singles is None else min(samples, len(singles), size)
     differences: list[Difference] = []
-    first_module: str | None = None
     shortfall = 0.0
     for sample in range(count):
-        single = take_sample(batch, sample, batch_size) if singles is None else singles[sample]
-        private = private_gradient(records, trained, sample, batch_size)
-        with tape.paused(), _outputs(model) as alone:
-            expected = _plain_gradient(loss_fn(model, single), trained)
-        whole = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in expected.values()))
-        for name in trained:
-            norm = float(expected[name].norm())
-            error = float((private[name] - expected[name]).norm()) / max(norm, _FLOOR * whole, 1e-30)
+        # Alone first: its activations are gone before the private gradient, in float64, takes their place.
+        with tape.paused():
+            expected = _plain_gradient(loss_fn(model, _single(batch, singles, sample, size)), trained)
+        private = private_gradient(records, trained, sample, size)
+        norms = {name: _norm(gradient) for name, gradient in expected.items()}
+        whole = math.hypot(*norms.values())
+        for name, norm in norms.items():
+            error = _norm(private[name] - expected[name]) / max(norm, _FLOOR * whole, 1e-30)
             differences.append(Difference(name, sample, error, norm, mode))
-        contribution = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in private.values()))
+        contribution = math.hypot(*map(_norm, private.values()))
         bound = math.sqrt(max(float(norm_sq[sample]), 0.0))
         shortfall = max(shortfall, contribution / bound if bound else (math.inf if contribution else 0.0))
-        first_module = first_module or _first_difference(together, alone, sample, batch_size)
-    dtypes = {output.dtype for output in together.values()} | {p.dtype for p in trained.values()}
-    dtypes |= {
-        p.dtype for module in _compiled(model) for p in module.parameters()
-    }  # where no output is collected
-    return differences, first_module, shortfall, dtypes & _TOLERANCES.keys()
+    return differences, shortfall, dtypes & _TOLERANCES.keys()
 
 
-def private_backward(tape: Tape, losses: Tensor) -> list[Record]:
-    """The records of one backward of losses [B]."""
-    tape.open(losses.shape[0])
-    try:
-        losses.sum().backward()
-        return tape.close()
-    except BaseException:
-        tape.discard()
-        raise
+def _norm(gradient: Tensor) -> float:
+    return float(gradient.double().norm())
 
 
-@torch.no_grad()
-def private_gradient(
-    records: list[Record], trained: dict[str, nn.Parameter], sample: int, batch_size: int
-) -> dict[str, Tensor]:
-    """What the private path adds for one sample at factor 1: float64, by name. Zero without a record."""
-    sums = {p: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in trained.values()}
-    factors = torch.zeros(batch_size)
-    factors[sample] = 1
-    add_weighted_sums(records, factors, sums)  # as the optimizer does
-    # What autograd filled past the layers' rules is part of the sum's gradient, not of a sample's: shown by
-    # its absence.
-    for parameter in trained.values():
-        parameter.grad = None
-    return {name: sums[parameter] for name, parameter in trained.items()}
+def _single(batch: Any, singles: Sequence[Any] | None, sample: int, size: int) -> Any:
+    """The one-example batch of a sample: what was given, or a slice."""
+    return take_sample(batch, sample, size) if singles is None else singles[sample]
 
 
 def _plain_gradient(losses: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -230,142 +205,33 @@ def _plain_gradient(losses: Tensor, trained: dict[str, nn.Parameter]) -> dict[st
         )
     gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
     return {
-        name: (torch.zeros_like(parameter) if gradient is None else gradient).double()
+        name: torch.zeros_like(parameter) if gradient is None else gradient
         for (name, parameter), gradient in zip(trained.items(), gradients, strict=True)
     }
 
 
-def take_sample(batch: Any, sample: int, batch_size: int) -> Any:
-    """The one-example batch at `sample`: what has batch_size rows is sliced, everything else kept."""
-    return with_rows(batch, batch_size, lambda rows: rows[sample : sample + 1], lambda texts: [texts[sample]])
-
-
-def with_rows(
+@torch.no_grad()
+def _first_module(
+    model: nn.Module,
+    tape: Tape,
+    loss_fn: LossFunction,
     batch: Any,
-    batch_size: int,
-    of_tensor: Callable[[Tensor], Tensor],
-    of_list: Callable[[Sequence[Any]], list[Any]],
-) -> Any:
-    """The batch with other rows: `of_tensor` of every tensor of batch_size rows, `of_list` of every such list (texts,
-    one an example), everything else kept; dicts, named tuples, tuples and lists are gone through.
-    """
-
-    def again(value: Any) -> Any:
-        return with_rows(value, batch_size, of_tensor, of_list)
-
-    if isinstance(batch, Tensor):
-        return of_tensor(batch) if batch.dim() and batch.shape[0] == batch_size else batch
-    if isinstance(batch, dict) or hasattr(batch, "items"):
-        return {key: again(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(again, batch))
-    if isinstance(batch, list | tuple):
-        if len(batch) == batch_size and not any(isinstance(value, Tensor) for value in batch):
-            return type(batch)(of_list(batch))
-        return type(batch)([again(value) for value in batch])
-    return batch
-
-
-def checked_modes(
-    model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any
-) -> Generator[str, None, None]:
-    """Evaluation mode, and training mode with dropout off where the model then repeats itself: "eval", "train".
-
-    The model is in it until the next is asked for; close the generator, so that an error leaves no mode behind.
-    """
-    for mode in ("eval", "train"):
-        with _mode(model, train=mode == "train"):
-            if mode == "eval" or _repeatable(model, tape, loss_fn, batch):
-                yield mode
-
-
-@contextmanager
-def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
-    """All modules in evaluation mode, or the dropout layers only; gradients and modes put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    for parameter in gradients:
-        parameter.grad = None
-    for module in model.modules():
-        if not train or isinstance(module, _DropoutNd):
-            module.training = False
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-
-
-def _repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> bool:
-    """Whether two forwards in the present mode agree to the last bit (no dropout, no random masks)."""
-    with torch.no_grad(), tape.paused():
-        return torch.equal(loss_fn(model, batch), loss_fn(model, batch))
-
-
-@contextmanager
-def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collects the first tensor that each innermost module returns, by name, in order of execution."""
-    collected: dict[str, Tensor] = {}
-    handles = []
-
-    def collect(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                collected.setdefault(name, output.detach())
-
-        return hook
-
-    for name, module in _innermost(model):
-        handles.append(module.register_forward_hook(collect(name)))
-    try:
-        yield collected
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules without children, and ghost layers that have some, by name.
-
-    Nothing within a ghost layer: it may compute as one with its children (LoRA), and with a hook on one of them would
-    take another path than in training, and than where checkpointing computes it again without the hook. Nothing of a
-    compiled module: torch.compile would make the hook part of the code that training runs, and does not look whether
-    hooks came or went.
-    """
-    # All of them first: a module that is shared has another name, and may be met elsewhere before.
-    within = {inner for module in _compiled(model) for inner in module.modules()}
-    ghosts = {
-        module
-        for module in model.modules()
-        if isinstance(module, GhostModule) and not isinstance(module, ExpandingModule)
-    }
-    within |= {inner for module in ghosts for inner in module.modules() if inner is not module}
-    for name, module in named_modules(model):
-        if module not in within and (module in ghosts or not any(module.children())):
-            yield name, module
-
-
-def _compiled(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that torch.compile has, by whichever of its ways."""
-    for module in model.modules():
-        forward = vars(module).get("forward")
-        if (
-            module._compiled_call_impl is not None
-            or "_orig_mod" in module._modules  # torch.compile(module)
-            or hasattr(forward, "_torchdynamo_orig_callable")
-        ):
-            yield module
-
-
-def _first_difference(
-    together: dict[str, Tensor], alone: dict[str, Tensor], sample: int, batch_size: int
+    singles: Sequence[Any] | None,
+    sample: int,
 ) -> str | None:
+    """The first module whose output for a sample is another in its batch: looked for after a gradient differed, since
+    all outputs of a large model are more than its activations.
+    """
+    together: dict[str, Tensor] = {}
+    alone: dict[str, Tensor] = {}
+    with tape.paused():
+        with watched(model, together.setdefault):
+            size = len(loss_fn(model, batch))
+        with watched(model, alone.setdefault):
+            loss_fn(model, _single(batch, singles, sample, size))
     for name, output in together.items():
         single = alone.get(name)
-        if single is None or output.dim() == 0 or output.shape[0] != batch_size or single.shape[:1] != (1,):
+        if single is None or output.dim() == 0 or output.shape[0] != size or single.shape[:1] != (1,):
             continue
         row = output[sample : sample + 1]
         if row.dim() != single.dim():

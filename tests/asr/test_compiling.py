@@ -27,7 +27,8 @@ from asr_finetune.prepare import prepare_blocks
 from asr_finetune.progress import Reporter
 from dpkernels import PrivacyEngine
 from dpkernels.nn import detach
-from dpkernels.privacy.self_check import SelfCheckReport, _innermost
+from dpkernels.privacy.probing import innermost
+from dpkernels.privacy.self_check import SelfCheckReport
 from tests.asr import small_models, tones
 from tests.privacy.strategy_models import distance
 
@@ -189,7 +190,7 @@ def test_the_self_check_hooks_nothing_that_is_compiled_by_whichever_way() -> Non
     model.replaced = nn.Sequential(nn.Linear(8, 8))
     model.replaced.forward = torch.compile(model.replaced.forward, backend="eager")  # type: ignore[method-assign]
     model.last = nn.Linear(8, 3)
-    assert [name for name, _ in _innermost(model)] == ["last"]
+    assert [name for name, _ in innermost(model)] == ["last"]
 
 
 class Recording(nn.Module):

@@ -27,7 +27,8 @@ from asr_finetune.progress import Reporter
 from dpkernels import PrivacyEngine, ops
 from dpkernels.nn import LoRARecord, add_weighted_sums
 from dpkernels.privacy.clipping import total_norm_sq
-from dpkernels.privacy.self_check import SelfCheckError, private_backward
+from dpkernels.privacy.probing import private_backward
+from dpkernels.privacy.self_check import SelfCheckError
 from tests.asr import small_models
 
 KINDS = ("full", "lora", "dp_rp", "bitfit", "head")
@@ -201,11 +202,11 @@ def test_the_runs_self_check_asks_in_its_own_arithmetic_too(
     lengths = [recognizer.length(utterance) for utterance in corpus.utterances]
     with closing(PrivacyEngine()) as engine:
         made_private(engine, recognizer)
-        self_check(engine, recognizer, dataset, lengths, Reporter(False))
+        self_check(engine, recognizer, dataset, lengths, 3, Reporter(False))
         monkeypatch.setattr(type(recognizer.base.model.encoder), "forward", mixing)
         uncached = SpeechDataset(corpus, recognizer, cache=False)
         with pytest.raises(SelfCheckError, match="with other examples beside it"):
-            self_check(engine, recognizer, uncached, lengths, Reporter(False))
+            self_check(engine, recognizer, uncached, lengths, 3, Reporter(False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

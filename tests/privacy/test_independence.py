@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpkernels.nn import LinearRecord
 from dpkernels.privacy import SelfCheckError
-from dpkernels.privacy.self_check import take_sample
+from dpkernels.privacy.rows import take_sample
 from tests.privacy.private_run import Net, Run, private_run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import namedtuple
 from contextlib import closing
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine
+from dpkernels.privacy import mates, self_check
 from dpkernels.privacy.mates import with_other_mates
+from dpkernels.privacy.probing import private_backward
 from dpkernels.privacy.self_check import SelfCheckError
 
 FRAMES, WIDTH = 5, 6
@@ -94,6 +97,45 @@ def test_the_self_check_asks_for_mates_too(share: float) -> None:
         made(engine, Mixes(share))
         with pytest.raises(SelfCheckError):
             engine.self_check(losses, batch(), tolerance=1.0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_a_large_loss_hides_no_mixing_of_gradients(offset: float) -> None:
+    with closing(PrivacyEngine()) as engine:
+        made(engine, Mixes(1e-4))
+        with pytest.raises(SelfCheckError, match="all trained parameters changed by") as caught:
+            engine.check_mates(lambda model, x: losses(model, x) + offset, batch())
+    (found,) = caught.value.report.failures
+    assert found.error < 0.01 * found.norm
+
+
+def test_a_loss_that_mixes_without_a_gradient_is_found() -> None:
+    def mixing(model: nn.Module, x: Tensor) -> Tensor:
+        found = losses(model, x)
+        return found + found.detach().mean()
+
+    with closing(PrivacyEngine()) as engine:
+        made(engine, nn.Tanh())
+        with pytest.raises(SelfCheckError, match="the loss changed by"):
+            engine.check_mates(mixing, batch())
+
+
+def test_one_backwards_records_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large model are as large as its activations."""
+    seen: list[weakref.ref[Any]] = []
+
+    def watching(tape: Any, losses: Tensor) -> list[Any]:
+        assert all(record() is None for record in seen)
+        records = private_backward(tape, losses)
+        seen.extend(map(weakref.ref, records))
+        return records
+
+    for module in (mates, self_check):
+        monkeypatch.setattr(module, "private_backward", watching)
+    with closing(PrivacyEngine()) as engine:
+        made(engine, nn.Tanh())
+        engine.self_check(losses, batch())
+    assert len(seen) > 2 * (2 + 2 * (2 + 3))  # two layers' weights, in two modes, by both checks
 
 
 @pytest.mark.parametrize("share", [1e-2, 3e-2])
