@@ -35,9 +35,8 @@ class CTCRecognizer(Recognizer):
     def __init__(self, model: nn.Module, processor: Any, **options: Any) -> None:
         super().__init__(model, processor, **options)
         config = self.base.config
-        self.input_name = "input_values" if config.model_type.startswith("wav2vec2") else "input_features"
-        if config.model_type == "wav2vec2-bert":
-            self.input_name = "input_features"
+        if config.model_type in ("wav2vec2", "wav2vec2-conformer"):
+            self.input_name = "input_values"
         self.blank = int(config.pad_token_id)
         if config.model_type == "wav2vec2-conformer":
             self.equal_lengths_only = "Wav2Vec2-Conformer's convolutions ignore the attention mask"

@@ -258,7 +258,7 @@ def self_check(
     """A few utterances of unlike lengths, together and one by one: their gradients must agree.
 
     As many as a micro-batch holds, of 2 to 3: what was planned for leaves room for them. Where the recogniser takes
-    equal lengths only, one utterance and its copies. In float32 whatever the run computes
+    equal lengths only, all are cut to the shortest one's, and have its labels. In float32 whatever the run computes
     in: in a half type a small parameter's gradient can be rounding alone. In the half type it is asked whether an
     utterance adds the same beside others.
 
@@ -266,21 +266,27 @@ def self_check(
         SelfCheckError: they do not; the message names the layers.
     """
     order = np.argsort(lengths)
-    examples = min(SELF_CHECK_EXAMPLES, max(physical_batch_size, 2), len(order))
-    places = np.linspace(0.1, 0.9, examples) * (len(order) - 1)
+    places = np.linspace(0.1, 0.9, min(SELF_CHECK_EXAMPLES, max(physical_batch_size, 2))) * (len(order) - 1)
     what = f"{len(places)} utterances"
-    if recognizer.equal_lengths_only:
-        places = np.repeat(places[len(places) // 2], len(places))
-        what = f"{len(places)} copies of one utterance ({recognizer.equal_lengths_only})"
     items = [dataset[int(order[int(place)])] for place in places]
+    if recognizer.equal_lengths_only:
+        what += f" of one length ({recognizer.equal_lengths_only})"
+        name, labels = recognizer.input_name, items[0]["labels"]
+        shortest = min(len(item[name]) for item in items)
+        items = [{**item, name: item[name][:shortest], "labels": labels} for item in items]
     singles = [to_device(recognizer.collate([item]), recognizer.device) for item in items]
     batch = to_device(recognizer.collate(items), recognizer.device)
     began = time.monotonic()
     with recognizer.in_float32():
-        engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
+        report = engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
     if recognizer.dtype is not torch.float32:
         engine.check_mates(recognizer.loss_per_example, batch, samples=len(items))
+    told = (
+        ""
+        if "train" in report.modes
+        else " in evaluation mode, and in training, which is random, beside others"
+    )
     reporter.say(
-        f"self-check passed: the gradients of {what} are the same in a batch and alone "
+        f"self-check passed: the gradients of {what} are the same in a batch and alone{told} "
         f"({duration(time.monotonic() - began)})"
     )

@@ -37,6 +37,7 @@ class Recognizer(ABC):
         new_head: the output layer is freshly initialised and must be trained along with any method.
         vocabulary: what its classes are, as `model.vocabulary` says; "keep" where it is not new.
         dtype: of its arithmetic; see `precision`.
+        input_name: of the features in an item and in the model's arguments.
         equal_lengths_only: why batches of unequal lengths are refused, or "" where padding changes nothing.
     """
 
@@ -65,6 +66,7 @@ class Recognizer(ABC):
         self.target_prefix = target_prefix
         self.dtype = dtype
         self.sampling_rate = int(self.feature_extractor.sampling_rate)
+        self.input_name = "input_features"
         self.equal_lengths_only = ""
         switch_off_shared_randomness(self.base)
 

@@ -266,7 +266,8 @@ class DPDataLoader:
             timeout=data_loader.timeout,
             worker_init_fn=data_loader.worker_init_fn,
             multiprocessing_context=data_loader.multiprocessing_context if workers else None,
-            generator=data_loader.generator,
+            # Not the given one: workers would draw augmentations from a seed that is known.
+            generator=None,
             prefetch_factor=data_loader.prefetch_factor,
             persistent_workers=data_loader.persistent_workers,
         )

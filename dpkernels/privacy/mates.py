@@ -1,17 +1,19 @@
 """The mates check: does what an example adds change with what else is in its batch, in the arithmetic of training?
 
 The self-check compares a batch with one example alone, which other shapes round otherwise: in half precision by as
-much as a small gradient is. Here the shapes stay, and with them the kernels and the order of every sum; only the
-*content* of the other examples changes. What an example adds may then change by no more than it does when the very
-same batch is repeated: on a CPU not at all, on a GPU by atomic additions. So it can be asked in any dtype, under
-autocast, and of compiled code: of the very code that training runs.
+much as a small gradient is. Here the shapes stay, and with them the kernels, the order of every sum and, under one
+seed, all random draws; only the *content* of the other examples changes. What an example adds may then change by no
+more than it does when the very same batch is repeated: on a CPU not at all, on a GPU by atomic additions. So it can be
+asked in any dtype, under autocast, of compiled code and with dropout: of the very code that training runs.
+
+The same batch is asked again after the others: a model that keeps something of what it saw (a queue, a running
+statistic, in buffers or not) answers otherwise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,80 +22,138 @@ from torch import Tensor, nn
 
 from dpkernels.nn import Tape
 from dpkernels.privacy.checks import check_losses, trained_parameters
-from dpkernels.privacy.probing import LossFunction, checked_modes, private_backward, private_gradient
+from dpkernels.privacy.probing import (
+    LossFunction,
+    as_it_is,
+    evaluating,
+    private_backward,
+    private_gradient,
+    watched,
+)
+from dpkernels.privacy.randomness import same_draws, secret_seed
 from dpkernels.privacy.rows import with_rows
 from dpkernels.privacy.self_check import Difference, SelfCheckError, SelfCheckReport
 
 LIMIT = 1e-6
 """Of the example's gradient, and of its loss: what may change where repeating the batch changes nothing."""
 _TIMES_REPEATED = 10
+# Of the same: what repeating may change on a GPU, where additions have no order.
+_REPEATED_ON_GPU = 1e-2
 Found = TypeVar("Found")
 
 
 def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any, *, samples: int = 3) -> None:
     """Whether an example's loss and gradient stay when the other examples of its batch are others.
 
-    The others change places, and what is floating-point in them is halved; lengths, masks and labels move along.
+    The others change places, each entry of them that is floating-point is halved or kept at random, and one becomes a
+    copy of the example itself where that changes no shape in the model; lengths, masks and labels move along.
 
     Args:
         model: the private model.
         tape: its tape.
         loss_fn: loss_fn(model, batch) -> [B].
-        batch: as for `self_check`; at least two examples, or nothing is asked.
+        batch: as for `self_check`; at least two examples.
         samples: of how many examples.
 
     Raises:
-        SelfCheckError: a gradient changed by more than `LIMIT` of it and ten times more than by repeating, or a loss.
+        SelfCheckError: a gradient changed by more than `LIMIT` of it and ten times more than by repeating, or a loss;
+            or the same batch gave another one under the same random draws.
+        ValueError: fewer than two examples.
     """
-    probe = _Probe(model, tape, loss_fn, trained_parameters(model))
-    with closing(checked_modes(model, tape, loss_fn, batch)) as modes:
-        for mode in modes:
+    probe = _Probe(model, tape, loss_fn, trained_parameters(model), secret_seed())
+    for mode, entered in (("eval", evaluating), ("train", as_it_is)):
+        with entered(model):
             _check(probe, batch, samples, mode)
 
 
 def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
-    losses, own = probe.run(batch, range(samples), lambda _, gradient: _narrowed(gradient))
+    losses, own, shapes = probe.run(batch, range(samples), lambda _, gradient: _narrowed(gradient))
     size = len(losses)
     if size < 2:
-        return
+        raise ValueError(f"batch holds {size} example; give at least two: alone, an example has no mates")
 
     def distance(sample: int, gradient: Mapping[str, Tensor]) -> float:
         return math.hypot(*(float((gradient[name] - part).norm()) for name, part in own[sample].items()))
 
-    same_losses, repeating = probe.run(batch, own, distance)
+    same_losses, repeated, _ = probe.run(batch, own, distance)
+    repeats = LIMIT if losses.device.type == "cpu" else _REPEATED_ON_GPU
+    wholes = {sample: (_norm(own[sample]), abs(float(losses[sample]))) for sample in own}
+    by_repeating = {s: (repeated[s], abs(float(same_losses[s] - losses[s]))) for s in own}
     for sample in own:
-        other_losses, changed = probe.run(with_other_mates(batch, sample, size), [sample], distance)
-        loss, same_loss, other_loss = (float(of[sample]) for of in (losses, same_losses, other_losses))
-        for what, whole, by_repeating, change in (
-            ("all trained parameters", _norm(own[sample]), repeating[sample], changed[sample]),
-            ("the loss", abs(loss), abs(same_loss - loss), abs(other_loss - loss)),
-        ):
-            limit = max(LIMIT * whole, _TIMES_REPEATED * by_repeating)
-            if change <= limit:  # a NaN is not
-                continue
+        limits = tuple(repeats * whole for whole in wholes[sample])
+        _compare(_ANOTHER_TIME, sample, mode, wholes[sample], by_repeating[sample], limits)
+
+    def limits_of(sample: int) -> tuple[float, ...]:
+        pairs = zip(wholes[sample], by_repeating[sample], strict=True)
+        return tuple(max(LIMIT * whole, _TIMES_REPEATED * repeating) for whole, repeating in pairs)
+
+    for sample in own:
+        for copy in [*(row for row in range(size) if row != sample), None]:
+            other = with_other_mates(batch, sample, size, copy)
+            other_losses, changed, other_shapes = probe.run(other, [sample], distance)
+            if other_shapes == shapes:
+                break
+        change = changed[sample], abs(float(other_losses[sample] - losses[sample]))
+        _compare(_BESIDE_OTHERS, sample, mode, wholes[sample], change, limits_of(sample))
+    last_losses, last, _ = probe.run(batch, own, distance)
+    for sample in own:
+        change = last[sample], abs(float(last_losses[sample] - losses[sample]))
+        _compare(_ANOTHER_TIME, sample, mode, wholes[sample], change, limits_of(sample))
+
+
+_BESIDE_OTHERS = (
+    "with other examples beside it, example {sample} of the batch has another gradient or loss",
+    "Something mixes examples: a statistic over the batch, or a layer that does so in the arithmetic that was asked "
+    "for only, as in half precision.",
+)
+_ANOTHER_TIME = (
+    "asked again with the same batch and the same random draws, example {sample} has another gradient or loss",
+    "Something is kept from forward to forward (a queue, a running statistic, a counter), or is drawn from a "
+    "generator of the model's own: what one example leaves there changes what others add.",
+)
+
+
+def _compare(
+    said: tuple[str, str],
+    sample: int,
+    mode: str,
+    wholes: tuple[float, ...],
+    changes: tuple[float, ...],
+    limits: tuple[float, ...],
+) -> None:
+    """Raise where the gradient, or the loss, changed by more than its limit; a NaN did."""
+    happened, cause = said
+    for what, whole, change, limit in zip(_ASKED, wholes, changes, limits, strict=True):
+        if not change <= limit:
             whole = max(whole, 1e-30)
             raise SelfCheckError(
-                f"self-check: with other examples beside it, example {sample} of the batch has another gradient or "
-                f"loss ({mode} mode): {what} changed by {change:.3g} of {whole:.3g}, and by {by_repeating:.3g} when "
-                "the same batch was repeated. Something mixes examples: a statistic over the batch, or a layer that "
-                "does so in the arithmetic that was asked for only, as in half precision. (These numbers are NOT "
-                "PRIVATE.)",
+                f"self-check: {happened.format(sample=sample)} ({mode} mode): {what} changed by {change:.3g} of "
+                f"{whole:.3g}, where {limit:.3g} is rounding. {cause} (These numbers are NOT PRIVATE.)",
                 SelfCheckReport([Difference(what, sample, change / whole, whole, mode)], limit / whole),
             )
 
 
-def with_other_mates(batch: Any, sample: int, size: int) -> Any:
-    """The batch in which all examples but `sample` have changed places, and are half of what they were."""
+_ASKED = ("all trained parameters", "the loss")
+
+
+def with_other_mates(batch: Any, sample: int, size: int, copy: int | None = None) -> Any:
+    """The batch with other examples around `sample`: they change places, each of their floating-point entries is halved
+    or kept at random (no layer that forgets the scale forgets that), and the row `copy` is the sample's own: whatever
+    is the same in any order, and whole numbers, change too.
+    """
     others = [row for row in range(size) if row != sample]
     moved = iter(others[1:] + others[:1])
     order = [row if row == sample else next(moved) for row in range(size)]
+    if copy is not None:
+        order[copy] = sample
+    generator = torch.Generator().manual_seed(0)
 
     def changed(rows: Tensor) -> Tensor:
         found = rows[torch.tensor(order, device=rows.device)]
         if found.is_floating_point():
-            scale = torch.full((size,), 0.5, dtype=found.dtype, device=found.device)
+            scale = torch.randint(1, 3, found.shape, generator=generator) / 2
             scale[sample] = 1
-            found = found * scale.view(-1, *[1] * (found.dim() - 1))
+            found = found * scale.to(found)
         return found
 
     return with_rows(batch, size, changed, lambda texts: [texts[row] for row in order])
@@ -107,22 +167,27 @@ class _Probe:
     tape: Tape
     loss_fn: LossFunction
     trained: dict[str, nn.Parameter]
+    seed: int
 
     def run(
         self, batch: Any, samples: Iterable[int], see: Callable[[int, dict[str, Tensor]], Found]
-    ) -> tuple[Tensor, dict[int, Found]]:
-        """Losses [B], and `see(sample, its private gradient in float64)`; the records end with the call, since those
-        of a large model are as large as its activations.
+    ) -> tuple[Tensor, dict[int, Found], list[torch.Size]]:
+        """Losses [B], `see(sample, its private gradient in float64)` of the samples, and the shapes of the modules'
+        outputs. The records end with the call, since those of a large model are as large as its activations.
         """
-        losses = self.loss_fn(self.model, batch)
-        check_losses(losses)
+        shapes: list[torch.Size] = []
+        with same_draws(self.seed):
+            with watched(self.model, lambda _, output: shapes.append(output.shape)):
+                losses = self.loss_fn(self.model, batch)
+            check_losses(losses)
+            records = private_backward(self.tape, losses)
         size = len(losses)
-        records = private_backward(self.tape, losses)
-        return losses.detach(), {
+        seen = {
             sample: see(sample, private_gradient(records, self.trained, sample, size))
             for sample in samples
             if sample < size
         }
+        return losses.detach(), seen, shapes
 
 
 def _narrowed(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:

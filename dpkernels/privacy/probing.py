@@ -1,15 +1,15 @@
 """How the self-check and the mates check look into a model: its modes, one private backward, its modules' outputs."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from dpkernels.nn import GhostModule, Record, Tape, add_weighted_sums, named_modules
 from dpkernels.nn.expanded import ExpandingModule
+from dpkernels.privacy.randomness import without_dropout
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -41,29 +41,35 @@ def private_gradient(
     return {name: sums[parameter] for name, parameter in trained.items()}
 
 
-def checked_modes(
-    model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any
-) -> Generator[str, None, None]:
-    """Evaluation mode, and training mode with dropout off where the model then repeats itself: "eval", "train".
-
-    The model is in it until the next is asked for; close the generator, so that an error leaves no mode behind.
-    """
-    for mode in ("eval", "train"):
-        with _mode(model, train=mode == "train"):
-            if mode == "eval" or _repeatable(model, tape, loss_fn, batch):
-                yield mode
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode."""
+    with _put_back(model):
+        model.eval()
+        yield
 
 
 @contextmanager
-def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
-    """All modules in evaluation mode, or the dropout layers only; gradients and modes put back afterwards."""
+def training_without_dropout(model: nn.Module) -> Iterator[None]:
+    """The modules' own modes, and dropout off: also functional dropout, unless parts of the model are compiled."""
+    with _put_back(model), without_dropout(model, functional=not any(compiled(model))):
+        yield
+
+
+@contextmanager
+def as_it_is(model: nn.Module) -> Iterator[None]:
+    """The modules' own modes, dropout included."""
+    with _put_back(model):
+        yield
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Gradients are recorded, and empty; modes and gradients are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     for parameter in gradients:
         parameter.grad = None
-    for module in model.modules():
-        if not train or isinstance(module, _DropoutNd):
-            module.training = False
     try:
         with torch.enable_grad():
             yield
@@ -74,8 +80,8 @@ def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> bool:
-    """Whether two forwards in the present mode agree to the last bit (no dropout, no random masks)."""
+def repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> bool:
+    """Whether two forwards in the present mode agree to the last bit: no random draws, and nothing kept."""
     with torch.no_grad(), tape.paused():
         return torch.equal(loss_fn(model, batch), loss_fn(model, batch))
 

@@ -5,12 +5,12 @@ For a few examples of a batch, what the private path would add for each of them 
 others) is compared with the gradient of a one-example batch through torch's own layers. They differ where an
 example's gradient depends on its batch-mates or on the padding they cause, where a layer's batch axis is not
 the first, or where a norm rule is wrong. It is done in evaluation mode, and again with the modules' own modes
-but dropout off, where the model then gives the same losses twice.
+but dropout off, where the model then gives the same losses twice: other random draws would differ between a batch
+and one example of it. The mates check (`mates.py`) goes through those too.
 """
 
 import math
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,15 @@ from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.clipping import total_norm_sq
 from dpkernels.privacy.probing import (
     LossFunction,
-    checked_modes,
     compiled,
+    evaluating,
     private_backward,
     private_gradient,
+    repeatable,
+    training_without_dropout,
     watched,
 )
+from dpkernels.privacy.randomness import same_draws, secret_seed
 from dpkernels.privacy.rows import rows_of, take_sample
 
 # Relative to a parameter's own gradient: float32 keeps 1e-5 or better through deep models; half precision
@@ -79,6 +82,11 @@ class SelfCheckReport:
     norm_shortfall: float = 0.0
 
     @property
+    def modes(self) -> set[str]:
+        """ "eval", and "train" where the model repeats itself with dropout off."""
+        return {item.mode for item in self.differences}
+
+    @property
     def failures(self) -> list[Difference]:
         """The differences beyond the tolerance."""
         return [item for item in self.differences if not item.error <= self.tolerance]
@@ -128,8 +136,10 @@ def self_check(
     first_module: str | None = None
     shortfall = 0.0
     computed: set[torch.dtype] = set()
-    with closing(checked_modes(model, tape, loss_fn, batch)) as modes:
-        for mode in modes:
+    for mode, entered in (("eval", evaluating), ("train", training_without_dropout)):
+        with entered(model):
+            if mode == "train" and not repeatable(model, tape, loss_fn, batch):
+                continue
             found, short, dtypes = _compare(model, tape, trained, loss_fn, batch, singles, samples, mode)
             differences += found
             shortfall = max(shortfall, short)
@@ -163,10 +173,14 @@ def _compare(
 ) -> tuple[list[Difference], float, set[torch.dtype]]:
     dtypes = {p.dtype for p in trained.values()}
     dtypes |= {p.dtype for module in compiled(model) for p in module.parameters()}  # they show no outputs
-    with watched(model, lambda _, output: dtypes.add(output.dtype)):
+    # Whether a layer is dropped, say, can agree twice by chance and then not: the same draws for all forwards.
+    seed = secret_seed()
+    with same_draws(seed), watched(model, lambda _, output: dtypes.add(output.dtype)):
         losses = loss_fn(model, batch)
     check_losses(losses)
     size = losses.shape[0]
+    if size < 2:
+        raise ValueError(f"self_check: batch holds {size} example; give at least two: alone, none can mix")
     records = private_backward(tape, losses)
     with torch.no_grad():
         norm_sq = total_norm_sq(records, size, losses.device).cpu()
@@ -175,7 +189,7 @@ def _compare(
     shortfall = 0.0
     for sample in range(count):
         # Alone first: its activations are gone before the private gradient, in float64, takes their place.
-        with tape.paused():
+        with tape.paused(), same_draws(seed):
             expected = _plain_gradient(loss_fn(model, _single(batch, singles, sample, size)), trained)
         private = private_gradient(records, trained, sample, size)
         norms = {name: _norm(gradient) for name, gradient in expected.items()}

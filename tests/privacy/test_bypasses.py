@@ -5,6 +5,7 @@ For every refusal the fault is planted: without the check the same use goes thro
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -264,6 +265,35 @@ def test_planted_known_seed_repeats_the_masks(monkeypatch: pytest.MonkeyPatch) -
 
 def loader_of(data: object) -> DataLoader:
     return DataLoader(data, batch_size=8)  # type: ignore[arg-type]
+
+
+class Seeds(torch.utils.data.Dataset[torch.Tensor]):
+    """What a worker's generators begin with."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(torch.initial_seed())
+
+
+def test_workers_draw_from_secret_seeds_also_where_the_loader_has_a_generator() -> None:
+    """torch's own advice for repeatable experiments: augmentations drawn by place in the batch would be known."""
+
+    def seeds() -> set[int]:
+        given = DataLoader(Seeds(), batch_size=8, num_workers=1, generator=torch.Generator().manual_seed(0))
+        model = nn.Linear(1, 1)
+        with contextlib.closing(PrivacyEngine()) as engine:
+            _, _, loader = engine.make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                data_loader=given,
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+            )
+            return {int(seed) for logical in loader for batch in logical for seed in batch}
+
+    assert not seeds() & seeds()
 
 
 def test_speaker_ids_compare_by_value_whatever_they_come_in() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections import namedtuple
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,9 +59,11 @@ def batch(size: int = 3) -> Tensor:
     return torch.randn(size, FRAMES, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def made(engine: PrivacyEngine, mixing: nn.Module) -> nn.Module:
+def made(
+    engine: PrivacyEngine, mixing: nn.Module | None = None, *, model: nn.Module | None = None
+) -> nn.Module:
     torch.manual_seed(0)
-    model = Net(mixing)
+    model = model or Net(mixing or nn.Identity())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     data: Any = DataLoader(TensorDataset(batch(8)), batch_size=4)
     return engine.make_private(
@@ -72,12 +76,20 @@ def made(engine: PrivacyEngine, mixing: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("loss_fn", [losses, in_half])
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [2, 3])
 def test_independent_examples_pass(loss_fn: Any, size: int) -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, nn.Tanh())
         engine.self_check(loss_fn, batch(size))
         engine.check_mates(loss_fn, batch(size))
+
+
+def test_one_example_alone_shows_nothing_and_is_refused() -> None:
+    with closing(PrivacyEngine()) as engine:
+        made(engine, Mixes(0.1))
+        for check in (engine.self_check, engine.check_mates):
+            with pytest.raises(ValueError, match="holds 1 example; give at least two"):
+                check(losses, batch(1))
 
 
 def test_what_mixes_in_half_precision_only_is_found_there() -> None:
@@ -97,6 +109,117 @@ def test_the_self_check_asks_for_mates_too(share: float) -> None:
         made(engine, Mixes(share))
         with pytest.raises(SelfCheckError):
             engine.self_check(losses, batch(), tolerance=1.0)
+
+
+class Int8(nn.Module):
+    """One scale for the whole tensor, as quantised training has it: the same in whatever order the examples are."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        if y.dtype is not torch.bfloat16:
+            return y
+        scale = y.detach().abs().amax() / 7
+        return y + ((y / scale).round() * scale - y).detach()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_statistic_behind_a_layer_that_forgets_the_scale_is_found(size: int) -> None:
+    with closing(PrivacyEngine()) as engine:
+        made(engine, nn.Sequential(nn.LayerNorm(WIDTH, elementwise_affine=False), Int8()))
+        engine.self_check(losses, batch(size))
+        with pytest.raises(SelfCheckError, match="with other examples beside it"):
+            engine.check_mates(in_half, batch(size))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_mean_over_whole_numbers_is_found(size: int) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.mixes, self.last = nn.Embedding(9, WIDTH), Mixes(0.1), nn.Linear(WIDTH, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.last(self.mixes(self.embedding(ids)))
+            return y
+
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [2, 4, 6, 8]])[:size]
+    with closing(PrivacyEngine()) as engine:
+        made(engine, model=Tokens())
+        with pytest.raises(SelfCheckError, match="with other examples beside it"):
+            engine.check_mates(losses, ids)
+
+
+class Keeps(nn.Module):
+    """Adds what earlier forwards left, where nothing looks: a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(WIDTH)
+
+    def forward(self, y: Tensor) -> Tensor:
+        found = y + 0.1 * self.seen
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.1 * y.detach().mean((0, 1))
+        return found
+
+
+def test_what_is_kept_from_forward_to_forward_is_found() -> None:
+    with closing(PrivacyEngine()) as engine:
+        made(engine, Keeps())
+        with pytest.raises(SelfCheckError, match=r"asked again with the same batch.*train mode.*is kept"):
+            engine.self_check(losses, batch())
+
+
+def test_what_only_other_examples_leave_is_found() -> None:
+    """The batch repeated at once gives the same, and so do others beside it: the last question shows it."""
+
+    class Last(Keeps):
+        def forward(self, y: Tensor) -> Tensor:
+            found = y + 0.1 * self.seen
+            if self.training:
+                self.seen = y.detach().mean((0, 1))
+            return found
+
+    with closing(PrivacyEngine()) as engine:
+        model: Any = made(engine, Last())
+        model.mixing.seen = model.first(batch()).mean((0, 1)).detach()  # as after a forward of this batch
+        with pytest.raises(SelfCheckError, match="asked again with the same batch"):
+            engine.check_mates(losses, batch(), samples=1)
+
+
+@pytest.mark.parametrize("how", ["dropout", "attention", "drop of layers"])
+def test_mixing_in_training_is_found_behind_randomness_of_any_kind(how: str) -> None:
+    class Random(Mixes):
+        def forward(self, y: Tensor) -> Tensor:
+            if not self.training:
+                return y
+            if how == "dropout":
+                y = nn.functional.dropout(y, 0.1)
+            elif how == "attention":
+                y = nn.functional.scaled_dot_product_attention(y, y, y, dropout_p=0.1)
+            elif torch.rand(()) < 0.5:
+                y = 0.5 * y
+            return super().forward(y)
+
+    with closing(PrivacyEngine()) as engine:
+        made(engine, Random(0.0))
+        for _ in range(5):  # whatever is drawn
+            modes = engine.self_check(losses, batch()).modes
+            assert modes == {"eval", "train"} or "layers" in how
+    with closing(PrivacyEngine()) as engine:
+        made(engine, Random(0.1))
+        with pytest.raises(SelfCheckError, match="train mode"):
+            engine.self_check(losses, batch())
+
+
+def test_the_generators_go_on_where_they_were() -> None:
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+    with closing(PrivacyEngine()) as engine:
+        made(engine, nn.Dropout(0.5))
+        before = states()
+        engine.check_mates(losses, batch())
+        assert states() == before
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
@@ -169,10 +292,16 @@ def test_the_others_move_and_are_halved_whatever_the_batch_is_made_of() -> None:
         "whole": torch.ones(2),
     }
     found = with_other_mates(given, 1, 3)
-    assert found["x"].tolist() == [[1.5], [2.0], [0.5]]
+    assert found["x"][1] == 2
+    assert found["x"][0] in (3, 1.5)
+    assert found["x"][2] in (1, 0.5)
     assert found["labels"].tolist() == [9, 8, 7]
     assert found["pair"].x.tolist() == found["x"].tolist()
     assert found["pair"].y == 4
     assert found["texts"] == ["c", "b", "a"]
     assert found["whole"].tolist() == [1, 1]
+    wide = with_other_mates(torch.ones(2, 100), 0, 2)
+    assert set(wide[1].tolist()) == {0.5, 1.0}
+    assert wide[0].tolist() == [1] * 100
+    assert with_other_mates(given, 1, 3, copy=0)["texts"] == ["b", "b", "a"]
     assert x.tolist() == [[1], [2], [3]]
