@@ -3,7 +3,8 @@
     pytest --benchmark                                  everything, on this machine's threads
     pytest --benchmark --benchmark-groups step -k lora  a part of it
     pytest --benchmark --benchmark-quick                sizes that show that it works, and no more
-    python -m bench.report                              README table and plots from bench/results
+    python -m bench.report                              README's table, docs/benchmarks.md and plots
+    python -m bench.strategies                          time and memory of each, with and without checkpointing
     python -m bench.compare HEAD~1 HEAD                 two commits in pairs, and whether they differ
     python -m bench.gpu --dry-run                       what a machine with a GPU would run
     python -m bench.sweep_gpu                           there: bits and time of the noise and of the update

@@ -69,4 +69,4 @@ def _where(config: pytest.Config, results: list[Results]) -> str:
         return "--benchmark-quick: figures mean nothing, and none were written"
     folder = config.getoption("--benchmark-output") or "bench/results"
     files = ", ".join(f"{r.about['slug']}/{r.group}.json" for r in results)
-    return f"written to {folder}: {files}; python -m bench.report makes the README's table and the plots"
+    return f"written to {folder}: {files}; python -m bench.report makes the pages and the plots"

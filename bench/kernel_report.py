@@ -1,4 +1,4 @@
-"""What is measured of single kernels outside of `pytest --benchmark`, as Markdown for the README and the terminal.
+"""What is measured of single kernels outside of `pytest --benchmark`, as Markdown for docs/benchmarks.md and the terminal.
 
 Each function takes what its module saved: `sweep_gpu`, `many_normals`, `tensor_cores` (under bench/results/<device>)
 and `triton_table`. `section` takes what is there; a file that is absent leaves no trace.
@@ -115,6 +115,25 @@ def peaks(saved: Saved) -> str:
     )
 
 
+def strategies(saved: Saved) -> str:
+    """Every strategy's time and memory, with activations kept and computed again."""
+    head = (
+        f"**Strategies and activation checkpointing, {saved['about']['device']}** ({_origin(saved)}), one thread. "
+        f"Time: CPU seconds of a forward and private backward, median of {saved['rounds']}. Memory: live bytes at the "
+        "highest point of a whole step with AdamW, weights included."
+    )
+    rows = []
+    by_way = {(row["case"], row["strategy"], row["checkpointing"]): row for row in saved["rows"]}
+    for case, strategy in dict.fromkeys((row["case"], row["strategy"]) for row in saved["rows"]):
+        kept, again = by_way[case, strategy, False], by_way[case, strategy, True]
+        shape = ", ".join(f"{name} = {value}" for name, value in kept["shape"].items())
+        cells = [f"{row['cpu_seconds']:.2f}" for row in (kept, again)]
+        cells += [f"{row['peak'] / 2**20:.0f}" for row in (kept, again)]
+        rows.append([f"{kept['title']}, {shape}", f"`{strategy}`", *cells])
+    names = ["model", "strategy", "kept, s", "recomputed, s", "kept, MiB", "recomputed, MiB"]
+    return f"{head}\n\n{markdown(names, rows, 'llrrrr')}"
+
+
 def many_normals(saved: Saved) -> str:
     """A sentence: how many draws were judged, and whether they are sound."""
     unsound = [figure["name"] for figure in saved["figures"] if not figure["sound"]]
@@ -161,6 +180,7 @@ _OF_A_DEVICE: dict[str, Callable[[Saved], str]] = {
     "tune": tune,
     "sweep": sweep,
     "peaks": peaks,
+    "strategies": strategies,
     "many_normals": many_normals,
     "tensor_cores": tensor_cores,
 }

@@ -34,6 +34,7 @@ from bench.contenders import ours
 from bench.contenders.rows import Rows
 from bench.machine import about
 from bench.memory import Job, Server
+from dpkernels.privacy import DPDataLoader, DPOptimizer
 from dpkernels.privacy.keywords import STRATEGIES
 
 Entry = dict[str, Any]
@@ -103,15 +104,7 @@ def measure(
 
 def _steps(case: Case, model: nn.Module, batch: Batch, strategy: str, device: str) -> Iterator[None]:
     """Private steps on the batch, without end; what they hold goes with the generator."""
-    size = len(batch["labels"])
-    _, optimizer, loader = dpkernels.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.AdamW(trained(model).values(), lr=1e-4),
-        data_loader=DataLoader(Rows(batch), batch_size=size),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        strategy=strategy,
-    )
+    optimizer, loader = private(model, batch, strategy)
     while True:
         for logical_batch in loader:
             for part in logical_batch:
@@ -121,6 +114,19 @@ def _steps(case: Case, model: nn.Module, batch: Batch, strategy: str, device: st
             optimizer.step()
             optimizer.zero_grad()
             yield
+
+
+def private(model: nn.Module, batch: Batch, strategy: str) -> tuple[DPOptimizer, DPDataLoader]:
+    """AdamW and loader of a private run in which every step takes the whole batch."""
+    _, optimizer, loader = dpkernels.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.AdamW(trained(model).values(), lr=1e-4),
+        data_loader=DataLoader(Rows(batch), batch_size=len(batch["labels"])),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        strategy=strategy,
+    )
+    return optimizer, loader
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

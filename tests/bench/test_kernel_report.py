@@ -1,4 +1,4 @@
-"""What the README says of single kernels, from made-up results."""
+"""What docs/benchmarks.md says of single kernels, from made-up results."""
 
 from __future__ import annotations
 

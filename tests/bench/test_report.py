@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report
+from bench import plots, report, step_report
 from bench.compare import alternate, compare, sign_test
 from bench.memory import largest_batch
 from bench.results import Results, Row, compare_rows, load
@@ -61,8 +61,24 @@ def test_a_file_comes_back_as_it_was_written(results: Results, tmp_path: Path) -
     assert load(path) == results
 
 
-def test_the_table_of_the_readme(results: Results) -> None:
-    text = report.markdown([results])
+def test_the_readme_has_the_default_strategy_of_each_case(results: Results) -> None:
+    text = step_report.summary([results])
+    assert "A Processor, 2 threads" in text
+    assert (
+        "| Parakeet, LoRA r=8, B = 8, T = 150 | 100 ± 1 | 105 ± 1 | **1.05×** | 1.05× | 2.19× | 1.33× |"
+        in text
+    )
+    assert text.count("\n| Parakeet") == 1  # no curve, no other contender
+
+
+@pytest.mark.parametrize("page", [report.README, report.BENCHMARKS], ids=lambda page: page.name)
+def test_the_pages_are_what_the_results_make_of_them(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert report.replace_section(text, report.pages(report.FOLDER)[page]) == text
+
+
+def test_the_table_of_all_contenders(results: Results) -> None:
+    text = step_report.markdown([results])
     assert "A Processor, 2 threads" in text
     assert "commit abc1234, 2026-01-02" in text
     assert "| **105 ± 1** | **1.05×** | **2.19×** | **1.33×** | **52 (1.05×)** |" in text
@@ -73,14 +89,14 @@ def test_the_table_of_the_readme(results: Results) -> None:
 
 def test_what_was_not_run_is_told_from_what_failed(results: Results) -> None:
     """Also where one of Opacus's ways failed: then its row says so, and the cell stays empty."""
-    assert "not run" not in report.markdown([results])
+    assert "not run" not in step_report.markdown([results])
     ours = ("non-private", "dpkernels bookkeeping")
     larger = [row for row in rows(B=16) if row.contender in ours]
     compare_rows(larger)
     failed = next(row for row in results.rows if row.contender == "Opacus ghost")
     failed.status, failed.median_ms = "wrong", None
     compare_rows(results.rows)
-    text = report.markdown([Results("step", ABOUT, [*results.rows, *larger])])
+    text = step_report.markdown([Results("step", ABOUT, [*results.rows, *larger])])
     assert "| **105 ± 1** | **1.05×** | not run | not run | **52 (1.05×)** |" in text
     assert "| **105 ± 1** | **1.05×** |  | **1.33×** | **52 (1.05×)** |" in text
     said = "\n\nParakeet, LoRA r=8, B = 16, T = 150: Opacus hooks and Opacus ghost not run at this size.\n"
