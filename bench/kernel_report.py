@@ -1,4 +1,4 @@
-"""What is measured of single kernels outside of `pytest --benchmark`, as Markdown for docs/benchmarks.md and the terminal.
+"""What is measured of single kernels outside of `pytest --benchmark`, as Markdown for docs/benchmarks.md.
 
 Each function takes what its module saved: `sweep_gpu`, `many_normals`, `tensor_cores` (under bench/results/<device>)
 and `triton_table`. `section` takes what is there; a file that is absent leaves no trace.
