@@ -78,8 +78,12 @@ class Budget:
                 "planned_steps": planned_steps,
             }
             self._ledger = Ledger(ledger, constants | settings)
-            for run in self._ledger.previous_runs:
-                self._runs[run.id] = (run.mechanism, run.steps)
+            try:
+                for run in self._ledger.previous_runs:
+                    self._runs[run.id] = (run.mechanism, run.steps)
+            except BaseException:
+                self._ledger.close()
+                raise
         self._runs[self._run] = (mechanism, 0 if self._ledger is None else self._ledger.run.steps)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
 from dpkernels.nn import LinearRecord
-from dpkernels.privacy import PrivacyEngine
+from dpkernels.privacy import LedgerError, PrivacyEngine
+from dpkernels.privacy import budget as budget_module
+from dpkernels.privacy import engine as engine_module
+from dpkernels.privacy import ledger as ledger_module
 from dpkernels.privacy import strategies as strategies_module
 from dpkernels.privacy.optimizer import DPOptimizer
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
@@ -164,6 +168,80 @@ def test_a_refused_make_private_leaves_the_model_ordinary(tmp_path: object) -> N
     with pytest.raises(ValueError, match="ledger"):
         PrivacyEngine(ledger=bad).make_private(**parts(module=model))
     PrivacyEngine().make_private(**parts(module=model))
+
+
+def check_late_failure_leaves_all_usable(point: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What make_private calls last fails; then plain training, this engine and another, on one ledger."""
+
+    def broken(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("planted")
+
+    made = parts()
+    model, plain = made["module"], made["optimizer"]
+    engine = PrivacyEngine(ledger=path)
+    with monkeypatch.context() as patched:
+        owner, name = POINTS[point]
+        patched.setattr(owner, name, property(broken) if name == "mechanism" else broken)
+        with pytest.raises(RuntimeError, match="planted") as failure:
+            engine.make_private(**made)
+    assert not any(getattr(module, "ghost_tape", None) for module in model.modules()), "a tape is attached"
+    losses_of(model, made["data_loader"].dataset[:]).sum().backward()
+    plain.step()
+    plain.zero_grad()
+    with pytest.raises(RuntimeError, match="make_private"):
+        engine.get_epsilon(1e-3)
+    *_, optimizer, _ = engine.make_private(**made)
+    optimizer.step()
+    assert engine.steps == 1
+    engine.close()
+    again = private_run(ledger=path, examples=20)
+    assert again.engine.steps == 1
+    again.engine.close()
+    del failure  # until here it held the frames of the call, and what they hold
+
+
+POINTS: dict[str, tuple[object, str]] = {
+    "the ledger": (budget_module, "Ledger"),
+    "what the ledger holds": (ledger_module.Run, "mechanism"),
+    "the run line": (engine_module, "run_settings"),
+    "the strategy": (engine_module, "strategy_of"),
+    "the optimizer": (engine_module, "DPOptimizer"),
+    "the sampler": (engine_module, "sampler_of"),
+    "the loader": (engine_module, "DPDataLoader"),
+    "a log handler": (engine_module.logger, "info"),
+    "the generators": (engine_module, "_seed_from_the_system"),
+    "the report": (PrivacyEngine, "_report_steps_before"),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_late_failure_leaves_model_optimizer_and_ledger_usable(
+    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if point == "what the ledger holds":
+        private_run(ledger=tmp_path / "l", examples=20).engine.close()
+    check_late_failure_leaves_all_usable(point, tmp_path / "l", monkeypatch)
+
+
+def test_a_second_engine_leaves_the_first_ones_model_attached(tmp_path: Path) -> None:
+    run = private_run()
+    arguments = parts(module=run.model, optimizer=run.optimizer.original_optimizer)
+    with pytest.raises(RuntimeError, match="a tape is attached"):
+        PrivacyEngine(ledger=tmp_path / "l").make_private(**arguments)
+    run.release((0, 1))
+
+
+@pytest.mark.parametrize(("planted", "seen"), [("detach", "a tape is attached"), ("close", "in use")])
+def test_planted_half_cleanup_is_caught(
+    planted: str, seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as faulty:
+        if planted == "detach":
+            faulty.setattr(engine_module, "detach", lambda module: None)
+        else:
+            faulty.setattr(budget_module.Budget, "close", lambda self: None)
+        with pytest.raises((AssertionError, LedgerError), match=seen):
+            check_late_failure_leaves_all_usable("the loader", tmp_path / "l", monkeypatch)
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel])
