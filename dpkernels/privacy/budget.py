@@ -102,8 +102,8 @@ class Budget:
         name = self.accountant if accountant is None else accountant
         value = composed_epsilon(self.history, delta, accountant=name)
         if self._ledger is not None and (self.steps, delta, name) not in self._reported:
-            self._reported.add((self.steps, delta, name))
             self._ledger.note_epsilon(value, delta, name, self.steps)
+            self._reported.add((self.steps, delta, name))
         return value
 
     def spend(self) -> None:
@@ -111,6 +111,7 @@ class Budget:
 
         Raises:
             BudgetExhausted: the step would pass the target; nothing is spent.
+            LedgerError: the step could not be written to the ledger: it is closed, say.
             RuntimeError: in a forked process.
         """
         if os.getpid() != self._pid:

@@ -364,6 +364,7 @@ class PrivacyEngine:
 
         Raises:
             ValueError: no δ; "rdp" with truncated Poisson sampling.
+            LedgerError: an ε that was not reported before cannot be written to the ledger: it is closed, say.
         """
         budget = self._made()
         delta = budget.target_delta if delta is None else delta
@@ -430,7 +431,8 @@ class PrivacyEngine:
         self._made().load_state_dict(state)
 
     def close(self) -> None:
-        """Close the ledger and give up its lock. The engine cannot step afterwards if it had one."""
+        """Close the ledger and give up its lock. An engine that had one can neither step nor note an ε afterwards:
+        step() and get_epsilon() raise LedgerError."""
         if self._budget is not None:
             self._budget.close()
 
