@@ -439,7 +439,10 @@ class DPOptimizer(torch.optim.Optimizer):
             )
         if self._examples + batch_size > self._batch_bound:
             raise RuntimeError(
-                f"a logical batch of more than {self._batch_bound} examples: outside what was accounted"
+                f"optimizer.backward: {self._examples + batch_size} examples in one logical batch (NOT PRIVATE), and "
+                f"the sensitivity is stated for at most {self._batch_bound}, which the private loader's sampling does "
+                "not exceed. Take every batch from the loader that make_private returned; for larger ones, give its "
+                "data_loader a larger batch_size."
             )
 
     def _check_model(self) -> None:

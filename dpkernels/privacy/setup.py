@@ -146,7 +146,10 @@ def run_settings(setup: Setup, module: nn.Module) -> dict[str, Any]:
 
 def _check_target(target_epsilon: float | None, target_delta: float | None, units: int) -> None:
     if target_epsilon is not None and target_delta is None:
-        raise ValueError("target_epsilon needs target_delta")
+        raise ValueError(
+            f"target_epsilon={target_epsilon} needs target_delta, got None: an ε says nothing without its δ; "
+            f"give one well below 1/N = {1 / units:.3g}"
+        )
     if target_epsilon is not None and not target_epsilon > 0:
         raise ValueError(f"target_epsilon must be > 0, got {target_epsilon}")
     if target_delta is not None:

@@ -240,6 +240,17 @@ def test_the_batch_bound_is_public_and_out_of_reach() -> None:
     assert batch_bound(1000, 0.01, per_unit=4) == 4 * (10 + 95 + 500)
 
 
+def test_a_batch_beyond_the_bound_is_counted_in_the_error() -> None:
+    run = private_run()
+    run.optimizer.begin_logical_batch(41)
+    run.optimizer.backward(run.loss_fn(run.model, run.data[[*range(30)]]))
+    losses = run.loss_fn(run.model, run.data[[*range(30, 40), 0]])
+    with pytest.raises(
+        RuntimeError, match=r"41 examples in one .*at most 40,.*from the loader that make_private"
+    ):
+        run.optimizer.backward(losses)
+
+
 # --- 4: non-finite examples contribute exactly 0, by selection
 
 

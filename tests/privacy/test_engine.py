@@ -106,7 +106,11 @@ def test_foreign_parameters_in_the_optimizer_are_refused() -> None:
         ("physical_frames", 100, "needs lengths"),
         ("lengths", [1, 2], "lengths"),
         ("noise_multiplier", -1.0, "noise_multiplier"),
-        ("target_epsilon", 1.0, "target_delta"),
+        (
+            "target_epsilon",
+            1.0,
+            r"target_epsilon=1\.0 needs target_delta, got .*; give one well below 1/N = 0\.05",
+        ),
     ],
 )
 def test_keywords_that_do_not_hold_are_refused_with_the_reason(
