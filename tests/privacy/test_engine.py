@@ -504,9 +504,16 @@ def test_planted_missing_check_of_parameters_is_caught(
 
 
 def test_moving_the_model_in_place_is_fine() -> None:
-    run = private_run()
-    run.model.to(torch.float32)
+    """`.to` keeps the parameters and gives them other memory: here of another dtype, as a device would."""
+    run = private_run(sigma=0, clip=0.5)
     run.release((0, 1))
+    places = [p.data_ptr() for p in run.model.parameters()]
+    run.model.to(torch.float64)
+    run.data.tensors = (run.data.tensors[0].double(), run.data.tensors[1])
+    assert places != [p.data_ptr() for p in run.model.parameters()]
+    expected = run.clipped_sum((0, 1, 2))
+    for name, released in run.release((0, 1), (2,)).items():
+        torch.testing.assert_close(released * 8, expected[name], rtol=1e-4, atol=1e-9)
 
 
 def test_a_ledger_that_is_full_is_said(tmp_path: Path) -> None:

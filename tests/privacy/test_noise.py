@@ -8,9 +8,11 @@ import io
 import json
 import math
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -242,27 +244,83 @@ def draw(stream: SecretStream, *, index: int = 0, number: int = 1, count: int = 
     return stream.normal(torch.Size([count]), draw=number, index=index, device=torch.device("cpu"))
 
 
+def bytes_of_torch(count: int) -> bytes:
+    return torch.randint(0, 256, (count,), dtype=torch.uint8).numpy().tobytes()
+
+
 def check_fresh(first: SecretStream, second: SecretStream) -> None:
-    assert not torch.equal(draw(first), draw(second)), "two processes share their noise"
+    assert not torch.equal(draw(first), draw(second)), "two share their stream"
+
+
+def check_engines_keys_are_fresh() -> None:
+    first, second = PrivacyEngine(), PrivacyEngine()
+    check_fresh(first._noise_stream, first._sampling_stream)
+    check_fresh(first._noise_stream, second._noise_stream)
+    check_fresh(first._sampling_stream, second._sampling_stream)
 
 
 def test_every_engine_draws_a_fresh_key() -> None:
-    check_fresh(SecretStream(), SecretStream())
-    check_fresh(PrivacyEngine()._noise_stream, PrivacyEngine()._sampling_stream)
+    check_engines_keys_are_fresh()
 
 
 def test_planted_fixed_key_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_module.os, "urandom", lambda count: bytes(count))
     with pytest.raises(AssertionError):
-        check_fresh(SecretStream(), SecretStream())
+        check_engines_keys_are_fresh()
 
 
-def test_torch_seeds_do_not_touch_noise_or_sampling() -> None:
-    torch.manual_seed(3)
-    first = a_run().release(())
-    torch.manual_seed(3)
-    second = a_run().release(())
-    assert not torch.equal(first["last.weight"], second["last.weight"])
+@pytest.mark.parametrize("shared", ["noise and sampling", "noise of all", "sampling of all"])
+def test_planted_keys_that_are_shared_are_caught(shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, of_all = PrivacyEngine.__init__, SecretStream()
+
+    def share(self: PrivacyEngine, **arguments: object) -> None:
+        made(self, **arguments)  # type: ignore[arg-type]
+        if shared == "noise and sampling":
+            self._sampling_stream = self._noise_stream
+        else:
+            setattr(self, "_noise_stream" if shared == "noise of all" else "_sampling_stream", of_all)
+
+    monkeypatch.setattr(PrivacyEngine, "__init__", share)
+    with pytest.raises(AssertionError, match="share"):
+        check_engines_keys_are_fresh()
+
+
+def check_seeds_touch_nothing(apart: bool) -> None:
+    """Two runs, their global generators seeded alike once they are made (make_private seeds them anew)."""
+    noise, joined = [], []
+    for _ in range(2):
+        run = a_run(apart=apart)
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        noise.append(run.release(())["unused.weight"])
+        joined.append([run.loader._sampler.draw().tolist() for _ in range(10)])
+    assert not torch.equal(*noise), "a seed fixes the noise"
+    assert joined[0] != joined[1], "a seed fixes who is sampled"
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
+def test_torch_seeds_do_not_touch_noise_or_sampling(apart: bool) -> None:
+    check_seeds_touch_nothing(apart)
+
+
+def test_planted_noise_of_torchs_generator_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SecretStream, "normal", lambda self, shape, **_: torch.randn(shape, dtype=torch.float64)
+    )
+    with pytest.raises(AssertionError, match="fixes the noise"):
+        check_seeds_touch_nothing(apart=True)
+
+
+@pytest.mark.parametrize("source", [np.random.bytes, random.randbytes, bytes_of_torch])
+def test_planted_sampling_by_a_seeded_generator_is_caught(
+    source: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        SecretStream, "words", lambda self, count, **_: np.frombuffer(source(8 * count), dtype=np.uint64)
+    )
+    with pytest.raises(AssertionError, match="fixes who is sampled"):
+        check_seeds_touch_nothing(apart=False)
 
 
 def check_streams_distinct() -> None:
