@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpkernels.privacy import engine
+from dpkernels.privacy import setup
 from dpkernels.privacy.clipping import LayerNorms, layer_norms, rounding_slack
 from tests.privacy.private_run import Net, Run, losses_of, private_run
 from tests.privacy.strategy_models import (
@@ -46,7 +46,7 @@ def test_planted_largest_norm_for_sensitivity_is_caught(monkeypatch: pytest.Monk
         norms = layer_norms(bound, trained)
         return LayerNorms(max(norms.of.values()), norms.of, norms.given)
 
-    monkeypatch.setattr(engine, "layer_norms", largest)
+    monkeypatch.setattr(setup, "layer_norms", largest)
     with pytest.raises(AssertionError):
         check_sensitivity(saturated())
 
