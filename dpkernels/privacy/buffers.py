@@ -8,10 +8,30 @@ from torch import Tensor, nn
 from dpkernels.nn import named_modules
 
 
+def released_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Every buffer that state_dict() would release, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in named_modules(model)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def buffer_marks(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(identity, version) of the released buffers, by name."""
+    return {name: (id(buffer), buffer._version) for name, buffer in released_buffers(model).items()}
+
+
+def changed_buffers(then: dict[str, tuple[int, int]], now: dict[str, tuple[int, int]]) -> list[str]:
+    """Names of the buffers that were written, replaced, added or removed in between."""
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+
+
 class BufferWatch:
     """The buffers that `state_dict()` would release, and their values at make_private.
 
-    The optimizer's other check compares identities and autograd's version counters before every backward. It rests on
+    The guard's other check compares identities and autograd's version counters before every backward. It rests on
     this one: a buffer that was replaced leaves its identity to a later tensor, unless someone holds it; and writes
     through `.data` (code books that are moving averages are often written so) or numpy count nowhere. Values are
     compared at the 1st, 2nd, 4th, 8th, ... call, since each waits for the device: a module that records the data does
@@ -20,10 +40,7 @@ class BufferWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = {
-            f"{prefix}.{name}" if prefix else name: (buffer, buffer.detach().clone())
-            for prefix, module in named_modules(model)
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
+            name: (buffer, buffer.detach().clone()) for name, buffer in released_buffers(model).items()
         }
         self._calls = 0
 

@@ -19,7 +19,7 @@ from dpkernels.privacy import budget as budget_module
 from dpkernels.privacy import engine as engine_module
 from dpkernels.privacy import ledger as ledger_module
 from dpkernels.privacy import strategies as strategies_module
-from dpkernels.privacy.optimizer import DPOptimizer
+from dpkernels.privacy.guard import ModelGuard
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
 
@@ -498,7 +498,7 @@ def test_a_changed_parameter_is_noticed_by_name(change: Callable[[Run], None]) -
 def test_planted_missing_check_of_parameters_is_caught(
     change: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DPOptimizer, "_check_parameters", lambda self, now: None)
+    monkeypatch.setattr(ModelGuard, "_check_parameters", lambda self, now: None)
     with pytest.raises(AssertionError):
         check_change_is_noticed(change)
 

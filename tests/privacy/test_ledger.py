@@ -126,8 +126,8 @@ def test_a_failing_wrapped_step_is_spent_and_its_batch_gone(
     with pytest.raises(OSError, match="no space"):
         run.optimizer.step()
     assert run.engine.steps == read_ledger(path).steps == 1
-    assert run.optimizer._sums
-    assert not any(total.any() for total in run.optimizer._sums.values())
+    assert run.optimizer._batch.sums
+    assert not any(total.any() for total in run.optimizer._batch.sums.values())
 
 
 # --- resume

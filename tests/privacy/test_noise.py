@@ -80,23 +80,23 @@ def test_noise_is_sigma_on_the_sum_once_a_step(parts: tuple[tuple[int, ...], ...
 
 
 def skip_without_gradient(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    if parameter not in self._sums:
+    if parameter not in self._batch.sums:
         return torch.zeros_like(parameter)
     return ORIGINAL(self, index, parameter, draw)
 
 
 def skip_empty(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    return ORIGINAL(self, index, parameter, draw) if self._examples else torch.zeros_like(parameter)
+    return ORIGINAL(self, index, parameter, draw) if self._batch.examples else torch.zeros_like(parameter)
 
 
 def on_the_mean(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
     noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-    total = self._sums.get(parameter, torch.zeros_like(noise))
+    total = self._batch.sums.get(parameter, torch.zeros_like(noise))
     return (total / self.expected_batch_size + self.noise_multiplier * self.sensitivity * noise).float()
 
 
 def by_actual_size(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    return ORIGINAL(self, index, parameter, draw) * self.expected_batch_size / max(self._examples, 1)
+    return ORIGINAL(self, index, parameter, draw) * self.expected_batch_size / max(self._batch.examples, 1)
 
 
 def twice(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
@@ -107,7 +107,9 @@ def twice(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> 
 
 def without_multiplier(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
     noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-    return ((self._sums.get(parameter, 0) + noise * self.sensitivity) / self.expected_batch_size).float()
+    return (
+        (self._batch.sums.get(parameter, 0) + noise * self.sensitivity) / self.expected_batch_size
+    ).float()
 
 
 ORIGINAL = DPOptimizer._noised_gradient
@@ -136,20 +138,20 @@ def test_planted_noise_faults_are_caught(
 
 @pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
 def test_planted_noise_per_micro_batch_is_caught(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = DPOptimizer._add
+    run = a_fixed_run(apart=apart)
+    optimizer, add = run.optimizer, run.optimizer._batch.add
 
-    def noisy(self: DPOptimizer, records: list, factors: Tensor) -> None:
-        original(self, records, factors)
-        for index, parameter in enumerate(self._trained.values()):
-            extra = self._stream.normal(
-                parameter.shape, draw=self._stream.next_draw(), index=index, device=parameter.device
+    def noisy(records: list, factors: Tensor) -> None:
+        add(records, factors)
+        for index, parameter in enumerate(optimizer._trained):
+            extra = optimizer._stream.normal(
+                parameter.shape, draw=optimizer._stream.next_draw(), index=index, device=parameter.device
             )
-            total = self._sums.setdefault(parameter, torch.zeros_like(extra))
-            total += self.noise_multiplier * self.sensitivity * extra
+            optimizer._batch.of(parameter).add_(optimizer.noise_multiplier * optimizer.sensitivity * extra)
 
-    monkeypatch.setattr(DPOptimizer, "_add", noisy)
+    monkeypatch.setattr(optimizer._batch, "add", noisy)
     with pytest.raises(AssertionError):
-        check_noise(a_fixed_run(apart=apart), *BATCHES["four micro-batches"])
+        check_noise(run, *BATCHES["four micro-batches"])
 
 
 def test_the_divisor_is_the_expected_batch_size() -> None:
@@ -191,7 +193,7 @@ def test_noise_and_sums_are_float64_with_bf16_parameters(monkeypatch: pytest.Mon
     assert grid_share(total) < 0.3
     run.optimizer.begin_logical_batch(3, first=True)
     run.optimizer.backward(losses_of(run.model, run.data[[0, 1, 2]]))
-    assert {total.dtype for total in run.optimizer._sums.values()} == {torch.float64}
+    assert {total.dtype for total in run.optimizer._batch.sums.values()} == {torch.float64}
 
 
 def test_planted_bf16_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
