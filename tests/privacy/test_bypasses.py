@@ -22,7 +22,7 @@ from dpkernels.privacy import guard as guard_module
 from dpkernels.privacy.batch_sums import BatchSums
 from dpkernels.privacy.ledger import Ledger
 from dpkernels.privacy.plan import speaker_ids
-from tests.privacy.private_run import Net, Run, private_run, train
+from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
 # --- parameters that the optimizer would step past clipping and noise
 
@@ -213,6 +213,22 @@ def test_a_replaced_buffer_does_not_hide_behind_the_first_ones_identity() -> Non
     run.optimizer.begin_logical_batch(2)
     with pytest.raises(RuntimeError, match="seen"):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+
+
+@pytest.mark.parametrize("change", ["written", "added"])
+def test_buffers_that_change_after_the_last_backward_are_refused_by_name(change: str) -> None:
+    run = private_run(model=Running(persistent=True), loss_fn=lambda model, b: losses_of(model.net, b))
+    for _ in range(2):  # the third step is one at which values are not compared
+        run.release((0, 1))
+    run.optimizer.begin_logical_batch(2, first=True)
+    run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+    if change == "written":
+        run.model.seen.add_(1)
+    else:
+        run.model.net.last.register_buffer("late", torch.ones(1))
+    with pytest.raises(RuntimeError, match="seen" if change == "written" else r"net\.last\.late"):
+        run.optimizer.step()
+    assert run.engine.steps == 2
 
 
 def test_buffers_that_stay_are_no_trouble_also_with_nan() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -63,9 +64,17 @@ def test_batch_norm_switched_to_training_later_is_refused_too() -> None:
     model.norm.eval()
     run = private_run(model=model)
     run.release((0, 1, 2))
+    run.optimizer.begin_logical_batch(3, first=True)
+    losses = run.loss_fn(run.model, run.data[[0, 1, 2]])
     run.model.train()
-    with pytest.raises(RuntimeError, match="norm"):
-        run.release((0, 1, 2))
+    with pytest.raises(RuntimeError, match="norm"):  # of the backward
+        run.optimizer.backward(losses)
+    run.model.eval()
+    run.optimizer.backward(losses)
+    run.model.train()
+    with pytest.raises(RuntimeError, match="norm"):  # of the step
+        run.optimizer.step()
+    assert run.engine.steps == 1
 
 
 def test_a_trained_parameter_outside_the_optimizer_is_refused_by_name() -> None:
@@ -357,6 +366,23 @@ def test_nothing_of_a_batch_is_left_after_its_step() -> None:
     first = run.release((0, 1, 2))
     assert float(first["last.weight"].abs().max()) > 0
     assert float(run.release(())["last.weight"].abs().max()) == 0
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
+def test_no_noise_is_left_in_the_sums(apart: bool) -> None:
+    run = private_run(sigma=1.0, apart=apart)
+    for parts in ((0, 1),), (), ((2,), (3,)):
+        run.release(*parts)
+        assert all(not total.any() for total in run.optimizer._batch.sums.values())
+
+
+def test_zero_grad_frees_the_released_gradients() -> None:
+    run = private_run()
+    run.optimizer.step()
+    released = weakref.ref(run.model.last.weight.grad)
+    assert released() is not None
+    run.optimizer.zero_grad()
+    assert released() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
