@@ -1,11 +1,10 @@
 """Buffers that a released model would carry: kept, so that what is written past autograd's counters is noticed."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from dpkernels.nn import named_modules
+from dpkernels.privacy.checks import some_of
 
 
 def released_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -53,7 +52,7 @@ class BufferWatch:
         written = [name for name, (buffer, was) in self._kept.items() if not _same(buffer, was)]
         if written:
             raise RuntimeError(
-                f"buffers of the model were written past autograd (.data, numpy): {_some(written)}. Running "
+                f"buffers of the model were written past autograd (.data, numpy): {some_of(written)}. Running "
                 "statistics, code books and the like would carry data of the examples into the saved model without "
                 "noise. Put their modules into eval(), or register them with persistent=False."
             )
@@ -66,8 +65,3 @@ def _same(buffer: Tensor, was: Tensor) -> bool:
     if buffer.shape != was.shape or buffer.dtype != was.dtype or buffer.device != was.device:
         return False
     return bool(((buffer == was) | ((buffer != buffer) & (was != was))).all())
-
-
-def _some(names: Iterable[str]) -> str:
-    found = list(names)
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")

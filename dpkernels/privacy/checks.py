@@ -104,6 +104,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, name in found.items()}
 
 
+def some_of(names: Iterable[object]) -> str:
+    """The first five of these names, sorted, and how many more there are; "none" for none: for messages."""
+    found = sorted(map(str, names))
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return ", ".join(found[:5]) + more if found else "none"
+
+
 def batch_norm_message(names: list[str]) -> str:
     """Why BatchNorm in training mode is refused, and the mend."""
     return (

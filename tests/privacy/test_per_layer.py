@@ -90,7 +90,11 @@ def test_layer_norms_can_be_given_by_name_and_in_order() -> None:
     ("given", "kind", "message"),
     [
         ([1.0, 2.0], ValueError, r"2 norms were given for 8 trained parameters.*by name"),
-        ({"last.weight": 1.0}, ValueError, r"missing: first\.bias.*not trained: none"),
+        (
+            {"last.weight": 1.0},
+            ValueError,
+            r"missing: first\.bias, first\.weight, .* and 2 more; not trained: none",
+        ),
         (
             {**dict.fromkeys((n for n, _ in Net().named_parameters()), 1.0), "gone": 1.0},
             ValueError,
