@@ -20,23 +20,21 @@ class BudgetExhausted(RuntimeError):
 class Budget:
     """Steps spent by this run and by those before it, and the target they must stay within.
 
-    Every run has a random name, so that a ledger and a checkpoint that both know of it count it once:
-        whichever
+    Every run has a random name, so that a ledger and a checkpoint that both know of it count it once: whichever
     knows of more steps is believed.
 
     Args:
         sampling: the run's public constants.
         mechanism: what each of its steps is.
         accountant: "pld" or "rdp".
-        target_epsilon: ε never to be passed, or None.
-        target_delta: its δ.
+        target_epsilon: ε > 0 never to be passed, or None.
+        target_delta: its δ in (0, 1); not None where there is a target.
         planned_steps: total steps, where known: the first thing that is tried against the target.
         ledger: path of the ledger, or None to count in memory.
         settings: what the ledger's run line says besides.
 
     Raises:
         LedgerError: the ledger is damaged, locked, or another data set's.
-        ValueError: a target without δ or out of range.
     """
 
     def __init__(
@@ -204,7 +202,7 @@ class Budget:
         return False
 
     def _epsilon_after(self, steps: int) -> float:
-        assert self.target_delta is not None  # the engine's check_target saw to it
+        assert self.target_delta is not None  # where there is a target there is a δ
         others = [spent for run, spent in self._runs.items() if run != self._run]
         return composed_epsilon(
             [*others, (self.mechanism, steps)], self.target_delta, accountant=self.accountant

@@ -53,8 +53,9 @@ class DPOptimizer(torch.optim.Optimizer):
 
     The step it takes is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
     of the sum (clipped by layers: C_l and ‖g_il‖ in each layer l): float64, the noised sum rounded to a public
-    grid, then to float32; everything after it is post-processing. `param_groups`, `state` and `defaults` are the
-    wrapped optimizer's, so that learning-rate schedulers and `state_dict` work.
+    grid, then once to float32, or, where the wrapped optimizer's own step is called, to the parameter's dtype;
+    everything after it is post-processing. `param_groups`, `state` and `defaults` are the wrapped optimizer's, so that
+    learning-rate schedulers and `state_dict` work.
 
     torch's AdamW, Adam and SGD are not called: noise, division and their update are one sweep over memory
     (`dpkernels.ops.noise_adamw`, `noise_sgd`), with float32 state also for bfloat16 parameters. Any other optimizer,
@@ -288,7 +289,11 @@ class DPOptimizer(torch.optim.Optimizer):
             self._batch.close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and drop what an unfinished logical batch had summed up."""
+        """Clear gradients, and drop what an unfinished logical batch had summed up.
+
+        set_to_none: torch's keyword; either value sets them to None, since backward refuses a .grad that no private
+        step put there, zeros too.
+        """
         self._batch.forget()
         self._guard.publish({})
         self.original_optimizer.zero_grad(set_to_none=True)
@@ -333,7 +338,7 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _noised_gradient(self, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
         """round((sum + σ·S·N(0, 1))/grid)·grid / expected batch size, in float64, rounded once to the parameter's
-        dtype: the sweep's arithmetic, operation by operation.
+        dtype (by the sweep: to float32): the sweep's arithmetic, operation by operation.
 
         The sum is overwritten: closing the batch clears it.
         """

@@ -376,13 +376,15 @@ def test_no_noise_is_left_in_the_sums(apart: bool) -> None:
         assert all(not total.any() for total in run.optimizer._batch.sums.values())
 
 
-def test_zero_grad_frees_the_released_gradients() -> None:
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_frees_the_released_gradients(set_to_none: bool) -> None:
     run = private_run()
     run.optimizer.step()
     released = weakref.ref(run.model.last.weight.grad)
     assert released() is not None
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(set_to_none)
     assert released() is None
+    run.release((0, 1))  # whose backward finds no gradient from elsewhere
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
