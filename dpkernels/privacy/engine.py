@@ -69,7 +69,7 @@ class PrivacyEngine:
         self._budget: Budget | None = None
         self._module: nn.Module | None = None
         self._optimizer: DPOptimizer | None = None
-        self._self_checked = False
+        self._warns_unchecked = True  # at the first step, unless a self_check has passed
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("PrivacyEngine holds keys and is never pickled or copied; save its state_dict()")
@@ -399,7 +399,7 @@ class PrivacyEngine:
             tolerance=tolerance,
         )
         self.check_mates(loss_fn, batch, samples=samples)
-        self._self_checked = True
+        self._warns_unchecked = False
         return report
 
     def check_mates(
@@ -438,8 +438,8 @@ class PrivacyEngine:
 
     def _spend(self) -> None:
         check_single_process()
-        if not self._self_checked and self.noise_multiplier > 0:
-            self._self_checked = True  # once
+        if self._warns_unchecked and self.noise_multiplier > 0:
+            self._warns_unchecked = False  # once
             warnings.warn(
                 "no self_check has passed in this run, so nothing has shown that an example's gradient is its "
                 "own, which the privacy claim rests on: call engine.self_check(loss_fn, batch) before training",
