@@ -39,6 +39,9 @@ def parts(**changes: object) -> dict:
     return arguments | changes
 
 
+FORTY = DataLoader(TensorDataset(torch.randn(40, 4, 6), torch.zeros(40, dtype=torch.long)), batch_size=8)
+
+
 # --- what make_private refuses, in its order
 
 
@@ -552,3 +555,7 @@ def test_a_ledger_that_is_full_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"holds 2 steps already, and steps=2: the loader is empty"):
         again = private_run(ledger=path, steps=2)
     assert train(again) == 0
+    again.engine.close()
+    with pytest.warns(UserWarning, match=r"holds 2 steps|nothing is private") as said:
+        PrivacyEngine(ledger=path).make_private(**parts(noise_multiplier=0.0, steps=2, data_loader=FORTY))
+    assert [warning.filename for warning in said] == [__file__] * 2  # where make_private was called
