@@ -73,13 +73,17 @@ def checked(
     target_epsilon: float | None,
     target_delta: float | None,
 ) -> Setup:
-    """The setup of these arguments of `PrivacyEngine.make_private`, its keywords checked already.
+    """The setup that these arguments of `PrivacyEngine.make_private` ask for.
 
-    Of the three only the model is touched: its layers change class (`swap`), which changes nothing of what they
-    compute. Warns where σ = 0.
+    Nothing is touched but the model, whose layers change class (`swap`): they compute what they did. Warns where
+    σ = 0.
+
+    Args:
+        accountant: the engine's.
+        Others: as in `make_private`, which has checked its strategy, its clipping and Opacus's keywords.
 
     Raises:
-        ValueError, TypeError: as `make_private` does, but for its ledger.
+        ValueError, TypeError: as `make_private` does.
     """
     if speakers is not None:
         speakers = speaker_ids(speakers)
@@ -90,8 +94,12 @@ def checked(
         max_examples_per_speaker=max_examples_per_speaker,
         max_batch_size=max_batch_size,
     )
-    truncated_from = sampling.units if max_batch_size is not None else None
-    mechanism = Mechanism(sampling.sample_rate, float(noise_multiplier), truncated_from, max_batch_size)
+    mechanism = Mechanism(
+        sampling.sample_rate,
+        float(noise_multiplier),
+        dataset_size=sampling.units if max_batch_size is not None else None,
+        max_batch_size=max_batch_size,
+    )
     check_accountant(accountant, truncated=mechanism.truncated)
     _check_target(target_epsilon, target_delta, sampling.units)
     physical = sampling.expected_batch_size if physical_batch_size is None else physical_batch_size
