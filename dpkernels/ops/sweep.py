@@ -289,15 +289,23 @@ def check_secrets(
             raise ValueError(
                 f"{name}: expected {len(params)}, as many as params; given {len(values)}; pass one each"
             )
-    for i, secret in enumerate((key, *nonces, *rounding_nonces)):
-        size = 12 if i else 32
-        if isinstance(secret, bytes) and len(secret) == size:
-            continue
-        name = f"nonces[{i - 1}]" if i else "key"
-        if not isinstance(secret, bytes):
-            raise TypeError(f"{name}: expected bytes; given {type(secret).__name__}; convert it: bytes(...)")
-        # never the value itself: a key does not belong in a log
-        raise ValueError(f"{name}: expected {size} bytes; given {len(secret)}; draw it: os.urandom({size})")
+    for label, size, secrets in (
+        ("key", 32, (key,)),
+        ("nonces", 12, nonces),
+        ("rounding_nonces", 12, rounding_nonces),
+    ):
+        for i, secret in enumerate(secrets):
+            if isinstance(secret, bytes) and len(secret) == size:
+                continue
+            name = label if label == "key" else f"{label}[{i}]"
+            if not isinstance(secret, bytes):
+                raise TypeError(
+                    f"{name}: expected bytes; given {type(secret).__name__}; convert it: bytes(...)"
+                )
+            # never the value itself: a key does not belong in a log
+            raise ValueError(
+                f"{name}: expected {size} bytes; given {len(secret)}; draw it: os.urandom({size})"
+            )
     if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):
         raise ValueError(
             "nonces: expected all different, those for rounding too; given one twice; two tensors would share "

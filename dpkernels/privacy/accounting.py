@@ -31,6 +31,8 @@ DISCRETIZATION = 1e-4
 SEARCH_DISCRETIZATION = 1e-3
 # Below it a step of any use is not private in any useful sense, and the loss distributions outgrow memory.
 SMALLEST_SIGMA = 0.05
+# A σ that is searched for is a multiple of 1/1000.
+_PER_ONE = 1000
 # Fractional Rényi orders are slow series: left out where RDP only says where to look.
 INTEGER_ORDERS = (*range(2, 65), 128, 256, 512, 1024)
 
@@ -93,9 +95,6 @@ class Mechanism:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the ledger and for checkpoints."""
         return asdict(self)
-
-
-History = Sequence[tuple[Mechanism, int]]
 
 
 def check_accountant(accountant: str, *, truncated: bool = False) -> None:
@@ -286,13 +285,11 @@ def noise_multiplier(
     accountant: str = "pld",
     max_batch_size: int | None = None,
     dataset_size: int | None = None,
-    decimals: int = 3,
 ) -> float:
-    """The smallest σ, rounded up to `decimals` places, with ε(σ, q, steps, δ) <= target_epsilon.
+    """The smallest σ, rounded up to three decimals, with ε(σ, q, steps, δ) <= target_epsilon.
 
     `dp_accounting.calibrate_dp_mechanism` searches on a coarse grid of the privacy loss (an upper bound on
-    ε); its σ is rounded up and then lowered, 10^-decimals at a time, as far as the reporting accountant
-    agrees.
+    ε); its σ is rounded up and then lowered, 0.001 at a time, as far as the reporting accountant agrees.
 
     Args:
         target_epsilon: ε > 0.
@@ -302,7 +299,6 @@ def noise_multiplier(
         accountant: "pld" or "rdp".
         max_batch_size: capacity of truncated Poisson sampling (needs `dataset_size`).
         dataset_size: N.
-        decimals: places σ is rounded up to.
 
     Raises:
         TypeError: a target_epsilon that is no number.
@@ -321,12 +317,11 @@ def noise_multiplier(
         return Mechanism(sample_rate, sigma, dataset_size, max_batch_size)
 
     def fits(units: int) -> bool:
-        history = [(mechanism(units / scale), steps)]
+        history = [(mechanism(units / _PER_ONE), steps)]
         return composed_epsilon(history, target_delta, accountant=accountant) <= target_epsilon
 
-    scale = 10**decimals
     found = _calibrate(mechanism, target_epsilon, target_delta, steps, accountant)
-    high = math.ceil(found * scale)
+    high = math.ceil(found * _PER_ONE)
     while not fits(high):  # the two grids may disagree in the last place
         high += 1
     stride, low = 1, max(high - 1, 0)
@@ -336,7 +331,7 @@ def noise_multiplier(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return high / scale
+    return high / _PER_ONE
 
 
 def _calibrate(

@@ -20,23 +20,21 @@ class BudgetExhausted(RuntimeError):
 class Budget:
     """Steps spent by this run and by those before it, and the target they must stay within.
 
-    Every run has a random name, so that a ledger and a checkpoint that both know of it count it once:
-        whichever
+    Every run has a random name, so that a ledger and a checkpoint that both know of it count it once: whichever
     knows of more steps is believed.
 
     Args:
         sampling: the run's public constants.
         mechanism: what each of its steps is.
         accountant: "pld" or "rdp".
-        target_epsilon: ε never to be passed, or None.
-        target_delta: its δ.
+        target_epsilon: ε > 0 never to be passed, or None.
+        target_delta: its δ in (0, 1); not None where there is a target.
         planned_steps: total steps, where known: the first thing that is tried against the target.
         ledger: path of the ledger, or None to count in memory.
         settings: what the ledger's run line says besides.
 
     Raises:
         LedgerError: the ledger is damaged, locked, or another data set's.
-        ValueError: a target without δ or out of range.
     """
 
     def __init__(
@@ -78,8 +76,12 @@ class Budget:
                 "planned_steps": planned_steps,
             }
             self._ledger = Ledger(ledger, constants | settings)
-            for run in self._ledger.previous_runs:
-                self._runs[run.id] = (run.mechanism, run.steps)
+            try:
+                for run in self._ledger.previous_runs:
+                    self._runs[run.id] = (run.mechanism, run.steps)
+            except BaseException:
+                self._ledger.close()
+                raise
         self._runs[self._run] = (mechanism, 0 if self._ledger is None else self._ledger.run.steps)
 
     @property
@@ -98,8 +100,8 @@ class Budget:
         name = self.accountant if accountant is None else accountant
         value = composed_epsilon(self.history, delta, accountant=name)
         if self._ledger is not None and (self.steps, delta, name) not in self._reported:
-            self._reported.add((self.steps, delta, name))
             self._ledger.note_epsilon(value, delta, name, self.steps)
+            self._reported.add((self.steps, delta, name))
         return value
 
     def spend(self) -> None:
@@ -107,6 +109,7 @@ class Budget:
 
         Raises:
             BudgetExhausted: the step would pass the target; nothing is spent.
+            LedgerError: the step could not be written to the ledger: it is closed, say.
             RuntimeError: in a forked process.
         """
         if os.getpid() != self._pid:
@@ -199,7 +202,7 @@ class Budget:
         return False
 
     def _epsilon_after(self, steps: int) -> float:
-        assert self.target_delta is not None  # the engine's check_target saw to it
+        assert self.target_delta is not None  # where there is a target there is a δ
         others = [spent for run, spent in self._runs.items() if run != self._run]
         return composed_epsilon(
             [*others, (self.mechanism, steps)], self.target_delta, accountant=self.accountant

@@ -1,13 +1,11 @@
 """What must hold of the model, the optimizer and the losses, each refused by name and with the mend."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpkernels.nn import batch_norms_in_training, coverage, mixes_samples, named_modules
+from dpkernels.nn import batch_norms_in_training, coverage, named_modules
 
 
 def check_single_process() -> None:
@@ -96,64 +94,6 @@ def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What must not change while a model is trained privately, of one walk over its modules.
-
-    Attributes:
-        batch_norms: whether a batch norm mixes the samples of a batch.
-        buffers: (identity, version) of every buffer that state_dict() would release, in the modules' order.
-        trained: identities of the parameters with requires_grad, in the modules' order.
-    """
-
-    batch_norms: bool
-    buffers: list[tuple[int, int]]
-    trained: list[int]
-
-
-def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
-    """The snapshot of a model's modules: checks compare it, and look for names only where it differs."""
-    batch_norms = False
-    buffers: list[tuple[int, int]] = []
-    trained: list[int] = []
-    for module in modules:  # thousands, in every step: in loops, and with no call where there is nothing
-        if module._buffers:
-            passing = module._non_persistent_buffers_set
-            buffers += [
-                (id(buffer), buffer._version)
-                for name, buffer in module._buffers.items()
-                if buffer is not None and name not in passing
-            ]
-            batch_norms = batch_norms or mixes_samples(module)
-        elif isinstance(module, _BatchNorm):  # one without statistics has no buffers
-            batch_norms = batch_norms or mixes_samples(module)
-        if module._parameters:
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.requires_grad:
-                    trained.append(id(parameter))
-    return Snapshot(batch_norms, buffers, trained)
-
-
-def stateful(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of them that a snapshot's buffers and batch norms are read from."""
-    return [module for module in modules if module._buffers or isinstance(module, _BatchNorm)]
-
-
-def released_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(identity, version) of every buffer that state_dict() would release, by name."""
-    found = {}
-    for prefix, module in named_modules(model):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = (id(buffer), buffer._version)
-    return found
-
-
-def changed_buffers(then: dict[str, tuple[int, int]], now: dict[str, tuple[int, int]]) -> list[str]:
-    """Names of the buffers that were written, replaced, added or removed in between."""
-    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-
-
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters with requires_grad, by name, each once."""
     found: dict[nn.Parameter, str] = {}
@@ -164,19 +104,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, name in found.items()}
 
 
-def check_trained(now: dict[str, nn.Parameter], then: dict[str, nn.Parameter]) -> None:
-    """Raise RuntimeError, by name, when the trained parameters changed after make_private."""
-    expected = {id(parameter): name for name, parameter in then.items()}
-    present = {id(parameter): name for name, parameter in now.items()}
-    gone = [name for key, name in expected.items() if key not in present]
-    new = [name for key, name in present.items() if key not in expected]
-    if gone or new:
-        raise RuntimeError(
-            "the trained parameters changed after make_private"
-            + (f"; no longer there or frozen: {', '.join(gone)}" if gone else "")
-            + (f"; new, replaced or unfrozen: {', '.join(new)}" if new else "")
-            + ". Move, wrap, freeze and replace parameters before make_private."
-        )
+def some_of(names: Iterable[object]) -> str:
+    """The first five of these names, sorted, and how many more there are; "none" for none: for messages."""
+    found = sorted(map(str, names))
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return ", ".join(found[:5]) + more if found else "none"
 
 
 def batch_norm_message(names: list[str]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels.nn import Record, norms_sq
+from dpkernels.privacy.checks import some_of
 
 # Relative to C. See rounding_slack for all three.
 LEAST_SLACK = 2.0**-20
@@ -95,8 +96,8 @@ def layer_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]) -> Laye
     missing, unknown = trained.keys() - max_grad_norm.keys(), max_grad_norm.keys() - trained.keys()
     if missing or unknown:
         raise ValueError(
-            f"max_grad_norm must name every trained parameter and nothing else; missing: {_some(missing)}; not "
-            f"trained: {_some(unknown)}"
+            f"max_grad_norm must name every trained parameter and nothing else; missing: {some_of(missing)}; not "
+            f"trained: {some_of(unknown)}"
         )
     given = {name: check_norm(max_grad_norm[name], f"max_grad_norm[{name!r}]") for name in trained}
     total = math.sqrt(math.fsum(norm**2 for norm in given.values())) * _UP
@@ -115,13 +116,6 @@ def check_norm(norm: Any, name: str = "max_grad_norm") -> float:
     if not (math.isfinite(norm) and norm > 0):
         raise ValueError(f"{name} must be finite and > 0, got {norm}")
     return float(norm)
-
-
-def _some(names: Iterable[str]) -> str:
-    found = sorted(map(str, names))
-    return (
-        ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") if found else "none"
-    )
 
 
 def batch_bound(units: int, sample_rate: float, *, per_unit: int = 1, capacity: int | None = None) -> int:

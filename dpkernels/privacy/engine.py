@@ -3,10 +3,8 @@
 import logging
 import os
 import random
-import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,26 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dpkernels.nn import attach, detach, swap
+from dpkernels.nn import attach, detach
 from dpkernels.privacy import accounting
-from dpkernels.privacy.accounting import Mechanism, check_accountant, check_delta
+from dpkernels.privacy.accounting import Mechanism, check_accountant
 from dpkernels.privacy.budget import Budget
-from dpkernels.privacy.checks import (
-    check_coverage,
-    check_module,
-    check_optimizer,
-    check_single_process,
-    trained_parameters,
-)
-from dpkernels.privacy.clipping import LayerNorms, batch_bound, layer_norms, sensitivity
+from dpkernels.privacy.checks import check_single_process
 from dpkernels.privacy.keywords import STRATEGIES, check_clipping, check_opacus_keywords, check_strategy
 from dpkernels.privacy.loader import DPDataLoader
 from dpkernels.privacy.mates import check_mates
 from dpkernels.privacy.noise import SecretStream
 from dpkernels.privacy.optimizer import DPOptimizer
-from dpkernels.privacy.plan import Sampling, plan_sampling, speaker_ids
-from dpkernels.privacy.sampling import ExampleSampler, SpeakerSampler
+from dpkernels.privacy.plan import Sampling, plan_sampling, sampler_of
 from dpkernels.privacy.self_check import SelfCheckReport, self_check
+from dpkernels.privacy.setup import Setup, checked, run_settings
 from dpkernels.privacy.strategies import strategy_of
 
 logger = logging.getLogger("dpkernels")
@@ -78,7 +69,7 @@ class PrivacyEngine:
         self._budget: Budget | None = None
         self._module: nn.Module | None = None
         self._optimizer: DPOptimizer | None = None
-        self._self_checked = False
+        self._warns_unchecked = True  # at the first step, unless a self_check has passed
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("PrivacyEngine holds keys and is never pickled or copied; save its state_dict()")
@@ -218,111 +209,80 @@ class PrivacyEngine:
             wrap_model=wrap_model,
             rand_on_empty=rand_on_empty,
         )
-        if speakers is not None:
-            speakers = speaker_ids(speakers)
-        sampling = plan_sampling(
+        setup = checked(
+            module,
+            optimizer,
             data_loader,
+            accountant=self.accountant,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            strategy=strategy,
+            physical_batch_size=physical_batch_size,
+            max_batch_size=max_batch_size,
             unit=unit,
             speakers=speakers,
             max_examples_per_speaker=max_examples_per_speaker,
-            max_batch_size=max_batch_size,
-        )
-        mechanism = Mechanism(
-            sampling.sample_rate,
-            float(noise_multiplier),
-            sampling.units if max_batch_size is not None else None,
-            max_batch_size,
-        )
-        check_accountant(self.accountant, truncated=mechanism.truncated)
-        _check_target(target_epsilon, target_delta, sampling.units)
-        physical = sampling.expected_batch_size if physical_batch_size is None else physical_batch_size
-        if physical < 1:
-            raise ValueError(f"physical_batch_size must be >= 1, got {physical_batch_size}")
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps}")
-        examples = len(data_loader.dataset)  # type: ignore[arg-type]
-        if lengths is not None and len(lengths) != examples:
-            raise ValueError(
-                f"lengths must hold one size for each of the {examples} examples, got {len(lengths)}"
-            )
-        if physical_frames is not None and (lengths is None or physical_frames < 1):
-            raise ValueError(f"physical_frames={physical_frames} must be >= 1, and needs lengths")
-
-        check_module(module)
-        layers = layer_norms(max_grad_norm, trained_parameters(module)) if strategy == "per_layer" else None
-        norm = float(max_grad_norm) if layers is None else layers.total  # type: ignore[arg-type]
-        swap(module)
-        check_coverage(module)
-        check_optimizer(optimizer, module)
-
-        if noise_multiplier == 0:
-            warnings.warn("noise_multiplier=0: nothing is private, ε = ∞", stacklevel=2)
-        bound = batch_bound(
-            sampling.units, sampling.sample_rate, per_unit=sampling.per_unit, capacity=sampling.max_batch_size
-        )
-        reach = sensitivity(norm, bound, sampling.per_unit)
-        tape = attach(module, keep_small=strategy == "keep_small")
-        try:
-            budget = Budget(
-                sampling,
-                mechanism,
-                self.accountant,
-                target_epsilon=target_epsilon,
-                target_delta=target_delta,
-                planned_steps=steps,
-                ledger=self._ledger_path,
-                settings={
-                    "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "max_grad_norm": norm,
-                    **_clipping_settings(layers),
-                    "sensitivity": reach,
-                    "max_examples_per_unit": sampling.per_unit,
-                    "expected_batch_size": sampling.expected_batch_size,
-                    "trained_parameters": sum(p.numel() for p in trained_parameters(module).values()),
-                    "versions": _versions(),
-                },
-            )
-        except BaseException:
-            detach(module)
-            raise
-        self._budget = budget
-        self._module = module
-        self._optimizer = DPOptimizer(
-            optimizer,
-            model=module,
-            strategy=strategy_of(strategy, tape, norm, layers),
-            noise_multiplier=mechanism.noise_multiplier,
-            max_grad_norm=norm,
-            sensitivity=reach,
-            expected_batch_size=sampling.expected_batch_size,
-            batch_bound=bound,
-            stream=self._noise_stream,
-            spend=self._spend,
-        )
-        logger.info("strategy %s: %s", strategy, STRATEGIES[strategy])
-        sampler: ExampleSampler | SpeakerSampler
-        if sampling.unit == "speaker":
-            assert speakers is not None  # plan_sampling saw to it
-            sampler = SpeakerSampler(speakers, sampling.sample_rate, sampling.per_unit, self._sampling_stream)
-        else:
-            sampler = ExampleSampler(
-                sampling.units, sampling.sample_rate, self._sampling_stream, sampling.max_batch_size
-            )
-        loader = DPDataLoader(
-            data_loader,
-            sampler,
-            physical_batch_size=physical,
-            epoch_steps=max(1, round(1 / sampling.sample_rate)),
-            total_steps=steps,
             lengths=lengths,
             physical_frames=physical_frames,
-            on_batch=self._optimizer.begin_logical_batch,
-            steps_taken=lambda: budget.steps,
+            steps=steps,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
         )
-        if not self._noise_stream.fixed:
-            _seed_from_the_system()
-        self._report_steps_before(budget.steps, steps)
-        return module, self._optimizer, loader
+        return self._build(setup, module, optimizer, data_loader)
+
+    def _build(
+        self, setup: Setup, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader
+    ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
+        """Attach the model, open the ledger and make the three; after a failure model and ledger are free again."""
+        tape = attach(
+            module, keep_small=setup.strategy == "keep_small"
+        )  # which, where it raises, attaches nothing
+        budget: Budget | None = None
+        try:
+            budget = Budget(
+                setup.sampling,
+                setup.mechanism,
+                self.accountant,
+                target_epsilon=setup.target_epsilon,
+                target_delta=setup.target_delta,
+                planned_steps=setup.steps,
+                ledger=self._ledger_path,
+                settings=run_settings(setup, module),
+            )
+            private = DPOptimizer(
+                optimizer,
+                model=module,
+                strategy=strategy_of(setup.strategy, tape, setup.norm, setup.layers),
+                noise_multiplier=setup.mechanism.noise_multiplier,
+                max_grad_norm=setup.norm,
+                sensitivity=setup.sensitivity,
+                expected_batch_size=setup.sampling.expected_batch_size,
+                batch_bound=setup.bound,
+                stream=self._noise_stream,
+                spend=self._spend,
+            )
+            loader = DPDataLoader(
+                data_loader,
+                sampler_of(setup.sampling, setup.speakers, self._sampling_stream),
+                physical_batch_size=setup.physical_batch_size,
+                epoch_steps=setup.sampling.epoch_steps,
+                total_steps=setup.steps,
+                lengths=setup.lengths,
+                physical_frames=setup.physical_frames,
+                on_batch=private.begin_logical_batch,
+                steps_taken=lambda: self.steps,
+            )
+            logger.info("strategy %s: %s", setup.strategy, STRATEGIES[setup.strategy])
+            if not self._noise_stream.fixed:
+                _seed_from_the_system()
+            self._report_steps_before(budget.steps, setup.steps)
+        except BaseException:
+            detach(module)
+            if budget is not None:
+                budget.close()
+            raise
+        self._budget, self._module, self._optimizer = budget, module, private
+        return module, private, loader
 
     def _report_steps_before(self, spent: int, planned: int | None) -> None:
         """Say what the ledger holds already: a loader that is at its end would train nothing, and say nothing."""
@@ -330,7 +290,7 @@ class PrivacyEngine:
             warnings.warn(
                 f"ledger={str(self._ledger_path)!r} holds {spent} steps already, and steps={planned}: the loader is "
                 "empty and nothing will be trained. To go on, give more steps; for another run, another ledger.",
-                stacklevel=3,
+                stacklevel=4,
             )
         elif spent:
             logger.info("the ledger holds %d steps already; they count", spent)
@@ -369,7 +329,7 @@ class PrivacyEngine:
             raise ValueError(f"give exactly one of epochs and steps, got epochs={epochs}, steps={steps}")
         planned = ("unit", "speakers", "max_examples_per_speaker", "max_batch_size")
         sampling = plan_sampling(data_loader, **{key: arguments[key] for key in planned if key in arguments})
-        total = steps if steps is not None else (epochs or 0) * max(1, round(1 / sampling.sample_rate))
+        total = steps if steps is not None else (epochs or 0) * sampling.epoch_steps
         if total < 1:
             raise ValueError(f"the run has no steps: epochs={epochs}, steps={steps}; give at least 1")
         sigma = accounting.noise_multiplier(
@@ -404,6 +364,7 @@ class PrivacyEngine:
 
         Raises:
             ValueError: no δ; "rdp" with truncated Poisson sampling.
+            LedgerError: an ε that was not reported before cannot be written to the ledger: it is closed, say.
         """
         budget = self._made()
         delta = budget.target_delta if delta is None else delta
@@ -438,7 +399,7 @@ class PrivacyEngine:
             tolerance=tolerance,
         )
         self.check_mates(loss_fn, batch, samples=samples)
-        self._self_checked = True
+        self._warns_unchecked = False
         return report
 
     def check_mates(
@@ -470,14 +431,15 @@ class PrivacyEngine:
         self._made().load_state_dict(state)
 
     def close(self) -> None:
-        """Close the ledger and give up its lock. The engine cannot step afterwards if it had one."""
+        """Close the ledger and give up its lock. An engine that had one can neither step nor note an ε afterwards:
+        step() and get_epsilon() raise LedgerError."""
         if self._budget is not None:
             self._budget.close()
 
     def _spend(self) -> None:
         check_single_process()
-        if not self._self_checked and self.noise_multiplier > 0:
-            self._self_checked = True  # once
+        if self._warns_unchecked and self.noise_multiplier > 0:
+            self._warns_unchecked = False  # once
             warnings.warn(
                 "no self_check has passed in this run, so nothing has shown that an example's gradient is its "
                 "own, which the privacy claim rests on: call engine.self_check(loss_fn, batch) before training",
@@ -500,25 +462,3 @@ def _seed_from_the_system() -> None:
     torch.manual_seed(int.from_bytes(os.urandom(8), "little"))
     np.random.seed(int.from_bytes(os.urandom(4), "little"))
     random.seed(os.urandom(32))
-
-
-def _check_target(target_epsilon: float | None, target_delta: float | None, units: int) -> None:
-    if target_epsilon is not None and target_delta is None:
-        raise ValueError("target_epsilon needs target_delta")
-    if target_epsilon is not None and not target_epsilon > 0:
-        raise ValueError(f"target_epsilon must be > 0, got {target_epsilon}")
-    if target_delta is not None:
-        check_delta(target_delta, units)
-
-
-def _clipping_settings(layers: LayerNorms | None) -> dict[str, Any]:
-    if layers is None:
-        return {"clipping": "flat"}
-    return {"clipping": "per_layer", "layer_norms": "uniform" if layers.given is None else dict(layers.given)}
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "dp-accounting", "numpy")
-    from dpkernels import __version__  # here, since the package imports this module
-
-    return {"dpkernels": __version__, **{name: metadata.version(name) for name in names}}

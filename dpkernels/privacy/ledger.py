@@ -224,7 +224,11 @@ class Ledger:
         return digest in self._hashes or digest == _START
 
     def spend_step(self) -> None:
-        """Write one step, on disk when this returns. Call it before the step changes anything."""
+        """Write one step, on disk when this returns. Call it before the step changes anything.
+
+        Raises:
+            LedgerError: the ledger is closed, was replaced, or an earlier write failed.
+        """
         self._append({"kind": "step", "run": self.run.id, "step": self.run.steps + 1})
         self.run.steps += 1
 
@@ -284,6 +288,11 @@ class Ledger:
             )
 
     def _append(self, entry: dict[str, Any]) -> None:
+        if self._file.closed:
+            raise LedgerError(
+                f"ledger {self.path} is closed, so that no step and no ε can be written to it; read epsilon before "
+                "engine.close(), or read_ledger(path)"
+            )
         data, digest = _line(self._last_hash, entry)
         if self._broken:
             raise LedgerError(

@@ -290,7 +290,7 @@ class DPDataLoader:
 
         def read_ahead() -> None:
             # Reading one micro-batch makes the loader draw at least to the logical batch it belongs to; past
-            # the last # micro-batch it draws whatever empty logical batches are left.
+            # the last micro-batch it draws whatever empty logical batches are left.
             with suppress(StopIteration):
                 ahead.append(next(batches))
 

@@ -1,10 +1,9 @@
 """Secret randomness: ChaCha20 streams under a key of this process, for Gaussian noise and for sampling.
 
-A key is 256 bits from the operating system, drawn afresh in every process (after a fork too) and never
-written
-anywhere: these objects refuse to be pickled or copied, and their repr does not show it. The 12-byte nonce
-holds the purpose, a rank, the parameter's index and a draw counter that only ever grows inside the process,
-so no two draws share a stream, also when a checkpoint sets the number of steps back.
+A key is 256 bits from the operating system, drawn afresh in every process (after a fork too) and never written
+anywhere: these objects refuse to be pickled or copied, and their repr does not show it. The 12-byte nonce holds the
+purpose, a rank, the parameter's index and a draw counter that only ever grows inside the process, so no two draws
+share a stream, also when a checkpoint sets the number of steps back.
 """
 
 import math

@@ -1,29 +1,19 @@
 """The private optimizer: per-sample losses in, one noised gradient a logical batch out."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import Record, Tape, add_weighted_sums, batch_norms_in_training, modules_of
-from dpkernels.privacy.buffers import BufferWatch
-from dpkernels.privacy.checks import (
-    Snapshot,
-    batch_norm_message,
-    changed_buffers,
-    check_losses,
-    check_no_gradient,
-    check_trained,
-    released_buffers,
-    snapshot,
-    stateful,
-    trained_parameters,
-)
+from dpkernels.nn import Tape
+from dpkernels.privacy.batch_sums import BatchSums
+from dpkernels.privacy.checks import check_losses
+from dpkernels.privacy.guard import ModelGuard
 from dpkernels.privacy.noise import SecretStream, grid_of
-from dpkernels.privacy.strategies import Strategy
+from dpkernels.privacy.strategies import Clipped, Strategy
 from dpkernels.privacy.sweep import Release, narrow_states, restore_wide_states, take_step, uncovered
 
 logger = logging.getLogger("dpkernels")
@@ -63,8 +53,9 @@ class DPOptimizer(torch.optim.Optimizer):
 
     The step it takes is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
     of the sum (clipped by layers: C_l and ‖g_il‖ in each layer l): float64, the noised sum rounded to a public
-    grid, then to float32; everything after it is post-processing. `param_groups`, `state` and `defaults` are the
-    wrapped optimizer's, so that learning-rate schedulers and `state_dict` work.
+    grid, then once to float32, or, where the wrapped optimizer's own step is called, to the parameter's dtype;
+    everything after it is post-processing. `param_groups`, `state` and `defaults` are the wrapped optimizer's, so that
+    learning-rate schedulers and `state_dict` work.
 
     torch's AdamW, Adam and SGD are not called: noise, division and their update are one sweep over memory
     (`dpkernels.ops.noise_adamw`, `noise_sgd`), with float32 state also for bfloat16 parameters. Any other optimizer,
@@ -113,30 +104,19 @@ class DPOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.sensitivity = sensitivity
         self.expected_batch_size = expected_batch_size
-        self._model = model
         self._strategy = strategy
-        self._batch_bound = batch_bound
         self._stream = stream
         self._spend = spend
-        self._trained = trained_parameters(model)
-        self._held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self._buffers = released_buffers(model)
-        modules = list(modules_of(model))
-        self._snapshot, self._stateful = snapshot(modules), stateful(modules)
+        self._guard = ModelGuard(model, optimizer)
+        self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0)
+        # A parameter's place is its stream's index.
+        self._trained = list(self._guard.trained.values())
         self.keep_gradients = False
         self.stochastic_rounding = False
         scale = noise_multiplier * sensitivity
         self._release = Release(scale, grid_of(scale), expected_batch_size)
         self._logged: set[str] = set()
-        self._watch = BufferWatch(model)
-        self._sums: dict[nn.Parameter, Tensor] = {}
-        self._summed = False
-        self._published: dict[nn.Parameter, Tensor] = {}
-        self._examples = 0
-        self._drawn: int | None = None
-        self._spoiled = False
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        self._last_seen: list[tuple[Tensor, Tensor]] | None = None
+        self._last_seen: list[Clipped] | None = None
 
     @property
     def tape(self) -> Tape:
@@ -222,12 +202,7 @@ class DPOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the logical batch before it got no step().
         """
-        if self._examples or (self._drawn is not None and not first):
-            raise RuntimeError(
-                "optimizer.step() was not called for the previous logical batch: call it exactly once for "
-                "each, also for an empty one. Skipping a step because a batch is empty shows that it is."
-            )
-        self._drawn = examples
+        self._batch.open(examples, first)
 
     def backward(self, losses: Tensor) -> None:
         """Back-propagate losses.sum(), clip each example's gradient and add it to the sums.
@@ -246,21 +221,19 @@ class DPOptimizer(torch.optim.Optimizer):
         """
         check_losses(losses)
         batch_size = losses.shape[0]
-        self._check_batch(batch_size)
-        self._check_model()
+        self._batch.check_room(batch_size)
+        self._guard.before_backward()
         if batch_size == 0:
             self.tape.discard()
             return
         try:
-            clipped = self._strategy.backward(losses, self._add, self._check_bypassed)
+            clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward)
         except BaseException:
             self.tape.discard()
-            for parameter in self._trained.values():
+            for parameter in self._trained:
                 parameter.grad = None
             raise
-        self._examples += batch_size
-        self._seen.append((clipped.norm_sq, clipped.factors))
-        self._spoiled = False
+        self._batch.count(batch_size, clipped)
 
     def recover(self) -> bool:
         """Make ready to try again after the forward or backward of a micro-batch raised.
@@ -274,9 +247,9 @@ class DPOptimizer(torch.optim.Optimizer):
             micro-batch that failed is to be done again.
         """
         self.tape.discard()
-        spoiled = self._spoiled
+        spoiled = self._batch.spoiled
         if spoiled:
-            self._forget_batch()
+            self._batch.forget()
         return spoiled
 
     @torch.no_grad()
@@ -299,45 +272,34 @@ class DPOptimizer(torch.optim.Optimizer):
                 "step(closure) is refused: a closure evaluates the loss within the step, outside of "
                 "clipping and noise. Call optimizer.backward(losses), then step()."
             )
-        if self._spoiled:
-            raise RuntimeError(
-                "a backward failed half-way through its sums; call zero_grad() to drop this logical batch, or "
-                "recover() to do all of its micro-batches again"
-            )
-        now = snapshot(modules_of(self._model))
-        self._check_batch_norms(now)
-        self._check_parameters(now)
-        self._check_buffers(now)
-        if self._drawn is not None and self._examples < self._drawn and self.noise_multiplier > 0:
-            raise RuntimeError(
-                "step(): fewer examples were back-propagated than the logical batch holds. Was zero_grad() "
-                "called between its micro-batches, were losses of two micro-batches added up, or does the "
-                "collate_fn pack several examples into one row? Back-propagate every micro-batch once, with one "
-                "loss for each example (0 for one that is to be left out), then step(), then zero_grad()."
-            )
-        self._watch.check()
+        self._batch.check_whole()
+        self._guard.before_step()
+        self._batch.check_complete()
         fused = self._can_sweep()
         self._spend()
         try:
             draw = self._stream.next_draw()
-            self._last_seen = self._seen
+            self._last_seen = self._batch.seen
             if not fused:
                 return self._step_apart(draw)
             self._sweep(draw)
             return None
         finally:
             # Never a second release of the same batch: not even when the wrapped step failed.
-            self._forget_batch()
-            self._drawn = None
+            self._batch.close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and drop what an unfinished logical batch had summed up."""
-        self._forget_batch()
-        self._published = {}
+        """Clear gradients, and drop what an unfinished logical batch had summed up.
+
+        set_to_none: torch's keyword; either value sets them to None, since backward refuses a .grad that no private
+        step put there, zeros too.
+        """
+        self._batch.forget()
+        self._guard.publish({})
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def _can_sweep(self) -> bool:
-        reason = uncovered(self.original_optimizer, list(self._trained.values()))
+        reason = uncovered(self.original_optimizer, self._trained)
         if reason and self.stochastic_rounding:
             raise RuntimeError(
                 f"stochastic_rounding=True needs the fused sweep, which cannot be used here: {reason}. Set it to "
@@ -352,163 +314,47 @@ class DPOptimizer(torch.optim.Optimizer):
         """Noise, division, the optimizer's update and clearing the sums, in one pass over memory."""
         kept = take_step(
             self.original_optimizer,
-            list(self._trained.values()),
-            {parameter: self._sum_of(parameter) for parameter in self._trained.values()},
+            self._trained,
+            {parameter: self._batch.of(parameter) for parameter in self._trained},
             self._release,
             self._stream,
             draw,
             keep_gradients=self.keep_gradients,
             stochastic_rounding=self.stochastic_rounding,
         )
-        self._summed = False  # the sweep has cleared them
-        for parameter, gradient in kept.items():
-            parameter.grad = gradient
-        self._published = kept
+        self._batch.dirty = False  # the sweep has cleared them
+        self._guard.publish(kept)
 
     def _step_apart(self, draw: int) -> Any:
         """The noised gradients first, then the wrapped optimizer's own step."""
-        self._summed = True  # the sums are overwritten
+        self._batch.dirty = True  # the sums are overwritten
         gradients = {
             parameter: self._noised_gradient(index, parameter, draw)
-            for index, parameter in enumerate(self._trained.values())
+            for index, parameter in enumerate(self._trained)
         }
-        narrow_states(self.original_optimizer, list(self._trained.values()))
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        self._published = gradients
+        narrow_states(self.original_optimizer, self._trained)
+        self._guard.publish(gradients)
         return self.original_optimizer.step()
 
     def _noised_gradient(self, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
         """round((sum + σ·S·N(0, 1))/grid)·grid / expected batch size, in float64, rounded once to the parameter's
-        dtype: the sweep's arithmetic, operation by operation.
+        dtype (by the sweep: to float32): the sweep's arithmetic, operation by operation.
 
-        The sum is overwritten: `_forget_batch` clears it.
+        The sum is overwritten: closing the batch clears it.
         """
-        total, release = self._sum_of(parameter), self._release
+        total, release = self._batch.of(parameter), self._release
         unit = release.grid or 1.0
         if self.noise_multiplier > 0:
             noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
             total.div_(unit).add_(noise.mul_(release.noise_scale / unit)).round_()
         return total.mul_(unit / release.divisor).to(parameter.dtype, copy=True)
 
-    def _sum_of(self, parameter: nn.Parameter) -> Tensor:
-        if parameter not in self._sums:
-            self._sums[parameter] = torch.zeros(parameter.shape, dtype=torch.float64, device=parameter.device)
-        return self._sums[parameter]
 
-    @torch.no_grad()
-    def _add(self, records: Sequence[Record], factors: Tensor) -> None:
-        for record in records:
-            for parameter in record.parameters:
-                self._sum_of(parameter)
-        # A failure from here to the count in `backward` would leave examples in the sums, in part or uncounted.
-        self._spoiled = self._summed = True
-        add_weighted_sums(records, factors, self._sums)
-
-    def _forget_batch(self) -> None:
-        # Kept and cleared, not dropped: touching 8 bytes a trained parameter of fresh memory in every step was
-        # measured to cost a sixth of a full fine-tuning step on a CPU. Cleared once: the sweep does it, too.
-        if self._summed:
-            for total in self._sums.values():
-                total.zero_()
-        self._summed = False
-        self._examples = 0
-        self._seen = []
-        self._spoiled = False
-
-    def _check_batch(self, batch_size: int) -> None:
-        if self._spoiled:
-            raise RuntimeError(
-                "a backward failed half-way through its sums; call zero_grad() to drop this logical batch, or "
-                "recover() to do all of its micro-batches again"
-            )
-        if self.noise_multiplier == 0:
-            return  # nothing is claimed
-        if self._drawn is None:
-            raise RuntimeError(
-                "optimizer.backward: no logical batch of the private loader is open. Take every batch from "
-                "the loader that make_private returned, and call step() once for each: ε is accounted for "
-                "its Poisson sampling, and for nothing else."
-            )
-        if self._examples + batch_size > self._drawn:
-            raise RuntimeError(
-                f"optimizer.backward: more examples than the logical batch holds: losses of {batch_size}, after "
-                f"{self._examples} that were processed, in a logical batch of {self._drawn} (NOT PRIVATE). Losses have "
-                "shape [B], one an example. An example processed twice in a step, or one that was not sampled, breaks "
-                "the privacy claim; call zero_grad() to start this batch again."
-            )
-        if self._examples + batch_size > self._batch_bound:
-            raise RuntimeError(
-                f"a logical batch of more than {self._batch_bound} examples: outside what was accounted"
-            )
-
-    def _check_model(self) -> None:
-        # Those modules that had state at make_private: a walk over all of them is a per cent of a step. step() takes
-        # it before anything is released, and sees what was added or replaced since.
-        now = snapshot(self._stateful)
-        self._check_batch_norms(now)
-        for name, parameter in self._trained.items():
-            if parameter.grad is None:
-                continue
-            if parameter.grad is not self._published.get(parameter):
-                raise RuntimeError(
-                    f"{name}.grad is set, but not by a private step: a gradient computed elsewhere would "
-                    "mix with the private one. Use optimizer.backward(losses) only, and call "
-                    "optimizer.zero_grad() first."
-                )
-            parameter.grad = None
-        self._published = {}
-        self._check_buffers(now)
-
-    def _check_batch_norms(self, now: Snapshot) -> None:
-        if now.batch_norms:
-            raise RuntimeError(batch_norm_message(batch_norms_in_training(self._model)))
-
-    def _check_buffers(self, now: Snapshot) -> None:
-        if now.buffers != self._snapshot.buffers:
-            changed = changed_buffers(self._buffers, released_buffers(self._model))
-            raise RuntimeError(
-                f"buffers of the model changed since make_private: {', '.join(changed)}. Running statistics, "
-                "code books and the like would carry data of the examples into the saved model without noise. "
-                "Put their modules into eval(), or set track_running_stats=False; move the model before "
-                "make_private."
-            )
-
-    def _check_bypassed(self) -> None:
-        filled = [name for name, parameter in self._trained.items() if parameter.grad is not None]
-        if filled:
-            raise RuntimeError(
-                f"trained parameters were used past their layers' rules: {', '.join(filled)}. Autograd "
-                "filled their .grad, so part of their gradient was not clipped (a tied weight read "
-                "elsewhere, a functional call, a fused layer, a penalty on weights). Use the weight through "
-                "its layer only, or freeze it."
-            )
-
-    def _check_parameters(self, now: Snapshot) -> None:
-        if now.trained != self._snapshot.trained:
-            check_trained(trained_parameters(self._model), self._trained)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        trained, held = {id(p) for p in self._trained.values()}, {id(p) for p in parameters}
-        added = [tuple(p.shape) for p in parameters if id(p) not in self._held]
-        if added:
-            raise RuntimeError(
-                f"the optimizer holds parameters it did not hold at make_private (shapes {added[:5]}): their "
-                "gradients are neither clipped nor noised. Add them before make_private."
-            )
-        check_no_gradient([p for p in parameters if id(p) not in trained])
-        lost = [name for name, parameter in self._trained.items() if id(parameter) not in held]
-        if lost:
-            raise RuntimeError(
-                f"the optimizer no longer holds {', '.join(lost)}: it would step without them. Do not "
-                "rebuild parameters or groups after make_private."
-            )
-
-
-def _statistics(seen: list[tuple[Tensor, Tensor]]) -> StepStats:
+def _statistics(seen: list[Clipped]) -> StepStats:
     if not seen:
         return StepStats(0, 0.0, 0.0, 0)
-    norm_sq = torch.cat([part.cpu() for part, _ in seen])
-    factors = torch.cat([part.cpu() for _, part in seen])
+    norm_sq = torch.cat([part.norm_sq.cpu() for part in seen])
+    factors = torch.cat([part.factors.cpu() for part in seen])
     finite = torch.isfinite(norm_sq)
     mean = norm_sq[finite].sqrt().mean().item() if bool(finite.any()) else 0.0
     clipped = ((factors < 1) & finite).sum().item()

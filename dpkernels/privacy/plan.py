@@ -8,6 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from dpkernels.privacy.loader import check_data_loader
+from dpkernels.privacy.noise import SecretStream
+from dpkernels.privacy.sampling import ExampleSampler, SpeakerSampler
 
 UNITS = ("example", "speaker")
 
@@ -32,6 +34,11 @@ class Sampling:
     expected_batch_size: int
     per_unit: int
     max_batch_size: int | None
+
+    @property
+    def epoch_steps(self) -> int:
+        """Logical batches in a pass over the data: round(1/q), at least 1."""
+        return max(1, round(1 / self.sample_rate))
 
 
 def speaker_ids(speakers: Sequence[Hashable]) -> list[Hashable]:
@@ -105,3 +112,18 @@ def plan_sampling(
             f"{max_examples_per_speaker} × {count}; lower batch_size or raise max_examples_per_speaker"
         )
     return Sampling(unit, count, rate, batch_size, max_examples_per_speaker, None)
+
+
+def sampler_of(
+    sampling: Sampling, speakers: Sequence[Hashable] | None, stream: SecretStream
+) -> ExampleSampler | SpeakerSampler:
+    """What draws the logical batches of this sampling, from `stream`.
+
+    Args:
+        sampling: from `plan_sampling`.
+        speakers: those it was planned for, as `speaker_ids` gives them; None where examples are sampled.
+        stream: the secret stream.
+    """
+    if speakers is not None:
+        return SpeakerSampler(speakers, sampling.sample_rate, sampling.per_unit, stream)
+    return ExampleSampler(sampling.units, sampling.sample_rate, stream, sampling.max_batch_size)

@@ -174,7 +174,7 @@ def excess(run: Run, indices: tuple[int, ...] = INDICES) -> float:
 
 
 def added(run: Run) -> float:
-    return float(torch.cat([total.flatten() for total in run.optimizer._sums.values()]).norm())
+    return float(torch.cat([total.flatten() for total in run.optimizer._batch.sums.values()]).norm())
 
 
 def backward_alone(run: Run) -> None:

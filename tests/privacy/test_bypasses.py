@@ -19,10 +19,11 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from dpkernels.privacy import LedgerError, PrivacyEngine, plan_sampling, read_ledger
-from dpkernels.privacy import optimizer as optimizer_module
+from dpkernels.privacy import guard as guard_module
+from dpkernels.privacy.batch_sums import BatchSums
 from dpkernels.privacy.ledger import Ledger
 from dpkernels.privacy.plan import speaker_ids
-from tests.privacy.private_run import Net, Run, private_run, train
+from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
 # --- parameters that the optimizer would step past clipping and noise
 
@@ -37,7 +38,7 @@ def stepping_with_a_raw_gradient(run: Run) -> torch.Tensor:
     """A frozen parameter that the optimizer holds gets a gradient of private data; how far a step moves it."""
     weight = run.model.first.weight
     run.optimizer.param_groups[0]["params"].append(weight)
-    run.optimizer._held.add(id(weight))
+    run.optimizer._guard._held.add(id(weight))
     weight.grad = torch.ones_like(weight)
     before = weight.detach().clone()
     run.optimizer.step()
@@ -50,12 +51,12 @@ def test_a_frozen_parameter_with_a_gradient_is_refused() -> None:
 
 
 def test_planted_unchecked_gradient_moves_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "check_no_gradient", lambda parameters: None)
+    monkeypatch.setattr(guard_module, "check_no_gradient", lambda parameters: None)
     assert stepping_with_a_raw_gradient(private_run(model=half_frozen(), lr=1.0, apart=True)) == 1.0
 
 
 def test_the_sweep_would_not_step_a_raw_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_module, "check_no_gradient", lambda parameters: None)
+    monkeypatch.setattr(guard_module, "check_no_gradient", lambda parameters: None)
     assert stepping_with_a_raw_gradient(private_run(model=half_frozen(), lr=1.0)) == 0.0
 
 
@@ -124,14 +125,14 @@ def test_a_batch_processed_in_part_is_refused_and_costs_nothing(use: Callable[[R
 def test_an_interrupt_within_a_backward_spoils_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     run = private_run()
     run.optimizer.begin_logical_batch(2)
-    real = type(run.optimizer)._add
+    real = BatchSums.add
 
     def interrupted(self: object, *arguments: object) -> None:
         real(self, *arguments)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(run.optimizer), "_add", interrupted)
+        patched.setattr(BatchSums, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     with pytest.raises(RuntimeError, match="zero_grad"):
@@ -213,6 +214,22 @@ def test_a_replaced_buffer_does_not_hide_behind_the_first_ones_identity() -> Non
     run.optimizer.begin_logical_batch(2)
     with pytest.raises(RuntimeError, match="seen"):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+
+
+@pytest.mark.parametrize("change", ["written", "added"])
+def test_buffers_that_change_after_the_last_backward_are_refused_by_name(change: str) -> None:
+    run = private_run(model=Running(persistent=True), loss_fn=lambda model, b: losses_of(model.net, b))
+    for _ in range(2):  # the third step is one at which values are not compared
+        run.release((0, 1))
+    run.optimizer.begin_logical_batch(2, first=True)
+    run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
+    if change == "written":
+        run.model.seen.add_(1)
+    else:
+        run.model.net.last.register_buffer("late", torch.ones(1))
+    with pytest.raises(RuntimeError, match="seen" if change == "written" else r"net\.last\.late"):
+        run.optimizer.step()
+    assert run.engine.steps == 2
 
 
 def test_buffers_that_stay_are_no_trouble_also_with_nan() -> None:

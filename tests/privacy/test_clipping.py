@@ -21,7 +21,7 @@ from dpkernels.privacy.clipping import (
     sensitivity,
     total_norm_sq,
 )
-from dpkernels.privacy.optimizer import DPOptimizer
+from dpkernels.privacy.guard import ModelGuard
 from tests.privacy.private_run import Net, Run, losses_of, norm_of, private_run
 
 INDICES = (0, 1, 2, 3, 4, 5, 6)
@@ -149,7 +149,7 @@ def contribution_excess(run: Run, indices: tuple[int, ...] = INDICES) -> float:
     for index in indices:
         run.optimizer.begin_logical_batch(1, first=True)
         run.optimizer.backward(run.loss_fn(run.model, run.data[[index]]))
-        added = torch.cat([total.flatten() for total in run.optimizer._sums.values()]).norm()
+        added = torch.cat([total.flatten() for total in run.optimizer._batch.sums.values()]).norm()
         worst = max(worst, float(added) / run.optimizer.max_grad_norm)
         run.optimizer.zero_grad()
     return worst
@@ -238,6 +238,17 @@ def test_the_batch_bound_is_public_and_out_of_reach() -> None:
     assert batch_bound(281_241, 4096 / 281_241) == 4096 + 1920 + 500
     assert batch_bound(281_241, 4096 / 281_241, capacity=4500) == 4500
     assert batch_bound(1000, 0.01, per_unit=4) == 4 * (10 + 95 + 500)
+
+
+def test_a_batch_beyond_the_bound_is_counted_in_the_error() -> None:
+    run = private_run()
+    run.optimizer.begin_logical_batch(41)
+    run.optimizer.backward(run.loss_fn(run.model, run.data[[*range(30)]]))
+    losses = run.loss_fn(run.model, run.data[[*range(30, 40), 0]])
+    with pytest.raises(
+        RuntimeError, match=r"41 examples in one .*at most 40,.*from the loader that make_private"
+    ):
+        run.optimizer.backward(losses)
 
 
 # --- 4: non-finite examples contribute exactly 0, by selection
@@ -351,12 +362,12 @@ def test_a_weight_read_past_its_layer_is_refused_by_name() -> None:
     run.optimizer.begin_logical_batch(3)
     with pytest.raises(RuntimeError, match=r"inner\.weight"):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1, 2]]))
-    assert run.optimizer._sums == {}
+    assert run.optimizer._batch.sums == {}
     assert all(p.grad is None for p in run.model.parameters())
 
 
 def test_planted_missing_check_lets_the_bypass_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPOptimizer, "_check_bypassed", lambda self: None)
+    monkeypatch.setattr(ModelGuard, "after_backward", lambda self: None)
     run = private_run(model=Bypassed(), sigma=0)
     run.optimizer.begin_logical_batch(7)
     run.optimizer.backward(run.loss_fn(run.model, run.data[list(INDICES)]))
@@ -383,7 +394,7 @@ def test_loss_backward_is_refused_and_leaves_the_sums_alone() -> None:
     run = private_run(sigma=0, clip=0.5)
     run.optimizer.begin_logical_batch(7)
     run.optimizer.backward(run.loss_fn(run.model, run.data[list(INDICES)]))
-    before = {p: total.clone() for p, total in run.optimizer._sums.items()}
+    before = {p: total.clone() for p, total in run.optimizer._batch.sums.items()}
     with pytest.raises(RuntimeError, match=r"optimizer\.backward"):
         run.loss_fn(run.model, run.data[[0]]).sum().backward()
     run.optimizer.step()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
 from dpkernels.nn import LinearRecord
-from dpkernels.privacy import PrivacyEngine
+from dpkernels.privacy import LedgerError, PrivacyEngine
+from dpkernels.privacy import budget as budget_module
+from dpkernels.privacy import engine as engine_module
+from dpkernels.privacy import ledger as ledger_module
 from dpkernels.privacy import strategies as strategies_module
-from dpkernels.privacy.optimizer import DPOptimizer
+from dpkernels.privacy.guard import ModelGuard
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
 
@@ -32,6 +37,9 @@ def parts(**changes: object) -> dict:
         "max_grad_norm": 1.0,
     }
     return arguments | changes
+
+
+FORTY = DataLoader(TensorDataset(torch.randn(40, 4, 6), torch.zeros(40, dtype=torch.long)), batch_size=8)
 
 
 # --- what make_private refuses, in its order
@@ -59,9 +67,17 @@ def test_batch_norm_switched_to_training_later_is_refused_too() -> None:
     model.norm.eval()
     run = private_run(model=model)
     run.release((0, 1, 2))
+    run.optimizer.begin_logical_batch(3, first=True)
+    losses = run.loss_fn(run.model, run.data[[0, 1, 2]])
     run.model.train()
-    with pytest.raises(RuntimeError, match="norm"):
-        run.release((0, 1, 2))
+    with pytest.raises(RuntimeError, match="norm"):  # of the backward
+        run.optimizer.backward(losses)
+    run.model.eval()
+    run.optimizer.backward(losses)
+    run.model.train()
+    with pytest.raises(RuntimeError, match="norm"):  # of the step
+        run.optimizer.step()
+    assert run.engine.steps == 1
 
 
 def test_a_trained_parameter_outside_the_optimizer_is_refused_by_name() -> None:
@@ -102,7 +118,11 @@ def test_foreign_parameters_in_the_optimizer_are_refused() -> None:
         ("physical_frames", 100, "needs lengths"),
         ("lengths", [1, 2], "lengths"),
         ("noise_multiplier", -1.0, "noise_multiplier"),
-        ("target_epsilon", 1.0, "target_delta"),
+        (
+            "target_epsilon",
+            1.0,
+            r"target_epsilon=1\.0 needs target_delta, got .*; give one well below 1/N = 0\.05",
+        ),
     ],
 )
 def test_keywords_that_do_not_hold_are_refused_with_the_reason(
@@ -164,6 +184,80 @@ def test_a_refused_make_private_leaves_the_model_ordinary(tmp_path: object) -> N
     with pytest.raises(ValueError, match="ledger"):
         PrivacyEngine(ledger=bad).make_private(**parts(module=model))
     PrivacyEngine().make_private(**parts(module=model))
+
+
+def check_late_failure_leaves_all_usable(point: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What make_private calls last fails; then plain training, this engine and another, on one ledger."""
+
+    def broken(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("planted")
+
+    made = parts()
+    model, plain = made["module"], made["optimizer"]
+    engine = PrivacyEngine(ledger=path)
+    with monkeypatch.context() as patched:
+        owner, name = POINTS[point]
+        patched.setattr(owner, name, property(broken) if name == "mechanism" else broken)
+        with pytest.raises(RuntimeError, match="planted") as failure:
+            engine.make_private(**made)
+    assert not any(getattr(module, "ghost_tape", None) for module in model.modules()), "a tape is attached"
+    losses_of(model, made["data_loader"].dataset[:]).sum().backward()
+    plain.step()
+    plain.zero_grad()
+    with pytest.raises(RuntimeError, match="make_private"):
+        engine.get_epsilon(1e-3)
+    *_, optimizer, _ = engine.make_private(**made)
+    optimizer.step()
+    assert engine.steps == 1
+    engine.close()
+    again = private_run(ledger=path, examples=20)
+    assert again.engine.steps == 1
+    again.engine.close()
+    del failure  # until here it held the frames of the call, and what they hold
+
+
+POINTS: dict[str, tuple[object, str]] = {
+    "the ledger": (budget_module, "Ledger"),
+    "what the ledger holds": (ledger_module.Run, "mechanism"),
+    "the run line": (engine_module, "run_settings"),
+    "the strategy": (engine_module, "strategy_of"),
+    "the optimizer": (engine_module, "DPOptimizer"),
+    "the sampler": (engine_module, "sampler_of"),
+    "the loader": (engine_module, "DPDataLoader"),
+    "a log handler": (engine_module.logger, "info"),
+    "the generators": (engine_module, "_seed_from_the_system"),
+    "the report": (PrivacyEngine, "_report_steps_before"),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_late_failure_leaves_model_optimizer_and_ledger_usable(
+    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if point == "what the ledger holds":
+        private_run(ledger=tmp_path / "l", examples=20).engine.close()
+    check_late_failure_leaves_all_usable(point, tmp_path / "l", monkeypatch)
+
+
+def test_a_second_engine_leaves_the_first_ones_model_attached(tmp_path: Path) -> None:
+    run = private_run()
+    arguments = parts(module=run.model, optimizer=run.optimizer.original_optimizer)
+    with pytest.raises(RuntimeError, match="a tape is attached"):
+        PrivacyEngine(ledger=tmp_path / "l").make_private(**arguments)
+    run.release((0, 1))
+
+
+@pytest.mark.parametrize(("planted", "seen"), [("detach", "a tape is attached"), ("close", "in use")])
+def test_planted_half_cleanup_is_caught(
+    planted: str, seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as faulty:
+        if planted == "detach":
+            faulty.setattr(engine_module, "detach", lambda module: None)
+        else:
+            faulty.setattr(budget_module.Budget, "close", lambda self: None)
+        with pytest.raises((AssertionError, LedgerError), match=seen):
+            check_late_failure_leaves_all_usable("the loader", tmp_path / "l", monkeypatch)
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel])
@@ -275,6 +369,25 @@ def test_nothing_of_a_batch_is_left_after_its_step() -> None:
     first = run.release((0, 1, 2))
     assert float(first["last.weight"].abs().max()) > 0
     assert float(run.release(())["last.weight"].abs().max()) == 0
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
+def test_no_noise_is_left_in_the_sums(apart: bool) -> None:
+    run = private_run(sigma=1.0, apart=apart)
+    for parts in ((0, 1),), (), ((2,), (3,)):
+        run.release(*parts)
+        assert all(not total.any() for total in run.optimizer._batch.sums.values())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_frees_the_released_gradients(set_to_none: bool) -> None:
+    run = private_run()
+    run.optimizer.step()
+    released = weakref.ref(run.model.last.weight.grad)
+    assert released() is not None
+    run.optimizer.zero_grad(set_to_none)
+    assert released() is None
+    run.release((0, 1))  # whose backward finds no gradient from elsewhere
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -416,15 +529,22 @@ def test_a_changed_parameter_is_noticed_by_name(change: Callable[[Run], None]) -
 def test_planted_missing_check_of_parameters_is_caught(
     change: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DPOptimizer, "_check_parameters", lambda self, now: None)
+    monkeypatch.setattr(ModelGuard, "_check_parameters", lambda self, now: None)
     with pytest.raises(AssertionError):
         check_change_is_noticed(change)
 
 
 def test_moving_the_model_in_place_is_fine() -> None:
-    run = private_run()
-    run.model.to(torch.float32)
+    """`.to` keeps the parameters and gives them other memory: here of another dtype, as a device would."""
+    run = private_run(sigma=0, clip=0.5)
     run.release((0, 1))
+    places = [p.data_ptr() for p in run.model.parameters()]
+    run.model.to(torch.float64)
+    run.data.tensors = (run.data.tensors[0].double(), run.data.tensors[1])
+    assert places != [p.data_ptr() for p in run.model.parameters()]
+    expected = run.clipped_sum((0, 1, 2))
+    for name, released in run.release((0, 1), (2,)).items():
+        torch.testing.assert_close(released * 8, expected[name], rtol=1e-4, atol=1e-9)
 
 
 def test_a_ledger_that_is_full_is_said(tmp_path: Path) -> None:
@@ -435,3 +555,7 @@ def test_a_ledger_that_is_full_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"holds 2 steps already, and steps=2: the loader is empty"):
         again = private_run(ledger=path, steps=2)
     assert train(again) == 0
+    again.engine.close()
+    with pytest.warns(UserWarning, match=r"holds 2 steps|nothing is private") as said:
+        PrivacyEngine(ledger=path).make_private(**parts(noise_multiplier=0.0, steps=2, data_loader=FORTY))
+    assert [warning.filename for warning in said] == [__file__] * 2  # where make_private was called

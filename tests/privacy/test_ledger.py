@@ -126,8 +126,8 @@ def test_a_failing_wrapped_step_is_spent_and_its_batch_gone(
     with pytest.raises(OSError, match="no space"):
         run.optimizer.step()
     assert run.engine.steps == read_ledger(path).steps == 1
-    assert run.optimizer._sums
-    assert not any(total.any() for total in run.optimizer._sums.values())
+    assert run.optimizer._batch.sums
+    assert not any(total.any() for total in run.optimizer._batch.sums.values())
 
 
 # --- resume
@@ -299,6 +299,22 @@ def test_a_failed_write_stops_the_run(path: Path, monkeypatch: pytest.MonkeyPatc
     assert run.model.last.weight.equal(weight)
     run.engine.close()
     assert private_run(ledger=path).engine.steps == 1
+
+
+def test_a_closed_ledger_says_so_and_what_to_do(path: Path) -> None:
+    run = private_run(ledger=path, lr=1.0)
+    train(run, 1)
+    reported = run.engine.get_epsilon(1e-3)
+    run.engine.close()
+    weight = run.model.last.weight.clone()
+    for _ in range(2):  # the second time, too
+        with pytest.raises(LedgerError, match=r"is closed.*before engine\.close\(\), or read_ledger\(path\)"):
+            run.engine.get_epsilon(1e-4)
+        with pytest.raises(LedgerError, match=r"is closed.*before engine\.close\(\), or read_ledger\(path\)"):
+            run.release(())
+    assert run.model.last.weight.equal(weight)
+    assert run.engine.get_epsilon(1e-3) == reported  # in the ledger already
+    assert run.engine.steps == read_ledger(path).steps == 1
 
 
 def test_one_ledger_serves_one_process_at_a_time(path: Path) -> None:

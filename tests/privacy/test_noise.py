@@ -8,9 +8,11 @@ import io
 import json
 import math
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,23 +80,23 @@ def test_noise_is_sigma_on_the_sum_once_a_step(parts: tuple[tuple[int, ...], ...
 
 
 def skip_without_gradient(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    if parameter not in self._sums:
+    if parameter not in self._batch.sums:
         return torch.zeros_like(parameter)
     return ORIGINAL(self, index, parameter, draw)
 
 
 def skip_empty(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    return ORIGINAL(self, index, parameter, draw) if self._examples else torch.zeros_like(parameter)
+    return ORIGINAL(self, index, parameter, draw) if self._batch.examples else torch.zeros_like(parameter)
 
 
 def on_the_mean(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
     noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-    total = self._sums.get(parameter, torch.zeros_like(noise))
+    total = self._batch.sums.get(parameter, torch.zeros_like(noise))
     return (total / self.expected_batch_size + self.noise_multiplier * self.sensitivity * noise).float()
 
 
 def by_actual_size(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    return ORIGINAL(self, index, parameter, draw) * self.expected_batch_size / max(self._examples, 1)
+    return ORIGINAL(self, index, parameter, draw) * self.expected_batch_size / max(self._batch.examples, 1)
 
 
 def twice(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
@@ -105,7 +107,9 @@ def twice(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> 
 
 def without_multiplier(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
     noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-    return ((self._sums.get(parameter, 0) + noise * self.sensitivity) / self.expected_batch_size).float()
+    return (
+        (self._batch.sums.get(parameter, 0) + noise * self.sensitivity) / self.expected_batch_size
+    ).float()
 
 
 ORIGINAL = DPOptimizer._noised_gradient
@@ -134,20 +138,20 @@ def test_planted_noise_faults_are_caught(
 
 @pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
 def test_planted_noise_per_micro_batch_is_caught(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = DPOptimizer._add
+    run = a_fixed_run(apart=apart)
+    optimizer, add = run.optimizer, run.optimizer._batch.add
 
-    def noisy(self: DPOptimizer, records: list, factors: Tensor) -> None:
-        original(self, records, factors)
-        for index, parameter in enumerate(self._trained.values()):
-            extra = self._stream.normal(
-                parameter.shape, draw=self._stream.next_draw(), index=index, device=parameter.device
+    def noisy(records: list, factors: Tensor) -> None:
+        add(records, factors)
+        for index, parameter in enumerate(optimizer._trained):
+            extra = optimizer._stream.normal(
+                parameter.shape, draw=optimizer._stream.next_draw(), index=index, device=parameter.device
             )
-            total = self._sums.setdefault(parameter, torch.zeros_like(extra))
-            total += self.noise_multiplier * self.sensitivity * extra
+            optimizer._batch.of(parameter).add_(optimizer.noise_multiplier * optimizer.sensitivity * extra)
 
-    monkeypatch.setattr(DPOptimizer, "_add", noisy)
+    monkeypatch.setattr(optimizer._batch, "add", noisy)
     with pytest.raises(AssertionError):
-        check_noise(a_fixed_run(apart=apart), *BATCHES["four micro-batches"])
+        check_noise(run, *BATCHES["four micro-batches"])
 
 
 def test_the_divisor_is_the_expected_batch_size() -> None:
@@ -189,7 +193,7 @@ def test_noise_and_sums_are_float64_with_bf16_parameters(monkeypatch: pytest.Mon
     assert grid_share(total) < 0.3
     run.optimizer.begin_logical_batch(3, first=True)
     run.optimizer.backward(losses_of(run.model, run.data[[0, 1, 2]]))
-    assert {total.dtype for total in run.optimizer._sums.values()} == {torch.float64}
+    assert {total.dtype for total in run.optimizer._batch.sums.values()} == {torch.float64}
 
 
 def test_planted_bf16_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,27 +246,83 @@ def draw(stream: SecretStream, *, index: int = 0, number: int = 1, count: int = 
     return stream.normal(torch.Size([count]), draw=number, index=index, device=torch.device("cpu"))
 
 
+def bytes_of_torch(count: int) -> bytes:
+    return torch.randint(0, 256, (count,), dtype=torch.uint8).numpy().tobytes()
+
+
 def check_fresh(first: SecretStream, second: SecretStream) -> None:
-    assert not torch.equal(draw(first), draw(second)), "two processes share their noise"
+    assert not torch.equal(draw(first), draw(second)), "two share their stream"
+
+
+def check_engines_keys_are_fresh() -> None:
+    first, second = PrivacyEngine(), PrivacyEngine()
+    check_fresh(first._noise_stream, first._sampling_stream)
+    check_fresh(first._noise_stream, second._noise_stream)
+    check_fresh(first._sampling_stream, second._sampling_stream)
 
 
 def test_every_engine_draws_a_fresh_key() -> None:
-    check_fresh(SecretStream(), SecretStream())
-    check_fresh(PrivacyEngine()._noise_stream, PrivacyEngine()._sampling_stream)
+    check_engines_keys_are_fresh()
 
 
 def test_planted_fixed_key_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_module.os, "urandom", lambda count: bytes(count))
     with pytest.raises(AssertionError):
-        check_fresh(SecretStream(), SecretStream())
+        check_engines_keys_are_fresh()
 
 
-def test_torch_seeds_do_not_touch_noise_or_sampling() -> None:
-    torch.manual_seed(3)
-    first = a_run().release(())
-    torch.manual_seed(3)
-    second = a_run().release(())
-    assert not torch.equal(first["last.weight"], second["last.weight"])
+@pytest.mark.parametrize("shared", ["noise and sampling", "noise of all", "sampling of all"])
+def test_planted_keys_that_are_shared_are_caught(shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, of_all = PrivacyEngine.__init__, SecretStream()
+
+    def share(self: PrivacyEngine, **arguments: object) -> None:
+        made(self, **arguments)  # type: ignore[arg-type]
+        if shared == "noise and sampling":
+            self._sampling_stream = self._noise_stream
+        else:
+            setattr(self, "_noise_stream" if shared == "noise of all" else "_sampling_stream", of_all)
+
+    monkeypatch.setattr(PrivacyEngine, "__init__", share)
+    with pytest.raises(AssertionError, match="share"):
+        check_engines_keys_are_fresh()
+
+
+def check_seeds_touch_nothing(apart: bool) -> None:
+    """Two runs, their global generators seeded alike once they are made (make_private seeds them anew)."""
+    noise, joined = [], []
+    for _ in range(2):
+        run = a_run(apart=apart)
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        noise.append(run.release(())["unused.weight"])
+        joined.append([run.loader._sampler.draw().tolist() for _ in range(10)])
+    assert not torch.equal(*noise), "a seed fixes the noise"
+    assert joined[0] != joined[1], "a seed fixes who is sampled"
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
+def test_torch_seeds_do_not_touch_noise_or_sampling(apart: bool) -> None:
+    check_seeds_touch_nothing(apart)
+
+
+def test_planted_noise_of_torchs_generator_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SecretStream, "normal", lambda self, shape, **_: torch.randn(shape, dtype=torch.float64)
+    )
+    with pytest.raises(AssertionError, match="fixes the noise"):
+        check_seeds_touch_nothing(apart=True)
+
+
+@pytest.mark.parametrize("source", [np.random.bytes, random.randbytes, bytes_of_torch])
+def test_planted_sampling_by_a_seeded_generator_is_caught(
+    source: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        SecretStream, "words", lambda self, count, **_: np.frombuffer(source(8 * count), dtype=np.uint64)
+    )
+    with pytest.raises(AssertionError, match="fixes who is sampled"):
+        check_seeds_touch_nothing(apart=False)
 
 
 def check_streams_distinct() -> None:

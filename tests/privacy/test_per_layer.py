@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpkernels.privacy import engine
+from dpkernels.privacy import setup
 from dpkernels.privacy.clipping import LayerNorms, layer_norms, rounding_slack
 from tests.privacy.private_run import Net, Run, losses_of, private_run
 from tests.privacy.strategy_models import (
@@ -46,7 +46,7 @@ def test_planted_largest_norm_for_sensitivity_is_caught(monkeypatch: pytest.Monk
         norms = layer_norms(bound, trained)
         return LayerNorms(max(norms.of.values()), norms.of, norms.given)
 
-    monkeypatch.setattr(engine, "layer_norms", largest)
+    monkeypatch.setattr(setup, "layer_norms", largest)
     with pytest.raises(AssertionError):
         check_sensitivity(saturated())
 
@@ -90,7 +90,11 @@ def test_layer_norms_can_be_given_by_name_and_in_order() -> None:
     ("given", "kind", "message"),
     [
         ([1.0, 2.0], ValueError, r"2 norms were given for 8 trained parameters.*by name"),
-        ({"last.weight": 1.0}, ValueError, r"missing: first\.bias.*not trained: none"),
+        (
+            {"last.weight": 1.0},
+            ValueError,
+            r"missing: first\.bias, first\.weight, .* and 2 more; not trained: none",
+        ),
         (
             {**dict.fromkeys((n for n, _ in Net().named_parameters()), 1.0), "gone": 1.0},
             ValueError,

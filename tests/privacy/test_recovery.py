@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpkernels.nn import Record, Tape
 from dpkernels.privacy import back_propagate, read_ledger
+from dpkernels.privacy.batch_sums import BatchSums
 from dpkernels.privacy.loader import LogicalBatch
 from dpkernels.privacy.optimizer import DPOptimizer
 from dpkernels.privacy.strategies import Strategy
@@ -77,13 +78,13 @@ class Shortage:
         self._in_backward(patched, only_second=True)
 
     def _in_sums(self, patched: pytest.MonkeyPatch) -> None:
-        original = DPOptimizer._add
+        original = BatchSums.add
 
-        def add(optimizer: DPOptimizer, records: Any, factors: Tensor) -> None:
-            original(optimizer, records, factors)
+        def add(batch: BatchSums, records: Any, factors: Tensor) -> None:
+            original(batch, records, factors)
             self._check(len(factors))
 
-        patched.setattr(DPOptimizer, "_add", add)
+        patched.setattr(BatchSums, "add", add)
 
 
 POINTS = [(strategy, point) for strategy in STRATEGIES for point in ("forward", "backward", "sums")]
@@ -153,14 +154,14 @@ def test_recover_says_what_a_failure_left(strategy: str, point: str, spoils: boo
     run = private_run(sigma=0, strategy=strategy)
     run.optimizer.begin_logical_batch(7, first=True)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
-    before = {p: total.clone() for p, total in run.optimizer._sums.items()}
+    before = {p: total.clone() for p, total in run.optimizer._batch.sums.items()}
     with short_of_memory(point), pytest.raises(torch.OutOfMemoryError):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[2, 3, 4, 5, 6]]))
     if spoils:
         with pytest.raises(RuntimeError, match=r"zero_grad\(\).*recover\(\)"):
             run.optimizer.step()
     assert run.optimizer.recover() is spoils
-    for p, total in run.optimizer._sums.items():
+    for p, total in run.optimizer._batch.sums.items():
         assert torch.equal(total, torch.zeros_like(total) if spoils else before[p])
     for part in ([0, 1],) if spoils else ():
         run.optimizer.backward(run.loss_fn(run.model, run.data[part]))
@@ -214,7 +215,7 @@ def test_planted_spoiled_sums_that_are_kept_are_caught(
 
     def kept(self: DPOptimizer) -> bool:
         self.tape.discard()
-        self._spoiled = False
+        self._batch.spoiled = False
         return False
 
     monkeypatch.setattr(DPOptimizer, "recover", kept)
@@ -227,7 +228,7 @@ def test_planted_restart_without_dropping_is_refused(monkeypatch: pytest.MonkeyP
 
     def again(self: DPOptimizer) -> bool:
         self.tape.discard()
-        self._spoiled = False
+        self._batch.spoiled = False
         return True
 
     monkeypatch.setattr(DPOptimizer, "recover", again)

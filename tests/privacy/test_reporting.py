@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from dpkernels.privacy import SelfCheckReport, StepStats
+from dpkernels.privacy import PrivacyEngine, SelfCheckReport, StepStats
 from dpkernels.privacy.ledger import Ledger
 from dpkernels.privacy.optimizer import DPOptimizer
-from tests.privacy.private_run import private_run, train
+from tests.privacy.private_run import Run, private_run, train
 
 
 def test_step_statistics_are_right_and_marked_not_private() -> None:
@@ -30,14 +31,29 @@ def test_step_statistics_are_right_and_marked_not_private() -> None:
     assert run.optimizer.last_step == StepStats(0, 0.0, 0.0, 0)
 
 
-def check_kept_state_is_public(run: object, path: Path) -> None:
+def names_in(state: object) -> set[str]:
+    """Every key of nested mappings and sequences, and every string among their values."""
+    if isinstance(state, Mapping):
+        return set(map(str, state)).union(*map(names_in, state.values()))
+    if isinstance(state, list | tuple):
+        return set().union(*map(names_in, state))
+    return {state} if isinstance(state, str) else set()
+
+
+def check_kept_state_is_public(run: Run, path: Path) -> None:
     """No statistic of the data is in the ledger or in the engine's and the optimizer's state."""
-    train(run, 3)  # type: ignore[arg-type]
-    state = run.engine.state_dict()  # type: ignore[attr-defined]
-    text = json.dumps(state) + path.read_text() + str(run.optimizer.state_dict())  # type: ignore[attr-defined]
-    for field in dataclasses.fields(StepStats):
-        assert f'"{field.name}"' not in text, f"{field.name} is kept"
-    assert "loss" not in text
+    train(run, 3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for where, state in (
+        ("ledger", lines),
+        ("engine", run.engine.state_dict()),
+        ("optimizer", run.optimizer.state_dict()),
+    ):
+        names = names_in(state)
+        assert len(names) > 3, f"{where}: nothing was looked at"
+        for field in dataclasses.fields(StepStats):
+            assert field.name not in names, f"{where}: {field.name} is kept"
+        assert not any("loss" in name for name in names), f"{where}: a loss is kept"
 
 
 def test_nothing_kept_holds_statistics_of_the_data(tmp_path: Path) -> None:
@@ -47,7 +63,24 @@ def test_nothing_kept_holds_statistics_of_the_data(tmp_path: Path) -> None:
 def test_planted_clip_rate_in_the_ledger_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Ledger._append
     monkeypatch.setattr(Ledger, "_append", lambda self, entry: original(self, {**entry, "clip_rate": 0.5}))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="ledger: clip_rate"):
+        check_kept_state_is_public(private_run(ledger=tmp_path / "l"), tmp_path / "l")
+
+
+@pytest.mark.parametrize(
+    ("holder", "kept"),
+    [
+        (DPOptimizer, {"last_step": {"clip_rate": 0.5}}),
+        (DPOptimizer, {"last_step": [{"mean_loss": 2.0}]}),
+        (PrivacyEngine, {"runs": [{"non_finite": 1}]}),
+    ],
+)
+def test_planted_statistics_in_a_state_are_caught(
+    holder: type, kept: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = holder.state_dict
+    monkeypatch.setattr(holder, "state_dict", lambda self: {**original(self), **kept})
+    with pytest.raises(AssertionError, match=r"(optimizer|engine): .* is kept"):
         check_kept_state_is_public(private_run(ledger=tmp_path / "l"), tmp_path / "l")
 
 

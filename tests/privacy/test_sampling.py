@@ -173,7 +173,7 @@ def test_a_capacity_is_accounted_as_truncated_poisson() -> None:
 def _stepping(run: object) -> Iterator[list]:
     for logical in run.loader:  # type: ignore[attr-defined]
         yield list(logical)
-        run.optimizer._examples = run.optimizer._drawn  # type: ignore[attr-defined]
+        run.optimizer._batch.examples = run.optimizer._batch.drawn  # type: ignore[attr-defined]
         run.optimizer.step()  # type: ignore[attr-defined]
 
 

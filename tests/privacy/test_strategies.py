@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from dpkernels import ops
 from dpkernels.nn import Record, Tape
 from dpkernels.privacy import PrivacyEngine, strategies
+from dpkernels.privacy.batch_sums import BatchSums
 from dpkernels.privacy.clipping import rounding_slack
-from dpkernels.privacy.optimizer import DPOptimizer
 from dpkernels.privacy.strategies import Clipped, PerLayer, TwoPass
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 from tests.privacy.strategy_models import (
@@ -335,10 +335,10 @@ def summed_in_both(patched: pytest.MonkeyPatch) -> None:
 
 
 def twice_in_one(patched: pytest.MonkeyPatch) -> None:
-    real = DPOptimizer._add
+    real = BatchSums.add
     patched.setattr(
-        DPOptimizer,
-        "_add",
+        BatchSums,
+        "add",
         lambda self, records, factors: (real(self, records, factors), real(self, records, factors)),
     )
 

@@ -172,8 +172,8 @@ def test_stochastic_rounding_keeps_small_updates() -> None:
         with torch.no_grad():
             weight.fill_(1.0)
         for _ in range(20):
-            run.optimizer._sum_of(weight).fill_(2.0**-10 * EXPECTED)  # an eighth of bfloat16's step at 1
-            run.optimizer._summed = True
+            run.optimizer._batch.of(weight).fill_(2.0**-10 * EXPECTED)  # an eighth of bfloat16's step at 1
+            run.optimizer._batch.dirty = True
             run.optimizer.step()
         moved[stochastic] = float(weight.detach().double().mean()) - 1
     assert moved[False] == 0
@@ -206,8 +206,8 @@ def test_the_sums_are_cleared_by_the_sweep_alone(monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as inner:
         inner.setattr(Tensor, "zero_", lambda self: pytest.fail("a second pass over the sums"))
         run.optimizer.step()
-    assert run.optimizer._sums
-    assert not any(total.any() for total in run.optimizer._sums.values())
+    assert run.optimizer._batch.sums
+    assert not any(total.any() for total in run.optimizer._batch.sums.values())
 
 
 def check_line_before_the_sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_a_failure_in_the_middle_is_spent_and_its_batch_gone(monkeypatch: pytest
     with pytest.raises(MemoryError):
         run.optimizer.step()
     assert run.engine.steps == 1
-    assert not any(total.any() for total in run.optimizer._sums.values())
+    assert not any(total.any() for total in run.optimizer._batch.sums.values())
     monkeypatch.undo()
     run.release(())
     assert run.engine.steps == 2
@@ -471,9 +471,9 @@ def test_planted_noise_faults_are_caught(
 @pytest.mark.parametrize(
     ("change", "batch"),
     [
-        (lambda o: {"noise_scale": o._release.noise_scale if o._examples else 0.0}, "empty"),
-        (lambda o: {"divisor": max(o._examples, 1)}, "four micro-batches"),
-        (lambda o: {"divisor": max(o._examples, 1)}, "empty"),
+        (lambda o: {"noise_scale": o._release.noise_scale if o._batch.examples else 0.0}, "empty"),
+        (lambda o: {"divisor": max(o._batch.examples, 1)}, "four micro-batches"),
+        (lambda o: {"divisor": max(o._batch.examples, 1)}, "empty"),
     ],
     ids=["an empty batch adds none", "actual batch size", "actual batch size, empty"],
 )

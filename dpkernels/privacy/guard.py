@@ -1,0 +1,171 @@
+"""What must stay as make_private found it, while a model is trained: looked at before every backward and step."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dpkernels.nn import batch_norms_in_training, mixes_samples, modules_of
+from dpkernels.privacy.buffers import BufferWatch, buffer_marks, changed_buffers
+from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, trained_parameters
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What must not change while a model is trained privately, of one walk over its modules.
+
+    Attributes:
+        batch_norms: whether a batch norm mixes the samples of a batch.
+        buffers: (identity, version) of every buffer that state_dict() would release, in the modules' order.
+        trained: identities of the parameters with requires_grad, in the modules' order.
+    """
+
+    batch_norms: bool
+    buffers: list[tuple[int, int]]
+    trained: list[int]
+
+
+def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
+    """The snapshot of a model's modules: checks compare it, and look for names only where it differs."""
+    batch_norms = False
+    buffers: list[tuple[int, int]] = []
+    trained: list[int] = []
+    for module in modules:  # thousands, in every step: in loops, and with no call where there is nothing
+        if module._buffers:
+            passing = module._non_persistent_buffers_set
+            buffers += [
+                (id(buffer), buffer._version)
+                for name, buffer in module._buffers.items()
+                if buffer is not None and name not in passing
+            ]
+            batch_norms = batch_norms or mixes_samples(module)
+        elif isinstance(module, _BatchNorm):  # one without statistics has no buffers
+            batch_norms = batch_norms or mixes_samples(module)
+        if module._parameters:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    trained.append(id(parameter))
+    return Snapshot(batch_norms, buffers, trained)
+
+
+class ModelGuard:
+    """Refuses, by name, a model or an optimizer that is not as it was when this guard was made.
+
+    Args:
+        model: the private model.
+        optimizer: the wrapped optimizer.
+
+    Attributes:
+        trained: the trained parameters by name.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.trained = trained_parameters(model)
+        self._model = model
+        self._optimizer = optimizer
+        self._held = {id(parameter) for parameter in self._parameters()}
+        self._buffers = buffer_marks(model)
+        self._watch = BufferWatch(model)
+        modules = list(modules_of(model))
+        self._then = snapshot(modules)
+        # Those that a snapshot's buffers and batch norms are read from.
+        self._stateful = [m for m in modules if m._buffers or isinstance(m, _BatchNorm)]
+        self._published: Mapping[nn.Parameter, Tensor] = {}
+
+    def publish(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Put a step's noised gradients into .grad: the only ones that the next backward may find there."""
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        self._published = gradients
+
+    def before_backward(self) -> None:
+        """Raise RuntimeError for batch norms in training, gradients from elsewhere, or changed buffers; clear the
+        gradients that `publish` put there."""
+        # Those modules that had state at make_private: a walk over all of them is a per cent of a step. before_step
+        # takes it before anything is released, and sees what was added or replaced since.
+        now = snapshot(self._stateful)
+        self._check_batch_norms(now)
+        for name, parameter in self.trained.items():
+            if parameter.grad is None:
+                continue
+            if parameter.grad is not self._published.get(parameter):
+                raise RuntimeError(
+                    f"{name}.grad is set, but not by a private step: a gradient computed elsewhere would "
+                    "mix with the private one. Use optimizer.backward(losses) only, and call "
+                    "optimizer.zero_grad() first."
+                )
+            parameter.grad = None
+        self._published = {}
+        self._check_buffers(now)
+
+    def after_backward(self) -> None:
+        """Raise RuntimeError where autograd filled .grad of a trained parameter, past its layer's rule."""
+        filled = [name for name, parameter in self.trained.items() if parameter.grad is not None]
+        if filled:
+            raise RuntimeError(
+                f"trained parameters were used past their layers' rules: {', '.join(filled)}. Autograd "
+                "filled their .grad, so part of their gradient was not clipped (a tied weight read "
+                "elsewhere, a functional call, a fused layer, a penalty on weights). Use the weight through "
+                "its layer only, or freeze it."
+            )
+
+    def before_step(self) -> None:
+        """Raise RuntimeError for batch norms in training, or parameters or buffers that are not as they were."""
+        now = snapshot(modules_of(self._model))
+        self._check_batch_norms(now)
+        self._check_parameters(now)
+        self._check_buffers(now)
+        self._watch.check()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _check_batch_norms(self, now: Snapshot) -> None:
+        if now.batch_norms:
+            raise RuntimeError(batch_norm_message(batch_norms_in_training(self._model)))
+
+    def _check_buffers(self, now: Snapshot) -> None:
+        if now.buffers != self._then.buffers:
+            changed = changed_buffers(self._buffers, buffer_marks(self._model))
+            raise RuntimeError(
+                f"buffers of the model changed since make_private: {', '.join(changed)}. Running statistics, "
+                "code books and the like would carry data of the examples into the saved model without noise. "
+                "Put their modules into eval(), or set track_running_stats=False; move the model before "
+                "make_private."
+            )
+
+    def _check_parameters(self, now: Snapshot) -> None:
+        if now.trained != self._then.trained:
+            _check_trained(trained_parameters(self._model), self.trained)
+        parameters = self._parameters()
+        trained, held = {id(p) for p in self.trained.values()}, {id(p) for p in parameters}
+        added = [tuple(p.shape) for p in parameters if id(p) not in self._held]
+        if added:
+            raise RuntimeError(
+                f"the optimizer holds parameters it did not hold at make_private (shapes {added[:5]}): their "
+                "gradients are neither clipped nor noised. Add them before make_private."
+            )
+        check_no_gradient([p for p in parameters if id(p) not in trained])
+        lost = [name for name, parameter in self.trained.items() if id(parameter) not in held]
+        if lost:
+            raise RuntimeError(
+                f"the optimizer no longer holds {', '.join(lost)}: it would step without them. Do not "
+                "rebuild parameters or groups after make_private."
+            )
+
+
+def _check_trained(now: dict[str, nn.Parameter], then: dict[str, nn.Parameter]) -> None:
+    """Raise RuntimeError, by name, when the trained parameters changed after make_private."""
+    expected = {id(parameter): name for name, parameter in then.items()}
+    present = {id(parameter): name for name, parameter in now.items()}
+    gone = [name for key, name in expected.items() if key not in present]
+    new = [name for key, name in present.items() if key not in expected]
+    if gone or new:
+        raise RuntimeError(
+            "the trained parameters changed after make_private"
+            + (f"; no longer there or frozen: {', '.join(gone)}" if gone else "")
+            + (f"; new, replaced or unfrozen: {', '.join(new)}" if new else "")
+            + ". Move, wrap, freeze and replace parameters before make_private."
+        )
