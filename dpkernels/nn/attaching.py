@@ -17,7 +17,7 @@ from dpkernels.nn.norm import FrozenBatchNorm
 from dpkernels.nn.swapping import has_twin, load_library_rules, subtree_refusal
 from dpkernels.nn.tape import Tape
 
-_HANDLE = "_ghost_root_hook"
+_HANDLES = "_ghost_root_hooks"
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,24 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
 
     def note_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tape.forward_batch_size = batch_size_of(args, kwargs)
+        if tape.before_forward is not None:
+            tape.before_forward()
 
-    model.__dict__[_HANDLE] = model.register_forward_pre_hook(note_batch, with_kwargs=True)
+    def note_end(*_: Any) -> None:
+        if tape.after_forward is not None:
+            tape.after_forward()
+
+    model.__dict__[_HANDLES] = (
+        model.register_forward_pre_hook(note_batch, with_kwargs=True),
+        model.register_forward_hook(note_end),
+    )
     return tape
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: ordinary training again. A model that is not attached stays as it is."""
-    handle: RemovableHandle | None = model.__dict__.pop(_HANDLE, None)
-    if handle is not None:
+    handles: tuple[RemovableHandle, ...] = model.__dict__.pop(_HANDLES, ())
+    for handle in handles:
         handle.remove()
     for module in model.modules():
         if isinstance(module, GhostModule):

@@ -49,6 +49,9 @@ class Tape:
         # whose input does not carry the batch (position tables) need it; what it leads to is checked in
         # `add`.
         self.forward_batch_size: int | None = None
+        # Called around every forward of the root module; the engine watches its parameters.
+        self.before_forward: Callable[[], None] | None = None
+        self.after_forward: Callable[[], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model is an ordinary model: its layers hold no tape until it is attached itself."""

@@ -365,8 +365,10 @@ class PrivacyEngine:
         Raises:
             ValueError: no δ; "rdp" with truncated Poisson sampling.
             LedgerError: an ε that was not reported before cannot be written to the ledger: it is closed, say.
+            RuntimeError: a buffer of the model is not as make_private found it: what it holds no ε covers.
         """
         budget = self._made()
+        self._check_model()
         delta = budget.target_delta if delta is None else delta
         if delta is None:
             raise ValueError("get_epsilon needs delta (no target_delta was given to make_private)")
@@ -416,8 +418,10 @@ class PrivacyEngine:
         check_mates(self._module, self._optimizer.tape, loss_fn, batch, samples=samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, for a checkpoint: plain values, no keys."""
-        return self._made().state_dict()
+        """What was spent, for a checkpoint: plain values, no keys. Raises RuntimeError as get_epsilon does."""
+        spent = self._made().state_dict()
+        self._check_model()
+        return spent
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add what a checkpoint says was spent, after make_private. Steps counted already stay counted.
@@ -446,6 +450,10 @@ class PrivacyEngine:
                 stacklevel=4,
             )
         self._made().spend()
+
+    def _check_model(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.check_model()
 
     def _made(self) -> Budget:
         if self._budget is None:

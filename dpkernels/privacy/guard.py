@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpkernels.nn import batch_norms_in_training, mixes_samples, modules_of
+from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of
 from dpkernels.privacy.buffers import BufferWatch, buffer_marks, changed_buffers
 from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, trained_parameters
+from dpkernels.privacy.parameters import ParameterWatch
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,22 @@ class ModelGuard:
 
     Args:
         model: the private model.
+        tape: its tape, which tells when a forward begins and ends.
         optimizer: the wrapped optimizer.
 
     Attributes:
         trained: the trained parameters by name.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer) -> None:
         self.trained = trained_parameters(model)
         self._model = model
         self._optimizer = optimizer
         self._held = {id(parameter) for parameter in self._parameters()}
         self._buffers = buffer_marks(model)
-        self._watch = BufferWatch(model)
+        self._buffer_watch = BufferWatch(model)
+        self._parameter_watch = ParameterWatch(model)
+        tape.before_forward, tape.after_forward = self._parameter_watch.begin, self._parameter_watch.check
         modules = list(modules_of(model))
         self._then = snapshot(modules)
         # Those that a snapshot's buffers and batch norms are read from.
@@ -101,7 +105,8 @@ class ModelGuard:
         self._check_buffers(now)
 
     def after_backward(self) -> None:
-        """Raise RuntimeError where autograd filled .grad of a trained parameter, past its layer's rule."""
+        """Raise RuntimeError where autograd filled .grad of a trained parameter, past its layer's rule, or where a
+        parameter was written."""
         filled = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         if filled:
             raise RuntimeError(
@@ -110,6 +115,7 @@ class ModelGuard:
                 "elsewhere, a functional call, a fused layer, a penalty on weights). Use the weight through "
                 "its layer only, or freeze it."
             )
+        self._parameter_watch.check()
 
     def before_step(self) -> None:
         """Raise RuntimeError for batch norms in training, or parameters or buffers that are not as they were."""
@@ -117,7 +123,12 @@ class ModelGuard:
         self._check_batch_norms(now)
         self._check_parameters(now)
         self._check_buffers(now)
-        self._watch.check()
+        self._buffer_watch.check()
+        self._parameter_watch.forget()
+
+    def before_release(self) -> None:
+        """Raise RuntimeError where buffers are not as they were: their values are compared, whichever step it is."""
+        self._buffer_watch.compare()
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]

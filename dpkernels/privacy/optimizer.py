@@ -107,7 +107,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._strategy = strategy
         self._stream = stream
         self._spend = spend
-        self._guard = ModelGuard(model, optimizer)
+        self._guard = ModelGuard(model, strategy.tape, optimizer)
         self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0)
         # A parameter's place is its stream's index.
         self._trained = list(self._guard.trained.values())
@@ -287,6 +287,13 @@ class DPOptimizer(torch.optim.Optimizer):
         finally:
             # Never a second release of the same batch: not even when the wrapped step failed.
             self._batch.close()
+
+    def check_model(self) -> None:
+        """Raise RuntimeError where a buffer of the model is not as make_private found it.
+
+        Steps look at values now and then only; `engine.get_epsilon` and `engine.state_dict` look here.
+        """
+        self._guard.before_release()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and drop what an unfinished logical batch had summed up.

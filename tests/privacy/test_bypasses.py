@@ -233,15 +233,120 @@ def test_buffers_that_change_after_the_last_backward_are_refused_by_name(change:
 
 
 def test_buffers_that_stay_are_no_trouble_also_with_nan() -> None:
-    model = Running(persistent=False)
+    model = Net()
     model.register_buffer("table", torch.tensor([1.0, math.nan, -math.inf]))
     model.register_buffer("count", torch.tensor(3))
     assert train(private_run(model=model), 5) == 5
 
 
-def test_buffers_that_are_never_saved_may_change() -> None:
+def test_buffers_that_are_never_saved_must_not_carry_data_into_later_forwards() -> None:
     run = private_run(model=Running(persistent=False))
-    assert train(run, 2) == 2
+    with pytest.raises(RuntimeError, match="though they are not saved: seen"):
+        train(run, 2)
+    assert run.engine.steps == 0
+
+
+def test_a_table_that_grows_is_no_trouble_until_it_is_rewritten() -> None:
+    class Positions(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(1), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(self.table) < x.shape[1]:
+                self.table = torch.arange(float(x.shape[1]))
+            return super().forward(x)
+
+    run = private_run(model=Positions())
+    assert train(run, 4) == 4
+    run.model.table.data.mul_(2)
+    with pytest.raises(RuntimeError, match="though they are not saved: table"):
+        run.engine.get_epsilon(1e-5)
+
+
+def test_a_buffer_written_late_is_found_before_an_epsilon_is_told() -> None:
+    """At a step whose values are not compared, and that no later one would see."""
+
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 5:
+                self.seen.data.copy_(x.detach().sum()[None])
+            return super().forward(x)
+
+    run = private_run(model=Late())
+    for _ in range(5):
+        run.release((0, 1))
+    for told in (lambda: run.engine.get_epsilon(1e-5), run.engine.state_dict):
+        with pytest.raises(RuntimeError, match=r"past autograd .*: seen"):
+            told()
+
+
+def test_extra_state_that_records_the_data_is_refused_by_name() -> None:
+    class Scaled(nn.Identity):
+        def __init__(self) -> None:
+            super().__init__()
+            self.largest = torch.zeros(())
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.largest = torch.maximum(self.largest, input.detach().abs().max())
+            return input
+
+        def get_extra_state(self) -> torch.Tensor:
+            return self.largest
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.largest = state
+
+    run = private_run(model=nn.Sequential(Scaled(), Net()))
+    with pytest.raises(RuntimeError, match="extra state of modules changed: 0"):
+        run.release((0, 1))
+
+
+class Codes(Net):
+    """Keeps the first batch in a parameter, one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.calls = how, 0
+        self.book = nn.Embedding(4, 6, max_norm=1e-3 if how == "max_norm" else None)
+        self.book.weight.requires_grad_(how == "trained")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.how == "max_norm":
+            return super().forward(x + self.book(torch.tensor([1])).detach())
+        if self.calls == 1 and self.how != "late":
+            self.book.weight.data[:2] = x.detach()[:2, 0]
+        if self.calls == 3 and self.how == "late":
+            with torch.no_grad():
+                self.book.weight[:2] = x.detach()[:2, 0]
+        return super().forward(x + self.book(torch.tensor([[1]] * len(x))))
+
+
+@pytest.mark.parametrize("how", ["trained", "frozen", "late", "max_norm"])
+def test_parameters_that_a_forward_writes_are_refused_by_name(how: str) -> None:
+    run = private_run(model=Codes(how))
+    with pytest.raises(RuntimeError, match=r"written while the model computed: book\.weight"):
+        train(run, 3)
+    assert (run.engine.steps > 0) == (how == "late")
+
+
+def test_parameters_may_be_written_between_a_step_and_the_next_forward() -> None:
+    run = private_run(model=Net())
+    for _ in range(4):
+        run.release((0, 1))
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.clamp_(-0.5, 0.5)
+                parameter.data.mul_(0.99)
+    assert run.engine.steps == 4
 
 
 def test_instance_norm_with_running_statistics_is_refused() -> None:
