@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dpkernels.nn.lora_records import LoRARecord
 from dpkernels.nn.module import (
     GhostModule,
     as_rows,
@@ -25,7 +26,7 @@ from dpkernels.nn.module import (
     not_a_view,
     sum_over_time,
 )
-from dpkernels.nn.records import BiasRecord, LinearRecord, LoRARecord
+from dpkernels.nn.records import BiasRecord, LinearRecord
 
 
 class GhostLoRALinear(GhostModule, nn.Linear):
