@@ -72,7 +72,18 @@ class GhostLoRALinear(GhostModule, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, r: int = 8, alpha: float = 8.0, dropout: float = 0.0
     ) -> GhostLoRALinear:
-        """An adapted layer that shares the weight and bias of `linear`, and freezes them."""
+        """An adapted layer in place of `linear`, without PEFT: `model.proj = GhostLoRALinear.from_linear(model.proj)`.
+
+        Args:
+            linear: W [p,d] and bias [p], which the new layer shares and freezes; A and B get their dtype and device.
+            r, alpha, dropout: as the constructor's.
+
+        Returns:
+            A layer that computes what `linear` does until B is trained; `merged` makes it an nn.Linear again.
+
+        Raises:
+            ValueError: r < 1, or a dropout outside [0, 1).
+        """
         layer = cls(
             linear.in_features,
             linear.out_features,
