@@ -147,7 +147,7 @@ def ghost_lora(
     b: Tensor,
     scaling: float,
 ) -> Tensor:
-    """X Wᵀ + bias + scaling·(adapter_input Aᵀ)Bᵀ, recording on `layer`'s tape what is trained of W, bias, A
+    """x Wᵀ + bias + scaling·(adapter_input Aᵀ)Bᵀ, recording on `layer`'s tape what is trained of W, bias, A
     and B.
 
     `adapter_input` None means x itself (no dropout). Outside autocast the adapter is computed in A's dtype
@@ -229,7 +229,7 @@ class _LoRA(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Total + left @ right, in total's dtype, in place where the dtypes agree."""
+    """total + left @ right, in total's dtype, in place where the dtypes agree."""
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
     wide = torch.promote_types(total.dtype, left.dtype)

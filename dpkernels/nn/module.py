@@ -112,7 +112,7 @@ def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | Non
 
 
 def not_a_view(y: Tensor) -> Tensor:
-    """Y without the mark of a view: autograd refuses `y *= mask` on a custom function's view."""
+    """`y` without the mark of a view: autograd refuses `y *= mask` on a custom function's view."""
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
