@@ -122,7 +122,7 @@ class GhostLoRALinear(GhostModule, nn.Linear):
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [B,*,d] -> [B,*,p], in the dtype that nn.Linear would give."""
+        """input [B,*,d] -> [B,*,p], in the dtype that nn.Linear would give."""
         dropped = self.training and self.dropout > 0
         adapter_input = F.dropout(input, self.dropout) if dropped else None
         parameters = (self.weight, self.bias, self.lora_A, self.lora_B)
