@@ -22,79 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from bench import machine
 from bench.floor import Ceilings, measure
-from dpkernels.backends import triton_ops
+from bench.tune_kernels import CANDIDATES, GROUPED_LAYERS, Shape, job
 from dpkernels.backends.triton_ops import configs, launching
 
-RANK = 16
-Shape = tuple[int, int, int, int]  # B, T, d, p
-LINEAR: tuple[Shape, ...] = ((32, 188, 1024, 1024), (16, 750, 1024, 1024), (16, 750, 1024, 4096))
-LORA: tuple[Shape, ...] = ((64, 188, 1024, 1024), (64, 188, 1024, 4096), (16, 750, 1024, 1024))
-NARROW: tuple[Shape, ...] = ((32, 750, 1024, 1024),)
 PLAIN = "plain torch"
-
-
-def _config(warps: int, stages: int, **tiles: int) -> configs.Config:
-    return configs.Config(tiles, warps, stages)
-
-
-CANDIDATES: dict[str, tuple[tuple[Shape, ...], tuple[configs.Config, ...]]] = {
-    "linear_gram": (
-        LINEAR,
-        (
-            _config(8, 4, BS=128, BT=128, BK=64),
-            _config(8, 3, BS=128, BT=128, BK=64),
-            _config(4, 4, BS=64, BT=128, BK=64),
-            _config(4, 4, BS=64, BT=64, BK=64),
-        ),
-    ),
-    "linear_direct": (
-        LINEAR,
-        (
-            _config(4, 3, BT=64, BP=128, BD=64),
-            _config(8, 4, BT=64, BP=128, BD=128),
-            _config(8, 3, BT=128, BP=128, BD=128),
-        ),
-    ),
-    "linear_sum": (
-        LINEAR,
-        (
-            _config(4, 4, BT=64, BP=64, BD=64),
-            _config(8, 3, BT=64, BP=128, BD=64),
-            _config(16, 4, BT=64, BP=128, BD=128),
-        ),
-    ),
-    "lora_pieces": (
-        LORA,
-        (_config(4, 4, BT=64, BN=64, SAMPLES=4), _config(4, 3, BT=64, BN=128, SAMPLES=4)),
-    ),
-    "lora_forms": (LORA, (_config(4, 4, BT=64, BN=64), _config(4, 3, BT=64, BN=128))),
-    "grouped_norms": (LORA, (_config(4, 2, BT=64, BN=128), _config(4, 3, BT=64, BN=128))),
-    "grouped_sums": (LORA, (_config(4, 3, BT=64, BN=64), _config(4, 3, BT=64, BN=128))),
-    "bias_sums": (
-        NARROW,
-        (_config(4, 1, BT=128, BN=64), _config(4, 1, BT=64, BN=64), _config(4, 1, BT=256, BN=32)),
-    ),
-    "layer_norm_sums": (
-        NARROW,
-        (_config(4, 1, BT=64, BN=32), _config(4, 1, BT=128, BN=32), _config(4, 1, BT=64, BN=64)),
-    ),
-    "depthwise_conv1d_sums": (
-        NARROW,
-        (
-            _config(4, 1, BC=8, BT=16, EACH=2, AHEAD=8, SPAN=1024),
-            _config(4, 1, BC=4, BT=32, EACH=2, AHEAD=8, SPAN=1024),
-            _config(4, 1, BC=16, BT=8, EACH=4, AHEAD=8, SPAN=512),
-            _config(2, 1, BC=4, BT=16, EACH=2, AHEAD=8, SPAN=1024),
-        ),
-    ),
-}
-TAPS = 9
-GROUPED_LAYERS = 24
 
 
 @dataclass(frozen=True)
@@ -108,105 +42,6 @@ class Row:
     teraflops: float | None
     gigabytes_a_second: float | None
     share: float | None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is called to run a kernel, by the number of the call, and the same in plain PyTorch."""
-
-    call: Callable[[int], object]
-    plain: Callable[[int], object] | None
-
-
-def job(kernel: str, shape: Shape, device: str = "cuda") -> Job:
-    """Fresh inputs, more than the cache holds, and the two calls."""
-    batch, frames, d, p = shape
-    sets = 2 if device == "meta" else max(2, int(120e6 / (batch * frames * (d + p) * 2)) + 1)
-    if kernel.startswith("grouped"):
-        sets = GROUPED_LAYERS  # each its own: what two layers read would come from the cache the second time
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, device=device).to(torch.bfloat16)
-
-    def zeros(*sizes: int) -> Tensor:
-        return torch.zeros(*sizes, device=device, dtype=torch.float64)
-
-    factors = torch.rand(batch, device=device) + 0.1
-    x, g = ([normal(batch, frames, n) for _ in range(sets)] for n in (d, p))
-    if kernel in ("linear_gram", "linear_direct"):
-        method = kernel.removeprefix("linear_")
-        plain = {
-            "gram": lambda i: (
-                torch.bmm(x[i % sets], x[i % sets].mT) * torch.bmm(g[i % sets], g[i % sets].mT)
-            ).sum((1, 2)),
-            "direct": lambda i: torch.bmm(g[i % sets].mT, x[i % sets]).square().sum((1, 2)),
-        }[method]
-        return Job(lambda i: triton_ops.linear_norm_sq(x[i % sets], g[i % sets], method=method), plain)
-    if kernel == "linear_sum":
-        out = zeros(p, d)
-        return Job(
-            lambda i: triton_ops.linear_weighted_sum(x[i % sets], g[i % sets], factors, out),
-            lambda i: (
-                (g[i % sets] * factors[:, None, None].bfloat16()).flatten(0, 1).T @ x[i % sets].flatten(0, 1)
-            ),
-        )
-    if kernel == "bias_sums":
-        return Job(
-            lambda i: triton_ops.bias_norm_sq(g[i % sets]), lambda i: g[i % sets].sum(1).square().sum(1)
-        )
-    if kernel == "layer_norm_sums":
-        return Job(
-            lambda i: triton_ops.layer_norm_norm_sq(x[i % sets], g[i % sets]),
-            lambda i: (x[i % sets] * g[i % sets]).sum(1).square().sum(1),
-        )
-    if kernel == "depthwise_conv1d_sums":
-        # frames adjacent, as convolutions have them
-        xs, gs = ([t.mT.contiguous() for t in tensors] for tensors in (x, g))
-        return Job(
-            lambda i: triton_ops.depthwise_conv1d_norm_sq(
-                xs[i % sets], gs[i % sets], kernel_size=TAPS, padding=TAPS // 2
-            ),
-            lambda i: (
-                torch.einsum(
-                    "bctk,bct->bck", F.pad(xs[i % sets], (TAPS // 2,) * 2).unfold(2, TAPS, 1), gs[i % sets]
-                )
-                .square()
-                .sum((1, 2))
-            ),
-        )
-    h, dh = ([normal(batch, frames, RANK) for _ in range(sets)] for _ in range(2))
-
-    def both(i: int) -> tuple[Tensor, Tensor]:
-        i %= sets
-        return torch.bmm(dh[i].mT, x[i]), torch.bmm(g[i].mT, h[i])
-
-    if kernel == "lora_forms":
-        return Job(lambda i: triton_ops.lora_gradients(*(t[i % sets] for t in (x, h, g, dh))), both)
-    if kernel == "lora_pieces":
-        return Job(
-            lambda i: triton_ops.lora_norm_sq(*(t[i % sets] for t in (x, h, g, dh))),
-            lambda i: [part.square().sum((1, 2)) for part in both(i)],
-        )
-    return _grouped(kernel, batch, (x, h, g, dh), factors, zeros)
-
-
-def _grouped(
-    kernel: str, batch: int, tensors: Sequence[list[Tensor]], factors: Tensor, zeros: Callable[..., Tensor]
-) -> Job:
-    """GROUPED_LAYERS layers, which read the same few sets of tensors in turn."""
-    xs, hs, gs, dhs = ([tensor[i % len(tensor)] for i in range(GROUPED_LAYERS)] for tensor in tensors)
-    kinds, scalings = ["lora"] * GROUPED_LAYERS, [1.0] * GROUPED_LAYERS
-    if kernel == "grouped_norms":
-        nothing: tuple[list[int], ...] = ([],) * 5
-        return Job(lambda i: triton_ops.total_norm_sq(xs, gs, kinds, hs, dhs, scalings, *nothing), None)
-    shapes = [(RANK, xs[0].shape[2]), (gs[0].shape[2], RANK)] * GROUPED_LAYERS
-    outs, key = [zeros(*shape) for shape in shapes], torch.empty(0, dtype=torch.uint8)
-    return Job(
-        lambda i: triton_ops.clip_and_noise(
-            xs, gs, kinds, factors, outs, hs, dhs, scalings, [], [], [], [], key, key, 0.0, 0.0, 1.0
-        ),
-        None,
-    )
 
 
 def work(kernel: str, shape: Shape, config: configs.Config | None) -> tuple[float, float]:

@@ -44,7 +44,7 @@ _TINY = 2.0**-126
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """U of the type products are accumulated in."""
+    """u of the type products are accumulated in."""
     return torch.finfo(dtype).eps / 2
 
 

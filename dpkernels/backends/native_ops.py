@@ -99,7 +99,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
 def linear_weighted_sum(
     x: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """Out += Σ_i c_i g_iᵀx_i; see `dpkernels.ops.linear_weighted_sum`."""
+    """out += Σ_i c_i g_iᵀx_i; see `dpkernels.ops.linear_weighted_sum`."""
     total, weights, lengths = _Sum(out), factors.double().contiguous(), _dense(lengths)
     _function("linear_weighted_sum")(
         _view(x),
@@ -121,7 +121,7 @@ def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
 
 
 def bias_weighted_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
-    """Out += Σ_i c_i Σ_t g_it; see `dpkernels.ops.bias_weighted_sum`."""
+    """out += Σ_i c_i Σ_t g_it; see `dpkernels.ops.bias_weighted_sum`."""
     total, weights, lengths = _Sum(out), factors.double().contiguous(), _dense(lengths)
     _function("bias_weighted_sum")(
         _view(g), weights.data_ptr(), _pointer(lengths), native.threads(), total.pointer, total.dtype
@@ -241,7 +241,7 @@ def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = Non
 def layer_norm_weighted_sum(
     x_hat: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """Out += Σ_i c_i Σ_t x̂_it ⊙ g_it; see `dpkernels.ops.layer_norm_weighted_sum`."""
+    """out += Σ_i c_i Σ_t x̂_it ⊙ g_it; see `dpkernels.ops.layer_norm_weighted_sum`."""
     total, weights, lengths = _Sum(out), factors.double().contiguous(), _dense(lengths)
     _function("layer_norm_weighted_sum")(
         _view(x_hat),

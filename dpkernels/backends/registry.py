@@ -40,9 +40,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 OPS: tuple[str, ...] = tuple(op for family in FAMILIES.values() for op in family)
 
-TORCH_WINS: dict[tuple[str, str], str] = {}
-"""(family, device type) -> the measurement by which `auto` prefers the torch composition to native code and Triton."""
-
 _NATIVE_MODULES = {
     "chacha20_keystream": "native_chacha20",
     "chacha20_normal": "native_chacha20",
@@ -144,16 +141,13 @@ def _torch(family: str) -> tuple[ModuleType | None, str]:
 def _choose(op: str, device: str, choice: str) -> tuple[OpBackend, Implementation]:
     family = _family(op)
     why: list[str] = []
-    preferred = TORCH_WINS.get((family, device), "") if choice == "auto" else ""
-    if preferred:
-        why.append(preferred)
-    if choice in ("auto", "native") and not preferred:
+    if choice in ("auto", "native"):
         module, reason = _native(family, device)
         if module is not None:
             return OpBackend(op, device, "native", ""), getattr(module, op)
         why.append(reason)
     # on the CPU Triton is interpreted, for tests: nothing to choose, or to log, unasked
-    triton = choice == "triton" or (choice == "auto" and device != "cpu" and not preferred)
+    triton = choice == "triton" or (choice == "auto" and device != "cpu")
     unavailable = _triton_unavailable(device) if triton else ""
     if triton and not unavailable:
         module, unavailable = _triton(family)

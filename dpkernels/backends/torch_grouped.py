@@ -138,7 +138,7 @@ def clip_and_noise(
     grid: float,
     divisor: float,
 ) -> None:
-    """Out += Σ_i c_i g_iᵀx_i for every layer, then noise; see `dpkernels.ops.clip_and_noise`."""
+    """out += Σ_i c_i g_iᵀx_i for every layer, then noise; see `dpkernels.ops.clip_and_noise`."""
     for layer in layers(xs, gs, kinds, outs, hs, dhs, scalings, padding_idxs, strides, paddings, dilations):
         add_layer(layer, factors)
     epilogue(outs, key, nonces, noise_scale, grid, divisor)

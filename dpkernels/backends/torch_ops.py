@@ -67,7 +67,7 @@ def _square(values: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, g: Tensor) -> Tensor:
-    """Gᵀx [p, d] of one sample's x [L, d] and g [L, p], by CHUNK frames, the pieces added in float64."""
+    """gᵀx [p, d] of one sample's x [L, d] and g [L, p], by CHUNK frames, the pieces added in float64."""
     if len(x) <= CHUNK:
         return g.T @ x
     total = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
@@ -143,7 +143,7 @@ def _add_linear(
     scaling: float,
     dtype: torch.dtype,
 ) -> None:
-    """Out += scaling · Σ_i c_i g_iᵀx_i; the factors multiply float64 values: no float32 rounding."""
+    """out += scaling · Σ_i c_i g_iᵀx_i; the factors multiply float64 values: no float32 rounding."""
     frames = _frames(lengths, x.shape[0], x.shape[1])
     rows = max(1, TILE // max(1, x.shape[2]))
     for a in range(0, g.shape[2], rows):
@@ -161,7 +161,7 @@ def _add_linear(
 def linear_weighted_sum(
     x: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """Out += Σ_i c_i g_iᵀx_i; see `dpkernels.ops.linear_weighted_sum`."""
+    """out += Σ_i c_i g_iᵀx_i; see `dpkernels.ops.linear_weighted_sum`."""
     with exact_products(x) as dtype:
         _add_linear(x, g, factors, out, lengths, 1.0, dtype)
 
@@ -237,7 +237,7 @@ def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
 
 
 def bias_weighted_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
-    """Out += Σ_i c_i Σ_t g_it; see `dpkernels.ops.bias_weighted_sum`."""
+    """out += Σ_i c_i Σ_t g_it; see `dpkernels.ops.bias_weighted_sum`."""
     frames = _frames(lengths, g.shape[0], g.shape[1])
     total = torch.zeros_like(out, dtype=torch.float64)
     for i, c in _live(factors):
@@ -258,7 +258,7 @@ def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = Non
 def layer_norm_weighted_sum(
     x_hat: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """Out += Σ_i c_i Σ_t x̂_it ⊙ g_it; see `dpkernels.ops.layer_norm_weighted_sum`."""
+    """out += Σ_i c_i Σ_t x̂_it ⊙ g_it; see `dpkernels.ops.layer_norm_weighted_sum`."""
     frames = _frames(lengths, g.shape[0], g.shape[1])
     total = torch.zeros_like(out, dtype=torch.float64)
     for i, c in _live(factors):

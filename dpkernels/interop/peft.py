@@ -1,4 +1,4 @@
-"""PEFT: GhostLoRALinear, PEFT's own LoRA layer with a private path.
+"""PEFT: GhostPeftLoRALinear, PEFT's own LoRA layer with a private path.
 
 It is a subclass of `peft.tuners.lora.Linear`, so saving, loading, merging, disabling and switching adapters
 are PEFT's. PEFT's adapters are themselves nn.Linear (or convolutions) and are swapped like any other: that
@@ -20,8 +20,12 @@ from dpkernels.nn import GhostLinear, GhostModule, register_refusal, register_sw
 from dpkernels.nn.lora import ghost_lora
 
 
-class GhostLoRALinear(GhostModule, LoraLinear):
+class GhostPeftLoRALinear(GhostModule, LoraLinear):
     """`peft.tuners.lora.Linear` with the private path of `dpkernels.nn.lora`: made by `swap`.
+
+    No `dpkernels.GhostLoRALinear`, though it computes the same: that is an nn.Linear with one adapter, its `lora_A` a
+    parameter and its `scaling` a number, where PEFT has one of each for every adapter, by name, around a `base_layer`.
+    Code written for either would misread the other. Common to both is GhostModule.
 
     The fused path is taken for one active, unmerged, plain (or rank-stabilised) adapter over an nn.Linear;
     any other state runs PEFT's own forward over the swapped inner layers.
@@ -90,5 +94,5 @@ def _refusal(module: nn.Module) -> str | None:
 
 def register() -> None:
     """Make PEFT's layers known to `dpkernels.swap` and `dpkernels.nn.coverage`."""
-    register_swap(LoraLinear, GhostLoRALinear)
+    register_swap(LoraLinear, GhostPeftLoRALinear)
     register_refusal(_refusal)

@@ -88,7 +88,7 @@ class GhostRelativeKeys(GhostModule, nn.Embedding):
     ghost_covers = ("weight",)
 
     def forward(self, input: Tensor) -> Any:
-        """Ids [L,R] -> table[ids] [L,R,d], or privately the RelativeKeys that stand for it."""
+        """ids [L,R] -> table[ids] [L,R,d], or privately the RelativeKeys that stand for it."""
         if not self._ghost_active(self.weight):
             return super().forward(input)
         return RelativeKeys(self, input)

@@ -4,11 +4,13 @@ from torch import nn as _nn
 
 from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
 from dpkernels.nn.conv import GhostConv1d, GhostConv2d
+from dpkernels.nn.conv_records import Conv1dRecord, Conv2dRecord, ConvRecord, DepthwiseConv1dRecord
 from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.expanded import EXPANSION_LIMIT
 from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
+from dpkernels.nn.lora_records import LoRARecord
 from dpkernels.nn.module import GhostModule, modules_of, named_modules
 from dpkernels.nn.norm import (
     FrozenBatchNorm,
@@ -23,13 +25,9 @@ from dpkernels.nn.norm import (
 )
 from dpkernels.nn.records import (
     BiasRecord,
-    Conv1dRecord,
-    Conv2dRecord,
-    DepthwiseConv1dRecord,
     EmbeddingRecord,
     ExpandedRecord,
     LinearRecord,
-    LoRARecord,
     NormRecord,
     Record,
     Share,
@@ -57,6 +55,7 @@ __all__ = [
     "BiasRecord",
     "Conv1dRecord",
     "Conv2dRecord",
+    "ConvRecord",
     "DepthwiseConv1dRecord",
     "EmbeddingRecord",
     "ExpandedRecord",

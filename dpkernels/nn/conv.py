@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 
+from dpkernels.nn.conv_records import Conv1dRecord, Conv2dRecord, DepthwiseConv1dRecord
 from dpkernels.nn.module import (
     GhostModule,
     accumulation_dtype,
@@ -22,15 +23,7 @@ from dpkernels.nn.module import (
     no_autocast,
     not_a_view,
 )
-from dpkernels.nn.records import (
-    BiasRecord,
-    Conv1dRecord,
-    Conv2dRecord,
-    DepthwiseConv1dRecord,
-    ExpandedRecord,
-    LinearRecord,
-    Record,
-)
+from dpkernels.nn.records import BiasRecord, ExpandedRecord, LinearRecord, Record
 
 
 class _GhostConv(GhostModule, _ConvNd):

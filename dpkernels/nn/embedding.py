@@ -68,13 +68,11 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, None]:
         if g is not None:
             (ids,) = ctx.saved_tensors
-            ids = (
-                ids.long().reshape(1, 1)
-                if ids.dim() == 0
-                else ids.long().flatten(1)
-                if ids.dim() > 1
-                else (ids.long().unsqueeze(1))
-            )
-            tokens = as_tokens(g) if g.dim() > 1 else g.view(1, 1, -1)
-            ctx.tape.add(EmbeddingRecord(ctx.layer, ctx.table, ids, tokens, ctx.padding_idx))
+            record = EmbeddingRecord(ctx.layer, ctx.table, _ids_as_tokens(ids), as_tokens(g), ctx.padding_idx)
+            ctx.tape.add(record)
         return None, None, None, None
+
+
+def _ids_as_tokens(ids: Tensor) -> Tensor:
+    """[B,*] -> [B,T] int64; [B] is T = 1; a lone id is one sample of one token. g: by `as_tokens`."""
+    return ids.long().flatten(1) if ids.dim() > 1 else ids.long().view(-1, 1)

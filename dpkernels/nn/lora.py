@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dpkernels.nn.lora_records import LoRARecord
 from dpkernels.nn.module import (
     GhostModule,
     as_rows,
@@ -25,7 +26,7 @@ from dpkernels.nn.module import (
     not_a_view,
     sum_over_time,
 )
-from dpkernels.nn.records import BiasRecord, LinearRecord, LoRARecord
+from dpkernels.nn.records import BiasRecord, LinearRecord
 
 
 class GhostLoRALinear(GhostModule, nn.Linear):
@@ -71,7 +72,18 @@ class GhostLoRALinear(GhostModule, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, r: int = 8, alpha: float = 8.0, dropout: float = 0.0
     ) -> GhostLoRALinear:
-        """An adapted layer that shares the weight and bias of `linear`, and freezes them."""
+        """An adapted layer in place of `linear`, without PEFT: `model.proj = GhostLoRALinear.from_linear(model.proj)`.
+
+        Args:
+            linear: W [p,d] and bias [p], which the new layer shares and freezes; A and B get their dtype and device.
+            r, alpha, dropout: as the constructor's.
+
+        Returns:
+            A layer that computes what `linear` does until B is trained; `merged` makes it an nn.Linear again.
+
+        Raises:
+            ValueError: r < 1, or a dropout outside [0, 1).
+        """
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -110,7 +122,7 @@ class GhostLoRALinear(GhostModule, nn.Linear):
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [B,*,d] -> [B,*,p], in the dtype that nn.Linear would give."""
+        """input [B,*,d] -> [B,*,p], in the dtype that nn.Linear would give."""
         dropped = self.training and self.dropout > 0
         adapter_input = F.dropout(input, self.dropout) if dropped else None
         parameters = (self.weight, self.bias, self.lora_A, self.lora_B)
@@ -135,7 +147,7 @@ def ghost_lora(
     b: Tensor,
     scaling: float,
 ) -> Tensor:
-    """X Wᵀ + bias + scaling·(adapter_input Aᵀ)Bᵀ, recording on `layer`'s tape what is trained of W, bias, A
+    """x Wᵀ + bias + scaling·(adapter_input Aᵀ)Bᵀ, recording on `layer`'s tape what is trained of W, bias, A
     and B.
 
     `adapter_input` None means x itself (no dropout). Outside autocast the adapter is computed in A's dtype
@@ -217,7 +229,7 @@ class _LoRA(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Total + left @ right, in total's dtype, in place where the dtypes agree."""
+    """total + left @ right, in total's dtype, in place where the dtypes agree."""
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
     wide = torch.promote_types(total.dtype, left.dtype)

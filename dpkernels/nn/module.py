@@ -102,7 +102,7 @@ def maybe_cast(tensor: None, dtype: torch.dtype | None) -> None: ...
 @overload
 def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None: ...
 def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """Tensor in `dtype`; None stays None, and a None dtype means: as it is.
+    """`tensor` in `dtype`; None stays None, and a None dtype means: as it is.
 
     Explicitly rather than through autocast's own cache: a cast made without gradients would be handed by that
     cache to a later ordinary use of the same weight, which would then get no gradient and say nothing.
@@ -112,7 +112,7 @@ def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | Non
 
 
 def not_a_view(y: Tensor) -> Tensor:
-    """Y without the mark of a view: autograd refuses `y *= mask` on a custom function's view."""
+    """`y` without the mark of a view: autograd refuses `y *= mask` on a custom function's view."""
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 

@@ -56,7 +56,7 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [B,C,*] (or [B,C]) -> the same shape."""
+        """input [B,C,*] (or [B,C]) -> the same shape."""
         if self.running_mean is None or self.running_var is None:
             raise ValueError(
                 f"{self.ghost_label()}: a batch norm without running statistics cannot be frozen; "

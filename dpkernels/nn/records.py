@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import ClassVar
 
@@ -105,6 +105,13 @@ class Record(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not form per-sample gradients")
 
+    def as_linear(self, dtype: torch.dtype) -> LinearRecord | None:
+        """The same gradient as a linear layer's, for `merge`; None where it is none.
+
+        dtype: of what has to be made up for it (an embedding's one-hot ids).
+        """
+        return None
+
     def merge(self, other: Record) -> Record:
         """One record for two uses of the same parameters (tied, reused): the exact sum, cross terms too.
 
@@ -148,7 +155,7 @@ class LinearRecord(Record):
         return (sums[self.weight].view(self.g.shape[-1], self.x.shape[-1]),)
 
     def entries(self) -> int:
-        """P·d."""
+        """The weight's, p·d."""
         return self.weight.numel()
 
     def formed(self) -> tuple[ExpandedRecord, ...]:
@@ -156,15 +163,16 @@ class LinearRecord(Record):
         return (formed_gradient(self.layer, self.weight, per_sample_product(self.g, self.x)),)
 
     def merge(self, other: Record) -> Record:
-        """Concatenated along T; an embedding's ids become one-hot, a convolution's windows are unfolded."""
-        if isinstance(other, EmbeddingRecord):
-            other = other.as_linear(self.x.dtype)
-        elif isinstance(other, Conv1dRecord) and other.groups == 1:
-            other = other.as_linear()
-        if not isinstance(other, LinearRecord) or other.weight is not self.weight:
+        """Concatenated along T, the other one as a linear layer's."""
+        linear = other.as_linear(self.x.dtype)
+        if linear is None or linear.weight is not self.weight:
             return super().merge(other)
-        x, g = cat_time(self.x, other.x), cat_time(self.g, other.g)
-        return LinearRecord(join_names(self, other), self.weight, x, g)
+        x, g = cat_time(self.x, linear.x), cat_time(self.g, linear.g)
+        return LinearRecord(join_names(self, linear), self.weight, x, g)
+
+    def as_linear(self, dtype: torch.dtype) -> LinearRecord:
+        """Itself."""
+        return self
 
 
 @dataclass(eq=False)
@@ -191,7 +199,7 @@ class EmbeddingRecord(Record):
         return Share("embedding", self.ids, self.g, {"padding_idxs": padding})
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
-        """The same gradient as a linear layer's: Σ_t onehot(id_t) g_tᵀ, with no row for `padding_idx`."""
+        """Σ_t onehot(id_t) g_tᵀ, with no row for `padding_idx`."""
         onehot = torch.zeros(*self.ids.shape, self.weight.shape[0], dtype=dtype, device=self.g.device)
         onehot.scatter_(-1, self.ids.unsqueeze(-1), 1)
         if self.padding_idx is not None:
@@ -208,60 +216,6 @@ class EmbeddingRecord(Record):
             return self.as_linear(self.g.dtype).merge(other.as_linear(self.g.dtype))
         ids, g = torch.cat((self.ids, other.ids), 1), cat_time(self.g, other.g)
         return EmbeddingRecord(join_names(self, other), self.weight, ids, g, self.padding_idx)
-
-
-@dataclass(eq=False)
-class LoRARecord(Record):
-    """A [r, d] and B [p, r] of y += s·(x Aᵀ)Bᵀ: x [B,T,d], h = x Aᵀ [B,T,r], g [B,T,p], dh = s·g B."""
-
-    layer: str
-    a: nn.Parameter
-    b: nn.Parameter
-    x: Tensor
-    h: Tensor
-    g: Tensor
-    dh: Tensor
-    scaling: float = 1.0
-    parameter_fields: ClassVar[tuple[str, ...]] = ("a", "b")
-
-    def norm_sq(self) -> Tensor:
-        """‖dh_iᵀ x_i‖² + s²‖g_iᵀ h_i‖²."""
-        x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
-        return sum_up(ops.lora_norm_sq(x, h, g, dh, scaling=self.scaling))
-
-    def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
-        """Σ_i c_i dh_iᵀ x_i for A, Σ_i c_i s g_iᵀ h_i for B."""
-        x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
-        ops.lora_weighted_sum(x, h, g, dh, factors, sums[self.a], sums[self.b], scaling=self.scaling)
-
-    def share(self) -> Share | None:
-        """A LoRA layer."""
-        if len({t.dtype for t in (self.x, self.h, self.g, self.dh)}) > 1:
-            return None
-        options: dict[str, object] = {"hs": self.h, "dhs": self.dh, "scalings": self.scaling}
-        return Share("lora", self.x, self.g, options)
-
-    def entries(self) -> int:
-        """r·(d + p)."""
-        return self.a.numel() + self.b.numel()
-
-    def formed(self) -> tuple[ExpandedRecord, ...]:
-        """dh_iᵀ x_i of A and s·g_iᵀ h_i of B."""
-        x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
-        of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)
-        return ExpandedRecord(self.layer, self.a, of_a), ExpandedRecord(self.layer, self.b, of_b)
-
-    def merge(self, other: Record) -> Record:
-        """Concatenated along T."""
-        if (
-            not isinstance(other, LoRARecord)
-            or (other.a is not self.a or other.b is not self.b)
-            or other.scaling != self.scaling
-        ):
-            return super().merge(other)
-        pairs = ((self.x, other.x), (self.h, other.h), (self.g, other.g), (self.dh, other.dh))
-        x, h, g, dh = (cat_time(*pair) for pair in pairs)
-        return LoRARecord(join_names(self, other), self.a, self.b, x, h, g, dh, self.scaling)
 
 
 @dataclass(eq=False)
@@ -313,155 +267,6 @@ class NormRecord(ExpandedRecord):
     """The weight [d] of a LayerNorm, RMSNorm or frozen BatchNorm: g [B,d] = Σ_t x̂_t ⊙ g_t, summed at once."""
 
 
-@dataclass(eq=False)
-class DepthwiseConv1dRecord(Record):
-    """Weight [C,1,k] of a depthwise convolution: x [B,C,T], g [B,C,T']."""
-
-    layer: str
-    weight: nn.Parameter
-    x: Tensor
-    g: Tensor
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-
-    def norm_sq(self) -> Tensor:
-        """Σ over channels c and taps j of (Σ_t g_tc x_{t+j,c})²."""
-        x, g = common_dtype(self.x, self.g)
-        return ops.depthwise_conv1d_norm_sq(
-            x,
-            g,
-            kernel_size=self.weight.shape[-1],
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-        )
-
-    def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
-        """Add Σ_i c_i Σ_t g_tc x_{t+j,c} at channel c and tap j."""
-        x, g = common_dtype(self.x, self.g)
-        ops.depthwise_conv1d_weighted_sum(
-            x,
-            g,
-            factors,
-            sums[self.weight],
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-        )
-
-    def share(self) -> Share | None:
-        """A depthwise convolution."""
-        if self.x.dtype != self.g.dtype:
-            return None
-        options: dict[str, object] = {
-            "strides": self.stride,
-            "paddings": self.padding,
-            "dilations": self.dilation,
-        }
-        size: dict[str, object] = {"kernel_sizes": self.weight.shape[-1]}
-        return Share("depthwise_conv1d", self.x, self.g, options, size)
-
-    def merge(self, other: Record) -> Record:
-        """One after the other, with a gap in which g is 0: no window of one reads the other."""
-        if (
-            not isinstance(other, DepthwiseConv1dRecord)
-            or other.weight is not self.weight
-            or (other.stride, other.dilation) != (self.stride, self.dilation)
-        ):
-            return super().merge(other)
-        first, second = self._padded(), other._padded()
-        starts_at = -(-first.x.shape[2] // self.stride)  # the first window of the second
-        x = torch.cat(common_dtype(_pad_end(first.x, starts_at * self.stride), second.x), 2)
-        g = torch.cat(common_dtype(_pad_end(first.g, starts_at), second.g), 2)
-        return DepthwiseConv1dRecord(
-            join_names(self, other), self.weight, x, g, self.stride, 0, self.dilation
-        )
-
-    def _padded(self) -> DepthwiseConv1dRecord:
-        return replace(self, x=nn.functional.pad(self.x, (self.padding, self.padding)), padding=0)
-
-
-@dataclass(eq=False)
-class Conv1dRecord(Record):
-    """Weight [p, d/groups, k] of a general convolution: x [B,d,T], g [B,p,T'].
-
-    It is a linear layer on unfolded windows. They are k times larger than x, so they are made when asked for
-    and not kept: once where the gradients are formed, twice where norm and sum each ask.
-    """
-
-    forms_by_default: ClassVar[bool] = True
-
-    layer: str
-    weight: nn.Parameter
-    x: Tensor
-    g: Tensor
-    stride: tuple[int, ...] = (1,)
-    padding: tuple[int, ...] = (0,)
-    dilation: tuple[int, ...] = (1,)
-    groups: int = 1
-
-    def _group(self, index: int) -> tuple[Tensor, Tensor]:
-        """(x [B,T',k·d/groups], g [B,T',p/groups]) of one group, in one dtype."""
-        x, g = self.x.chunk(self.groups, 1)[index], self.g.chunk(self.groups, 1)[index]
-        x = nn.functional.pad(x, [n for size in reversed(self.padding) for n in (size, size)])
-        windows = unfold(x, self.weight.shape[2:], self.stride, self.dilation, g.shape[2:])
-        windows, g = common_dtype(windows, g.flatten(2).transpose(1, 2))
-        return windows, g
-
-    def norm_sq(self) -> Tensor:
-        """Σ over groups of ‖gᵀ windows‖²."""
-        return sum_up([ops.linear_norm_sq(*self._group(i)) for i in range(self.groups)])
-
-    def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
-        """Σ_i c_i gᵀ windows, group by group."""
-        rows = sums[self.weight].view(self.groups, self.weight.shape[0] // self.groups, -1)
-        for i in range(self.groups):
-            x, g = self._group(i)
-            ops.linear_weighted_sum(x, g, factors, rows[i])
-
-    def entries(self) -> int:
-        """p·d/groups·k."""
-        return self.weight.numel()
-
-    def formed(self) -> tuple[ExpandedRecord, ...]:
-        """gᵀ windows, the groups one after the other."""
-        groups = [per_sample_product(g, x) for x, g in (self._group(i) for i in range(self.groups))]
-        return (formed_gradient(self.layer, self.weight, torch.cat(groups, 1)),)
-
-    def as_linear(self) -> LinearRecord:
-        """The unfolded record; for groups == 1."""
-        return LinearRecord(self.layer, self.weight, *self._group(0))
-
-    def merge(self, other: Record) -> Record:
-        """As linear records, unfolded; grouped ones formed."""
-        if self.groups == 1 and isinstance(other, LinearRecord | Conv1dRecord):
-            return self.as_linear().merge(other)
-        return super().merge(other)
-
-
-class Conv2dRecord(Conv1dRecord):
-    """Weight [p, d/groups, kh, kw]: x [B,d,H,W], g [B,p,H',W']; else as Conv1dRecord."""
-
-
-def unfold(
-    x: Tensor, kernel: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...], output: torch.Size
-) -> Tensor:
-    """Windows of x [B,C,*space] as [B, ∏output, C·∏kernel], in the order of a convolution weight's entries.
-
-    A strided view is taken first (no copy), then one copy lays the windows out.
-    """
-    batch, channels = x.shape[:2]
-    strides = x.stride()
-    sizes = (batch, channels, *output, *kernel)
-    steps = [s * n for s, n in zip(strides[2:], stride, strict=True)]
-    taps = [s * n for s, n in zip(strides[2:], dilation, strict=True)]
-    view = x.as_strided(sizes, (*strides[:2], *steps, *taps), x.storage_offset())
-    n = len(output)
-    order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
-    return view.permute(order).reshape(batch, math.prod(output), channels * math.prod(kernel))
-
-
 def _as_formed(record: Record) -> ExpandedRecord | None:
     """The record of one parameter's per-sample gradients, or None where its rule does not form them."""
     if isinstance(record, ExpandedRecord):
@@ -504,7 +309,3 @@ def cat_time(first: Tensor, second: Tensor) -> Tensor:
 def join_names(first: Record, second: Record) -> str:
     """The name of a merged record."""
     return first.layer if first.layer == second.layer else f"{first.layer} + {second.layer}"
-
-
-def _pad_end(t: Tensor, length: int) -> Tensor:
-    return nn.functional.pad(t, (0, length - t.shape[2]))

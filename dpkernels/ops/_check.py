@@ -85,7 +85,7 @@ def shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], layout: s
 
 
 def lengths_of(lengths: Tensor | None, x: Tensor) -> None:
-    """Lengths is None or int64 [B] on x's device.
+    """lengths is None or int64 [B] on x's device.
 
     Raises:
         TypeError: another dtype.
@@ -113,7 +113,7 @@ def lengths_within(lengths: Tensor | None, frames: int) -> None:
 
 
 def weighted_sum(factors: Tensor, x: Tensor, **outs: tuple[Tensor, tuple[int, ...], str]) -> None:
-    """Factors is float32 [B]; every out, given with its shape and layout, is float32 or float64; one device.
+    """factors is float32 [B]; every out, given with its shape and layout, is float32 or float64; one device.
 
     Raises:
         TypeError: another dtype.

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dpkernels.ops import _library
-from dpkernels.ops.grouped import check_layer, check_lists
+from dpkernels.ops.grouped import check_layer, check_lists, unlike_layers
 
 _total_norm_sq = _library.define(
     "total_norm_sq",
@@ -64,13 +64,8 @@ def total_norm_sq(
     check_lists(kinds, {"xs": xs, "gs": gs}, options)
     if not kinds:
         raise ValueError("kinds: given no layer; pass at least one: the batch's size is that of its tensors")
-    of_kind = dict.fromkeys(options, 0)
-    for i, kind in enumerate(kinds):
-        mine = {}
-        if kind in options:
-            mine = {name: values[of_kind[kind]] for name, values in options[kind].items()}
-            of_kind[kind] += 1
-        check_layer(kind, xs[i], gs[i], mine, mine.get("kernel_sizes", 1))
+    for i, own in unlike_layers(kinds, xs, gs, options):
+        check_layer(kinds[i], xs[i], gs[i], own, own.get("kernel_sizes", 1))
         if len(gs[i]) != len(gs[0]):
             raise ValueError(
                 f"gs[{i}]: expected a batch of {len(gs[0])}, as gs[0] has; given {list(gs[i].shape)}; "

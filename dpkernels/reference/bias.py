@@ -17,7 +17,7 @@ def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
 
 
 def bias_weighted_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
-    """Out += Σ_i c_i Σ_t g_it, summed in float64."""
+    """out += Σ_i c_i Σ_t g_it, summed in float64."""
     frames = own_frames(lengths, g.shape[0], g.shape[1])
     total = torch.zeros_like(out, dtype=torch.float64)
     for i, c in live(factors):

@@ -19,7 +19,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
 def linear_weighted_sum(
     x: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """Out += Σ_i c_i G_i, summed in float64."""
+    """out += Σ_i c_i G_i, summed in float64."""
     frames = own_frames(lengths, x.shape[0], x.shape[1])
     total = torch.zeros_like(out, dtype=torch.float64)
     for i, c in live(factors):

@@ -19,7 +19,7 @@ def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = Non
 def layer_norm_weighted_sum(
     x_hat: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """Out += Σ_i c_i Σ_t x̂_it ⊙ g_it, summed in float64."""
+    """out += Σ_i c_i Σ_t x̂_it ⊙ g_it, summed in float64."""
     frames = own_frames(lengths, g.shape[0], g.shape[1])
     total = torch.zeros_like(out, dtype=torch.float64)
     for i, c in live(factors):

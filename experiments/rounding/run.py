@@ -36,7 +36,7 @@ class Net(nn.Module):
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """X [B, T, d], mask [B, T] -> logits [B, classes]."""
+        """x [B, T, d], mask [B, T] -> logits [B, classes]."""
         for layer in range(LAYERS):
             y = self.norms[2 * layer](x)
             q, k, v = (

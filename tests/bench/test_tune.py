@@ -7,18 +7,19 @@ import torch
 
 from bench import tune
 from bench.floor import Ceilings
+from bench.tune_kernels import CANDIDATES, GROUPED_LAYERS, job
 from dpkernels.backends import registry, triton_ops
 from dpkernels.backends.triton_ops import configs, launching
 
 CEILINGS = Ceilings(flops=8e14, bandwidth=3e12)
 
 
-@pytest.mark.parametrize("kernel", tune.CANDIDATES)
+@pytest.mark.parametrize("kernel", CANDIDATES)
 def test_the_table_holds_a_candidate(kernel: str) -> None:
-    assert configs.config(kernel, torch.bfloat16, 90) in tune.CANDIDATES[kernel][1]
+    assert configs.config(kernel, torch.bfloat16, 90) in CANDIDATES[kernel][1]
 
 
-@pytest.mark.parametrize("kernel", tune.CANDIDATES)
+@pytest.mark.parametrize("kernel", CANDIDATES)
 def test_every_job_launches_its_kernel(kernel: str) -> None:
     launched = []
     with (
@@ -27,11 +28,11 @@ def test_every_job_launches_its_kernel(kernel: str) -> None:
         # tensors without data have no backend of their own: every family is Triton's
         mock.patch.object(registry, "implementation", lambda op, device: getattr(triton_ops, op)),
     ):
-        job = tune.job(kernel, (2, 70, 512, 512), "meta")
-        job.call(0)
+        calls = job(kernel, (2, 70, 512, 512), "meta")
+        calls.call(0)
         assert kernel in launched
-        if job.plain is not None:
-            job.plain(0)
+        if calls.plain is not None:
+            calls.plain(0)
 
 
 def test_half_gram_counts_the_blocks_it_executes() -> None:
@@ -45,7 +46,7 @@ def test_half_gram_counts_the_blocks_it_executes() -> None:
 
 def test_lora_counts_each_input_once() -> None:
     assert tune.work("lora_pieces", (2, 5, 32, 64), None) == (0, 2 * 5 * 96 * 2)
-    assert tune.work("grouped_norms", (2, 5, 32, 64), None) == (0, tune.GROUPED_LAYERS * 2 * 5 * 96 * 2)
+    assert tune.work("grouped_norms", (2, 5, 32, 64), None) == (0, GROUPED_LAYERS * 2 * 5 * 96 * 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would run")

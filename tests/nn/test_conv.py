@@ -11,6 +11,7 @@ from dpkernels.nn import (
     BiasRecord,
     Conv1dRecord,
     Conv2dRecord,
+    ConvRecord,
     DepthwiseConv1dRecord,
     ExpandedRecord,
     GhostConv1d,
@@ -143,6 +144,35 @@ def test_reused_convolution_merges(kwargs: dict[str, Any]) -> None:
 
     private = check_private(Twice(), squares, (torch.randn(3, 4, 11),))
     assert len(private.records) == 2  # the weight's and the bias's
+
+
+@pytest.mark.parametrize("strides", [(1, 2), (2, 1)])
+def test_general_and_pointwise_uses_of_one_weight_merge_as_linear(strides: tuple[int, int]) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv1d(4, 4, 1, stride=n, bias=False) for n in strides)
+            self.layers[1].weight = self.layers[0].weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](torch.tanh(self.layers[0](x)))
+
+    private = check_private(Tied(), squares, (torch.randn(3, 4, 9),))
+    assert [type(r) for r in private.records] == [LinearRecord]
+
+
+@pytest.mark.parametrize(("kind", "space"), [(Conv1dRecord, (5,)), (Conv2dRecord, (5, 4))])
+def test_a_record_without_geometry_is_of_torchs_defaults(
+    kind: type[ConvRecord], space: tuple[int, ...]
+) -> None:
+    kernel = (2,) * len(space)
+    x, g = torch.randn(2, 3, *space), torch.randn(2, 4, *(n - 1 for n in space))
+    (formed,) = kind("layer", nn.Parameter(torch.zeros(4, 3, *kernel)), x, g).formed()
+    convolve = nn.functional.conv1d if len(space) == 1 else nn.functional.conv2d
+    for i in range(2):
+        weight = torch.zeros(4, 3, *kernel, requires_grad=True)
+        (want,) = torch.autograd.grad(convolve(x[i], weight), weight, g[i])
+        torch.testing.assert_close(formed.g[i], want)
 
 
 def test_reused_grouped_convolution_is_formed() -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import EmbeddingRecord, GhostEmbedding, LinearRecord, coverage, swap
+from dpkernels.nn import EmbeddingRecord, GhostEmbedding, LinearRecord, attach, coverage, swap
 from tests.nn.per_sample import assert_same_module, check_private, run_private
 
 
@@ -31,6 +32,23 @@ def test_records_give_the_per_sample_gradients(
         ids = torch.randint(0, 5, shape).to(index)
         assert torch.equal(plain(ids), ghost(ids))
         check_private(plain, squares, (ids,))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0,), (4, 6), (4, 2, 3), (0, 2, 3)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_ids_and_gradients_are_recorded_as_tokens(shape: tuple[int, ...], strided: bool) -> None:
+    table = swap(nn.Embedding(5, 3))
+    tape, batch = attach(table), shape[0] if shape else 1
+    ids = (
+        torch.randint(0, 5, (*shape, 2), dtype=torch.int32)[..., 0] if strided else torch.randint(0, 5, shape)
+    )
+    tape.open(batch)
+    table(ids).sum().backward()
+    (record,) = tape.close()
+    assert isinstance(record, EmbeddingRecord)
+    frames = math.prod(shape[1:])
+    assert torch.equal(record.ids, ids.long().reshape(batch, frames))
+    assert record.g.shape == (batch, frames, 3)
 
 
 @pytest.mark.parametrize("keyword", ["max_norm", "sparse", "scale_grad_by_freq"])

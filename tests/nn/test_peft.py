@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dpkernels.nn
 from dpkernels.nn import (
     GhostConv1d,
     GhostLinear,
+    GhostLoRALinear,
     LinearRecord,
     LoRARecord,
     Tape,
@@ -28,7 +30,7 @@ pytest.importorskip("transformers")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from dpkernels.interop.peft import GhostLoRALinear  # noqa: E402
+from dpkernels.interop.peft import GhostPeftLoRALinear  # noqa: E402
 
 
 class Net(nn.Module):
@@ -82,7 +84,7 @@ def test_swap_before_and_after_peft(when: str) -> None:
     if when != "before":
         swap(model)
     swap(model)  # make_private swaps what is not yet
-    assert type(model.base_model.model.first) is GhostLoRALinear
+    assert type(model.base_model.model.first) is GhostPeftLoRALinear
     assert list(model.state_dict()) == list(plain.state_dict())
     private = run_private(model, squares, (X,))
     exact = one_by_one(plain, squares, (X,))
@@ -90,6 +92,18 @@ def test_swap_before_and_after_peft(when: str) -> None:
     torch.testing.assert_close(private.norm_sq, total, rtol=1e-3, atol=0)
     for name, g in exact.items():
         torch.testing.assert_close(private.sums[name], g.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_pefts_layer_has_a_name_of_its_own() -> None:
+    """Its attributes are PEFT's: nobody may take it for a GhostLoRALinear, whose are tensors and numbers."""
+    layer = swap(adapted()).base_model.model.first
+    assert isinstance(layer, peft.tuners.lora.Linear)
+    assert not isinstance(layer, GhostLoRALinear)
+    name = type(layer).__name__
+    assert name not in dpkernels.nn.__all__
+    assert f"PEFT's LoRA → `{name}`" in Path(__file__).resolve().parents[2].joinpath("README.md").read_text(
+        "utf-8"
+    )
 
 
 def test_saved_adapter_is_not_empty_and_loads_in_plain_peft(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.backends import native, native_grouped, registry, torch_ops, triton_ops
+from dpkernels.backends import native, native_grouped, native_ops, registry, torch_ops, triton_ops
 from tests.ops.cases import CONV, FAMILIES, SCALING, Case, make
 from tests.ops.test_total_norm import total as total_norm
 
@@ -97,7 +97,7 @@ def test_one_launch_for_many_layers(
 def test_a_family_that_torch_serves_is_left_to_it_norm_and_sum_alike(
     triton_backend: str, always_grouped: None, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """As `registry.TORCH_WINS` would have it on a GPU: the bound of a grouped norm is not on what torch adds."""
+    """As where Triton has no kernels for it: the bound of a grouped norm is not on what torch adds."""
     case = make(family, BATCH, 1, 40, 8)
     device, called = case.tensors["g"].device.type, []
     for op in (f"{family}_norm_sq", f"{family}_weighted_sum"):
@@ -176,7 +176,7 @@ def test_a_family_of_another_backend_is_left_to_it(monkeypatch: pytest.MonkeyPat
     if native.library("cpu").handle is None:
         pytest.skip(native.library("cpu").reason)
     monkeypatch.setattr(registry, "_chosen", {})
-    monkeypatch.setitem(registry.TORCH_WINS, ("linear", "cpu"), "for this test")
+    monkeypatch.delattr(native_ops, "linear_norm_sq")
     called = []
     real = torch_ops.linear_weighted_sum
 

@@ -103,15 +103,6 @@ def test_triton_forced_leaves_what_it_has_no_kernels_for(monkeypatch: pytest.Mon
     assert rows["chacha20_normal"] == "reference"
 
 
-def test_where_torch_wins_it_is_chosen_with_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_gpu_machine(monkeypatch)
-    for device in ("cpu", "cuda"):
-        monkeypatch.setattr(registry, "TORCH_WINS", {("bias", device): "2 µs against 3 µs"})
-        rows = {row.op: row for row in registry.explain((device,))}
-        assert rows["bias_norm_sq"].backend == "torch"
-        assert rows["bias_norm_sq"].reason == "2 µs against 3 µs"
-
-
 def test_explain_covers_every_op_and_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     without_native(monkeypatch)
     on_a_gpu_machine(monkeypatch, "no triton here")
@@ -123,5 +114,4 @@ def test_explain_covers_every_op_and_gives_reasons(monkeypatch: pytest.MonkeyPat
 
 def test_no_family_is_split_and_every_table_names_families() -> None:
     assert len(set(registry.OPS)) == len(registry.OPS)
-    assert {family for family, _ in registry.TORCH_WINS} <= set(registry.FAMILIES)
     assert set(registry._NATIVE_MODULES) <= set(registry.FAMILIES)

@@ -73,7 +73,7 @@ def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
 
 @float64_by_torch
 def bias_weighted_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
-    """Out += Σ_i c_i Σ_t g_it; see `dpkernels.ops.bias_weighted_sum`."""
+    """out += Σ_i c_i Σ_t g_it; see `dpkernels.ops.bias_weighted_sum`."""
     batch, frames, width = g.shape
     strips, factors = tiles(width, tile_of(bias_sums, g, "BN")), factors.contiguous()
     sums = scratch(g, batch, width)

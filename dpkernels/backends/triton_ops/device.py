@@ -72,7 +72,7 @@ def load_rows(
 
 @triton.jit
 def product(a, b, acc, one, UPCAST: tl.constexpr):
-    """Acc + a @ b for float32 `acc`: products accumulated from 0 and then added, two accumulations and not one.
+    """acc + a @ b for float32 `acc`: products accumulated from 0 and then added, two accumulations and not one.
 
     Triton turns `acc += tl.dot(a, b)` into one accumulation that starts at `acc`, which would make chains as long as
     the sample. A factor of `one`, 1.0 and unknown to the compiler, keeps the addition out (and costs nothing: it is

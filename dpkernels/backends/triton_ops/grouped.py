@@ -380,7 +380,7 @@ def clip_and_noise(
     grid: float,
     divisor: float,
 ) -> None:
-    """Out += Σ_i c_i g_iᵀx_i for every layer, then noise; see `dpkernels.ops.clip_and_noise`."""
+    """out += Σ_i c_i g_iᵀx_i for every layer, then noise; see `dpkernels.ops.clip_and_noise`."""
     given = list(layers(xs, gs, kinds, outs, hs, dhs, scalings, padding_idxs, strides, paddings, dilations))
     problems, apart = _split(given, (grouped_sums, grouped_vector_sums))
     groups = _groups(problems)

@@ -110,7 +110,7 @@ def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = Non
 def layer_norm_weighted_sum(
     x_hat: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """Out += Σ_i c_i Σ_t x̂_it ⊙ g_it; see `dpkernels.ops.layer_norm_weighted_sum`."""
+    """out += Σ_i c_i Σ_t x̂_it ⊙ g_it; see `dpkernels.ops.layer_norm_weighted_sum`."""
     sums = scratch(g, len(g), g.shape[2])
     _launch(x_hat, g, lengths, factors, sums)
     vectors.add(sums, factors, out)

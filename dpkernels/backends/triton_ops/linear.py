@@ -196,7 +196,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
 def linear_weighted_sum(
     x: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """Out += Σ_i c_i g_iᵀx_i; see `dpkernels.ops.linear_weighted_sum`."""
+    """out += Σ_i c_i g_iᵀx_i; see `dpkernels.ops.linear_weighted_sum`."""
     (batch, frames, d), p = x.shape, g.shape[2]
     total = out.contiguous()
     (x_view, x_align), (g_view, g_align) = rows(x), rows(g)

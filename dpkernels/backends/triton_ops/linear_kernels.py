@@ -39,7 +39,6 @@ from dpkernels.backends.triton_ops.device import (
 from dpkernels.backends.triton_ops.launching import kernel
 
 GRAM = tl.constexpr(1)
-DIRECT = tl.constexpr(2)
 
 GRAM_OPERATIONS = tl.constexpr(1.0)  # linear.py: _most_by_gram has it too
 """Half-Gram is chosen below this share of direct's operations: a constant to be measured."""

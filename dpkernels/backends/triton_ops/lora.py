@@ -51,6 +51,22 @@ _MOST_COLUMNS = 32
 
 
 @triton.jit
+def strip(piece, rank_tiles, BN: tl.constexpr, R: tl.constexpr):
+    """The columns of the wide matrix and those of the narrow one that make up a piece."""
+    return piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
+
+
+@triton.jit
+def entries_of(columns, width, ranks, rank, COLUMNS_FIRST: tl.constexpr):
+    """Offsets [BN, R] of a strip in a dense [width, rank] (COLUMNS_FIRST) or [rank, width], and which it has."""
+    if COLUMNS_FIRST:
+        at = columns.to(tl.int64)[:, None] * rank + ranks[None, :]
+    else:
+        at = columns[:, None] + ranks.to(tl.int64)[None, :] * width
+    return at, (columns < width)[:, None] & (ranks < rank)[None, :]
+
+
+@triton.jit
 def strip_product(
     wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, n, one, NORMS: tl.constexpr, SMALLEST: tl.constexpr,
     W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
@@ -81,7 +97,7 @@ def strip_norms(
 ):  # fmt: skip
     """out [B, pieces, 2]: squares and terms of one sample's piece, for `vectors.finish`."""
     width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
-    columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
+    columns, ranks = strip(piece, rank_tiles, BN, R)
     n = frames_of(lengths, sample, frames)
     acc, terms = strip_product(
         sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
@@ -101,7 +117,7 @@ def strip_sums(
 ):  # fmt: skip
     """out [groups, width, rank] (COLUMNS_FIRST) or [groups, rank, width]: a group's weighted sum of one piece."""
     width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
-    columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
+    columns, ranks = strip(piece, rank_tiles, BN, R)
     total = tl.zeros((BN, R), tl.float64)
     for i in range(group * SAMPLES, tl.minimum((group + 1) * SAMPLES, batch)):
         sample = i + tl.zeros((), tl.int64)
@@ -113,11 +129,8 @@ def strip_sums(
         )  # fmt: skip
         total += factor * scale * acc.to(tl.float64)
     size = (tl.full((), 1, tl.int64) * width) * rank
-    if COLUMNS_FIRST:
-        at = columns.to(tl.int64)[:, None] * rank + ranks[None, :]
-    else:
-        at = columns[:, None] + ranks.to(tl.int64)[None, :] * width
-    tl.store(out + group * size + at, total, mask=(columns < width)[:, None] & (ranks < rank)[None, :])
+    at, inside = entries_of(columns, width, ranks, rank, COLUMNS_FIRST)
+    tl.store(out + group * size + at, total, mask=inside)
 
 
 @kernel
@@ -201,17 +214,13 @@ def strip_gradient(
 ):  # fmt: skip
     """out [B, width, rank] (COLUMNS_FIRST) or [B, rank, width]: one piece of one sample's scale·wideᵀ narrow."""
     width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
-    columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
+    columns, ranks = strip(piece, rank_tiles, BN, R)
     acc, _ = strip_product(
         sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
         rank, columns, ranks, frames + tl.zeros((), tl.int32), one, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
     )  # fmt: skip
-    if COLUMNS_FIRST:
-        at = columns.to(tl.int64)[:, None] * rank + ranks[None, :]
-    else:
-        at = columns[:, None] + ranks.to(tl.int64)[None, :] * width
+    at, inside = entries_of(columns, width, ranks, rank, COLUMNS_FIRST)
     at = out + (sample.to(tl.int64) * width) * rank + at
-    inside = (columns < width)[:, None] & (ranks < rank)[None, :]
     tl.store(at, (acc.to(tl.float64) * scale).to(tl.float32), mask=inside)
 
 

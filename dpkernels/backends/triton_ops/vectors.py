@@ -107,7 +107,7 @@ def finish(
 
 @kernel
 def add_weighted(sums, factors, out, batch: int, entries: int, BLOCK: tl.constexpr):
-    """Out += Σ_i c_i sums_i in order, in float64; a row with factor 0 is not read. factors: None means 1."""
+    """out += Σ_i c_i sums_i in order, in float64; a row with factor 0 is not read. factors: None means 1."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < entries
     total = tl.load(out + entry, mask=inside, other=0.0).to(tl.float64)
@@ -123,7 +123,7 @@ def add_weighted(sums, factors, out, batch: int, entries: int, BLOCK: tl.constex
 
 
 def add(sums: Tensor, factors: Tensor | None, out: Tensor) -> None:
-    """Out += Σ_i factors_i sums_i for dense float64 sums [n, ...], `out` of shape [...] in any strides."""
+    """out += Σ_i factors_i sums_i for dense float64 sums [n, ...], `out` of shape [...] in any strides."""
     entries, total = out.numel(), launching.dense(out)
     assert total is not None
     block = launching.tile_of(add_weighted, total, "BLOCK")

@@ -1,0 +1,146 @@
+// Norms and weighted sums of layers whose gradient is a sum over frames: bias, layer norm.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/parallel.h"
+#include "cpu/bounds.h"
+#include "cpu/views.h"
+
+namespace dpk {
+namespace {
+
+// Bias (x null): sum_t g_t. Layer norm: sum_t x_t * g_t. Chunks of 64 frames are summed in R and added in
+// float64.
+//
+// Bound: with n frames a chunk's column sum meets at most n + 1 <= 65 roundings, so it is off by 65 u sum_t
+// |v_t| <= 65 u sqrt(n sum_t v_t^2), v = g or x * g. Over the columns, and then over the chunks: ||error|| <=
+// 65 u S, S = sum over chunks of sqrt(n) ||v in the chunk||_F.
+template <class R>
+class ColumnSums {
+ public:
+  ColumnSums(const dpk_tensor* x, const dpk_tensor& g, const int64_t* lengths, int32_t threads)
+      : x_(x), g_(g), lengths_(lengths), strips_(ceil_div(g.size[2], kStrip)), k_(layer_micro<R>()) {
+    threads_ = worthwhile_threads(threads, static_cast<double>(g.size[0]) * static_cast<double>(g.size[1]) *
+                                               static_cast<double>(g.size[2]) / 2);
+  }
+
+  void norms(float* out) const {
+    std::vector<double> squares(static_cast<size_t>(g_.size[0] * strips_)), scales(squares.size());
+    parallel_for(static_cast<int64_t>(squares.size()), threads_, [&](int64_t n, int) {
+      double sum[kStrip] = {};
+      const size_t at = static_cast<size_t>(n);
+      scales[at] = add(n / strips_, n % strips_, 1.0, sum);
+      squares[at] = micro<double>().square_sum(sum, kStrip);
+    });
+    for (int64_t i = 0; i < g_.size[0]; ++i) {
+      double square = 0.0, scale = 0.0;
+      for (int64_t n = i * strips_; n < (i + 1) * strips_; ++n) {
+        square += squares[static_cast<size_t>(n)];
+        scale += scales[static_cast<size_t>(n)] *
+                 scales[static_cast<size_t>(n)];  // different columns: errors add in squares
+      }
+      const double e = error_bound<R>(length_of(lengths_, i, g_.size[1]), g_.size[2], std::sqrt(scale));
+      out[i] = scale == 0.0 ? 0.0f : upper_square(square, static_cast<double>(g_.size[2]), e);
+    }
+  }
+
+  void sums(const double* factors, void* out, dpk_dtype dtype) const {
+    parallel_for(strips_, threads_, [&](int64_t strip, int) {
+      double sum[kStrip];
+      const int64_t first = strip * kStrip, columns = std::min(kStrip, g_.size[2] - first);
+      read_out(out, dtype, first, columns, sum);
+      for (int64_t i = 0; i < g_.size[0]; ++i)
+        if (factors[i] != 0.0) add(i, strip, factors[i], sum);
+      write_out(out, dtype, first, columns, sum);
+    });
+  }
+
+ private:
+  // sum += factor * (sample i's column sums); returns S of these columns.
+  double add(int64_t i, int64_t strip, double factor, double* sum) const {
+    const int64_t first = strip * kStrip, columns = std::min(kStrip, g_.size[2] - first),
+                  length = length_of(lengths_, i, g_.size[1]);
+    alignas(64) R part[kStrip], g_space[kRows * kStrip], x_space[kRows * kStrip];
+    double scale = 0.0;
+    for (int64_t t0 = 0; t0 < length; t0 += kRows) {
+      const int64_t count = std::min(kRows, length - t0);
+      const Rows<R> g(g_, i, t0, count, first, columns, 1, g_space);
+      double squares;
+      if (x_ == nullptr) {
+        squares = k_.add_rows(g.data, g.ld, count, columns, part);
+      } else {
+        const Rows<R> x(*x_, i, t0, count, first, columns, 1, x_space);
+        squares = k_.add_products(x.data, x.ld, g.data, g.ld, count, columns, part);
+      }
+      micro<R>().accumulate(sum, part, columns, factor);
+      scale += std::sqrt(squares * static_cast<double>(count));
+    }
+    return scale;
+  }
+
+  static constexpr int64_t kRows = kChunk;
+
+  const dpk_tensor* x_;
+  const dpk_tensor& g_;
+  const int64_t* lengths_;
+  const int64_t strips_;
+  const LayerMicro<R>& k_;
+  int threads_ = 1;
+};
+
+void check_columns(const dpk_tensor* x, const dpk_tensor& g, const int64_t* lengths) {
+  check_tensor("g", g);
+  if (x != nullptr) {
+    check_tensor("x_hat", *x);
+    for (int n = 0; n < 3; ++n) check_same("the sizes of x_hat and g", x->size[n], g.size[n]);
+  }
+  check_lengths(lengths, g.size[0], g.size[1]);
+}
+
+}  // namespace
+}  // namespace dpk
+
+dpk_status dpk_cpu_bias_norm_sq(const dpk_tensor* g, const int64_t* lengths, int32_t threads, float* out) {
+  using namespace dpk;
+  return guard([&] {
+    check_columns(nullptr, *g, lengths);
+    for_arithmetic(g->dtype == DPK_F64,
+                   [&](auto r) { ColumnSums<decltype(r)>(nullptr, *g, lengths, threads).norms(out); });
+  });
+}
+
+dpk_status dpk_cpu_bias_weighted_sum(const dpk_tensor* g, const double* factors, const int64_t* lengths,
+                                     int32_t threads, void* out, dpk_dtype out_dtype) {
+  using namespace dpk;
+  return guard([&] {
+    check_columns(nullptr, *g, lengths);
+    check_out(out_dtype);
+    for_arithmetic(g->dtype == DPK_F64, [&](auto r) {
+      ColumnSums<decltype(r)>(nullptr, *g, lengths, threads).sums(factors, out, out_dtype);
+    });
+  });
+}
+
+dpk_status dpk_cpu_layer_norm_norm_sq(const dpk_tensor* x_hat, const dpk_tensor* g, const int64_t* lengths,
+                                      int32_t threads, float* out) {
+  using namespace dpk;
+  return guard([&] {
+    check_columns(x_hat, *g, lengths);
+    for_arithmetic(x_hat->dtype == DPK_F64 || g->dtype == DPK_F64,
+                   [&](auto r) { ColumnSums<decltype(r)>(x_hat, *g, lengths, threads).norms(out); });
+  });
+}
+
+dpk_status dpk_cpu_layer_norm_weighted_sum(const dpk_tensor* x_hat, const dpk_tensor* g,
+                                           const double* factors, const int64_t* lengths, int32_t threads,
+                                           void* out, dpk_dtype out_dtype) {
+  using namespace dpk;
+  return guard([&] {
+    check_columns(x_hat, *g, lengths);
+    check_out(out_dtype);
+    for_arithmetic(x_hat->dtype == DPK_F64 || g->dtype == DPK_F64, [&](auto r) {
+      ColumnSums<decltype(r)>(x_hat, *g, lengths, threads).sums(factors, out, out_dtype);
+    });
+  });
+}
