@@ -80,11 +80,17 @@ class Mechanism:
         """Name of the sampling scheme, as the ledger and reports write it."""
         return "truncated_poisson" if self.truncated else "poisson"
 
+    @property
+    def with_one_added(self) -> int | None:
+        """N + 1: dp-accounting's truncated event counts the unit in question among its data set, so that of N covers
+        removing a unit from N, and that of N + 1, which spends more, adding one, too."""
+        return None if self.dataset_size is None else self.dataset_size + 1
+
     def event(self) -> dp_accounting.DpEvent:
         """The step as a dp-accounting event."""
         if self.max_batch_size is not None:
             return dp_accounting.TruncatedSubsampledGaussianDpEvent(
-                dataset_size=self.dataset_size,
+                dataset_size=self.with_one_added,
                 sampling_probability=self.sample_rate,
                 truncated_batch_size=self.max_batch_size,
                 noise_multiplier=self.noise_multiplier,
@@ -135,9 +141,9 @@ def check_delta(delta: float, dataset_size: int | None = None) -> float:
 def _single_step(mechanism: Mechanism, interval: float) -> pld_library.PrivacyLossDistribution:
     """Privacy loss distribution of one step: what dp-accounting's PLDAccountant builds for
     `mechanism.event()`."""
-    if mechanism.max_batch_size is not None and mechanism.dataset_size is not None:
+    if mechanism.max_batch_size is not None and mechanism.with_one_added is not None:
         return pld_library.from_truncated_subsampled_gaussian_mechanism(
-            dataset_size=mechanism.dataset_size,
+            dataset_size=mechanism.with_one_added,
             sampling_probability=mechanism.sample_rate,
             truncated_batch_size=mechanism.max_batch_size,
             noise_multiplier=mechanism.noise_multiplier,

@@ -7,7 +7,8 @@ it depends on the data: no batch sizes, losses, norms, times of steps, and no ke
 steps that only a checkpoint knew of.
 
 A line cut short by a crash can only be the last one. It is counted as a spent step (over-counting is safe),
-and the next run seals it with a "torn" line.
+and the next run seals it with a "torn" line. A seal that is cut short in its turn is known by its text, which follows
+from the torn line, and is written anew.
 """
 
 import fcntl
@@ -56,6 +57,7 @@ class LedgerContents:
     last_hash: str = _START
     hashes: set[str] = field(default_factory=set)
     torn: bytes = b""
+    torn_end: int = 0  # where the torn line ends in the file; what follows it is part of its seal
     lacks_newline: bool = False
 
     @property
@@ -108,6 +110,9 @@ def _read(data: bytes, name: str) -> LedgerContents:
         try:
             entry, contents.last_hash = _parse(line, contents.last_hash)
         except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and _half_sealed(line, unfinished, contents.last_hash):
+                contents.torn, contents.torn_end = line, len(data) - len(unfinished) - 1
+                return contents
             seal = _torn_seal(line, lines[number] if number < len(lines) else b"", contents.last_hash)
             if seal is None:
                 raise LedgerError(
@@ -120,11 +125,16 @@ def _read(data: bytes, name: str) -> LedgerContents:
         contents.hashes.add(contents.last_hash)
         _apply(contents, entry, f"ledger {name}, line {number}")
     if unfinished and not _complete(contents, unfinished, name):
-        start = unfinished.strip(b"\0")[: len(_OPENING)]
-        if start != _OPENING[: len(start)]:
+        if not _opens_like_one(unfinished):
             raise LedgerError(f"ledger {name}: its last line is not a ledger's; is it another kind of file?")
-        contents.torn = unfinished
+        contents.torn, contents.torn_end = unfinished, len(data)
     return contents
+
+
+def _opens_like_one(line: bytes) -> bool:
+    """Whether a line begins as a ledger's do; a file system may leave zeros where a crash cut it."""
+    start = line.strip(b"\0")[: len(_OPENING)]
+    return start == _OPENING[: len(start)]
 
 
 def _complete(contents: LedgerContents, line: bytes, name: str) -> bool:
@@ -139,14 +149,28 @@ def _complete(contents: LedgerContents, line: bytes, name: str) -> bool:
     return True
 
 
+def _seal_of(torn: bytes) -> dict[str, Any]:
+    """The entry that vouches for a torn line."""
+    return {"kind": "torn", "bytes_sha256": hashlib.sha256(torn).hexdigest()}
+
+
+def _half_sealed(line: bytes, following: bytes, previous: str) -> bool:
+    """Whether a line was torn, and so was the seal after it: what an edit leaves is JSON, or not a seal's beginning."""
+    try:
+        json.loads(line.decode())
+    except ValueError:
+        seal, _ = _line(previous, _seal_of(line))
+        return _opens_like_one(line) and seal.startswith(following.rstrip(b"\0"))
+    return False
+
+
 def _torn_seal(line: bytes, following: bytes, previous: str) -> tuple[dict[str, Any], str] | None:
     """The "torn" entry that vouches for an unreadable line, or None."""
     try:
         entry, digest = _parse(following, previous)
     except (ValueError, KeyError, TypeError):
         return None
-    vouched = entry.get("kind") == "torn" and entry.get("bytes_sha256") == hashlib.sha256(line).hexdigest()
-    return (entry, digest) if vouched else None
+    return (entry, digest) if entry == _seal_of(line) else None
 
 
 def _apply(contents: LedgerContents, entry: dict[str, Any], where: str) -> None:
@@ -269,8 +293,10 @@ class Ledger:
                 )
 
     def _seal(self, contents: LedgerContents) -> None:
-        os.write(self._file.fileno(), b"\n")
-        self._append({"kind": "torn", "bytes_sha256": hashlib.sha256(contents.torn).hexdigest()})
+        os.ftruncate(
+            self._file.fileno(), contents.torn_end
+        )  # a seal that was cut short: nothing was spent by it
+        self._append(_seal_of(contents.torn), before=b"\n")
         if contents.runs:
             contents.runs[-1].steps += 1
 
@@ -287,13 +313,14 @@ class Ledger:
                 "forgotten. Put the file of this run back, and resume from the last checkpoint."
             )
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, entry: dict[str, Any], before: bytes = b"") -> None:
         if self._file.closed:
             raise LedgerError(
                 f"ledger {self.path} is closed, so that no step and no ε can be written to it; read epsilon before "
                 "engine.close(), or read_ledger(path)"
             )
-        data, digest = _line(self._last_hash, entry)
+        line, digest = _line(self._last_hash, entry)
+        data = before + line
         if self._broken:
             raise LedgerError(
                 f"ledger {self.path}: an earlier write failed; start again from the last checkpoint"

@@ -27,7 +27,7 @@ def reference_epsilon(*parts: tuple[Mechanism, int], delta: float, rdp: bool = F
             event = dp_accounting.PoissonSampledDpEvent(mechanism.sample_rate, gaussian)
         else:
             event = dp_accounting.TruncatedSubsampledGaussianDpEvent(
-                mechanism.dataset_size,
+                (mechanism.dataset_size or 0) + 1,  # see test_truncated_poisson_covers_adding_a_unit_too
                 mechanism.sample_rate,
                 mechanism.max_batch_size,
                 mechanism.noise_multiplier,
@@ -58,6 +58,18 @@ def test_truncated_poisson_has_its_own_event() -> None:
         composed_epsilon([(mechanism, 20)], 1e-5, accountant="rdp")
     with pytest.raises(ValueError, match="dataset_size"):
         Mechanism(0.1, 2.0, max_batch_size=24)
+
+
+def test_truncated_poisson_covers_adding_a_unit_too() -> None:
+    """dp-accounting's event of N has the unit among the N: what adds one to N is the event of N + 1."""
+    mechanism = Mechanism(0.2, 2.0, dataset_size=50, max_batch_size=10)
+    spent = {}
+    for size in (50, 51):
+        accountant = PLDAccountant()
+        accountant.compose(dp_accounting.TruncatedSubsampledGaussianDpEvent(size, 0.2, 10, 2.0), 20)
+        spent[size] = accountant.get_epsilon(1e-5)
+    assert spent[51] > 1.001 * spent[50]
+    assert composed_epsilon([(mechanism, 20)], 1e-5) == pytest.approx(spent[51], rel=1e-9)
 
 
 def test_history_of_the_engine_is_the_event_that_ran() -> None:

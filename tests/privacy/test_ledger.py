@@ -270,6 +270,51 @@ def test_a_torn_last_line_counts_as_a_step(path: Path, keep: int) -> None:
     assert private_run(ledger=path).engine.steps == 5
 
 
+SETTINGS = {
+    "mechanism": {"sample_rate": 0.1, "noise_multiplier": 1.0, "dataset_size": None, "max_batch_size": None},
+    "unit": "example",
+    "dataset_size": 10,
+    "adjacency": "add or remove one example",
+}
+
+
+def test_a_resumed_ledger_can_be_cut_anywhere(path: Path) -> None:
+    """Also within the seal of a torn line, or right before it: a disk that is still full, a second crash."""
+    ledger = Ledger(path, {"run": "a", **SETTINGS})
+    for _ in range(3):
+        ledger.spend_step()
+    ledger.close()
+    whole = path.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    path.write_bytes(whole[: last + 40])
+    ledger = Ledger(path, {"run": "b", **SETTINGS})
+    ledger.spend_step()
+    ledger.close()
+    whole = path.read_bytes()
+    steps = read_ledger(path).steps
+    assert steps == 4
+    for cut in range(last + 1, len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        found = read_ledger(path).steps
+        assert 3 <= found <= steps + 1, cut
+        if cut % 7 == 0 or whole[cut - 1 : cut] == b"\n":
+            ledger = Ledger(path, {"run": "c", **SETTINGS})
+            ledger.spend_step()
+            ledger.close()
+            assert read_ledger(path).steps == found + 1, cut
+
+
+def test_an_edited_last_line_is_no_half_sealed_one(path: Path) -> None:
+    ledger = Ledger(path, {"run": "a", **SETTINGS})
+    ledger.spend_step()
+    ledger.close()
+    whole = path.read_bytes()
+    for fault in (whole.replace(b'"step": 1', b'"step": 2'), whole[:-20] + b"\nmore", b"text\n" + whole[:0]):
+        path.write_bytes(fault)
+        with pytest.raises(LedgerError):
+            read_ledger(path)
+
+
 def test_a_torn_first_line_counts_too(path: Path) -> None:
     spent(path, 1)
     path.write_bytes(path.read_bytes()[:25])
