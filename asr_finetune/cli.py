@@ -124,6 +124,7 @@ def plan(
     """
     from asr_finetune import plan as planning
     from asr_finetune.plan_tables import memory_table, plan_table, probe_table
+    from asr_finetune.sampling import assumed_sampling, sampling_of
 
     flags = {
         "privacy.epsilon": epsilon,
@@ -139,31 +140,29 @@ def plan(
     if gpu_memory is not None and model is None and config is None:
         raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
     loaded = _plan_config(config, flags, settings)
-    corpus = recognizer = None
-    if config is not None:
-        from asr_finetune.prepare import units
-
-        recognizer, corpus = planning.subject(loaded)
-        examples = units(loaded, corpus) if examples is None else examples
-    needed = {"--examples": examples, "--delta": loaded.privacy.delta}
+    needed: dict[str, Any] = {"--delta": loaded.privacy.delta}
     if config is None:
-        needed |= {"--batch-size": batch_size, "--steps": steps}
+        needed |= {"--examples": examples, "--batch-size": batch_size, "--steps": steps}
     missing = [flag for flag, value in needed.items() if value is None]
     if missing:
         raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
-    assert examples is not None
     assert loaded.privacy.delta is not None
+    corpus = recognizer = None
+    if config is not None:
+        recognizer, corpus = planning.subject(loaded)
+    if examples is not None:
+        sampling = assumed_sampling(loaded, examples)
+    else:
+        assert corpus is not None
+        sampling = sampling_of(loaded, corpus)
     by_hand = loaded.privacy.noise_multiplier if epsilon is None else None
     made = planning.plan(
-        examples=examples,
+        sampling,
         delta=loaded.privacy.delta,
-        batch_size=loaded.train.batch_size,
         steps=loaded.train.steps,
         epsilon=loaded.privacy.epsilon if by_hand is None else None,
         noise_multiplier=by_hand,
-        max_batch_size=loaded.privacy.max_batch_size,
         accountant=loaded.privacy.accountant,
-        unit=loaded.privacy.unit,
     )
     Console().print(plan_table(made))
     if model is not None and recognizer is None:

@@ -181,7 +181,7 @@ class PrivacyConfig(_Section):
         default=None, metadata=about("noise by hand; null: calibrated to epsilon and steps", least=0)
     )
     max_grad_norm: float = field(
-        default=1.0, metadata=about("clipping bound C on one unit's gradient", above=0)
+        default=1.0, metadata=about("clipping bound C on one utterance's gradient", above=0)
     )
     unit: Literal["example", "speaker"] = field(
         default="example", metadata=about("what is protected: one utterance, or all of a speaker's")
@@ -211,7 +211,11 @@ class TrainConfig(_Section):
 
     batch_size: int = field(
         default=256,
-        metadata=about("expected logical batch: each unit joins with probability batch_size / N", least=1),
+        metadata=about(
+            "expected logical batch, in utterances: each joins with probability batch_size / N; unit speaker: each "
+            "speaker with batch_size / (max_examples_per_speaker · N)",
+            least=1,
+        ),
     )
     physical_batch_size: int = field(
         default=16,

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch.utils.data import DataLoader
 
 from asr_finetune import record
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.data import Corpus, SpeechDataset, load_corpus
+from asr_finetune.data import Corpus, load_corpus
 from asr_finetune.memory_plan import MARGIN, Rehearsal, losses_of
 from asr_finetune.messages import expected
 from asr_finetune.methods import apply_method, trained_parameters
@@ -35,15 +34,14 @@ from asr_finetune.prepare import (
     prepare_blocks,
     recognizer_of,
     self_check,
-    sigma_of,
     training_dataset,
-    unit_arguments,
 )
 from asr_finetune.progress import Reporter
 from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer
 from asr_finetune.run_folder import RunFolder
-from dpkernels.privacy import epsilon, plan_sampling, read_ledger
+from asr_finetune.sampling import sampling_of, sigma_of
+from dpkernels.privacy import epsilon, read_ledger
 
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
 
@@ -201,10 +199,7 @@ class _Rehearsal:
         if not privacy.enabled:
             return "NOT PRIVATE: privacy.enabled is false. Such a run has no epsilon"
         assert privacy.delta is not None  # check_trainable saw to it
-        data: Any = DataLoader(
-            SpeechDataset(self.corpus, self.recognizer, cache=False), batch_size=config.train.batch_size
-        )
-        sampling = plan_sampling(data, **unit_arguments(config, self.corpus))
+        sampling = sampling_of(config, self.corpus)
         ledger = RunFolder(Path(config.output)).ledger
         begun = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
         self.sigma = begun[0].mechanism.noise_multiplier if begun else sigma_of(config, sampling)

@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 import warnings
-from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 
 from asr_finetune.config import Config, ConfigError
+from asr_finetune.sampling import expected_utterances
+from dpkernels.privacy import Sampling
 from dpkernels.privacy import epsilon as epsilon_of
 from dpkernels.privacy import noise_multiplier as sigma_for
 
@@ -35,30 +36,32 @@ class Plan:
     """What a run would spend.
 
     Attributes:
-        examples: N, number of privacy units.
+        units: N, number of privacy units.
         unit: what one of them is.
         epsilon: what the noise spends, by `accountant`.
         target_epsilon: the target; None when σ was given.
         delta: δ.
-        batch_size: expected logical batch.
+        batch_size: expected logical batch, in utterances; of speakers, its bound.
+        per_unit: most utterances of one unit in a step.
         steps: logical steps.
         max_batch_size: capacity of truncated Poisson sampling, or None.
         accountant: "pld" or "rdp".
         noise_multiplier: σ by it (the one to train with).
         noise_multiplier_other: σ by the other accountant for the same target; None with truncated sampling or when
             σ was given.
-        sample_rate: q = batch_size / N.
-        epochs: expected times that each example is seen, q × steps.
+        sample_rate: q: of utterances batch_size / N, of speakers batch_size / (per_unit · N).
+        epochs: expected times that each unit is drawn, q × steps.
         epsilon_at: (step, ε) on the way.
         epsilon_other: ε at the end with `noise_multiplier` by the other accountant; None with truncated sampling.
     """
 
-    examples: int
+    units: int
     unit: str
     epsilon: float
     target_epsilon: float | None
     delta: float
     batch_size: int
+    per_unit: int
     steps: int
     max_batch_size: int | None
     accountant: str
@@ -80,29 +83,23 @@ class Plan:
 
 
 def plan(
+    sampling: Sampling,
     *,
-    examples: int,
     delta: float,
-    batch_size: int,
     steps: int,
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
-    max_batch_size: int | None = None,
     accountant: Literal["pld", "rdp"] = "pld",
-    unit: Literal["example", "speaker"] = "example",
 ) -> Plan:
     """σ for a target ε (or ε for a given σ), by PLD and by RDP.
 
     Args:
-        examples: N.
+        sampling: who is drawn, with what probability: `sampling.sampling_of` a run, or `sampling.assumed_sampling`.
         delta: δ in (0, 1).
-        batch_size: expected logical batch, <= N.
         steps: logical steps.
         epsilon: target ε; or
         noise_multiplier: σ > 0. Exactly one of the two.
-        max_batch_size: capacity of truncated Poisson sampling.
         accountant: the one that a run is held to.
-        unit: what N counts.
 
     Raises:
         ValueError: an argument out of range, named.
@@ -112,17 +109,12 @@ def plan(
             f"plan: give exactly one of --epsilon and --noise-multiplier, got {epsilon} and "
             f"{noise_multiplier}"
         )
-    if not 0 < batch_size <= examples:
-        raise ConfigError(
-            f"plan: train.batch_size (--batch-size) {batch_size} must lie between 1 and the number of {unit}s "
-            f"(--examples, else the data's) {examples}"
-        )
     if noise_multiplier is not None and not noise_multiplier > 0:
         raise ConfigError(
             f"plan: --noise-multiplier {noise_multiplier} must be above 0: without noise epsilon is infinite"
         )
-    rate = batch_size / examples
-    sampled: dict[str, Any] = {"max_batch_size": max_batch_size, "dataset_size": examples}
+    rate, capacity, count = sampling.sample_rate, sampling.max_batch_size, sampling.units
+    sampled: dict[str, Any] = {"max_batch_size": capacity, "dataset_size": count}
     other: Literal["pld", "rdp"] = "rdp" if accountant == "pld" else "pld"
     sigma_other = None
     if noise_multiplier is not None:
@@ -130,22 +122,23 @@ def plan(
     else:
         assert epsilon is not None
         sigma = sigma_for(epsilon, delta, rate, steps, accountant=accountant, **sampled)
-        if max_batch_size is None:
-            sigma_other = sigma_for(epsilon, delta, rate, steps, accountant=other, dataset_size=examples)
+        if capacity is None:
+            sigma_other = sigma_for(epsilon, delta, rate, steps, accountant=other, dataset_size=count)
     marks = sorted({max(1, round(share * steps)) for share in CHECKPOINTS})
     curve = epsilon_of(sigma, rate, marks, delta, accountant=accountant, **sampled)
     by_other = None
-    if max_batch_size is None:
-        by_other = epsilon_of(sigma, rate, steps, delta, accountant=other, dataset_size=examples)
+    if capacity is None:
+        by_other = epsilon_of(sigma, rate, steps, delta, accountant=other, dataset_size=count)
     return Plan(
-        examples=examples,
-        unit=unit,
+        units=count,
+        unit=sampling.unit,
         epsilon=curve[-1],
         target_epsilon=epsilon,
         delta=delta,
-        batch_size=batch_size,
+        batch_size=sampling.expected_batch_size,
+        per_unit=sampling.per_unit,
         steps=steps,
-        max_batch_size=max_batch_size,
+        max_batch_size=capacity,
         accountant=accountant,
         noise_multiplier=sigma,
         noise_multiplier_other=sigma_other,
@@ -249,7 +242,13 @@ def probe(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="no self_check")  # the data is noise
             return _measure(
-                config, recognizer, device, private, loader, (mean, longest, width), per_step(config, corpus)
+                config,
+                recognizer,
+                device,
+                private,
+                loader,
+                (mean, longest, width),
+                expected_utterances(config, corpus),
             )
 
 
@@ -291,17 +290,6 @@ def typical_speech(recognizer: Recognizer, corpus: Corpus | None, seconds: float
     longest = float(np.max(lengths))
     text = max((utterance.text for utterance in corpus.utterances), key=len)
     return Speech(float(np.mean(lengths)), longest, len(recognizer.encode_text(text)) / longest)
-
-
-def per_step(config: Config, corpus: Corpus | None) -> float:
-    """Expected utterances in a logical step: of a speaker at most `privacy.max_examples_per_speaker` join."""
-    batch, most = config.train.batch_size, config.privacy.max_examples_per_speaker
-    if config.privacy.unit != "speaker" or most is None:
-        return batch
-    if corpus is None:
-        return batch * most
-    counts = Counter(corpus.speakers).values()
-    return batch * sum(min(count, most) for count in counts) / len(counts)
 
 
 def _measure(

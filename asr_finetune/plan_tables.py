@@ -29,10 +29,13 @@ def plan_table(made: Plan) -> Table:
     sampling = (
         "Poisson" if made.max_batch_size is None else f"truncated Poisson, at most {made.max_batch_size:,}"
     )
-    table.add_row(
-        "sampling",
-        f"{sampling}; rate {made.sample_rate:.5f} ({made.batch_size:,} of {made.examples:,} {made.unit}s)",
-    )
+    drawn = f"{made.batch_size:,} of {made.units:,} {made.unit}s"
+    if made.unit == "speaker":
+        drawn = (
+            f"of {made.units:,} speakers; of one at most {made.per_unit:,} utterances in a step, of all "
+            f"{made.batch_size:,} expected at most"
+        )
+    table.add_row("sampling", f"{sampling}; rate {made.sample_rate:.5f} ({drawn})")
     table.add_row("steps", f"{made.steps:,}: each {made.unit} is drawn {made.epochs:.1f} times on average")
     for step, value in made.epsilon_at:
         table.add_row(f"  ε after step {step:,}", f"{value:.3f}")
