@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.config_file import load_yaml, overridden, template
+from asr_finetune.config_file import load_yaml, overridden, template, typed
 from asr_finetune.messages import expected, show_warning, tell
 
 app = typer.Typer(
@@ -155,7 +155,7 @@ def plan(
     else:
         assert corpus is not None
         sampling = sampling_of(loaded, corpus)
-    by_hand = loaded.privacy.noise_multiplier if epsilon is None else None
+    by_hand = loaded.privacy.noise_multiplier
     made = planning.plan(
         sampling,
         delta=loaded.privacy.delta,
@@ -420,7 +420,8 @@ def _plan_config(config: Path | None, flags: dict[str, Any], settings: list[str]
     Raises:
         ConfigError: a configuration that is wrong, or has no ε to plan.
     """
-    if flags["privacy.epsilon"] is not None and flags["privacy.noise_multiplier"] is not None:
+    given = typed(flags, settings or ())
+    if given.get("privacy.epsilon") is not None and given.get("privacy.noise_multiplier") is not None:
         raise ConfigError(
             "plan: --epsilon and --noise-multiplier: give one; the first chooses the noise, the second says what "
             "it spends"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ def test_print_config_is_a_configuration() -> None:
         (["plan", "--gpu-memory", "80"], "--gpu-memory needs a model to plan for"),
         (["evaluate", "--data", "d"], "give --model, --adapter, or both"),
         (["plan", "--epsilon", "3", "--noise-multiplier", "1"], "--epsilon and --noise-multiplier: give one"),
+        (["plan", "--epsilon", "3", "--set", "privacy.noise_multiplier=1"], "--noise-multiplier: give one"),
         (["plan", "--epsilon", "3", "--set", "privacy.enabled=false"], "privacy.enabled is false"),
     ],
 )
@@ -210,13 +212,18 @@ def test_a_missing_synthesiser_is_a_message(
     assert "error: pip install it" in capsys.readouterr().err
 
 
-def test_plan_takes_the_noise_of_a_new_target(tmp_path: Path) -> None:
+def test_a_new_target_has_its_noise_planned_and_trained_with(tmp_path: Path) -> None:
     """--epsilon goes over a noise multiplier of the file."""
     tones.write_manifest(tmp_path, 12)
     tones.write_model(tmp_path / "model")
     values = tones.settings(tmp_path, privacy__noise_multiplier=9.0, privacy__accountant="rdp")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    output = invoke("plan", "--config", tmp_path / "run.yaml", "--epsilon", 3).output
+    common = ("--config", tmp_path / "run.yaml", "--epsilon", 3)
+    output = invoke("plan", *common).output
     assert "target 3, spends 2.9" in output
-    assert "noise multiplier σ (RDP)" in output
+    planned = re.search(r"noise multiplier σ \(RDP\)\W+([\d.]+)", output)
+    started = re.search(r"σ = ([\d.]+): 4 steps", invoke("train", *common, "--dry-run", "--quiet").output)
+    assert planned is not None
+    assert started is not None
+    assert planned[1] == f"{float(started[1]):.3f}"
     assert "9.000" in invoke("plan", "--config", tmp_path / "run.yaml").output

@@ -154,6 +154,27 @@ def test_overrides(tmp_path: Path) -> None:
         overridden({}, {}, ["trian.steps=1"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "settings", "epsilon", "noise"),
+    [
+        ({"privacy.epsilon": 3.0}, [], 3, None),
+        ({"privacy.epsilon": None}, ["privacy.epsilon=3"], 3, None),
+        ({"privacy.epsilon": 3.0, "privacy.noise_multiplier": 4.0}, [], 3, 4),
+        ({"privacy.epsilon": 3.0}, ["privacy.noise_multiplier=4"], 3, 4),
+        ({"privacy.noise_multiplier": 4.0}, [], 8, 4),
+        ({}, ["privacy.epsilon=null"], None, 9),
+        ({"train.steps": 7}, [], 8, 9),
+    ],
+)
+def test_a_target_that_is_typed_chooses_the_noise(
+    flags: dict[str, Any], settings: list[str], epsilon: float | None, noise: float | None
+) -> None:
+    """Over a file with a noise multiplier, unless one is typed too."""
+    file = with_(privacy={"epsilon": 8, "delta": 1e-6, "noise_multiplier": 9})
+    privacy = Config.from_dict(overridden(file, flags, settings)).privacy
+    assert (privacy.epsilon, privacy.noise_multiplier) == (epsilon, noise)
+
+
 def test_settings_are_read_as_yaml() -> None:
     assert parse_setting("data.test=null") == ("data.test", None)
     assert parse_setting("data.target_prefix= ") == ("data.target_prefix", " ")
