@@ -19,7 +19,7 @@ from asr_finetune.losses import IGNORED, ctc_frames_needed, ctc_loss_per_example
 from asr_finetune.recognizer import Recognizer, pad_rows
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Utterance
+    from asr_finetune.corpus import Utterance
 
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
 # Public and fixed: a vocabulary read off the private transcripts would tell what is in them.

@@ -20,10 +20,11 @@ from rich.text import Text
 
 from asr_finetune import record
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.data import Corpus, load_corpus
+from asr_finetune.corpus import Corpus
 from asr_finetune.memory_plan import MARGIN, Rehearsal, losses_of
 from asr_finetune.messages import expected
-from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.methods import apply_method
+from asr_finetune.parameters import trained_parameters
 from asr_finetune.plan import typical_speech
 from asr_finetune.plan_tables import size
 from asr_finetune.prepare import (
@@ -41,6 +42,7 @@ from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer
 from asr_finetune.run_folder import RunFolder
 from asr_finetune.sampling import sampling_of, sigma_of
+from asr_finetune.sources import load_corpus
 from dpkernels.privacy import epsilon, read_ledger
 
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread

@@ -34,7 +34,7 @@ from asr_finetune.recognizer import Recognizer
 from dpkernels import PrivacyEngine
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Corpus
+    from asr_finetune.corpus import Corpus
 
 MARGIN = 0.9
 """Share of a GPU's memory that a predicted peak may take."""

@@ -21,7 +21,7 @@ from dpkernels.privacy import epsilon as epsilon_of
 from dpkernels.privacy import noise_multiplier as sigma_for
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Corpus
+    from asr_finetune.corpus import Corpus
     from asr_finetune.recognizer import Recognizer
 
 CHECKPOINTS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -380,8 +380,8 @@ def subject(config: Config) -> tuple[Recognizer, Corpus]:
     Raises:
         ValueError, FileNotFoundError: a model or data that cannot be read.
     """
-    from asr_finetune.data import load_corpus
     from asr_finetune.models import load_recognizer
+    from asr_finetune.sources import load_corpus
 
     recognizer = load_recognizer(config.model)
     corpus = load_corpus(config.data.train, split=config.data.train_split, data=config.data)

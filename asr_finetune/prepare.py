@@ -16,13 +16,15 @@ from asr_finetune.augment import SpecAugment
 from asr_finetune.checkpointing import checkpoint_blocks
 from asr_finetune.compiling import compile_frozen_blocks
 from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
-from asr_finetune.data import Corpus, SpeechDataset, load_corpus
+from asr_finetune.corpus import Corpus
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.models import load_recognizer
 from asr_finetune.plain import micro_batch_limits
 from asr_finetune.progress import Reporter, duration
 from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer, to_device
 from asr_finetune.sampling import check_batch, sigma_of, unit_arguments, units
+from asr_finetune.sources import load_corpus
 from dpkernels import PrivacyEngine
 from dpkernels.privacy import plan_sampling, read_ledger
 
@@ -44,7 +46,7 @@ def load(
     """Load what the recogniser can take and what decodes of a corpus; say what is in it and what was left out.
 
     Args:
-        source: as in `data.load_corpus`.
+        source: as in `sources.load_corpus`.
         split: as there.
         data: filters and preparation of transcripts.
         reporter: where to say it.

@@ -12,7 +12,7 @@ from asr_finetune.config import Config, ConfigError
 from dpkernels.privacy import Sampling, noise_multiplier, plan_sampling
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Corpus
+    from asr_finetune.corpus import Corpus
 
 
 def units(config: Config, corpus: Corpus) -> int:

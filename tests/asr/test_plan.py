@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.data import load_corpus
 from asr_finetune.plain import micro_batch_limits
 from asr_finetune.plan import plan, probe, subject
 from asr_finetune.plan_tables import describe_probe, plan_table, size
 from asr_finetune.sampling import assumed_sampling, expected_utterances, sampling_of, units
+from asr_finetune.sources import load_corpus
 from asr_finetune.train import train
 from dpkernels.privacy import Sampling
 from tests.asr import small_models, tones

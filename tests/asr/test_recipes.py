@@ -20,8 +20,9 @@ from asr_finetune.config import Config
 from asr_finetune.config_file import RECIPES, load_yaml, overridden, recipes
 from asr_finetune.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.dry_run import rehearse
-from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.methods import apply_method
 from asr_finetune.models import tiny_parakeet
+from asr_finetune.parameters import trained_parameters
 from asr_finetune.train import train
 from dpkernels.privacy import noise_multiplier
 from tests.asr import small_models, tones
