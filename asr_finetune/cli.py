@@ -9,13 +9,13 @@ import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.config_file import load_yaml, overridden, template, typed
+from asr_finetune.config_file import load_yaml, overridden, template
 from asr_finetune.messages import expected, show_warning, tell
 
 app = typer.Typer(
@@ -122,9 +122,7 @@ def plan(
     openai/whisper-tiny.en
     - `asr-finetune plan --config run.yaml --gpu-memory 80`
     """
-    from asr_finetune import plan as planning
-    from asr_finetune.plan_tables import memory_table, plan_table, probe_table
-    from asr_finetune.sampling import assumed_sampling, sampling_of
+    from asr_finetune import planning
 
     flags = {
         "privacy.epsilon": epsilon,
@@ -137,50 +135,12 @@ def plan(
         "model.name": model,
         "method.kind": method,
     }
-    if gpu_memory is not None and model is None and config is None:
-        raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
-    loaded = _plan_config(config, flags, settings)
-    needed: dict[str, Any] = {"--delta": loaded.privacy.delta}
-    if config is None:
-        needed |= {"--examples": examples, "--batch-size": batch_size, "--steps": steps}
-    missing = [flag for flag, value in needed.items() if value is None]
-    if missing:
-        raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
-    assert loaded.privacy.delta is not None
-    corpus = recognizer = None
-    if config is not None:
-        recognizer, corpus = planning.subject(loaded)
-    if examples is not None:
-        sampling = assumed_sampling(loaded, examples)
-    else:
-        assert corpus is not None
-        sampling = sampling_of(loaded, corpus)
-    by_hand = loaded.privacy.noise_multiplier
-    made = planning.plan(
-        sampling,
-        delta=loaded.privacy.delta,
-        steps=loaded.train.steps,
-        epsilon=loaded.privacy.epsilon if by_hand is None else None,
-        noise_multiplier=by_hand,
-        accountant=loaded.privacy.accountant,
+    values = load_yaml(config) if config is not None else None
+    tables = planning.run(
+        values, flags, settings or (), examples=examples, seconds=seconds, gpu_memory=gpu_memory
     )
-    Console().print(plan_table(made))
-    if model is not None and recognizer is None:
-        from asr_finetune.models import load_recognizer
-
-        recognizer = load_recognizer(loaded.model)
-    if recognizer is not None and gpu_memory is not None:
-        from asr_finetune.checkpointing import has_checkpointing
-        from asr_finetune.memory_plan import plan_memory
-        from asr_finetune.methods import apply_method
-
-        apply_method(recognizer, loaded.method)
-        memory = round(gpu_memory * 2**30)
-        both = (False, True) if has_checkpointing(recognizer.model) else (False,)
-        fits = plan_memory(loaded, recognizer, memory, corpus=corpus, seconds=seconds, checkpointing=both)
-        Console().print(memory_table(fits))
-    elif recognizer is not None:
-        Console().print(probe_table(planning.probe(loaded, recognizer, corpus, seconds=seconds)))
+    for table in tables:
+        Console().print(table)
 
 
 @app.command()
@@ -412,33 +372,6 @@ def demo(
             err=True,
         )
         raise typer.Exit(1)
-
-
-def _plan_config(config: Path | None, flags: dict[str, Any], settings: list[str] | None) -> Config:
-    """The configuration a plan is for; what a plan does not need is filled in.
-
-    Raises:
-        ConfigError: a configuration that is wrong, or has no ε to plan.
-    """
-    given = typed(flags, settings or ())
-    if given.get("privacy.epsilon") is not None and given.get("privacy.noise_multiplier") is not None:
-        raise ConfigError(
-            "plan: --epsilon and --noise-multiplier: give one; the first chooses the noise, the second says what "
-            "it spends"
-        )
-    values = load_yaml(config) if config is not None else {}
-    defaults: dict[str, Any] = {"output": "."}
-    if config is None:
-        defaults |= {"data": {"train": "-"}}
-        if flags["model.name"] is None:
-            defaults |= {"model": {"name": "-"}}
-    loaded = Config.from_dict(overridden({**defaults, **values}, flags, settings or ()))
-    loaded.check_filled()
-    if not loaded.privacy.enabled:
-        raise ConfigError(
-            "plan: privacy.enabled is false: such a run has no epsilon and no noise to plan; set it to true"
-        )
-    return loaded
 
 
 def main() -> None:

@@ -25,7 +25,6 @@ from asr_finetune.memory_plan import MARGIN, Rehearsal, losses_of
 from asr_finetune.messages import expected
 from asr_finetune.methods import apply_method
 from asr_finetune.parameters import trained_parameters
-from asr_finetune.plan import typical_speech
 from asr_finetune.plan_tables import size
 from asr_finetune.prepare import (
     check_data,
@@ -43,6 +42,7 @@ from asr_finetune.recognizer import Recognizer
 from asr_finetune.run_folder import RunFolder
 from asr_finetune.sampling import sampling_of, sigma_of
 from asr_finetune.sources import load_corpus
+from asr_finetune.speech import typical_speech
 from dpkernels.privacy import epsilon, read_ledger
 
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread

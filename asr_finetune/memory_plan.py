@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from asr_finetune.checkpointing import checkpoint_blocks
 from asr_finetune.config import Config, PrivacyConfig
 from asr_finetune.live_memory import LiveMemory, Target, Valueless, cuda_size, hollow, rehearsal
-from asr_finetune.plan import typical_speech
 from asr_finetune.recognizer import Recognizer
+from asr_finetune.speech import typical_speech
 from dpkernels import PrivacyEngine
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def plan_memory(
         config: batch size and optimizer.
         recognizer: with the method applied (`methods.apply_method`); its weights are not read.
         memory: of the GPU, in bytes.
-        corpus: where lengths are taken from; None: `seconds`, as in `plan.probe`.
+        corpus: where lengths are taken from; None: `seconds`, as in `probe.probe`.
         seconds: of an utterance, without a corpus.
         target: as in `Rehearsal`.
         checkpointing: without, with, or both, in the order in which they are tried.

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from asr_finetune.plan import Plan, Probe
+from asr_finetune.plan import Plan
 from asr_finetune.progress import duration
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they load transformers, which a plan without a model does without
     from asr_finetune.memory_plan import Fit, MemoryPlan
+    from asr_finetune.probe import Probe
 
 
 def plan_table(made: Plan) -> Table:

@@ -145,6 +145,14 @@ def test_plan() -> None:
         invoke("plan", "--delta", "0.01", "--noise-multiplier", 4, *size)
 
 
+def test_a_plan_says_its_noise_before_it_loads_a_model(tmp_path: Path) -> None:
+    size = ("--examples", 500, "--batch-size", 50, "--set", "train.steps=10", "--delta", "1e-3")
+    result = invoke("plan", *size, "--noise-multiplier", 4, "--model", tmp_path)
+    assert "0.10000" in result.output
+    assert isinstance(result.exception, ConfigError)
+    assert "no usable checkpoint" in str(result.exception)
+
+
 def test_train_evaluate_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tones.write_manifest(tmp_path, 12)
     tones.write_model(tmp_path / "model")
