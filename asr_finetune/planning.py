@@ -49,6 +49,7 @@ def run(
     if gpu_memory is not None and config.model.name == _ABSENT:
         raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
     _check_given(config, typed(flags, settings), examples)
+    config.privacy.check()
     recognizer = corpus = None
     if config.data.train != _ABSENT:
         recognizer, corpus = _subject(config)

@@ -73,6 +73,9 @@ def test_print_config_is_a_configuration() -> None:
     assert Config.from_dict(yaml.safe_load(partly.output)).privacy.epsilon == 8.0
 
 
+SIZE = ("--examples", "500", "--batch-size", "50", "--steps", "10", "--delta", "1e-3")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,6 +89,8 @@ def test_print_config_is_a_configuration() -> None:
         (["plan", "--epsilon", "3", "--noise-multiplier", "1"], "--epsilon and --noise-multiplier: give one"),
         (["plan", "--epsilon", "3", "--set", "privacy.noise_multiplier=1"], "--noise-multiplier: give one"),
         (["plan", "--epsilon", "3", "--set", "privacy.enabled=false"], "privacy.enabled is false"),
+        (["plan", *SIZE, "--epsilon", "3", "--set", "privacy.unit=speaker"], "max_examples_per_speaker"),
+        (["plan", *SIZE], "privacy.epsilon and privacy.noise_multiplier are both missing"),
     ],
 )
 def test_expected_errors_are_messages(
