@@ -244,9 +244,9 @@ def train(
     loaded = Config.from_dict(given)
     loaded.check_trainable()
     if dry_run:
-        from asr_finetune.dry_run import check_table, rehearse
+        from asr_finetune.dry_run import check_run, check_table
 
-        checks = rehearse(loaded, resume=resume, compare=compare, progress=not quiet)
+        checks = check_run(loaded, resume=resume, compare=compare, progress=not quiet)
         Console().print(check_table(checks))
         raise typer.Exit(0 if all(check.passed for check in checks) else 1)
     from asr_finetune.train import train as run_training

@@ -1,4 +1,4 @@
-"""A rehearsal: all that can be checked of a run before it begins. Writes nothing, draws no noise, spends no ε.
+"""A dry run: all that can be checked of a run before it begins. Writes nothing, draws no noise, spends no ε.
 
 Model, data, accounting and the private path are those of `train`; only the ledger, the noise and the output folder
 are not there. Of the recordings, every header is read, and a sample is decoded.
@@ -50,7 +50,7 @@ DECODED = 64  # recordings of a corpus that are decoded, evenly spread
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the rehearsal.
+    """One line of a dry run.
 
     Attributes:
         what: what was checked.
@@ -63,7 +63,7 @@ class Check:
     found: str
 
 
-def rehearse(
+def check_run(
     config: Config, *, resume: bool = True, compare: str | Path | None = None, progress: bool = True
 ) -> list[Check]:
     """Go through a run's start without starting it.
@@ -76,17 +76,17 @@ def rehearse(
     Returns:
         The checks, in order; those that need one that failed are failed too, and say so.
     """
-    rehearsal = _Rehearsal(config, Reporter(progress))
+    run = _Checks(config, Reporter(progress))
     steps: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
-        ("output", lambda: rehearsal.output(resume, compare), ()),
-        ("model", rehearsal.model, ()),
-        ("training data", rehearsal.training_data, ("model",)),
-        ("test data", rehearsal.test_data, ("model", "training data")),
-        ("validation data", rehearsal.validation_data, ("model", "training data")),
-        ("method", rehearsal.method, ("model",)),
-        ("privacy", rehearsal.privacy, ("output", "training data")),
-        ("memory", rehearsal.memory, ("training data", "method")),
-        ("gradients", rehearsal.gradients, ("privacy", "method", "memory")),
+        ("output", lambda: run.output(resume, compare), ()),
+        ("model", run.model, ()),
+        ("training data", run.training_data, ("model",)),
+        ("test data", run.test_data, ("model", "training data")),
+        ("validation data", run.validation_data, ("model", "training data")),
+        ("method", run.method, ("model",)),
+        ("privacy", run.privacy, ("output", "training data")),
+        ("memory", run.memory, ("training data", "method")),
+        ("gradients", run.gradients, ("privacy", "method", "memory")),
     ]
     checks: list[Check] = []
     for what, step, needs in steps:
@@ -121,7 +121,7 @@ def check_table(checks: list[Check]) -> Table:
 
 
 @dataclass
-class _Rehearsal:
+class _Checks:
     """The steps, and what they leave for later ones."""
 
     config: Config

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from asr_finetune import cli, sampling
 from asr_finetune import dry_run as module
 from asr_finetune.config import Config
-from asr_finetune.dry_run import Check, rehearse
+from asr_finetune.dry_run import Check, check_run
 from asr_finetune.train import train
 from dpkernels.privacy import SelfCheckError, SelfCheckReport, read_ledger
 from dpkernels.privacy.noise import SecretStream
@@ -57,7 +57,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 def checks(folder: Path, **changes: Any) -> dict[str, Check]:
     config = Config.from_dict(settings(folder, **changes))
     config.check_trainable()
-    return {check.what: check for check in rehearse(config, progress=False)}
+    return {check.what: check for check in check_run(config, progress=False)}
 
 
 def run_cli(*arguments: object) -> Any:
@@ -111,7 +111,7 @@ def test_a_run_that_is_continued(folder: Path) -> None:
     config = crash_at(folder, 3)
     ledger = Path(config.output) / "ledger.jsonl"
     written = ledger.read_bytes()
-    found = {check.what: check for check in rehearse(config, progress=False)}
+    found = {check.what: check for check in check_run(config, progress=False)}
     assert failed(found) == set()
     assert "its ledger counts 3 steps" in found["output"].found
     assert "σ = 4 (its ledger)" in found["privacy"].found
