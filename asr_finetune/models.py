@@ -247,7 +247,6 @@ def tiny_parakeet(
     layers: int = 4,
     heads: int = 4,
     channels: int = 64,
-    subsampling: int = 8,
     mels: int = 80,
     seed: int = 0,
     **encoder: Any,
@@ -261,7 +260,6 @@ def tiny_parakeet(
         layers: conformer blocks.
         heads: attention heads.
         channels: of the subsampling convolutions.
-        subsampling: feature frames (10 ms) in an output frame: 2, 4 or 8.
         mels: log-mel bins.
         seed: of the initialisation; public.
         encoder: more fields of transformers' ParakeetEncoderConfig.
@@ -282,7 +280,6 @@ def tiny_parakeet(
             "num_attention_heads": heads,
             "intermediate_size": 4 * hidden,
             "subsampling_conv_channels": channels,
-            "subsampling_factor": subsampling,
             "num_mel_bins": mels,
             "dropout": 0.0,
             "activation_dropout": 0.0,
