@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Fine-tune speech recognisers with differential privacy: plan, train, evaluate, report.",
+    help="Fine-tune speech recognisers with differential privacy.",
 )
 
 
