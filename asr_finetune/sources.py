@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from asr_finetune.audio import AudioError, DatasetRow, Encoded, duration
 from asr_finetune.config import ConfigError, DataConfig
 from asr_finetune.corpus import Corpus, Problem, Utterance, require_utterances
+from asr_finetune.hub import hub_answers, unreachable
 
 _AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 
@@ -246,20 +248,38 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Within it, `datasets` reads earlier downloads and asks the hub for nothing."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True  # it has no argument for this
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
 def _load_table(source: str, split: str | None) -> dict[str, Any]:
     """split -> datasets.Dataset."""
     import datasets
 
     folder = Path(source).expanduser()
     name, _, configuration = source.partition(":")
+    away = not folder.is_dir() and not hub_answers(name, kind="dataset")
     try:
         if folder.is_dir() and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(str(folder))
         else:
-            loaded = datasets.load_dataset(str(folder) if folder.is_dir() else name, configuration or None)
+            with _offline() if away else nullcontext():
+                loaded = datasets.load_dataset(
+                    str(folder) if folder.is_dir() else name, configuration or None
+                )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        there = f" ({unreachable()}, and there is no earlier download)" if away else ""
         raise ConfigError(
-            f"data: `datasets` cannot load {source!r}: give a folder with *.trans.txt, a .jsonl manifest, or a "
+            f"data: `datasets` cannot load {source!r}{there}: give a folder with *.trans.txt, a .jsonl manifest, or a "
             f"dataset id that this machine can download; it says: {_first_line(error)}"
         ) from error
     if isinstance(loaded, datasets.Dataset):
