@@ -21,7 +21,7 @@ def units(config: Config, corpus: Corpus) -> int:
     Raises:
         ConfigError: the unit is a speaker, and an utterance has none.
     """
-    if config.privacy.unit == "example" or not config.privacy.enabled:
+    if not _of_speakers(config):
         return len(corpus)
     nameless = [utterance.id for utterance in corpus.utterances if utterance.speaker is None]
     if nameless:
