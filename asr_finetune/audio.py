@@ -12,7 +12,7 @@ import soundfile
 import soxr
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Utterance
+    from asr_finetune.corpus import Utterance
 
 
 HEADER_TOLERANCE = 0.1  # seconds: an MP3's header counts padding that its decoder drops

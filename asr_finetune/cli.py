@@ -9,7 +9,7 @@ import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Fine-tune speech recognisers with differential privacy: plan, train, evaluate, report.",
+    help="Fine-tune speech recognisers with differential privacy.",
 )
 
 
@@ -122,8 +122,7 @@ def plan(
     openai/whisper-tiny.en
     - `asr-finetune plan --config run.yaml --gpu-memory 80`
     """
-    from asr_finetune import plan as planning
-    from asr_finetune.plan_tables import memory_table, plan_table, probe_table
+    from asr_finetune import planning
 
     flags = {
         "privacy.epsilon": epsilon,
@@ -136,52 +135,12 @@ def plan(
         "model.name": model,
         "method.kind": method,
     }
-    if gpu_memory is not None and model is None and config is None:
-        raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
-    loaded = _plan_config(config, flags, settings)
-    corpus = recognizer = None
-    if config is not None:
-        from asr_finetune.prepare import units
-
-        recognizer, corpus = planning.subject(loaded)
-        examples = units(loaded, corpus) if examples is None else examples
-    needed = {"--examples": examples, "--delta": loaded.privacy.delta}
-    if config is None:
-        needed |= {"--batch-size": batch_size, "--steps": steps}
-    missing = [flag for flag, value in needed.items() if value is None]
-    if missing:
-        raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
-    assert examples is not None
-    assert loaded.privacy.delta is not None
-    by_hand = loaded.privacy.noise_multiplier if epsilon is None else None
-    made = planning.plan(
-        examples=examples,
-        delta=loaded.privacy.delta,
-        batch_size=loaded.train.batch_size,
-        steps=loaded.train.steps,
-        epsilon=loaded.privacy.epsilon if by_hand is None else None,
-        noise_multiplier=by_hand,
-        max_batch_size=loaded.privacy.max_batch_size,
-        accountant=loaded.privacy.accountant,
-        unit=loaded.privacy.unit,
+    values = load_yaml(config) if config is not None else None
+    tables = planning.run(
+        values, flags, settings or (), examples=examples, seconds=seconds, gpu_memory=gpu_memory
     )
-    Console().print(plan_table(made))
-    if model is not None and recognizer is None:
-        from asr_finetune.models import load_recognizer
-
-        recognizer = load_recognizer(loaded.model)
-    if recognizer is not None and gpu_memory is not None:
-        from asr_finetune.checkpointing import has_checkpointing
-        from asr_finetune.memory_plan import plan_memory
-        from asr_finetune.methods import apply_method
-
-        apply_method(recognizer, loaded.method)
-        memory = round(gpu_memory * 2**30)
-        both = (False, True) if has_checkpointing(recognizer.model) else (False,)
-        fits = plan_memory(loaded, recognizer, memory, corpus=corpus, seconds=seconds, checkpointing=both)
-        Console().print(memory_table(fits))
-    elif recognizer is not None:
-        Console().print(probe_table(planning.probe(loaded, recognizer, corpus, seconds=seconds)))
+    for table in tables:
+        Console().print(table)
 
 
 @app.command()
@@ -285,9 +244,9 @@ def train(
     loaded = Config.from_dict(given)
     loaded.check_trainable()
     if dry_run:
-        from asr_finetune.dry_run import check_table, rehearse
+        from asr_finetune.dry_run import check_run, check_table
 
-        checks = rehearse(loaded, resume=resume, compare=compare, progress=not quiet)
+        checks = check_run(loaded, resume=resume, compare=compare, progress=not quiet)
         Console().print(check_table(checks))
         raise typer.Exit(0 if all(check.passed for check in checks) else 1)
     from asr_finetune.train import train as run_training
@@ -413,32 +372,6 @@ def demo(
             err=True,
         )
         raise typer.Exit(1)
-
-
-def _plan_config(config: Path | None, flags: dict[str, Any], settings: list[str] | None) -> Config:
-    """The configuration a plan is for; what a plan does not need is filled in.
-
-    Raises:
-        ConfigError: a configuration that is wrong, or has no ε to plan.
-    """
-    if flags["privacy.epsilon"] is not None and flags["privacy.noise_multiplier"] is not None:
-        raise ConfigError(
-            "plan: --epsilon and --noise-multiplier: give one; the first chooses the noise, the second says what "
-            "it spends"
-        )
-    values = load_yaml(config) if config is not None else {}
-    defaults: dict[str, Any] = {"output": "."}
-    if config is None:
-        defaults |= {"data": {"train": "-"}}
-        if flags["model.name"] is None:
-            defaults |= {"model": {"name": "-"}}
-    loaded = Config.from_dict(overridden({**defaults, **values}, flags, settings or ()))
-    loaded.check_filled()
-    if not loaded.privacy.enabled:
-        raise ConfigError(
-            "plan: privacy.enabled is false: such a run has no epsilon and no noise to plan; set it to true"
-        )
-    return loaded
 
 
 def main() -> None:

@@ -181,7 +181,7 @@ class PrivacyConfig(_Section):
         default=None, metadata=about("noise by hand; null: calibrated to epsilon and steps", least=0)
     )
     max_grad_norm: float = field(
-        default=1.0, metadata=about("clipping bound C on one unit's gradient", above=0)
+        default=1.0, metadata=about("clipping bound C on one utterance's gradient", above=0)
     )
     unit: Literal["example", "speaker"] = field(
         default="example", metadata=about("what is protected: one utterance, or all of a speaker's")
@@ -204,6 +204,40 @@ class PrivacyConfig(_Section):
         default=True, metadata=about("false: ordinary training, for comparison; nothing is private then")
     )
 
+    def check(self) -> None:
+        """Whether it says what a private run needs to know; a section that is not enabled always does.
+
+        Raises:
+            ConfigError: no δ; neither ε nor a noise multiplier; options that need each other.
+        """
+        if not self.enabled:
+            return
+        if self.delta is None:
+            raise ConfigError(
+                "privacy.delta is missing: there is no safe default. Choose it well below 1 / number of "
+                "training units, e.g. --delta 1e-6 for 100,000 utterances"
+            )
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ConfigError(
+                "privacy.epsilon and privacy.noise_multiplier are both missing: give --epsilon 8 (the "
+                "noise is then calibrated), or --noise-multiplier 0.7, or train with --not-private"
+            )
+        if self.epsilon is not None and self.noise_multiplier == 0:
+            raise ConfigError(
+                f"privacy.noise_multiplier=0 with privacy.epsilon={self.epsilon:g}: without noise epsilon "
+                "is infinite: set noise_multiplier null (calibrated), or epsilon null"
+            )
+        if self.unit == "speaker" and self.max_examples_per_speaker is None:
+            raise ConfigError(
+                "privacy.unit=speaker needs privacy.max_examples_per_speaker, the most utterances of one "
+                "speaker in a step: the noise grows with it. Try 4"
+            )
+        if self.max_examples_per_speaker is not None and self.unit != "speaker":
+            raise ConfigError(
+                f"privacy.max_examples_per_speaker={self.max_examples_per_speaker} needs "
+                f"privacy.unit=speaker, got {self.unit!r}: set both, or neither"
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig(_Section):
@@ -211,7 +245,11 @@ class TrainConfig(_Section):
 
     batch_size: int = field(
         default=256,
-        metadata=about("expected logical batch: each unit joins with probability batch_size / N", least=1),
+        metadata=about(
+            "expected logical batch, in utterances: each joins with probability batch_size / N; unit speaker: each "
+            "speaker with batch_size / (max_examples_per_speaker · N)",
+            least=1,
+        ),
     )
     physical_batch_size: int = field(
         default=16,
@@ -355,45 +393,21 @@ class Config:
             )
 
     def check_trainable(self) -> None:
-        """Whether the parts fit together for training; what a single section cannot see.
+        """Whether the sections are complete, and fit together for training.
 
         Raises:
-            ConfigError: a placeholder; no δ; neither ε nor a noise multiplier; options that need each other.
+            ConfigError: a placeholder; what `PrivacyConfig.check` refuses; options that need each other.
         """
         self.check_filled()
         privacy, train = self.privacy, self.train
-        if privacy.enabled:
-            if privacy.delta is None:
-                raise ConfigError(
-                    "privacy.delta is missing: there is no safe default. Choose it well below 1 / number of "
-                    "training units, e.g. --delta 1e-6 for 100,000 utterances"
-                )
-            if privacy.epsilon is None and privacy.noise_multiplier is None:
-                raise ConfigError(
-                    "privacy.epsilon and privacy.noise_multiplier are both missing: give --epsilon 8 (the "
-                    "noise is then calibrated), or --noise-multiplier 0.7, or --not-private"
-                )
-            if privacy.epsilon is not None and privacy.noise_multiplier == 0:
-                raise ConfigError(
-                    f"privacy.noise_multiplier=0 with privacy.epsilon={privacy.epsilon:g}: without noise epsilon "
-                    "is infinite: set noise_multiplier null (calibrated), or epsilon null"
-                )
-            if privacy.unit == "speaker" and privacy.max_examples_per_speaker is None:
-                raise ConfigError(
-                    "privacy.unit=speaker needs privacy.max_examples_per_speaker, the most utterances of one "
-                    "speaker in a step: the noise grows with it. Try 4"
-                )
-            if privacy.max_examples_per_speaker is not None and privacy.unit != "speaker":
-                raise ConfigError(
-                    f"privacy.max_examples_per_speaker={privacy.max_examples_per_speaker} needs "
-                    f"privacy.unit=speaker, got {privacy.unit!r}: set both, or neither"
-                )
-            if privacy.max_batch_size is not None and privacy.max_batch_size < train.batch_size:
-                raise ConfigError(
-                    f"privacy.max_batch_size={privacy.max_batch_size} is below "
-                    f"train.batch_size={train.batch_size}, so that most batches would be cut: give at least "
-                    "batch_size + 6·√batch_size, or null"
-                )
+        privacy.check()
+        capacity = privacy.max_batch_size if privacy.enabled else None
+        if capacity is not None and capacity < train.batch_size:
+            raise ConfigError(
+                f"privacy.max_batch_size={capacity} is below "
+                f"train.batch_size={train.batch_size}, so that most batches would be cut: give at least "
+                "batch_size + 6·√batch_size, or null"
+            )
         if train.eval_every and self.data.valid is None:
             raise ConfigError(
                 f"train.eval_every={train.eval_every} needs data.valid, which must be public data (private "

@@ -87,13 +87,32 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def typed(overrides: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """What a command line says, by key: the flags that were given, and the settings, which go over them.
+
+    Raises:
+        ConfigError: see `parse_setting`.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return given | dict(map(parse_setting, settings))
+
+
 def overridden(
     values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Plain values with `overrides` and then `settings` put in; unknown keys are refused."""
+    """Plain values with `overrides` and then `settings` put in.
+
+    A target ε among them takes the place of a noise multiplier in `values`, under which it would choose nothing;
+    unless they give a noise multiplier as well, which then makes the noise, and ε is where training stops.
+
+    Raises:
+        ConfigError: an unknown key, or a setting that is none.
+    """
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    for key, value in [*given.items(), *(parse_setting(setting) for setting in settings)]:
+    given = typed(overrides or {}, settings)
+    if given.get("privacy.epsilon") is not None:
+        given.setdefault("privacy.noise_multiplier", None)
+    for key, value in given.items():
         if key == "output":
             result["output"] = value
             continue

@@ -5,6 +5,7 @@ The CTC blank is the class `config.pad_token_id`, as in all of transformers' CTC
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from asr_finetune.losses import IGNORED, ctc_frames_needed, ctc_loss_per_example
 from asr_finetune.recognizer import Recognizer, pad_rows
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Utterance
+    from asr_finetune.corpus import Utterance
 
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
 # Public and fixed: a vocabulary read off the private transcripts would tell what is in them.
@@ -162,21 +163,32 @@ def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"
         unit: what one label is.
 
     Raises:
-        ValueError: an empty vocabulary, a repeated or reserved entry, or a character of several letters.
+        ValueError: an empty vocabulary, a repeated or reserved entry, a character of several letters, or a word with
+            white space; the entry is named.
     """
     if not vocabulary:
         raise ValueError("vocabulary=[]: give the words or characters to recognise")
-    repeated = {entry for entry in vocabulary if list(vocabulary).count(entry) > 1}
-    if repeated or {BLANK, UNKNOWN, ""} & set(vocabulary):
+    repeated = [entry for entry, count in Counter(vocabulary).items() if count > 1]
+    if repeated:
         raise ValueError(
-            f"vocabulary: repeated {sorted(repeated)}, or one of the reserved {BLANK!r}, {UNKNOWN!r}, ''"
+            f"vocabulary: {_named(repeated)} more than once: a class each, so leave the others out"
         )
-    if unit == "characters" and any(len(entry) > 1 for entry in vocabulary):
+    reserved = [entry for entry in vocabulary if entry in (BLANK, UNKNOWN, "")]
+    if reserved:
         raise ValueError(
-            f"vocabulary={list(vocabulary)[:5]}...: characters are single letters; or unit='words'"
+            f"vocabulary: {_named(reserved)} is reserved (as {BLANK!r}, {UNKNOWN!r} and '' are): leave it out"
         )
-    if unit == "words" and any(len(entry.split()) != 1 for entry in vocabulary):
-        raise ValueError("vocabulary: a word holds no white space")
+    long = [entry for entry in vocabulary if len(entry) > 1]
+    if unit == "characters" and long:
+        raise ValueError(
+            f"vocabulary: {_named(long)} of several letters, where characters are single ones: leave it out, or give "
+            "unit='words'"
+        )
+    spaced = [entry for entry in vocabulary if entry.split() != [entry]]
+    if unit == "words" and spaced:
+        raise ValueError(
+            f"vocabulary: {_named(spaced)} with white space, which ends a word: give its words one by one"
+        )
     entries = [BLANK, UNKNOWN, *vocabulary]
     core = Tokenizer(WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token=UNKNOWN))
     if unit == "words":
@@ -188,3 +200,9 @@ def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"
         core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
         core.decoder = decoders.Sequence([decoders.Replace(WORD_DELIMITER, " "), decoders.Fuse()])
     return ParakeetTokenizer(tokenizer_object=core, pad_token=BLANK, unk_token=UNKNOWN)
+
+
+def _named(entries: Sequence[str]) -> str:
+    """The first of some entries, and how many more there are."""
+    more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+    return f"{entries[0]!r}{more}"

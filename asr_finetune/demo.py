@@ -34,12 +34,13 @@ from asr_finetune.config import (
     PrivacyConfig,
     TrainConfig,
 )
-from asr_finetune.data import SpeechDataset, load_corpus
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.models import tiny_parakeet
 from asr_finetune.progress import Reporter, duration
 from asr_finetune.recognizer import Recognizer
 from asr_finetune.report import write_report
 from asr_finetune.run_folder import RunFolder
+from asr_finetune.sources import load_corpus
 from asr_finetune.synth import PUBLIC_VOICES, Voice, synthesise, write_wav
 from asr_finetune.train import train
 

@@ -1,4 +1,4 @@
-"""A rehearsal: all that can be checked of a run before it begins. Writes nothing, draws no noise, spends no ε.
+"""A dry run: all that can be checked of a run before it begins. Writes nothing, draws no noise, spends no ε.
 
 Model, data, accounting and the private path are those of `train`; only the ledger, the noise and the output folder
 are not there. Of the recordings, every header is read, and a sample is decoded.
@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch.utils.data import DataLoader
 
 from asr_finetune import record
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.data import Corpus, SpeechDataset, load_corpus
+from asr_finetune.corpus import Corpus
 from asr_finetune.memory_plan import MARGIN, Rehearsal, losses_of
 from asr_finetune.messages import expected
-from asr_finetune.methods import apply_method, trained_parameters
-from asr_finetune.plan import typical_speech
+from asr_finetune.methods import apply_method
+from asr_finetune.parameters import trained_parameters
 from asr_finetune.plan_tables import size
 from asr_finetune.prepare import (
     check_data,
@@ -35,22 +34,23 @@ from asr_finetune.prepare import (
     prepare_blocks,
     recognizer_of,
     self_check,
-    sigma_of,
     training_dataset,
-    unit_arguments,
 )
 from asr_finetune.progress import Reporter
 from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer
 from asr_finetune.run_folder import RunFolder
-from dpkernels.privacy import epsilon, plan_sampling, read_ledger
+from asr_finetune.sampling import sampling_of, sigma_of
+from asr_finetune.sources import load_corpus
+from asr_finetune.speech import typical_speech
+from dpkernels.privacy import epsilon, read_ledger
 
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the rehearsal.
+    """One line of a dry run.
 
     Attributes:
         what: what was checked.
@@ -63,7 +63,7 @@ class Check:
     found: str
 
 
-def rehearse(
+def check_run(
     config: Config, *, resume: bool = True, compare: str | Path | None = None, progress: bool = True
 ) -> list[Check]:
     """Go through a run's start without starting it.
@@ -76,17 +76,17 @@ def rehearse(
     Returns:
         The checks, in order; those that need one that failed are failed too, and say so.
     """
-    rehearsal = _Rehearsal(config, Reporter(progress))
+    run = _Checks(config, Reporter(progress))
     steps: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
-        ("output", lambda: rehearsal.output(resume, compare), ()),
-        ("model", rehearsal.model, ()),
-        ("training data", rehearsal.training_data, ("model",)),
-        ("test data", rehearsal.test_data, ("model", "training data")),
-        ("validation data", rehearsal.validation_data, ("model", "training data")),
-        ("method", rehearsal.method, ("model",)),
-        ("privacy", rehearsal.privacy, ("output", "training data")),
-        ("memory", rehearsal.memory, ("training data", "method")),
-        ("gradients", rehearsal.gradients, ("privacy", "method", "memory")),
+        ("output", lambda: run.output(resume, compare), ()),
+        ("model", run.model, ()),
+        ("training data", run.training_data, ("model",)),
+        ("test data", run.test_data, ("model", "training data")),
+        ("validation data", run.validation_data, ("model", "training data")),
+        ("method", run.method, ("model",)),
+        ("privacy", run.privacy, ("output", "training data")),
+        ("memory", run.memory, ("training data", "method")),
+        ("gradients", run.gradients, ("privacy", "method", "memory")),
     ]
     checks: list[Check] = []
     for what, step, needs in steps:
@@ -121,7 +121,7 @@ def check_table(checks: list[Check]) -> Table:
 
 
 @dataclass
-class _Rehearsal:
+class _Checks:
     """The steps, and what they leave for later ones."""
 
     config: Config
@@ -201,10 +201,7 @@ class _Rehearsal:
         if not privacy.enabled:
             return "NOT PRIVATE: privacy.enabled is false. Such a run has no epsilon"
         assert privacy.delta is not None  # check_trainable saw to it
-        data: Any = DataLoader(
-            SpeechDataset(self.corpus, self.recognizer, cache=False), batch_size=config.train.batch_size
-        )
-        sampling = plan_sampling(data, **unit_arguments(config, self.corpus))
+        sampling = sampling_of(config, self.corpus)
         ledger = RunFolder(Path(config.output)).ledger
         begun = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
         self.sigma = begun[0].mechanism.noise_multiplier if begun else sigma_of(config, sampling)

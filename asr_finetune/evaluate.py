@@ -12,7 +12,8 @@ import numpy as np
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from asr_finetune.config import EvaluateConfig
-from asr_finetune.data import Corpus, SpeechDataset
+from asr_finetune.corpus import Corpus
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.progress import Reporter
 from asr_finetune.recognizer import Recognizer
 

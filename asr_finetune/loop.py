@@ -15,7 +15,8 @@ import torch
 
 from asr_finetune import checkpoint
 from asr_finetune.config import Config, TrainConfig
-from asr_finetune.data import Corpus, Problem, SpeechDataset
+from asr_finetune.corpus import Corpus, Problem
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.evaluate import evaluate
 from asr_finetune.progress import Reporter
 from asr_finetune.recognizer import Recognizer, to_device

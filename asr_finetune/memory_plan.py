@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 from asr_finetune.checkpointing import checkpoint_blocks
 from asr_finetune.config import Config, PrivacyConfig
 from asr_finetune.live_memory import LiveMemory, Target, Valueless, cuda_size, hollow, rehearsal
-from asr_finetune.plan import typical_speech
 from asr_finetune.recognizer import Recognizer
+from asr_finetune.speech import typical_speech
 from dpkernels import PrivacyEngine
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Corpus
+    from asr_finetune.corpus import Corpus
 
 MARGIN = 0.9
 """Share of a GPU's memory that a predicted peak may take."""
@@ -252,7 +252,6 @@ def plan_memory(
     seconds: float | None = None,
     target: Target = "cuda",
     checkpointing: Sequence[bool] = (False,),
-    margin: float = MARGIN,
 ) -> MemoryPlan:
     """The largest micro-batch of each strategy for a GPU, and which to use: rehearsed, without the GPU.
 
@@ -263,11 +262,10 @@ def plan_memory(
         config: batch size and optimizer.
         recognizer: with the method applied (`methods.apply_method`); its weights are not read.
         memory: of the GPU, in bytes.
-        corpus: where lengths are taken from; None: `seconds`, as in `plan.probe`.
+        corpus: where lengths are taken from; None: `seconds`, as in `probe.probe`.
         seconds: of an utterance, without a corpus.
         target: as in `Rehearsal`.
         checkpointing: without, with, or both, in the order in which they are tried.
-        margin: share of `memory` that a predicted peak may take.
 
     Raises:
         ConfigError: `seconds` above the model's window.
@@ -280,7 +278,7 @@ def plan_memory(
         kind = {"strategy": strategy, "checkpointing": recompute}
         losses = [losses_of(recognizer, speech.item(recognizer, length)) for length in lengths]
         with Rehearsal(recognizer.model, optimizer=config.train.optimizer, target=target, **kind) as stage:  # type: ignore[arg-type]
-            peaks = [stage.largest(loss, margin * memory, config.train.batch_size) for loss in losses]
+            peaks = [stage.largest(loss, MARGIN * memory, config.train.batch_size) for loss in losses]
         return [Fit(strategy, recompute, length, peak) for length, peak in zip(lengths, peaks, strict=True)]
 
     found = [
@@ -291,8 +289,8 @@ def plan_memory(
     enough = min(ENOUGH, config.train.batch_size)
     chosen = next((fit for fit in found if fit.size >= enough), max(found, key=lambda fit: fit.size))
     if not chosen.size:
-        return MemoryPlan(memory, margin, found, None, [])
-    return MemoryPlan(memory, margin, found, chosen, find(chosen.strategy, chosen.checkpointing, lengths))
+        return MemoryPlan(memory, MARGIN, found, None, [])
+    return MemoryPlan(memory, MARGIN, found, chosen, find(chosen.strategy, chosen.checkpointing, lengths))
 
 
 def _engine() -> PrivacyEngine:

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 import dpkernels.nn
 from asr_finetune.config import ConfigError, MethodConfig
+from asr_finetune.parameters import trained_parameters
 from asr_finetune.precision import hold_frozen
 from asr_finetune.recognizer import Recognizer, switch_off_shared_randomness
 
@@ -180,8 +181,3 @@ def _adaptable(module: nn.Module) -> bool:
     if type(module) is nn.Conv1d:
         return module.kernel_size == module.stride == (1,) and module.groups == 1 and module.padding == (0,)
     return isinstance(module, nn.Linear)
-
-
-def trained_parameters(model: nn.Module) -> int:
-    """Number of trained values; a tensor that two modules share counts once."""
-    return sum({id(p): p.numel() for p in model.parameters() if p.requires_grad}.values())

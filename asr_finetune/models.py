@@ -12,16 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import peft
 import torch
 import transformers
-from huggingface_hub import errors
 from safetensors import SafetensorError
 from torch import nn
 
 from asr_finetune.config import ConfigError, ModelConfig
 from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
+from asr_finetune.hub import hub_answers, unreachable
 from asr_finetune.methods import head_name
 from asr_finetune.precision import DTYPES, no_tf32
 from asr_finetune.recognizer import SETTINGS, Recognizer, quiet_transformers
@@ -186,10 +185,7 @@ def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
     else:
         # downloads of before are used; no file is asked for again and again
         options["local_files_only"] = True
-        fault = (
-            f"there is no such folder, the hub ({huggingface_hub.constants.ENDPOINT}) cannot be reached, and no "
-            "earlier download is complete"
-        )
+        fault = f"there is no such folder, {unreachable()}, and no earlier download is complete"
     try:
         return reader.from_pretrained(asked.name, revision=asked.revision, **options)
     except (OSError, ValueError, TypeError, SafetensorError) as error:  # TypeError: no tokenizer's files
@@ -200,20 +196,7 @@ def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
         ) from error
 
 
-@functools.cache
-def _hub_answers(name: str, revision: str | None) -> bool:
-    """Whether the hub can be reached: one request, where loading would repeat each of its own for half a minute."""
-    try:
-        url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision)
-        huggingface_hub.get_hf_file_metadata(url)
-    except (
-        errors.HFValidationError,
-        errors.HfHubHTTPError,
-    ):  # no hub's id; an answer, if not the one hoped for
-        return True
-    except (OSError, errors.HTTPError):  # OSError: HF_HUB_OFFLINE
-        return False
-    return True
+_hub_answers = functools.cache(hub_answers)
 
 
 def _placed(model: nn.Module, config: ModelConfig) -> nn.Module:
@@ -247,7 +230,6 @@ def tiny_parakeet(
     layers: int = 4,
     heads: int = 4,
     channels: int = 64,
-    subsampling: int = 8,
     mels: int = 80,
     seed: int = 0,
     **encoder: Any,
@@ -261,7 +243,6 @@ def tiny_parakeet(
         layers: conformer blocks.
         heads: attention heads.
         channels: of the subsampling convolutions.
-        subsampling: feature frames (10 ms) in an output frame: 2, 4 or 8.
         mels: log-mel bins.
         seed: of the initialisation; public.
         encoder: more fields of transformers' ParakeetEncoderConfig.
@@ -282,7 +263,6 @@ def tiny_parakeet(
             "num_attention_heads": heads,
             "intermediate_size": 4 * hidden,
             "subsampling_conv_channels": channels,
-            "subsampling_factor": subsampling,
             "num_mel_bins": mels,
             "dropout": 0.0,
             "activation_dropout": 0.0,

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from asr_finetune.plan import Plan, Probe
+from asr_finetune.plan import Plan
 from asr_finetune.progress import duration
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they load transformers, which a plan without a model does without
     from asr_finetune.memory_plan import Fit, MemoryPlan
+    from asr_finetune.probe import Probe
 
 
 def plan_table(made: Plan) -> Table:
@@ -29,10 +30,13 @@ def plan_table(made: Plan) -> Table:
     sampling = (
         "Poisson" if made.max_batch_size is None else f"truncated Poisson, at most {made.max_batch_size:,}"
     )
-    table.add_row(
-        "sampling",
-        f"{sampling}; rate {made.sample_rate:.5f} ({made.batch_size:,} of {made.examples:,} {made.unit}s)",
-    )
+    drawn = f"{made.batch_size:,} of {made.units:,} {made.unit}s"
+    if made.unit == "speaker":
+        drawn = (
+            f"of {made.units:,} speakers; of one at most {made.per_unit:,} utterances in a step, of all "
+            f"{made.batch_size:,} expected at most"
+        )
+    table.add_row("sampling", f"{sampling}; rate {made.sample_rate:.5f} ({drawn})")
     table.add_row("steps", f"{made.steps:,}: each {made.unit} is drawn {made.epochs:.1f} times on average")
     for step, value in made.epsilon_at:
         table.add_row(f"  ε after step {step:,}", f"{value:.3f}")

@@ -16,14 +16,17 @@ from asr_finetune.augment import SpecAugment
 from asr_finetune.checkpointing import checkpoint_blocks
 from asr_finetune.compiling import compile_frozen_blocks
 from asr_finetune.config import Config, ConfigError, DataConfig, TrainConfig
-from asr_finetune.data import Corpus, SpeechDataset, load_corpus
+from asr_finetune.corpus import Corpus
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.models import load_recognizer
 from asr_finetune.plain import micro_batch_limits
 from asr_finetune.progress import Reporter, duration
 from asr_finetune.provenance import shared_recordings
 from asr_finetune.recognizer import Recognizer, to_device
+from asr_finetune.sampling import check_batch, sigma_of, unit_arguments, units
+from asr_finetune.sources import load_corpus
 from dpkernels import PrivacyEngine
-from dpkernels.privacy import Sampling, noise_multiplier, plan_sampling, read_ledger
+from dpkernels.privacy import plan_sampling, read_ledger
 
 SELF_CHECK_EXAMPLES = 3
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -43,7 +46,7 @@ def load(
     """Load what the recogniser can take and what decodes of a corpus; say what is in it and what was left out.
 
     Args:
-        source: as in `data.load_corpus`.
+        source: as in `sources.load_corpus`.
         split: as there.
         data: filters and preparation of transcripts.
         reporter: where to say it.
@@ -159,67 +162,13 @@ def make_private(
     return engine, private, loader
 
 
-def sigma_of(config: Config, sampling: Sampling) -> float:
-    """σ of a run from its start: by hand, else the smallest for the target ε over `train.steps` steps."""
-    privacy = config.privacy
-    if privacy.noise_multiplier is not None:
-        return privacy.noise_multiplier
-    assert privacy.epsilon is not None  # check_trainable saw to it
-    assert privacy.delta is not None
-    return noise_multiplier(
-        privacy.epsilon,
-        privacy.delta,
-        sampling.sample_rate,
-        config.train.steps,
-        accountant=privacy.accountant,
-        max_batch_size=privacy.max_batch_size,
-        dataset_size=sampling.units,
-    )
-
-
-def unit_arguments(config: Config, corpus: Corpus) -> dict[str, Any]:
-    """What make_private and plan_sampling need to know about the privacy unit."""
-    privacy = config.privacy
-    if privacy.unit == "example":
-        return {"unit": "example", "max_batch_size": privacy.max_batch_size}
-    return {
-        "unit": "speaker",
-        "speakers": corpus.speakers,
-        "max_examples_per_speaker": privacy.max_examples_per_speaker,
-        "max_batch_size": privacy.max_batch_size,  # the engine refuses it, with the reason
-    }
-
-
-def units(config: Config, corpus: Corpus) -> int:
-    """N: the number of utterances, or of speakers where they are what is protected.
-
-    Raises:
-        ConfigError: the unit is a speaker, and an utterance has none.
-    """
-    if config.privacy.unit == "example" or not config.privacy.enabled:
-        return len(corpus)
-    nameless = [utterance.id for utterance in corpus.utterances if utterance.speaker is None]
-    if nameless:
-        raise ConfigError(
-            f"privacy.unit=speaker needs the speaker of every utterance; {len(nameless)} have none, e.g. "
-            f"{nameless[0]}. Add them to the data (manifest: `speaker`; datasets: data.speaker_column), or "
-            "set privacy.unit=example"
-        )
-    return len(set(corpus.speakers))
-
-
 def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
     """Whether the training data fits the rest of the configuration.
 
     Raises:
         ConfigError: it does not; the message names the key.
     """
-    count = units(config, corpus)
-    if config.train.batch_size > count:
-        what = "utterances" if count == len(corpus) else "speakers"
-        raise ConfigError(
-            f"train.batch_size={config.train.batch_size} exceeds the {count} training {what}: lower it"
-        )
+    check_batch(config, units(config, corpus), len(corpus))
     several = config.train.physical_batch_size > 1 or config.train.fill_micro_batches
     if recognizer.equal_lengths_only and several:
         lengths = {recognizer.samples(utterance) for utterance in corpus.utterances}

@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 from asr_finetune.audio import AudioError
-from asr_finetune.data import Corpus, Utterance
+from asr_finetune.corpus import Corpus, Utterance
 
 
 def fingerprint(corpus: Corpus, key: bytes) -> str:

@@ -16,10 +16,11 @@ import transformers
 from torch import Tensor, nn
 
 from asr_finetune.losses import IGNORED
+from asr_finetune.parameters import total_parameters, trained_parameters
 from asr_finetune.precision import arithmetic, widened, widened_state
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Utterance
+    from asr_finetune.corpus import Utterance
 
 SETTINGS = "recognizer.json"
 
@@ -235,9 +236,6 @@ class Recognizer(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Facts for a report: plain values."""
-        from asr_finetune.methods import trained_parameters
-
-        parameters = {id(p): p.numel() for p in self.model.parameters()}
         return {
             "name": self.name,
             "revision": self.revision,
@@ -247,7 +245,7 @@ class Recognizer(ABC):
             "vocabulary": int(self.base.config.vocab_size),
             "dtype": str(self.dtype).removeprefix("torch."),
             "new_head": self.new_head,
-            "total_parameters": sum(parameters.values()),
+            "total_parameters": total_parameters(self.model),
             "trained_parameters": trained_parameters(self.model),
         }
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.data import Corpus
+from asr_finetune.corpus import Corpus
 from asr_finetune.loop import Run
-from asr_finetune.prepare import units
+from asr_finetune.sampling import units
 from dpkernels import PrivacyEngine, __version__
 
 _PACKAGES = (

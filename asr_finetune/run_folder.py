@@ -22,7 +22,7 @@ import yaml
 from asr_finetune.checkpoint import write_json, write_text
 from asr_finetune.config import Config, ConfigError
 from asr_finetune.config_file import changed_keys
-from asr_finetune.data import Corpus, Problem
+from asr_finetune.corpus import Corpus, Problem
 from asr_finetune.provenance import figures, fingerprint
 from dpkernels.privacy import read_ledger
 

@@ -1,19 +1,26 @@
 """The three places that a corpus comes from: a LibriSpeech tree, a manifest, a `datasets` table.
 
 Each yields records, and records become utterances or problems one at a time.
+
+Transcripts: `data.text_case` and `data.strip_punctuation` change what is learnt. What is scored is normalised
+separately, in `evaluate.normalise` (references and hypotheses alike): neither spells out digits, so a corpus
+whose transcripts say "FIVE" does not match a model that writes "5" until one of them is changed.
 """
 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from asr_finetune.audio import AudioError, DatasetRow, Encoded, duration
 from asr_finetune.config import ConfigError, DataConfig
-from asr_finetune.data import Corpus, Problem, Utterance, prepare_text
+from asr_finetune.corpus import Corpus, Problem, Utterance, require_utterances
+from asr_finetune.hub import hub_answers, unreachable
 
 _AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 
@@ -31,11 +38,21 @@ class _Record:
     place: str = ""
 
 
-def read(source: str, split: str | None, data: DataConfig) -> Corpus:
-    """The corpus of any source; see `data.load_corpus`. It may be empty.
+def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> Corpus:
+    """Read what recordings there are: headers and transcripts, no samples.
+
+    Args:
+        source: a LibriSpeech tree (a folder with *.trans.txt somewhere below), a manifest (*.jsonl), or a
+            `datasets` id ("name" or "name:configuration"), saved dataset or dataset folder. A manifest's line
+            holds audio (path, relative to the manifest), text, and optionally utt_id, speaker, split and
+            corpus.
+        split: LibriSpeech subset folder ("train-clean-100+train-clean-360"), value of `split` in a manifest,
+            or split of a dataset; None: everything.
+        data: filters, limits, and how transcripts are prepared.
 
     Raises:
-        ConfigError: no such source or split.
+        ConfigError: no such source or split, or nothing usable in it. Single bad recordings are
+            `Corpus.problems`.
     """
     path = Path(source).expanduser()
     if path.suffix == ".jsonl":
@@ -65,7 +82,17 @@ def read(source: str, split: str | None, data: DataConfig) -> Corpus:
             problems.append(result)
         else:
             utterances.append(result)
-    return Corpus(utterances, problems, source)
+    return require_utterances(Corpus(utterances, problems, source))
+
+
+def prepare_text(text: str, data: DataConfig) -> str:
+    """A transcript as it is learnt: single spaces, case, and on request no punctuation but apostrophes."""
+    if data.strip_punctuation:
+        text = "".join(
+            " " if unicodedata.category(char).startswith("P") and char not in "'’" else char for char in text
+        )
+    text = " ".join(text.split())
+    return {"keep": text, "lower": text.lower(), "upper": text.upper()}[data.text_case]
 
 
 def _speaker_filter(data: DataConfig) -> Callable[[str | None], bool]:
@@ -221,20 +248,38 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Within it, `datasets` reads earlier downloads and asks the hub for nothing."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True  # it has no argument for this
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
 def _load_table(source: str, split: str | None) -> dict[str, Any]:
     """split -> datasets.Dataset."""
     import datasets
 
     folder = Path(source).expanduser()
     name, _, configuration = source.partition(":")
+    away = not folder.is_dir() and not hub_answers(name, kind="dataset")
     try:
         if folder.is_dir() and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(str(folder))
         else:
-            loaded = datasets.load_dataset(str(folder) if folder.is_dir() else name, configuration or None)
+            with _offline() if away else nullcontext():
+                loaded = datasets.load_dataset(
+                    str(folder) if folder.is_dir() else name, configuration or None
+                )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        there = f" ({unreachable()}, and there is no earlier download)" if away else ""
         raise ConfigError(
-            f"data: `datasets` cannot load {source!r}: give a folder with *.trans.txt, a .jsonl manifest, or a "
+            f"data: `datasets` cannot load {source!r}{there}: give a folder with *.trans.txt, a .jsonl manifest, or a "
             f"dataset id that this machine can download; it says: {_first_line(error)}"
         ) from error
     if isinstance(loaded, datasets.Dataset):

@@ -12,10 +12,12 @@ import torch
 
 from asr_finetune import checkpoint, record
 from asr_finetune.config import Config
-from asr_finetune.data import Corpus, SpeechDataset
+from asr_finetune.corpus import Corpus
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.evaluate import Evaluation, evaluate
 from asr_finetune.loop import Interrupted, Run, epsilon_spent, run_steps
-from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.methods import apply_method
+from asr_finetune.parameters import total_parameters, trained_parameters
 from asr_finetune.plain import PlainLoader, PlainOptimizer
 from asr_finetune.prepare import (
     check_data,
@@ -201,7 +203,7 @@ def _prepare(
     """Model, optimizer and loader, private or not, checked and ready."""
     config, recognizer, reporter = session.config, session.recognizer, session.reporter
     model = recognizer.model
-    trained, total = trained_parameters(model), sum(parameter.numel() for parameter in model.parameters())
+    trained, total = trained_parameters(model), total_parameters(model)
     reporter.say(f"{recognizer.name}: {trained:,} of {total:,} parameters are trained ({config.method.kind})")
     dataset = training_dataset(config, corpus, recognizer)
     lengths = [recognizer.length(utterance) for utterance in corpus.utterances]

@@ -22,7 +22,7 @@ from asr_finetune.precision import arithmetic
 from asr_finetune.recognizer import Recognizer, pad_rows, to_device
 
 if TYPE_CHECKING:
-    from asr_finetune.data import Utterance
+    from asr_finetune.corpus import Utterance
 
 START = "<|startoftranscript|>"
 FRAMES_PER_POSITION = 2  # conv2 has stride 2

@@ -30,10 +30,12 @@ from torch.utils.data import DataLoader
 
 from asr_finetune.audio import read_audio
 from asr_finetune.config import DataConfig
+from asr_finetune.corpus import Corpus, Utterance
 from asr_finetune.ctc import CHARACTERS
-from asr_finetune.data import CACHE_BYTES, Corpus, SpeechDataset, Utterance, load_corpus
+from asr_finetune.dataset import CACHE_BYTES, SpeechDataset
 from asr_finetune.models import tiny_parakeet
 from asr_finetune.recognizer import Recognizer
+from asr_finetune.sources import load_corpus
 from bench.machine import about
 from dpkernels.privacy import micro_batches
 

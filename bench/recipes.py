@@ -38,7 +38,8 @@ from asr_finetune.config import Config
 from asr_finetune.config_file import load_yaml
 from asr_finetune.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.memory_plan import Rehearsal, losses_of
-from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.methods import apply_method
+from asr_finetune.parameters import trained_parameters
 from asr_finetune.precision import DTYPES, no_tf32
 from asr_finetune.prepare import make_optimizer, make_private, prepare_blocks
 from asr_finetune.progress import Reporter

@@ -1,6 +1,7 @@
 """The import direction: reference and backends at the bottom, then ops, nn, privacy and interop, then the program."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,7 @@ def imported(source: str, module: str) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
+            base = origin(node, module)
             # `from dpkernels import ops` imports the subpackage
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
@@ -54,6 +53,41 @@ def imported(source: str, module: str) -> list[str]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names += [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
     return names
+
+
+def origin(node: ast.ImportFrom, module: str) -> str:
+    """The absolute name of what `module` imports from."""
+    base = node.module or ""
+    if not node.level:
+        return base
+    return ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
+
+
+class WithoutTypes(ast.NodeTransformer):
+    """Takes away what only a type checker sees."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        return node.orelse if ast.unparse(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
+
+
+def needed(source: str, module: str, known: set[str]) -> set[str]:
+    """Those of `known` that `source` imports once all of it has run, at its top or within functions."""
+    tree = WithoutTypes().visit(ast.parse(source))
+    names = set(imported(ast.unparse(tree), module))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):  # `from asr_finetune import plots` imports the module
+            names |= {f"{origin(node, module)}.{alias.name}" for alias in node.names}
+    return names & known
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import one another in a ring, the first named again at the end; empty where there is none."""
+    needs = {module: needed(source, module, set(sources)) for module, source in sources.items()}
+    try:
+        graphlib.TopologicalSorter(needs).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def violations(source: str, module: str) -> list[str]:
@@ -91,6 +125,35 @@ def test_imports_go_one_way(package: str) -> None:
     mine = [(module, path) for module, path in modules() if package_of(module) == package]
     found = [line for module, path in mine for line in violations(path.read_text(), module)]
     assert not found, "\n".join(found)
+
+
+def test_no_circle_hides_in_functions() -> None:
+    """An import within a function is for what is heavy or rare, not for a module that could not be imported at the top.
+
+    What only types need is left out: an annotation runs nothing.
+    """
+    mine = {module: path.read_text() for module, path in modules() if package_of(module) == "asr_finetune"}
+    assert {"asr_finetune.cli", "asr_finetune.sources"} < set(mine)
+    assert not circle(mine), " -> ".join(circle(mine))
+
+
+BELOW = "from asr_finetune.above import corpus"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (f"def load():\n    {BELOW}", True),
+        ("def load():\n    from asr_finetune import above", True),
+        ("def load():\n    from . import above", True),
+        ("import importlib\ndef load():\n    importlib.import_module('asr_finetune.above')", True),
+        (f"from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {BELOW}", False),
+        (f"import typing\nif typing.TYPE_CHECKING:\n    x = 1\nelse:\n    {BELOW}", True),
+    ],
+)
+def test_catches_a_circle(source: str, found: bool) -> None:
+    sources = {"asr_finetune.above": "import asr_finetune.below", "asr_finetune.below": source}
+    assert bool(circle(sources)) == found
 
 
 def test_there_is_something_to_check() -> None:

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEN_LINES, EQUIVALENT = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -66,9 +67,16 @@ def test_planted_clipping_of_the_sum_is_noticed() -> None:
     assert not torch.allclose(private, plain, rtol=1e-4, atol=1e-7)
 
 
-def test_every_link_leads_somewhere() -> None:
-    root = Path(__file__).resolve().parents[1]
-    for page in ("README.md", "CONTRIBUTING.md", "docs/privacy.md", "docs/design.md", "docs/opacus.md"):
-        text = (root / page).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert ((root / page).parent / target).exists(), f"{page} -> {target}"
+def pages() -> list[Path]:
+    """Every markdown page of the repository; hidden folders, and those of builds and runs, are not of it."""
+    skipped = ("build", "dist", "runs")
+    tops = [top for top in ROOT.iterdir() if top.is_dir() and top.name not in skipped]
+    within = [page for top in tops if not top.name.startswith(".") for page in top.rglob("*.md")]
+    seen = [page for page in within if not any(part[0] == "." for part in page.relative_to(ROOT).parts)]
+    return sorted([*ROOT.glob("*.md"), *seen])
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

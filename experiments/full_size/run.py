@@ -30,8 +30,9 @@ import transformers
 from torch import Tensor, nn
 
 from asr_finetune.config import MethodConfig
-from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.methods import apply_method
 from asr_finetune.models import CTCRecognizer
+from asr_finetune.parameters import trained_parameters
 from dpkernels import __version__, ops
 from dpkernels.nn import Record, attach, detach, swap, unswap
 from dpkernels.privacy.clipping import total_norm_sq

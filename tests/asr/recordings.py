@@ -11,7 +11,8 @@ import numpy as np
 import soundfile
 
 from asr_finetune.config import DataConfig
-from asr_finetune.data import Corpus, load_corpus
+from asr_finetune.corpus import Corpus, Utterance
+from asr_finetune.sources import load_corpus
 
 RATE = 16000
 
@@ -22,6 +23,10 @@ def options(**values: Any) -> DataConfig:
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(scale=0.1, size=round(seconds * RATE)).astype(np.float32)
+
+
+def utterance(name: str, text: str = "low", seconds: float = 0.5, **values: Any) -> Utterance:
+    return Utterance(name, None, noise(seconds, seed=len(name)), RATE, text, None, seconds, **values)
 
 
 def write(path: Path, seconds: float = 0.5, seed: int = 0) -> Path:

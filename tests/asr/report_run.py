@@ -113,7 +113,9 @@ def write_run(
     return folder
 
 
-def write_ledger(path: Path, steps: int, sigma: float, *, sensitivity: float = 1.0000001) -> None:
+def write_ledger(
+    path: Path, steps: int, sigma: float, *, sensitivity: float = 1.0000001, unit: str = "example"
+) -> None:
     mechanism = {
         "sample_rate": RATE,
         "noise_multiplier": sigma,
@@ -122,9 +124,9 @@ def write_ledger(path: Path, steps: int, sigma: float, *, sensitivity: float = 1
     }
     settings = {
         "run": f"{steps:016x}",
-        "unit": "example",
+        "unit": unit,
         "dataset_size": SIZE,
-        "adjacency": "add or remove one example",
+        "adjacency": f"add or remove one {unit}",
         "sampling": "poisson",
         "mechanism": mechanism,
         "sensitivity": sensitivity,

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from asr_finetune.config import ModelConfig
-from asr_finetune.data import Utterance
+from asr_finetune.corpus import Utterance
 from asr_finetune.models import (
     CTCRecognizer,
     Recognizer,

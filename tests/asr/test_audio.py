@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from asr_finetune.audio import AudioError, DatasetRow, duration, read_audio
-from asr_finetune.data import Utterance
+from asr_finetune.corpus import Utterance
 
 RATE = 16000
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from asr_finetune.checkpointing import checkpoint_blocks, has_checkpointing
 from asr_finetune.config import Config, ConfigError, TrainConfig
-from asr_finetune.dry_run import rehearse
+from asr_finetune.dry_run import check_run
 from asr_finetune.models import Recognizer
 from asr_finetune.prepare import prepare_blocks
 from asr_finetune.progress import Reporter
@@ -122,7 +122,7 @@ def test_a_dry_run_predicts_with_it(folder: Path) -> None:
     found: dict[bool, str] = {}
     for checkpointing in (False, True):
         config = settings(folder, train__checkpointing=checkpointing, output=str(folder / "dry"))
-        checks = rehearse(config, progress=False)
+        checks = check_run(config, progress=False)
         assert all(check.passed for check in checks), checks
         found[checkpointing] = next(check.found for check in checks if check.what == "memory")
     assert ", checkpointing" in found[True]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,7 +38,10 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "evaluate", "report", "synthesise", "demo"])
+COMMANDS = ["plan", "train", "evaluate", "report", "synthesise", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -46,8 +50,8 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
 
 
 def test_help_lists_the_commands() -> None:
-    output = invoke("--help").output
-    assert all(command in output for command in ("plan", "train", "evaluate", "report", "demo"))
+    listed = re.findall(r"^\W*(\w+)  +\w", invoke("--help").output.partition("Commands")[2], re.MULTILINE)
+    assert listed == COMMANDS
 
 
 def test_print_config_is_a_configuration() -> None:
@@ -72,6 +76,9 @@ def test_print_config_is_a_configuration() -> None:
     assert Config.from_dict(yaml.safe_load(partly.output)).privacy.epsilon == 8.0
 
 
+SIZE = ("--examples", "500", "--batch-size", "50", "--steps", "10", "--delta", "1e-3")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,7 +90,10 @@ def test_print_config_is_a_configuration() -> None:
         (["plan", "--gpu-memory", "80"], "--gpu-memory needs a model to plan for"),
         (["evaluate", "--data", "d"], "give --model, --adapter, or both"),
         (["plan", "--epsilon", "3", "--noise-multiplier", "1"], "--epsilon and --noise-multiplier: give one"),
+        (["plan", "--epsilon", "3", "--set", "privacy.noise_multiplier=1"], "--noise-multiplier: give one"),
         (["plan", "--epsilon", "3", "--set", "privacy.enabled=false"], "privacy.enabled is false"),
+        (["plan", *SIZE, "--epsilon", "3", "--set", "privacy.unit=speaker"], "max_examples_per_speaker"),
+        (["plan", *SIZE], "privacy.epsilon and privacy.noise_multiplier are both missing"),
     ],
 )
 def test_expected_errors_are_messages(
@@ -141,6 +151,14 @@ def test_plan() -> None:
     assert not result.stderr
     with pytest.warns(UserWarning, match=r"delta=0\.01 >= 1/N"):
         invoke("plan", "--delta", "0.01", "--noise-multiplier", 4, *size)
+
+
+def test_a_plan_says_its_noise_before_it_loads_a_model(tmp_path: Path) -> None:
+    size = ("--examples", 500, "--batch-size", 50, "--set", "train.steps=10", "--delta", "1e-3")
+    result = invoke("plan", *size, "--noise-multiplier", 4, "--model", tmp_path)
+    assert "0.10000" in result.output
+    assert isinstance(result.exception, ConfigError)
+    assert "no usable checkpoint" in str(result.exception)
 
 
 def test_train_evaluate_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,13 +228,18 @@ def test_a_missing_synthesiser_is_a_message(
     assert "error: pip install it" in capsys.readouterr().err
 
 
-def test_plan_takes_the_noise_of_a_new_target(tmp_path: Path) -> None:
+def test_a_new_target_has_its_noise_planned_and_trained_with(tmp_path: Path) -> None:
     """--epsilon goes over a noise multiplier of the file."""
     tones.write_manifest(tmp_path, 12)
     tones.write_model(tmp_path / "model")
     values = tones.settings(tmp_path, privacy__noise_multiplier=9.0, privacy__accountant="rdp")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    output = invoke("plan", "--config", tmp_path / "run.yaml", "--epsilon", 3).output
+    common = ("--config", tmp_path / "run.yaml", "--epsilon", 3)
+    output = invoke("plan", *common).output
     assert "target 3, spends 2.9" in output
-    assert "noise multiplier σ (RDP)" in output
+    planned = re.search(r"noise multiplier σ \(RDP\)\W+([\d.]+)", output)
+    started = re.search(r"σ = ([\d.]+): 4 steps", invoke("train", *common, "--dry-run", "--quiet").output)
+    assert planned is not None
+    assert started is not None
+    assert planned[1] == f"{float(started[1]):.3f}"
     assert "9.000" in invoke("plan", "--config", tmp_path / "run.yaml").output

@@ -105,22 +105,27 @@ def test_sections_check_themselves_when_built_directly() -> None:
 
 
 @pytest.mark.parametrize(
+    ("privacy", "message"),
+    [
+        ({"epsilon": 8}, r"privacy\.delta is missing"),
+        ({"delta": 1e-6}, "both missing"),
+        ({"epsilon": 8, "delta": 1e-6, "noise_multiplier": 0}, r"noise_multiplier=0 with .*epsilon=8"),
+        ({"epsilon": 8, "delta": 1e-6, "unit": "speaker"}, r"needs privacy\.max_examples_per_speaker"),
+        ({"epsilon": 8, "delta": 1e-6, "max_examples_per_speaker": 2}, r"needs privacy\.unit=speaker"),
+    ],
+)
+def test_what_says_too_little_of_privacy_is_refused(privacy: dict[str, Any], message: str) -> None:
+    section = PrivacyConfig(**privacy)
+    with pytest.raises(ConfigError, match=message):
+        section.check()
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict(with_(privacy=privacy)).check_trainable()
+    dataclasses.replace(section, enabled=False).check()
+
+
+@pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"privacy": {"epsilon": 8}}, r"privacy\.delta is missing"),
-        ({"privacy": {"delta": 1e-6}}, "both missing"),
-        (
-            {"privacy": {"epsilon": 8, "delta": 1e-6, "noise_multiplier": 0}},
-            r"noise_multiplier=0 with .*epsilon=8",
-        ),
-        (
-            {"privacy": {"epsilon": 8, "delta": 1e-6, "unit": "speaker"}},
-            r"needs privacy\.max_examples_per_speaker",
-        ),
-        (
-            {"privacy": {"epsilon": 8, "delta": 1e-6, "max_examples_per_speaker": 2}},
-            r"needs privacy\.unit=speaker",
-        ),
         ({"privacy": {"epsilon": 8, "delta": 1e-6, "max_batch_size": 100}}, r"below train\.batch_size=256"),
         ({"privacy": {"enabled": False}, "train": {"eval_every": 5}}, r"needs data\.valid"),
         ({"privacy": {"enabled": False}, "train": {"steps": 5, "warmup_steps": 5}}, r"below train\.steps=5"),
@@ -152,6 +157,27 @@ def test_overrides(tmp_path: Path) -> None:
         overridden({}, {}, ["train.stps=1"])
     with pytest.raises(ConfigError, match="did you mean train"):
         overridden({}, {}, ["trian.steps=1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "epsilon", "noise"),
+    [
+        ({"privacy.epsilon": 3.0}, [], 3, None),
+        ({"privacy.epsilon": None}, ["privacy.epsilon=3"], 3, None),
+        ({"privacy.epsilon": 3.0, "privacy.noise_multiplier": 4.0}, [], 3, 4),
+        ({"privacy.epsilon": 3.0}, ["privacy.noise_multiplier=4"], 3, 4),
+        ({"privacy.noise_multiplier": 4.0}, [], 8, 4),
+        ({}, ["privacy.epsilon=null"], None, 9),
+        ({"train.steps": 7}, [], 8, 9),
+    ],
+)
+def test_a_target_that_is_typed_chooses_the_noise(
+    flags: dict[str, Any], settings: list[str], epsilon: float | None, noise: float | None
+) -> None:
+    """Over a file with a noise multiplier, unless one is typed too."""
+    file = with_(privacy={"epsilon": 8, "delta": 1e-6, "noise_multiplier": 9})
+    privacy = Config.from_dict(overridden(file, flags, settings)).privacy
+    assert (privacy.epsilon, privacy.noise_multiplier) == (epsilon, noise)
 
 
 def test_settings_are_read_as_yaml() -> None:

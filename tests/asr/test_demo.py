@@ -12,10 +12,11 @@ from torch import nn
 
 from asr_finetune import demo
 from asr_finetune.config import DataConfig
-from asr_finetune.data import SpeechDataset, load_corpus
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.demo import DIGITS, PRIVATE_VOICES, PUBLIC_VOICES, VALID_VOICES, DemoResult, Recipe
 from asr_finetune.models import tiny_parakeet
 from asr_finetune.progress import Reporter
+from asr_finetune.sources import load_corpus
 from dpkernels.privacy import read_ledger
 from tests.asr import tones
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from asr_finetune import cli, prepare
+from asr_finetune import cli, sampling
 from asr_finetune import dry_run as module
 from asr_finetune.config import Config
-from asr_finetune.dry_run import Check, rehearse
+from asr_finetune.dry_run import Check, check_run
 from asr_finetune.train import train
 from dpkernels.privacy import SelfCheckError, SelfCheckReport, read_ledger
 from dpkernels.privacy.noise import SecretStream
@@ -56,7 +57,11 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 def checks(folder: Path, **changes: Any) -> dict[str, Check]:
     config = Config.from_dict(settings(folder, **changes))
     config.check_trainable()
-    return {check.what: check for check in rehearse(config, progress=False)}
+    return {check.what: check for check in check_run(config, progress=False)}
+
+
+def run_cli(*arguments: object) -> Any:
+    return CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(cli.app, list(map(str, arguments)))
 
 
 def failed(found: dict[str, Check]) -> set[str]:
@@ -90,12 +95,12 @@ def test_it_writes_draws_and_spends_nothing(folder: Path, monkeypatch: pytest.Mo
 
 def test_it_goes_the_way_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise and trained parameters are those that `train` then has; asked the same, σ is not calibrated twice."""
-    monkeypatch.setattr(prepare, "noise_multiplier", functools.cache(prepare.noise_multiplier))
+    monkeypatch.setattr(sampling, "noise_multiplier", functools.cache(sampling.noise_multiplier))
     changes = {"train__steps": 2, "method__kind": "lora", "privacy__noise_multiplier": None}
     found = checks(folder, **changes)
     config = Config.from_dict(settings(folder, **changes))
     result = train(config, progress=False)
-    assert prepare.noise_multiplier.cache_info()[:2] == (1, 1)  # hits, misses
+    assert sampling.noise_multiplier.cache_info()[:2] == (1, 1)  # hits, misses
     assert f"σ = {result.noise_multiplier:g}:" in found["privacy"].found
     assert f"ε = {result.epsilon:.3f}" in found["privacy"].found
     values = json.loads((Path(config.output) / "run.json").read_text())
@@ -106,7 +111,7 @@ def test_a_run_that_is_continued(folder: Path) -> None:
     config = crash_at(folder, 3)
     ledger = Path(config.output) / "ledger.jsonl"
     written = ledger.read_bytes()
-    found = {check.what: check for check in rehearse(config, progress=False)}
+    found = {check.what: check for check in check_run(config, progress=False)}
     assert failed(found) == set()
     assert "its ledger counts 3 steps" in found["output"].found
     assert "σ = 4 (its ledger)" in found["privacy"].found
@@ -121,10 +126,18 @@ def test_a_run_without_privacy(folder: Path) -> None:
 
 
 def test_a_run_that_protects_speakers(folder: Path) -> None:
-    speakers = {"privacy__unit": "speaker", "privacy__max_examples_per_speaker": 2, "train__batch_size": 2}
+    """Eight utterances of four speakers; `plan` states the same rate and ε for the same file."""
+    speakers = {"privacy__unit": "speaker", "privacy__max_examples_per_speaker": 3, "train__batch_size": 8}
+    values = settings(folder, **speakers)
     found = checks(folder, **speakers)
     assert failed(found) == set()
-    assert "of 4 speakers" in found["privacy"].found
+    stated = re.search(r"at rate (\S+) of 4 speakers; would spend ε = (\S+)", found["privacy"].found)
+    assert stated is not None
+    assert stated[1] == f"{8 / 12:.5f}"
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    planned = run_cli("plan", "--config", folder / "run.yaml")
+    assert f"rate {stated[1]} (of 4 speakers" in planned.output
+    assert f"spends {stated[2]} at" in planned.output
 
 
 Break = Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]
@@ -173,7 +186,7 @@ DATA = {"training data", "test data", "validation data", "privacy", "memory", "g
 BROKEN: list[tuple[Break, str, str, set[str]]] = [
     (lost_weights, "model", "no such folder", {"model", "method", *DATA}),
     (lost_audio, "training data", "no such file", DATA),
-    (too_large_a_batch, "training data", "train.batch_size=25 exceeds the 24", DATA),
+    (too_large_a_batch, "training data", "train.batch_size=25 (--batch-size) exceeds the 24", DATA),
     (wrong_targets, "method", "there: ", {"method", "memory", "gradients"}),
     (private_validation, "validation data", "training recordings too", {"validation data"}),
     (finished, "output", "this run is finished", {"output", "privacy", "gradients"}),
@@ -229,9 +242,7 @@ def test_a_fault_is_not_a_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_command_says_it_by_its_exit_code(folder: Path, batch: int, code: int) -> None:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings(folder)))
-    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(
-        cli.app, ["train", "--config", str(path), "--batch-size", str(batch), "--dry-run", "--quiet"]
-    )
+    result = run_cli("train", "--config", path, "--batch-size", batch, "--dry-run", "--quiet")
     assert result.exit_code == code, result.output
     assert "nothing was written or spent" in result.output
     assert ("FAILED" in result.output) == bool(code)

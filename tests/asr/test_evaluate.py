@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from asr_finetune.config import DataConfig, EvaluateConfig, ModelConfig
-from asr_finetune.data import load_corpus
 from asr_finetune.evaluate import bootstrap_interval, evaluate, normalise, score
 from asr_finetune.models import load_recognizer, load_with_adapter
+from asr_finetune.sources import load_corpus
 from tests.asr import tones
 
 BASIC = EvaluateConfig(bootstrap=200)

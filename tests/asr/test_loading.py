@@ -236,10 +236,15 @@ def test_a_trimmed_whisper_is_whisper_with_a_shorter_window(folders: dict[str, P
     ("vocabulary", "options", "message"),
     [
         ([], {}, "give the words"),
-        (["a", "a"], {}, "repeated"),
-        (["<pad>"], {"unit": "words"}, "reserved"),
-        (["ab"], {"unit": "characters"}, "single letters"),
-        (["a b"], {}, "no white space"),
+        (["a", "b", "b"], {}, r"'b' more than once"),
+        (["a", "<pad>"], {"unit": "words"}, r"'<pad>' is reserved .*leave it out"),
+        (
+            ["a", "bc", "def", "g"],
+            {"unit": "characters"},
+            r"'bc' and 1 more of several letters.*unit='words'",
+        ),
+        (["a", "b c"], {}, r"'b c' with white space"),
+        (["a", "b "], {"unit": "words"}, r"'b ' with white space"),
         (["a"], {"hidden": 10}, "not a multiple"),
     ],
 )

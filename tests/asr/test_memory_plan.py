@@ -19,9 +19,9 @@ from asr_finetune.live_memory import LiveMemory
 from asr_finetune.memory_plan import Fit, MemoryPlan, Peak, Rehearsal, losses_of, plan_memory, strategies
 from asr_finetune.methods import apply_method
 from asr_finetune.models import tiny_parakeet
-from asr_finetune.plan import Speech
 from asr_finetune.plan_tables import memory_table
 from asr_finetune.recognizer import Recognizer
+from asr_finetune.speech import Speech
 from dpkernels import PrivacyEngine
 from tests.asr import small_models, tones
 

@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from asr_finetune.config import ConfigError, MethodConfig, ModelConfig
-from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.methods import apply_method
 from asr_finetune.models import Recognizer, load_with_adapter
+from asr_finetune.parameters import trained_parameters
 from dpkernels import PrivacyEngine
 from tests.asr import small_models
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +10,16 @@ from typing import Any
 import pytest
 
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.data import load_corpus
 from asr_finetune.plain import micro_batch_limits
-from asr_finetune.plan import per_step, plan, probe, subject
-from asr_finetune.plan_tables import describe_probe, plan_table, size
-from asr_finetune.prepare import units
+from asr_finetune.plan import plan
+from asr_finetune.plan_tables import plan_table, size
+from asr_finetune.sampling import assumed_sampling, expected_utterances, sampling_of, units
+from asr_finetune.sources import load_corpus
 from asr_finetune.train import train
-from tests.asr import small_models, tones
+from dpkernels.privacy import Sampling
+from tests.asr import tones
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +28,14 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+def sampled(count: int, batch_size: int, **privacy: Any) -> Sampling:
+    values = {"model": {"name": "m"}, "data": {"train": "d"}, "output": "o", "privacy": privacy}
+    return assumed_sampling(Config.from_dict({**values, "train": {"batch_size": batch_size}}), count)
+
+
 def test_noise_for_the_papers_setting() -> None:
     """σ = 0.694 (dp-accounting's PLD) for ε = 10, δ = 3.52e-6, N = 281,241, batch 4096, 2000 steps."""
-    made = plan(examples=281241, epsilon=10, delta=3.52e-6, batch_size=4096, steps=2000)
+    made = plan(sampled(281241, 4096), epsilon=10, delta=3.52e-6, steps=2000)
     assert made.noise_multiplier == 0.694
     assert made.noise_multiplier_other is not None
     assert made.epsilon_other is not None
@@ -40,9 +50,9 @@ def test_noise_for_the_papers_setting() -> None:
 
 
 def test_epsilon_for_given_noise_and_truncated_sampling() -> None:
-    given = {"examples": 200, "noise_multiplier": 4.0, "delta": 1e-3, "batch_size": 10, "steps": 20}
-    by_hand = plan(**given)  # type: ignore[arg-type]
-    cut = plan(**given, max_batch_size=29)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"noise_multiplier": 4.0, "delta": 1e-3, "steps": 20}
+    by_hand = plan(sampled(200, 10), **given)
+    cut = plan(sampled(200, 10, max_batch_size=29), **given)
     assert by_hand.noise_multiplier_other is None
     assert cut.epsilon_other is None  # RDP has no rule for it
     assert cut.epsilon == pytest.approx(by_hand.epsilon, rel=0.05)
@@ -55,33 +65,32 @@ def test_epsilon_for_given_noise_and_truncated_sampling() -> None:
         ({}, "exactly one of"),
         ({"epsilon": 1.0, "noise_multiplier": 1.0}, "exactly one of"),
         ({"noise_multiplier": 0.0}, "epsilon is infinite"),
-        ({"epsilon": 1.0, "batch_size": 2000}, "between 1 and the number of examples .* 1000"),
     ],
 )
 def test_refusals(values: dict[str, float], message: str) -> None:
-    arguments = {"examples": 1000, "delta": 1e-4, "batch_size": 50, "steps": 20, **values}
     with pytest.raises(ConfigError, match=message):
-        plan(**arguments)  # type: ignore[arg-type]
+        plan(sampled(1000, 50), delta=1e-4, steps=20, **values)  # type: ignore[arg-type]
 
 
-def test_probe_measures_time_and_memory(tmp_path: Path) -> None:
-    tones.write_model(tmp_path / "model")
-    tones.write_manifest(tmp_path, 12)
-    config = Config.from_dict(tones.settings(tmp_path, method__kind="head", train__steps=10))
-    recognizer, corpus = subject(config)
-    assert units(config, corpus) == 12
-    assert units(config.with_values("privacy", unit="speaker"), corpus) == 4
-    measured = probe(config, recognizer, corpus)
-    step = measured.seconds_per_step + 8 * measured.seconds_per_example
-    assert measured.total_seconds == pytest.approx(10 * step)
-    assert measured.seconds_per_example > 0
-    assert measured.sums == 8 * measured.trained_parameters
-    assert measured.optimizer >= 2 * 4 * measured.trained_parameters  # Adam's two moments
-    assert measured.parameters >= 4 * measured.total_parameters > 4 * measured.trained_parameters
-    assert measured.peak > 50 * 2**20  # torch alone takes more
-    assert measured.seconds_of_audio < measured.longest_seconds <= 1.2
-    assert not (tmp_path / "run").exists()  # no ledger: a probe spends nothing
-    assert any("peak memory" in name for name, _ in describe_probe(measured))
+SPEAKERS = {"unit": "speaker", "max_examples_per_speaker": 3}
+
+
+@pytest.mark.parametrize(
+    ("count", "privacy", "most", "mend"),
+    [
+        (100, {}, 100, r"exceeds the 100 training utterances: lower it"),
+        (
+            4,
+            SPEAKERS,
+            12,
+            r"exceeds 12: 3 utterances .*max_examples_per_speaker. of each of 4 .*or raise that",
+        ),
+    ],
+)
+def test_the_largest_batch(count: int, privacy: dict[str, Any], most: int, mend: str) -> None:
+    assert sampled(count, most, **privacy).sample_rate == 1
+    with pytest.raises(ConfigError, match=rf"train\.batch_size={most + 1} .--batch-size. {mend}"):
+        sampled(count, most + 1, **privacy)
 
 
 def test_sizes() -> None:
@@ -93,11 +102,12 @@ def test_sizes() -> None:
     ]
 
 
-SIZE: dict[str, Any] = {"examples": 1000, "delta": 1e-4, "batch_size": 50, "steps": 20}
+LENGTH: dict[str, Any] = {"delta": 1e-4, "steps": 20}
 
 
 def test_the_accountant_of_the_configuration() -> None:
-    pld, rdp = plan(**SIZE, epsilon=2.0), plan(**SIZE, epsilon=2.0, accountant="rdp")
+    sampling = sampled(1000, 50)
+    pld, rdp = plan(sampling, **LENGTH, epsilon=2.0), plan(sampling, **LENGTH, epsilon=2.0, accountant="rdp")
     assert rdp.noise_multiplier == pld.noise_multiplier_other
     assert rdp.noise_multiplier_other == pld.noise_multiplier
     assert rdp.epsilon_other is not None
@@ -108,29 +118,25 @@ def test_the_accountant_of_the_configuration() -> None:
 
 
 def test_speakers_are_called_so_and_counted_so(tmp_path: Path) -> None:
-    made = plan(**SIZE, epsilon=2.0, unit="speaker")
-    assert any("each speaker is drawn" in str(cell) for cell in plan_table(made).columns[1]._cells)
+    made = plan(sampled(1000, 60, **SPEAKERS), **LENGTH, noise_multiplier=1.0)
+    assert (made.units, made.sample_rate, made.per_unit) == (1000, 60 / 3000, 3)
+    said = [str(cell) for cell in plan_table(made).columns[1]._cells]
+    assert any("rate 0.02000 (of 1,000 speakers; of one at most 3 utterances" in cell for cell in said)
+    assert any("each speaker is drawn 0.4 times" in cell for cell in said)
     tones.write_manifest(tmp_path, 10)  # 4 speakers: 3, 3, 2, 2 recordings
-    changes = {"privacy__unit": "speaker", "privacy__max_examples_per_speaker": 2, "train__batch_size": 3}
+    changes = {f"privacy__{key}": value for key, value in SPEAKERS.items()}
     config = Config.from_dict(tones.settings(tmp_path, **changes))
     corpus = load_corpus(str(tmp_path / "tones.jsonl"), data=config.data)
-    assert per_step(config, corpus) == 3 * 2
-    assert per_step(config.with_values("privacy", max_examples_per_speaker=3), corpus) == 3 * 2.5
-    assert per_step(config, None) == 6
-    assert per_step(config.with_values("privacy", unit="example"), corpus) == 3
-
-
-@pytest.mark.filterwarnings("error:no self_check")
-def test_a_probe_stays_within_the_models_window(folders: dict[str, Path], tmp_path: Path) -> None:
-    recognizer = small_models.load(folders["whisper"])
-    config = Config.from_dict(tones.settings(tmp_path, method__kind="head"))
-    with pytest.raises(
-        ConfigError, match=r"--seconds 2 is longer than the model's window of 1 s.*window_seconds"
-    ):
-        probe(config, recognizer, seconds=2.0)
-    measured = probe(config, recognizer)
-    assert measured.seconds_of_audio == 1.0
-    assert any("self-check" in value for _, value in describe_probe(measured))
+    assert units(config, corpus) == 4
+    assert units(config.with_values("privacy", enabled=False), corpus) == 10
+    assert sampling_of(config, corpus).sample_rate == 8 / 12
+    # of a speaker drawn with probability 8/12, all 3 or all 2
+    assert expected_utterances(config, corpus) == pytest.approx(8 / 12 * 10)
+    assert expected_utterances(config, None) == 8
+    assert expected_utterances(config.with_values("privacy", max_examples_per_speaker=2), corpus) == 8
+    assert expected_utterances(config.with_values("privacy", unit="example"), corpus) == 8
+    with pytest.raises(ConfigError, match=r"train\.batch_size=11 .* exceeds the 10 training utterances"):
+        sampling_of(config.with_values("train", batch_size=11), corpus)  # 4 · 3 of them would do
 
 
 def test_micro_batches_are_filled_up_to_so_many_of_the_longest(tmp_path: Path) -> None:
@@ -151,3 +157,26 @@ def test_training_with_filled_micro_batches_sees_every_example_once(tmp_path: Pa
     }
     result = train(Config.from_dict(tones.settings(tmp_path, **changes)), progress=False)
     assert [entry["examples"] for entry in result.history] == [12]
+
+
+def test_a_plan_without_a_model_loads_no_transformers() -> None:
+    size = [
+        "--examples",
+        "1000",
+        "--noise-multiplier",
+        "1",
+        "--delta",
+        "1e-5",
+        "--batch-size",
+        "10",
+        "--steps",
+        "5",
+    ]
+    code = (
+        "import sys; from asr_finetune import cli; "
+        f"cli.app(['plan', *{size}], standalone_mode=False); "
+        "print([name for name in ('transformers', 'peft', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "rate 0.01000" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

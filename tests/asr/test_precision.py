@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config import MethodConfig
-from asr_finetune.data import Corpus, SpeechDataset
+from asr_finetune.corpus import Corpus
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.methods import apply_method
 from asr_finetune.models import Recognizer
 from asr_finetune.precision import HalfLayerNorm, hold_frozen, widened_state

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from asr_finetune.config import Config, ConfigError
-from asr_finetune.data import Corpus, Utterance
+from asr_finetune.corpus import Corpus, Utterance
 from asr_finetune.provenance import fingerprint, shared_recordings
 from asr_finetune.report import write_report
 from asr_finetune.run_folder import RunFolderError

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from asr_finetune.config import Config
 from asr_finetune.config_file import RECIPES, load_yaml, overridden, recipes
 from asr_finetune.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
-from asr_finetune.dry_run import rehearse
-from asr_finetune.methods import apply_method, trained_parameters
+from asr_finetune.dry_run import check_run
+from asr_finetune.methods import apply_method
 from asr_finetune.models import tiny_parakeet
+from asr_finetune.parameters import trained_parameters
 from asr_finetune.train import train
 from dpkernels.privacy import noise_multiplier
 from tests.asr import small_models, tones
@@ -151,7 +152,7 @@ def tiny(name: str, stand_ins: dict[str, Path], output: Path, *settings: str) ->
 
 @pytest.mark.parametrize("name", [*LIBRISPEECH, *WARM])
 def test_every_recipe_would_start(stand_ins: dict[str, Path], tmp_path: Path, name: str) -> None:
-    checks = rehearse(tiny(name, stand_ins, tmp_path / "run"), progress=False)
+    checks = check_run(tiny(name, stand_ins, tmp_path / "run"), progress=False)
     assert [check for check in checks if not check.passed] == []
     found = {check.what: check.found for check in checks}
     if name in LIBRISPEECH:

@@ -113,6 +113,22 @@ def test_says_what_was_spent(page: str) -> None:
         assert part in text.replace("\N{NARROW NO-BREAK SPACE}", " "), part
 
 
+def test_speakers_are_sampled_and_their_recordings_clipped(tmp_path: Path) -> None:
+    adjacency = "add or remove one speaker"
+    values = record(unit="speaker", max_examples_per_speaker=3, adjacency=adjacency)
+    run = write_run(tmp_path / "run", values)
+    (run / "ledger.jsonl").unlink()
+    write_ledger(run / "ledger.jsonl", STEPS, SIGMA, sensitivity=3.0000003, unit="speaker")
+    text = visible(write_report(run, tmp_path / "report.html").read_text())
+    for part in (
+        "each speaker joins a step independently with probability 0.05",
+        "each recording's gradient clipped",
+        "Sensitivity of the sum 3.0000003 (3 · C and what rounding can add)",
+        "Expected batch size at most 100 recordings",
+    ):
+        assert part in text, part
+
+
 def test_stands_alone(page: str) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", page)
     assert "url(http" not in page

@@ -39,10 +39,10 @@ def small(folder: Path, **changes: Any) -> Config:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"train__batch_size": 13}, r"train\.batch_size=13 exceeds the 12 training utterances"),
+    ({"train__batch_size": 13}, r"train\.batch_size=13 .--batch-size. exceeds the 12 training utterances"),
     (
-        {"privacy__unit": "speaker", "privacy__max_examples_per_speaker": 2, "train__batch_size": 5},
-        "exceeds the 4 training speakers",
+        {"privacy__unit": "speaker", "privacy__max_examples_per_speaker": 2, "train__batch_size": 9},
+        "exceeds 8: 2 utterances in a step .* of each of 4 training speakers",
     ),
     ({"method__kind": "lora", "method__targets": ["no_such"]}, r"method\.targets=\['no_such'\]"),
     ({"method__layers": "decoder"}, "a CTC model has no decoder"),

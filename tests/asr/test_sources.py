@@ -7,8 +7,26 @@ from typing import Any
 import pytest
 
 from asr_finetune.config import ConfigError
-from asr_finetune.data import load_corpus
+from asr_finetune.sources import load_corpus, prepare_text
 from tests.asr.recordings import manifest, options, read, reasons, texts, write
+
+# Transcripts
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "expected"),
+    [
+        ("  One \t two\n", {}, "One two"),
+        ("One", {"text_case": "lower"}, "one"),
+        ("Straße", {"text_case": "upper"}, "STRASSE"),
+        ("well-known, it's “so”!", {"strip_punctuation": True}, "well known it's so"),
+        ("...", {"strip_punctuation": True}, ""),
+        ("a, b", {}, "a, b"),
+    ],
+)
+def test_transcripts(text: str, values: dict[str, Any], expected: str) -> None:
+    assert prepare_text(text, options(**values)) == expected
+
 
 # A LibriSpeech tree
 

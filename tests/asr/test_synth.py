@@ -9,8 +9,8 @@ import pytest
 import soundfile
 
 from asr_finetune.config import DataConfig
-from asr_finetune.data import load_corpus
 from asr_finetune.progress import Reporter
+from asr_finetune.sources import load_corpus
 from asr_finetune.synth import SAMPLING_RATE, SynthesisError, Voice, speak, synthesise, write_wav
 
 # Noise-based voices are where espeak-ng's hidden state shows most.

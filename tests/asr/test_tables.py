@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -122,3 +124,53 @@ def test_a_folder_without_recordings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").unlink()
     with pytest.raises(ConfigError, match="cannot load"):
         read(tmp_path)
+
+
+@pytest.fixture
+def hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits(seconds: float) -> None:
+        raise AssertionError(f"waited {seconds} s to ask again")
+
+    monkeypatch.setattr(time, "sleep", waits)
+    for place, name in ((huggingface_hub.constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+        monkeypatch.setattr(place, name, "http://127.0.0.1:9")  # nothing listens there
+
+
+@pytest.mark.usefixtures("hub_is_away")
+def test_a_hub_that_is_away_is_one_error_at_once() -> None:
+    """Its client would wait between repetitions for half a minute."""
+    away = (
+        r"cannot load 'nobody/no-such-data' \(the hub .http://127\.0\.0\.1:9. cannot be reached, .*no earlier"
+    )
+    with pytest.raises(ConfigError, match=away):
+        read(Path("nobody/no-such-data"))
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+@pytest.mark.usefixtures("hub_is_away")
+def test_an_earlier_download_is_read_where_the_hub_is_away(tmp_path: Path) -> None:
+    folder, _ = as_parquet(tmp_path)
+    here = datasets.load_dataset(str(folder))
+    made = Path(here["train"].cache_files[0]["filename"]).parent
+    kept = datasets.config.HF_DATASETS_CACHE / "somebody___set" / "default" / "0.0.0"
+    kept.mkdir(parents=True)
+    made.rename(kept / ("0" * 40))  # where `datasets` puts it: the hub's commit
+    for file in kept.rglob("*.arrow"):
+        file.rename(file.with_name("set-train.arrow"))
+    assert texts(read(Path("somebody/set"))) == {"train-0": "one", "train-1": "two"}
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load(name: str, configuration: str | None) -> None:
+        assert not datasets.config.HF_HUB_OFFLINE
+        raise datasets.exceptions.DatasetNotFoundError("no such data set")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", asked.append)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        ConfigError, match=r"cannot load 'nobody/no-such-data': give .*says: no such data set"
+    ):
+        read(Path("nobody/no-such-data"))
+    assert [url.partition("/datasets/")[2] for url in asked] == ["nobody/no-such-data/resolve/main/README.md"]

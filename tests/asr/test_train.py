@@ -450,7 +450,7 @@ def test_a_checkpoint_of_another_method_is_refused(folder: Path) -> None:
 
 
 def test_batch_size_beyond_the_data(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.batch_size=25 exceeds the 24"):
+    with pytest.raises(ConfigError, match=r"train\.batch_size=25 .--batch-size. exceeds the 24"):
         train(small(folder, train__batch_size=25), progress=False)
 
 

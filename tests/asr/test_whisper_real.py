@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from asr_finetune.config import Config, DataConfig, EvaluateConfig, ModelConfig
-from asr_finetune.data import load_corpus
 from asr_finetune.evaluate import evaluate
 from asr_finetune.models import load_recognizer
+from asr_finetune.sources import load_corpus
 from asr_finetune.train import train
 from dpkernels.privacy import epsilon
 from tests.asr import tones

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from asr_finetune.config import DataConfig
-from asr_finetune.data import load_corpus
+from asr_finetune.sources import load_corpus
 from bench import data
 from tests.asr.test_whisper_real import BESIDE
 

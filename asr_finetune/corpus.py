@@ -1,43 +1,34 @@
-"""Corpora of recordings with transcripts, and the dataset that turns them into tensors.
+"""Corpora: recordings with transcripts, and what was left out of them.
 
 One utterance is one example: what a privacy claim counts, unless the unit is a speaker. Whatever cannot be
 used becomes a `Problem`, by name and with its reason. Whether an utterance is a problem depends on its own
 record and on public settings only, never on the other records: leaving it out is part of the preparation of
 each example, and adding or removing one person's recording changes nothing else. For the same reason repeated
 ids are noted, not merged.
-
-Transcripts: `data.text_case` and `data.strip_punctuation` change what is learnt. What is scored is normalised
-separately, in `evaluate.normalise` (references and hypotheses alike): neither spells out digits, so a corpus
-whose transcripts say "FIVE" does not match a model that writes "5" until one of them is changed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, get_worker_info
 
-from asr_finetune.audio import AudioError, Encoded, decode, read_audio
-from asr_finetune.augment import SpecAugment
-from asr_finetune.config import ConfigError, DataConfig
+from asr_finetune.audio import AudioError, Encoded, decode
+from asr_finetune.config import ConfigError
 from asr_finetune.progress import Reporter
-from asr_finetune.recognizer import Recognizer
 
-logger = logging.getLogger("asr_finetune")
+if TYPE_CHECKING:
+    from asr_finetune.recognizer import Recognizer
+
 _SHOWN = 5  # names in a message
 _CHECKED_AT_ONCE = 256  # recordings handed to the threads that decode them
-CACHE_BYTES = 4 * 2**30  # of features kept by one dataset in one process
 
 
 @dataclass(frozen=True)
@@ -218,147 +209,6 @@ def require_utterances(corpus: Corpus) -> Corpus:
     )
 
 
-def prepare_text(text: str, data: DataConfig) -> str:
-    """A transcript as it is learnt: single spaces, case, and on request no punctuation but apostrophes."""
-    if data.strip_punctuation:
-        text = "".join(
-            " " if unicodedata.category(char).startswith("P") and char not in "'’" else char for char in text
-        )
-    text = " ".join(text.split())
-    return {"keep": text, "lower": text.lower(), "upper": text.upper()}[data.text_case]
-
-
-def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> Corpus:
-    """Read what recordings there are: headers and transcripts, no samples.
-
-    Args:
-        source: a LibriSpeech tree (a folder with *.trans.txt somewhere below), a manifest (*.jsonl), or a
-            `datasets` id ("name" or "name:configuration"), saved dataset or dataset folder. A manifest's line
-            holds audio (path, relative to the manifest), text, and optionally utt_id, speaker, split and
-            corpus.
-        split: LibriSpeech subset folder ("train-clean-100+train-clean-360"), value of `split` in a manifest,
-            or split of a dataset; None: everything.
-        data: filters, limits, and how transcripts are prepared.
-
-    Raises:
-        ConfigError: no such source or split, or nothing usable in it. Single bad recordings are
-            `Corpus.problems`.
-    """
-    from asr_finetune import sources
-
-    return require_utterances(sources.read(source, split, data))
-
-
-def _size(item: dict[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in item.values())
-
-
 def _some(names: list[str]) -> str:
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest
-
-
-class SpeechDataset(Dataset[dict[str, Any]]):
-    """A corpus as items for `Recognizer.collate`.
-
-    An item holds input_features [T, F] or input_values [n], float32; labels [L], int64; index.
-
-    A recording that turns out not to decode, or that the recogniser cannot take, never stops a run: its item
-    is silence without labels, whose loss and gradient are exactly 0, and it joins `problems` (of the process
-    that read it), with a warning in the log.
-
-    Args:
-        corpus: the utterances; the dataset has one item for each, in their order.
-        recognizer: turns them into tensors.
-        cache: keep each utterance's features in memory after their first use, up to `CACHE_BYTES` in each
-            process. Where the encoder is frozen and nothing is augmented, its output is kept instead, once it
-            is known to be frozen.
-        augment: masks on the features, drawn anew each time; refused for raw waveforms.
-        target_prefix: put before each transcript; "" stands for the recogniser's own (Whisper: a space).
-    """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        recognizer: Recognizer,
-        *,
-        cache: bool = False,
-        augment: SpecAugment | None = None,
-        target_prefix: str = "",
-    ) -> None:
-        if augment is not None and getattr(recognizer, "input_name", "") == "input_values":
-            raise ConfigError(
-                f"train.spec_augment=true: {recognizer.name} takes the raw waveform, which has no bands to mask; "
-                "set it to false"
-            )
-        self.corpus = corpus
-        self.recognizer = recognizer
-        self.augment = augment
-        self.target_prefix = target_prefix or recognizer.target_prefix
-        self.problems: list[Problem] = []
-        self._cache: dict[int, dict[str, torch.Tensor]] | None = {} if cache else None
-        self._cached_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self.corpus)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self._item(index)
-        if self.augment is not None:
-            features = item["input_features"]
-            length = self._own_frames(index, len(features))
-            stacked = int(getattr(self.recognizer.feature_extractor, "stride", 1))
-            item = {**item, "input_features": self.augment(features, length, stacked)}
-        return {**item, "index": index}
-
-    def _item(self, index: int) -> dict[str, torch.Tensor]:
-        if self._cache is None:
-            return self._encode(index)
-        # A worker has the model as it was when the worker began; only this process knows what is frozen now.
-        states = self.augment is None and get_worker_info() is None and self.recognizer.can_cache_states()
-        kept = self._cache.get(index)
-        if kept is None or ("encoder_states" in kept and not states):
-            kept = self._encode(index)
-        if states and "encoder_states" not in kept:
-            kept = self.recognizer.cached_inputs(kept)
-        self._keep(index, kept)
-        return kept
-
-    def _keep(self, index: int, item: dict[str, torch.Tensor]) -> None:
-        assert self._cache is not None
-        old = self._cache.get(index)
-        if old is item:
-            return
-        size = _size(item) - (_size(old) if old is not None else 0)
-        if self._cached_bytes + size > CACHE_BYTES:
-            if old is not None:  # it is out of date
-                del self._cache[index]
-                self._cached_bytes -= _size(old)
-            return
-        self._cache[index] = item
-        self._cached_bytes += size
-
-    def _encode(self, index: int) -> dict[str, torch.Tensor]:
-        utterance = self.corpus.utterances[index]
-        reason = self.recognizer.audio_problem(utterance)
-        if reason is None:
-            try:
-                samples = read_audio(utterance, self.recognizer.sampling_rate)
-                return {**self.recognizer.encode_audio(samples), "labels": self._labels(utterance)}
-            except ValueError as error:  # AudioError, or samples that the header did not announce
-                reason = str(error)
-        problem = Problem(utterance.id, reason, utterance.place)
-        if problem not in self.problems:
-            self.problems.append(problem)
-            logger.warning("%s contributes nothing: %s", utterance.id, reason)
-        return self.recognizer.empty_item()
-
-    def _labels(self, utterance: Utterance) -> torch.Tensor:
-        return self.recognizer.encode_text(self.target_prefix + utterance.text)
-
-    def _own_frames(self, index: int, frames: int) -> int:
-        """Frames of speech in features that fill a fixed window: its silent rest is not masked."""
-        window = getattr(self.recognizer, "window_seconds", None)
-        if window is None:
-            return frames
-        return max(min(round(frames * self.corpus.utterances[index].seconds / window), frames), 1)

@@ -11,163 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from asr_finetune import data
+from asr_finetune import dataset as module
 from asr_finetune.augment import SpecAugment
 from asr_finetune.config import Config, ConfigError, MethodConfig
-from asr_finetune.data import Corpus, Problem, SpeechDataset, Utterance, prepare_text
+from asr_finetune.corpus import Corpus
+from asr_finetune.dataset import SpeechDataset
 from asr_finetune.methods import apply_method
 from asr_finetune.models import Recognizer
-from asr_finetune.prepare import load as load_for
 from asr_finetune.progress import Reporter
 from asr_finetune.train import train
 from dpkernels.privacy import read_ledger
 from tests.asr import small_models, tones
-from tests.asr.recordings import RATE, manifest, noise, options, read, reasons, write
-
-
-def utterance(name: str, text: str = "low", seconds: float = 0.5, **values: Any) -> Utterance:
-    return Utterance(name, None, noise(seconds, seed=len(name)), RATE, text, None, seconds, **values)
+from tests.asr.recordings import manifest, noise, read, utterance, write
 
 
 @pytest.fixture(scope="module")
 def parakeet(folders: dict[str, Path]) -> Recognizer:
     return small_models.load(folders["parakeet"])
-
-
-# Transcripts and corpora
-
-
-@pytest.mark.parametrize(
-    ("text", "values", "expected"),
-    [
-        ("  One \t two\n", {}, "One two"),
-        ("One", {"text_case": "lower"}, "one"),
-        ("Straße", {"text_case": "upper"}, "STRASSE"),
-        ("well-known, it's “so”!", {"strip_punctuation": True}, "well known it's so"),
-        ("...", {"strip_punctuation": True}, ""),
-        ("a, b", {}, "a, b"),
-    ],
-)
-def test_transcripts(text: str, values: dict[str, Any], expected: str) -> None:
-    assert prepare_text(text, options(**values)) == expected
-
-
-def test_repeated_recordings_are_noted_and_kept(tmp_path: Path) -> None:
-    """Whether one is there may not change what becomes of another."""
-    write(tmp_path / "a.wav")
-    line = {"audio": "a.wav", "text": "x", "utt_id": "same"}
-    corpus = read(manifest(tmp_path, [line, line, {**line, "utt_id": "other"}]))
-    assert len(corpus) == 3
-    ids, files = corpus.notes
-    assert "1 ids appear more than once" in ids
-    assert "1 audio files appear more than once" in files
-    assert "weaker than stated" in corpus.summary()
-    assert "appear" not in read(manifest(tmp_path, [line])).summary()
-
-
-def test_the_summary_groups_what_was_left_out_by_kind() -> None:
-    """Names of options, files and words in the reasons are neither grouped by nor mangled."""
-    problems = [
-        *(Problem(str(n), f"too short: 0.0{n} s, below data.min_seconds=0.05") for n in (1, 2)),
-        Problem("x", "no such file: /a/b c.wav"),
-        *(
-            Problem(word, f"not in the vocabulary: '{word}'; see data.text_case")
-            for word in ("A", "B.C", "D's")
-        ),
-    ]
-    corpus = Corpus([utterance("a", seconds=90.0)], problems, "src")
-    assert corpus.summary() == (
-        "1 utterances, 1.5 min, speakers unknown\n"
-        "6 left out: 3 × not in the vocabulary; 2 × too short; 1 × no such file"
-    )
-    assert corpus.hours == 90 / 3600
-
-
-def test_reasons_begin_with_their_kind(parakeet: Recognizer, folders: dict[str, Path]) -> None:
-    whisper = small_models.load(folders["whisper"])
-    found = [
-        parakeet.audio_problem(utterance("a", seconds=0.01)),
-        parakeet.text_problem(utterance("a", "low WARP")),
-        parakeet.text_problem(utterance("a", " ".join(["low"] * 30))),
-        whisper.audio_problem(utterance("a", seconds=1.5)),
-        whisper.text_problem(utterance("a", "low " * 30)),
-    ]
-    assert [Problem("a", reason or "").kind for reason in found] == [
-        "too short for the model",
-        "not in the vocabulary",
-        "no CTC alignment",
-        "longer than the encoder's window",
-        "too many tokens",
-    ]
-
-
-# What a recogniser cannot take
-
-
-def test_what_the_recognizer_cannot_take_is_left_out_by_name(parakeet: Recognizer) -> None:
-    corpus = Corpus(
-        [
-            utterance("good"),
-            utterance("brief", seconds=0.01),
-            utterance("unknown", "low WARP"),
-            utterance("crowded", " ".join(["low"] * 30)),
-        ],
-        [Problem("before", "no such file")],
-    )
-    fitted = corpus.fit(parakeet)
-    assert [item.id for item in fitted.utterances] == ["good"]
-    found = reasons(fitted)
-    assert list(found) == ["before", "brief", "unknown", "crowded"]
-    assert "too short" in found["brief"]
-    assert "not in the vocabulary: 'WARP'" in found["unknown"]
-    assert "no CTC alignment" in found["crowded"]
-    # A test set keeps the transcripts that cannot be learnt: they are errors of the recogniser.
-    tested = corpus.fit(parakeet, training=False)
-    assert [item.id for item in tested.utterances] == ["good", "unknown", "crowded"]
-
-
-def test_whisper_leaves_out_what_its_window_does_not_hold(folders: dict[str, Path]) -> None:
-    recognizer = small_models.load(folders["whisper"])
-    fitted = Corpus([utterance("fits", seconds=1.0), utterance("long", seconds=1.01)]).fit(recognizer)
-    assert [item.id for item in fitted.utterances] == ["fits"]
-    assert "raise model.window_seconds" in reasons(fitted)["long"]
-
-
-def test_nothing_left_is_refused_with_names(parakeet: Recognizer) -> None:
-    with pytest.raises(ConfigError, match=r"all 1 recordings were left out(.|\n)*unknown: not in the vocab"):
-        Corpus([utterance("unknown", "WARP")], source="here").fit(parakeet)
-
-
-def test_what_does_not_decode_is_found_by_reading_it(tmp_path: Path) -> None:
-    for name in ("good", "cut"):
-        write(tmp_path / f"{name}.flac", 2.0)
-    cut = tmp_path / "cut.flac"
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    lines = [{"audio": f"{name}.flac", "text": "low"} for name in ("good", "cut")]
-    corpus = read(manifest(tmp_path, lines))
-    assert len(corpus) == 2  # the header says nothing
-    decoded = corpus.decoded(Reporter(False), "audio")
-    assert [item.id for item in decoded.utterances] == ["good"]
-    assert "unreadable audio" in reasons(decoded)["cut"]
-
-
-def test_loading_says_what_was_left_out(
-    tmp_path: Path, parakeet: Recognizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write(tmp_path / "a.wav")
-    lines = [{"audio": "a.wav", "text": "low", "utt_id": "good"}]
-    lines += [{"audio": "lost.wav", "text": "low", "utt_id": f"lost{index}"} for index in range(12)]
-    load_for(str(manifest(tmp_path, lines)), None, options(), Reporter(True), "train", parakeet)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "train: 1 utterances" in said
-    assert "12 left out: 12 × no such file" in said
-    assert "left out lost0 (all.jsonl:2): no such file" in said
-    assert "lost9" in said
-    assert "lost10" not in said
-    assert "and 2 more" in said
-
-
-# Items
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -192,8 +52,8 @@ def test_an_item_is_features_labels_and_its_index(folders: dict[str, Path], fami
 
 def test_features_are_made_once_and_stay_equal(parakeet: Recognizer, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    original = data.read_audio
-    monkeypatch.setattr(data, "read_audio", lambda item, rate: made.append(item.id) or original(item, rate))
+    original = module.read_audio
+    monkeypatch.setattr(module, "read_audio", lambda item, rate: made.append(item.id) or original(item, rate))
     corpus = Corpus([utterance("a"), utterance("b")])
     cached, fresh = SpeechDataset(corpus, parakeet, cache=True), SpeechDataset(corpus, parakeet)
     first = [cached[index] for index in (0, 1, 0, 1)]
@@ -206,7 +66,7 @@ def test_a_full_cache_keeps_what_it_has(parakeet: Recognizer, monkeypatch: pytes
     corpus = Corpus([utterance("a"), utterance("b")])
     fresh = SpeechDataset(corpus, parakeet)
     size = sum(value.nbytes for value in fresh[0].values() if isinstance(value, torch.Tensor))
-    monkeypatch.setattr(data, "CACHE_BYTES", size)
+    monkeypatch.setattr(module, "CACHE_BYTES", size)
     cached = SpeechDataset(corpus, parakeet, cache=True)
     for index in (0, 1, 1, 0):
         assert same(cached[index], fresh[index])
