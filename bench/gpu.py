@@ -60,6 +60,8 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
         Part("tune", (python, "-m", "bench.tune", f"--output={out}"), 4),
         Part("peaks", (python, "-m", "bench.peaks", "--device", "cuda", f"--output={out}/peaks.json"), 3),
         Part("sweep", (python, "-m", "bench.sweep_gpu"), 3),
+        Part("recipes", (python, "-m", "bench.recipes", "--batch", "256"), 9),
+        Part("largest", (python, "-m", "bench.largest", f"--output={out}/largest.json"), 5),
         Part("normals", (python, "-m", "bench.many_normals", "--device", "cuda", "--draws", "1e10"), 3),
     ]
     for group in ("ops", "layers", "step", "model"):

@@ -8,18 +8,31 @@ import pytest
 from tests.asr import small_models, tones
 
 
+class Checkpoints(dict[str, Path]):
+    """A small checkpoint of a family, made when it is first asked for: not every machine can make each of them."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def __missing__(self, name: str) -> Path:
+        folder = self._root / name
+        with tones.one_thread():
+            if name == "multilingual":
+                small_models.whisper(folder, multilingual=True)
+            else:
+                small_models.FAMILIES[name](folder)
+        self[name] = folder
+        return folder
+
+
 @pytest.fixture(scope="session")
-def _small_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    with tones.one_thread():
-        for name, write in small_models.FAMILIES.items():
-            write(root / name)
-        small_models.whisper(root / "multilingual", multilingual=True)
-    return {name: root / name for name in (*small_models.FAMILIES, "multilingual")}
+def _small_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
-def folders(_small_checkpoints: dict[str, Path]) -> Iterator[dict[str, Path]]:
+def folders(_small_checkpoints: Checkpoints) -> Iterator[Checkpoints]:
     """A small checkpoint of every family, not to be written to."""
     with tones.one_thread():
         yield _small_checkpoints
