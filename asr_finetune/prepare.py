@@ -29,6 +29,7 @@ from dpkernels import PrivacyEngine
 from dpkernels.privacy import plan_sampling, read_ledger
 
 SELF_CHECK_EXAMPLES = 3
+SELF_CHECK_LENGTHS = (0.05, 0.4)  # quantiles, from and to
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 _NAMES_SHOWN = 10
 
@@ -206,16 +207,18 @@ def self_check(
 ) -> None:
     """A few utterances of unlike lengths, together and one by one: their gradients must agree.
 
-    As many as a micro-batch holds, of 2 to 3: what was planned for leaves room for them. Where the recogniser takes
-    equal lengths only, all are cut to the shortest one's, and have its labels. In float32 whatever the run computes
-    in: in a half type a small parameter's gradient can be rounding alone. In the half type it is asked whether an
-    utterance adds the same beside others.
+    As many as a micro-batch holds, of 2 to 3, and of the shorter ones: what was planned for leaves room for them. Where
+    the recogniser takes equal lengths only, all are cut to the shortest one's, and have its labels. In float32 whatever
+    the run computes in: in a half type a small parameter's gradient can be rounding alone. In the half type it is asked
+    whether an utterance adds the same beside others.
 
     Raises:
         SelfCheckError: they do not; the message names the layers.
     """
     order = np.argsort(lengths)
-    places = np.linspace(0.1, 0.9, min(SELF_CHECK_EXAMPLES, max(physical_batch_size, 2))) * (len(order) - 1)
+    places = np.linspace(*SELF_CHECK_LENGTHS, min(SELF_CHECK_EXAMPLES, max(physical_batch_size, 2))) * (
+        len(order) - 1
+    )
     what = f"{len(places)} utterances"
     items = [dataset[int(order[int(place)])] for place in places]
     if recognizer.equal_lengths_only:

@@ -65,7 +65,7 @@ def data_record(config: Config, corpus: Corpus, fingerprint: str) -> dict[str, A
     """Where the data is from, and of the private part N and the fingerprint only."""
     data = config.data
     return {
-        "source": data.train,
+        "source": _shown(data.train),
         "split": data.train_split,
         "units": units(config, corpus),
         "fingerprint": fingerprint,

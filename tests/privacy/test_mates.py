@@ -123,8 +123,10 @@ class Int8(nn.Module):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_statistic_behind_a_layer_that_forgets_the_scale_is_found(size: int) -> None:
+    front = nn.LayerNorm(WIDTH, elementwise_affine=False)
+    model = nn.Sequential(front, nn.Linear(WIDTH, WIDTH), Int8(), nn.Linear(WIDTH, 3))
     with closing(PrivacyEngine()) as engine:
-        made(engine, nn.Sequential(nn.LayerNorm(WIDTH, elementwise_affine=False), Int8()))
+        made(engine, model=model)
         engine.self_check(losses, batch(size))
         with pytest.raises(SelfCheckError, match="with other examples beside it"):
             engine.check_mates(in_half, batch(size))
