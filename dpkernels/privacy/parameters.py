@@ -25,7 +25,7 @@ class ParameterWatch:
         self._parameters = list(model.parameters())
         self._forwards = 0
         self._versions: list[int] | None = None
-        self._bits: list[Tensor] | None = None
+        self._bits: list[Tensor | None] | None = None
 
     def begin(self) -> None:
         """Note the parameters as they are: a forward begins."""
@@ -47,9 +47,9 @@ class ParameterWatch:
         if now != self._versions:
             written = [name for name, a, b in zip(self._names, self._versions, now, strict=True) if a != b]
         elif self._bits is not None:
-            pairs = zip(self._names, self._parameters, self._bits, strict=True)
+            pairs = zip(self._names, self._bits, map(_sum_of_bits, self._parameters), strict=True)
             written = [
-                name for name, parameter, was in pairs if not torch.equal(_sum_of_bits(parameter), was)
+                name for name, a, b in pairs if a is not None and b is not None and not torch.equal(a, b)
             ]
         if written:
             self.forget()
@@ -61,13 +61,13 @@ class ParameterWatch:
 
 
 @torch.no_grad()
-def _sum_of_bits(parameter: Tensor) -> Tensor:
-    """The sum of a tensor's 64-bit words, int64: no copy, whatever its dtype; 0 for tensors without values."""
+def _sum_of_bits(parameter: Tensor) -> Tensor | None:
+    """The sum of a tensor's 64-bit words, int64: no copy, whatever its dtype. None where it has no values (a
+    rehearsal's)."""
     if parameter.is_meta or isinstance(parameter, torch._subclasses.FakeTensor):
-        return torch.zeros(())
+        return None
     flat = parameter.detach().reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
         flat = flat.clone()
     words = len(flat) // 8 * 8
-    total: Tensor = flat[:words].view(torch.int64).sum() + flat[words:].sum(dtype=torch.int64)
-    return total
+    return torch.sum(flat[:words].view(torch.int64)) + torch.sum(flat[words:], dtype=torch.int64)
