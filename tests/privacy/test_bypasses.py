@@ -349,6 +349,18 @@ def test_parameters_may_be_written_between_a_step_and_the_next_forward() -> None
     assert run.engine.steps == 4
 
 
+def test_a_step_is_no_write_of_the_model_where_losses_pass_its_forward_by() -> None:
+    def inner(model: Net, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        logits = model.last(model.norm(torch.tanh(model.first(batch[0])))).mean(1)
+        return nn.functional.cross_entropy(logits, batch[1], reduction="none")
+
+    run = private_run(model=Net(), loss_fn=inner, lr=0.1)
+    run.model(run.data[[0]][0])  # the only forward that the watch sees
+    for _ in range(3):
+        run.release((0, 1))
+    assert run.engine.steps == 3
+
+
 def test_instance_norm_with_running_statistics_is_refused() -> None:
     class Normed(Net):
         def __init__(self) -> None:
