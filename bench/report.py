@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = found(options.results, options.device)
     sections = pages(options.results, options.device)
-    if not any(sections.values()):
+    if not results and not any(sections.values()):
         print(f"nothing under {options.results}: run pytest --benchmark first", file=sys.stderr)
         return 1
     if options.print:

@@ -163,12 +163,13 @@ def test_the_check_leaves_no_trace() -> None:
     run = private_run(model=Masked())
     batch, singles = padded_batch()
     weights = {name: p.clone() for name, p in run.model.named_parameters()}
+    hooks = [list(module._forward_hooks) for module in run.model.modules()]
     run.engine.self_check(masked_losses, batch, singles=singles)
     assert run.model.training
     assert run.model.dropout.training
     assert all(p.grad is None for p in run.model.parameters())
     assert all(p.equal(weights[name]) for name, p in run.model.named_parameters())
-    assert not any(module._forward_hooks for module in run.model.modules())
+    assert [list(module._forward_hooks) for module in run.model.modules()] == hooks
     assert run.engine.steps == 0
     assert not run.optimizer.tape.is_open
 
