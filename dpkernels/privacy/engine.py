@@ -150,7 +150,8 @@ class PrivacyEngine:
                 freezing.
             optimizer: any torch optimizer over the trained parameters that steps without a closure.
             data_loader: map-style dataset; its batch_size is the expected batch size, q = batch_size/N. Its
-                collate_fn, num_workers, pin_memory, prefetch_factor and worker_init_fn are kept.
+                collate_fn, num_workers, pin_memory, prefetch_factor and worker_init_fn are kept; its generator is
+                not, since its workers' random augmentation would have a seed that is known.
             noise_multiplier: σ: noise of standard deviation σ × sensitivity on the sum. 0 is not private: ε =
                 ∞, warns.
             max_grad_norm: C, flat clipping of the gradient over all trained parameters. With
