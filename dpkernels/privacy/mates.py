@@ -25,7 +25,6 @@ from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.probing import (
     LossFunction,
     as_it_is,
-    evaluating,
     private_backward,
     private_gradient,
     watched,
@@ -46,7 +45,8 @@ def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any,
     """Whether an example's loss and gradient stay when the other examples of its batch are others.
 
     The others change places, each entry of them that is floating-point is halved or kept at random, and one becomes a
-    copy of the example itself where that changes no shape in the model; lengths, masks and labels move along.
+    copy of the example itself where that changes no shape in the model; lengths, masks and labels move along. The
+    modules are asked in the modes that they are in, dropout included: call it as the model trains.
 
     Args:
         model: the private model.
@@ -61,9 +61,8 @@ def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any,
         ValueError: fewer than two examples.
     """
     probe = _Probe(model, tape, loss_fn, trained_parameters(model), secret_seed())
-    for mode, entered in (("eval", evaluating), ("train", as_it_is)):
-        with entered(model):
-            _check(probe, batch, samples, mode)
+    with as_it_is(model):
+        _check(probe, batch, samples, "train" if model.training else "eval")
 
 
 def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
