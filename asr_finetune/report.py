@@ -121,6 +121,12 @@ def check_ledger(folder: RunFolder, privacy: Mapping[str, Any]) -> LedgerCheck:
             raise ReportError(
                 f"run.json says epsilon={privacy['epsilon']}, the ledger's steps spend {spent:.4f} at "
                 f"delta={privacy['delta']:g}: no report is made"
+                + (
+                    ". Before this version truncated sampling (privacy.max_batch_size) was accounted for removing a "
+                    "unit, not for adding one: a run of then spent what the ledger says"
+                    if privacy["max_batch_size"] is not None
+                    else ""
+                )
             )
     sensitivities = {run.settings.get("sensitivity") for run in runs}
     sensitivity = sensitivities.pop() if len(sensitivities) == 1 else None

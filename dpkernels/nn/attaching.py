@@ -59,17 +59,20 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         module.ghost_tape = tape
         module.ghost_name = name or type(module).__name__
 
-    def note_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # A copy of the model has these hooks, too, and no tape.
+    def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not model:
+            return
         tape.forward_batch_size = batch_size_of(args, kwargs)
         if tape.before_forward is not None:
             tape.before_forward()
 
-    def note_end(*_: Any) -> None:
-        if tape.after_forward is not None:
+    def note_end(module: nn.Module, *_: Any) -> None:
+        if module is model and tape.after_forward is not None:
             tape.after_forward()
 
     model.__dict__[_HANDLES] = (
-        model.register_forward_pre_hook(note_batch, with_kwargs=True),
+        model.register_forward_pre_hook(note_batch, with_kwargs=True, prepend=True),
         model.register_forward_hook(note_end),
     )
     return tape

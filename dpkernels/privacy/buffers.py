@@ -81,7 +81,9 @@ class BufferWatch:
             raise RuntimeError(
                 f"buffers of the model changed, though they are not saved: {some_of(kept)}. What one forward leaves "
                 "for later ones (a queue, a running mean) lets an example change what others add in steps that it "
-                "is not in, beyond the clipping bound. Put their modules into eval(), or take them out of the model."
+                "is not in, beyond the clipping bound. Put their modules into eval(), or take them out of the model. "
+                "Where it is a table that the longest input makes (of positions), make it before make_private: one "
+                "forward of that length."
             )
         for name, buffer in now.items():
             if name not in self._passing or self._passing[name].shape != buffer.shape:

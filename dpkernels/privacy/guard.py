@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of
+from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of, named_modules
 from dpkernels.privacy.buffers import BufferWatch, buffer_marks, changed_buffers
-from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, trained_parameters
+from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, some_of, trained_parameters
 from dpkernels.privacy.parameters import ParameterWatch
 
 
@@ -21,11 +21,13 @@ class Snapshot:
         batch_norms: whether a batch norm mixes the samples of a batch.
         buffers: (identity, version) of every buffer that state_dict() would release, in the modules' order.
         trained: identities of the parameters with requires_grad, in the modules' order.
+        frozen: identities of the others.
     """
 
     batch_norms: bool
     buffers: list[tuple[int, int]]
     trained: list[int]
+    frozen: list[int]
 
 
 def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
@@ -33,6 +35,7 @@ def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
     batch_norms = False
     buffers: list[tuple[int, int]] = []
     trained: list[int] = []
+    frozen: list[int] = []
     for module in modules:  # thousands, in every step: in loops, and with no call where there is nothing
         if module._buffers:
             passing = module._non_persistent_buffers_set
@@ -46,9 +49,9 @@ def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
             batch_norms = batch_norms or mixes_samples(module)
         if module._parameters:
             for parameter in module._parameters.values():
-                if parameter is not None and parameter.requires_grad:
-                    trained.append(id(parameter))
-    return Snapshot(batch_norms, buffers, trained)
+                if parameter is not None:
+                    (trained if parameter.requires_grad else frozen).append(id(parameter))
+    return Snapshot(batch_norms, buffers, trained, frozen)
 
 
 class ModelGuard:
@@ -65,13 +68,15 @@ class ModelGuard:
 
     def __init__(self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer) -> None:
         self.trained = trained_parameters(model)
+        # Themselves, not their identities, which a later tensor could have.
+        self._frozen = _frozen(model)
         self._model = model
         self._optimizer = optimizer
         self._held = {id(parameter) for parameter in self._parameters()}
         self._buffers = buffer_marks(model)
         self._buffer_watch = BufferWatch(model)
         self._parameter_watch = ParameterWatch(model)
-        tape.before_forward, tape.after_forward = self._parameter_watch.begin, self._parameter_watch.check
+        tape.before_forward, tape.after_forward = self._parameter_watch.begin, self._parameter_watch.end
         modules = list(modules_of(model))
         self._then = snapshot(modules)
         # Those that a snapshot's buffers and batch norms are read from.
@@ -150,6 +155,8 @@ class ModelGuard:
     def _check_parameters(self, now: Snapshot) -> None:
         if now.trained != self._then.trained:
             _check_trained(trained_parameters(self._model), self.trained)
+        if now.frozen != self._then.frozen:
+            _check_frozen(_frozen(self._model), self._frozen)
         parameters = self._parameters()
         trained, held = {id(p) for p in self.trained.values()}, {id(p) for p in parameters}
         added = [tuple(p.shape) for p in parameters if id(p) not in self._held]
@@ -165,6 +172,27 @@ class ModelGuard:
                 f"the optimizer no longer holds {', '.join(lost)}: it would step without them. Do not "
                 "rebuild parameters or groups after make_private."
             )
+
+
+def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters without requires_grad, by name, each under every name it has."""
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in named_modules(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not parameter.requires_grad
+    }
+
+
+def _check_frozen(now: dict[str, nn.Parameter], then: dict[str, nn.Parameter]) -> None:
+    """Raise RuntimeError, by name, where frozen parameters were replaced, added or removed after make_private."""
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) is not then.get(name))
+    if changed:
+        raise RuntimeError(
+            f"frozen parameters were replaced, added or removed after make_private: {some_of(changed)}. One that the "
+            "model makes while it computes (a code book) would carry data of the examples into the saved model without "
+            "noise. Take such updates out of the module, and move, wrap and replace parameters before make_private."
+        )
 
 
 def _check_trained(now: dict[str, nn.Parameter], then: dict[str, nn.Parameter]) -> None:

@@ -160,7 +160,9 @@ def _half_sealed(line: bytes, following: bytes, previous: str) -> bool:
         json.loads(line.decode())
     except ValueError:
         seal, _ = _line(previous, _seal_of(line))
-        return _opens_like_one(line) and seal.startswith(following.rstrip(b"\0"))
+        # One that has its end, and its newline, was written whole: it is damaged, not torn.
+        whole = b'"sha256"' in line and line.endswith(b'"}')
+        return _opens_like_one(line) and not whole and seal.startswith(following.rstrip(b"\0"))
     return False
 
 

@@ -13,7 +13,7 @@ statistic, in buffers or not) answers otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -146,8 +146,11 @@ def with_other_mates(batch: Any, sample: int, size: int, copy: int | None = None
     if copy is not None:
         order[copy] = sample
     generator = torch.Generator().manual_seed(0)
+    exchanged = 0
 
     def changed(rows: Tensor) -> Tensor:
+        nonlocal exchanged
+        exchanged += 1
         found = rows[torch.tensor(order, device=rows.device)]
         if found.is_floating_point():
             scale = torch.randint(1, 3, found.shape, generator=generator) / 2
@@ -155,7 +158,18 @@ def with_other_mates(batch: Any, sample: int, size: int, copy: int | None = None
             found = found * scale.to(found)
         return found
 
-    return with_rows(batch, size, changed, lambda texts: [texts[row] for row in order])
+    def moved_texts(texts: Sequence[Any]) -> list[Any]:
+        nonlocal exchanged
+        exchanged += 1
+        return [texts[row] for row in order]
+
+    other = with_rows(batch, size, changed, moved_texts)
+    if not exchanged:
+        raise ValueError(
+            f"batch: a {type(batch).__name__} in which nothing has {size} rows, one an example, so that no other "
+            "examples can be put beside one; give tensors, or dicts, tuples and lists of them, batch first"
+        )
+    return other
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Parameters are watched: nothing but a private step may write them while the model computes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ class ParameterWatch:
 
     `begin` comes before each forward of the model, `check` after it and after the backward. Autograd's version counters
     are compared each time; what is written through `.data` counts nowhere, so that in the 1st, 2nd, 4th, 8th, ...
-    forward sums of the parameters' bits are compared, too, which reads all of them. Between a step and the next
-    forward parameters may be written: projected, clamped, loaded.
+    forward sums of the parameters' bits are compared, too, which reads all of them and sees all but an exchange of
+    entries. Between a step and the next forward parameters may be written: projected, clamped, loaded.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,48 +25,72 @@ class ParameterWatch:
         self._parameters = list(model.parameters())
         self._forwards = 0
         self._versions: list[int] | None = None
-        self._bits: list[Tensor | None] | None = None
+        self._bits: dict[int, Tensor] = {}
+        # Places of those that are written with the values they have: max_norm where no row is too long.
+        self._restless: set[int] = set()
 
     def begin(self) -> None:
         """Note the parameters as they are: a forward begins."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            self.forget()
+            return
         self._forwards += 1
-        self._versions = [parameter._version for parameter in self._parameters]
-        look = not self._forwards & (self._forwards - 1)
-        self._bits = [_sum_of_bits(parameter) for parameter in self._parameters] if look else None
+        self._versions = list(map(_version, self._parameters))
+        everything = not self._forwards & (self._forwards - 1)
+        self._bits = self._read(range(len(self._parameters)) if everything else self._restless)
+
+    def end(self) -> None:
+        """Check after a forward; where no backward can follow, what comes next may write."""
+        self.check()
+        if not torch.is_grad_enabled():
+            self.forget()
 
     def forget(self) -> None:
         """What comes now may write: a step, or the code of a training loop."""
-        self._versions = self._bits = None
+        self._versions, self._bits = None, {}
 
     def check(self) -> None:
         """Raise RuntimeError, by name, where a parameter was written since `begin`."""
         if self._versions is None:
             return
-        now = [parameter._version for parameter in self._parameters]
-        written: Sequence[str] = ()
+        now = list(map(_version, self._parameters))
+        moved = set()
         if now != self._versions:
-            written = [name for name, a, b in zip(self._names, self._versions, now, strict=True) if a != b]
-        elif self._bits is not None:
-            pairs = zip(self._names, self._bits, map(_sum_of_bits, self._parameters), strict=True)
-            written = [
-                name for name, a, b in pairs if a is not None and b is not None and not torch.equal(a, b)
-            ]
+            moved = {i for i, (a, b) in enumerate(zip(self._versions, now, strict=True)) if a != b}
+        found = self._read(self._bits)
+        written = {i for i, bits in found.items() if not torch.equal(bits, self._bits[i])}
+        self._restless |= moved & found.keys() - written
+        written |= moved - found.keys()
         if written:
             self.forget()
+            names = (self._names[place] for place in sorted(written))
             raise RuntimeError(
-                f"parameters were written while the model computed: {some_of(written)}. Data of the examples in them "
-                "would be released without noise. Take such updates (code books, max_norm, initialisation from the "
-                "first batch) out of the module, or do them before make_private, on public data."
+                f"parameters were written while the model computed: {some_of(names)}. Data of the examples in them "
+                "would be released without noise. Take such updates (code books, max_norm, a moving average, "
+                "initialisation from the first batch) out of the module into the training loop, or do them before "
+                "make_private, on public data."
             )
+
+    def _read(self, places: Iterable[int]) -> dict[int, Tensor]:
+        read = ((place, _sum_of_bits(self._parameters[place])) for place in places)
+        return {place: bits for place, bits in read if bits is not None}
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
 
 
 @torch.no_grad()
 def _sum_of_bits(parameter: Tensor) -> Tensor | None:
-    """The sum of a tensor's 64-bit words, int64: no copy, whatever its dtype. None where it has no values (a
-    rehearsal's)."""
-    if parameter.is_meta or isinstance(parameter, torch._subclasses.FakeTensor):
+    """The sum of a tensor's 64-bit words, int64, whatever its dtype; a contiguous one is not copied.
+
+    None where its bits cannot be read: those of a rehearsal have none, sparse and quantised ones and subclasses have no
+    plain layout. Their version counters remain.
+    """
+    plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided
+    if not plain or parameter.is_meta or parameter.is_quantized:
         return None
-    flat = parameter.detach().reshape(-1).view(torch.uint8)
+    flat = parameter.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
         flat = flat.clone()
     words = len(flat) // 8 * 8

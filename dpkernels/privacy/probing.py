@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dpkernels.nn import GhostModule, Record, Tape, add_weighted_sums, named_modules
 from dpkernels.nn.expanded import ExpandingModule
-from dpkernels.privacy.randomness import without_dropout
+from dpkernels.privacy.randomness import states, without_dropout
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -80,10 +80,16 @@ def _put_back(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> bool:
-    """Whether two forwards in the present mode agree to the last bit: no random draws, and nothing kept."""
+def repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any, times: int = 2) -> bool:
+    """Whether forwards in the present mode agree to the last bit: nothing kept, and no random draws that matter.
+
+    `times`: forwards where the model draws; where it draws nothing, two tell.
+    """
     with torch.no_grad(), tape.paused():
-        return torch.equal(loss_fn(model, batch), loss_fn(model, batch))
+        first, before = loss_fn(model, batch), states()
+        again = torch.equal(loss_fn(model, batch), first)
+        drawn = states() != before
+        return again and all(torch.equal(loss_fn(model, batch), first) for _ in range(2, times) if drawn)
 
 
 @contextmanager

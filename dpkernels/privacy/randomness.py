@@ -2,8 +2,9 @@
 
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ _DROPOUTS = (
 )
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def without_dropout(model: nn.Module, *, functional: bool) -> Iterator[None]:
     """The model's dropout layers in evaluation mode; where `functional`, `torch.nn.functional`'s dropouts and
@@ -29,7 +33,13 @@ def without_dropout(model: nn.Module, *, functional: bool) -> Iterator[None]:
 
     The functions are replaced where modules look them up, for all threads: a mode for torch functions would not be
     there where CUDA's backward computes a checkpointed block again. Compiled code would be compiled anew for it.
+    One check at a time: two would take each other's functions for torch's own.
     """
+    with _ONE_AT_A_TIME if functional else nullcontext():
+        yield from _without_dropout(model, functional)
+
+
+def _without_dropout(model: nn.Module, functional: bool) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
     replaced = {name: getattr(F, name) for name in _DROPOUTS} if functional else {}
     attention = F.scaled_dot_product_attention
@@ -85,6 +95,16 @@ def same_draws(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpys)
             random.setstate(pythons)
+
+
+def states() -> list[bytes]:
+    """Of the global generators: torch's, the current GPU's, numpy's and Python's."""
+    found = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
+    _, numbers, place, *_ = np.random.get_state()
+    found += [np.asarray(numbers).tobytes(), repr(place).encode()]
+    if torch.cuda.is_initialized():
+        found.append(torch.cuda.get_rng_state().numpy().tobytes())
+    return found
 
 
 def secret_seed() -> int:

@@ -1,5 +1,6 @@
 """The examples of a batch in whatever form it has: tensors, dicts, named tuples, tuples and lists, batch first."""
 
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,10 @@ def with_rows(
     if isinstance(batch, Tensor):
         return of_tensor(batch) if batch.dim() and batch.shape[0] == batch_size else batch
     if isinstance(batch, dict) or hasattr(batch, "items"):
-        return {key: again(value) for key, value in batch.items()}
+        made = {key: again(value) for key, value in batch.items()}
+        return (
+            type(batch)(made) if isinstance(batch, UserDict) else made
+        )  # transformers': read by attribute, too
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(again, batch))
     if isinstance(batch, list | tuple):

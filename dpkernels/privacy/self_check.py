@@ -41,6 +41,8 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 6e-2, t
 _FLOOR = 1e-3
 # Norms are rounded up: nothing is taken off for the dtype. What is left is the comparison's own rounding.
 _SHORTFALL = 1e-3
+# Forwards after a difference, to tell one between examples from one of random draws.
+_LOOKED_AT = 50
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,13 @@ def self_check(
             if mode == "train" and not repeatable(model, tape, loss_fn, batch):
                 continue
             found, short, dtypes = _compare(model, tape, trained, loss_fn, batch, singles, samples, mode)
-            differences += found
-            shortfall = max(shortfall, short)
             computed |= dtypes
             accepted = max(_TOLERANCES[dtype] for dtype in computed) if tolerance is None else tolerance
             failed = SelfCheckReport(found, accepted).failures
+            if failed and mode == "train" and not repeatable(model, tape, loss_fn, batch, _LOOKED_AT):
+                continue  # masks that seldom hide anything, and hid nothing when it was first asked
+            differences += found
+            shortfall = max(shortfall, short)
             if failed and first_module is None:
                 first_module = _first_module(model, tape, loss_fn, batch, singles, failed[0].sample)
     differences.sort(key=lambda item: -item.error if not math.isnan(item.error) else -math.inf)

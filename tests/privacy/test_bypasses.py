@@ -6,6 +6,7 @@ For every refusal the fault is planted: without the check the same use goes thro
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import multiprocessing
 import os
@@ -349,12 +350,120 @@ def test_parameters_may_be_written_between_a_step_and_the_next_forward() -> None
     assert run.engine.steps == 4
 
 
-def test_a_step_is_no_write_of_the_model_where_losses_pass_its_forward_by() -> None:
-    def inner(model: Net, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        logits = model.last(model.norm(torch.tanh(model.first(batch[0])))).mean(1)
-        return nn.functional.cross_entropy(logits, batch[1], reduction="none")
+@pytest.mark.parametrize("how", ["replaced", "added"])
+def test_frozen_parameters_that_a_forward_makes_are_refused_by_name(how: str) -> None:
+    class Makes(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            if how == "replaced":
+                self.code = nn.Parameter(torch.zeros(6), requires_grad=False)
 
-    run = private_run(model=Net(), loss_fn=inner, lr=0.1)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.code = nn.Parameter(x.detach().mean((0, 1)), requires_grad=False)
+            return super().forward(x)
+
+    run = private_run(model=Makes())
+    with pytest.raises(RuntimeError, match=r"frozen parameters were replaced, added or removed .*: code"):
+        run.release((0, 1))
+    assert run.engine.steps == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(1).expand(5),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.ones(3, dtype=torch.complex64).conj(),
+        lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+        lambda: torch.ones(4, 6).t()[1:, ::2],
+        lambda: torch.ones(0),
+        lambda: torch.tensor(7, dtype=torch.int8),
+    ],
+    ids=["expanded", "sparse", "csr", "conjugate", "imaginary", "strided", "empty", "scalar"],
+)
+def test_frozen_parameters_may_have_any_layout(make: Callable[[], torch.Tensor]) -> None:
+    model = Net()
+    model.odd = nn.Parameter(make(), requires_grad=False)
+    run = private_run(model=model)
+    for _ in range(3):
+        run.release((0, 1))
+    assert run.engine.steps == 3
+
+
+def test_frozen_parameters_of_inference_mode_have_no_versions_and_are_no_trouble() -> None:
+    model = Net()
+    with torch.inference_mode():
+        model.odd = nn.Parameter(torch.ones(3), requires_grad=False)
+    run = private_run(model=model)
+    run.release((0, 1))
+    assert run.engine.steps == 1
+
+
+def test_writing_the_same_values_is_no_write() -> None:
+    """What max_norm does where no row is too long: every forward, also those whose bits are not all read."""
+
+    class Bounded(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.book = nn.Embedding(4, 6, max_norm=100.0)
+            self.book.weight.requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + self.book(torch.tensor([[1]] * len(x))))
+
+    run = private_run(model=Bounded())
+    for _ in range(5):
+        run.release((0, 1))
+    run.model.book.max_norm = 1e-3
+    with pytest.raises(RuntimeError, match=r"written while the model computed: book\.weight"):
+        run.release((0, 1))
+
+
+def test_weights_may_be_loaded_after_an_evaluation_also_where_training_passes_the_forward_by() -> None:
+    run = private_run(model=Net(), loss_fn=by_layers)
+    for _ in range(2):
+        run.release((0, 1))
+        with torch.no_grad():
+            run.model(run.data[[0]][0])
+        run.model.load_state_dict({name: value.clone() for name, value in run.model.state_dict().items()})
+    assert run.engine.steps == 2
+
+
+def test_a_write_before_the_other_hooks_is_seen() -> None:
+    model = Net()
+    model.code = nn.Parameter(torch.zeros(6), requires_grad=False)
+    model.register_forward_pre_hook(
+        lambda module, inputs: module.code.data.copy_(inputs[0].mean((0, 1))) and None
+    )
+    run = private_run(model=model)
+    with pytest.raises(RuntimeError, match="written while the model computed: code"):
+        run.release((0, 1))
+
+
+def test_an_attached_model_can_be_traced_exported_and_copied() -> None:
+    run = private_run(model=Net())
+    x = run.data[[0, 1]][0]
+    expected = run.model.eval()(x)
+    for other in (
+        torch.jit.trace(run.model, (x,), check_trace=False),
+        torch.export.export(run.model, (x,)).module(),
+        copy.deepcopy(run.model),
+    ):
+        assert torch.allclose(other(x), expected)
+    run.model.train()
+    run.release((0, 1))
+
+
+def by_layers(model: Net, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The losses, without a call of the model itself."""
+    logits = model.last(model.norm(torch.tanh(model.first(batch[0])))).mean(1)
+    return nn.functional.cross_entropy(logits, batch[1], reduction="none")
+
+
+def test_a_step_is_no_write_of_the_model_where_losses_pass_its_forward_by() -> None:
+    run = private_run(model=Net(), loss_fn=by_layers, lr=0.1)
     run.model(run.data[[0]][0])  # the only forward that the watch sees
     for _ in range(3):
         run.release((0, 1))

@@ -309,7 +309,12 @@ def test_an_edited_last_line_is_no_half_sealed_one(path: Path) -> None:
     ledger.spend_step()
     ledger.close()
     whole = path.read_bytes()
-    for fault in (whole.replace(b'"step": 1', b'"step": 2'), whole[:-20] + b"\nmore", b"text\n" + whole[:0]):
+    for fault in (
+        whole.replace(b'"step": 1', b'"step": 2'),
+        whole[:-20] + b"\nmore",
+        b"text\n",
+        whole[:-30] + b"\xff" + whole[-29:],
+    ):
         path.write_bytes(fault)
         with pytest.raises(LedgerError):
             read_ledger(path)
