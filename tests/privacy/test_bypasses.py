@@ -434,9 +434,11 @@ def test_weights_may_be_loaded_after_an_evaluation_also_where_training_passes_th
 def test_a_write_before_the_other_hooks_is_seen() -> None:
     model = Net()
     model.code = nn.Parameter(torch.zeros(6), requires_grad=False)
-    model.register_forward_pre_hook(
-        lambda module, inputs: module.code.data.copy_(inputs[0].mean((0, 1))) and None
-    )
+
+    def write(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        module.code.data.copy_(inputs[0].mean((0, 1)))
+
+    model.register_forward_pre_hook(write)
     run = private_run(model=model)
     with pytest.raises(RuntimeError, match="written while the model computed: code"):
         run.release((0, 1))
