@@ -13,7 +13,7 @@ this size; the model learns nothing in two steps. What was seen is in start.json
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import time
@@ -28,7 +28,8 @@ from torch import nn
 from asr_finetune.checkpoint import write_json
 from asr_finetune.ctc import BLANK, UNKNOWN
 from bench.machine import about
-from experiments.runs import ROOT
+from bench.table import markdown
+from experiments.runs import ROOT, between
 
 HERE = Path(__file__).parent
 RECIPES = ("wav2vec2_bert_lora", "wav2vec2_bert_full", "parakeet_lora", "parakeet_full")
@@ -103,13 +104,16 @@ def _tokens(sentences: Path) -> Any:
 
 
 def timed(command: list[str]) -> dict[str, Any]:
-    """Run a command; its seconds, the peak of its resident memory so far, and what it printed."""
+    """Run a command; its seconds, the peak of its resident memory, and what it printed."""
     began = time.monotonic()
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{found.stdout}\n{found.stderr}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    return {"seconds": round(time.monotonic() - began), "peak_gib": round(peak, 1), "printed": found.stdout}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)}\n{printed}")
+    seconds = round(time.monotonic() - began)
+    return {"seconds": seconds, "peak_gib": round(usage.ru_maxrss / 2**20, 1), "printed": printed}
 
 
 def start(recipe: str, speech: Path, sentences: Path, work: Path) -> dict[str, Any]:
@@ -137,8 +141,26 @@ def start(recipe: str, speech: Path, sentences: Path, work: Path) -> dict[str, A
         "self_check": passed.strip(),
         "dry_run": {key: dry[key] for key in ("seconds", "peak_gib")},
         "training": {key: trained[key] for key in ("seconds", "peak_gib")},
-        "loaded": f"{saved.name}: logits {loaded['printed'].strip()}",
+        "loaded": f"{saved.name}: logits {loaded['printed'].strip().splitlines()[-1]}",
     }
+
+
+def page(recipes: dict[str, Any]) -> str:
+    """The table of README.md."""
+    rows = [
+        [
+            f"`{name}`",
+            f"{found['parameters']:,}",
+            f"{found['trained']:,}",
+            f"{found['dry_run']['seconds']} s, {found['dry_run']['peak_gib']} GiB",
+            f"{found['training']['seconds']} s, {found['training']['peak_gib']} GiB",
+            "passed",
+            found["loaded"],
+        ]
+        for name, found in recipes.items()
+    ]
+    head = ["recipe", "parameters", "trained", "dry run", "two steps", "self-check", "loaded elsewhere"]
+    return markdown(head, rows, "lrrrrll")
 
 
 def main() -> None:
@@ -159,6 +181,10 @@ def main() -> None:
         found = start(recipe, options.speech.resolve(), options.sentences.resolve(), options.work.resolve())
         saved["recipes"][recipe] = found | {"about": about("cpu")}
         write_json(path, saved)
+        readme = HERE / "README.md"
+        readme.write_text(
+            between(readme.read_text(encoding="utf-8"), "start", page(saved["recipes"])), encoding="utf-8"
+        )
         print(json.dumps(found, ensure_ascii=False), flush=True)
 
 
