@@ -49,7 +49,7 @@ SMALLER = {
     "data.test": "null",
 }
 LOADED = """
-import sys, torch, transformers
+import sys, numpy, torch, transformers
 kind, base, folder, adapter = sys.argv[1:]
 processor = transformers.AutoProcessor.from_pretrained(folder)
 kind = getattr(transformers, kind)
@@ -59,7 +59,7 @@ if adapter == "adapter":
     model = peft.PeftModel.from_pretrained(kind.from_pretrained(base, ignore_mismatched_sizes=True, **new), folder)
 else:
     model = kind.from_pretrained(folder)
-inputs = processor.feature_extractor([0.01] * 16000, sampling_rate=16000, return_tensors="pt")
+inputs = processor.feature_extractor(numpy.full(16000, 0.01, numpy.float32), sampling_rate=16000, return_tensors="pt")
 with torch.no_grad():
     logits = model.eval()(**inputs).logits
 assert torch.isfinite(logits).all()
