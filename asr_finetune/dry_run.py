@@ -45,6 +45,7 @@ from asr_finetune.sources import load_corpus
 from asr_finetune.speech import typical_speech
 from dpkernels.privacy import epsilon, read_ledger
 
+_NAMED = 3  # of the recordings that are left out
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
 
 
@@ -181,7 +182,11 @@ class _Checks:
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
         sample = Corpus([corpus.utterances[place] for place in places], source=corpus.source)
         broken = sample.decoded(self.reporter, "decoding a sample").problems
-        found = f"{corpus.summary()}\n{len(sample)} decoded"
+        found = corpus.summary()
+        if corpus.problems:
+            named = [f"{problem.name}: {problem.reason}" for problem in corpus.problems[:_NAMED]]
+            found += "".join(f"\n  {one}" for one in [*named, *["..."][: len(corpus.problems) > _NAMED]])
+        found += f"\n{len(sample)} decoded"
         if broken:
             found += (
                 f": {len(broken)} do not, and would be left out, e.g. {broken[0].name}: {broken[0].reason}"

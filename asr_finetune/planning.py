@@ -12,6 +12,7 @@ from asr_finetune.config_file import overridden, typed
 from asr_finetune.plan import Plan, plan
 from asr_finetune.plan_tables import memory_table, plan_table, probe_table
 from asr_finetune.sampling import assumed_sampling, sampling_of
+from asr_finetune.values import PLACEHOLDER
 
 if TYPE_CHECKING:
     from asr_finetune.corpus import Corpus
@@ -45,7 +46,7 @@ def run(
         ConfigError: what is missing, or does not fit together.
         ValueError, FileNotFoundError: a model or data that cannot be read.
     """
-    config = _configuration(values, flags, settings)
+    config = _configuration(values, flags, settings, examples)
     if gpu_memory is not None and config.model.name == _ABSENT:
         raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
     _check_given(config, typed(flags, settings), examples)
@@ -69,7 +70,7 @@ def run(
 
 
 def _configuration(
-    values: Mapping[str, Any] | None, flags: Mapping[str, Any], settings: Sequence[str]
+    values: Mapping[str, Any] | None, flags: Mapping[str, Any], settings: Sequence[str], examples: int | None
 ) -> Config:
     """The configuration that a plan is for; what a plan does not need is filled in."""
     given = typed(flags, settings)
@@ -81,6 +82,8 @@ def _configuration(
     if values is None:
         values = {"model": {"name": _ABSENT}, "data": {"train": _ABSENT}}
     config = Config.from_dict(overridden({"output": ".", **values}, flags, settings))
+    if examples is not None and config.data.train == PLACEHOLDER:
+        config = config.with_values("data", train=_ABSENT)
     config.check_filled()
     if not config.privacy.enabled:
         raise ConfigError(

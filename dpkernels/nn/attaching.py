@@ -42,7 +42,10 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
     Raises ValueError naming every trained parameter that no rule covers, RuntimeError if a tape is attached.
     """
     if any(getattr(module, "ghost_tape", None) is not None for module in model.modules()):
-        raise RuntimeError("attach: a tape is attached to (part of) this model already; detach(model) first")
+        raise RuntimeError(
+            "this model, or a part of it, was made private already (a tape is attached to it): call "
+            "dpkernels.nn.detach(model) first, or build it anew"
+        )
     uncovered = coverage(model)
     if uncovered:
         lines = "\n  ".join(str(item) for item in uncovered)

@@ -126,8 +126,9 @@ class BatchSums:
         """Raise RuntimeError where examples of the open logical batch are missing."""
         if self.drawn is not None and self.examples < self.drawn and self._claimed:
             raise RuntimeError(
-                "step(): fewer examples were back-propagated than the logical batch holds. Was zero_grad() "
-                "called between its micro-batches, were losses of two micro-batches added up, or does the "
+                "step(): fewer examples were back-propagated than the logical batch holds. Was step() called "
+                "after a micro-batch, where it belongs after the last one of its logical batch, was zero_grad() called "
+                "between its micro-batches, were losses of two micro-batches added up, or does the "
                 "collate_fn pack several examples into one row? Back-propagate every micro-batch once, with one "
                 "loss for each example (0 for one that is to be left out), then step(), then zero_grad()."
             )

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from torch.utils.data import (
@@ -139,6 +139,12 @@ class LogicalBatch:
 
     def __len__(self) -> int:
         return len(self.parts)
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise TypeError(
+            f"logical_batch[{index!r}]: the private loader gives logical batches, each made of micro-batches: write "
+            "`for logical_batch in loader: for batch in logical_batch: ...`, and optimizer.step() after the inner loop"
+        )
 
     def collate(self, part: list[int]) -> Any:
         """These examples of the batch as a micro-batch of their own, read anew in this process.

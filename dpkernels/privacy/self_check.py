@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from dpkernels.nn import Tape
 from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.clipping import total_norm_sq
+from dpkernels.privacy.loader import DPDataLoader, LogicalBatch
 from dpkernels.privacy.probing import (
     LossFunction,
     compiled,
@@ -129,6 +131,11 @@ def self_check(
         SelfCheckError: the layers that differ, with their numbers.
         ValueError, TypeError: losses of another shape than [B]; nothing in the batch with B rows.
     """
+    if not callable(loss_fn) or isinstance(batch, Dataset | DataLoader | DPDataLoader | LogicalBatch):
+        raise TypeError(
+            f"self_check(loss_fn, batch): got {type(loss_fn).__name__} and {type(batch).__name__}; give a function of "
+            "model and batch, and a batch as it takes one: the first micro-batch of a logical batch, or data[:8]"
+        )
     if rows_of(batch) == 0:
         raise ValueError(
             "self_check: batch holds no example, so nothing would be compared; give at least two"

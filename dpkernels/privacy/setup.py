@@ -105,8 +105,8 @@ def checked(
     physical = sampling.expected_batch_size if physical_batch_size is None else physical_batch_size
     if physical < 1:
         raise ValueError(f"physical_batch_size must be >= 1, got {physical_batch_size}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    if steps is not None and (steps < 1 or steps != int(steps)):
+        raise ValueError(f"steps must be a whole number >= 1, got {steps}")
     _check_lengths(lengths, physical_frames, len(data_loader.dataset))  # type: ignore[arg-type]
 
     check_module(module)

@@ -161,6 +161,26 @@ def test_a_plan_says_its_noise_before_it_loads_a_model(tmp_path: Path) -> None:
     assert "no usable checkpoint" in str(result.exception)
 
 
+def test_a_printed_configuration_can_be_planned_before_there_is_data(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(invoke("train", "--print-config").stdout)
+    sizes = (
+        "--examples",
+        500,
+        "--batch-size",
+        50,
+        "--set",
+        "train.steps=10",
+        "--delta",
+        "1e-3",
+        "--epsilon",
+        8,
+    )
+    result = invoke("plan", "--config", config, "--model", tmp_path, *sizes, "--gpu-memory", 80)
+    assert "0.10000" in result.output
+    assert "no usable checkpoint" in str(result.exception)  # the model is asked for, the data is not
+
+
 def test_train_evaluate_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tones.write_manifest(tmp_path, 12)
     tones.write_model(tmp_path / "model")

@@ -220,6 +220,16 @@ def test_recordings_that_do_not_decode_are_counted(folder: Path) -> None:
     assert "12 decoded: 1 do not, and would be left out, e.g. 3.flac" in found["training data"].found
 
 
+def test_what_is_left_out_is_named_as_in_a_run(folder: Path) -> None:
+    manifest = folder / "tones.jsonl"
+    lines = [json.dumps({"audio": f"tones/none{index}.wav", "text": "low"}) for index in range(4)]
+    manifest.write_text("\n".join([manifest.read_text().rstrip("\n"), *lines]))
+    found = checks(folder)["training data"].found
+    assert "4 left out: 4 × no such file" in found
+    assert found.count("tones.jsonl:") == 3
+    assert "\n  ...\n" in found
+
+
 def test_warnings_stand_in_the_table(folder: Path) -> None:
     found = checks(folder, data__test=str(folder / "tones.jsonl"), privacy__delta=0.2)
     assert failed(found) == set()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from dpkernels.nn import LinearRecord
 from dpkernels.privacy import SelfCheckError
@@ -299,3 +300,27 @@ def test_a_check_of_no_example_is_refused() -> None:
     run = private_run(model=Masked())
     with pytest.raises(ValueError, match="batch holds no example"):
         run.engine.self_check(masked_losses, [part[:0] for part in run.data[:4]])
+
+
+def test_what_is_no_batch_is_refused_with_the_mend() -> None:
+    run = private_run()
+    for given in (run.loader, run.data, DataLoader(run.data)):
+        with pytest.raises(TypeError, match=f"{type(given).__name__}; give a function of model and batch"):
+            run.engine.self_check(run.loss_fn, given)
+    with pytest.raises(TypeError, match=r"got list and function"):
+        run.engine.self_check([run.data[:2]], run.loss_fn)  # type: ignore[arg-type]
+
+
+def test_a_logical_batch_taken_for_a_batch_says_how_it_is_read() -> None:
+    run = private_run()
+    logical = next(iter(run.loader))
+    with pytest.raises(TypeError, match=r"logical_batch\[0\]: .*for batch in logical_batch"):
+        logical[0]
+    with pytest.raises(RuntimeError, match=r"Was step\(\) called after a micro-batch"):
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [0, 2.5])
+def test_steps_are_a_whole_number(steps: float) -> None:
+    with pytest.raises(ValueError, match=f"steps must be a whole number >= 1, got {steps}"):
+        private_run(steps=steps)
