@@ -142,30 +142,41 @@ def ratios(rows: Sequence[Row], subtitle: str) -> Figure | None:
     if not any(row.ratio is not None for row in rows):
         return None
     with _style():
-        names = list(dict.fromkeys(row.contender for own in cases.values() for row in own))
-        tall = 0.55 + (0.3 * len(names) + 0.55) * -(-len(cases) // 2)
-        figure = Figure(figsize=(7.2, tall), layout="constrained")
+        pairs = list(cases.items())
+        lines = [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
+        # Side by side the same contenders; a line of panels has no place for one that was not run in it.
+        names = [list(dict.fromkeys(row.contender for _, own in line for row in own)) for line in lines]
+        heights = [0.3 * len(each) + 0.55 for each in names]
+        figure = Figure(figsize=(7.2, 0.55 + sum(heights)), layout="constrained")
         panels = figure.subplots(
-            -(-len(cases) // 2), min(2, len(cases)), squeeze=False, sharex=True, sharey=True
+            len(lines),
+            min(2, len(cases)),
+            squeeze=False,
+            sharex=True,
+            sharey="row",
+            height_ratios=[len(each) for each in names],
         )
         highest = max(row.ratio for row in rows if row.ratio is not None)
-        for axes, (title, own) in zip(panels.flat, cases.items(), strict=False):
-            axes.grid(False)
-            axes.set_title(title)
-            axes.axvline(1.0, color="#595959", linewidth=1.0, linestyle=(0, (1, 1.5)))
-            for place, name in enumerate(names):
-                row = next((one for one in own if one.contender == name), None)
-                _bar(axes, place, name, row)
-            axes.set_yticks(range(len(names)), names)
-            for label in axes.get_yticklabels():
-                label.set_fontweight("bold" if label.get_text().startswith("dpkernels") else "normal")
-            axes.tick_params(axis="y", length=0)
-            axes.set_xlim(0, 1.18 * highest)
-        panels.flat[0].invert_yaxis()
+        for place, (title, own) in enumerate(pairs):
+            _panel(panels.flat[place], title, names[place // 2], own)
+            panels.flat[place].set_xlim(0, 1.18 * highest)
         for axes in list(panels.flat)[len(cases) :]:
             axes.set_visible(False)
         figure.supxlabel(f"time of a step, × non-private ({subtitle})", fontsize=9)
     return figure
+
+
+def _panel(axes: Axes, title: str, names: Sequence[str], own: Sequence[Row]) -> None:
+    axes.grid(False)
+    axes.set_title(title)
+    axes.axvline(1.0, color="#595959", linewidth=1.0, linestyle=(0, (1, 1.5)))
+    for place, name in enumerate(names):
+        _bar(axes, place, name, next((one for one in own if one.contender == name), None))
+    axes.set_yticks(range(len(names)), names)
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().startswith("dpkernels") else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _bar(axes: Axes, place: int, name: str, row: Row | None) -> None:
