@@ -116,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in options.cases
             for row in rows(CASES[name], options.size, options.frames, options.rounds)
         ]
-    path.write_text(json.dumps({"about": facts, "rounds": options.rounds, "rows": found}, indent=1) + "\n")
+    saved = {"about": facts, "rounds": options.rounds, "rows": found}
+    path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -235,9 +235,8 @@ class PrivacyEngine:
         self, setup: Setup, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader
     ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
         """Attach the model, open the ledger and make the three; after a failure model and ledger are free again."""
-        tape = attach(
-            module, keep_small=setup.strategy == "keep_small"
-        )  # which, where it raises, attaches nothing
+        # Outside of the try: where it raises it attached nothing, and what another engine holds stays its.
+        tape = attach(module, keep_small=setup.strategy == "keep_small")
         budget: Budget | None = None
         try:
             budget = Budget(

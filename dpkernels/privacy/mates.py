@@ -58,7 +58,7 @@ def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any,
     Raises:
         SelfCheckError: a gradient changed by more than `LIMIT` of it and ten times more than by repeating, or a loss;
             or the same batch gave another one under the same random draws.
-        ValueError: fewer than two examples.
+        ValueError: fewer than two examples, or a batch in which nothing can be exchanged.
     """
     probe = _Probe(model, tape, loss_fn, trained_parameters(model), secret_seed())
     with as_it_is(model):
@@ -82,10 +82,10 @@ def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
         limits = tuple(repeats * whole for whole in wholes[sample])
         _compare(_ANOTHER_TIME, sample, mode, wholes[sample], by_repeating[sample], limits)
 
-    def limits_of(sample: int) -> tuple[float, ...]:
-        pairs = zip(wholes[sample], by_repeating[sample], strict=True)
-        return tuple(max(LIMIT * whole, _TIMES_REPEATED * repeating) for whole, repeating in pairs)
-
+    rounding = {
+        s: tuple(max(LIMIT * a, _TIMES_REPEATED * b) for a, b in zip(wholes[s], by_repeating[s], strict=True))
+        for s in own
+    }
     for sample in own:
         for copy in [*(row for row in range(size) if row != sample), None]:
             other = with_other_mates(batch, sample, size, copy)
@@ -93,11 +93,11 @@ def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
             if other_shapes == shapes:
                 break
         change = changed[sample], abs(float(other_losses[sample] - losses[sample]))
-        _compare(_BESIDE_OTHERS, sample, mode, wholes[sample], change, limits_of(sample))
+        _compare(_BESIDE_OTHERS, sample, mode, wholes[sample], change, rounding[sample])
     last_losses, last, _ = probe.run(batch, own, distance)
     for sample in own:
         change = last[sample], abs(float(last_losses[sample] - losses[sample]))
-        _compare(_ANOTHER_TIME, sample, mode, wholes[sample], change, limits_of(sample))
+        _compare(_ANOTHER_TIME, sample, mode, wholes[sample], change, rounding[sample])
 
 
 _BESIDE_OTHERS = (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dpkernels.nn import GhostModule, Record, Tape, add_weighted_sums, named_modules
 from dpkernels.nn.expanded import ExpandingModule
-from dpkernels.privacy.randomness import states, without_dropout
+from dpkernels.privacy.randomness import generator_states, without_dropout
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -86,9 +86,9 @@ def repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any, 
     `times`: forwards where the model draws; where it draws nothing, two tell.
     """
     with torch.no_grad(), tape.paused():
-        first, before = loss_fn(model, batch), states()
+        first, before = loss_fn(model, batch), generator_states()
         again = torch.equal(loss_fn(model, batch), first)
-        drawn = states() != before
+        drawn = generator_states() != before
         return again and all(torch.equal(loss_fn(model, batch), first) for _ in range(2, times) if drawn)
 
 

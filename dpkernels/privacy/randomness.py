@@ -97,7 +97,7 @@ def same_draws(seed: int) -> Iterator[None]:
             random.setstate(pythons)
 
 
-def states() -> list[bytes]:
+def generator_states() -> list[bytes]:
     """Of the global generators: torch's, the current GPU's, numpy's and Python's."""
     found = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
     _, numbers, place, *_ = np.random.get_state()

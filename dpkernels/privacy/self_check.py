@@ -150,13 +150,13 @@ def self_check(
             if mode == "train" and not repeatable(model, tape, loss_fn, batch):
                 continue
             found, short, dtypes = _compare(model, tape, trained, loss_fn, batch, singles, samples, mode)
+            shortfall = max(shortfall, short)  # of one backward: no draws come into it
             computed |= dtypes
             accepted = max(_TOLERANCES[dtype] for dtype in computed) if tolerance is None else tolerance
             failed = SelfCheckReport(found, accepted).failures
             if failed and mode == "train" and not repeatable(model, tape, loss_fn, batch, _LOOKED_AT):
                 continue  # masks that seldom hide anything, and hid nothing when it was first asked
             differences += found
-            shortfall = max(shortfall, short)
             if failed and first_module is None:
                 first_module = _first_module(model, tape, loss_fn, batch, singles, failed[0].sample)
     differences.sort(key=lambda item: -item.error if not math.isnan(item.error) else -math.inf)

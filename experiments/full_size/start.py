@@ -84,9 +84,8 @@ def checkpoint(family: str, folder: Path, sentences: Path) -> Path:
         model = transformers.Wav2Vec2BertModel(transformers.Wav2Vec2BertConfig())
         keeper = transformers.SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, padding_value=1)
     for module in model.modules():
-        if isinstance(
-            module, nn.Conv1d | nn.Conv2d
-        ):  # as they come from transformers, the signal vanishes in them
+        # As they come from transformers, the signal vanishes in them.
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
             module.reset_parameters()
     model.save_pretrained(folder)
     keeper.save_pretrained(folder)
