@@ -431,6 +431,27 @@ def test_weights_may_be_loaded_after_an_evaluation_also_where_training_passes_th
     assert run.engine.steps == 2
 
 
+def test_a_write_within_the_backward_is_seen() -> None:
+    class Gradients(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh(self.first(x))
+
+            def write(gradient: torch.Tensor) -> None:
+                self.code.data.copy_(gradient.mean((0, 1)))
+
+            hidden.register_hook(write)
+            return self.last(self.norm(hidden)).mean(1)
+
+    run = private_run(model=Gradients())
+    with pytest.raises(RuntimeError, match="written while the model computed: code"):
+        run.release((0, 1))
+    assert run.engine.steps == 0
+
+
 def test_a_write_before_the_other_hooks_is_seen() -> None:
     model = Net()
     model.code = nn.Parameter(torch.zeros(6), requires_grad=False)
