@@ -74,10 +74,13 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
             return
         size = batch_size_of(args, kwargs)
         tape.begin_forward(size)
-        if size is not None and tape.needs_to_ask and torch.is_grad_enabled() and tape.recording:
-            tape.ask(model, args, kwargs, size)
         if tape.before_forward is not None:
             tape.before_forward()
+        if size is not None and tape.needs_to_ask and torch.is_grad_enabled() and tape.recording:
+            tape.ask(model, args, kwargs, size)
+            if tape.after_forward is not None and tape.before_forward is not None:
+                tape.after_forward()  # these forwards are watched as any other
+                tape.before_forward()
 
     def note_end(module: nn.Module, *_: Any) -> None:
         if module is model and not tape.asking and tape.after_forward is not None:

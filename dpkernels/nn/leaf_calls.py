@@ -255,9 +255,9 @@ def _pull_back(outputs: Sequence[Tensor], values: Sequence[Tensor], gs: Sequence
 
 def _adds_up(part: Tensor, whole: Tensor, weights: Tensor) -> bool:
     """Whether Σ_i w_i·part_i is `whole`, but for rounding; one that is not finite cannot say."""
-    wide = part.double().flatten(1)
+    wide = part.double().reshape(len(part), -1)
     total = (wide * weights.to(wide).unsqueeze(1)).sum(0)
-    error = (total - whole.double().flatten()).norm()
+    error = (total - whole.double().reshape(-1)).norm()
     scale = wide.norm(dim=1).sum()
     tolerance = _TOLERANCE.get(part.dtype, _HALF_TOLERANCE)
     return not bool(torch.isfinite(scale) & (error > tolerance * scale + 1e-30))

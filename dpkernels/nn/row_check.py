@@ -196,8 +196,8 @@ class _Comparison:
         now = _project(record.g)
         wrong = _differ(self._weights, expected, now, record.g.dtype)
         if bool(wrong.any()):
-            raise RowError(_message(record, int(wrong.sum())))
-        if int((now[1] > 0).sum()) > 1:
+            raise RowError(_message(record, int(wrong.count_nonzero())))
+        if int(now[1].count_nonzero()) > 1:
             self.seen.update(record.parameters)
         return True
 
@@ -230,7 +230,8 @@ def _message(record: Record, rows: int) -> str:
         "example's loss each, so that clipping row by row would not bound what an example adds (the count is NOT "
         "PRIVATE). Likely causes: its first dimension is not the batch but happens to have its size (positions, a mask, "
         "prototypes that all examples share), rows change places within the model (sorted by length), examples are "
-        "mixed (a statistic over the batch), or a recomputed forward draws other random numbers. Give the layer an input "
+        "mixed (a statistic over the batch), or a forward that is computed again draws "
+        "other random numbers (checkpoint with preserve_rng_state=False). Give the layer an input "
         "whose first dimension is the batch, in the batch's order, or freeze it (requires_grad_(False)). Where the size "
         "is a coincidence, call engine.self_check(loss_fn, batch) with a batch of another size first. Nothing was spent"
     )
