@@ -68,6 +68,10 @@ class BatchAxes:
         self._calls[layer] += 1
         return call
 
+    def knows(self, site: Site) -> bool:
+        """Whether a call at this site was seen."""
+        return site in self._evidence
+
     @property
     def assumed(self) -> bool:
         """Whether an axis in the forward under way rests on calls at one batch size only."""
@@ -136,7 +140,6 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-@torch.no_grad()
 def ask_at_other_sizes(
     model: nn.Module, axes: BatchAxes, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int
 ) -> Iterator[int]:

@@ -73,7 +73,9 @@ class ExpandingModule(GhostModule):
     ) -> Any:
         assert isinstance(self, nn.Module)
         trained = {
-            name: p for name in self.ghost_covers if (p := self._parameters.get(name)) is not None and p.requires_grad
+            name: p
+            for name in self.ghost_covers
+            if (p := self._parameters.get(name)) is not None and p.requires_grad
         }
         tape = self.ghost_tape
         if self._ghost_substitutes is not None or not trained or not self._ghost_records():

@@ -112,7 +112,9 @@ class LeafCall:
                 "is the batch, so that its gradient cannot be told apart by sample. Give it an input whose first "
                 f"dimension is the batch ({batch}), or freeze it (requires_grad_(False))"
             )
-        for part, parameter, name in zip(self._parts(gradients, axis, batch, plain), self._parameters, self._names, strict=True):
+        for part, parameter, name in zip(
+            self._parts(gradients, axis, batch, plain), self._parameters, self._names, strict=True
+        ):
             self._tape.add(ExpandedRecord(f"{self._label}.{name}", parameter, part))
 
     def _parts(
@@ -120,14 +122,21 @@ class LeafCall:
     ) -> list[Tensor]:
         """Each trained parameter's gradients [B, *shape], which add up to `plain`."""
         rows = tuple(
-            isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > axis and x.shape[axis] == batch
+            isinstance(x, Tensor)
+            and not isinstance(x, nn.Parameter)
+            and x.dim() > axis
+            and x.shape[axis] == batch
             for x in tree_flatten(self._cut_off())[0]
         )
         # Of one example every tensor of one row is right; that says nothing of other sizes.
         way = (self._number, rows, axis, tuple(sorted(gradients)), batch == 1)
         if not self._is_random and any(rows) and self._ways.get(way, True):
             sliced = self._sliced(gradients, rows, axis)
-            if sliced is not None and way not in self._ways and not self._agree(sliced, gradients, axis, batch):
+            if (
+                sliced is not None
+                and way not in self._ways
+                and not self._agree(sliced, gradients, axis, batch)
+            ):
                 sliced = None
             if sliced is not None and self._add_up(sliced, plain):
                 self._ways[way] = True
@@ -177,7 +186,11 @@ class LeafCall:
             try:
                 return list(torch.vmap(one, in_dims=(None, axis, axis))(values, inputs, gs))
             except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
-                logger.info("%s: its gradients are asked one example at a time, which is slower: %s", self._label, error)
+                logger.info(
+                    "%s: its gradients are asked one example at a time, which is slower: %s",
+                    self._label,
+                    error,
+                )
                 return None
 
     def _masked(self, gradients: dict[int, Tensor], axis: int, batch: int) -> list[Tensor]:

@@ -120,7 +120,8 @@ def _project(g: Tensor) -> tuple[Tensor, Tensor]:
     rows = g.detach().reshape(g.shape[0], -1, g.shape[-1] if g.dim() > 1 else 1).to(accumulation_dtype(g))
     generator = torch.Generator().manual_seed(20_250_411)
     last, middle = (
-        torch.randn(n, generator=generator, dtype=torch.float64).to(rows) for n in (rows.shape[2], rows.shape[1])
+        torch.randn(n, generator=generator, dtype=torch.float64).to(rows)
+        for n in (rows.shape[2], rows.shape[1])
     )
     projection = ((rows @ last) @ middle).double()
     return projection, rows.flatten(1).norm(dim=1).double()
@@ -202,11 +203,15 @@ class _Comparison:
         return True
 
     def see_axes(self, call: Call, g: Tensor) -> int:
-        return 0  # what the first two backwards could not settle: the layer has no gradient, or is refused above
+        return (
+            0  # what the first two backwards could not settle: the layer has no gradient, or is refused above
+        )
 
     def check_complete(self) -> None:
         """Raise RowError where the backward from weights had a gradient that this one lacks."""
-        missing = [parameters for (parameters, _), (_, norms) in self._expected.items() if bool((norms > 0).any())]
+        missing = [
+            parameters for (parameters, _), (_, norms) in self._expected.items() if bool((norms > 0).any())
+        ]
         if missing:
             raise RowError(
                 f"{len(missing)} layers had a gradient in one of two backwards of the same losses and none in the other: "

@@ -146,7 +146,10 @@ def test_uses_of_a_raw_parameter_of_a_module_with_children(use: Any, batch: int)
     [
         (lambda p, x: p.mul_(2), "mul_, which writes"),
         (lambda p, x: torch.cat([p.view(1, 1, 4), x])[1:], "cat along the batch"),
-        (lambda p, x: nn.functional.batch_norm(x.flatten(1), None, None, p.repeat(3), training=True), "batch_norm"),
+        (
+            lambda p, x: nn.functional.batch_norm(x.flatten(1), None, None, p.repeat(3), training=True),
+            "batch_norm",
+        ),
     ],
 )
 def test_other_uses_of_a_raw_parameter_are_refused_by_name(use: Any, says: str) -> None:

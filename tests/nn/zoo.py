@@ -231,7 +231,9 @@ class TensorsOfEachExample(OfLeaf):
 
 @in_zoo
 class LengthsAsList(OfLeaf):
-    use = staticmethod(lambda w, x, lengths: torch.stack([row[:n].sum(0) * w for row, n in zip(x, lengths, strict=True)]))
+    use = staticmethod(
+        lambda w, x, lengths: torch.stack([row[:n].sum(0) * w for row, n in zip(x, lengths, strict=True)])
+    )
 
     def middle(self, h: Tensor) -> Tensor:
         return h + self.leaf(h, [1 + 2 * int(row[0, 0] > 0) for row in h])[:, None]

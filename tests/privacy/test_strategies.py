@@ -213,7 +213,10 @@ def test_other_dropout_masks_in_the_second_backward_are_refused() -> None:
     run = run_of("two_pass", dropout=0.5, checkpointed=True, keep_masks=False)
     with pytest.raises(RowError, match="preserve_rng_state"):
         run.release(INDICES)
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="two_pass.*preserve_rng_state"):
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        pytest.raises(RuntimeError, match="two_pass.*preserve_rng_state"),
+    ):
         patched.setattr(RowCheck, "due", lambda *_: False)
         run_of("two_pass", dropout=0.5, checkpointed=True, keep_masks=False).release(INDICES)
     for checkpointed in (False, True):
