@@ -33,7 +33,7 @@ class GhostModule:
         """As nn.Module's; an input that examples share is computed for each of them."""
         if args and not self.ghost_asks_axes and (shared := self._ghost_shared(args[0])) is not None:
             rest = args[1:]
-            return shared.through(lambda x: nn.Module.__call__(self, x, *rest, **kwargs), self.ghost_label())  # type: ignore[arg-type]
+            return shared.through(lambda x: nn.Module.__call__(self, x, *rest, **kwargs), self.ghost_label())
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _ghost_shared(self, x: Any) -> SharedTensor | None:

@@ -1,10 +1,10 @@
 """SharedTensor: a tensor that all examples share, held once per example so that each keeps its own gradient.
 
 A raw parameter, or an embedding looked up at ids without a batch, is one tensor for the whole batch. Autograd would add
-up what the examples contribute to its gradient. Here it is [n, *shape], an expanded view of n equal rows, and operations
-act row by row: under `torch.vmap` where only shared tensors and constants meet (the result is shared again), and example
-with example where it meets a tensor that carries the batch (the result is an ordinary tensor). As the rows are equal, the
-values are those of the plain model.
+up what the examples contribute to its gradient. Here it is [n, *shape], an expanded view of n equal rows, and
+operations act row by row: under `torch.vmap` where only shared tensors and constants meet (the result is shared again),
+and example with example where it meets a tensor that carries the batch (the result is an ordinary tensor). As the rows
+are equal, the values are those of the plain model.
 
     p.sigmoid(), p @ p.T, p[ids], p.repeat(B, 1, 1)         shared
     x + p, F.linear(x, p), torch.cat((p.expand(B, -1, -1), x), 1)   ordinary, row i of p with example i
@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -76,7 +75,7 @@ class SharedTensor:
         return self.shape[0]
 
     def __iter__(self) -> Any:
-        return iter(torch.unbind(self))  # type: ignore[call-overload]
+        return iter(_apply(torch.unbind, (self,), {}))
 
     def __bool__(self) -> bool:
         return bool(self.value())
@@ -173,36 +172,11 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in [
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "truediv",
-    "rtruediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "rpow",
-    "matmul",
-    "rmatmul",
-    "neg",
-    "pos",
-    "abs",
-    "invert",
-    "getitem",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "and",
-    "or",
-    "xor",
-]:
+_OPERATORS = """
+    add radd sub rsub mul rmul truediv rtruediv floordiv mod pow rpow matmul rmatmul neg pos abs invert getitem eq ne lt
+    le gt ge and or xor
+"""
+for _name in _OPERATORS.strip().split():
     if hasattr(Tensor, f"__{_name}__"):
         setattr(SharedTensor, f"__{_name}__", _method(f"__{_name}__"))
 SharedTensor.__hash__ = object.__hash__  # type: ignore[method-assign] # __eq__ is elementwise, as Tensor's
@@ -394,68 +368,17 @@ def _plain_shape(func: Any, leaves: Sequence[Any], spec: Any) -> torch.Size:
     return shape
 
 
-_METADATA = {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    torch.numel,
-    torch.is_floating_point,
-    torch.is_tensor,
-    Tensor.__len__,
-}
+_METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, torch.numel, torch.is_floating_point}
 _WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 _JOINING = {torch.cat, torch.concat, torch.stack}
+_BROADCASTING_NAMES = """
+    add sub subtract mul multiply div divide true_divide pow maximum minimum fmax fmin where lerp addcmul addcdiv clamp
+    clamp_min clamp_max atan2 hypot logaddexp xlogy eq ne lt le gt ge logical_and logical_or fmod remainder masked_fill
+    __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ rsub expand_as
+"""
 _BROADCASTING = {
     getattr(owner, name)
     for owner in (torch, Tensor)
-    for name in [
-        "add",
-        "sub",
-        "subtract",
-        "mul",
-        "multiply",
-        "div",
-        "divide",
-        "true_divide",
-        "pow",
-        "maximum",
-        "minimum",
-        "fmax",
-        "fmin",
-        "where",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "atan2",
-        "hypot",
-        "logaddexp",
-        "xlogy",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "logical_and",
-        "logical_or",
-        "fmod",
-        "remainder",
-        "masked_fill",
-        "__add__",
-        "__radd__",
-        "__sub__",
-        "__rsub__",
-        "__mul__",
-        "__rmul__",
-        "__truediv__",
-        "__rtruediv__",
-        "__pow__",
-        "__rpow__",
-        "rsub",
-        "expand_as",
-    ]
+    for name in _BROADCASTING_NAMES.strip().split()
     if hasattr(owner, name)
-} | {F.huber_loss}
+}

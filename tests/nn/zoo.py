@@ -1,7 +1,7 @@
 """Small models whose examples share tensors: positions, masks, prototypes, lists, dataclasses, other layouts.
 
-Each has an input [B, T, D] with T = 4 and D = 6, and sizes 2 (heads), 3 (prototypes), 5 (slots): at some batch size from
-1 to 12 the batch is as large as each of them.
+Each has an input [B, T, D] with T = 4 and D = 6, and sizes 2 (heads), 3 (prototypes), 5 (slots): at some batch size
+from 1 to 12 the batch is as large as each of them.
 """
 
 from __future__ import annotations
