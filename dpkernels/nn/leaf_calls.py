@@ -63,7 +63,7 @@ class LeafCall:
     ) -> None:
         self._label, self._names, self._parameters = label, names, parameters
         self._run, self._tape, self._ways = run, tape, ways
-        self._number = tape.axes.next_call(label)
+        self._number = tape.axes.next_call(f"{label} as a leaf")
         self._gradients: dict[int, Tensor] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
