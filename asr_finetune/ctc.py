@@ -16,8 +16,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import ParakeetTokenizer
 
-from asr_finetune.losses import IGNORED, ctc_frames_needed, ctc_loss_per_example
 from asr_finetune.recognizer import Recognizer, pad_rows
+from dpkernels.losses import IGNORED, ctc_loss_per_example
 
 if TYPE_CHECKING:
     from asr_finetune.corpus import Utterance
@@ -56,9 +56,15 @@ class CTCRecognizer(Recognizer):
         return {self.input_name: values}
 
     def encode_text(self, text: str) -> Tensor:
-        """See Recognizer; no special tokens."""
-        encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """See Recognizer."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return torch.tensor(encoded, dtype=torch.int64)
+
+    def label_problem(self, labels: Tensor) -> str | None:
+        """See Recognizer; the blank is no label either."""
+        if bool((labels == self.blank).any()):
+            return f"the blank as a label: {self.tokenizer.convert_ids_to_tokens(self.blank)!r} in the transcript"
+        return super().label_problem(labels)
 
     def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         rows = [item[self.input_name] for item in items]
@@ -90,7 +96,7 @@ class CTCRecognizer(Recognizer):
         return lengths.to(torch.int64)
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """−ln p(y | x) in nats of each utterance; see `losses.ctc_loss_per_example`."""
+        """−ln p(y | x) in nats of each utterance; see `dpkernels.losses.ctc_loss_per_example`."""
         logits, lengths = self.logits(model, batch)
         losses = ctc_loss_per_example(logits, lengths, batch["labels"], self.blank)
         learnt = (batch["labels"] != IGNORED).any(dim=1)
@@ -140,6 +146,9 @@ class CTCRecognizer(Recognizer):
         labels = self.encode_text(self.target_prefix + utterance.text)
         if len(labels) == 0:
             return "no transcript left after tokenisation"
+        problem = self.label_problem(labels)
+        if problem is not None:
+            return problem
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and bool((labels == unknown).any()):
             words = [word for word in utterance.text.split() if unknown in self.encode_text(word)]
@@ -147,12 +156,22 @@ class CTCRecognizer(Recognizer):
                 f"not in the vocabulary: {', '.join(words)!r}; see data.text_case, data.strip_punctuation and "
                 "model.vocabulary"
             )
+        delimiter = getattr(self.tokenizer, "word_delimiter_token", None) or WORD_DELIMITER
+        if delimiter in utterance.text:
+            spaced = self.encode_text(self.target_prefix + utterance.text.replace(delimiter, " "))
+            if torch.equal(labels, spaced):
+                return f"the tokenizer's sign for a space in the transcript: {delimiter!r}"
         needed, frames = ctc_frames_needed(labels), self.length(utterance)
         if needed > frames:
             return (
                 f"no CTC alignment: {needed} frames needed for {len(labels)} labels, the audio has {frames}"
             )
         return None
+
+
+def ctc_frames_needed(labels: Tensor) -> int:
+    """Frames that the shortest CTC alignment of labels [L] takes: L, and a blank between equal neighbours."""
+    return len(labels) + int((labels[1:] == labels[:-1]).sum())
 
 
 def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"]) -> Any:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
-from asr_finetune.losses import IGNORED, seq2seq_loss_per_example, sequence_log_likelihood
 from asr_finetune.precision import arithmetic
 from asr_finetune.recognizer import Recognizer, pad_rows, to_device
+from dpkernels.losses import IGNORED, cross_entropy_per_example
 
 if TYPE_CHECKING:
     from asr_finetune.corpus import Utterance
@@ -29,6 +29,7 @@ FRAMES_PER_POSITION = 2  # conv2 has stride 2
 # Speech has some 6 tokens a second at most; a greedy decoder that has lost its way would run to 448. A window that
 # is much shorter than those of pretraining makes it repeat itself until the model is fine-tuned.
 TOKENS_PER_SECOND, TOKENS_LEAST = 8, 8
+_NO_CLASS = -1  # a label that no output layer has
 SCORED_AT_ONCE = 512  # sequences in one forward of restricted decoding
 
 
@@ -51,6 +52,7 @@ class WhisperRecognizer(Recognizer):
         self.language = language if self.multilingual else None
         self.prompt = self._prompt()
         self.end = int(self.base.config.eos_token_id)
+        self._added = frozenset(self.tokenizer.get_added_vocab().values())
 
     def _prompt(self) -> list[int]:
         generation = self.base.generation_config
@@ -79,6 +81,10 @@ class WhisperRecognizer(Recognizer):
         positions = int(self.base.config.max_source_positions)
         return positions * FRAMES_PER_POSITION * int(self.feature_extractor.hop_length)
 
+    @property
+    def _most_labels(self) -> int:
+        return int(self.base.config.max_target_positions) - len(self.prompt) + 1
+
     def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
         """See Recognizer; silence fills the window."""
         if len(array) > self._window_samples:
@@ -94,8 +100,15 @@ class WhisperRecognizer(Recognizer):
 
     def encode_text(self, text: str) -> Tensor:
         """See Recognizer; the text's tokens and the end token, without the decoder's prompt."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return torch.tensor([*ids, self.end], dtype=torch.int64)
+
+    def label_problem(self, labels: Tensor) -> str | None:
+        """See Recognizer; tokens that a text cannot hold (languages, times, an end before the end) are no labels."""
+        special = [token for token in labels[:-1].tolist() if token in self._added]
+        if special:
+            return f"a special token as a label: {self.tokenizer.convert_ids_to_tokens(special)}"
+        return super().label_problem(labels)
 
     def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         name = "encoder_states" if "encoder_states" in items[0] else "input_features"
@@ -134,7 +147,7 @@ class WhisperRecognizer(Recognizer):
         return states.to(next(model.parameters()).dtype)
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Mean −ln p over an utterance's tokens and its end; see `losses.seq2seq_loss_per_example`."""
+        """Mean −ln p over an utterance's tokens and its end; see `dpkernels.losses.cross_entropy_per_example`."""
         decoder, labels = self._teacher_forcing(batch["labels"])
         inputs: dict[str, Any]
         if "encoder_states" in batch:
@@ -143,12 +156,20 @@ class WhisperRecognizer(Recognizer):
             features = batch["input_features"].transpose(1, 2)
             inputs = {"input_features": features.to(next(model.parameters()).dtype)}
         logits = model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
-        return seq2seq_loss_per_example(logits, labels)
+        return cross_entropy_per_example(logits, labels)
 
     def _teacher_forcing(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels [B, L] -> (decoder_input_ids, labels), both [B, P−1+L] with a prompt of P tokens."""
+        """Labels [B, L] -> (decoder_input_ids, labels), both [B, P−1+L] with a prompt of P tokens.
+
+        L is cut to what the decoder's positions hold. An utterance that has more labels gets one that is no class
+        among them, so that the loss marks it and gives it no gradient.
+        """
         prompt = labels.new_tensor(self.prompt).expand(len(labels), -1)
-        previous = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.end)  # read by padding only
+        cut = (labels[:, self._most_labels :] != IGNORED).any(dim=1, keepdim=True)
+        labels = labels[:, : self._most_labels].masked_fill(cut, _NO_CLASS)
+        # Padding and labels that are no class are read by nothing that is learnt.
+        known = (labels[:, :-1] >= 0) & (labels[:, :-1] < self.classes)
+        previous = labels[:, :-1].masked_fill(~known, self.end)
         unlearnt = labels.new_full((len(labels), len(self.prompt) - 1), IGNORED)
         return torch.cat([prompt, previous], dim=1), torch.cat([unlearnt, labels], dim=1)
 
@@ -192,8 +213,8 @@ class WhisperRecognizer(Recognizer):
             logits = self.base(
                 encoder_outputs=outputs, decoder_input_ids=decoder.repeat(len(part), 1), use_cache=False
             ).logits
-            total, _ = sequence_log_likelihood(logits, learnt.repeat(len(part), 1))
-            scores.append(total.view(len(part), len(texts)))
+            losses = cross_entropy_per_example(logits, learnt.repeat(len(part), 1), reduction="sum")
+            scores.append(-losses.view(len(part), len(texts)))
         return torch.cat(scores)
 
     def length(self, utterance: Utterance) -> int:
@@ -213,9 +234,10 @@ class WhisperRecognizer(Recognizer):
 
     def text_problem(self, utterance: Utterance) -> str | None:
         """See Recognizer."""
-        most = int(self.base.config.max_target_positions) - len(self.prompt) + 1
-        tokens = len(self.encode_text(self.target_prefix + utterance.text))
-        return f"too many tokens: {tokens}, the decoder takes {most} at most" if tokens > most else None
+        labels = self.encode_text(self.target_prefix + utterance.text)
+        if len(labels) > self._most_labels:
+            return f"too many tokens: {len(labels)}, the decoder takes {self._most_labels} at most"
+        return self.label_problem(labels)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "window_seconds": self.window_seconds}

@@ -1,26 +1,18 @@
+"""Per-example losses: their formula, their independence, and indices that no class stands for."""
+
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from asr_finetune.ctc import CTCRecognizer
-from asr_finetune.losses import (
-    IGNORED,
-    ctc_frames_needed,
-    ctc_loss_per_example,
-    seq2seq_loss_per_example,
-    sequence_log_likelihood,
-)
-from asr_finetune.recognizer import pad_rows
-from asr_finetune.whisper import WhisperRecognizer
-from tests.asr import small_models
+from dpkernels.losses import IGNORED, cross_entropy_per_example, ctc_loss_per_example
 
 BLANK, CLASSES, FRAMES = 0, 4, 5
 LENGTHS = torch.tensor([5, 3, 4])
@@ -41,15 +33,19 @@ def enumerated(logits: Tensor, labels: Tensor) -> float:
     return -math.log(total)
 
 
+def padded(rows: list[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+
 def ctc(logits: Tensor) -> Tensor:
-    return ctc_loss_per_example(logits, LENGTHS, pad_rows(LABELS, IGNORED), BLANK)
+    return ctc_loss_per_example(logits, LENGTHS, padded(LABELS), BLANK)
 
 
-def seq2seq(logits: Tensor) -> Tensor:
-    return seq2seq_loss_per_example(logits, pad_rows(LABELS, IGNORED))
+def cross_entropy(logits: Tensor) -> Tensor:
+    return cross_entropy_per_example(logits, padded(LABELS))
 
 
-LOSSES = [pytest.param(ctc, FRAMES, id="ctc"), pytest.param(seq2seq, 3, id="seq2seq")]
+LOSSES = [pytest.param(ctc, FRAMES, id="ctc"), pytest.param(cross_entropy, 3, id="cross entropy")]
 
 
 def test_ctc_is_the_sum_over_all_alignments() -> None:
@@ -60,15 +56,14 @@ def test_ctc_is_the_sum_over_all_alignments() -> None:
     assert ctc(logits).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_seq2seq_is_the_mean_over_own_tokens() -> None:
+def test_cross_entropy_is_the_mean_over_own_tokens() -> None:
     logits = random_logits(3, 3, CLASSES)
     log_probs = logits.log_softmax(-1)
     picked = [[-log_probs[i, j, token] for j, token in enumerate(row)] for i, row in enumerate(LABELS)]
     expected = [float(sum(row)) / len(row) for row in picked]
-    assert seq2seq(logits).tolist() == pytest.approx(expected, rel=1e-12)
-    total, count = sequence_log_likelihood(logits, pad_rows(LABELS, IGNORED))
-    assert count.tolist() == [3, 1, 2]
-    assert total.tolist() == pytest.approx([-float(sum(row)) for row in picked], rel=1e-12)
+    assert cross_entropy(logits).tolist() == pytest.approx(expected, rel=1e-12)
+    total = cross_entropy_per_example(logits, padded(LABELS), reduction="sum")
+    assert total.tolist() == pytest.approx([float(sum(row)) for row in picked], rel=1e-12)
 
 
 @pytest.mark.parametrize(("loss", "steps"), LOSSES)
@@ -103,12 +98,12 @@ def test_ctc_has_no_gradient_beyond_its_length() -> None:
 
 
 def test_more_padding_of_the_labels_changes_nothing() -> None:
-    logits, labels = random_logits(3, FRAMES, CLASSES), pad_rows(LABELS, IGNORED)
+    logits, labels = random_logits(3, FRAMES, CLASSES), padded(LABELS)
     wider = torch.nn.functional.pad(labels, (0, 2), value=IGNORED)
     expected = ctc_loss_per_example(logits, LENGTHS, labels, BLANK)
     assert torch.equal(ctc_loss_per_example(logits, LENGTHS, wider, BLANK), expected)
-    short = seq2seq_loss_per_example(logits[:, :3], labels)
-    torch.testing.assert_close(seq2seq_loss_per_example(logits, wider), short, rtol=1e-12, atol=0)
+    short = cross_entropy_per_example(logits[:, :3], labels)
+    torch.testing.assert_close(cross_entropy_per_example(logits, wider), short, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -124,17 +119,19 @@ def test_more_padding_of_the_labels_changes_nothing() -> None:
     ],
 )
 def test_ctc_is_infinite_where_no_alignment_exists(labels: list[int], frames: int, possible: bool) -> None:
-    row = torch.tensor([labels])
-    loss = ctc_loss_per_example(random_logits(1, FRAMES, CLASSES), torch.tensor([frames]), row, BLANK)
-    assert bool(loss.isfinite()) == possible == (ctc_frames_needed(row[0]) <= frames)
+    logits = random_logits(1, FRAMES, CLASSES).requires_grad_()
+    loss = ctc_loss_per_example(logits, torch.tensor([frames]), torch.tensor([labels]), BLANK)
+    assert bool(loss.isfinite()) == possible
     assert not loss.isnan().any()
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert bool(grad.any()) == possible
 
 
 def test_an_impossible_mate_changes_nobody_else() -> None:
     logits = random_logits(2, FRAMES, CLASSES).requires_grad_()
     labels = [torch.tensor([1, 1, 1, 1]), torch.tensor([1, 2])]
     frames = torch.tensor([FRAMES, FRAMES])
-    losses = ctc_loss_per_example(logits, frames, pad_rows(labels, IGNORED), BLANK)
+    losses = ctc_loss_per_example(logits, frames, padded(labels), BLANK)
     alone = ctc_loss_per_example(logits[1:], frames[1:], labels[1][None], BLANK)
     assert losses[0].isinf()
     assert losses[1] == alone[0]
@@ -143,12 +140,12 @@ def test_an_impossible_mate_changes_nobody_else() -> None:
 
 
 def test_no_tokens() -> None:
-    """CTC: the likelihood of blanks alone; seq2seq: 0, with no gradient."""
+    """CTC: the likelihood of blanks alone; cross-entropy: 0, with no gradient."""
     logits, none = random_logits(1, FRAMES, CLASSES).requires_grad_(), torch.full((1, 2), IGNORED)
     blanks = -logits.log_softmax(-1)[0, :3, BLANK].sum()
     empty = ctc_loss_per_example(logits, torch.tensor([3]), none, BLANK)
     assert empty.item() == pytest.approx(blanks.item(), rel=1e-12)
-    loss = seq2seq_loss_per_example(logits[:, :2], none)
+    loss = cross_entropy_per_example(logits[:, :2], none)
     assert loss.tolist() == [0.0]
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     assert not grad.any()
@@ -157,56 +154,129 @@ def test_no_tokens() -> None:
 def test_an_empty_batch() -> None:
     logits, labels = random_logits(0, FRAMES, CLASSES), torch.zeros(0, FRAMES, dtype=torch.int64)
     assert ctc_loss_per_example(logits, torch.zeros(0, dtype=torch.int64), labels, BLANK).shape == (0,)
-    assert seq2seq_loss_per_example(logits, labels).shape == (0,)
+    assert cross_entropy_per_example(logits, labels).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_logits_are_accumulated_in_float32(dtype: torch.dtype) -> None:
     logits = random_logits(3, FRAMES, CLASSES, dtype=dtype)
-    labels = pad_rows(LABELS, IGNORED)
+    labels = padded(LABELS)
     cut = logits[:, : labels.shape[1]]
-    for loss, exact in ((ctc(logits), ctc(logits.double())), (seq2seq(cut), seq2seq(cut.double()))):
+    for loss, exact in (
+        (ctc(logits), ctc(logits.double())),
+        (cross_entropy(cut), cross_entropy(cut.double())),
+    ):
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    logits, labels = random_logits(3, FRAMES, CLASSES), pad_rows(LABELS, IGNORED)
+    logits, labels = random_logits(3, FRAMES, CLASSES), padded(LABELS)
     with pytest.raises(ValueError, match=r"logits \(2, 5, 4\) and labels \(3, 3\)"):
         ctc_loss_per_example(logits[:2], LENGTHS, labels, BLANK)
-    with pytest.raises(ValueError, match="an input length of 5 with 4 frames"):
-        ctc_loss_per_example(logits[:, :4], LENGTHS, labels, BLANK)
-    with pytest.raises(ValueError, match=r"expected \[B, L, V\] and \[B, L\]"):
-        seq2seq_loss_per_example(logits, labels)
+    with pytest.raises(ValueError, match=r"input_lengths \(2,\): expected \[3\]"):
+        ctc_loss_per_example(logits, LENGTHS[:2], labels, BLANK)
+    with pytest.raises(ValueError, match=r"expected \[B, \*, V\] and \[B, \*\]"):
+        cross_entropy_per_example(logits, labels)
+    with pytest.raises(ValueError, match="reduction='none': expected mean or sum"):
+        cross_entropy_per_example(logits[:, :3], labels, reduction="none")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert", "wav2vec2", "wav2vec2-conformer"])
-def test_one_utterance_has_transformers_own_ctc_loss(family: str, tmp_path: Path) -> None:
-    small_models.FAMILIES[family](tmp_path)
-    recognizer = small_models.load(tmp_path)
-    assert isinstance(recognizer, CTCRecognizer)
-    for item in small_models.items(recognizer, (16000, 19200, 24000)):
-        batch = recognizer.collate([item])
-        inputs: dict[str, Any] = {key: batch[key] for key in (recognizer.input_name, "attention_mask")}
-        own = recognizer.base(**inputs, labels=batch["labels"]).loss
-        # "mean" divides by the number of labels, and then by the batch of one.
-        reduced = batch["labels"].shape[1] if recognizer.base.config.ctc_loss_reduction == "mean" else 1
-        (loss,) = recognizer.loss_per_example(recognizer.model, batch)
-        assert loss.item() == pytest.approx(own.item() * reduced, rel=1e-5)
+@pytest.mark.parametrize("blank", [-1, CLASSES])
+def test_a_blank_that_is_no_class_is_refused(blank: int) -> None:
+    with pytest.raises(ValueError, match=rf"blank={blank} with 4 classes"):
+        ctc_loss_per_example(random_logits(3, FRAMES, CLASSES), LENGTHS, padded(LABELS), blank)
 
 
-@pytest.mark.parametrize("multilingual", [False, True])
-def test_one_utterance_has_transformers_own_whisper_loss(multilingual: bool, tmp_path: Path) -> None:
-    small_models.whisper(tmp_path, multilingual=multilingual)
-    recognizer = small_models.load(tmp_path)
-    assert isinstance(recognizer, WhisperRecognizer)
-    for item in small_models.items(recognizer):
-        batch = recognizer.collate([item])
-        prompt = torch.tensor([recognizer.prompt[1:]])
-        # transformers shifts the labels by itself and learns the prompt too, unless it is masked.
-        labels = torch.cat([torch.full_like(prompt, IGNORED), batch["labels"]], dim=1)
-        decoder = torch.cat([torch.tensor([recognizer.prompt]), batch["labels"][:, :-1]], dim=1)
-        features = batch["input_features"].transpose(1, 2)
-        own = recognizer.base(input_features=features, decoder_input_ids=decoder, labels=labels).loss
-        (loss,) = recognizer.loss_per_example(recognizer.model, batch)
-        assert loss.item() == pytest.approx(own.item(), rel=1e-5)
+def test_labels_that_are_no_integers_are_refused() -> None:
+    logits, labels = random_logits(3, FRAMES, CLASSES), padded(LABELS)
+    with pytest.raises(TypeError, match=r"labels of torch\.float32: expected integers"):
+        ctc_loss_per_example(logits, LENGTHS, labels.float(), BLANK)
+    with pytest.raises(TypeError, match=r"input_lengths of torch\.float32"):
+        ctc_loss_per_example(logits, LENGTHS.float(), labels, BLANK)
+    with pytest.raises(TypeError, match=r"targets of torch\.bool"):
+        cross_entropy_per_example(logits[:, :3], labels.bool())
+
+
+NO_CLASS = [CLASSES, CLASSES + 1, 2**40, -1, -99, -101]
+ROW = 1  # the example whose target is impossible
+
+
+def check_that_a_row_adds_nothing(loss: Callable[[Tensor, list[int]], Tensor], logits: Tensor) -> None:
+    """Its loss is marked, its gradient 0, and the others' losses and gradients have the bits they have without it."""
+    others = [row for row in range(len(logits)) if row != ROW]
+    logits.requires_grad_()
+    losses, without = loss(logits, [*range(len(logits))]), loss(logits, others)
+    assert losses[ROW] == math.inf
+    assert torch.equal(losses[others], without)
+    assert without.isfinite().all()
+    (grad,), (expected,) = (torch.autograd.grad(part.sum(), logits) for part in (losses, without))
+    assert torch.equal(grad[ROW], torch.zeros_like(grad[ROW]))
+    assert torch.equal(grad[others], expected[others])
+    assert grad[others].flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("poison", [None, math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("labels", "length"),
+    [
+        *([[label], 4] for label in NO_CLASS),
+        *([[2, label, 1], 5] for label in NO_CLASS),
+        ([BLANK], 4),
+        ([2, BLANK, 1], 5),
+        ([IGNORED, 2, 1], 5),
+        ([2, IGNORED, 1], 5),
+        ([2, 1], FRAMES + 1),
+        ([2, 1], 2**40),
+        ([2, 1], -1),
+        ([], -1),
+        ([1, 1, 1], 4),
+    ],
+)
+def test_an_impossible_ctc_target_adds_exactly_nothing(
+    labels: list[int], length: int, poison: float | None
+) -> None:
+    logits = random_logits(3, FRAMES, CLASSES, dtype=torch.float32)
+    if poison is not None:
+        logits[ROW] = poison
+    rows = padded([LABELS[0], torch.tensor(labels, dtype=torch.int64), LABELS[2]])
+    lengths = torch.tensor([5, length, 4])
+    check_that_a_row_adds_nothing(
+        lambda logits, kept: ctc_loss_per_example(logits[kept], lengths[kept], rows[kept], BLANK), logits
+    )
+
+
+@pytest.mark.parametrize("poison", [None, math.nan, math.inf])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("label", NO_CLASS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_impossible_target_of_cross_entropy_adds_exactly_nothing(
+    label: int, steps: int, reduction: Literal["mean", "sum"], poison: float | None
+) -> None:
+    logits, targets = random_logits(3, steps, CLASSES, dtype=torch.float32), padded(LABELS)[:, :steps].clone()
+    if poison is not None:
+        logits[ROW] = poison
+    targets[ROW, steps - 1] = label
+    if steps == 1:
+        logits, targets = logits[:, 0], targets[:, 0]
+    check_that_a_row_adds_nothing(
+        lambda logits, kept: cross_entropy_per_example(logits[kept], targets[kept], reduction=reduction),
+        logits.detach(),
+    )
+
+
+def test_small_integer_types_are_labels_too() -> None:
+    logits, labels = random_logits(3, FRAMES, CLASSES), padded(LABELS)
+    narrow = ctc_loss_per_example(logits, LENGTHS.to(torch.int32), labels.to(torch.int8), BLANK)
+    assert torch.equal(narrow, ctc(logits))
+
+
+def test_the_whole_batch_may_be_impossible() -> None:
+    logits = random_logits(2, FRAMES, CLASSES).requires_grad_()
+    labels, lengths = torch.tensor([[CLASSES], [-1]]), torch.tensor([FRAMES, FRAMES])
+    for losses in (
+        ctc_loss_per_example(logits, lengths, labels, BLANK),
+        cross_entropy_per_example(logits[:, :1], labels),
+    ):
+        assert losses.tolist() == [math.inf, math.inf]
+        assert not torch.autograd.grad(losses.sum(), logits)[0].any()
