@@ -44,6 +44,8 @@ class GhostEmbedding(GhostModule, nn.Embedding):
 
 def ghost_embedding(layer: GhostModule, ids: Tensor, table: Tensor, padding_idx: int | None = None) -> Tensor:
     """F.embedding(ids, table, padding_idx), recorded on `layer`'s tape; ids [1,*] get the forward's batch."""
+    if padding_idx is not None and padding_idx < 0:  # counted from the end, as F.embedding reads it
+        padding_idx += table.shape[0]
     batch = layer.ghost_tape.forward_batch_size if layer.ghost_tape is not None else None
     if batch is not None and ids.dim() > 1 and ids.shape[0] == 1:
         ids = ids.expand(batch, *ids.shape[1:])
