@@ -1,4 +1,4 @@
-"""Recognisers: loading them from a folder or the hub, and building small ones.
+"""Recognisers: loading them from a folder or the hub.
 
 The classes are in `recognizer.py` (what all do), `ctc.py` and `whisper.py`.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
@@ -26,7 +25,7 @@ from asr_finetune.checkpoint_fit import (
     classes_needed,
 )
 from asr_finetune.config import ConfigError, ModelConfig
-from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
+from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer, tiny_parakeet
 from asr_finetune.hub import hub_answers, unreachable
 from asr_finetune.methods import head_name
 from asr_finetune.precision import DTYPES, no_tf32
@@ -68,6 +67,7 @@ def load_recognizer(config: ModelConfig) -> Recognizer:
     if settings.is_file():
         saved = json.loads(settings.read_text(encoding="utf-8"))
         options["target_prefix"] = saved["target_prefix"]
+        config = _as_saved(config, saved, "language", "task")
     if found.model_type == "whisper":
         return _load_whisper(config, options)
     if found.model_type not in SUPPORTED:
@@ -112,7 +112,12 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
         model.config.vocab_size,
         fix="enlarge the token table (resize_token_embeddings) and save it",
     )
-    return WhisperRecognizer(_placed(model, config), processor, **options)
+    try:
+        return WhisperRecognizer(
+            _placed(model, config), processor, language=config.language, task=config.task, **options
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recognizer:
@@ -120,6 +125,11 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
         raise ConfigError(
             f"model.window_seconds={config.window_seconds:g} is for Whisper; a CTC model takes any length: "
             "leave it null"
+        )
+    if config.language is not None or config.task is not None:
+        raise ConfigError(
+            f"model.language={config.language}, model.task={config.task}: they are for Whisper; a CTC model writes "
+            "what it was trained on: leave them null"
         )
     if config.vocabulary == "words":
         raise ConfigError(
@@ -190,8 +200,7 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
         raise FileNotFoundError(f"--adapter {folder}: no {_ADAPTER} there; give a run's adapter folder")
     settings = folder / SETTINGS
     saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    if config.window_seconds is None:
-        config = replace(config, window_seconds=saved.get("window_seconds"))
+    config = _as_saved(config, saved, "window_seconds", "language", "task")
     if "new_head" in saved:
         # Written by versions without `own`, where a new layer was always one of characters.
         before = "characters" if saved["new_head"] else "keep"
@@ -207,6 +216,12 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
         ) from error
     check_adapter(recognizer.model, folder)
     return recognizer
+
+
+def _as_saved(config: ModelConfig, saved: dict[str, Any], *names: str) -> ModelConfig:
+    """The configuration with saved settings in the place of its nulls."""
+    values: dict[str, Any] = {name: saved.get(name) for name in names if getattr(config, name) is None}
+    return replace(config, **values)
 
 
 def _adapter_and_its_base(config: ModelConfig) -> Recognizer:
@@ -275,66 +290,3 @@ def processor_class(model_type: str) -> Any:
     """transformers' processor for a CTC model type."""
     names = {"parakeet_ctc": "ParakeetProcessor", "wav2vec2-bert": "Wav2Vec2BertProcessor"}
     return getattr(transformers, names.get(model_type, "Wav2Vec2Processor"))
-
-
-def tiny_parakeet(
-    vocabulary: Sequence[str],
-    *,
-    unit: Literal["words", "characters"] | None = None,
-    hidden: int = 128,
-    layers: int = 4,
-    heads: int = 4,
-    channels: int = 64,
-    mels: int = 80,
-    seed: int = 0,
-    **encoder: Any,
-) -> CTCRecognizer:
-    """A small ParakeetForCTC with fresh weights: it runs the very path of the 608.8 M-parameter one.
-
-    Args:
-        vocabulary: words or characters; it becomes part of the model, so it must be public.
-        unit: what one label is; None: characters where every entry is one letter.
-        hidden: width; the feed-forward layers are 4 times as wide.
-        layers: conformer blocks.
-        heads: attention heads.
-        channels: of the subsampling convolutions.
-        mels: log-mel bins.
-        seed: of the initialisation; public.
-        encoder: more fields of transformers' ParakeetEncoderConfig.
-
-    Raises:
-        ValueError: a vocabulary that `ctc_tokenizer` refuses, or a width that the heads do not divide.
-    """
-    if hidden % heads:
-        raise ValueError(f"tiny_parakeet: hidden={hidden} is not a multiple of heads={heads}")
-    unit = unit or ("characters" if all(len(entry) == 1 for entry in vocabulary) else "words")
-    tokenizer = ctc_tokenizer(vocabulary, unit)
-    config = transformers.ParakeetCTCConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        encoder_config={
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * hidden,
-            "subsampling_conv_channels": channels,
-            "num_mel_bins": mels,
-            "dropout": 0.0,
-            "activation_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "layerdrop": 0.0,
-            **encoder,
-        },
-    )
-    config._attn_implementation = "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.ParakeetForCTC(config)
-        for module in model.modules():
-            # transformers starts convolutions at N(0, 0.02), made for checkpoints that are loaded over them: in the
-            # subsampling of a fresh small model the signal vanishes, and nothing is learnt.
-            if isinstance(module, nn.Conv1d | nn.Conv2d):
-                module.reset_parameters()
-    extractor = transformers.ParakeetFeatureExtractor(feature_size=mels)
-    processor = transformers.ParakeetProcessor(extractor, tokenizer)
-    return CTCRecognizer(model.eval(), processor, name="tiny-parakeet")

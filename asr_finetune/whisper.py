@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from asr_finetune.precision import arithmetic
 from asr_finetune.recognizer import Recognizer, pad_rows, to_device
@@ -37,34 +38,60 @@ class WhisperRecognizer(Recognizer):
     """A Whisper model. Items hold input_features [T, F] of the whole window, or encoder_states [S, d] when
     cached.
 
-    English-only models need no language; a multilingual one takes `language` (default: English) and
-    transcribes. The decoder's prompt (start, language, task, no timestamps) is given, and not learnt: losses
-    and scores are of the text and the end token.
+    English-only models have neither language nor task (None). A multilingual one takes those it is given, else the
+    ones its generation configuration names, else English and transcribing. The decoder's prompt (start, language,
+    task, no timestamps) is given, and not learnt: losses and scores are of the text and the end token.
     """
 
     kind: ClassVar[Literal["ctc", "seq2seq"]] = "seq2seq"
 
-    def __init__(self, model: nn.Module, processor: Any, *, language: str = "en", **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        language: str | None = None,
+        task: str | None = None,
+        **options: Any,
+    ) -> None:
         # " 5", not "5": Whisper was trained on texts with a space before the first word.
         super().__init__(model, processor, **{"target_prefix": " ", **options})
         generation = self.base.generation_config
         self.multilingual = bool(getattr(generation, "is_multilingual", False))
-        self.language = language if self.multilingual else None
+        self.language, self.task = self._spoken(language, task)
         self.prompt = self._prompt()
         self.end = int(self.base.config.eos_token_id)
         self._added = frozenset(self.tokenizer.get_added_vocab().values())
+
+    def _spoken(self, language: str | None, task: str | None) -> tuple[str | None, str | None]:
+        """The language's code and the task; None for an English-only model."""
+        generation = self.base.generation_config
+        if not self.multilingual:
+            if language_code(language or "en") != "en" or task not in (None, "transcribe"):
+                raise ValueError(
+                    f"model.language={language!r}, model.task={task!r}: {self.name} is English-only (its generation "
+                    "configuration does not say is_multilingual): leave both null, or take a multilingual checkpoint"
+                )
+            return None, None
+        language = language or getattr(generation, "language", None) or "en"
+        task = task or getattr(generation, "task", None) or "transcribe"
+        known, tasks = generation.lang_to_id, generation.task_to_id
+        if f"<|{language_code(language)}|>" not in known:
+            raise ValueError(f"model.language={language!r}: {self.name} knows {', '.join(sorted(known))}")
+        if task not in tasks:
+            raise ValueError(f"model.task={task!r}: {self.name} knows {', '.join(sorted(tasks))}")
+        # Saved with a whole model: transformers' own generation then does the same.
+        generation.language, generation.task = language_code(language), task
+        return language_code(language), task
 
     def _prompt(self) -> list[int]:
         generation = self.base.generation_config
         prompt = [int(self.base.config.decoder_start_token_id)]
         if self.multilingual:
-            languages = generation.lang_to_id
-            token = f"<|{self.language}|>"
-            if token not in languages:
-                raise ValueError(
-                    f"language={self.language!r}: {self.name} knows {', '.join(sorted(languages))}"
-                )
-            prompt += [int(languages[token]), int(generation.task_to_id["transcribe"])]
+            prompt += [
+                int(generation.lang_to_id[f"<|{self.language}|>"]),
+                int(generation.task_to_id[self.task]),
+            ]
         # Plain text follows this token; old English-only checkpoints name it in the tokenizer only.
         no_timestamps = self.tokenizer.convert_tokens_to_ids("<|notimestamps|>")
         if no_timestamps is not None and no_timestamps != self.tokenizer.unk_token_id:
@@ -240,11 +267,19 @@ class WhisperRecognizer(Recognizer):
         return self.label_problem(labels)
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "window_seconds": self.window_seconds}
+        facts = {"window_seconds": self.window_seconds, "language": self.language, "task": self.task}
+        return {**super()._settings(), **facts}
 
     def describe(self) -> dict[str, Any]:
-        """See Recognizer; with the encoder's window."""
-        return {**super().describe(), "window_seconds": self.window_seconds, "language": self.language}
+        """See Recognizer; with the encoder's window, the language and the task."""
+        facts = {"window_seconds": self.window_seconds, "language": self.language, "task": self.task}
+        return {**super().describe(), **facts}
+
+
+def language_code(language: str) -> str:
+    """The code of a language that is given by its code ("de"), its token ("<|de|>") or its English name ("German")."""
+    bare = language.strip().lower().removeprefix("<|").removesuffix("|>")
+    return str(TO_LANGUAGE_CODE.get(bare, bare))
 
 
 def trim_encoder(model: Any, seconds: float, hop_seconds: float = 0.01) -> None:
