@@ -67,7 +67,6 @@ def load_recognizer(config: ModelConfig) -> Recognizer:
     if settings.is_file():
         saved = json.loads(settings.read_text(encoding="utf-8"))
         options["target_prefix"] = saved["target_prefix"]
-        config = _as_saved(config, saved, "language", "task")
     if found.model_type == "whisper":
         return _load_whisper(config, options)
     if found.model_type not in SUPPORTED:

@@ -65,7 +65,7 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
     repeats = (own[:, 1:] & (labels[:, 1:] == labels[:, :-1])).sum(dim=1)
     possible = (_classes(labels, classes) & (labels != blank) | ~own).all(dim=1)
     possible &= (own == (torch.arange(labels.shape[1], device=labels.device) < counts[:, None])).all(dim=1)
-    possible &= (input_lengths >= 0) & (input_lengths <= frames) & (counts + repeats <= input_lengths)
+    possible &= (counts + repeats <= input_lengths) & (input_lengths <= frames)
     # An impossible row becomes one that is harmless for any logits: no labels, all frames.
     accumulate = logits.dtype if logits.dtype == torch.float64 else torch.float32
     logits = _Select.apply(logits, possible)
