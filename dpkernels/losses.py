@@ -35,7 +35,8 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
     Returns:
         [B]. +inf with a gradient of exactly 0 where the target is impossible: a label outside the classes, or equal to
         the blank; −100 before a label; a length outside 0 … T; fewer frames than labels, counting one blank between
-        equal neighbours. The losses and gradients of the other examples are what they are without that example.
+        equal neighbours. The losses and gradients of the other examples are what they are without that example. How
+        many there are, `losses.isinf().sum()`, is NOT PRIVATE.
 
     Raises:
         TypeError: labels or lengths that are no integers.
@@ -53,7 +54,8 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
         raise ValueError(
             f"ctc_loss_per_example: input_lengths {tuple(input_lengths.shape)}: expected [{batch}], one an example"
         )
-    _check_integers("ctc_loss_per_example", labels=labels, input_lengths=input_lengths)
+    labels = _integers("ctc_loss_per_example", "labels", labels)
+    input_lengths = _integers("ctc_loss_per_example", "input_lengths", input_lengths)
     if not 0 <= blank < classes:
         raise ValueError(
             f"ctc_loss_per_example: blank={blank} with {classes} classes: pass the blank's class, 0 ≤ blank < V"
@@ -71,8 +73,8 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
     logits = _Select.apply(logits, possible)
     losses = F.ctc_loss(
         logits.log_softmax(dim=-1, dtype=accumulate).transpose(0, 1),
-        labels.masked_fill(~own | ~possible[:, None], 0).long(),
-        input_lengths.masked_fill(~possible, frames).long(),
+        labels.masked_fill(~own | ~possible[:, None], 0),
+        input_lengths.masked_fill(~possible, frames),
         counts.masked_fill(~possible, 0),
         blank=blank,
         reduction="none",
@@ -105,7 +107,7 @@ def cross_entropy_per_example(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"cross_entropy_per_example: reduction={reduction!r}: expected mean or sum")
-    _check_integers("cross_entropy_per_example", targets=targets)
+    targets = _integers("cross_entropy_per_example", "targets", targets)
     batch, classes = logits.shape[0], logits.shape[-1]
     flat = targets.reshape(batch, math.prod(targets.shape[1:]))
     own = flat != IGNORED
@@ -113,7 +115,7 @@ def cross_entropy_per_example(
     accumulate = logits.dtype if logits.dtype == torch.float64 else torch.float32
     nll = F.cross_entropy(
         _Select.apply(logits, possible).to(accumulate).reshape(-1, classes),
-        flat.masked_fill(~possible[:, None], IGNORED).long().flatten(),
+        flat.masked_fill(~possible[:, None], IGNORED).flatten(),
         ignore_index=IGNORED,
         reduction="none",
     )
@@ -147,9 +149,10 @@ def _marked(losses: Tensor, possible: Tensor) -> Tensor:
     return torch.where(possible, losses, torch.full_like(losses, torch.inf))
 
 
-def _check_integers(function: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise TypeError(
-                f"{function}: {name} of {tensor.dtype}: expected integers; convert them: {name}.long()"
-            )
+def _integers(function: str, name: str, tensor: Tensor) -> Tensor:
+    """int64: in a narrow type −100 and the number of classes would wrap around."""
+    if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(
+            f"{function}: {name} of {tensor.dtype}: expected integers; convert them: {name}.long()"
+        )
+    return tensor.long()

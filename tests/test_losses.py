@@ -265,10 +265,23 @@ def test_an_impossible_target_of_cross_entropy_adds_exactly_nothing(
     )
 
 
-def test_small_integer_types_are_labels_too() -> None:
+def test_small_integer_types_wrap_around_nowhere() -> None:
+    """In uint8 −100 reads as 156, in int8 a number of 300 classes or frames as 44."""
     logits, labels = random_logits(3, FRAMES, CLASSES), padded(LABELS)
     narrow = ctc_loss_per_example(logits, LENGTHS.to(torch.int32), labels.to(torch.int8), BLANK)
     assert torch.equal(narrow, ctc(logits))
+    wide = random_logits(2, 300, 300)
+    labels, lengths = torch.tensor([[156, 100], [100, 200]]), torch.tensor([100, 101])
+    for kind in (torch.uint8, torch.int8):
+        rows = (labels if kind == torch.uint8 else labels // 2).to(kind)
+        expected = ctc_loss_per_example(wide, lengths, rows.long(), BLANK)
+        assert expected.isfinite().all()
+        assert torch.equal(ctc_loss_per_example(wide, lengths.to(kind), rows, BLANK), expected)
+        assert torch.equal(
+            cross_entropy_per_example(wide[:, :2], rows), cross_entropy_per_example(wide[:, :2], rows.long())
+        )
+    impossible = ctc_loss_per_example(wide, lengths.to(torch.int8), torch.tensor([[300], [-1]]), BLANK)
+    assert impossible.tolist() == [math.inf, math.inf]
 
 
 def test_the_whole_batch_may_be_impossible() -> None:
