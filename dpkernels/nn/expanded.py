@@ -161,7 +161,10 @@ def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
     if isinstance(module, nn.ParameterDict | nn.ParameterList):
         return "read from outside of the module that holds it; freeze it"
     if isinstance(module, nn.RNNBase):
-        return "a recurrence in one fused function; freeze it, or build it of nn.*Cell modules"
+        return (
+            "a subclass with a forward of its own around one fused function; use nn.LSTM, nn.GRU or nn.RNN itself, or "
+            "register a twin (dpkernels.nn.ghost_subclass), or freeze it"
+        )
     if parameter.numel() > EXPANSION_LIMIT:
         return (
             f"no rule for it, and its {parameter.numel():,} elements are more than the {EXPANSION_LIMIT:,} "
