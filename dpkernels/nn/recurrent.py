@@ -93,8 +93,8 @@ class _Recurrent(GhostModule):
                 data, first[0], first[1] if len(first) > 1 else None, layout, self, *weights
             )
             last.append(ends)
-            if self.dropout and index + 1 < self.num_layers:
-                data = F.dropout(data, self.dropout, self.training)
+            if self.dropout and self.training and index + 1 < self.num_layers:
+                data = layout.dropout(data, self.dropout)
         return data, tuple(torch.cat(ends) for ends in zip(*last, strict=True))
 
 
@@ -104,8 +104,9 @@ class GhostLSTM(_Recurrent, nn.LSTM):
     Privately: with a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh and α_t its gradient [B, 4H], W_ih is recorded as a
     linear layer of x_t and α_t, W_hh of h_{t-1} and α_t, each over all steps at once, the biases by Σ_t α_t, and W_hr
     as a linear layer of o_t ⊙ tanh(c_t). No sample's gradient is formed. A padded step of a PackedSequence adds
-    nothing, and row i of the records is example i, also where the sequence was sorted. dtypes are nn.LSTM's, autocast
-    included. Raises ValueError, when private, for an input without a batch.
+    nothing, and row i of the records is example i, also where the sequence was sorted. Its dropout masks are drawn for
+    an example and a step, not for a place in the packed rows, which the other examples' lengths would move. dtypes are
+    nn.LSTM's, autocast included. Raises ValueError, when private, for an input without a batch.
     """
 
 
@@ -132,6 +133,16 @@ class _Layout:
     def sizes(self, data: Tensor) -> list[int]:
         """Rows of each step."""
         return [data.shape[1]] * data.shape[0] if self.batch_sizes is None else self.batch_sizes.tolist()
+
+    def dropout(self, data: Tensor, p: float) -> Tensor:
+        """Dropout whose masks belong to examples: in a packed batch they do not move with the others' lengths."""
+        if self.batch_sizes is None:
+            return F.dropout(data, p)
+        sizes = self.batch_sizes.tolist()
+        mask = F.dropout(data.new_ones(len(sizes), sizes[0], data.shape[1]), p)
+        if self.sorted_indices is not None:
+            mask = mask.index_select(1, self.sorted_indices)
+        return data * torch.cat([step[:n] for step, n in zip(mask, sizes, strict=True)])
 
     def by_sample(self, rows: Tensor, steps: int, batch: int) -> Tensor:
         """Rows [N,n] as [B,T,n], example i at i, zeros where it is padded."""
