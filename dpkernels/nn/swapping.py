@@ -1,7 +1,8 @@
 """swap(model): ghost layers in place of torch's, without touching a parameter.
 
 Modules are re-classed (`module.__class__ = GhostLinear`), so parameters, buffers, hooks, names and what
-optimizers refer to all survive. Only exact types are swapped: a subclass may compute something else.
+optimizers refer to all survive. Exact types are swapped, and subclasses that replace nothing of what the torch class
+computes with (Opacus's RNNLinear): any other subclass may compute something else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from dpkernels.nn.module import GhostModule
 
@@ -20,6 +22,8 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
 _CHILDREN: dict[type[nn.Module], dict[str, type[nn.Module]]] = {}
 # ghost class -> the class it came from
 _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
+# subclass of a torch class -> the ghost class made for it
+_INHERITED: dict[type[nn.Module], type[nn.Module]] = {}
 # reasons why nothing below a module can be trained privately
 _REFUSALS: list[Callable[[nn.Module], str | None]] = []
 
@@ -86,9 +90,10 @@ def load_library_rules() -> None:
 def swap(model: nn.Module) -> nn.Module:
     """Re-class every module that has a ghost twin; in place; returns `model`.
 
-    nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, PEFT's LoRA layers, and the transformers layers
-    named in `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `coverage`
-    names what of it is trained. Raises TypeError for what is no module.
+    nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, subclasses of these that inherit all that they compute
+    with, PEFT's LoRA layers, and the transformers layers named in `dpkernels.interop`. Swapping twice changes
+    nothing. What has no twin stays as it is: `coverage` names what of it is trained. Raises TypeError for what is no
+    module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -98,15 +103,50 @@ def swap(model: nn.Module) -> nn.Module:
             child = getattr(module, attribute, None)
             if child is not None and _ORIGINALS.get(type(child), type(child)) is _ORIGINALS[ghost_class]:
                 child.__class__ = ghost_class
-        if has_twin(module):
-            module.__class__ = _SWAPS[type(module)]
+        twin = _twin(module)
+        if twin is not None:
+            module.__class__ = twin
     return model
 
 
 def has_twin(module: nn.Module) -> bool:
     """Whether `swap` would re-class this module for its own type's sake."""
+    return _twin(module) is not None
+
+
+def _twin(module: nn.Module) -> type[nn.Module] | None:
     # weight_norm by hooks leaves the type as it is but takes the weight out of the parameters.
-    return type(module) in _SWAPS and "weight" not in module.__dict__
+    if "weight" in module.__dict__ or isinstance(module, GhostModule) or parametrize.is_parametrized(module):
+        return None
+    own_class = type(module)
+    if own_class in _SWAPS:
+        return _SWAPS[own_class]
+    base = next((c for c in own_class.__mro__ if c in _SWAPS), None)
+    if base is None or not _replaces_nothing(own_class, base, module):
+        return None
+    return _inherited_twin(own_class, _SWAPS[base])
+
+
+# What a subclass may define without computing anything else: how it is made, drawn and shown.
+_HARMLESS = {"__init__", "extra_repr", "__repr__", "reset_parameters", "__parameters__"}
+_HARMLESS |= {"__doc__", "__module__", "__qualname__", "__annotations__", "__dict__", "__weakref__"}
+_HARMLESS |= {"__firstlineno__", "__static_attributes__"}
+
+
+def _replaces_nothing(own_class: type[nn.Module], base: type[nn.Module], module: nn.Module) -> bool:
+    before = own_class.__mro__[: own_class.__mro__.index(base)]
+    own = {name for c in before for name in vars(c)} - _HARMLESS
+    used = {"__slots__", *dir(base), *vars(module), *module._parameters, *module._buffers}
+    for parent in base.__mro__:  # what torch's classes declare, and set when they are made
+        used.update(getattr(parent, "__annotations__", ()), getattr(parent, "__constants__", ()))
+    return own.isdisjoint(used)
+
+
+def _inherited_twin(own_class: type[nn.Module], ghost_class: type[nn.Module]) -> type[nn.Module]:
+    if own_class not in _INHERITED:
+        twin = ghost_subclass(own_class, ghost_class)
+        _INHERITED[own_class], _ORIGINALS[twin] = twin, own_class
+    return _INHERITED[own_class]
 
 
 def unswap(model: nn.Module) -> nn.Module:
