@@ -1,8 +1,11 @@
 """Ghost layers: torch's layers that record what ghost clipping needs, and what makes a model of them."""
 
 from torch import nn as _nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProjection
 
 from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
+from dpkernels.nn.attention import GhostMultiheadAttention, GhostOutProjection, attention_refusal
+from dpkernels.nn.attention_records import PackedLinearRecord
 from dpkernels.nn.conv import GhostConv1d, GhostConv2d
 from dpkernels.nn.conv_records import Conv1dRecord, Conv2dRecord, ConvRecord, DepthwiseConv1dRecord
 from dpkernels.nn.embedding import GhostEmbedding
@@ -42,6 +45,13 @@ from dpkernels.nn.swapping import (
     unswap,
 )
 from dpkernels.nn.tape import Tape
+from dpkernels.nn.transformer import (
+    GhostTransformerDecoder,
+    GhostTransformerDecoderLayer,
+    GhostTransformerEncoder,
+    GhostTransformerEncoderLayer,
+    transformer_refusal,
+)
 
 register_swap(_nn.Linear, GhostLinear)
 register_swap(_nn.Conv1d, GhostConv1d)
@@ -49,6 +59,14 @@ register_swap(_nn.Conv2d, GhostConv2d)
 register_swap(_nn.Embedding, GhostEmbedding)
 register_swap(_nn.LayerNorm, GhostLayerNorm)
 register_swap(_nn.RMSNorm, GhostRMSNorm)
+register_swap(_nn.MultiheadAttention, GhostMultiheadAttention)
+register_swap(_OutProjection, GhostOutProjection)
+register_refusal(attention_refusal)
+register_swap(_nn.TransformerEncoderLayer, GhostTransformerEncoderLayer)
+register_swap(_nn.TransformerDecoderLayer, GhostTransformerDecoderLayer)
+register_swap(_nn.TransformerEncoder, GhostTransformerEncoder)
+register_swap(_nn.TransformerDecoder, GhostTransformerDecoder)
+register_refusal(transformer_refusal)
 
 __all__ = [
     "EXPANSION_LIMIT",
@@ -70,10 +88,17 @@ __all__ = [
     "GhostLinear",
     "GhostLoRALinear",
     "GhostModule",
+    "GhostMultiheadAttention",
+    "GhostOutProjection",
     "GhostRMSNorm",
+    "GhostTransformerDecoder",
+    "GhostTransformerDecoderLayer",
+    "GhostTransformerEncoder",
+    "GhostTransformerEncoderLayer",
     "LinearRecord",
     "LoRARecord",
     "NormRecord",
+    "PackedLinearRecord",
     "Record",
     "Share",
     "Tape",

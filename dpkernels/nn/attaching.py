@@ -102,7 +102,7 @@ def coverage(model: nn.Module) -> list[Uncovered]:
     load_library_rules()
     refused: dict[nn.Module, str] = {}
     for module in model.modules():
-        reason = _refusal_below(module) or subtree_refusal(module)
+        reason = subtree_refusal(module)
         if reason is not None:
             refused |= dict.fromkeys(module.modules(), reason)
     has_rule = {
@@ -127,12 +127,6 @@ def _own_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Paramet
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad:
             yield name, parameter
-
-
-def _refusal_below(module: nn.Module) -> str | None:
-    if isinstance(module, nn.MultiheadAttention):
-        return "read by a fused function past any layer; use separate q, k and v linear layers, or freeze it"
-    return None
 
 
 def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:

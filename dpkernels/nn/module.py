@@ -23,21 +23,30 @@ class GhostModule:
     ghost_name: str = ""
     # Names of the parameters that the layer's rule covers.
     ghost_covers: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    # Whether it only calls its children, on one path whatever hooks they have: checks look at their outputs then.
+    ghost_container: ClassVar[bool] = False
 
     def ghost_refusal(self) -> str | None:
         """Why this layer, as configured, cannot be trained privately, with the mend; None when it can."""
         return None
 
     def _ghost_active(self, *parameters: Tensor | None) -> bool:
-        """Whether this forward is a private one: a tape, gradients wanted, and something here is trained."""
+        """Whether this forward is a private one, which is then counted as a use of what is trained here."""
+        trained = self._ghost_trained(*parameters)
+        if trained:
+            assert self.ghost_tape is not None
+            self.ghost_tape.note_use(trained)
+        return bool(trained)
+
+    def _ghost_trained(self, *parameters: Tensor | None) -> list[Tensor]:
+        """Those that are trained, of a forward that is a private one: a tape, and gradients wanted. Counts nothing."""
         # First: a frozen layer never looks at the tape, so that torch.compile of frozen blocks depends on none of its
         # state.
         trained = [p for p in parameters if p is not None and p.requires_grad]
         tape = self.ghost_tape
         if not trained or tape is None or not tape.recording or not torch.is_grad_enabled():
-            return False
-        tape.note_use(trained)
-        return True
+            return []
+        return trained
 
     def ghost_label(self) -> str:
         """The qualified name for messages, or the class name before `attach`."""

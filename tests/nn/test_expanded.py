@@ -192,9 +192,6 @@ def test_a_leaf_that_vmap_cannot_run_is_named() -> None:
 
 
 REFUSED: list[Any] = [
-    (lambda: nn.MultiheadAttention(8, 2), "in_proj_weight", "q, k and v"),
-    (lambda: nn.MultiheadAttention(8, 2), "out_proj.weight", "q, k and v"),
-    (lambda: nn.TransformerEncoderLayer(8, 2), "self_attn.in_proj_weight", "q, k and v"),
     (lambda: nn.LSTM(3, 3), "weight_ih_l0", "Cell"),
     (lambda: nn.ParameterList([nn.Parameter(torch.ones(2))]), "0", "outside"),
     (lambda: nn.Bilinear(64, 64, 64), "weight", "262,144 elements"),
