@@ -6,8 +6,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProje
 from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
 from dpkernels.nn.attention import GhostMultiheadAttention, GhostOutProjection, attention_refusal
 from dpkernels.nn.attention_records import PackedLinearRecord
-from dpkernels.nn.conv import GhostConv1d, GhostConv2d
-from dpkernels.nn.conv_records import Conv1dRecord, Conv2dRecord, ConvRecord, DepthwiseConv1dRecord
+from dpkernels.nn.conv import (
+    GhostConv1d,
+    GhostConv2d,
+    GhostConv3d,
+    GhostConvTranspose1d,
+    GhostConvTranspose2d,
+    GhostConvTranspose3d,
+)
+from dpkernels.nn.conv_records import (
+    Conv1dRecord,
+    Conv2dRecord,
+    Conv3dRecord,
+    ConvRecord,
+    DepthwiseConv1dRecord,
+)
 from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.expanded import EXPANSION_LIMIT
 from dpkernels.nn.grouping import add_weighted_sums, norms_sq
@@ -56,6 +69,10 @@ from dpkernels.nn.transformer import (
 register_swap(_nn.Linear, GhostLinear)
 register_swap(_nn.Conv1d, GhostConv1d)
 register_swap(_nn.Conv2d, GhostConv2d)
+register_swap(_nn.Conv3d, GhostConv3d)
+register_swap(_nn.ConvTranspose1d, GhostConvTranspose1d)
+register_swap(_nn.ConvTranspose2d, GhostConvTranspose2d)
+register_swap(_nn.ConvTranspose3d, GhostConvTranspose3d)
 register_swap(_nn.Embedding, GhostEmbedding)
 register_swap(_nn.LayerNorm, GhostLayerNorm)
 register_swap(_nn.RMSNorm, GhostRMSNorm)
@@ -73,6 +90,7 @@ __all__ = [
     "BiasRecord",
     "Conv1dRecord",
     "Conv2dRecord",
+    "Conv3dRecord",
     "ConvRecord",
     "DepthwiseConv1dRecord",
     "EmbeddingRecord",
@@ -83,6 +101,10 @@ __all__ = [
     "FrozenBatchNorm3d",
     "GhostConv1d",
     "GhostConv2d",
+    "GhostConv3d",
+    "GhostConvTranspose1d",
+    "GhostConvTranspose2d",
+    "GhostConvTranspose3d",
     "GhostEmbedding",
     "GhostLayerNorm",
     "GhostLinear",
