@@ -22,7 +22,14 @@ from dpkernels.nn.conv_records import (
     DepthwiseConv1dRecord,
 )
 from dpkernels.nn.embedding import GhostEmbedding
+from dpkernels.nn.embedding_bag import GhostEmbeddingBag
 from dpkernels.nn.expanded import EXPANSION_LIMIT
+from dpkernels.nn.group_norm import (
+    GhostGroupNorm,
+    GhostInstanceNorm1d,
+    GhostInstanceNorm2d,
+    GhostInstanceNorm3d,
+)
 from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
@@ -74,8 +81,13 @@ register_swap(_nn.ConvTranspose1d, GhostConvTranspose1d)
 register_swap(_nn.ConvTranspose2d, GhostConvTranspose2d)
 register_swap(_nn.ConvTranspose3d, GhostConvTranspose3d)
 register_swap(_nn.Embedding, GhostEmbedding)
+register_swap(_nn.EmbeddingBag, GhostEmbeddingBag)
 register_swap(_nn.LayerNorm, GhostLayerNorm)
 register_swap(_nn.RMSNorm, GhostRMSNorm)
+register_swap(_nn.GroupNorm, GhostGroupNorm)
+register_swap(_nn.InstanceNorm1d, GhostInstanceNorm1d)
+register_swap(_nn.InstanceNorm2d, GhostInstanceNorm2d)
+register_swap(_nn.InstanceNorm3d, GhostInstanceNorm3d)
 register_swap(_nn.MultiheadAttention, GhostMultiheadAttention)
 register_swap(_OutProjection, GhostOutProjection)
 register_refusal(attention_refusal)
@@ -106,6 +118,11 @@ __all__ = [
     "GhostConvTranspose2d",
     "GhostConvTranspose3d",
     "GhostEmbedding",
+    "GhostEmbeddingBag",
+    "GhostGroupNorm",
+    "GhostInstanceNorm1d",
+    "GhostInstanceNorm2d",
+    "GhostInstanceNorm3d",
     "GhostLayerNorm",
     "GhostLinear",
     "GhostLoRALinear",
