@@ -12,20 +12,34 @@ import warnings
 from typing import Any
 
 import opacus
+import torch
+from opacus.layers import DPMultiheadAttention
 from opacus.validators.errors import UnsupportedModuleError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bench.cases import Batch, Case, Criterion, forward
+from bench.cases import Batch, Case, Criterion, OneAttention, forward
 from bench.contenders import CannotRun, Contender, Settings
 from bench.contenders.rows import Rows
+
+
+def with_dp_attention(model: nn.Module) -> nn.Module:
+    """Opacus's DPMultiheadAttention in place of torch's, with its weights; the layout [T,B,d] in all of the model.
+
+    In the other layout its output is not torch's: it views [B·heads,T,d/heads] as [B,T,d].
+    """
+    if isinstance(model, OneAttention):
+        own = DPMultiheadAttention(model.layer.embed_dim, model.layer.num_heads)
+        own.to(model.norm.weight).load_state_dict(dict(model.layer.state_dict()))
+        model.layer, model.norm_first = own, False
+    return model
 
 
 class Hooks(Contender):
     """Per-sample gradients materialised by hooks, then clipped."""
 
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
-        super().__init__(case, model, batch, settings)
+        super().__init__(case, with_dp_attention(model), batch, settings)
         self.model, self.optimizer, _ = self._made(model, "hooks")
 
     def _made(self, model: nn.Module, mode: str, **options: Any) -> tuple[Any, ...]:
@@ -40,10 +54,20 @@ class Hooks(Contender):
                     max_grad_norm=self.settings.clip,
                     poisson_sampling=False,
                     grad_sample_mode=mode,
+                    batch_first=not isinstance(model, OneAttention),
                     **options,
                 )
             except (UnsupportedModuleError, NotImplementedError) as error:
                 raise CannotRun(f"Opacus refuses the model: {error}") from error
+
+    def released(self) -> dict[str, Tensor]:
+        """By the names of torch's layers: DPMultiheadAttention's q, k and v are one parameter there."""
+        found = super().released()
+        for kind in ("weight", "bias"):
+            parts = [found.pop(f"layer.{name}linear.{kind}", None) for name in "qkv"]
+            if isinstance(self.model._module, OneAttention):
+                found[f"layer.in_proj_{kind}"] = torch.cat([part for part in parts if part is not None])
+        return found
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -55,7 +79,7 @@ class Ghost(Hooks):
     """Norms by ghost clipping, then a second backward of the weighted loss."""
 
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
-        Contender.__init__(self, case, model, batch, settings)
+        Contender.__init__(self, case, with_dp_attention(model), batch, settings)
         criterion = Criterion(case.losses)
         self.model, self.optimizer, self.criterion, _ = self._made(model, "ghost", criterion=criterion)
 
