@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -116,7 +116,7 @@ def coverage(model: nn.Module) -> list[Uncovered]:
     load_library_rules()
     refused: dict[nn.Module, str] = {}
     for module in model.modules():
-        reason = _refusal_below(module) or subtree_refusal(module)
+        reason = subtree_refusal(module)
         if reason is not None:
             refused |= dict.fromkeys(module.modules(), reason)
     has_rule = {
@@ -143,16 +143,18 @@ def _own_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Paramet
             yield name, parameter
 
 
-def _refusal_below(module: nn.Module) -> str | None:
-    if isinstance(module, nn.MultiheadAttention):
-        return "read by a fused function past any layer; use separate q, k and v linear layers, or freeze it"
-    return None
-
-
 def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
     if isinstance(module, parametrize.ParametrizationList) or parametrize.is_parametrized(module):
         return (
-            "the module is parametrised (weight_norm, spectral_norm, ...); remove that, or freeze the module"
+            "the module is parametrised (weight_norm, spectral_norm, ...): its weight is made of other parameters, "
+            "past any layer; fold them into it (torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')), "
+            "or freeze the module"
+        )
+    made = next((key for key in vars(module) if name.startswith(f"{key}_")), None)
+    if made is not None and isinstance(vars(module)[made], Tensor):
+        return (
+            f"a hook makes {made} of it before each forward (weight_norm, spectral_norm, pruning); remove that "
+            "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove), or freeze the module"
         )
     if isinstance(module, GhostModule):
         if name not in module.ghost_covers:
@@ -162,6 +164,4 @@ def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | Non
         return "not swapped; call dpkernels.swap(model) first"
     if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNorm):
         return "batch statistics mix the samples; call dpkernels.nn.freeze_batch_norm(model), or freeze it"
-    if name.endswith(("_g", "_v")) and name[:-2] in module.__dict__:
-        return "weight_norm by hooks; remove it (torch.nn.utils.remove_weight_norm), or freeze the module"
     return expansion_refusal(module, parameter)

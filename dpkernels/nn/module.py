@@ -26,6 +26,8 @@ class GhostModule:
     ghost_name: str = ""
     # Names of the parameters that the layer's rule covers.
     ghost_covers: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    # Whether it only calls its children, on one path whatever hooks they have: checks look at their outputs then.
+    ghost_container: ClassVar[bool] = False
 
     # Whether its forward has to know which of its tensors carry the batch (`Tape.axes`).
     ghost_asks_axes: ClassVar[bool] = False
@@ -62,15 +64,19 @@ class GhostModule:
         return None
 
     def _ghost_active(self, *parameters: Tensor | None) -> bool:
-        """Whether this forward is a private one: a tape, gradients wanted, and something here is trained."""
+        """Whether this forward is a private one, which is then counted as a use of what is trained here."""
+        trained = self._ghost_trained(*parameters)
+        if trained:
+            assert self.ghost_tape is not None
+            self.ghost_tape.note_use(trained)
+        return bool(trained)
+
+    def _ghost_trained(self, *parameters: Tensor | None) -> list[Tensor]:
+        """Those that are trained, of a forward that is a private one: a tape, and gradients wanted. Counts nothing."""
         # First: a frozen layer never looks at the tape, so that torch.compile of frozen blocks depends on none of its
         # state.
         trained = [p for p in parameters if p is not None and p.requires_grad]
-        if not trained or not self._ghost_records():
-            return False
-        assert self.ghost_tape is not None
-        self.ghost_tape.note_use(trained)
-        return True
+        return trained if trained and self._ghost_records() else []
 
     def _ghost_records(self) -> bool:
         """Whether a forward now is a private one."""

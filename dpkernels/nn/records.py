@@ -64,6 +64,10 @@ class Record(ABC):
         """B, as the output gradient's first dimension says."""
         return self.g.shape[0]
 
+    def row_gradients(self) -> tuple[Tensor, ...]:
+        """The output gradients [B, *] whose row i is taken for example i: what the row check asks."""
+        return (self.g,)
+
     @abstractmethod
     def norm_sq(self) -> Tensor:
         """Σ over the parameters of ‖gradient of sample i‖²: [B] float32, rounded up."""

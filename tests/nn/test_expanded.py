@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from dpkernels.nn import ExpandedRecord, attach, coverage, detach, register_swap, swap
 from dpkernels.nn.linear import GhostLinear
@@ -263,17 +263,23 @@ class OwnLSTM(nn.LSTM):
 
 
 REFUSED: list[Any] = [
-    (lambda: nn.MultiheadAttention(8, 2), "in_proj_weight", "q, k and v"),
-    (lambda: nn.MultiheadAttention(8, 2), "out_proj.weight", "q, k and v"),
-    (lambda: nn.TransformerEncoderLayer(8, 2), "self_attn.in_proj_weight", "q, k and v"),
     (lambda: OwnLSTM(3, 3), "weight_ih_l0", "ghost_subclass"),
     (lambda: nn.Bilinear(64, 64, 64), "weight", "262,144 elements"),
     (
         lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
         "parametrizations.weight.original0",
-        "parametrised",
+        "remove_parametrizations",
+    ),
+    (
+        lambda: parametrizations.spectral_norm(nn.Conv2d(3, 3, 3)),
+        "parametrizations.weight.original",
+        "remove_parametrizations",
     ),
     (lambda: weight_norm(nn.Conv1d(3, 3, 3)), "weight_g", "remove_weight_norm"),
+    (lambda: weight_norm(nn.LSTM(3, 3), "weight_hh_l0"), "weight_hh_l0_v", "remove_weight_norm"),
+    (lambda: spectral_norm(nn.ConvTranspose1d(3, 3, 3)), "weight_orig", "remove_spectral_norm"),
+    (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2), "weight_orig", "prune.remove"),
+    (lambda: prune.l1_unstructured(nn.Linear(3, 3), "bias", 2), "bias_orig", "prune.remove"),
 ]
 
 
