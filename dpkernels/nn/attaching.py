@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,13 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.expanded import ExpandingModule, batch_size_of, expanding_class, expansion_refusal
 from dpkernels.nn.module import GhostModule
 from dpkernels.nn.norm import FrozenBatchNorm
 from dpkernels.nn.swapping import has_twin, load_library_rules, subtree_refusal
 from dpkernels.nn.tape import Tape
-
-_HANDLES = "_ghost_root_hooks"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         module.ghost_tape = tape
         module.ghost_name = name or type(module).__name__
 
-    # A copy of the model has these hooks, too, and no tape.
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not model:
             return
@@ -74,18 +73,20 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         if module is model and tape.after_forward is not None:
             tape.after_forward()
 
-    model.__dict__[_HANDLES] = (
+    model.__dict__[HANDLES] = (
         model.register_forward_pre_hook(note_batch, with_kwargs=True, prepend=True),
         model.register_forward_hook(note_end),
     )
+    model.__dict__["__reduce_ex__"] = partial(reduce_root, model)  # copies are without these hooks
     return tape
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: ordinary training again. A model that is not attached stays as it is."""
-    handles: tuple[RemovableHandle, ...] = model.__dict__.pop(_HANDLES, ())
+    handles: tuple[RemovableHandle, ...] = model.__dict__.pop(HANDLES, ())
     for handle in handles:
         handle.remove()
+    model.__dict__.pop("__reduce_ex__", None)
     for module in model.modules():
         if isinstance(module, GhostModule):
             module.ghost_tape = None

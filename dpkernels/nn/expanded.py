@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from dpkernels.nn.copying import ORIGINALS
 from dpkernels.nn.module import GhostModule, not_a_view
 from dpkernels.nn.records import ExpandedRecord
 from dpkernels.nn.tape import Tape
@@ -153,7 +154,9 @@ def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[n
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(original.__name__, (ExpandingModule, original), body)
+    expanding = type(original.__name__, (ExpandingModule, original), body)
+    ORIGINALS[expanding] = original
+    return expanding
 
 
 def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:

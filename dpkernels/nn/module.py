@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from dpkernels.nn.copying import ordinary
 from dpkernels.nn.tape import Tape
 
 
@@ -38,6 +39,11 @@ class GhostModule:
             return False
         tape.note_use(trained)
         return True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any module's, for copies and pickles that are ordinary modules: see `dpkernels.nn.copying`."""
+        assert isinstance(self, nn.Module)
+        return ordinary(self, super().__reduce_ex__(protocol))
 
     def ghost_label(self) -> str:
         """The qualified name for messages, or the class name before `attach`."""

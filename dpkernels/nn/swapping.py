@@ -12,14 +12,13 @@ from collections.abc import Callable
 
 from torch import nn
 
+from dpkernels.nn.copying import ORIGINALS as _ORIGINALS
 from dpkernels.nn.module import GhostModule
 
 # exact torch class -> ghost class
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
 # exact class of a parent -> {attribute: ghost class of that child}
 _CHILDREN: dict[type[nn.Module], dict[str, type[nn.Module]]] = {}
-# ghost class -> the class it came from
-_ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
 # reasons why nothing below a module can be trained privately
 _REFUSALS: list[Callable[[nn.Module], str | None]] = []
 
