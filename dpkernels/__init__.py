@@ -25,6 +25,7 @@ _LAYER_NAMES = (
 )
 _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
     "PrivacyEngine": "dpkernels.privacy",
+    "coverage": "dpkernels.nn.coverage_table",
 }
 _SUBMODULES = ("nn", "ops", "privacy", "interop", "backends", "opacus")
 
@@ -39,6 +40,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "GhostRMSNorm",
     "FrozenBatchNorm",
     "PrivacyEngine",
+    "coverage",
     "ops",
     "nn",
     "privacy",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
         GhostRMSNorm,
         swap,
     )
+    from dpkernels.nn.coverage_table import coverage
     from dpkernels.privacy import PrivacyEngine
 
 

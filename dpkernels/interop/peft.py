@@ -47,12 +47,20 @@ class GhostPeftLoRALinear(GhostModule, LoraLinear):
         adapter_input = dropout(self._cast_input_dtype(x, a.dtype)) if dropped else None
         return ghost_lora(self, x, adapter_input, weight, bias, a, b, scaling)
 
+    def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
+        """Of A and B, where the fused path would be taken now."""
+        found = self._fusable()
+        return {} if found is None else dict.fromkeys((found[1].weight, found[2].weight), "LoRA: ghost norm")
+
     def _fused(self) -> tuple[Any, Any, Any, Any, float] | None:
         """Base, A, B, dropout and scaling of the one adapter that the fused path may serve now, or None.
 
         Asked in every forward: adapters are switched, and hooks added, between one and the next.
         """
-        if self.ghost_tape is None or self.disable_adapters or self.merged:
+        return None if self.ghost_tape is None else self._fusable()
+
+    def _fusable(self) -> tuple[Any, Any, Any, Any, float] | None:
+        if self.disable_adapters or self.merged:
             return None
         # Not by attribute: nn.Module finds its modules last of all, at a microsecond each.
         own: Any = self._modules
@@ -93,6 +101,6 @@ def _refusal(module: nn.Module) -> str | None:
 
 
 def register() -> None:
-    """Make PEFT's layers known to `dpkernels.swap` and `dpkernels.nn.coverage`."""
+    """Make PEFT's layers known to `dpkernels.swap` and `dpkernels.nn.uncovered`."""
     register_swap(LoraLinear, GhostPeftLoRALinear)
     register_refusal(_refusal)

@@ -2,9 +2,10 @@
 
 from torch import nn as _nn
 
-from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
+from dpkernels.nn.attaching import Uncovered, attach, coverage, detach, uncovered
 from dpkernels.nn.conv import GhostConv1d, GhostConv2d
 from dpkernels.nn.conv_records import Conv1dRecord, Conv2dRecord, ConvRecord, DepthwiseConv1dRecord
+from dpkernels.nn.coverage_table import Coverage, CoverageRow
 from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.expanded import EXPANSION_LIMIT
 from dpkernels.nn.grouping import add_weighted_sums, norms_sq
@@ -56,6 +57,8 @@ __all__ = [
     "Conv1dRecord",
     "Conv2dRecord",
     "ConvRecord",
+    "Coverage",
+    "CoverageRow",
     "DepthwiseConv1dRecord",
     "EmbeddingRecord",
     "ExpandedRecord",
@@ -94,5 +97,6 @@ __all__ = [
     "register_swap",
     "sharing_inputs",
     "swap",
+    "uncovered",
     "unswap",
 ]

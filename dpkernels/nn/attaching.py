@@ -1,7 +1,8 @@
-"""attach, detach, coverage: from a swapped model to a private one, and back."""
+"""attach, detach, uncovered: from a swapped model to a private one, and back."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -46,9 +47,9 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
             "this model, or a part of it, was made private already (a tape is attached to it): call "
             "dpkernels.nn.detach(model) first, or build it anew"
         )
-    uncovered = coverage(model)
-    if uncovered:
-        lines = "\n  ".join(str(item) for item in uncovered)
+    refused = uncovered(model)
+    if refused:
+        lines = "\n  ".join(str(item) for item in refused)
         raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
     tape = Tape(model.named_parameters(), keep_small=keep_small)
     for name, module in model.named_modules():
@@ -94,8 +95,9 @@ def detach(model: nn.Module) -> None:
             module.__class__ = module.ghost_original  # type: ignore[assignment]
 
 
-def coverage(model: nn.Module) -> list[Uncovered]:
-    """The trained parameters (requires_grad) that no rule covers, each with the reason and the mend.
+def uncovered(model: nn.Module) -> list[Uncovered]:
+    """The trained parameters (requires_grad) of a swapped model that no rule covers, each with the reason and the fix.
+    `dpkernels.coverage` says it of any model, with the rules of the others.
 
     A parameter that several modules hold is named where one of them has no rule for it, unless that one
     merely holds it beside a ghost layer that uses it.
@@ -122,6 +124,16 @@ def coverage(model: nn.Module) -> list[Uncovered]:
                 path = f"{prefix}.{name}" if prefix else name
                 found.append(Uncovered(path, type(module).__name__, reason))
     return found
+
+
+def coverage(model: nn.Module) -> list[Uncovered]:
+    """The name that `uncovered` had."""
+    warnings.warn(
+        "dpkernels.nn.coverage is now called uncovered; dpkernels.coverage(model) is the whole table",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return uncovered(model)
 
 
 def _own_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

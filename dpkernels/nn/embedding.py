@@ -17,7 +17,7 @@ class GhostEmbedding(GhostModule, nn.Embedding):
     """nn.Embedding: same constructor, same state_dict, same results; ids [B,*] int64 or int32, batch first.
 
     `padding_idx` is honoured. `max_norm`, `sparse` and `scale_grad_by_freq` cannot be trained privately and
-    are named by `coverage`: the first changes the table in the forward, the others change what a sample's
+    are named by `uncovered`: the first changes the table in the forward, the others change what a sample's
     gradient is.
 
     Privately, ids of batch 1 in a forward of batch B (position tables: [1,T]) are looked up once per

@@ -24,10 +24,16 @@ class GhostModule:
     ghost_name: str = ""
     # Names of the parameters that the layer's rule covers.
     ghost_covers: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    # Those of them whose per-sample gradients, being vectors, are kept themselves.
+    ghost_forms: ClassVar[tuple[str, ...]] = ("bias",)
 
     def ghost_refusal(self) -> str | None:
         """Why this layer, as configured, cannot be trained privately, with the mend; None when it can."""
         return None
+
+    def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
+        """The rules, in words, of parameters that this layer records though layers within it hold them (LoRA's)."""
+        return {}
 
     def _ghost_active(self, *parameters: Tensor | None) -> bool:
         """Whether this forward is a private one: a tape, gradients wanted, and something here is trained."""

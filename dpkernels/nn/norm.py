@@ -25,6 +25,8 @@ class GhostLayerNorm(GhostModule, nn.LayerNorm):
     The backward computes x̂, its sums and dx in float32 (float64 for float64), whatever the input's dtype.
     """
 
+    ghost_forms = ("weight", "bias")
+
     def forward(self, input: Tensor) -> Tensor:
         """As nn.LayerNorm's."""
         if not self._ghost_active(self.weight, self.bias):
@@ -35,7 +37,7 @@ class GhostLayerNorm(GhostModule, nn.LayerNorm):
 class GhostRMSNorm(GhostModule, nn.RMSNorm):
     """nn.RMSNorm: same constructor, same state_dict, same results; x [B,*,normalized_shape]."""
 
-    ghost_covers = ("weight",)
+    ghost_covers = ghost_forms = ("weight",)
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.RMSNorm's."""
@@ -54,6 +56,8 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
 
     Raises ValueError at the forward when there are no running statistics (track_running_stats=False).
     """
+
+    ghost_forms = ("weight", "bias")
 
     def forward(self, input: Tensor) -> Tensor:
         """input [B,C,*] (or [B,C]) -> the same shape."""

@@ -55,7 +55,7 @@ def register_child_swap(
 
 
 def register_refusal(refusal: Callable[[nn.Module], str | None]) -> None:
-    """Have `coverage` name all that is trained below a module for which `refusal(module)` gives a reason."""
+    """Have `uncovered` name all that is trained below a module for which `refusal(module)` gives a reason."""
     if refusal not in _REFUSALS:
         _REFUSALS.append(refusal)
 
@@ -86,7 +86,7 @@ def swap(model: nn.Module) -> nn.Module:
     """Re-class every module that has a ghost twin; in place; returns `model`.
 
     nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, PEFT's LoRA layers, and the transformers layers
-    named in `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `coverage`
+    named in `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `uncovered`
     names what of it is trained. Raises TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):

@@ -14,9 +14,9 @@ from dpkernels.nn import (
     GhostRMSNorm,
     attach,
     batch_norms_in_training,
-    coverage,
     freeze_batch_norm,
     swap,
+    uncovered,
 )
 from tests.nn.per_sample import assert_same_module, check_private
 
@@ -144,7 +144,7 @@ def test_batch_norms_in_training_are_named() -> None:
 
 
 def test_unfrozen_batch_norm_has_no_rule() -> None:
-    found = coverage(swap(nn.Sequential(nn.BatchNorm1d(3).eval())))
+    found = uncovered(swap(nn.Sequential(nn.BatchNorm1d(3).eval())))
     assert [u.name for u in found] == ["0.weight", "0.bias"]
     assert "freeze_batch_norm" in found[0].reason
     with pytest.raises(ValueError, match="running statistics"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dpkernels
 import dpkernels.nn
 from dpkernels.nn import (
     GhostConv1d,
@@ -18,9 +19,9 @@ from dpkernels.nn import (
     LoRARecord,
     Tape,
     attach,
-    coverage,
     detach,
     swap,
+    uncovered,
 )
 from dpkernels.privacy.self_check import self_check
 from tests.nn.per_sample import check_private, one_by_one, run_private
@@ -302,4 +303,18 @@ def test_what_has_no_rule_is_named_with_the_mend(config: str) -> None:
     model = swap(adapted(WithEmbedding(), **keywords))
     with pytest.raises(ValueError, match=rf"lora_(embedding_)?A.*\n?.*{says}"):
         attach(model)
-    assert {u.name for u in coverage(model)} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {u.name for u in uncovered(model)} == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_coverage_names_lora_as_one_rule() -> None:
+    rows = {row.name: str(row) for row in dpkernels.coverage(adapted(modules_to_save=["head"])).rows}
+    first = "base_model.model.first."
+    assert (
+        rows[f"{first}lora_A.default.weight"] == rows[f"{first}lora_B.default.weight"] == "LoRA: ghost norm"
+    )
+    assert rows["base_model.model.head.modules_to_save.default.weight"] == "Linear: ghost norm"
+    several = adapted(lora_bias=True, target_modules=["first"])
+    assert {str(row).partition(" (")[0] for row in dpkernels.coverage(several).rows} == {
+        "Linear: ghost norm",
+        "Linear: per-sample gradient",
+    }
