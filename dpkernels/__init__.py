@@ -26,6 +26,7 @@ _LAYER_NAMES = (
 _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
     "PrivacyEngine": "dpkernels.privacy",
     "coverage": "dpkernels.nn.coverage_table",
+    "fix": "dpkernels.nn.fixing",
 }
 _SUBMODULES = ("nn", "ops", "privacy", "interop", "backends", "opacus")
 
@@ -41,6 +42,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "FrozenBatchNorm",
     "PrivacyEngine",
     "coverage",
+    "fix",
     "ops",
     "nn",
     "privacy",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
         swap,
     )
     from dpkernels.nn.coverage_table import coverage
+    from dpkernels.nn.fixing import fix
     from dpkernels.privacy import PrivacyEngine
 
 

@@ -8,6 +8,7 @@ from dpkernels.nn.conv_records import Conv1dRecord, Conv2dRecord, ConvRecord, De
 from dpkernels.nn.coverage_table import Coverage, CoverageRow
 from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.expanded import EXPANSION_LIMIT
+from dpkernels.nn.fixing import Change, FixReport
 from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
@@ -54,6 +55,7 @@ register_swap(_nn.RMSNorm, GhostRMSNorm)
 __all__ = [
     "EXPANSION_LIMIT",
     "BiasRecord",
+    "Change",
     "Conv1dRecord",
     "Conv2dRecord",
     "ConvRecord",
@@ -62,6 +64,7 @@ __all__ = [
     "DepthwiseConv1dRecord",
     "EmbeddingRecord",
     "ExpandedRecord",
+    "FixReport",
     "FrozenBatchNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",

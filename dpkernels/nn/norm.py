@@ -103,17 +103,20 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or isinstance(module, FrozenBatchNorm):
             continue
-        frozen = _FROZEN.get(type(module))
-        if frozen is None:
-            raise ValueError(
-                f"freeze_batch_norm: {name} is a {type(module).__name__}; replace it by nn.BatchNorm*d"
-            )
-        if module.running_mean is None:
-            raise ValueError(
-                f"freeze_batch_norm: {name} has no running statistics (track_running_stats=False)"
-            )
-        module.__class__ = frozen
+        reason = freezing_refusal(module)
+        if reason is not None:
+            raise ValueError(f"freeze_batch_norm: {name} ({type(module).__name__}): {reason}")
+        module.__class__ = _FROZEN[type(module)]
     return model
+
+
+def freezing_refusal(module: _BatchNorm) -> str | None:
+    """Why this batch norm cannot be frozen, with the fix; None where it can."""
+    if type(module) not in _FROZEN:
+        return "a class of its own; replace it by nn.BatchNorm*d"
+    if module.running_mean is None:
+        return "no running statistics (track_running_stats=False); use track_running_stats=True"
+    return None
 
 
 def batch_norms_in_training(model: nn.Module) -> list[str]:
