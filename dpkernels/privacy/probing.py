@@ -1,13 +1,13 @@
 """How the self-check and the mates check look into a model: its modes, one private backward, its modules' outputs."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import GhostModule, Record, Tape, add_weighted_sums, named_modules
+from dpkernels.nn import GhostModule, Record, RowCheck, Tape, add_weighted_sums, named_modules
 from dpkernels.nn.expanded import ExpandingModule
 from dpkernels.privacy.randomness import generator_states, without_dropout
 
@@ -15,11 +15,12 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 def private_backward(tape: Tape, losses: Tensor) -> list[Record]:
-    """The records of one backward of losses [B]."""
-    tape.open(losses.shape[0])
+    """The records of one backward of losses [B], whose rows the row check found to be the examples'."""
     try:
-        losses.sum().backward()
-        return tape.close()
+        with RowCheck(tape).checking(losses) if len(losses) > 1 else nullcontext():
+            tape.open(losses.shape[0])
+            losses.sum().backward()
+            return tape.close()
     except BaseException:
         tape.discard()
         raise
