@@ -5,6 +5,7 @@ from torch import nn as _nn
 from dpkernels.nn.attaching import Uncovered, attach, coverage, detach, uncovered
 from dpkernels.nn.conv import GhostConv1d, GhostConv2d
 from dpkernels.nn.conv_records import Conv1dRecord, Conv2dRecord, ConvRecord, DepthwiseConv1dRecord
+from dpkernels.nn.copying import original_class
 from dpkernels.nn.coverage_table import Coverage, CoverageRow
 from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.expanded import EXPANSION_LIMIT
@@ -100,6 +101,7 @@ __all__ = [
     "modules_of",
     "named_modules",
     "norms_sq",
+    "original_class",
     "register_child_swap",
     "register_refusal",
     "register_swap",

@@ -32,6 +32,11 @@ _HOOKS = (
 )
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before `swap` and `attach`; its own where they did not change it."""
+    return ORIGINALS.get(type(module), type(module))
+
+
 def ordinary(module: nn.Module, reduced: Any) -> Any:
     """What `module.__reduce_ex__` said, `reduced`, for the ordinary module: its state without what `attach` put there,
     and its class before `swap` where it holds a tape or its class has no name to be found by."""

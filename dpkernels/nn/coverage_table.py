@@ -10,7 +10,7 @@ from typing import TypeGuard
 from torch import nn
 
 from dpkernels.nn.attaching import uncovered
-from dpkernels.nn.copying import ORIGINALS
+from dpkernels.nn.copying import original_class
 from dpkernels.nn.expanded import ExpandingModule
 from dpkernels.nn.module import GhostModule
 from dpkernels.nn.norm import batch_norms_in_training
@@ -142,7 +142,7 @@ def _row(
     else:
         said = [_rule(module, name, parameter) for _, module, name in holders if _has_rule(module, name)]
         rule = " + ".join(dict.fromkeys(said)) or _rule(module, holders[0][2], parameter)
-    return CoverageRow(path, parameter.numel(), _class_of(module).__name__, rule, refusal)
+    return CoverageRow(path, parameter.numel(), original_class(module).__name__, rule, refusal)
 
 
 def _has_rule(module: nn.Module, name: str) -> bool:
@@ -154,16 +154,12 @@ def _is_ghost(module: nn.Module) -> TypeGuard[GhostModule]:
 
 
 def _rule(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    kind, entries = _class_of(module).__name__, f"(B × {parameter.numel():,} entries)"
+    kind, entries = original_class(module).__name__, f"(B × {parameter.numel():,} entries)"
     if not _is_ghost(module):
         return f"{kind}: per-sample expansion {entries}"
     if name in module.ghost_forms:
         return f"{kind}: per-sample gradient {entries}"
     return f"{kind}: ghost norm"
-
-
-def _class_of(module: nn.Module) -> type[nn.Module]:
-    return ORIGINALS.get(type(module), type(module))
 
 
 @contextmanager

@@ -100,11 +100,11 @@ class ExpandingModule(GhostModule):
                 f"its trained parameters ({', '.join(trained)}) cannot be expanded per sample; pass the model a tensor "
                 "whose first dimension is the batch, or freeze them (requires_grad_(False))"
             )
-        with self._substituted(_Shared(trained, label, size, tape)):
+        with self._substituted(SharedParameters(trained, label, size, tape)):
             return forward(*args, **kwargs)
 
 
-class _Shared(Mapping[str, SharedTensor]):
+class SharedParameters(Mapping[str, SharedTensor]):
     """A module's trained parameters in one forward, each expanded when it is first read."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], label: str, size: int, tape: Tape) -> None:

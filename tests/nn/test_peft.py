@@ -285,8 +285,7 @@ def test_gpt2s_conv1d_and_convolutions_run_over_the_inner_layers() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "DoraLinearVariant"),
-    "embedding": ({"target_modules": ["embed"]}, "embedding"),
+    "dora of an embedding": ({"target_modules": ["embed"], "use_dora": True}, "DoraEmbeddingVariant"),
     "attention": ({"target_modules": ["attention"]}, "MultiheadAttention"),
 }
 
