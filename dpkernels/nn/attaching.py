@@ -54,6 +54,7 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         lines = "\n  ".join(str(item) for item in refused)
         raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
     tape = Tape(model.named_parameters(), keep_small=keep_small)
+    tape.needs_to_ask = any(parameter.requires_grad for parameter in model.parameters())
     for name, module in model.named_modules():
         if not isinstance(module, GhostModule):
             raw = tuple(name for name, _ in _own_trained_parameters(module))
@@ -64,8 +65,6 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         assert isinstance(module, GhostModule)
         module.ghost_tape = tape
         module.ghost_name = name or type(module).__name__
-        if module.ghost_asks_axes and any(_own_trained_parameters(module)):
-            tape.needs_to_ask = True
 
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not model:
@@ -74,18 +73,24 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
             return
         size = batch_size_of(args, kwargs)
         tape.begin_forward(size)
-        if size is not None and tape.needs_to_ask and torch.is_grad_enabled() and tape.recording:
-            tape.ask(model, args, kwargs, size)
         if tape.before_forward is not None:
             tape.before_forward()
+        if size is not None and tape.needs_to_ask and torch.is_grad_enabled() and tape.recording:
+            tape.ask(model, args, kwargs, size)
+            if tape.after_forward is not None and tape.before_forward is not None:
+                tape.after_forward()  # these forwards are watched as any other
+                tape.before_forward()
 
     def note_end(module: nn.Module, *_: Any) -> None:
-        if module is model and not tape.asking and tape.after_forward is not None:
+        if module is not model or tape.asking:
+            return
+        tape.forward_batch_size = None  # what is called past the root's forward has a batch of its own
+        if tape.after_forward is not None:
             tape.after_forward()
 
     model.__dict__[HANDLES] = (
         model.register_forward_pre_hook(note_batch, with_kwargs=True, prepend=True),
-        model.register_forward_hook(note_end),
+        model.register_forward_hook(note_end, always_call=True),
     )
     model.__dict__["__reduce_ex__"] = partial(reduce_root, model)  # copies are without these hooks
     return tape

@@ -22,7 +22,8 @@ ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
 HANDLES = "_ghost_root_hooks"
 """Attribute of an attached model that holds the handles of our hooks on it."""
 
-_OURS = ("ghost_tape", "ghost_name", "_ghost_substitutes", HANDLES, "__reduce_ex__")
+_OURS = ("ghost_tape", "ghost_name", "__reduce_ex__")
+_OURS_BEGIN = "_ghost_"
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_always_called",
@@ -50,7 +51,7 @@ def ordinary(module: nn.Module, reduced: Any) -> Any:
             # pickle lets that make nothing but the object's own class
             make, arguments = copyreg._reconstructor, (ghost, object, None)  # type: ignore[attr-defined]
         arguments = tuple(original if argument is ghost else argument for argument in arguments)
-    kept = {name: value for name, value in state.items() if name not in _OURS}
+    kept = {name: value for name, value in state.items() if not _is_ours(name)}
     ids = {handle.id for handle in state.get(HANDLES, ())}
     for name in _HOOKS:
         if ids and name in kept:
@@ -61,6 +62,10 @@ def ordinary(module: nn.Module, reduced: Any) -> Any:
 def reduce_root(model: nn.Module, protocol: Any = pickle.DEFAULT_PROTOCOL) -> Any:
     """`__reduce_ex__` of an attached model, whatever its class: instances are asked before classes."""
     return ordinary(model, type(model).__reduce_ex__(model, protocol))
+
+
+def _is_ours(name: str) -> bool:
+    return name in _OURS or name.startswith(_OURS_BEGIN)
 
 
 def _found_by_name(kind: type[nn.Module]) -> bool:
