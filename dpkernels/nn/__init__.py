@@ -3,7 +3,7 @@
 from torch import nn as _nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProjection
 
-from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
+from dpkernels.nn.attaching import Uncovered, attach, coverage, detach, uncovered
 from dpkernels.nn.attention import GhostMultiheadAttention, GhostOutProjection, attention_refusal
 from dpkernels.nn.attention_records import PackedLinearRecord
 from dpkernels.nn.conv import (
@@ -21,9 +21,12 @@ from dpkernels.nn.conv_records import (
     ConvRecord,
     DepthwiseConv1dRecord,
 )
+from dpkernels.nn.copying import original_class
+from dpkernels.nn.coverage_table import Coverage, CoverageRow
 from dpkernels.nn.embedding import GhostEmbedding
 from dpkernels.nn.embedding_bag import GhostEmbeddingBag
 from dpkernels.nn.expanded import EXPANSION_LIMIT
+from dpkernels.nn.fixing import Change, FixReport
 from dpkernels.nn.group_norm import (
     GhostGroupNorm,
     GhostInstanceNorm1d,
@@ -110,13 +113,17 @@ register_refusal(transformer_refusal)
 __all__ = [
     "EXPANSION_LIMIT",
     "BiasRecord",
+    "Change",
     "Conv1dRecord",
     "Conv2dRecord",
     "Conv3dRecord",
     "ConvRecord",
+    "Coverage",
+    "CoverageRow",
     "DepthwiseConv1dRecord",
     "EmbeddingRecord",
     "ExpandedRecord",
+    "FixReport",
     "FrozenBatchNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
@@ -172,10 +179,12 @@ __all__ = [
     "modules_of",
     "named_modules",
     "norms_sq",
+    "original_class",
     "register_child_swap",
     "register_refusal",
     "register_swap",
     "sharing_inputs",
     "swap",
+    "uncovered",
     "unswap",
 ]

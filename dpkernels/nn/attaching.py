@@ -1,9 +1,11 @@
-"""attach, detach, coverage: from a swapped model to a private one, and back."""
+"""attach, detach, uncovered: from a swapped model to a private one, and back."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +15,12 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from dpkernels.nn.batch_axis import batch_size_of
+from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.expanded import ExpandingModule, expanding_class, expansion_refusal
 from dpkernels.nn.module import GhostModule
 from dpkernels.nn.norm import FrozenBatchNorm
 from dpkernels.nn.swapping import has_twin, load_library_rules, subtree_refusal
 from dpkernels.nn.tape import Tape
-
-_HANDLES = "_ghost_root_hooks"
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
             "this model, or a part of it, was made private already (a tape is attached to it): call "
             "dpkernels.nn.detach(model) first, or build it anew"
         )
-    uncovered = coverage(model)
-    if uncovered:
-        lines = "\n  ".join(str(item) for item in uncovered)
+    refused = uncovered(model)
+    if refused:
+        lines = "\n  ".join(str(item) for item in refused)
         raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
     tape = Tape(model.named_parameters(), keep_small=keep_small)
     tape.needs_to_ask = any(parameter.requires_grad for parameter in model.parameters())
@@ -65,7 +66,6 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         module.ghost_tape = tape
         module.ghost_name = name or type(module).__name__
 
-    # A copy of the model has these hooks, too, and no tape.
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not model:
             return
@@ -88,18 +88,20 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         if tape.after_forward is not None:
             tape.after_forward()
 
-    model.__dict__[_HANDLES] = (
+    model.__dict__[HANDLES] = (
         model.register_forward_pre_hook(note_batch, with_kwargs=True, prepend=True),
         model.register_forward_hook(note_end, always_call=True),
     )
+    model.__dict__["__reduce_ex__"] = partial(reduce_root, model)  # copies are without these hooks
     return tape
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: ordinary training again. A model that is not attached stays as it is."""
-    handles: tuple[RemovableHandle, ...] = model.__dict__.pop(_HANDLES, ())
+    handles: tuple[RemovableHandle, ...] = model.__dict__.pop(HANDLES, ())
     for handle in handles:
         handle.remove()
+    model.__dict__.pop("__reduce_ex__", None)
     for module in model.modules():
         if isinstance(module, GhostModule):
             module.ghost_tape = None
@@ -107,8 +109,9 @@ def detach(model: nn.Module) -> None:
             module.__class__ = module.ghost_original  # type: ignore[assignment]
 
 
-def coverage(model: nn.Module) -> list[Uncovered]:
-    """The trained parameters (requires_grad) that no rule covers, each with the reason and the mend.
+def uncovered(model: nn.Module) -> list[Uncovered]:
+    """The trained parameters (requires_grad) of a swapped model that no rule covers, each with the reason and the fix.
+    `dpkernels.coverage` says it of any model, with the rules of the others.
 
     A parameter that several modules hold is named where one of them has no rule for it, unless that one
     merely holds it beside a ghost layer that uses it.
@@ -135,6 +138,16 @@ def coverage(model: nn.Module) -> list[Uncovered]:
                 path = f"{prefix}.{name}" if prefix else name
                 found.append(Uncovered(path, type(module).__name__, reason))
     return found
+
+
+def coverage(model: nn.Module) -> list[Uncovered]:
+    """The name that `uncovered` had."""
+    warnings.warn(
+        "dpkernels.nn.coverage is now called uncovered; dpkernels.coverage(model) is the whole table",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return uncovered(model)
 
 
 def _own_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

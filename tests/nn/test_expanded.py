@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from dpkernels.nn import ExpandedRecord, attach, coverage, detach, register_swap, swap
+from dpkernels.nn import ExpandedRecord, attach, detach, register_swap, swap, uncovered
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.swapping import _ORIGINALS, _SWAPS, ghost_subclass
 from tests.nn.per_sample import check_private, run_private
@@ -287,12 +287,12 @@ REFUSED: list[Any] = [
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 def test_what_has_no_rule_is_named_with_the_mend(make: Any, name: str, mend: str) -> None:
     model = nn.Sequential(make())
-    found = {u.name: u.reason for u in coverage(swap(model))}
+    found = {u.name: u.reason for u in uncovered(swap(model))}
     assert mend in found[f"0.{name}"]
     with pytest.raises(ValueError, match=name):
         attach(model)
     model.requires_grad_(False)
-    assert coverage(model) == []
+    assert uncovered(model) == []
 
 
 def test_an_own_subclass_can_be_given_a_rule() -> None:
@@ -301,7 +301,7 @@ def test_an_own_subclass_can_be_given_a_rule() -> None:
             return super().forward(input.tanh())
 
     model = nn.Sequential(Own(400, 400))
-    assert [u.name for u in coverage(swap(model))] == ["0.weight"]  # its bias is small
+    assert [u.name for u in uncovered(swap(model))] == ["0.weight"]  # its bias is small
     ghost = ghost_subclass(Own, GhostLinear)
     register_swap(Own, ghost)
     try:
