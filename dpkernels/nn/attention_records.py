@@ -56,6 +56,11 @@ class PackedLinearRecord(Record):
         return size
 
     @property
+    def output_gradient(self) -> Tensor:
+        """[B, Σ T·n]: the blocks' side by side."""
+        return torch.cat([block.g.flatten(1) for block in self.blocks], 1)
+
+    @property
     def rows(self) -> list[slice]:
         """The blocks' rows of the weight."""
         return [block.rows for block in self.blocks]

@@ -94,7 +94,7 @@ class _Linear(torch.autograd.Function):
                 dx = dx.view(*g.shape[:-1], dx.shape[1])
             if ctx.needs_input_grad[1]:
                 pair = (as_tokens(g), as_tokens(x)) if ctx.transposed else (as_tokens(x), as_tokens(g))
-                ctx.tape.add(LinearRecord(ctx.layer, ctx.weight, *pair))
+                ctx.tape.add(LinearRecord(ctx.layer, ctx.weight, *pair, exchanged=ctx.transposed))
             if ctx.bias is not None and ctx.needs_input_grad[2]:
                 ctx.tape.add(BiasRecord(ctx.layer, ctx.bias, sum_over_time(g)))
         return dx, None, None, None, None, None
