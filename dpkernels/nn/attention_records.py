@@ -56,13 +56,14 @@ class PackedLinearRecord(Record):
         return size
 
     @property
+    def output_gradient(self) -> Tensor:
+        """[B, Σ T·n]: the blocks' side by side."""
+        return torch.cat([block.g.flatten(1) for block in self.blocks], 1)
+
+    @property
     def rows(self) -> list[slice]:
         """The blocks' rows of the weight."""
         return [block.rows for block in self.blocks]
-
-    def row_gradients(self) -> tuple[Tensor, ...]:
-        """The blocks'."""
-        return tuple(block.g for block in self.blocks)
 
     def norm_sq(self) -> Tensor:
         """Σ over blocks of ‖g_iᵀ x_i‖²."""

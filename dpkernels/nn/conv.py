@@ -184,9 +184,10 @@ class _Conv(torch.autograd.Function):
                     g, like, weight.to(g.dtype), None, *ctx.geometry, [True, False, False]
                 )
             if ctx.needs_input_grad[1]:
-                exchanged = ctx.output_padding is not None
-                pair = _exchanged(x, g, ctx.padding, ctx.output_padding) if exchanged else (x, g, ctx.padding)
-                ctx.tape.add(weight_record(layer, layer.ghost_label(), *pair))
+                of_conv, exchanged = (x, g, ctx.padding), ctx.output_padding is not None
+                if exchanged:
+                    of_conv = _exchanged(x, g, ctx.padding, ctx.output_padding)
+                ctx.tape.add(weight_record(layer, layer.ghost_label(), *of_conv, exchanged=exchanged))
             if ctx.bias is not None and ctx.needs_input_grad[2]:
                 total = g.flatten(2).sum(2, dtype=accumulation_dtype(g))
                 ctx.tape.add(BiasRecord(layer.ghost_label(), ctx.bias, total))
@@ -221,18 +222,23 @@ def zero_padding(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, none if isinstance(layer.padding, str) else tuple(layer.padding)
 
 
-def weight_record(layer: Any, name: str, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Record:
-    """The weight's record for x [B,C,*], padded by `padding` zeros, and output gradient g [B,p,*]."""
+def weight_record(
+    layer: Any, name: str, x: Tensor, g: Tensor, padding: tuple[int, ...], exchanged: bool = False
+) -> Record:
+    """The weight's record for x [B,C,*], padded by `padding` zeros, and output gradient g [B,p,*].
+
+    `exchanged`: x and g are those of the convolution that a transposed one's weight has, as `_exchanged` gives them.
+    """
     groups, weight = layer.groups, layer.weight
     ones = (1,) * len(padding)
     if layer.kernel_size == layer.stride == ones and groups == 1 and not any(padding):
-        return LinearRecord(name, weight, _as_sequence(x), _as_sequence(g))
+        return LinearRecord(name, weight, _as_sequence(x), _as_sequence(g), exchanged)
     if groups == x.shape[1] and (groups > 1 or g.shape[1] == 1):
         if x.dim() == 3 and g.shape[1] == groups:
             geometry = (layer.stride[0], padding[0], layer.dilation[0])
-            return DepthwiseConv1dRecord(name, weight, x, g, *geometry)
+            return DepthwiseConv1dRecord(name, weight, x, g, *geometry, exchanged)
         return ExpandedRecord(name, weight, _depthwise_gradients(layer, x, g, padding))
-    return _RECORDS[x.dim()](name, weight, x, g, layer.stride, padding, layer.dilation, groups)
+    return _RECORDS[x.dim()](name, weight, x, g, layer.stride, padding, layer.dilation, groups, exchanged)
 
 
 _RECORDS: dict[int, type[ConvRecord]] = {3: Conv1dRecord, 4: Conv2dRecord, 5: Conv3dRecord}

@@ -29,7 +29,10 @@ WINDOW_BYTES = 2**28
 
 @dataclass(eq=False)
 class DepthwiseConv1dRecord(Record):
-    """Weight [C,1,k] of a depthwise convolution: x [B,C,T], g [B,C,T']."""
+    """Weight [C,1,k] of a depthwise convolution: x [B,C,T], g [B,C,T'].
+
+    `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
+    """
 
     layer: str
     weight: nn.Parameter
@@ -38,6 +41,12 @@ class DepthwiseConv1dRecord(Record):
     stride: int = 1
     padding: int = 0
     dilation: int = 1
+    exchanged: bool = False
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """Of the layer."""
+        return self.x if self.exchanged else self.g
 
     def norm_sq(self) -> Tensor:
         """Σ over channels c and taps j of (Σ_t g_tc x_{t+j,c})²."""
@@ -106,6 +115,8 @@ class ConvRecord(Record):
     It is a linear layer on unfolded windows. They are ∏k times larger than x, so they are made when asked for, of as
     many samples at a time as `WINDOW_BYTES` allows, and not kept: once where the gradients are formed, twice where norm
     and sum each ask.
+
+    `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
     """
 
     forms_by_default: ClassVar[bool] = True
@@ -118,6 +129,12 @@ class ConvRecord(Record):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    exchanged: bool = False
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """Of the layer."""
+        return self.x if self.exchanged else self.g
 
     def _group(self, index: int, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """(x [B,T',∏k·d/groups], g [B,T',p/groups]) of one group, in one dtype; T' = ∏space'."""

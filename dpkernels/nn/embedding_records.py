@@ -35,13 +35,12 @@ class TransposedEmbeddingRecord(EmbeddingRecord):
             onehot[..., self.padding_idx] = 0
         return LinearRecord(self.layer, self.weight, x=onehot, g=self.g)
 
-    def merge(self, other: Record) -> Record:
-        """Concatenated along T; as linear records where the other is one, or pads differently."""
-        if isinstance(other, TransposedEmbeddingRecord) and other.weight is self.weight:
-            if other.padding_idx == self.padding_idx:
-                ids, g = torch.cat((self.ids, other.ids), 1), cat_time(self.g, other.g)
-                return TransposedEmbeddingRecord(
-                    join_names(self, other), self.weight, ids, g, self.padding_idx
-                )
-            return self.as_linear(self.g.dtype).merge(other.as_linear(self.g.dtype))
-        return self.as_linear(self.g.dtype).merge(other)
+    def merge(self, *others: Record) -> Record:
+        """Concatenated along T; as linear records where one of the others is one, or pads differently."""
+        lookups = [o for o in others if isinstance(o, TransposedEmbeddingRecord) and o.weight is self.weight]
+        lookups = [o for o in lookups if o.padding_idx == self.padding_idx]
+        if len(lookups) < len(others):
+            return self.as_linear(self.g.dtype).merge(*others)
+        uses = (self, *lookups)
+        ids, g = torch.cat([use.ids for use in uses], 1), cat_time(*(use.g for use in uses))
+        return TransposedEmbeddingRecord(join_names(*uses), self.weight, ids, g, self.padding_idx)

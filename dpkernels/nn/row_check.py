@@ -127,12 +127,6 @@ def _project(g: Tensor) -> tuple[Tensor, Tensor]:
     return projection, rows.flatten(1).norm(dim=1).double()
 
 
-def _of_record(record: Record) -> tuple[Tensor, Tensor]:
-    """`_project` of all the output gradients of a record as one."""
-    projections, norms = zip(*map(_project, record.row_gradients()), strict=True)
-    return torch.stack(projections).sum(0), torch.stack(norms).norm(dim=0)
-
-
 class _Calls:
     """Numbers the records of each group of parameters in a backward."""
 
@@ -158,7 +152,7 @@ class _Weighted:
         return bool(self.axes)
 
     def see(self, record: Record) -> bool:
-        self.projections[self._calls.of(record)] = _of_record(record)
+        self.projections[self._calls.of(record)] = _project(record.output_gradient)
         return False
 
     def see_axes(self, call: Call, g: Tensor) -> int:
@@ -200,8 +194,9 @@ class _Comparison:
         expected = self._expected.pop(self._calls.of(record), None)
         if expected is None:  # the second backward of two_pass, which is held to the first by its norms
             return True
-        now = _of_record(record)
-        wrong = _differ(self._weights, expected, now, record.row_gradients()[0].dtype)
+        g = record.output_gradient
+        now = _project(g)
+        wrong = _differ(self._weights, expected, now, g.dtype)
         if bool(wrong.any()):
             raise RowError(_message(record, int(wrong.count_nonzero())))
         if int(now[1].count_nonzero()) > 1:
