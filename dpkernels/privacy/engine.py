@@ -17,15 +17,16 @@ from dpkernels.privacy import accounting
 from dpkernels.privacy.accounting import Mechanism, check_accountant
 from dpkernels.privacy.budget import Budget
 from dpkernels.privacy.checks import check_single_process
+from dpkernels.privacy.findings import SelfCheckReport
 from dpkernels.privacy.keywords import STRATEGIES, check_clipping, check_opacus_keywords, check_strategy
 from dpkernels.privacy.loader import DPDataLoader
 from dpkernels.privacy.mates import check_mates
 from dpkernels.privacy.noise import SecretStream
 from dpkernels.privacy.optimizer import DPOptimizer
 from dpkernels.privacy.plan import Sampling, plan_sampling, sampler_of
-from dpkernels.privacy.self_check import SelfCheckReport, self_check
 from dpkernels.privacy.setup import Setup, checked, run_settings
 from dpkernels.privacy.strategies import strategy_of
+from dpkernels.privacy.whole_check import whole_check
 
 logger = logging.getLogger("dpkernels")
 
@@ -69,6 +70,7 @@ class PrivacyEngine:
         self._budget: Budget | None = None
         self._module: nn.Module | None = None
         self._optimizer: DPOptimizer | None = None
+        self._loader: DPDataLoader | None = None
         self._warns_unchecked = True  # at the first step, unless a self_check has passed
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -281,7 +283,7 @@ class PrivacyEngine:
             if budget is not None:
                 budget.close()
             raise
-        self._budget, self._module, self._optimizer = budget, module, private
+        self._budget, self._module, self._optimizer, self._loader = budget, module, private, loader
         return module, private, loader
 
     def _report_steps_before(self, spent: int, planned: int | None) -> None:
@@ -377,30 +379,49 @@ class PrivacyEngine:
     def self_check(
         self,
         loss_fn: Callable[[nn.Module, Any], Tensor],
-        batch: Any,
+        batch: Any = None,
         *,
         singles: Sequence[Any] | None = None,
         samples: int = 3,
         tolerance: float | None = None,
     ) -> SelfCheckReport:
-        """Check on a batch that every example's gradient is its own, dropout off.
+        """Check that every example's gradient is its own: alone, beside others and beside longer ones, with the rows
+        in another order, and (`check_mates`) with other examples beside it.
 
-        Arguments as of `dpkernels.privacy.self_check.self_check`. Spends nothing and releases nothing; its
-        numbers are NOT PRIVATE. Raises SelfCheckError naming the layers.
+        Examples of the data set, of unlike sizes where there are such, are collated by the loader's collate_fn together
+        and each alone: only so does it show whether an example's gradient depends on the padding that others bring.
+
+        Args:
+            loss_fn: loss_fn(model, batch) -> [B], as the training loop computes the losses that it gives to
+                `optimizer.backward`.
+            batch: another batch to ask the same of, of which an example alone is a slice, padding included. Without it
+                loss_fn takes what the loader yields; with it, a batch of the same form.
+            singles: one-example batches of the batch's first examples, each collated alone; then nothing else is
+                collated.
+            samples: how many examples to compare.
+            tolerance: as of `dpkernels.privacy.self_check.self_check`.
+
+        Spends nothing and releases nothing; its numbers are NOT PRIVATE. Warns, and says in the report's `unchecked`,
+        what could not be asked.
+
+        Raises:
+            SelfCheckError: a gradient is not its own; the message names the layers.
+            ValueError, TypeError: losses of another shape than [B]; a batch without examples.
         """
         self._made()
         assert self._module is not None
         assert self._optimizer is not None
-        report = self_check(
+        assert self._loader is not None
+        report = whole_check(
             self._module,
             self._optimizer.tape,
+            self._loader,
             loss_fn,
             batch,
             singles=singles,
             samples=samples,
             tolerance=tolerance,
         )
-        self.check_mates(loss_fn, batch, samples=samples)
         self._warns_unchecked = False
         return report
 

@@ -99,12 +99,16 @@ def same_draws(seed: int) -> Iterator[None]:
 
 def generator_states() -> list[bytes]:
     """Of the global generators: torch's, the current GPU's, numpy's and Python's."""
-    found = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
-    _, numbers, place, *_ = np.random.get_state()
-    found += [np.asarray(numbers).tobytes(), repr(place).encode()]
+    found = [torch.get_rng_state().numpy().tobytes(), *foreign_generator_states()]
     if torch.cuda.is_initialized():
         found.append(torch.cuda.get_rng_state().numpy().tobytes())
     return found
+
+
+def foreign_generator_states() -> list[bytes]:
+    """Of Python's and numpy's global generators."""
+    _, numbers, place, *_ = np.random.get_state()
+    return [repr(random.getstate()).encode(), np.asarray(numbers).tobytes(), repr(place).encode()]
 
 
 def secret_seed() -> int:
