@@ -271,6 +271,7 @@ class PrivacyEngine:
                 total_steps=setup.steps,
                 lengths=setup.lengths,
                 physical_frames=setup.physical_frames,
+                before_pass=private.begin_pass,
                 on_batch=private.begin_logical_batch,
                 steps_taken=lambda: self.steps,
             )

@@ -119,19 +119,32 @@ class LogicalBatch:
 
 
 class _Plan:
-    """The logical batches of one pass, drawn when first needed: by the prefetching workers or by the training
-    loop."""
+    """The logical batches of one pass, drawn when first needed: by the prefetching workers or by the training loop.
 
-    def __init__(self, sampler: Sampler, steps: int, split: Callable[[np.ndarray], list[list[int]]]) -> None:
+    What was drawn is handed out, whatever becomes of the pass: draws that an earlier one left unread come first. A pass
+    is broken off for reasons that may know of the data, as when reading one of its examples fails, so that leaving out
+    what was drawn by then would be another sampling than the one that is accounted for.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        steps: int,
+        split: Callable[[np.ndarray], list[list[int]]],
+        unread: deque[list[list[int]]],
+    ) -> None:
         self._sampler = sampler
         self._split = split
-        self._to_draw = steps
-        self._unread: deque[list[list[int]]] = deque()
+        self._left_over = list(unread)
+        self._to_draw = steps - len(unread)
+        self._unread = unread
 
     def feed(self) -> Iterator[list[int]]:
         """All micro-batches of the pass in order: what torch's DataLoader pulls, ahead of the training
         loop."""
-        while self._to_draw:
+        for parts in self._left_over:
+            yield from parts
+        while self._to_draw > 0:
             yield from self._draw()
 
     def _draw(self) -> list[list[int]]:
@@ -141,10 +154,14 @@ class _Plan:
         return parts
 
     def next_parts(self, read_ahead: Callable[[], None]) -> list[list[int]]:
-        """The micro-batches of the next logical batch, as indices."""
+        """The micro-batches of the next logical batch, as indices; it stays the next one until `hand_out`."""
         while not self._unread:
             read_ahead()
-        return self._unread.popleft()
+        return self._unread[0]
+
+    def hand_out(self) -> None:
+        """The next logical batch is given to the training loop."""
+        self._unread.popleft()
 
 
 class DPDataLoader:
@@ -162,8 +179,8 @@ class DPDataLoader:
         total_steps: where given, one pass runs from the steps already taken to this total.
         lengths: sizes of the examples [N]; micro-batches then hold examples of like sizes.
         physical_frames: largest micro-batch in those sizes, padding included.
-        on_batch: told of each logical batch before it is handed out: its examples, and whether it opens a
-            pass.
+        before_pass: called when a pass begins; raises where it may not.
+        on_batch: told of each logical batch before it is handed out: its examples.
         steps_taken: how many steps the run has behind it.
     """
 
@@ -177,7 +194,8 @@ class DPDataLoader:
         total_steps: int | None = None,
         lengths: Sequence[int] | np.ndarray | None = None,
         physical_frames: int | None = None,
-        on_batch: Callable[[int, bool], None],
+        before_pass: Callable[[], None],
+        on_batch: Callable[[int], None],
         steps_taken: Callable[[], int],
     ) -> None:
         self.dataset = data_loader.dataset
@@ -189,9 +207,11 @@ class DPDataLoader:
         self.total_steps = total_steps
         self._sampler = sampler
         self._lengths = None if lengths is None else np.asarray(lengths)
+        self._before_pass = before_pass
         self._on_batch = on_batch
         self._steps_taken = steps_taken
         self._plan: _Plan | None = None
+        self._unread: deque[list[list[int]]] = deque()
         feed = _Feed(self)
         workers = data_loader.num_workers
         self._loader = DataLoader(
@@ -214,15 +234,33 @@ class DPDataLoader:
         return self.epoch_steps if self.total_steps is None else self.total_steps
 
     def __iter__(self) -> Iterator[LogicalBatch]:
+        """A pass: logical batches, each drawn once and to be stepped on once.
+
+        A pass may be left after a step, and another begun, which goes on with what was drawn; the iterator of the one
+        before it then ends with an error, since the workers serve one pass at a time.
+
+        Raises:
+            RuntimeError: a logical batch that was handed out got no step().
+        """
+        self._before_pass()
         steps = self.epoch_steps
         if self.total_steps is not None:
             steps = max(self.total_steps - self._steps_taken(), 0)
-        plan = _Plan(self._sampler, steps, self._split)
+        plan = _Plan(self._sampler, steps, self._split, self._unread)
         self._plan = plan
         batches = iter(self._loader)
         ahead: deque[Any] = deque()
 
+        def check_current() -> None:
+            if self._plan is not plan:
+                raise RuntimeError(
+                    "another pass over this loader was begun since, and what was drawn goes on there: its workers "
+                    "serve one pass at a time. Use one iterator, `for logical_batch in loader:`, and leave it before "
+                    "the next"
+                )
+
         def fetch() -> Any:
+            check_current()
             return ahead.popleft() if ahead else next(batches)
 
         def read_ahead() -> None:
@@ -231,12 +269,12 @@ class DPDataLoader:
             with suppress(StopIteration):
                 ahead.append(next(batches))
 
-        first = True
         for _ in range(steps):
+            check_current()
             parts = plan.next_parts(read_ahead)
+            self._on_batch(sum(map(len, parts)))
+            plan.hand_out()
             batch = LogicalBatch(parts, fetch, self._read)
-            self._on_batch(sum(map(len, parts)), first)
-            first = False
             yield batch
             batch.skip_rest()
 

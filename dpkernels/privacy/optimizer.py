@@ -196,13 +196,21 @@ class DPOptimizer(torch.optim.Optimizer):
         """Statistics of the last applied step, or None before it. NOT PRIVATE."""
         return None if self._last_seen is None else _statistics(self._last_seen)
 
-    def begin_logical_batch(self, examples: int, first: bool = False) -> None:
+    def begin_pass(self) -> None:
+        """Called by the private loader when a pass over it begins.
+
+        Raises:
+            RuntimeError: a logical batch that was handed out got no step().
+        """
+        self._batch.check_closed()
+
+    def begin_logical_batch(self, examples: int) -> None:
         """Called by the private loader before it hands out a logical batch of `examples` examples.
 
         Raises:
             RuntimeError: the logical batch before it got no step().
         """
-        self._batch.open(examples, first)
+        self._batch.open(examples)
 
     def backward(self, losses: Tensor) -> None:
         """Back-propagate losses.sum(), clip each example's gradient and add it to the sums.
