@@ -2,12 +2,10 @@
 
 import logging
 import os
-import random
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,6 +22,7 @@ from dpkernels.privacy.mates import check_mates
 from dpkernels.privacy.noise import SecretStream
 from dpkernels.privacy.optimizer import DPOptimizer
 from dpkernels.privacy.plan import Sampling, plan_sampling, sampler_of
+from dpkernels.privacy.randomness import SecretSeeds
 from dpkernels.privacy.setup import Setup, checked, run_settings
 from dpkernels.privacy.strategies import strategy_of
 from dpkernels.privacy.whole_check import whole_check
@@ -145,7 +144,8 @@ class PrivacyEngine:
         The model is changed in place (`dpkernels.swap`) and returned; the optimizer is wrapped; the loader
         yields Poisson-sampled logical batches, each an iterable of micro-batches. The global generators of
         torch, numpy and Python are seeded anew from the operating system: dropout under a known seed is not
-        private (see `_seed_from_the_system`).
+        private (see `SecretSeeds`), and seeded again
+        before each pass and logical batch.
 
         Args:
             module: the model; its layers with trained parameters need a norm rule, or the parameters
@@ -262,6 +262,7 @@ class PrivacyEngine:
                 batch_bound=setup.bound,
                 stream=self._noise_stream,
                 spend=self._spend,
+                seeds=None if self._noise_stream.fixed else SecretSeeds(),
             )
             loader = DPDataLoader(
                 data_loader,
@@ -276,8 +277,6 @@ class PrivacyEngine:
                 steps_taken=lambda: self.steps,
             )
             logger.info("strategy %s: %s", setup.strategy, STRATEGIES[setup.strategy])
-            if not self._noise_stream.fixed:
-                _seed_from_the_system()
             self._report_steps_before(budget.steps, setup.steps)
         except BaseException:
             detach(module)
@@ -481,14 +480,3 @@ class PrivacyEngine:
         if self._budget is None:
             raise RuntimeError("call make_private (or make_private_with_epsilon) first")
         return self._budget
-
-
-def _seed_from_the_system() -> None:
-    """Seed torch's, numpy's and Python's global generators from the operating system.
-
-    Dropout masks are drawn by place in the batch: under a known seed one more example shifts the masks of all
-    the others, and changes the sum by far more than C. Secret masks, drawn independently of the data, do not.
-    """
-    torch.manual_seed(int.from_bytes(os.urandom(8), "little"))
-    np.random.seed(int.from_bytes(os.urandom(4), "little"))
-    random.seed(os.urandom(32))

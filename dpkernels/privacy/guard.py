@@ -1,5 +1,6 @@
 """What must stay as make_private found it, while a model is trained: looked at before every backward and step."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,12 @@ from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_o
 from dpkernels.privacy.buffers import BufferWatch, buffer_marks, changed_buffers
 from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, some_of, trained_parameters
 from dpkernels.privacy.parameters import ParameterWatch
+from dpkernels.privacy.randomness import SecretSeeds
+
+_SEEDED = (
+    "{names} generator was seeded after make_private: dropout and other draws of the model would be known, and one "
+    "example more then changes what others add by far more than the clipping norm"
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,15 @@ class ModelGuard:
         model: the private model.
         tape: its tape, which tells when a forward begins and ends.
         optimizer: the wrapped optimizer.
+        seeds: the global generators' secret seeds, where they are to stay secret.
 
     Attributes:
         trained: the trained parameters by name.
     """
 
-    def __init__(self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer, seeds: SecretSeeds | None
+    ) -> None:
         self.trained = trained_parameters(model)
         # Themselves, not their identities, which a later tensor could have.
         self._frozen = _frozen(model)
@@ -82,6 +92,20 @@ class ModelGuard:
         # Those that a snapshot's buffers and batch norms are read from.
         self._stateful = [m for m in modules if m._buffers or isinstance(m, _BatchNorm)]
         self._published: Mapping[nn.Parameter, Tensor] = {}
+        self._seeds = seeds
+
+    def before_logical_batch(self) -> None:
+        """Seed the global generators anew; warn, by name, where someone else seeded them."""
+        if self._seeds is None:
+            return
+        replaced = self._seeds.replaced()
+        if replaced:
+            warnings.warn(
+                f"{_SEEDED.format(names=some_of(replaced))}; they have been seeded anew from the operating system. "
+                "Take torch.manual_seed out of the training loop",
+                stacklevel=4,
+            )
+        self._seeds.renew()
 
     def publish(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Put a step's noised gradients into .grad: the only ones that the next backward may find there."""
@@ -96,6 +120,13 @@ class ModelGuard:
         # takes it before anything is released, and sees what was added or replaced since.
         now = snapshot(self._stateful)
         self._check_batch_norms(now)
+        replaced = [] if self._seeds is None else self._seeds.replaced()
+        if replaced:
+            raise RuntimeError(
+                f"{_SEEDED.format(names=some_of(replaced))}, within a logical batch: what this forward drew is known. "
+                "Take torch.manual_seed out of the training loop, call optimizer.zero_grad(), and do the logical batch "
+                "again (logical_batch.parts, logical_batch.collate)"
+            )
         for name, parameter in self.trained.items():
             if parameter.grad is None:
                 continue

@@ -13,6 +13,7 @@ from dpkernels.privacy.batch_sums import BatchSums
 from dpkernels.privacy.checks import check_losses
 from dpkernels.privacy.guard import ModelGuard
 from dpkernels.privacy.noise import SecretStream, grid_of
+from dpkernels.privacy.randomness import SecretSeeds
 from dpkernels.privacy.strategies import Clipped, Strategy
 from dpkernels.privacy.sweep import Release, narrow_states, restore_wide_states, take_step, uncovered
 
@@ -82,6 +83,7 @@ class DPOptimizer(torch.optim.Optimizer):
         batch_bound: largest logical batch that the sensitivity is stated for.
         stream: where the noise comes from.
         spend: counts a step, durably, or raises; called before a step changes anything.
+        seeds: the global generators' secret seeds; None in tests, where they are fixed.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class DPOptimizer(torch.optim.Optimizer):
         batch_bound: int,
         stream: SecretStream,
         spend: Callable[[], None],
+        seeds: SecretSeeds | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: groups and state live in the wrapped optimizer, once.
         self.original_optimizer = optimizer
@@ -107,7 +110,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._strategy = strategy
         self._stream = stream
         self._spend = spend
-        self._guard = ModelGuard(model, strategy.tape, optimizer)
+        self._guard = ModelGuard(model, strategy.tape, optimizer, seeds if noise_multiplier > 0 else None)
         self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0)
         # A parameter's place is its stream's index.
         self._trained = list(self._guard.trained.values())
@@ -203,6 +206,7 @@ class DPOptimizer(torch.optim.Optimizer):
             RuntimeError: a logical batch that was handed out got no step().
         """
         self._batch.check_closed()
+        self._guard.before_logical_batch()
 
     def begin_logical_batch(self, examples: int) -> None:
         """Called by the private loader before it hands out a logical batch of `examples` examples.
@@ -211,6 +215,7 @@ class DPOptimizer(torch.optim.Optimizer):
             RuntimeError: the logical batch before it got no step().
         """
         self._batch.open(examples)
+        self._guard.before_logical_batch()
 
     def backward(self, losses: Tensor) -> None:
         """Back-propagate losses.sum(), clip each example's gradient and add it to the sums.

@@ -225,7 +225,7 @@ POINTS: dict[str, tuple[object, str]] = {
     "the sampler": (engine_module, "sampler_of"),
     "the loader": (engine_module, "DPDataLoader"),
     "a log handler": (engine_module.logger, "info"),
-    "the generators": (engine_module, "_seed_from_the_system"),
+    "the generators": (engine_module, "SecretSeeds"),
     "the report": (PrivacyEngine, "_report_steps_before"),
 }
 

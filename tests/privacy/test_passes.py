@@ -52,6 +52,21 @@ def test_an_empty_batch_that_is_skipped_is_noticed(again: bool) -> None:
         skipping()
 
 
+def test_a_refused_pass_takes_nothing_from_the_one_under_way() -> None:
+    run = private_run(key=KEY, physical_batch_size=1)
+    logical = next(batches := iter(run.loader))
+    reading = iter(logical)
+    rows = [next(reading)]
+    with pytest.raises(RuntimeError, match=r"step\(\) was not called"):
+        next(iter(run.loader))
+    rows += reading
+    assert len(rows) == len(logical) > 2
+    for batch in rows:
+        run.optimizer.backward(run.loss_fn(run.model, batch))
+    run.optimizer.step()
+    do(run, next(batches))
+
+
 def test_zero_grad_does_not_close_a_batch() -> None:
     run = private_run()
     next(iter(run.loader))
