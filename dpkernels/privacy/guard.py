@@ -95,6 +95,11 @@ class ModelGuard:
         self._seeds = seeds
 
     def before_logical_batch(self) -> None:
+        """From now on nothing may write the parameters; and what `before_pass` does."""
+        self._parameter_watch.open()
+        self.before_pass()
+
+    def before_pass(self) -> None:
         """Seed the global generators anew; warn, by name, where someone else seeded them."""
         if self._seeds is None:
             return
@@ -160,6 +165,10 @@ class ModelGuard:
         self._check_parameters(now)
         self._check_buffers(now)
         self._buffer_watch.check()
+        self._parameter_watch.check(last=True)
+
+    def at_step(self) -> None:
+        """The step itself may write the parameters, and so may the training loop after it."""
         self._parameter_watch.forget()
 
     def before_release(self) -> None:

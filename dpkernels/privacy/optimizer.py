@@ -206,7 +206,7 @@ class DPOptimizer(torch.optim.Optimizer):
             RuntimeError: a logical batch that was handed out got no step().
         """
         self._batch.check_closed()
-        self._guard.before_logical_batch()
+        self._guard.before_pass()
 
     def begin_logical_batch(self, examples: int) -> None:
         """Called by the private loader before it hands out a logical batch of `examples` examples.
@@ -290,6 +290,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._batch.check_complete()
         fused = self._can_sweep()
         self._spend()
+        self._guard.at_step()
         try:
             draw = self._stream.next_draw()
             self._last_seen = self._batch.seen
