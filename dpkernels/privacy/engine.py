@@ -58,7 +58,8 @@ class PrivacyEngine:
         check_accountant(accountant)
         if not secure_mode:
             raise ValueError(
-                "secure_mode=False is refused: noise always comes from a cryptographic generator here"
+                "secure_mode=False is refused: noise always comes from a cryptographic generator here, at no cost that "
+                "a weaker one would spare; leave the argument out"
             )
         self.accountant = accountant
         self._ledger_path = ledger
@@ -416,6 +417,7 @@ class PrivacyEngine:
             self._module,
             self._optimizer.tape,
             self._loader,
+            self._optimizer.note_checked,
             loss_fn,
             batch,
             singles=singles,

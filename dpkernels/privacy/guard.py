@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of, named_modules
 from dpkernels.privacy.buffers import BufferWatch, buffer_marks, changed_buffers
 from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, some_of, trained_parameters
+from dpkernels.privacy.graph import check_graph, scaled_at_last
 from dpkernels.privacy.parameters import ParameterWatch
 from dpkernels.privacy.randomness import SecretSeeds
 
@@ -93,6 +94,8 @@ class ModelGuard:
         self._stateful = [m for m in modules if m._buffers or isinstance(m, _BatchNorm)]
         self._published: Mapping[nn.Parameter, Tensor] = {}
         self._seeds = seeds
+        self._backwards = 0
+        self._checked_scaled: bool | None = None  # whether losses of a self-check were; None without one
 
     def before_logical_batch(self) -> None:
         """From now on nothing may write the parameters; and what `before_pass` does."""
@@ -118,9 +121,19 @@ class ModelGuard:
             parameter.grad = gradient
         self._published = gradients
 
-    def before_backward(self) -> None:
-        """Raise RuntimeError for batch norms in training, gradients from elsewhere, or changed buffers; clear the
-        gradients that `publish` put there."""
+    def note_checked(self, losses: Tensor) -> None:
+        """Losses as a self-check was given them."""
+        self._checked_scaled = bool(self._checked_scaled) or scaled_at_last(losses)
+
+    def before_backward(self, losses: Tensor) -> None:
+        """Raise RuntimeError for batch norms in training, gradients from elsewhere, changed buffers, or, in the 1st,
+        2nd, 4th, ... backward, what the losses' graph holds of other modules; clear the gradients that `publish` put
+        there.
+        """
+        self._backwards += 1
+        if not self._backwards & (self._backwards - 1):
+            check_graph(losses, self._model)
+            self._look_at_scale(losses)
         # Those modules that had state at make_private: a walk over all of them is a per cent of a step. before_step
         # takes it before anything is released, and sees what was added or replaced since.
         now = snapshot(self._stateful)
@@ -174,6 +187,17 @@ class ModelGuard:
     def before_release(self) -> None:
         """Raise RuntimeError where buffers are not as they were: their values are compared, whichever step it is."""
         self._buffer_watch.compare()
+
+    def _look_at_scale(self, losses: Tensor) -> None:
+        if self._checked_scaled is False and scaled_at_last(losses):
+            self._checked_scaled = None  # once
+            warnings.warn(
+                "optimizer.backward: the losses are divided or multiplied at last, and those that self_check was given "
+                "were not. A factor that depends on the batch (losses / len(batch)) changes what each adds when another "
+                "example joins, beyond the clipping norm. Leave it out, step() divides by the expected batch size; "
+                "or put it into self_check's loss_fn, which finds such a factor",
+                stacklevel=4,
+            )
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]

@@ -217,6 +217,10 @@ class DPOptimizer(torch.optim.Optimizer):
         self._batch.open(examples)
         self._guard.before_logical_batch()
 
+    def note_checked(self, losses: Tensor) -> None:
+        """Called by a self-check with its loss_fn's losses; `backward` warns of a scale that they have not."""
+        self._guard.note_checked(losses)
+
     def backward(self, losses: Tensor) -> None:
         """Back-propagate losses.sum(), clip each example's gradient and add it to the sums.
 
@@ -235,7 +239,7 @@ class DPOptimizer(torch.optim.Optimizer):
         check_losses(losses)
         batch_size = losses.shape[0]
         self._batch.check_room(batch_size)
-        self._guard.before_backward()
+        self._guard.before_backward(losses)
         if batch_size == 0:
             self.tape.discard()
             return

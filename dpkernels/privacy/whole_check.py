@@ -1,10 +1,11 @@
 """All that a self-check asks: of the batch that was given, and of one that the loader's own collate_fn makes."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dpkernels.nn import Tape
 from dpkernels.privacy.findings import SelfCheckReport, merged
@@ -18,6 +19,7 @@ def whole_check(
     model: nn.Module,
     tape: Tape,
     loader: DPDataLoader,
+    note: Callable[[Tensor], None],
     loss_fn: LossFunction,
     batch: Any,
     *,
@@ -25,7 +27,7 @@ def whole_check(
     samples: int,
     tolerance: float | None,
 ) -> SelfCheckReport:
-    """What `PrivacyEngine.self_check` does; arguments, errors and warnings as there.
+    """What `PrivacyEngine.self_check` does; arguments, errors and warnings as there. `note` is told of the losses.
 
     The mates are asked last: what fails alone says more about where.
     """
@@ -45,6 +47,8 @@ def whole_check(
         self_check(model, tape, loss_fn, one, singles=alone, samples=samples, tolerance=tolerance)
         for one, alone in asked
     ]
+    with torch.enable_grad(), tape.paused():
+        note(loss_fn(model, asked[0][0]))
     for one, _ in asked:
         check_mates(model, tape, loss_fn, one, samples=samples)
     report = merged(reports, unchecked)

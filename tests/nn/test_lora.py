@@ -153,7 +153,11 @@ def test_layers_that_share_their_factors_keep_their_scalings(alphas: tuple[float
         def forward(self, x: Tensor) -> Tensor:
             return self.two(torch.tanh(self.one(x)))
 
-    check_private(Shared(), squares, (torch.randn(4, 3, 6),))
+    if alphas[0] == alphas[1]:
+        check_private(Shared(), squares, (torch.randn(4, 3, 6),))
+    else:  # right, or refused by name
+        with pytest.raises(TypeError, match=r"two .* and one .* cannot be combined"):
+            check_private(Shared(), squares, (torch.randn(4, 3, 6),))
 
 
 @pytest.mark.parametrize(("keyword", "value"), [("r", 0), ("dropout", 1.0), ("dropout", -0.1)])
