@@ -106,7 +106,9 @@ class Tape:
         if self._batch_size is None:
             raise RuntimeError(
                 f"{record.layer}: a backward reached this private layer outside of "
-                "optimizer.backward(losses). Call that, with the per-sample losses, not loss.backward()"
+                "optimizer.backward(losses). Call that, with the per-sample losses, not loss.backward(). To train "
+                "another model through this one (a generator), freeze this one meanwhile: model.requires_grad_(False), "
+                "and True again before its own forward"
             )
         if record.batch_size != self._batch_size:
             raise ValueError(

@@ -16,7 +16,13 @@ from dpkernels.privacy.accounting import Mechanism, check_accountant
 from dpkernels.privacy.budget import Budget
 from dpkernels.privacy.checks import check_single_process
 from dpkernels.privacy.findings import SelfCheckReport
-from dpkernels.privacy.keywords import STRATEGIES, check_clipping, check_opacus_keywords, check_strategy
+from dpkernels.privacy.keywords import (
+    STRATEGIES,
+    AccountantName,
+    check_clipping,
+    check_opacus_keywords,
+    check_strategy,
+)
 from dpkernels.privacy.loader import DPDataLoader
 from dpkernels.privacy.mates import check_mates
 from dpkernels.privacy.noise import SecretStream
@@ -61,7 +67,7 @@ class PrivacyEngine:
                 "secure_mode=False is refused: noise always comes from a cryptographic generator here, at no cost that "
                 "a weaker one would spare; leave the argument out"
             )
-        self.accountant = accountant
+        self.accountant: str = AccountantName(accountant)
         self._ledger_path = ledger
         self._noise_stream = SecretStream(noise_key)
         # Its own key: sampling and noise never share a stream. A test's fixed key fixes both, told apart by

@@ -193,9 +193,9 @@ class ModelGuard:
             self._checked_scaled = None  # once
             warnings.warn(
                 "optimizer.backward: the losses are divided or multiplied at last, and those that self_check was given "
-                "were not. A factor that depends on the batch (losses / len(batch)) changes what each adds when another "
-                "example joins, beyond the clipping norm. Leave it out, step() divides by the expected batch size; "
-                "or put it into self_check's loss_fn, which finds such a factor",
+                "were not. A factor that depends on the batch (losses / len(batch)) changes what each example adds "
+                "when another one joins, beyond the clipping norm. Leave it out, as step() divides by the expected "
+                "batch size; or put it into self_check's loss_fn, which finds such a factor",
                 stacklevel=4,
             )
 

@@ -1,6 +1,8 @@
 """The private data loader: the user's DataLoader, its batches replaced by Poisson-sampled logical batches."""
 
+import dis
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -11,6 +13,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from dpkernels.privacy.own_batch import OwnBatch, form_of, on_devices_of, own_batch
+
+_UNPACKS = {dis.opmap["UNPACK_SEQUENCE"], dis.opmap["UNPACK_EX"]}
 
 
 class Sampler(Protocol):
@@ -100,6 +104,20 @@ class LogicalBatch:
         return self._collate(part)
 
     def __iter__(self) -> Iterator[Any]:
+        caller = sys._getframe(1)
+        if caller.f_code.co_code[caller.f_lasti] in _UNPACKS:  # for the message's sake
+            raise TypeError(
+                "`x, y = logical_batch`, or `for x, y in loader`: the private loader gives logical batches, each made "
+                "of micro-batches, possibly none, and those are what collate_fn makes. Write\n"
+                "    for logical_batch in loader:\n"
+                "        for x, y in logical_batch:\n"
+                "            optimizer.backward(losses)  # [B], one loss an example\n"
+                "        optimizer.step()\n"
+                "        optimizer.zero_grad()"
+            )
+        return self._read()
+
+    def _read(self) -> Iterator[Any]:
         if self._started:
             raise RuntimeError(
                 "a logical batch is read once: processing its examples a second time in the same step would "

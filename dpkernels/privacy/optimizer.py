@@ -127,6 +127,15 @@ class DPOptimizer(torch.optim.Optimizer):
         return self._strategy.tape
 
     @property
+    def _step_supports_amp_scaling(self) -> NoReturn:
+        """What torch's GradScaler asks of an optimizer before it steps it."""
+        raise RuntimeError(
+            "GradScaler.step(optimizer): losses of a private run are not scaled. Clipping looks at gradients as they "
+            "are, and float16's range is too small for them unscaled: take bfloat16 under torch.autocast, with "
+            "parameters in float32, give optimizer.backward the losses as they are, and call optimizer.step() itself"
+        )
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's."""
         return self.original_optimizer.param_groups
