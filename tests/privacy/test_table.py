@@ -8,7 +8,8 @@ TABLE = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_line_of_the_design_has_a_row() -> None:
-    assert re.findall(r"^\| (\d+) \|", TABLE, flags=re.MULTILINE) == [str(n) for n in range(1, 17)]
+    lines = re.findall(r"^\| (\d+) \|", TABLE, flags=re.MULTILINE)
+    assert lines == [str(n) for n in (*range(1, 17), 19, 20, 21)]
 
 
 def test_every_test_that_is_named_exists() -> None:
