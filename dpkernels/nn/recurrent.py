@@ -294,4 +294,5 @@ def _records(
         yield BiasRecord(label, named.b_hh, sum_over_time(hh))
     if asked.w_hr:
         assert gates.projected is not None
-        yield LinearRecord(label, named.w_hr, *map(by_sample, gates.projected))
+        of_state, of_projection = map(by_sample, gates.projected)
+        yield LinearRecord(label, named.w_hr, of_state, of_projection)

@@ -264,8 +264,8 @@ def outside_message(layer: str) -> str:
     """What is wrong where a backward reaches a layer while no tape is open, and the fix."""
     return (
         f"{layer}: a backward reached this private layer outside of optimizer.backward(losses). Call that, with the "
-        "per-sample losses, not loss.backward(). Where the gradient is wanted for another model (a generator trained "
-        "through this one), freeze this one meanwhile: module.requires_grad_(False)"
+        "per-sample losses, not loss.backward(). To train another model through this one (a generator), freeze this "
+        "one meanwhile: model.requires_grad_(False), and True again before its own forward"
     )
 
 

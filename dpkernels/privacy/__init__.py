@@ -3,12 +3,12 @@
 from dpkernels.privacy.accounting import epsilon, noise_multiplier
 from dpkernels.privacy.budget import BudgetExhausted
 from dpkernels.privacy.engine import PrivacyEngine
+from dpkernels.privacy.findings import SelfCheckError, SelfCheckReport
 from dpkernels.privacy.ledger import LedgerError, read_ledger
 from dpkernels.privacy.loader import DPDataLoader, LogicalBatch, micro_batches
 from dpkernels.privacy.optimizer import DPOptimizer, StepStats
 from dpkernels.privacy.plan import Sampling, plan_sampling
 from dpkernels.privacy.recovery import back_propagate
-from dpkernels.privacy.self_check import SelfCheckError, SelfCheckReport
 
 __all__ = [
     "BudgetExhausted",

@@ -35,18 +35,25 @@ class BatchSums:
         self.spoiled = False
         self.seen: list[Clipped] = []
 
-    def open(self, examples: int, first: bool) -> None:
-        """A logical batch of `examples` examples, the first of a pass where it says so.
+    def open(self, examples: int) -> None:
+        """A logical batch of `examples` examples.
 
         Raises:
             RuntimeError: the one before it got no step().
         """
-        if self.examples or (self.drawn is not None and not first):
+        self.check_closed()
+        self.drawn = examples
+
+    def check_closed(self) -> None:
+        """Raise RuntimeError where a logical batch is open: each that was drawn is stepped on exactly once."""
+        if self.examples or self.drawn is not None:
             raise RuntimeError(
                 "optimizer.step() was not called for the previous logical batch: call it exactly once for "
-                "each, also for an empty one. Skipping a step because a batch is empty shows that it is."
+                "each, also for an empty one. Skipping a step because a batch is empty shows that it is, and leaving "
+                "out a batch that was drawn changes the sampling that epsilon is of. One whose loop was left is done "
+                "by optimizer.zero_grad(), optimizer.backward(losses_of(logical_batch.collate(part))) for each part of "
+                "logical_batch.parts, and optimizer.step()."
             )
-        self.drawn = examples
 
     def close(self) -> None:
         """The end of the open logical batch, whether or not its step succeeded: it is never released again."""

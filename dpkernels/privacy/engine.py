@@ -2,12 +2,10 @@
 
 import logging
 import os
-import random
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,15 +15,23 @@ from dpkernels.privacy import accounting
 from dpkernels.privacy.accounting import Mechanism, check_accountant
 from dpkernels.privacy.budget import Budget
 from dpkernels.privacy.checks import check_single_process
-from dpkernels.privacy.keywords import STRATEGIES, check_clipping, check_opacus_keywords, check_strategy
+from dpkernels.privacy.findings import SelfCheckReport
+from dpkernels.privacy.keywords import (
+    STRATEGIES,
+    AccountantName,
+    check_clipping,
+    check_opacus_keywords,
+    check_strategy,
+)
 from dpkernels.privacy.loader import DPDataLoader
 from dpkernels.privacy.mates import check_mates
 from dpkernels.privacy.noise import SecretStream
 from dpkernels.privacy.optimizer import DPOptimizer
 from dpkernels.privacy.plan import Sampling, plan_sampling, sampler_of
-from dpkernels.privacy.self_check import SelfCheckReport, self_check
+from dpkernels.privacy.randomness import SecretSeeds
 from dpkernels.privacy.setup import Setup, checked, run_settings
 from dpkernels.privacy.strategies import strategy_of
+from dpkernels.privacy.whole_check import whole_check
 
 logger = logging.getLogger("dpkernels")
 
@@ -58,9 +64,10 @@ class PrivacyEngine:
         check_accountant(accountant)
         if not secure_mode:
             raise ValueError(
-                "secure_mode=False is refused: noise always comes from a cryptographic generator here"
+                "secure_mode=False is refused: noise always comes from a cryptographic generator here, at no cost that "
+                "a weaker one would spare; leave the argument out"
             )
-        self.accountant = accountant
+        self.accountant: str = AccountantName(accountant)
         self._ledger_path = ledger
         self._noise_stream = SecretStream(noise_key)
         # Its own key: sampling and noise never share a stream. A test's fixed key fixes both, told apart by
@@ -69,6 +76,7 @@ class PrivacyEngine:
         self._budget: Budget | None = None
         self._module: nn.Module | None = None
         self._optimizer: DPOptimizer | None = None
+        self._loader: DPDataLoader | None = None
         self._warns_unchecked = True  # at the first step, unless a self_check has passed
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -143,7 +151,8 @@ class PrivacyEngine:
         The model is changed in place (`dpkernels.swap`) and returned; the optimizer is wrapped; the loader
         yields Poisson-sampled logical batches, each an iterable of micro-batches. The global generators of
         torch, numpy and Python are seeded anew from the operating system: dropout under a known seed is not
-        private (see `_seed_from_the_system`).
+        private (see `SecretSeeds`), and seeded again
+        before each pass and logical batch.
 
         Args:
             module: the model; its layers with trained parameters need a norm rule, or the parameters
@@ -260,6 +269,7 @@ class PrivacyEngine:
                 batch_bound=setup.bound,
                 stream=self._noise_stream,
                 spend=self._spend,
+                seeds=None if self._noise_stream.fixed else SecretSeeds(),
             )
             loader = DPDataLoader(
                 data_loader,
@@ -269,19 +279,18 @@ class PrivacyEngine:
                 total_steps=setup.steps,
                 lengths=setup.lengths,
                 physical_frames=setup.physical_frames,
+                before_pass=private.begin_pass,
                 on_batch=private.begin_logical_batch,
                 steps_taken=lambda: self.steps,
             )
             logger.info("strategy %s: %s", setup.strategy, STRATEGIES[setup.strategy])
-            if not self._noise_stream.fixed:
-                _seed_from_the_system()
             self._report_steps_before(budget.steps, setup.steps)
         except BaseException:
             detach(module)
             if budget is not None:
                 budget.close()
             raise
-        self._budget, self._module, self._optimizer = budget, module, private
+        self._budget, self._module, self._optimizer, self._loader = budget, module, private, loader
         return module, private, loader
 
     def _report_steps_before(self, spent: int, planned: int | None) -> None:
@@ -377,30 +386,50 @@ class PrivacyEngine:
     def self_check(
         self,
         loss_fn: Callable[[nn.Module, Any], Tensor],
-        batch: Any,
+        batch: Any = None,
         *,
         singles: Sequence[Any] | None = None,
         samples: int = 3,
         tolerance: float | None = None,
     ) -> SelfCheckReport:
-        """Check on a batch that every example's gradient is its own, dropout off.
+        """Check that every example's gradient is its own: alone, beside others and beside longer ones, with the rows
+        in another order, and (`check_mates`) with other examples beside it.
 
-        Arguments as of `dpkernels.privacy.self_check.self_check`. Spends nothing and releases nothing; its
-        numbers are NOT PRIVATE. Raises SelfCheckError naming the layers.
+        Examples of the data set, of unlike sizes where there are such, are collated by the loader's collate_fn together
+        and each alone: only so does it show whether an example's gradient depends on the padding that others bring.
+
+        Args:
+            loss_fn: loss_fn(model, batch) -> [B], as the training loop computes the losses that it gives to
+                `optimizer.backward`.
+            batch: another batch to ask the same of, of which an example alone is a slice, padding included. Without it
+                loss_fn takes what the loader yields; with it, a batch of the same form.
+            singles: one-example batches of the batch's first examples, each collated alone; then nothing else is
+                collated.
+            samples: how many examples to compare.
+            tolerance: as of `dpkernels.privacy.self_check.self_check`.
+
+        Spends nothing and releases nothing; its numbers are NOT PRIVATE. Warns, and says in the report's `unchecked`,
+        what could not be asked.
+
+        Raises:
+            SelfCheckError: a gradient is not its own; the message names the layers.
+            ValueError, TypeError: losses of another shape than [B]; a batch without examples.
         """
         self._made()
         assert self._module is not None
         assert self._optimizer is not None
-        report = self_check(
+        assert self._loader is not None
+        report = whole_check(
             self._module,
             self._optimizer.tape,
+            self._loader,
+            self._optimizer.note_checked,
             loss_fn,
             batch,
             singles=singles,
             samples=samples,
             tolerance=tolerance,
         )
-        self.check_mates(loss_fn, batch, samples=samples)
         self._warns_unchecked = False
         return report
 
@@ -459,14 +488,3 @@ class PrivacyEngine:
         if self._budget is None:
             raise RuntimeError("call make_private (or make_private_with_epsilon) first")
         return self._budget
-
-
-def _seed_from_the_system() -> None:
-    """Seed torch's, numpy's and Python's global generators from the operating system.
-
-    Dropout masks are drawn by place in the batch: under a known seed one more example shifts the masks of all
-    the others, and changes the sum by far more than C. Secret masks, drawn independently of the data, do not.
-    """
-    torch.manual_seed(int.from_bytes(os.urandom(8), "little"))
-    np.random.seed(int.from_bytes(os.urandom(4), "little"))
-    random.seed(os.urandom(32))

@@ -1,5 +1,6 @@
 """What must stay as make_private found it, while a model is trained: looked at before every backward and step."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of, named_modules
 from dpkernels.privacy.buffers import BufferWatch, buffer_marks, changed_buffers
 from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, some_of, trained_parameters
+from dpkernels.privacy.graph import check_graph, scaled_at_last
 from dpkernels.privacy.parameters import ParameterWatch
+from dpkernels.privacy.randomness import SecretSeeds
+
+_SEEDED = (
+    "{names} generator was seeded after make_private: dropout and other draws of the model would be known, and one "
+    "example more then changes what others add by far more than the clipping norm"
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,15 @@ class ModelGuard:
         model: the private model.
         tape: its tape, which tells when a forward begins and ends.
         optimizer: the wrapped optimizer.
+        seeds: the global generators' secret seeds, where they are to stay secret.
 
     Attributes:
         trained: the trained parameters by name.
     """
 
-    def __init__(self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer, seeds: SecretSeeds | None
+    ) -> None:
         self.trained = trained_parameters(model)
         # Themselves, not their identities, which a later tensor could have.
         self._frozen = _frozen(model)
@@ -82,6 +93,27 @@ class ModelGuard:
         # Those that a snapshot's buffers and batch norms are read from.
         self._stateful = [m for m in modules if m._buffers or isinstance(m, _BatchNorm)]
         self._published: Mapping[nn.Parameter, Tensor] = {}
+        self._seeds = seeds
+        self._backwards = 0
+        self._checked_scaled: bool | None = None  # whether losses of a self-check were; None without one
+
+    def before_logical_batch(self) -> None:
+        """From now on nothing may write the parameters; and what `before_pass` does."""
+        self._parameter_watch.open()
+        self.before_pass()
+
+    def before_pass(self) -> None:
+        """Seed the global generators anew; warn, by name, where someone else seeded them."""
+        if self._seeds is None:
+            return
+        replaced = self._seeds.replaced()
+        if replaced:
+            warnings.warn(
+                f"{_SEEDED.format(names=some_of(replaced))}; they have been seeded anew from the operating system. "
+                "Take torch.manual_seed out of the training loop",
+                stacklevel=4,
+            )
+        self._seeds.renew()
 
     def publish(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Put a step's noised gradients into .grad: the only ones that the next backward may find there."""
@@ -89,13 +121,30 @@ class ModelGuard:
             parameter.grad = gradient
         self._published = gradients
 
-    def before_backward(self) -> None:
-        """Raise RuntimeError for batch norms in training, gradients from elsewhere, or changed buffers; clear the
-        gradients that `publish` put there."""
+    def note_checked(self, losses: Tensor) -> None:
+        """Losses as a self-check was given them."""
+        self._checked_scaled = bool(self._checked_scaled) or scaled_at_last(losses)
+
+    def before_backward(self, losses: Tensor) -> None:
+        """Raise RuntimeError for batch norms in training, gradients from elsewhere, changed buffers, or, in the 1st,
+        2nd, 4th, ... backward, what the losses' graph holds of other modules; clear the gradients that `publish` put
+        there.
+        """
+        self._backwards += 1
+        if not self._backwards & (self._backwards - 1):
+            check_graph(losses, self._model)
+            self._look_at_scale(losses)
         # Those modules that had state at make_private: a walk over all of them is a per cent of a step. before_step
         # takes it before anything is released, and sees what was added or replaced since.
         now = snapshot(self._stateful)
         self._check_batch_norms(now)
+        replaced = [] if self._seeds is None else self._seeds.replaced()
+        if replaced:
+            raise RuntimeError(
+                f"{_SEEDED.format(names=some_of(replaced))}, within a logical batch: what this forward drew is known. "
+                "Take torch.manual_seed out of the training loop, call optimizer.zero_grad(), and do the logical batch "
+                "again (logical_batch.parts, logical_batch.collate)"
+            )
         for name, parameter in self.trained.items():
             if parameter.grad is None:
                 continue
@@ -129,11 +178,26 @@ class ModelGuard:
         self._check_parameters(now)
         self._check_buffers(now)
         self._buffer_watch.check()
+        self._parameter_watch.check(last=True)
+
+    def at_step(self) -> None:
+        """The step itself may write the parameters, and so may the training loop after it."""
         self._parameter_watch.forget()
 
     def before_release(self) -> None:
         """Raise RuntimeError where buffers are not as they were: their values are compared, whichever step it is."""
         self._buffer_watch.compare()
+
+    def _look_at_scale(self, losses: Tensor) -> None:
+        if self._checked_scaled is False and scaled_at_last(losses):
+            self._checked_scaled = None  # once
+            warnings.warn(
+                "optimizer.backward: the losses are divided or multiplied at last, and those that self_check was given "
+                "were not. A factor that depends on the batch (losses / len(batch)) changes what each example adds "
+                "when another one joins, beyond the clipping norm. Leave it out, as step() divides by the expected "
+                "batch size; or put it into self_check's loss_fn, which finds such a factor",
+                stacklevel=4,
+            )
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]

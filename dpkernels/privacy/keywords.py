@@ -2,7 +2,7 @@
 elsewhere."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from dpkernels.privacy.clipping import check_norm, several
 
@@ -13,6 +13,16 @@ STRATEGIES = {
     "per_layer": "clips each layer on its own within one backward and keeps nothing; not flat clipping",
 }
 """Ways to hold what the weighted sums need, and what each does."""
+
+
+class AccountantName(str):
+    """The name that `engine.accountant` is; asked what Opacus's accountant is asked, it says where that is."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"engine.accountant is the name {str(self)!r} and has no {name!r}: call engine.get_epsilon(delta), and see "
+            "engine.history for what was spent"
+        )
 
 
 def check_strategy(strategy: str) -> None:

@@ -1,21 +1,20 @@
 """The private data loader: the user's DataLoader, its batches replaced by Poisson-sampled logical batches."""
 
+import dis
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
-from torch.utils.data.sampler import BatchSampler
+from torch.utils.data import DataLoader
+
+from dpkernels.privacy.own_batch import OwnBatch, form_of, on_devices_of, own_batch
+
+_UNPACKS = {dis.opmap["UNPACK_SEQUENCE"], dis.opmap["UNPACK_EX"]}
 
 
 class Sampler(Protocol):
@@ -24,70 +23,6 @@ class Sampler(Protocol):
     def draw(self) -> np.ndarray:
         """Indices of one logical batch."""
         ...
-
-
-def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
-    """(N, expected batch size) of a DataLoader whose batches Poisson sampling can replace.
-
-    Raises:
-        TypeError: not a DataLoader.
-        ValueError: an iterable dataset, a sampler or batch sampler of the user's own, drop_last, no batch
-            size, or an empty dataset; each with the reason and the mend.
-    """
-    if not isinstance(data_loader, DataLoader):
-        raise TypeError(
-            f"data_loader must be a torch.utils.data.DataLoader, got {type(data_loader).__name__}"
-        )
-    if isinstance(data_loader.dataset, IterableDataset):
-        raise ValueError(
-            "data_loader: an IterableDataset cannot be Poisson-sampled (every example must be reachable by "
-            "its index in every step); use a map-style dataset with __len__ and __getitem__"
-        )
-    if type(data_loader.batch_sampler) is not BatchSampler or data_loader.batch_size is None:
-        raise ValueError(
-            "data_loader: batch_sampler and batch_size=None are refused, since Poisson sampling draws the "
-            "batches; give batch_size, which becomes the expected batch size"
-        )
-    if type(data_loader.sampler) not in (RandomSampler, SequentialSampler) or getattr(
-        data_loader.sampler, "replacement", False
-    ):
-        raise ValueError(
-            f"data_loader: sampler={type(data_loader.sampler).__name__} is refused: it would change every "
-            "example's probability of joining a step, which must be q = batch_size/N; leave sampler out"
-        )
-    if data_loader.drop_last:
-        raise ValueError(
-            "data_loader: drop_last=True has no meaning for Poisson-sampled batches; leave it out"
-        )
-    size = len(data_loader.dataset)  # type: ignore[arg-type]
-    if size == 0:
-        raise ValueError("data_loader: its dataset is empty")
-    if isinstance(data_loader.dataset, Subset | ConcatDataset):
-        repeats = size - len(set(_sources(data_loader.dataset)))
-        if repeats:
-            raise ValueError(
-                f"data_loader: {repeats} of its {size} examples are repetitions (Subset or ConcatDataset name "
-                "them again): a repeated example would count several times in a step, and be accounted once. "
-                "Leave each in once, or use unit='speaker' with one id for its copies"
-            )
-    if data_loader.batch_size > size:
-        raise ValueError(
-            f"data_loader: batch_size={data_loader.batch_size} exceeds the dataset's {size} examples; it is "
-            "the expected batch size, and the sampling rate batch_size/N must be <= 1"
-        )
-    return size, data_loader.batch_size
-
-
-def _sources(dataset: Any) -> Iterator[tuple[int, int]]:
-    """Where each example of a Subset or ConcatDataset comes from: (underlying data set, index in it)."""
-    if isinstance(dataset, ConcatDataset):
-        for part in dataset.datasets:
-            yield from _sources(part)
-    elif isinstance(dataset, Subset):
-        inner = list(_sources(dataset.dataset))
-        yield from (inner[index] for index in dataset.indices)
-    else:
-        yield from ((id(dataset), index) for index in range(len(dataset)))
 
 
 def micro_batches(
@@ -169,6 +104,20 @@ class LogicalBatch:
         return self._collate(part)
 
     def __iter__(self) -> Iterator[Any]:
+        caller = sys._getframe(1)
+        if caller.f_code.co_code[caller.f_lasti] in _UNPACKS:  # for the message's sake
+            raise TypeError(
+                "`x, y = logical_batch`, or `for x, y in loader`: the private loader gives logical batches, each made "
+                "of micro-batches, possibly none, and those are what collate_fn makes. Write\n"
+                "    for logical_batch in loader:\n"
+                "        for x, y in logical_batch:\n"
+                "            optimizer.backward(losses)  # [B], one loss an example\n"
+                "        optimizer.step()\n"
+                "        optimizer.zero_grad()"
+            )
+        return self._read()
+
+    def _read(self) -> Iterator[Any]:
         if self._started:
             raise RuntimeError(
                 "a logical batch is read once: processing its examples a second time in the same step would "
@@ -188,19 +137,32 @@ class LogicalBatch:
 
 
 class _Plan:
-    """The logical batches of one pass, drawn when first needed: by the prefetching workers or by the training
-    loop."""
+    """The logical batches of one pass, drawn when first needed: by the prefetching workers or by the training loop.
 
-    def __init__(self, sampler: Sampler, steps: int, split: Callable[[np.ndarray], list[list[int]]]) -> None:
+    What was drawn is handed out, whatever becomes of the pass: draws that an earlier one left unread come first. A pass
+    is broken off for reasons that may know of the data, as when reading one of its examples fails, so that leaving out
+    what was drawn by then would be another sampling than the one that is accounted for.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        steps: int,
+        split: Callable[[np.ndarray], list[list[int]]],
+        unread: deque[list[list[int]]],
+    ) -> None:
         self._sampler = sampler
         self._split = split
-        self._to_draw = steps
-        self._unread: deque[list[list[int]]] = deque()
+        self._left_over = list(unread)
+        self._to_draw = steps - len(unread)
+        self._unread = unread
 
     def feed(self) -> Iterator[list[int]]:
         """All micro-batches of the pass in order: what torch's DataLoader pulls, ahead of the training
         loop."""
-        while self._to_draw:
+        for parts in self._left_over:
+            yield from parts
+        while self._to_draw > 0:
             yield from self._draw()
 
     def _draw(self) -> list[list[int]]:
@@ -210,10 +172,14 @@ class _Plan:
         return parts
 
     def next_parts(self, read_ahead: Callable[[], None]) -> list[list[int]]:
-        """The micro-batches of the next logical batch, as indices."""
+        """The micro-batches of the next logical batch, as indices; it stays the next one until `hand_out`."""
         while not self._unread:
             read_ahead()
-        return self._unread.popleft()
+        return self._unread[0]
+
+    def hand_out(self) -> None:
+        """The next logical batch is given to the training loop."""
+        self._unread.popleft()
 
 
 class DPDataLoader:
@@ -231,8 +197,8 @@ class DPDataLoader:
         total_steps: where given, one pass runs from the steps already taken to this total.
         lengths: sizes of the examples [N]; micro-batches then hold examples of like sizes.
         physical_frames: largest micro-batch in those sizes, padding included.
-        on_batch: told of each logical batch before it is handed out: its examples, and whether it opens a
-            pass.
+        before_pass: called when a pass begins; raises where it may not.
+        on_batch: told of each logical batch before it is handed out: its examples.
         steps_taken: how many steps the run has behind it.
     """
 
@@ -246,7 +212,8 @@ class DPDataLoader:
         total_steps: int | None = None,
         lengths: Sequence[int] | np.ndarray | None = None,
         physical_frames: int | None = None,
-        on_batch: Callable[[int, bool], None],
+        before_pass: Callable[[], None],
+        on_batch: Callable[[int], None],
         steps_taken: Callable[[], int],
     ) -> None:
         self.dataset = data_loader.dataset
@@ -258,9 +225,11 @@ class DPDataLoader:
         self.total_steps = total_steps
         self._sampler = sampler
         self._lengths = None if lengths is None else np.asarray(lengths)
+        self._before_pass = before_pass
         self._on_batch = on_batch
         self._steps_taken = steps_taken
         self._plan: _Plan | None = None
+        self._unread: deque[list[list[int]]] = deque()
         feed = _Feed(self)
         workers = data_loader.num_workers
         self._loader = DataLoader(
@@ -283,15 +252,33 @@ class DPDataLoader:
         return self.epoch_steps if self.total_steps is None else self.total_steps
 
     def __iter__(self) -> Iterator[LogicalBatch]:
+        """A pass: logical batches, each drawn once and to be stepped on once.
+
+        A pass may be left after a step, and another begun, which goes on with what was drawn; the iterator of the one
+        before it then ends with an error, since the workers serve one pass at a time.
+
+        Raises:
+            RuntimeError: a logical batch that was handed out got no step().
+        """
+        self._before_pass()
         steps = self.epoch_steps
         if self.total_steps is not None:
             steps = max(self.total_steps - self._steps_taken(), 0)
-        plan = _Plan(self._sampler, steps, self._split)
+        plan = _Plan(self._sampler, steps, self._split, self._unread)
         self._plan = plan
         batches = iter(self._loader)
         ahead: deque[Any] = deque()
 
+        def check_current() -> None:
+            if self._plan is not plan:
+                raise RuntimeError(
+                    "another pass over this loader was begun since, and what was drawn goes on there: its workers "
+                    "serve one pass at a time. Use one iterator, `for logical_batch in loader:`, and leave it before "
+                    "the next"
+                )
+
         def fetch() -> Any:
+            check_current()
             return ahead.popleft() if ahead else next(batches)
 
         def read_ahead() -> None:
@@ -300,14 +287,34 @@ class DPDataLoader:
             with suppress(StopIteration):
                 ahead.append(next(batches))
 
-        first = True
         for _ in range(steps):
+            check_current()
             parts = plan.next_parts(read_ahead)
+            self._on_batch(sum(map(len, parts)))
+            plan.hand_out()
             batch = LogicalBatch(parts, fetch, self._read)
-            self._on_batch(sum(map(len, parts)), first)
-            first = False
             yield batch
             batch.skip_rest()
+
+    def own_batch(self, *, like: Any = None, examples: int = 3) -> OwnBatch | str:
+        """Examples of the data set as the self-check asks them, of the form of `like` and on its devices where one is
+        given; or, in words, what cannot be asked so."""
+        if self.physical_batch_size == 1 and like is not None:
+            return "beside longer examples: a micro-batch holds one example, and nothing pads it"
+        own = own_batch(self.dataset, self.collate_fn, lengths=self._lengths, examples=max(examples, 2))
+        if isinstance(own, str) or like is None:
+            return own
+        if form_of(own.batch) != form_of(like):
+            return (
+                f"what padding does: the loader's batches ({form_of(own.batch)}) are of another form than the one "
+                f"given ({form_of(like)}), whose examples cannot be collated alone. Leave the batch out, with a "
+                "loss_fn that takes what the loader yields, or give singles"
+            )
+        return replace(
+            own,
+            batch=on_devices_of(own.batch, like),
+            singles=[on_devices_of(single, like) for single in own.singles],
+        )
 
     def _read(self, part: list[int]) -> Any:
         """A micro-batch as the workers make it, in this process."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dpkernels.nn import Tape
 from dpkernels.privacy.checks import check_losses, trained_parameters
+from dpkernels.privacy.findings import Difference, SelfCheckError, SelfCheckReport
 from dpkernels.privacy.probing import (
     LossFunction,
     as_it_is,
@@ -32,7 +33,6 @@ from dpkernels.privacy.probing import (
 )
 from dpkernels.privacy.randomness import same_draws, secret_seed
 from dpkernels.privacy.rows import with_rows
-from dpkernels.privacy.self_check import Difference, SelfCheckError, SelfCheckReport
 
 LIMIT = 1e-6
 """Of the example's gradient, and of its loss: what may change where repeating the batch changes nothing."""

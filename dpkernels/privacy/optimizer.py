@@ -14,6 +14,7 @@ from dpkernels.privacy.batch_sums import BatchSums
 from dpkernels.privacy.checks import check_losses
 from dpkernels.privacy.guard import ModelGuard
 from dpkernels.privacy.noise import SecretStream, grid_of
+from dpkernels.privacy.randomness import SecretSeeds
 from dpkernels.privacy.strategies import Clipped, Strategy
 from dpkernels.privacy.sweep import Release, narrow_states, restore_wide_states, take_step, uncovered
 
@@ -83,6 +84,7 @@ class DPOptimizer(torch.optim.Optimizer):
         batch_bound: largest logical batch that the sensitivity is stated for.
         stream: where the noise comes from.
         spend: counts a step, durably, or raises; called before a step changes anything.
+        seeds: the global generators' secret seeds; None in tests, where they are fixed.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class DPOptimizer(torch.optim.Optimizer):
         batch_bound: int,
         stream: SecretStream,
         spend: Callable[[], None],
+        seeds: SecretSeeds | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: groups and state live in the wrapped optimizer, once.
         self.original_optimizer = optimizer
@@ -108,7 +111,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._strategy = strategy
         self._stream = stream
         self._spend = spend
-        self._guard = ModelGuard(model, strategy.tape, optimizer)
+        self._guard = ModelGuard(model, strategy.tape, optimizer, seeds if noise_multiplier > 0 else None)
         self._rows = RowCheck(strategy.tape)
         self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0)
         # A parameter's place is its stream's index.
@@ -124,6 +127,15 @@ class DPOptimizer(torch.optim.Optimizer):
     def tape(self) -> Tape:
         """The model's tape."""
         return self._strategy.tape
+
+    @property
+    def _step_supports_amp_scaling(self) -> NoReturn:
+        """What torch's GradScaler asks of an optimizer before it steps it."""
+        raise RuntimeError(
+            "GradScaler.step(optimizer): losses of a private run are not scaled. Clipping looks at gradients as they "
+            "are, and float16's range is too small for them unscaled: take bfloat16 under torch.autocast, with "
+            "parameters in float32, give optimizer.backward the losses as they are, and call optimizer.step() itself"
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -198,13 +210,27 @@ class DPOptimizer(torch.optim.Optimizer):
         """Statistics of the last applied step, or None before it. NOT PRIVATE."""
         return None if self._last_seen is None else _statistics(self._last_seen)
 
-    def begin_logical_batch(self, examples: int, first: bool = False) -> None:
+    def begin_pass(self) -> None:
+        """Called by the private loader when a pass over it begins.
+
+        Raises:
+            RuntimeError: a logical batch that was handed out got no step().
+        """
+        self._batch.check_closed()
+        self._guard.before_pass()
+
+    def begin_logical_batch(self, examples: int) -> None:
         """Called by the private loader before it hands out a logical batch of `examples` examples.
 
         Raises:
             RuntimeError: the logical batch before it got no step().
         """
-        self._batch.open(examples, first)
+        self._batch.open(examples)
+        self._guard.before_logical_batch()
+
+    def note_checked(self, losses: Tensor) -> None:
+        """Called by a self-check with its loss_fn's losses; `backward` warns of a scale that they have not."""
+        self._guard.note_checked(losses)
 
     def backward(self, losses: Tensor) -> None:
         """Back-propagate losses.sum(), clip each example's gradient and add it to the sums.
@@ -227,7 +253,7 @@ class DPOptimizer(torch.optim.Optimizer):
         check_losses(losses)
         batch_size = losses.shape[0]
         self._batch.check_room(batch_size)
-        self._guard.before_backward()
+        self._guard.before_backward(losses)
         if batch_size == 0:
             self.tape.discard()
             return
@@ -284,6 +310,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._batch.check_complete()
         fused = self._can_sweep()
         self._spend()
+        self._guard.at_step()
         try:
             draw = self._stream.next_draw()
             self._last_seen = self._batch.seen

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
 
-from dpkernels.privacy.loader import check_data_loader
+from dpkernels.privacy.given_loader import check_data_loader
 from dpkernels.privacy.noise import SecretStream
 from dpkernels.privacy.sampling import ExampleSampler, SpeakerSampler
 

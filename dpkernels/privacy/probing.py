@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from dpkernels.nn import GhostModule, Record, RowCheck, RowError, Tape, add_weighted_sums, named_modules
 from dpkernels.nn.expanded import ExpandingModule
 from dpkernels.privacy.checks import check_losses
-from dpkernels.privacy.randomness import generator_states, without_dropout
+from dpkernels.privacy.randomness import (
+    foreign_generator_states,
+    generator_states,
+    same_draws,
+    secret_seed,
+    without_dropout,
+)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -114,6 +121,35 @@ def repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any, 
         again = torch.equal(loss_fn(model, batch), first)
         drawn = generator_states() != before
         return again and all(torch.equal(loss_fn(model, batch), first) for _ in range(2, times) if drawn)
+
+
+class Behaviour(Enum):
+    """What a second forward of the same batch gives."""
+
+    REPEATS = "the same losses"
+    DRAWS = "the same losses under the same random draws"
+    KEEPS = "other losses also then: something is kept from forward to forward, or drawn elsewhere"
+
+
+def behaviour_of(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> Behaviour:
+    """How the model behaves in its present mode."""
+    if repeatable(model, tape, loss_fn, batch):
+        return Behaviour.REPEATS
+    seed = secret_seed()
+    with torch.no_grad(), tape.paused():
+        with same_draws(seed):
+            first = loss_fn(model, batch)
+        with same_draws(seed):
+            again = loss_fn(model, batch)
+    return Behaviour.DRAWS if torch.equal(first, again) else Behaviour.KEEPS
+
+
+def draws_past_torch(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> bool:
+    """Whether a forward draws from Python's or numpy's global generator."""
+    before = foreign_generator_states()
+    with torch.no_grad(), tape.paused():
+        loss_fn(model, batch)
+    return foreign_generator_states() != before
 
 
 @contextmanager

@@ -100,12 +100,47 @@ def same_draws(seed: int) -> Iterator[None]:
 
 def generator_states() -> list[bytes]:
     """Of the global generators: torch's, the current GPU's, numpy's and Python's."""
-    found = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
-    _, numbers, place, *_ = np.random.get_state()
-    found += [np.asarray(numbers).tobytes(), repr(place).encode()]
+    found = [torch.get_rng_state().numpy().tobytes(), *foreign_generator_states()]
     if torch.cuda.is_initialized():
         found.append(torch.cuda.get_rng_state().numpy().tobytes())
     return found
+
+
+def foreign_generator_states() -> list[bytes]:
+    """Of Python's and numpy's global generators."""
+    _, numbers, place, *_ = np.random.get_state()
+    return [repr(random.getstate()).encode(), np.asarray(numbers).tobytes(), repr(place).encode()]
+
+
+class SecretSeeds:
+    """torch's, numpy's and Python's global generators, seeded from the operating system, and seen to stay so.
+
+    Dropout masks are drawn by place in the batch: under a known seed one more example shifts the masks of all the
+    others, and changes the sum by far more than C. Secret masks, drawn independently of the data, do not.
+
+    torch's generators tell the seed that they began at. numpy's and Python's do not, and may have any state for good
+    reasons: `renew` seeds them anew wherever it is called.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Seed all of them anew from the operating system."""
+        self._seed = secret_seed()
+        torch.manual_seed(self._seed)
+        np.random.seed(int.from_bytes(os.urandom(4), "little"))
+        random.seed(os.urandom(32))
+
+    def replaced(self) -> list[str]:
+        """Names of torch's generators that have been seeded since."""
+        generators = {"torch's": torch.default_generator}
+        if torch.cuda.is_initialized():
+            generators |= {
+                f"torch.cuda's (device {device})": generator
+                for device, generator in enumerate(torch.cuda.default_generators)
+            }
+        return [name for name, generator in generators.items() if generator.initial_seed() != self._seed]
 
 
 def secret_seed() -> int:

@@ -2,15 +2,19 @@
 autograd sees?
 
 For a few examples of a batch, what the private path would add for each of them (factor 1 for it, 0 for the
-others) is compared with the gradient of a one-example batch through torch's own layers. They differ where an
-example's gradient depends on its batch-mates or on the padding they cause, where a layer's batch axis is not
-the first, or where a norm rule is wrong. It is done in evaluation mode, and again with the modules' own modes
-but dropout off, where the model then gives the same losses twice: other random draws would differ between a batch
-and one example of it. The mates check (`mates.py`) goes through those too.
+others) is compared with the gradient of a one-example batch through torch's own layers; for one of them also with the
+batch's rows in the reverse order. They differ where an example's gradient depends on its batch-mates, on the padding
+they cause or on their number, where a layer's batch axis is not the first, where the model sorts rows, or where a norm
+rule is wrong. It is done in evaluation mode, and again with the modules' own modes but dropout off. Where the model
+then still draws at random, each example alone is given its own row of the batch's draws (`draws.py`); where that cannot
+be, the report says so, and only the mates check (`mates.py`) goes through it.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +25,17 @@ from torch.utils.data import DataLoader, Dataset
 from dpkernels.nn import Tape
 from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.clipping import total_norm_sq
+from dpkernels.privacy.draws import DrawsOfRow, DrawsUnlike, KeptDraws
+from dpkernels.privacy.findings import Difference, SelfCheckError, SelfCheckReport, explain, worst_first
 from dpkernels.privacy.loader import DPDataLoader, LogicalBatch
+from dpkernels.privacy.own_batch import size_of
 from dpkernels.privacy.probing import (
+    Behaviour,
     LossFunction,
     as_it_is,
+    behaviour_of,
     compiled,
+    draws_past_torch,
     evaluating,
     private_backward,
     private_gradient,
@@ -35,7 +45,7 @@ from dpkernels.privacy.probing import (
     watched,
 )
 from dpkernels.privacy.randomness import same_draws, secret_seed
-from dpkernels.privacy.rows import rows_of, take_sample
+from dpkernels.privacy.rows import rows_of, take_sample, with_rows
 
 # Relative to a parameter's own gradient: float32 keeps 1e-5 or better through deep models; half precision
 # keeps 1e-2.
@@ -45,65 +55,10 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 6e-2, t
 _FLOOR = 1e-3
 # Norms are rounded up: nothing is taken off for the dtype. What is left is the comparison's own rounding.
 _SHORTFALL = 1e-3
+# An example's loss alone over n times its loss in a batch of n, off from 1 by less: divided by n, says the message.
+_DIVIDED = 1e-3
 # Forwards after a difference, to tell one between examples from one of random draws.
 _LOOKED_AT = 50
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far one parameter's gradient is off. NOT PRIVATE.
-
-    Attributes:
-        parameter: qualified name. From the mates check: "all trained parameters", or "the loss".
-        sample: index in the batch.
-        error: ‖private − one by one‖ over the larger of ‖one by one‖ and 10⁻³ of the example's whole
-            gradient. From the mates check: the change over `norm`.
-        norm: ‖one by one‖. From the mates check: of the private gradient, or of the loss.
-        mode: "eval" or "train".
-    """
-
-    parameter: str
-    sample: int
-    error: float
-    norm: float
-    mode: str
-
-
-@dataclass(frozen=True)
-class SelfCheckReport:
-    """What was compared. NOT PRIVATE.
-
-    Attributes:
-        differences: every parameter × sample × mode, worst first.
-        tolerance: largest error accepted.
-        first_module: where a gradient differs, in order of execution the first module whose output does; None
-            where no gradient or no output does.
-        norm_shortfall: largest factor by which a norm fell below the gradient's (<= 1 where norms are upper
-            bounds).
-    """
-
-    differences: list[Difference] = field(default_factory=list)
-    tolerance: float = 0.0
-    first_module: str | None = None
-    norm_shortfall: float = 0.0
-
-    @property
-    def modes(self) -> set[str]:
-        """ "eval", and "train" where the model repeats itself with dropout off."""
-        return {item.mode for item in self.differences}
-
-    @property
-    def failures(self) -> list[Difference]:
-        """The differences beyond the tolerance."""
-        return [item for item in self.differences if not item.error <= self.tolerance]
-
-
-class SelfCheckError(RuntimeError):
-    """The self-check failed; `report` has the numbers, the message names the layers."""
-
-    def __init__(self, message: str, report: SelfCheckReport) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 def self_check(
@@ -142,87 +97,201 @@ def self_check(
         raise ValueError(
             "self_check: batch holds no example, so nothing would be compared; give at least two"
         )
-    trained = trained_parameters(model)
-    differences: list[Difference] = []
-    first_module: str | None = None
-    shortfall = 0.0
-    computed: set[torch.dtype] = set()
+    check = _Check(model, tape, trained_parameters(model), loss_fn, batch, singles, samples)
+    whole, unchecked, first_module = _Compared(), [], None
+    accepted = math.inf if tolerance is None else tolerance
     with as_it_is(model), same_draws(secret_seed()):
         misplaced = row_error(model, tape, loss_fn, batch)
     for mode, entered in (("eval", evaluating), ("train", training_without_dropout)):
         with entered(model):
-            if mode == "train" and not repeatable(model, tape, loss_fn, batch):
-                continue
-            found, short, dtypes = _compare(model, tape, trained, loss_fn, batch, singles, samples, mode)
-            shortfall = max(shortfall, short)  # of one backward: no draws come into it
-            computed |= dtypes
-            accepted = max(_TOLERANCES[dtype] for dtype in computed) if tolerance is None else tolerance
-            failed = SelfCheckReport(found, accepted).failures
-            if failed and mode == "train" and not repeatable(model, tape, loss_fn, batch, _LOOKED_AT):
-                continue  # masks that seldom hide anything, and hid nothing when it was first asked
-            differences += found
+            try:
+                found, said = check.asked(mode, tolerance)
+            except DrawsUnlike as reason:
+                found, said = _Compared(), f"gradients alone and in a batch, in {mode} mode: {reason}"
+            whole.take(found)
+            unchecked += [said] if said else []
+            if tolerance is None and whole.dtypes:
+                accepted = max(_TOLERANCES[dtype] for dtype in whole.dtypes)
+            failed = SelfCheckReport(found.differences, accepted).failures
             if failed and first_module is None:
                 first_module = _first_module(model, tape, loss_fn, batch, singles, failed[0].sample)
-    differences.sort(key=lambda item: -item.error if not math.isnan(item.error) else -math.inf)
-    report = SelfCheckReport(differences, accepted, first_module, shortfall)
+    report = SelfCheckReport(
+        worst_first(whole.differences),
+        accepted,
+        first_module,
+        whole.shortfall,
+        padded=singles is not None and any(size_of(one) * whole.size < size_of(batch) for one in singles),
+        unchecked=tuple(unchecked),
+    )
     if report.failures:
-        raise SelfCheckError(_explain(report), report)
+        raise SelfCheckError(explain(report, whole.hint()), report)
     if misplaced is not None:
         mode = "train" if model.training else "eval"
         raise SelfCheckError(f"self-check ({mode} mode): {misplaced}", report)
-    if shortfall > 1 + _SHORTFALL:
+    if whole.shortfall > 1 + _SHORTFALL:
         raise SelfCheckError(
-            f"a gradient's norm was computed {shortfall:.4f} times too small: clipping would let through "
+            f"a gradient's norm was computed {whole.shortfall:.4f} times too small: clipping would let through "
             "more than C. A norm rule is wrong; please report the model's layers.",
             report,
         )
     return report
 
 
-def _compare(
-    model: nn.Module,
-    tape: Tape,
-    trained: dict[str, nn.Parameter],
-    loss_fn: LossFunction,
-    batch: Any,
-    singles: Sequence[Any] | None,
-    samples: int,
-    mode: str,
-) -> tuple[list[Difference], float, set[torch.dtype]]:
-    dtypes = {p.dtype for p in trained.values()}
-    dtypes |= {p.dtype for module in compiled(model) for p in module.parameters()}  # they show no outputs
-    # Whether a layer is dropped, say, can agree twice by chance and then not: the same draws for all forwards.
-    seed = secret_seed()
-    with same_draws(seed), watched(model, lambda _, output: dtypes.add(output.dtype)):
-        losses = loss_fn(model, batch)
-    check_losses(losses)
-    size = losses.shape[0]
-    if size < 2:
-        raise ValueError(f"self_check: batch holds {size} example; give at least two: alone, none can mix")
-    records = private_backward(tape, losses)
-    with torch.no_grad():
-        norm_sq = total_norm_sq(records, size, losses.device).cpu()
-    count = min(samples, size) if singles is None else min(samples, len(singles), size)
-    differences: list[Difference] = []
-    shortfall = 0.0
-    for sample in range(count):
-        # Alone first: its activations are gone before the private gradient, in float64, takes their place.
-        with tape.paused(), same_draws(seed):
-            expected = _plain_gradient(loss_fn(model, _single(batch, singles, sample, size)), trained)
-        private = private_gradient(records, trained, sample, size)
-        norms = {name: _norm(gradient) for name, gradient in expected.items()}
-        whole = math.hypot(*norms.values())
-        for name, norm in norms.items():
-            error = _norm(private[name] - expected[name]) / max(norm, _FLOOR * whole, 1e-30)
-            differences.append(Difference(name, sample, error, norm, mode))
-        contribution = math.hypot(*map(_norm, private.values()))
-        bound = math.sqrt(max(float(norm_sq[sample]), 0.0))
-        shortfall = max(shortfall, contribution / bound if bound else (math.inf if contribution else 0.0))
-    return differences, shortfall, dtypes & _TOLERANCES.keys()
+@dataclass
+class _Compared:
+    """What comparisons gave.
+
+    Attributes:
+        differences: by parameter and example.
+        shortfall: largest factor by which a norm fell below the gradient's.
+        dtypes: that the model computes in.
+        losses: (in the batch, alone) of the examples.
+        size: of the batch.
+    """
+
+    differences: list[Difference] = field(default_factory=list)
+    shortfall: float = 0.0
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    size: int = 0
+
+    def take(self, other: _Compared) -> None:
+        """Join another's."""
+        self.differences += other.differences
+        self.shortfall = max(self.shortfall, other.shortfall)
+        self.dtypes |= other.dtypes
+        self.losses += other.losses
+        self.size = max(self.size, other.size)
+
+    def hint(self) -> str:
+        """Words for a loss that is divided by the number of examples. It decides nothing."""
+        if not self.losses or not all(
+            alone and abs(together * self.size / alone - 1) < _DIVIDED for together, alone in self.losses
+        ):
+            return ""
+        return (
+            f"\nThe loss of an example changes with the batch's size: in a batch of {self.size} it is its loss alone, "
+            f"divided by {self.size}. Was it divided by len(batch)? Give the losses as they are: step() divides their "
+            "gradients' sum by the expected batch size."
+        )
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One batch and its examples alone, and how they are asked."""
+
+    model: nn.Module
+    tape: Tape
+    trained: dict[str, nn.Parameter]
+    loss_fn: LossFunction
+    batch: Any
+    singles: Sequence[Any] | None
+    samples: int
+
+    def asked(self, mode: str, tolerance: float | None) -> tuple[_Compared, str]:
+        """What was compared in the present mode, and in words what could not be."""
+        behaviour = behaviour_of(self.model, self.tape, self.loss_fn, self.batch)
+        if behaviour is Behaviour.KEEPS:
+            # The mates check says so, and refuses it.
+            return (
+                _Compared(),
+                f"gradients alone and in a batch, in {mode} mode: the same batch gives other losses",
+            )
+        if behaviour is Behaviour.REPEATS:
+            found = self.compare(mode)
+            limit = max(_TOLERANCES[dtype] for dtype in found.dtypes) if tolerance is None else tolerance
+            if not SelfCheckReport(found.differences, limit).failures or repeatable(
+                self.model, self.tape, self.loss_fn, self.batch, _LOOKED_AT
+            ):
+                return found, ""
+            # Masks that seldom hide anything, and hid nothing when it was first asked.
+        if any(compiled(self.model)):
+            raise DrawsUnlike(
+                "it is random, and parts of it are compiled, whose draws cannot be told apart by example"
+            )
+        if draws_past_torch(self.model, self.tape, self.loss_fn, self.batch):
+            raise DrawsUnlike(
+                "it draws from Python's or numpy's generator, which cannot be told apart by example"
+            )
+        return self.compare(mode, random=True), ""
+
+    def compare(self, mode: str, *, random: bool = False) -> _Compared:
+        """Gradients in the batch, as it came and with its rows reversed, with the examples' gradients alone.
+
+        random: the model draws, and each example alone is given its own row of the batch's draws.
+        """
+        dtypes = {p.dtype for p in self.trained.values()}
+        dtypes |= {
+            p.dtype for module in compiled(self.model) for p in module.parameters()
+        }  # they show no outputs
+        # Whether a layer is dropped, say, can agree twice by chance and then not: the same draws for all forwards.
+        seed, kept = secret_seed(), KeptDraws()
+        with same_draws(seed), kept if random else nullcontext():
+            with watched(self.model, lambda _, output: dtypes.add(output.dtype)):
+                losses = self.loss_fn(self.model, self.batch)
+            check_losses(losses)
+            size = losses.shape[0]
+            if size < 2:
+                raise ValueError(
+                    f"self_check: batch holds {size} example; give at least two: alone, none can mix"
+                )
+            records = private_backward(self.tape, losses)
+        with torch.no_grad():
+            norm_sq = total_norm_sq(records, size, losses.device).cpu()
+        count = min(self.samples, size if self.singles is None else min(len(self.singles), size))
+        found = _Compared(dtypes=dtypes & _TOLERANCES.keys(), size=size)
+        first: dict[str, Tensor] = {}
+        for sample in range(count):
+            # Alone first: its activations are gone before the private gradient, in float64, takes their place.
+            with (
+                self.tape.paused(),
+                same_draws(seed),
+                DrawsOfRow(kept, sample, size) if random else nullcontext(),
+            ):
+                alone = self.loss_fn(self.model, _single(self.batch, self.singles, sample, size))
+                expected = _plain_gradient(alone, self.trained)
+            found.losses.append((losses[sample].item(), alone.item()))
+            private = private_gradient(records, self.trained, sample, size)
+            found.differences += _differences(expected, private, sample, mode)
+            contribution = math.hypot(*map(_norm, private.values()))
+            bound = math.sqrt(max(float(norm_sq[sample]), 0.0))
+            shortfall = contribution / bound if bound else (math.inf if contribution else 0.0)
+            found.shortfall = max(found.shortfall, shortfall)
+            first = first or expected
+        if not random:  # whose draws would be other rows'
+            del records
+            with same_draws(seed):
+                losses = self.loss_fn(self.model, _reversed(self.batch, size))
+                records = private_backward(self.tape, losses)
+            private = private_gradient(records, self.trained, size - 1, size)
+            found.differences += _differences(first, private, 0, mode, ", rows reversed")
+        return found
+
+
+def _differences(
+    expected: dict[str, Tensor], private: dict[str, Tensor], sample: int, mode: str, place: str = ""
+) -> list[Difference]:
+    norms = {name: _norm(gradient) for name, gradient in expected.items()}
+    whole = math.hypot(*norms.values())
+    return [
+        Difference(
+            name,
+            sample,
+            _norm(private[name] - expected[name]) / max(norm, _FLOOR * whole, 1e-30),
+            norm,
+            mode,
+            place,
+        )
+        for name, norm in norms.items()
+    ]
 
 
 def _norm(gradient: Tensor) -> float:
     return float(gradient.double().norm())
+
+
+def _reversed(batch: Any, size: int) -> Any:
+    return with_rows(batch, size, lambda rows: rows.flip(0), lambda texts: list(texts)[::-1])
 
 
 def _single(batch: Any, singles: Sequence[Any] | None, sample: int, size: int) -> Any:
@@ -276,23 +345,3 @@ def _first_module(
         if second.numel() and not float((first - second).abs().max()) <= limit * max(scale, 1e-6):
             return name
     return None
-
-
-def _explain(report: SelfCheckReport) -> str:
-    worst: dict[str, Difference] = {}
-    for item in report.failures:
-        worst.setdefault(item.parameter, item)
-    lines = "".join(
-        f"\n  {item.parameter}: off by {item.error:.3g} of its norm (example {item.sample}, {item.mode} mode)"
-        for item in list(worst.values())[:12]
-    )
-    where = ""
-    if report.first_module is not None:
-        where = f"\nThe first module whose output for an example depends on its batch: {report.first_module}."
-    return (
-        "self-check: the gradient of an example in its batch is not its gradient alone, beyond "
-        f"{report.tolerance:g}, for {len(worst)} parameters:{lines}{where}\nLikely causes: normalisation "
-        "over the batch, padding that is not masked, a layer whose first dimension is not the batch, a loss "
-        "that mixes examples, or, where errors are below 0.01 and on a GPU, convolutions in TF32, torch's default "
-        "(torch.backends.cudnn.allow_tf32 = False). (These numbers are NOT PRIVATE.)"
-    )

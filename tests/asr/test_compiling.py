@@ -27,8 +27,8 @@ from asr_finetune.prepare import prepare_blocks
 from asr_finetune.progress import Reporter
 from dpkernels import PrivacyEngine
 from dpkernels.nn import detach
+from dpkernels.privacy import SelfCheckReport
 from dpkernels.privacy.probing import innermost
-from dpkernels.privacy.self_check import SelfCheckReport
 from tests.asr import small_models, tones
 from tests.privacy.strategy_models import distance
 

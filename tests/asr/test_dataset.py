@@ -151,6 +151,11 @@ def test_a_lost_recording_is_silence_without_labels(
     losses = recognizer.loss_per_example(recognizer.model, recognizer.collate(items[1:]))
     assert losses[0] == 0
     assert losses[1] > 0
+    others = SpeechDataset(Corpus([utterance("good"), *corpus.utterances]), recognizer)
+    empty = recognizer.empty_item()
+    for item in (dataset[0], others[1]):  # none of another's sound stands in for it
+        assert item.keys() - {"index"} == empty.keys()
+        assert all(torch.equal(item[name], value) for name, value in empty.items())
 
 
 def test_a_header_that_promised_more_than_there_is(parakeet: Recognizer) -> None:

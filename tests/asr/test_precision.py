@@ -27,9 +27,9 @@ from asr_finetune.prepare import self_check
 from asr_finetune.progress import Reporter
 from dpkernels import PrivacyEngine, ops
 from dpkernels.nn import LoRARecord, add_weighted_sums
+from dpkernels.privacy import SelfCheckError
 from dpkernels.privacy.clipping import total_norm_sq
 from dpkernels.privacy.probing import private_backward
-from dpkernels.privacy.self_check import SelfCheckError
 from tests.asr import small_models
 
 KINDS = ("full", "lora", "dp_rp", "bitfit", "head")

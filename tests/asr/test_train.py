@@ -186,6 +186,7 @@ def test_killed_and_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     saved = checkpoint.load(output / "checkpoint")
     assert saved is not None
     assert saved.step == 4
+    assert saved.random is None  # dropout's generator is secret
     before = (output / "metrics.json").read_text()
 
     result = train(config)
@@ -412,6 +413,27 @@ def test_speakers_as_the_unit(folder: Path) -> None:
             small(folder, data__train=str(folder / "nameless.jsonl"), output=str(folder / "c"), **nameless),
             progress=False,
         )
+
+
+def test_the_self_check_compares_each_utterance_without_padding(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Any, Any]] = []
+
+    def noted(self: PrivacyEngine, loss_fn: Any, batch: Any, *, singles: Any = None, samples: int) -> Any:
+        given.append((batch, singles))
+        return original(self, loss_fn, batch, singles=singles, samples=samples)
+
+    original = PrivacyEngine.self_check
+    monkeypatch.setattr(PrivacyEngine, "self_check", noted)
+    train(small(folder, train__steps=1), progress=False)
+    ((batch, singles),) = given
+    rows = [len(next(iter(single.values()))) for single in singles]
+    assert rows == [1] * len(singles)
+    together, alone = (batch["attention_mask"], [single["attention_mask"] for single in singles])
+    assert len(singles) == len(together) > 1
+    assert [mask.shape[1] for mask in alone] == together.sum(1).tolist()
+    assert len({mask.shape[1] for mask in alone}) > 1
 
 
 def test_the_self_check_runs_before_anything_is_spent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,11 +94,12 @@ def test_tied_without_the_cross_terms_would_be_caught(monkeypatch: pytest.Monkey
         check_private(Tied(), squares, (torch.randint(0, 7, (4, 5)),))
 
 
-def test_two_embeddings_of_one_table() -> None:
+@pytest.mark.parametrize(("first", "second"), [(1, None), (None, 1), (1, 2), (1, 1)])
+def test_two_embeddings_of_one_table(first: int | None, second: int | None) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Embedding(5, 3, padding_idx=1), nn.Embedding(5, 3)
+            self.a, self.b = nn.Embedding(5, 3, padding_idx=first), nn.Embedding(5, 3, padding_idx=second)
             nn.init.normal_(self.a.weight)
             self.b.weight = self.a.weight
 

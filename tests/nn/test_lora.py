@@ -141,6 +141,25 @@ def test_reused_layer_merges() -> None:
     assert len(private.records) == 1
 
 
+@pytest.mark.parametrize("alphas", [(2.0, 2.0), (2.0, 6.0)])
+def test_layers_that_share_their_factors_keep_their_scalings(alphas: tuple[float, float]) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (GhostLoRALinear(6, 6, 2, alpha) for alpha in alphas)
+            nn.init.normal_(self.one.lora_B)
+            self.two.lora_A, self.two.lora_B = self.one.lora_A, self.one.lora_B
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.tanh(self.one(x)))
+
+    if alphas[0] == alphas[1]:
+        check_private(Shared(), squares, (torch.randn(4, 3, 6),))
+    else:  # right, or refused by name
+        with pytest.raises(TypeError, match=r"two .* and one .* cannot be combined"):
+            check_private(Shared(), squares, (torch.randn(4, 3, 6),))
+
+
 @pytest.mark.parametrize(("keyword", "value"), [("r", 0), ("dropout", 1.0), ("dropout", -0.1)])
 def test_bad_arguments_are_named(keyword: str, value: float) -> None:
     with pytest.raises(ValueError, match=keyword):

@@ -150,11 +150,18 @@ def test_disable_switch_and_merge_are_pefts() -> None:
     assert torch.equal(merged(X), want(X))
 
 
-def test_disabled_or_merged_adapter_records_nothing() -> None:
-    model = swap(adapted())
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_or_merged_adapter_records_nothing(merged: bool) -> None:
+    plain, model = adapted(), swap(adapted())
     tape = attach(model)
-    with model.disable_adapter():
-        y = model(X.clone().requires_grad_())
+    x = X.clone().requires_grad_()
+    if merged:
+        model.merge_adapter()
+        y = model(x)
+        torch.testing.assert_close(y, plain(x))  # the adapter is in it once
+    else:
+        with model.disable_adapter():
+            y = model(x)
     tape.open(4)
     y.sum().backward()
     assert tape.close() == []

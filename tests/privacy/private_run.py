@@ -47,10 +47,15 @@ class Run:
     data: TensorDataset
     loss_fn: Callable[..., Tensor]
 
+    def begin(self, examples: int) -> None:
+        """A logical batch of so many examples, in place of one that is open still: what no loader does."""
+        self.optimizer._batch.close()
+        self.optimizer.begin_logical_batch(examples)
+
     def release(self, *parts: Sequence[int]) -> dict[str, Tensor]:
         """One step over micro-batches of the given examples: the gradient that was released, by name, in
         float64."""
-        self.optimizer.begin_logical_batch(sum(len(part) for part in parts), first=True)
+        self.begin(sum(len(part) for part in parts))
         for part in parts:
             self.optimizer.backward(self.loss_fn(self.model, self.data[list(part)]))
         self.optimizer.step()

@@ -166,7 +166,7 @@ def excess(run: Run, indices: tuple[int, ...] = INDICES) -> float:
     """Largest ‖what one example adds to the float64 sums‖ / C."""
     worst = 0.0
     for index in indices:
-        run.optimizer.begin_logical_batch(1, first=True)
+        run.begin(1)
         run.optimizer.backward(run.loss_fn(run.model, run.data[[index]]))
         worst = max(worst, added(run) / run.optimizer.max_grad_norm)
         run.optimizer.zero_grad()
@@ -178,7 +178,7 @@ def added(run: Run) -> float:
 
 
 def backward_alone(run: Run) -> None:
-    run.optimizer.begin_logical_batch(1, first=True)
+    run.begin(1)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0]]))
 
 

@@ -222,7 +222,7 @@ def test_buffers_that_change_after_the_last_backward_are_refused_by_name(change:
     run = private_run(model=Running(persistent=True), loss_fn=lambda model, b: losses_of(model.net, b))
     for _ in range(2):  # the third step is one at which values are not compared
         run.release((0, 1))
-    run.optimizer.begin_logical_batch(2, first=True)
+    run.optimizer.begin_logical_batch(2)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     if change == "written":
         run.model.seen.add_(1)
@@ -522,7 +522,7 @@ def test_generators_are_seeded_anew_by_make_private() -> None:
 
 
 def test_planted_known_seed_repeats_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpkernels.privacy.engine._seed_from_the_system", lambda: None)
+    monkeypatch.setattr("dpkernels.privacy.engine.SecretSeeds", lambda: None)
     assert torch.equal(masks(), masks())
 
 

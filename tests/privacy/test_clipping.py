@@ -148,7 +148,7 @@ def contribution_excess(run: Run, indices: tuple[int, ...] = INDICES) -> float:
     """Largest ‖what one example adds to the float64 sums‖ / C."""
     worst = 0.0
     for index in indices:
-        run.optimizer.begin_logical_batch(1, first=True)
+        run.begin(1)
         run.optimizer.backward(run.loss_fn(run.model, run.data[[index]]))
         added = torch.cat([total.flatten() for total in run.optimizer._batch.sums.values()]).norm()
         worst = max(worst, float(added) / run.optimizer.max_grad_norm)

@@ -67,7 +67,7 @@ def test_batch_norm_switched_to_training_later_is_refused_too() -> None:
     model.norm.eval()
     run = private_run(model=model)
     run.release((0, 1, 2))
-    run.optimizer.begin_logical_batch(3, first=True)
+    run.optimizer.begin_logical_batch(3)
     losses = run.loss_fn(run.model, run.data[[0, 1, 2]])
     run.model.train()
     with pytest.raises(RuntimeError, match="norm"):  # of the backward
@@ -225,7 +225,7 @@ POINTS: dict[str, tuple[object, str]] = {
     "the sampler": (engine_module, "sampler_of"),
     "the loader": (engine_module, "DPDataLoader"),
     "a log handler": (engine_module.logger, "info"),
-    "the generators": (engine_module, "_seed_from_the_system"),
+    "the generators": (engine_module, "SecretSeeds"),
     "the report": (PrivacyEngine, "_report_steps_before"),
 }
 
@@ -347,7 +347,7 @@ def test_more_losses_than_examples_are_counted_in_the_error() -> None:
     ):
         run.optimizer.backward(torch.cat([losses, losses[:1]]))
     run.optimizer.zero_grad()
-    run.optimizer.begin_logical_batch(7, first=True)
+    run.begin(7)
     losses = run.loss_fn(run.model, run.data[[0, 1, 2]])
     with pytest.raises(RowError, match="rows of its output gradient"):  # 4 is its time, too
         run.optimizer.backward(torch.cat([losses, losses[:1]]))

@@ -192,7 +192,7 @@ def test_samples_are_taken_from_nested_batches() -> None:
 
 def released(run: Run, index: int, mates: tuple[int, ...]) -> Tensor:
     """What `index` adds to the sum when it is processed along with its mates."""
-    run.optimizer.begin_logical_batch(len(mates) + 1, first=True)
+    run.begin(len(mates) + 1)
     run.optimizer.tape.open(len(mates) + 1)
     run.loss_fn(run.model, run.data[[index, *mates]]).sum().backward()
     factors = torch.zeros(len(mates) + 1)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine
-from dpkernels.privacy import mates, self_check
+from dpkernels.privacy import SelfCheckError, mates, self_check
 from dpkernels.privacy.mates import with_other_mates
 from dpkernels.privacy.probing import private_backward
-from dpkernels.privacy.self_check import SelfCheckError
 
 FRAMES, WIDTH = 5, 6
 

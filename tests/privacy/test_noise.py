@@ -191,7 +191,7 @@ def test_noise_and_sums_are_float64_with_bf16_parameters(monkeypatch: pytest.Mon
     assert total.dtype == torch.float64
     # The grid leaves 12 or 13 binary places, of which bfloat16 has 8: one entry in seven or so fits by chance.
     assert grid_share(total) < 0.3
-    run.optimizer.begin_logical_batch(3, first=True)
+    run.optimizer.begin_logical_batch(3)
     run.optimizer.backward(losses_of(run.model, run.data[[0, 1, 2]]))
     assert {total.dtype for total in run.optimizer._batch.sums.values()} == {torch.float64}
 

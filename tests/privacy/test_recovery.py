@@ -155,7 +155,7 @@ def short_of_memory(point: str) -> Iterator[Shortage]:
 )
 def test_recover_says_what_a_failure_left(strategy: str, point: str, spoils: bool) -> None:
     run = private_run(sigma=0, strategy=strategy)
-    run.optimizer.begin_logical_batch(7, first=True)
+    run.optimizer.begin_logical_batch(7)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     before = {p: total.clone() for p, total in run.optimizer._batch.sums.items()}
     with short_of_memory(point), pytest.raises(torch.OutOfMemoryError):
@@ -178,7 +178,7 @@ def test_recover_says_what_a_failure_left(strategy: str, point: str, spoils: boo
 
 def test_nothing_is_counted_by_a_failure() -> None:
     run = private_run(strategy="per_layer")
-    run.optimizer.begin_logical_batch(5, first=True)
+    run.optimizer.begin_logical_batch(5)
     with short_of_memory("backward"), pytest.raises(torch.OutOfMemoryError):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1, 2, 3, 4]]))
     assert run.optimizer.recover()
@@ -189,7 +189,7 @@ def test_nothing_is_counted_by_a_failure() -> None:
 
 def check_spoiled_batch_is_done_again(strategy: str, point: str) -> None:
     run = private_run(sigma=0, strategy=strategy)
-    run.optimizer.begin_logical_batch(7, first=True)
+    run.optimizer.begin_logical_batch(7)
     batch = LogicalBatch(
         [[0, 1], [2, 3, 4, 5, 6]], iter([run.data[[0, 1]], run.data[[2, 3, 4, 5, 6]]]).__next__, _read(run)
     )
@@ -236,7 +236,7 @@ def test_planted_restart_without_dropping_is_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(DPOptimizer, "recover", again)
     run = private_run(strategy="per_layer")
-    run.optimizer.begin_logical_batch(7, first=True)
+    run.optimizer.begin_logical_batch(7)
     batches = iter([run.data[[0, 1]], run.data[[2, 3, 4, 5, 6]]])
     batch = LogicalBatch([[0, 1], [2, 3, 4, 5, 6]], batches.__next__, _read(run))
     with short_of_memory("backward"), pytest.raises(RuntimeError, match="more examples"):

@@ -351,7 +351,8 @@ def _loader(
         Recording(len(data), batch_size / len(data), SecretStream()),
         physical_batch_size=physical,
         epoch_steps=steps,
-        on_batch=lambda examples, first: None,
+        before_pass=lambda: None,
+        on_batch=lambda examples: None,
         steps_taken=lambda: 0,
     )
 

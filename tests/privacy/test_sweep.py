@@ -186,7 +186,7 @@ def test_stochastic_rounding_keeps_small_updates() -> None:
 def test_gradients_are_kept_only_when_asked_for() -> None:
     run = a_run(OPTIMIZERS["AdamW"])
     run.optimizer.keep_gradients = False
-    run.optimizer.begin_logical_batch(2, first=True)
+    run.optimizer.begin_logical_batch(2)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     run.optimizer.step()
     assert all(p.grad is None for p in run.model.parameters())
@@ -195,13 +195,13 @@ def test_gradients_are_kept_only_when_asked_for() -> None:
     assert all(
         p.grad is not None and p.grad.dtype == p.dtype and p.grad.any() for p in run.model.parameters()
     )
-    run.optimizer.begin_logical_batch(2, first=True)
+    run.optimizer.begin_logical_batch(2)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))  # finds its own, and takes no offence
 
 
 def test_the_sums_are_cleared_by_the_sweep_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(OPTIMIZERS["SGD"])
-    run.optimizer.begin_logical_batch(2, first=True)
+    run.optimizer.begin_logical_batch(2)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     with monkeypatch.context() as inner:
         inner.setattr(Tensor, "zero_", lambda self: pytest.fail("a second pass over the sums"))
@@ -269,7 +269,7 @@ def test_a_failure_in_the_middle_is_spent_and_its_batch_gone(monkeypatch: pytest
         real(*args, **options)
 
     monkeypatch.setattr(sweep_module.ops, "noise_adamw", second_fails)
-    run.optimizer.begin_logical_batch(2, first=True)
+    run.optimizer.begin_logical_batch(2)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     with pytest.raises(MemoryError):
         run.optimizer.step()

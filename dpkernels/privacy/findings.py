@@ -1,0 +1,112 @@
+"""What a self-check found: the numbers, what was not asked, and the message that says which layers differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one parameter's gradient is off. NOT PRIVATE.
+
+    Attributes:
+        parameter: qualified name. From the mates check: "all trained parameters", or "the loss".
+        sample: index in the batch.
+        error: ‖private − one by one‖ over the larger of ‖one by one‖ and 10⁻³ of the example's whole
+            gradient. From the mates check: the change over `norm`.
+        norm: ‖one by one‖. From the mates check: of the private gradient, or of the loss.
+        mode: "eval" or "train".
+        place: "" in the batch as it came; ", rows reversed" with its rows in the reverse order.
+    """
+
+    parameter: str
+    sample: int
+    error: float
+    norm: float
+    mode: str
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class SelfCheckReport:
+    """What was compared. NOT PRIVATE.
+
+    Attributes:
+        differences: every parameter × sample × mode, worst first.
+        tolerance: largest error accepted.
+        first_module: where a gradient differs, in order of execution the first module whose output does; None
+            where no gradient or no output does.
+        norm_shortfall: largest factor by which a norm fell below the gradient's (<= 1 where norms are upper
+            bounds).
+        padded: whether an example was compared that is larger in its batch than alone. Where the data set has none,
+            collate_fn pads nothing, or what it made was not asked: see `unchecked`.
+        unchecked: what was not asked, each with the reason.
+    """
+
+    differences: list[Difference] = field(default_factory=list)
+    tolerance: float = 0.0
+    first_module: str | None = None
+    norm_shortfall: float = 0.0
+    padded: bool = False
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def modes(self) -> set[str]:
+        """ "eval" and "train", each where the model repeats itself with dropout off."""
+        return {item.mode for item in self.differences}
+
+    @property
+    def failures(self) -> list[Difference]:
+        """The differences beyond the tolerance."""
+        return [item for item in self.differences if not item.error <= self.tolerance]
+
+
+class SelfCheckError(RuntimeError):
+    """The self-check failed; `report` has the numbers, the message names the layers."""
+
+    def __init__(self, message: str, report: SelfCheckReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def merged(reports: Sequence[SelfCheckReport], unchecked: Sequence[str]) -> SelfCheckReport:
+    """One report of several batches, worst difference first, with what was not asked of them."""
+    differences = [item for report in reports for item in report.differences]
+    return SelfCheckReport(
+        worst_first(differences),
+        max(report.tolerance for report in reports),
+        next((report.first_module for report in reports if report.first_module is not None), None),
+        max(report.norm_shortfall for report in reports),
+        any(report.padded for report in reports),
+        tuple(dict.fromkeys([*(said for report in reports for said in report.unchecked), *unchecked])),
+    )
+
+
+def worst_first(differences: Sequence[Difference]) -> list[Difference]:
+    """Sorted by error, NaN first."""
+    return sorted(differences, key=lambda item: -item.error if not math.isnan(item.error) else -math.inf)
+
+
+def explain(report: SelfCheckReport, hint: str = "") -> str:
+    """The message of a failed check: parameters, the first module that differs, likely causes."""
+    worst: dict[str, Difference] = {}
+    for item in report.failures:
+        worst.setdefault(item.parameter, item)
+    lines = "".join(
+        f"\n  {item.parameter}: off by {item.error:.3g} of its norm "
+        f"(example {item.sample}, {item.mode} mode{item.place})"
+        for item in list(worst.values())[:12]
+    )
+    where = ""
+    if report.first_module is not None:
+        where = f"\nThe first module whose output for an example depends on its batch: {report.first_module}."
+    return (
+        "self-check: the gradient of an example in its batch is not its gradient alone, beyond "
+        f"{report.tolerance:g}, for {len(worst)} parameters:{lines}{where}{hint}\nLikely causes: normalisation "
+        "over the batch, padding that is not masked, a layer whose first dimension is not the batch, rows that the "
+        "model sorts, a loss that mixes examples or is divided by their number, or, where errors are below 0.01 and on "
+        "a GPU, convolutions in TF32, torch's default (torch.backends.cudnn.allow_tf32 = False). (These numbers are "
+        "NOT PRIVATE.)"
+    )

@@ -1,0 +1,66 @@
+"""What the losses' graph holds beside the private model: another module's batch norm, or its trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from dpkernels.privacy.checks import some_of
+
+_SCALES = ("DivBackward", "MulBackward")
+
+
+def check_graph(losses: Tensor, model: nn.Module) -> None:
+    """Raise RuntimeError, by name, where the losses went through what is not the private model's and voids the claim.
+
+    Every node is looked at, so that a caller does it now and then.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    foreign, mixing = [], []
+    for node in _nodes(losses):
+        name = node.name()
+        if name.endswith("AccumulateGrad"):
+            leaf = node.variable
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+                foreign.append(tuple(leaf.shape))
+        elif "BatchNorm" in name and getattr(node, "_saved_training", False) and _rows(node) != 1:
+            mixing.append(name)
+    if mixing:
+        raise RuntimeError(
+            f"optimizer.backward: the losses went through batch statistics ({some_of(mixing)}), which mix the examples "
+            "of a batch. Where it is a module beside the one given to make_private (a frozen head, an encoder), put it "
+            "into eval()"
+        )
+    if foreign:
+        raise RuntimeError(
+            f"optimizer.backward: the losses depend on {len(foreign)} trained parameters that are not the private "
+            f"model's (shapes {some_of(foreign)}): their gradients would be neither clipped nor noised. Freeze them "
+            "(requires_grad_(False)), detach what they make, or give make_private one module that holds both"
+        )
+
+
+def scaled_at_last(losses: Tensor) -> bool:
+    """Whether the last that was done to the losses is a division or a product."""
+    return losses.grad_fn is not None and losses.grad_fn.name().startswith(_SCALES)
+
+
+def _nodes(losses: Tensor) -> Iterator[Any]:
+    stack: list[Any] = [losses.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        yield node
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                stack.append(following)
+
+
+def _rows(node: Any) -> int:
+    """First dimension of what a batch norm gave. Of one row it mixes nothing across rows: torch's instance norm is a
+    batch norm of one row, whose channels are the examples'."""
+    return int(node._input_metadata[0].shape[0])
