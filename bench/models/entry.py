@@ -88,7 +88,7 @@ def randomise(model: nn.Module) -> None:
     """
     with torch.no_grad():
         for parameter in model.parameters():
-            fan_in = parameter.numel() / len(parameter) if parameter.dim() > 1 else 100
+            fan_in = parameter[0].numel() if parameter.dim() > 1 and len(parameter) > 0 else 100
             parameter.add_(torch.randn_like(parameter), alpha=max(fan_in, 1) ** -0.5)
         for name, buffer in model.named_buffers():
             if "running_mean" in name:
@@ -116,8 +116,8 @@ def tiny_config(config_class: Any, tiny: dict[str, Any], overrides: dict[str, An
     values = {
         name: value
         for name, value in tiny.items()
-        if isinstance(getattr(default, name, ""), int | float | None)
-        and not _is_derived(config_class, name)
+        if not _is_derived(config_class, name)
+        and isinstance(getattr(default, name, ""), int | float | None)
         and config_class.attribute_map.get(name) not in overrides
     }
     rest = dict(overrides)
@@ -129,8 +129,7 @@ def tiny_config(config_class: Any, tiny: dict[str, Any], overrides: dict[str, An
 
 
 def _is_derived(config_class: Any, name: str) -> bool:
-    own = getattr(config_class, name, None)
-    return isinstance(own, property) and own.fset is None
+    return isinstance(getattr(config_class, name, None), property)
 
 
 def _quiet(config: Any) -> Any:

@@ -39,7 +39,7 @@ class Verdict:
     """What was found of one model with one method.
 
     Attributes:
-        name, library, kind, method: what was judged; method "all" trains every parameter, "lora" PEFT's.
+        name, library, kind, method: what was judged; method "all" trains what the library itself trains, "lora" PEFT's.
         status: "right", "refused" (by an error of this package that names a module), "wrong" or "error".
         reason: the refusal, the error, or what differs.
         error: of a right one, the largest relative error of a loss, a per-example gradient or a norm that is too small.
@@ -93,8 +93,6 @@ def made(entry: Entry, method: str) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=targets_of(entry, model)))
-    else:
-        model.requires_grad_(True)
     randomise(model)
     without_dropout(model)
     return model.train()

@@ -20,8 +20,8 @@ _REASON = 180
 TEXT = """# Models
 
 Made by `python -m bench.models --write`; do not edit. Each line is a small random model of a family, built from its
-library's own configuration, trained in private with every parameter, and with PEFT's LoRA (rank 2) on every linear
-layer, in convolutional networks on every ungrouped convolution too; dropout off.
+library's own configuration, trained in private with every parameter that its library trains, and with PEFT's LoRA
+(rank 2) on every linear layer, in convolutional networks on every ungrouped convolution too; dropout off.
 
 *Right*: in float64, at {size} examples and at as many as another dimension of the model has, of different lengths where
 the model has masks, the private forward equals the plain one, and each example's gradient equals what the plain model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from bench.models.entry import of_transformers
+from bench.models.entry import CONVOLUTIONS, of_transformers
 from bench.models.kinds import DECODER, ENCODER, SEQ2SEQ, VOCABULARY
 
 TINY: dict[str, Any] = {
@@ -47,35 +47,140 @@ TINY: dict[str, Any] = {
 
 encoder, decoder, seq2seq = (partial(of_transformers, TINY, kind) for kind in (ENCODER, DECODER, SEQ2SEQ))
 
+SQUEEZE: dict[str, Any] = {
+    f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")
+}
+DEEPSEEK: dict[str, Any] = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+}
+JAMBA: dict[str, Any] = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+JAMBA |= {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+BAMBA: dict[str, Any] = {"mamba_d_state": 4, "mamba_n_heads": 8, "mamba_d_head": 4, "mamba_n_groups": 1}
+BAMBA |= {"mamba_chunk_size": 4, "attn_layer_indices": [1]}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Where "all-linear" has PEFT wrap the parameters of routers and experts, too, which are no linear layers."""
+EXPERTS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "expert_capacity": 64,
+}
+
 ENTRIES = [
     encoder("BERT", "BertForMaskedLM"),
     encoder("BERT, one label a token", "BertForTokenClassification", num_labels=3),
     encoder("RoBERTa", "RobertaForMaskedLM"),
+    encoder("XLM-RoBERTa XL", "XLMRobertaXLForMaskedLM"),
+    encoder("CamemBERT", "CamembertForMaskedLM"),
     encoder("ALBERT", "AlbertForMaskedLM"),
     encoder("DistilBERT", "DistilBertForMaskedLM", dim=16, hidden_dim=24, n_heads=4, n_layers=2),
     encoder("ELECTRA", "ElectraForMaskedLM"),
-    encoder("DeBERTa", "DebertaForMaskedLM"),
+    encoder("MobileBERT", "MobileBertForMaskedLM", intra_bottleneck_size=16, true_hidden_size=16),
+    encoder("SqueezeBERT", "SqueezeBertForMaskedLM", CONVOLUTIONS, **SQUEEZE),
+    encoder("Nystromformer", "NystromformerForMaskedLM", num_landmarks=5, segment_means_seq_len=5),
+    encoder("ConvBERT", "ConvBertForMaskedLM", conv_kernel_size=3),
+    encoder("RoFormer", "RoFormerForMaskedLM"),
+    encoder("ESM", "EsmForMaskedLM", position_embedding_type="rotary", mask_token_id=4),
+    encoder("DeBERTa", "DebertaForMaskedLM", relative_attention=True, pos_att_type=["p2c", "c2p"]),
     encoder("DeBERTa v3", "DebertaV2ForMaskedLM", relative_attention=True, pos_att_type=["p2c", "c2p"]),
     encoder("MPNet", "MPNetForMaskedLM"),
+    encoder("FNet", "FNetForMaskedLM", tpu_short_seq_length=5),
+    encoder("XLNet", "XLNetLMHeadModel", d_inner=24),
+    encoder("Funnel", "FunnelForMaskedLM", block_sizes=[1, 1], d_inner=24, d_head=4, num_decoder_layers=1),
+    encoder("Longformer", "LongformerForMaskedLM", attention_window=4),
+    encoder("Big Bird", "BigBirdForMaskedLM", attention_type="original_full"),
+    encoder("I-BERT", "IBertForMaskedLM"),
     encoder("ModernBERT", "ModernBertForMaskedLM"),
+    encoder("NomicBERT", "NomicBertForMaskedLM"),
     decoder("GPT-2", "GPT2LMHeadModel"),
     decoder("GPT-Neo", "GPTNeoForCausalLM", attention_types=[[["global", "local"], 1]]),
     decoder("GPT-NeoX, Pythia", "GPTNeoXForCausalLM"),
     decoder("GPT-J", "GPTJForCausalLM", rotary_dim=4),
+    decoder("GPT-BigCode, StarCoder", "GPTBigCodeForCausalLM"),
+    decoder("CodeGen", "CodeGenForCausalLM", rotary_dim=4),
+    decoder("CTRL", "CTRLLMHeadModel", dff=24),
     decoder("OPT", "OPTForCausalLM", word_embed_proj_dim=16),
     decoder("BLOOM", "BloomForCausalLM"),
+    decoder("MPT", "MptForCausalLM", n_heads=4, n_layers=2, max_seq_len=32),
     decoder("Falcon", "FalconForCausalLM"),
     decoder("Llama", "LlamaForCausalLM"),
+    decoder("Llama classifier", "LlamaForSequenceClassification", num_labels=3),
     decoder("Mistral", "MistralForCausalLM"),
     decoder("Qwen 2", "Qwen2ForCausalLM"),
     decoder("Qwen 3", "Qwen3ForCausalLM"),
     decoder("Gemma", "GemmaForCausalLM"),
     decoder("Gemma 2", "Gemma2ForCausalLM"),
+    decoder("Gemma 3", "Gemma3ForCausalLM"),
     decoder("Phi", "PhiForCausalLM"),
-    decoder("Mixtral", "MixtralForCausalLM", num_local_experts=4),
-    decoder("Mamba", "MambaForCausalLM", targets=("in_proj", "x_proj"), state_size=4),
+    decoder("Phi 3", "Phi3ForCausalLM"),
+    decoder("OLMo 2", "Olmo2ForCausalLM"),
+    decoder("Granite", "GraniteForCausalLM"),
+    decoder("Cohere", "CohereForCausalLM"),
+    decoder("StableLM", "StableLmForCausalLM"),
+    decoder("SmolLM 3", "SmolLM3ForCausalLM"),
+    decoder("GLM 4", "Glm4ForCausalLM"),
+    decoder("Nemotron", "NemotronForCausalLM"),
+    decoder("XGLM", "XGLMForCausalLM", attention_heads=4),
+    decoder("BioGPT", "BioGptForCausalLM"),
+    decoder("Mixtral", "MixtralForCausalLM", ATTENTION, **EXPERTS),
+    decoder("Qwen 2 MoE", "Qwen2MoeForCausalLM", ATTENTION, **EXPERTS),
+    decoder("Qwen 3 MoE", "Qwen3MoeForCausalLM", ATTENTION, **EXPERTS),
+    decoder("OLMoE", "OlmoeForCausalLM", ATTENTION, **EXPERTS),
+    decoder(
+        "DeepSeek v3",
+        "DeepseekV3ForCausalLM",
+        ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        **EXPERTS,
+        **DEEPSEEK,
+    ),
+    decoder("gpt-oss", "GptOssForCausalLM", ATTENTION, **EXPERTS),
+    decoder("Granite MoE", "GraniteMoeForCausalLM", ATTENTION, **EXPERTS),
+    decoder("Mamba", "MambaForCausalLM", ("in_proj", "x_proj"), state_size=4),
+    decoder(
+        "Mamba 2",
+        "Mamba2ForCausalLM",
+        ("in_proj",),
+        state_size=4,
+        n_groups=1,
+        num_heads=8,
+        head_dim=4,
+        chunk_size=4,
+    ),
+    decoder("Falcon Mamba", "FalconMambaForCausalLM", ("in_proj", "x_proj"), state_size=4),
     decoder("RWKV", "RwkvForCausalLM", attention_hidden_size=16),
+    decoder("RecurrentGemma", "RecurrentGemmaForCausalLM", lru_width=16, attention_window_size=8),
+    decoder("Jamba", "JambaForCausalLM", ("q_proj", "v_proj", "gate_proj"), **EXPERTS, **JAMBA),
+    decoder("Bamba", "BambaForCausalLM", ("q_proj", "v_proj", "gate_proj"), **BAMBA),
     seq2seq("T5", "T5ForConditionalGeneration"),
+    seq2seq("mT5, T5 v1.1", "MT5ForConditionalGeneration"),
+    seq2seq("LongT5", "LongT5ForConditionalGeneration"),
+    seq2seq("UMT5", "UMT5ForConditionalGeneration"),
+    seq2seq("Switch", "SwitchTransformersForConditionalGeneration", **EXPERTS),
     seq2seq("BART", "BartForConditionalGeneration"),
+    seq2seq("mBART", "MBartForConditionalGeneration"),
     seq2seq("Marian", "MarianMTModel"),
+    seq2seq("Pegasus", "PegasusForConditionalGeneration"),
+    seq2seq("M2M-100, NLLB", "M2M100ForConditionalGeneration"),
+    seq2seq("Blenderbot", "BlenderbotForConditionalGeneration"),
+    seq2seq("PLBart", "PLBartForConditionalGeneration"),
+    seq2seq("LED", "LEDForConditionalGeneration", attention_window=4),
+    seq2seq("ProphetNet", "ProphetNetForConditionalGeneration", ngram=2, num_encoder_layers=2),
+    seq2seq(
+        "FSMT",
+        "FSMTForConditionalGeneration",
+        src_vocab_size=VOCABULARY,
+        tgt_vocab_size=VOCABULARY,
+        langs=["en", "de"],
+    ),
+    seq2seq("T5-Gemma", "T5GemmaForConditionalGeneration"),
 ]
