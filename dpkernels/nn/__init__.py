@@ -32,6 +32,8 @@ from dpkernels.nn.records import (
     Record,
     Share,
 )
+from dpkernels.nn.row_check import RowCheck, RowError
+from dpkernels.nn.shared import SharedTensor
 from dpkernels.nn.sharing import sharing_inputs
 from dpkernels.nn.swapping import (
     ghost_subclass,
@@ -75,7 +77,10 @@ __all__ = [
     "LoRARecord",
     "NormRecord",
     "Record",
+    "RowCheck",
+    "RowError",
     "Share",
+    "SharedTensor",
     "Tape",
     "Uncovered",
     "add_weighted_sums",

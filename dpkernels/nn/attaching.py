@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from dpkernels.nn.expanded import ExpandingModule, batch_size_of, expanding_class, expansion_refusal
+from dpkernels.nn.batch_axis import batch_size_of
+from dpkernels.nn.expanded import ExpandingModule, expanding_class, expansion_refusal
 from dpkernels.nn.module import GhostModule
 from dpkernels.nn.norm import FrozenBatchNorm
 from dpkernels.nn.swapping import has_twin, load_library_rules, subtree_refusal
@@ -61,17 +63,27 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         assert isinstance(module, GhostModule)
         module.ghost_tape = tape
         module.ghost_name = name or type(module).__name__
+        if module.ghost_asks_axes and any(_own_trained_parameters(module)):
+            tape.needs_to_ask = True
 
     # A copy of the model has these hooks, too, and no tape.
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not model:
             return
-        tape.forward_batch_size = batch_size_of(args, kwargs)
+        if tape.asking:
+            return
+        size = batch_size_of(args, kwargs)
+        tape.begin_forward(size)
         if tape.before_forward is not None:
             tape.before_forward()
+        if size is not None and tape.needs_to_ask and torch.is_grad_enabled() and tape.recording:
+            tape.ask(model, args, kwargs, size)
+            if tape.after_forward is not None and tape.before_forward is not None:
+                tape.after_forward()  # these forwards are watched as any other
+                tape.before_forward()
 
     def note_end(module: nn.Module, *_: Any) -> None:
-        if module is model and tape.after_forward is not None:
+        if module is model and not tape.asking and tape.after_forward is not None:
             tape.after_forward()
 
     model.__dict__[_HANDLES] = (

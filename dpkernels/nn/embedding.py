@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpkernels.nn.module import GhostModule, as_tokens
+from dpkernels.nn.batch_axis import Site
+from dpkernels.nn.module import GhostModule, as_tokens, batch_first
 from dpkernels.nn.records import EmbeddingRecord
+from dpkernels.nn.shared import SharedTensor
 
 
 class GhostEmbedding(GhostModule, nn.Embedding):
@@ -20,13 +22,13 @@ class GhostEmbedding(GhostModule, nn.Embedding):
     are named by `coverage`: the first changes the table in the forward, the others change what a sample's
     gradient is.
 
-    Privately, ids of batch 1 in a forward of batch B (position tables: [1,T]) are looked up once per
-    sample, so that the output is [B,T,d] in place of a [1,T,d] that is broadcast: the same values, and each
-    sample keeps its own gradient. Ids without any batch dimension ([T]) cannot be told from one id a
-    sample: they raise where T differs from B, and `engine.self_check` finds them where it does not.
+    Privately, ids that all examples share (positions [1,T] or [T], relative positions [T,T]) are looked up once per
+    example, and a SharedTensor of the plain lookup's shape comes back: the same values, and each example keeps its own
+    gradient.
     """
 
     ghost_covers = ("weight",)
+    ghost_asks_axes = True
 
     def ghost_refusal(self) -> str | None:
         """max_norm, sparse and scale_grad_by_freq."""
@@ -35,18 +37,27 @@ class GhostEmbedding(GhostModule, nn.Embedding):
                 return f"{name}={getattr(self, name)} has no norm rule; build it without, or freeze it"
         return None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         """As nn.Embedding's."""
         if not self._ghost_active(self.weight):
             return super().forward(input)
         return ghost_embedding(self, input, self.weight, self.padding_idx)
 
 
-def ghost_embedding(layer: GhostModule, ids: Tensor, table: Tensor, padding_idx: int | None = None) -> Tensor:
-    """F.embedding(ids, table, padding_idx), recorded on `layer`'s tape; ids [1,*] get the forward's batch."""
-    batch = layer.ghost_tape.forward_batch_size if layer.ghost_tape is not None else None
-    if batch is not None and ids.dim() > 1 and ids.shape[0] == 1:
-        ids = ids.expand(batch, *ids.shape[1:])
+def ghost_embedding(layer: GhostModule, ids: Tensor, table: Tensor, padding_idx: int | None = None) -> Any:
+    """F.embedding(ids, table, padding_idx), recorded on `layer`'s tape.
+
+    Ids that all examples share ([1,T], [T], [T,T]) are looked up once per example; what comes is the SharedTensor that
+    stands for the plain one.
+    """
+    tape, label = layer.ghost_tape, layer.ghost_label()
+    size = tape.forward_batch_size if tape is not None else None
+    if tape is None or size is None:
+        return _Embedding.apply(ids, table, layer, padding_idx)
+    site = Site(label, "its ids", tape.axes.next_call(label))
+    if tape.axes.of(site, ids.shape, size) is None:
+        rows = _Embedding.apply(ids.expand(size, *ids.shape), table, layer, padding_idx)
+        return SharedTensor(rows, label, tape.axes)
     return _Embedding.apply(ids, table, layer, padding_idx)
 
 
@@ -68,6 +79,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, None]:
         if g is not None:
             (ids,) = ctx.saved_tensors
+            ids, g = batch_first(ctx.tape.batch_axis((ctx.table,), g), ids, g)
             record = EmbeddingRecord(ctx.layer, ctx.table, _ids_as_tokens(ids), as_tokens(g), ctx.padding_idx)
             ctx.tape.add(record)
         return None, None, None, None

@@ -1,13 +1,11 @@
 """Small raw parameters by per-sample expansion: any parameter that is not a ghost layer's, if it is small.
 
-The parameter p is used as [B, *p.shape], an expanded view; its gradient then comes out per sample,
-B times the parameter, which is why only small ones are taken. Two ways:
+Its gradients are formed, B times the parameter, which is why only small ones are taken. Two ways:
 
-- a module without children (a norm of someone's own, a gain, a small layer) runs sample by sample under
-  `torch.vmap`, its parameters expanded;
-- a module with children (Parakeet's attention with `bias_u`) finds a `PerSampleParameter` where it reads
-  `self.bias_u`. That stands for the expanded tensor in the few uses where it is clear where the batch goes,
-  and raises by name in all others.
+- a module without children whose inputs carry the batch (a norm of someone's own, a gain, a small layer) runs as it is,
+  and its backward is asked example by example (`dpkernels.nn.leaf_calls`);
+- a module with children (Parakeet's attention with `bias_u`), or one whose inputs are not the batch's (a table of
+  positions), finds a `SharedTensor` where it reads `self.bias_u`.
 
 Attached modules are re-classed to a subclass with properties, so that `named_parameters`, `state_dict` and
 optimizers never see anything but the parameter itself.
@@ -15,8 +13,7 @@ optimizers never see anything but the parameter itself.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -24,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
+from dpkernels.nn.batch_axis import Site, batch_size_of, tensors_in
+from dpkernels.nn.leaf_calls import LeafCall
 from dpkernels.nn.module import GhostModule, not_a_view
 from dpkernels.nn.records import ExpandedRecord
+from dpkernels.nn.shared import SharedTensor
 from dpkernels.nn.tape import Tape
 
 EXPANSION_LIMIT = 65_536
@@ -56,10 +56,11 @@ class ExpandingModule(GhostModule):
     """Mixin of the classes of `expanding_class`; `_ghost_substitutes` is what their properties hand out."""
 
     ghost_original: type[nn.Module]
-    _ghost_substitutes: dict[str, Any] | None = None
+    _ghost_substitutes: Mapping[str, Any] | None = None
+    ghost_asks_axes = True
 
     @contextmanager
-    def _substituted(self, values: dict[str, Any]) -> Iterator[None]:
+    def _substituted(self, values: Mapping[str, Any]) -> Iterator[None]:
         before = self._ghost_substitutes
         self.__dict__["_ghost_substitutes"] = values
         try:
@@ -71,67 +72,79 @@ class ExpandingModule(GhostModule):
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         assert isinstance(self, nn.Module)
-        raw = {name: p for name in self.ghost_covers if (p := self._parameters.get(name)) is not None}
-        if self._ghost_substitutes is not None or not self._ghost_active(*raw.values()):
-            return forward(*args, **kwargs)
-        tape = self.ghost_tape
-        assert tape is not None
-        batch_size = batch_size_of(args, kwargs)
-        if batch_size is None:
-            batch_size = tape.forward_batch_size
-        if batch_size is None:
-            raise RuntimeError(
-                f"{self.ghost_label()}: its forward got no tensor, so the batch size is not known and its "
-                "trained parameters cannot be expanded per sample; pass it a tensor whose first dimension is "
-                "the batch, or freeze it"
-            )
-        names = {name: f"{self.ghost_label()}.{name}" for name in raw}
-        expanded = {
-            name: _Expand.apply(p, batch_size, tape, names[name])
-            for name, p in raw.items()
-            if p.requires_grad
+        trained = {
+            name: p for name in self.ghost_covers if (p := self._parameters.get(name)) is not None and p.requires_grad
         }
-        if next(self.children(), None) is None:
-            return self._sample_by_sample(forward, batch_size, raw | expanded, expanded.keys(), args, kwargs)
-        shims = {name: PerSampleParameter(t, names[name]) for name, t in expanded.items()}
-        with self._substituted({**raw, **shims}):
+        tape = self.ghost_tape
+        if self._ghost_substitutes is not None or not trained or not self._ghost_records():
+            return forward(*args, **kwargs)
+        assert tape is not None
+        label, size = self.ghost_label(), tape.forward_batch_size
+        if next(self.children(), None) is None and _carries_batch(label, tape, args, kwargs):
+            if tape.asking:
+                return forward(*args, **kwargs)
+            tape.note_use(trained.values())
+
+            def run(values: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                with self._substituted(dict(zip(trained, values, strict=True))):
+                    return forward(*args, **kwargs)
+
+            ways = self.__dict__.setdefault("_ghost_ways", {})
+            return LeafCall(label, list(trained), list(trained.values()), run, tape, ways)(args, kwargs)
+        if size is None:
+            size = batch_size_of(args, kwargs)
+        if size is None:
+            raise RuntimeError(
+                f"{label}: neither the model's forward nor this module's got a tensor, so the batch size is not known and "
+                f"its trained parameters ({', '.join(trained)}) cannot be expanded per sample; pass the model a tensor "
+                "whose first dimension is the batch, or freeze them (requires_grad_(False))"
+            )
+        with self._substituted(_Shared(trained, label, size, tape)):
             return forward(*args, **kwargs)
 
-    def _sample_by_sample(
-        self,
-        forward: Callable[..., Any],
-        batch_size: int,
-        values: dict[str, Tensor],
-        expanded: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch_size for x in leaves]
 
-        def one(parameters: dict[str, Tensor], tensors: list[Tensor]) -> Any:
-            each = iter(tensors)
-            inputs = [next(each).unsqueeze(0) if b else x for x, b in zip(leaves, batched, strict=True)]
-            one_args, one_kwargs = tree_unflatten(inputs, spec)
-            with self._substituted(values | parameters):
-                out = forward(*one_args, **one_kwargs)
-            return tree_map(lambda t: t.squeeze(0) if isinstance(t, Tensor) else t, out)
+class _Shared(Mapping[str, SharedTensor]):
+    """A module's trained parameters in one forward, each expanded when it is first read."""
 
-        tensors = [x for x, b in zip(leaves, batched, strict=True) if b]
-        try:
-            return torch.vmap(one, randomness="different")({name: values[name] for name in expanded}, tensors)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise RuntimeError(
-                f"{self.ghost_label()} ({type(self).__name__}): its trained parameters were to be expanded "
-                f"per sample, but its forward does not run under torch.vmap: {error}. Freeze it, or write a "
-                "rule (dpkernels.nn.register_swap)"
-            ) from error
+    def __init__(self, parameters: dict[str, nn.Parameter], label: str, size: int, tape: Tape) -> None:
+        self._parameters, self._label, self._size, self._tape = parameters, label, size, tape
+        self._made: dict[str, SharedTensor] = {}
+
+    def __getitem__(self, name: str) -> SharedTensor:
+        if name not in self._made:
+            parameter, full = self._parameters[name], f"{self._label}.{name}"
+            self._tape.note_use((parameter,))
+            rows = _Expand.apply(parameter, self._size, self._tape, full)
+            self._made[name] = SharedTensor(rows, full, self._tape.axes)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def _carries_batch(label: str, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor among a module's inputs carries the batch, and none is one that examples share."""
+    leaves, _ = tree_flatten((args, kwargs))
+    if any(isinstance(leaf, SharedTensor) for leaf in leaves):
+        return False
+    tensors = [(path, t) for path, t in tensors_in((args, kwargs)) if t.dim() > 0]
+    size = tape.forward_batch_size
+    if size is None:  # entered past the root's forward
+        return bool(tensors)
+    call = tape.axes.next_call(label)
+    axes = [tape.axes.of(Site(label, f"its argument {path}", call), t.shape, size) for path, t in tensors]
+    return any(axis is not None for axis in axes)
 
 
 def _property(name: str) -> property:
     def read(self: Any) -> Any:
         substitutes = self._ghost_substitutes
-        return self._parameters[name] if substitutes is None else substitutes[name]
+        if substitutes is None or name not in substitutes:
+            return self._parameters[name]
+        return substitutes[name]
 
     return property(read)
 
@@ -178,200 +191,3 @@ def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
             "that are expanded per sample; freeze it, or write a rule (dpkernels.nn.register_swap)"
         )
     return None
-
-
-def batch_size_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Size of the first dimension of the first tensor among the arguments; None when there is none."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return None
-
-
-class PerSampleParameter:
-    """Stands for a parameter of shape s while holding [B, *s]: what a module with children reads during its
-    forward.
-
-    Uses that say where the batch goes give a real tensor: a view, index or unsqueeze that leads with 1,
-    `expand` of such a leading 1, and + − * / with a tensor that leads with the batch. Casts, and views that
-    do not lead with 1, give another PerSampleParameter. Everything else raises NotImplementedError naming
-    the parameter. What the module then does with the tensor must not mix its first dimension;
-    `engine.self_check` finds it if it does.
-    """
-
-    def __init__(self, expanded: Tensor, name: str) -> None:
-        self._expanded, self._name = expanded, name
-
-    @property
-    def shape(self) -> torch.Size:
-        """The parameter's own shape."""
-        return self._expanded.shape[1:]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameter's dtype."""
-        return self._expanded.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The parameter's device."""
-        return self._expanded.device
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions of the parameter itself."""
-        return len(self.shape)
-
-    def dim(self) -> int:
-        """Number of dimensions of the parameter itself."""
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        """As Tensor.size."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        """As Tensor.numel."""
-        return self.shape.numel()
-
-    def _again(self, expanded: Tensor) -> PerSampleParameter:
-        return PerSampleParameter(expanded, self._name)
-
-    def _refuse(self, use: str) -> NotImplementedError:
-        return NotImplementedError(
-            f"{self._name}: {use} of a parameter {tuple(self.shape)} that is expanded per sample is not "
-            "supported, as it does not say where the batch goes; view it as [1, ...] and broadcast it, or "
-            "freeze it"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise self._refuse(f".{name}")
-
-    def to(self, *args: Any, **kwargs: Any) -> PerSampleParameter:
-        """As Tensor.to."""
-        return self._again(self._expanded.to(*args, **kwargs))
-
-    def type_as(self, other: Tensor) -> PerSampleParameter:
-        """As Tensor.type_as."""
-        return self._again(self._expanded.type_as(other))
-
-    def float(self) -> PerSampleParameter:
-        """As Tensor.float."""
-        return self._again(self._expanded.float())
-
-    def view(self, *shape: Any) -> Any:
-        """As Tensor.view; a leading 1 becomes the batch."""
-        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        new = torch.empty(self.shape, device="meta").reshape(sizes).shape
-        batch = self._expanded.shape[0]
-        if len(new) > 0 and new[0] == 1:
-            return self._expanded.reshape(batch, *new[1:])
-        return self._again(self._expanded.reshape(batch, *new))
-
-    reshape = view
-
-    def unsqueeze(self, dim: int) -> Any:
-        """As Tensor.unsqueeze; at 0, the new dimension is the batch."""
-        dim = dim + self.dim() + 1 if dim < 0 else dim
-        return self._expanded if dim == 0 else self._again(self._expanded.unsqueeze(dim + 1))
-
-    def expand(self, *sizes: Any) -> Tensor:
-        """As Tensor.expand, of a parameter [1, ...] to the batch."""
-        shape = tuple(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
-        if (
-            len(shape) != self.dim()
-            or self.shape[:1] != (1,)
-            or shape[0] not in (1, -1, self._expanded.shape[0])
-        ):
-            raise self._refuse(f".expand{shape}")
-        return self._expanded.squeeze(1).expand(-1, *shape[1:])
-
-    def __getitem__(self, index: Any) -> Tensor:
-        index = index if isinstance(index, tuple) else (index,)
-        if index and all(i is None or i is Ellipsis or isinstance(i, slice) for i in index):
-            if index[0] is None:
-                return self._expanded[(slice(None), *index[1:])]
-            if self.shape[:1] == (1,) and index[0] == slice(None):
-                return self._expanded.squeeze(1)[index]
-        raise self._refuse("indexing")
-
-    def _elementwise(self, function: Callable[[Any, Any], Tensor], other: Any, swapped: bool) -> Any:
-        mine: Tensor = self._expanded
-        if isinstance(other, int | float):
-            return self._again(function(other, mine) if swapped else function(mine, other))
-        batch = mine.shape[0]
-        if not isinstance(other, Tensor) or other.dim() == 0 or other.shape[0] != batch:
-            raise self._refuse(f"{function.__name__} with {_describe(other)}")
-        if other.dim() > self.dim():
-            mine = mine.reshape(batch, *(1,) * (other.dim() - 1 - self.dim()), *self.shape)
-        elif other.dim() == self.dim() and self.shape[0] == 1:
-            mine = mine.squeeze(1)
-        else:
-            raise self._refuse(f"{function.__name__} with {_describe(other)}")
-        return function(other, mine) if swapped else function(mine, other)
-
-    def __add__(self, other: Any) -> Any:
-        return self._elementwise(operator.add, other, False)
-
-    def __radd__(self, other: Any) -> Any:
-        return self._elementwise(operator.add, other, True)
-
-    def __sub__(self, other: Any) -> Any:
-        return self._elementwise(operator.sub, other, False)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._elementwise(operator.sub, other, True)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._elementwise(operator.mul, other, False)
-
-    def __rmul__(self, other: Any) -> Any:
-        return self._elementwise(operator.mul, other, True)
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._elementwise(operator.truediv, other, False)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return self._elementwise(operator.truediv, other, True)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called when a torch function, or a tensor's operator, meets a PerSampleParameter."""
-        if func in _ELEMENTWISE and len(args) == 2 and not kwargs:
-            first, second = args
-            if isinstance(second, cls):
-                if isinstance(first, cls):
-                    raise first._refuse(f"{_name(func)} with another such parameter")
-                return second._elementwise(_ELEMENTWISE[func], first, True)
-            return first._elementwise(_ELEMENTWISE[func], second, False)
-        leaves, _ = tree_flatten((args, kwargs or {}))
-        found = next(x for x in leaves if isinstance(x, cls))
-        raise found._refuse(_name(func))
-
-
-_ELEMENTWISE: dict[Any, Callable[[Any, Any], Any]] = {
-    torch.add: operator.add,
-    torch.sub: operator.sub,
-    torch.mul: operator.mul,
-    torch.div: operator.truediv,
-    Tensor.add: operator.add,
-    Tensor.sub: operator.sub,
-    Tensor.mul: operator.mul,
-    Tensor.div: operator.truediv,
-    Tensor.__add__: operator.add,
-    Tensor.__sub__: operator.sub,
-    Tensor.__mul__: operator.mul,
-    Tensor.__truediv__: operator.truediv,
-}
-
-
-def _name(func: Any) -> str:
-    return getattr(func, "__name__", str(func))
-
-
-def _describe(other: Any) -> str:
-    return f"a tensor {tuple(other.shape)}" if isinstance(other, Tensor) else f"a {type(other).__name__}"

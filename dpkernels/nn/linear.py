@@ -14,6 +14,7 @@ from dpkernels.nn.module import (
     as_rows,
     as_tokens,
     autocast_dtype,
+    batch_first,
     maybe_cast,
     no_autocast,
     not_a_view,
@@ -25,7 +26,7 @@ from dpkernels.nn.records import BiasRecord, LinearRecord
 class GhostLinear(GhostModule, nn.Linear):
     """nn.Linear: same constructor, same state_dict, same results.
 
-    Privately: y = x Wᵀ + b with x [B,*,d] (or [B,d]), first dimension the batch; the backward returns dx =
+    Privately: y = x Wᵀ + b with x [B,*,d], [B,d] or [T,B,d] (`Tape.batch_axis`); the backward returns dx =
     g W, and records x and g [B,T,p] for W, Σ_t g for b, where these are trained. dtypes are nn.Linear's,
     autocast included.
     """
@@ -92,7 +93,11 @@ class _Linear(torch.autograd.Function):
                 matrix = weight.to(g.dtype)
                 dx = torch.mm(as_rows(g), matrix.t() if ctx.transposed else matrix)
                 dx = dx.view(*g.shape[:-1], dx.shape[1])
+            trained = (ctx.weight if ctx.needs_input_grad[1] else ctx.bias,)
+            axis = ctx.tape.batch_axis(trained, g)
+            (g,) = batch_first(axis, g)
             if ctx.needs_input_grad[1]:
+                (x,) = batch_first(axis, x)
                 pair = (as_tokens(g), as_tokens(x)) if ctx.transposed else (as_tokens(x), as_tokens(g))
                 ctx.tape.add(LinearRecord(ctx.layer, ctx.weight, *pair))
             if ctx.bias is not None and ctx.needs_input_grad[2]:

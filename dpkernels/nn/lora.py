@@ -239,15 +239,22 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def _record(
     ctx: Any, x: Tensor | None, source: Tensor | None, h: Tensor | None, g: Tensor, dh: Tensor | None
 ) -> None:
-    tape, layer, tokens = ctx.tape, ctx.layer, as_tokens(g)
+    tape, layer = ctx.tape, ctx.layer
+    if dh is not None:
+        dh = dh.view(*g.shape[:-1], -1)
+    trained = (ctx.weight, ctx.bias, ctx.a, ctx.b)
+    used = tuple(p for p, needed in zip(trained, ctx.needs_input_grad[2:6], strict=True) if needed)
+    if used and (axis := tape.batch_axis(used, g)):
+        x, source, h, dh = (None if t is None else t.transpose(0, axis) for t in (x, source, h, dh))
+        g = g.transpose(0, axis)
+    tokens = as_tokens(g)
     if x is not None:
         tape.add(LinearRecord(layer, ctx.weight, as_tokens(x), tokens))
     if ctx.bias is not None and ctx.needs_input_grad[3]:
         tape.add(BiasRecord(layer, ctx.bias, sum_over_time(g)))
     if source is not None:
         assert dh is not None
-        dh = as_tokens(dh.view(*g.shape[:-1], -1))
-        source = as_tokens(source)
+        dh, source = as_tokens(dh), as_tokens(source)
         if h is not None:
             tape.add(LoRARecord(layer, ctx.a, ctx.b, source, as_tokens(h), tokens, dh, ctx.scaling))
         else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from dpkernels.nn.shared import SharedTensor
 from dpkernels.nn.tape import Tape
 
 
@@ -24,6 +25,16 @@ class GhostModule:
     # Names of the parameters that the layer's rule covers.
     ghost_covers: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
+    # Whether its forward has to know which of its tensors carry the batch (`Tape.axes`).
+    ghost_asks_axes: ClassVar[bool] = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's; an input that examples share is computed for each of them."""
+        if args and isinstance(args[0], SharedTensor) and not self.ghost_asks_axes:
+            shared, rest = args[0], args[1:]
+            return shared.through(lambda x: nn.Module.__call__(self, x, *rest, **kwargs), self.ghost_label())  # type: ignore[arg-type]
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     def ghost_refusal(self) -> str | None:
         """Why this layer, as configured, cannot be trained privately, with the mend; None when it can."""
         return None
@@ -33,11 +44,18 @@ class GhostModule:
         # First: a frozen layer never looks at the tape, so that torch.compile of frozen blocks depends on none of its
         # state.
         trained = [p for p in parameters if p is not None and p.requires_grad]
-        tape = self.ghost_tape
-        if not trained or tape is None or not tape.recording or not torch.is_grad_enabled():
+        if not trained or not self._ghost_records():
             return False
-        tape.note_use(trained)
+        assert self.ghost_tape is not None
+        self.ghost_tape.note_use(trained)
         return True
+
+    def _ghost_records(self) -> bool:
+        """Whether a forward now is to be recorded, or asked for its axes."""
+        tape = self.ghost_tape
+        if tape is None or not tape.recording:
+            return False
+        return torch.is_grad_enabled() or (tape.asking and self.ghost_asks_axes)
 
     def ghost_label(self) -> str:
         """The qualified name for messages, or the class name before `attach`."""
@@ -123,6 +141,11 @@ def as_tokens(t: Tensor) -> Tensor:
     if t.dim() == 1:
         return t.view(1, 1, -1)
     return t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
+
+
+def batch_first(axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with the batch, at `axis`, in front: `Tape.batch_axis` has found where it is."""
+    return tensors if axis == 0 else tuple(t.transpose(0, axis) for t in tensors)
 
 
 def as_rows(t: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dpkernels.nn.module import GhostModule, accumulation_dtype, named_modules, no_autocast
+from dpkernels.nn.module import (
+    GhostModule,
+    accumulation_dtype,
+    batch_first,
+    named_modules,
+    no_autocast,
+)
 from dpkernels.nn.records import BiasRecord, NormRecord
 
 
@@ -129,7 +135,7 @@ def mixes_samples(module: nn.Module) -> bool:
 def _by_sample(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[B,*,shape] -> [B,T,∏shape]; an input without batch dimension is one sample."""
     t = t.flatten(-len(shape))
-    return t.view(1, 1, -1) if t.dim() == 1 else t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
+    return t.reshape(1, 1, -1) if t.dim() == 1 else t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2)
 
 
 def _record_affine(
@@ -141,8 +147,13 @@ def _record_affine(
     bias: nn.Parameter | None,
 ) -> None:
     """Put a layer or RMS norm's per-sample gradients on the tape; g and x_hat in the accumulation dtype."""
-    g = _by_sample(g, shape)
+    trained = tuple(p for p in (weight if x_hat is not None else None, bias) if p is not None)
+    if not trained:
+        return
+    axis = ctx.tape.batch_axis(trained, g, len(shape))
+    g = _by_sample(*batch_first(axis, g), shape)
     if x_hat is not None:
+        (x_hat,) = batch_first(axis, x_hat)
         ctx.tape.add(NormRecord(ctx.layer, weight, (_by_sample(x_hat, shape) * g).sum(1)))
     if bias is not None:
         ctx.tape.add(BiasRecord(ctx.layer, bias, g.sum(1)))

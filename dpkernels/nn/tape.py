@@ -7,16 +7,30 @@ takes the records, asks them for norms and then for weighted sums.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
+
+from dpkernels.nn.batch_axis import BatchAxes, ask_at_other_sizes
 
 if TYPE_CHECKING:
     from dpkernels.nn.records import Record
 
 _FORMED_BYTES = 4  # of an entry of a formed gradient: float32
+
+
+class Inspector(Protocol):
+    """Sees what a backward's layers hand to the tape, before anything is done with it."""
+
+    def see(self, record: Record) -> bool:
+        """Whether the tape shall take this record."""
+        ...
+
+    def see_axes(self, call: tuple[tuple[nn.Parameter, ...], int], g: Tensor) -> int:
+        """Which of the first two axes of an output gradient, both of the batch's size, is the batch."""
+        ...
 
 
 class Tape:
@@ -45,10 +59,20 @@ class Tape:
         self._sunk: set[nn.Parameter] = set()
         self._uses: Counter[nn.Parameter] = Counter()
         self._recording = True
-        # Batch size of the forward under way, as the root module's first tensor argument says. Only layers
-        # whose input does not carry the batch (position tables) need it; what it leads to is checked in
-        # `add`.
+        # Batch size of the forward under way, as the root module's first tensor argument says. Only what examples share
+        # (position tables, raw parameters) needs it; what it leads to is checked in `add`.
         self.forward_batch_size: int | None = None
+        # What was learnt of the arguments of layers that have to know which axis is the batch.
+        self.axes = BatchAxes()
+        # Of output gradients, by the layer's parameters and which of their backwards it is: see `batch_axis`.
+        self._gradient_axes: dict[tuple[tuple[nn.Parameter, ...], int], int] = {}
+        self._proposed_axes: dict[tuple[tuple[nn.Parameter, ...], int], int] = {}
+        self._asked: Counter[tuple[nn.Parameter, ...]] = Counter()
+        # Whether some layer asks `axes`, and they were not asked at other batch sizes yet; whether they are now.
+        self.needs_to_ask = False
+        self.asking = False
+        # Told of every record as its layer's backward makes it: the row check.
+        self.inspector: Inspector | None = None
         # Called around every forward of the root module; the engine watches its parameters.
         self.before_forward: Callable[[], None] | None = None
         self.after_forward: Callable[[], None] | None = None
@@ -70,6 +94,11 @@ class Tape:
         """Whether a backward may add records now."""
         return self._batch_size is not None
 
+    @property
+    def batch_size(self) -> int | None:
+        """Examples of the backward under way, None outside of one."""
+        return self._batch_size
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within it the layers are torch's: plain autograd, `.grad` is filled, nothing is recorded."""
@@ -79,9 +108,59 @@ class Tape:
         finally:
             self._recording = before
 
+    def begin_forward(self, batch_size: int | None) -> None:
+        """A forward of the root module over `batch_size` examples begins."""
+        self.forward_batch_size = batch_size
+        self.axes.begin_forward()
+
+    def ask(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> None:
+        """Have `axes` see the model's tensors at other batch sizes than this forward's, once."""
+        self.needs_to_ask = False
+        self.asking = True
+        try:
+            for rows in ask_at_other_sizes(model, self.axes, args, kwargs, size):
+                self.begin_forward(rows)
+        finally:
+            self.asking = False
+            self.begin_forward(size)
+
+    def used(self) -> Iterable[nn.Parameter]:
+        """The trained parameters that the forwards since the last backward used."""
+        return self._uses.keys()
+
+    def batch_axis(self, parameters: tuple[nn.Parameter, ...], g: Tensor, features: int = 1) -> int:
+        """The axis of a layer's output gradient that is the batch: 0, or 1 for layers called with [T,B,*].
+
+        features: how many of the last axes are the layer's own, and never the batch.
+
+        A layer's input says nothing: T may be as large as B. The axis is 1 where only that has the batch's size, and
+        where the row check found that an example's loss has its gradient in one index of axis 1; it is remembered for
+        this backward of the layer when the row check has confirmed it.
+        """
+        call = (parameters, self._asked[parameters])
+        self._asked[parameters] += 1
+        known = self._gradient_axes.get(call)
+        if known is not None:
+            return known
+        fits = [axis for axis in (0, 1) if g.dim() > axis + features and g.shape[axis] == self._batch_size]
+        axis = fits[0] if len(fits) == 1 else 0
+        if self.inspector is not None:
+            if len(fits) == 2 and g.shape[0] > 1:
+                axis = self.inspector.see_axes(call, g)
+            self._proposed_axes[call] = axis
+        elif len(fits) == 2 and g.shape[0] > 1:
+            others = {axis for (known, _), axis in self._gradient_axes.items() if known == parameters}
+            axis = others.pop() if len(others) == 1 else 0
+        return axis
+
+    def confirm_axes(self) -> None:
+        """What `batch_axis` has said under an inspector is right, and is remembered."""
+        self._gradient_axes |= self._proposed_axes
+        self._proposed_axes = {}
+
     def note_use(self, parameters: Iterable[Tensor]) -> None:
         """Count a use of each parameter in a forward (one recomputed within the backward does not count)."""
-        if self._batch_size is None:
+        if self._batch_size is None and not self.asking:
             for p in parameters:
                 if isinstance(p, nn.Parameter):
                     self._uses[p] += 1
@@ -96,6 +175,7 @@ class Tape:
         self._sink = sink
         self._records = []
         self._sunk = set()
+        self._asked.clear()
 
     def add(self, record: Record) -> None:
         """Take one record.
@@ -104,10 +184,7 @@ class Tape:
         ValueError when the record's batch is not the backward's.
         """
         if self._batch_size is None:
-            raise RuntimeError(
-                f"{record.layer}: a backward reached this private layer outside of "
-                "optimizer.backward(losses). Call that, with the per-sample losses, not loss.backward()"
-            )
+            raise RuntimeError(outside_message(record.layer))
         if record.batch_size != self._batch_size:
             raise ValueError(
                 f"{record.layer}: its input has batch {record.batch_size}, the losses have "
@@ -130,6 +207,8 @@ class Tape:
                     "consumed: several forwards share this backward. Use strategy='bookkeeping', or one "
                     "forward a backward"
                 )
+        if self.inspector is not None and not self.inspector.see(record):
+            return
         taken = record.formed() if self._is_smaller_formed(record) else (record,)
         if self._sink is None or any(self._uses[p] != 1 for p in record.parameters):
             self._records += taken
@@ -171,6 +250,17 @@ class Tape:
         self._sink = None
         self._sunk = set()
         self._uses.clear()
+        self._asked.clear()
+        self.axes.begin_forward()
+
+
+def outside_message(layer: str) -> str:
+    """What is wrong where a backward reaches a layer while no tape is open, and the fix."""
+    return (
+        f"{layer}: a backward reached this private layer outside of optimizer.backward(losses). Call that, with the "
+        "per-sample losses, not loss.backward(). Where the gradient is wanted for another model (a generator trained "
+        "through this one), freeze this one meanwhile: module.requires_grad_(False)"
+    )
 
 
 def _no_tape() -> None:

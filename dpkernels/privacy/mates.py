@@ -27,6 +27,7 @@ from dpkernels.privacy.probing import (
     as_it_is,
     private_backward,
     private_gradient,
+    settle_axes,
     watched,
 )
 from dpkernels.privacy.randomness import same_draws, secret_seed
@@ -62,6 +63,7 @@ def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any,
     """
     probe = _Probe(model, tape, loss_fn, trained_parameters(model), secret_seed())
     with as_it_is(model):
+        settle_axes(model, tape, loss_fn, batch)
         _check(probe, batch, samples, "train" if model.training else "eval")
 
 

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import Tape
+from dpkernels.nn import RowCheck, Tape
 from dpkernels.privacy.batch_sums import BatchSums
 from dpkernels.privacy.checks import check_losses
 from dpkernels.privacy.guard import ModelGuard
@@ -108,6 +109,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._stream = stream
         self._spend = spend
         self._guard = ModelGuard(model, strategy.tape, optimizer)
+        self._rows = RowCheck(strategy.tape)
         self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0)
         # A parameter's place is its stream's index.
         self._trained = list(self._guard.trained.values())
@@ -214,6 +216,9 @@ class DPOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: losses of another shape or kind.
             RuntimeError: more examples than the logical batch holds; a trained parameter used past its
                 layer's rule; a second backward unlike the first (strategy="two_pass").
+            RowError: a layer's output gradient has rows that are not one example's each. It is asked in the 1st, 2nd,
+                4th, 8th, ... backward and for every parameter that was not seen before, by one more backward
+                (`dpkernels.nn.row_check`).
 
         A backward that fails (torch.OutOfMemoryError, say) leaves the sums as they were before it, or, where it had
         begun to add to them, spoils the logical batch, of which nothing is then released. `recover` says which.
@@ -227,7 +232,9 @@ class DPOptimizer(torch.optim.Optimizer):
             self.tape.discard()
             return
         try:
-            clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward)
+            due = self._rows.due(batch_size)
+            with self._rows.checking(losses) if due else nullcontext():
+                clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward)
         except BaseException:
             self.tape.discard()
             for parameter in self._trained:

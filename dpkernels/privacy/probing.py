@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import GhostModule, Record, Tape, add_weighted_sums, named_modules
+from dpkernels.nn import GhostModule, Record, RowCheck, RowError, Tape, add_weighted_sums, named_modules
 from dpkernels.nn.expanded import ExpandingModule
+from dpkernels.privacy.checks import check_losses
 from dpkernels.privacy.randomness import generator_states, without_dropout
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -23,6 +24,29 @@ def private_backward(tape: Tape, losses: Tensor) -> list[Record]:
     except BaseException:
         tape.discard()
         raise
+
+
+def settle_axes(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> None:
+    """Have the tape's axes asked for now, by a forward, where they were not: before hooks are placed that would see it."""
+    if tape.needs_to_ask:
+        loss_fn(model, batch)
+        tape.discard()
+
+
+def row_error(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> RowError | None:
+    """What the row check says of a batch, None where all rows are the examples'; the tape learns its axes from it."""
+    losses = loss_fn(model, batch)
+    check_losses(losses)
+    if len(losses) < 2:
+        return None
+    try:
+        with RowCheck(tape).checking(losses):
+            private_backward(tape, losses)
+    except RowError as error:
+        return error
+    finally:
+        tape.discard()
+    return None
 
 
 @torch.no_grad()

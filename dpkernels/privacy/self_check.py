@@ -24,11 +24,13 @@ from dpkernels.privacy.clipping import total_norm_sq
 from dpkernels.privacy.loader import DPDataLoader, LogicalBatch
 from dpkernels.privacy.probing import (
     LossFunction,
+    as_it_is,
     compiled,
     evaluating,
     private_backward,
     private_gradient,
     repeatable,
+    row_error,
     training_without_dropout,
     watched,
 )
@@ -145,6 +147,8 @@ def self_check(
     first_module: str | None = None
     shortfall = 0.0
     computed: set[torch.dtype] = set()
+    with as_it_is(model), same_draws(secret_seed()):
+        misplaced = row_error(model, tape, loss_fn, batch)
     for mode, entered in (("eval", evaluating), ("train", training_without_dropout)):
         with entered(model):
             if mode == "train" and not repeatable(model, tape, loss_fn, batch):
@@ -163,6 +167,9 @@ def self_check(
     report = SelfCheckReport(differences, accepted, first_module, shortfall)
     if report.failures:
         raise SelfCheckError(_explain(report), report)
+    if misplaced is not None:
+        mode = "train" if model.training else "eval"
+        raise SelfCheckError(f"self-check ({mode} mode): {misplaced}", report)
     if shortfall > 1 + _SHORTFALL:
         raise SelfCheckError(
             f"a gradient's norm was computed {shortfall:.4f} times too small: clipping would let through "

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dpkernels.nn import EmbeddingRecord, GhostEmbedding, LinearRecord, attach, coverage, swap
-from tests.nn.per_sample import assert_same_module, check_private, run_private
+from tests.nn.per_sample import assert_same_module, check_private
 
 
 def squares(model: nn.Module, ids: Tensor) -> Tensor:
@@ -116,10 +117,21 @@ def test_position_table_of_batch_one_is_looked_up_per_sample() -> None:
     assert all(isinstance(r, EmbeddingRecord) and r.batch_size == 4 for r in private.records)
 
 
-def test_position_table_without_batch_dimension_is_refused_by_name() -> None:
-    class NoBatch(Positions):
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.words(ids) + self.places(torch.arange(ids.shape[1]))
+SHARED: dict[str, Any] = {
+    "[T]": lambda p, ids: p(torch.arange(ids.shape[1])),
+    "row of [1,T]": lambda p, ids: p(torch.arange(ids.shape[1])[None])[0],
+    "repeated": lambda p, ids: p(torch.arange(ids.shape[1])[None]).repeat(len(ids), 1, 1),
+    "joined": lambda p, ids: torch.cat([p(torch.arange(ids.shape[1])[None])] * len(ids)),
+    "expanded": lambda p, ids: p(torch.arange(ids.shape[1])[None]).expand(len(ids), -1, -1),
+    "relative": lambda p, ids: p((torch.arange(6)[:, None] - torch.arange(6)) % 6).mean(1)[: ids.shape[1]],
+}
 
-    with pytest.raises(ValueError, match=r"places: its input has batch 6, the losses have 4"):
-        run_private(swap(NoBatch()), squares, (torch.randint(0, 7, (4, 6)),))
+
+@pytest.mark.parametrize("batch", range(1, 8))
+@pytest.mark.parametrize("use", SHARED.values(), ids=SHARED.keys())
+def test_ids_that_examples_share_at_every_batch_size(use: Any, batch: int) -> None:
+    class Shared(Positions):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.words(ids) * use(self.places, ids)
+
+    check_private(Shared().double(), squares, (torch.randint(0, 7, (batch, 6)),))

@@ -95,31 +95,63 @@ def test_raw_parameters_of_a_module_with_children() -> None:
     assert not bool(private.sums["unused"].any())
 
 
+USES: dict[str, Any] = {
+    "softmax": lambda p, x: torch.softmax(p, 0),
+    "sum": lambda p, x: p.sum(),
+    "sigmoid": lambda p, x: p.sigmoid() * x + p.exp(),
+    "matrix product": lambda p, x: x @ (p[:, None] * p.repeat(4, 1)),
+    "vector product": lambda p, x: (x @ p)[..., None],
+    "linear": lambda p, x: nn.functional.linear(x, p.unsqueeze(0)),
+    "einsum": lambda p, x: torch.einsum("btd,d->bt", x, p)[..., None],
+    "layer_norm": lambda p, x: nn.functional.layer_norm(x, (4,), p),
+    "index": lambda p, x: p[0] * x + p[[1, 0, 3, 2]],
+    "iteration": lambda p, x: sum(part * x for part in p),
+    "two parameters": lambda p, x: torch.add(p, p) * p.flip(0),
+    "repeat": lambda p, x: p.view(1, 1, 4).repeat(len(x), 1, 1),
+    "cat": lambda p, x: torch.cat([p.view(1, 1, 4)] * len(x)) * x,
+    "where": lambda p, x: torch.where(x > 0, x, p),
+    "masked write": lambda p, x: _with_row(x * 2, x[..., 0] > 0, p),
+    "in place": lambda p, x: (x * 2).add_(p),
+    "chunk": lambda p, x: torch.cat(p.chunk(2)[::-1]),
+    "norm": lambda p, x: p / p.norm(),
+    "detached": lambda p, x: x * p.detach() + p.data,
+    "transposed": lambda p, x: (x.transpose(0, 1) + p).transpose(0, 1),
+}
+
+
+def _with_row(x: Tensor, mask: Tensor, row: Any) -> Tensor:
+    x[mask] = row
+    return x
+
+
+class Using(nn.Module):
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.use = use
+        self.child = nn.Linear(4, 4)
+        self.raw = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x) * self.use(self.raw, x)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 5])
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_uses_of_a_raw_parameter_of_a_module_with_children(use: Any, batch: int) -> None:
+    check_private(Using(use).double(), squares, (torch.randn(batch, 3, 4).double(),))
+
+
 @pytest.mark.parametrize(
     ("use", "says"),
     [
-        (lambda p, x: torch.softmax(p, 0), "softmax"),
-        (lambda p, x: p.sum(), r"\.sum"),
-        (lambda p, x: x @ p, "matmul"),
-        (lambda p, x: nn.functional.layer_norm(x, (4,), p), "layer_norm"),
-        (lambda p, x: x[0] + p, "add"),
-        (lambda p, x: p[0] * x, "indexing"),
-        (lambda p, x: p.expand(5, 4), "expand"),
-        (lambda p, x: torch.add(p, p), "add"),
+        (lambda p, x: p.mul_(2), "mul_, which writes"),
+        (lambda p, x: torch.cat([p.view(1, 1, 4), x])[1:], "cat along the batch"),
+        (lambda p, x: nn.functional.batch_norm(x.flatten(1), None, None, p.repeat(3), training=True), "batch_norm"),
     ],
 )
 def test_other_uses_of_a_raw_parameter_are_refused_by_name(use: Any, says: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.child = nn.Linear(4, 4)
-            self.raw = nn.Parameter(torch.randn(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.child(x) + use(self.raw, x)
-
-    with pytest.raises(NotImplementedError, match=f"Model.raw: .*{says}.*freeze"):
-        run_private(swap(Model()), squares, (torch.randn(5, 3, 4),))
+    with pytest.raises(NotImplementedError, match=f"Using.raw: .*{says}.*freeze"):
+        run_private(swap(Using(use)), squares, (torch.randn(5, 3, 4),))
 
 
 def test_a_raw_parameter_read_past_its_module_fills_grad() -> None:
@@ -178,17 +210,39 @@ def test_state_dict_and_parameters_are_untouched_and_detach_restores() -> None:
     assert type(model) is Attention
 
 
-def test_a_leaf_that_vmap_cannot_run_is_named() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4))
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.weight if float(x.sum()) > 0 else x
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight if float(x.sum()) > 0 else x - self.weight
 
-    with pytest.raises(RuntimeError, match=r"0 \(Branching\).*vmap"):
-        run_private(swap(nn.Sequential(Branching())), squares, (torch.randn(5, 4),))
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5) * self.weight
+
+
+def test_a_leaf_that_vmap_cannot_run_is_asked_example_by_example() -> None:
+    check_private(nn.Sequential(Branching()), squares, (torch.rand(5, 4),))
+
+
+def test_a_leaf_that_draws_is_asked_with_its_own_draws() -> None:
+    """Rows that dropout hid in the forward have no gradient in the record."""
+    model = swap(nn.Sequential(Noisy()))
+    x = torch.rand(6, 3, 4) + 1
+    torch.manual_seed(1)
+    hidden = nn.functional.dropout(x, 0.5) == 0
+    torch.manual_seed(1)
+    private = run_private(model, lambda m, x: m(x).flatten(1).sum(1), (x,))
+    (record,) = private.records
+    expected = torch.where(hidden, 0, 2 * x).sum(1)
+    torch.testing.assert_close(record.g, expected)
 
 
 REFUSED: list[Any] = [

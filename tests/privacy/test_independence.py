@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from dpkernels.nn import LinearRecord
+from dpkernels.nn import LinearRecord, RowError
 from dpkernels.privacy import SelfCheckError
 from dpkernels.privacy.rows import take_sample
 from tests.privacy.private_run import Net, Run, private_run
@@ -290,7 +290,7 @@ def test_recomputed_passes_see_the_same_masks(same_weights: Callable) -> None:
 
 def test_planted_fresh_masks_in_the_recomputation_are_caught(same_weights: Callable) -> None:
     plain = step_under_seed(same_weights(WithDropout()))
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RowError)):
         torch.testing.assert_close(
             step_under_seed(same_weights(Checkpointed(keep_masks=False))), plain, rtol=1e-5, atol=1e-8
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dpkernels import ops
-from dpkernels.nn import Record, Tape
+from dpkernels.nn import Record, RowCheck, RowError, Tape
 from dpkernels.privacy import PrivacyEngine, strategies
 from dpkernels.privacy.batch_sums import BatchSums
 from dpkernels.privacy.clipping import rounding_slack
@@ -154,6 +154,8 @@ def test_streaming_takes_less_memory_than_bookkeeping_when_checkpointed(
 def test_each_backward_recomputes_each_checkpointed_block_once() -> None:
     for strategy, times in (("bookkeeping", 1), ("two_pass", 2), ("per_layer", 1)):
         run = run_of(strategy, checkpointed=True)
+        for _ in range(2):  # with the row check's backward
+            run.release(INDICES)
         calls: list[nn.Module] = []
         note = calls.append
         for block in run.model.blocks:
@@ -209,8 +211,11 @@ def test_a_second_backward_unlike_the_first_is_refused(second: float) -> None:
 
 def test_other_dropout_masks_in_the_second_backward_are_refused() -> None:
     run = run_of("two_pass", dropout=0.5, checkpointed=True, keep_masks=False)
-    with pytest.raises(RuntimeError, match="preserve_rng_state"):
+    with pytest.raises(RowError, match="preserve_rng_state"):
         run.release(INDICES)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="two_pass.*preserve_rng_state"):
+        patched.setattr(RowCheck, "due", lambda *_: False)
+        run_of("two_pass", dropout=0.5, checkpointed=True, keep_masks=False).release(INDICES)
     for checkpointed in (False, True):
         kept = run_of("two_pass", dropout=0.5, checkpointed=checkpointed)
         kept.release(INDICES)
@@ -254,6 +259,7 @@ def test_planted_trust_in_a_repeatable_backward_is_caught(monkeypatch: pytest.Mo
 
 def test_planted_missing_comparison_lets_other_masks_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategies, "REPEAT_TOLERANCE", math.inf)
+    monkeypatch.setattr(RowCheck, "due", lambda *_: False)
     run_of("two_pass", dropout=0.5, checkpointed=True, keep_masks=False).release(INDICES)
 
 

@@ -1,0 +1,237 @@
+"""The row check: is row i of every record example i, and of no other?
+
+Clipping takes row i of every layer's output gradient for the gradient of loss i. That is a property of the model, not
+of a shape: a tensor that all examples share may have as many rows as there are examples, rows may be sorted by length
+within the model, a statistic may mix them. So the gradients are asked. Backward is linear in what it starts from:
+back-propagated from Σ_i w_i·loss_i in place of Σ_i loss_i, row i of a record is w_i times what it was, exactly where
+loss i and no other reaches it. With weights ±1 and ±½, drawn anew for each check, every product stays exact.
+
+    backward from w     g'      only projections u'_i = ⟨g'_i, r⟩ are kept, [B] numbers a record
+    backward from 1     g       u'_i = w_i·⟨g_i, r⟩, or the backward is refused before anything is summed
+
+A check costs one more backward. It is due in a model's 1st, 2nd, 4th, 8th, ... backward, and whenever a parameter is
+used that no check has seen a gradient of, or an axis is an assumption. A backward of one example needs none: no other
+is there. What it cannot see is an example whose *forward* reads another one before any trained layer: that is the
+batch-independence check's.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dpkernels.nn.module import accumulation_dtype
+from dpkernels.nn.records import Record
+from dpkernels.nn.tape import Tape
+
+Call = tuple[tuple[nn.Parameter, ...], int]
+"""A record's parameters, and which of their records in a backward it is."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_HALF_TOLERANCE = 2.0**-4
+"""Of a row's norm: what another order of additions on a GPU, or a recomputation, may change. A statistic over 64 rows
+changes them by tens of per cent."""
+
+
+class RowError(RuntimeError):
+    """Rows of a layer's output gradient are not the examples'."""
+
+
+class RowCheck:
+    """Checks the backwards of one tape when it is due.
+
+    Attributes:
+        seen: trained parameters whose gradients were found to be the examples' own, in some backward.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+        self._backwards = 0
+        self.seen: set[nn.Parameter] = set()
+
+    def due(self, batch_size: int) -> bool:
+        """Whether the coming backward of so many examples is to be checked; counts it."""
+        self._backwards += 1
+        scheduled = not self._backwards & (self._backwards - 1)
+        unseen = any(parameter not in self.seen for parameter in self._tape.used())
+        return batch_size > 1 and (scheduled or unseen or self._tape.axes.assumed)
+
+    @contextmanager
+    def checking(self, losses: Tensor) -> Iterator[None]:
+        """Within it the next backward of `losses` [B] over the tape is compared with one from random weights, made here.
+
+        Raises:
+            RowError: naming the layer, where a row has a part that is not its example's, or lacks one.
+        """
+        weights = _weights(len(losses), losses.device)
+        first = _Weighted()
+        self._backward(losses, weights, first)
+        if first.ambiguous:
+            # Both of the first two axes have the batch's size: a backward from 1 tells them apart, and then again.
+            chosen = _Chosen(weights, first.axes)
+            self._backward(losses, torch.ones_like(weights), chosen)
+            self._tape.confirm_axes()
+            first = _Weighted()
+            self._backward(losses, weights, first)
+        comparison = _Comparison(weights, first.projections)
+        self._tape.inspector = comparison
+        try:
+            yield
+        finally:
+            self._tape.inspector = None
+        comparison.check_complete()
+        self._tape.confirm_axes()
+        self.seen |= comparison.seen
+
+    def _backward(self, losses: Tensor, weights: Tensor, inspector: _Weighted | _Chosen) -> None:
+        """A backward from these weights that keeps no record; the graph stays."""
+        tape = self._tape
+        tape.inspector = inspector
+        tape.open(len(losses))
+        try:
+            # To these alone: the graph may go on into other models, whose gradients this backward must not touch.
+            used = list(tape.used()) or None
+            torch.autograd.backward(losses, weights.to(losses.dtype), retain_graph=True, inputs=used)
+            tape.close(again=True)
+        except BaseException:
+            tape.discard()
+            raise
+        finally:
+            tape.inspector = None
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """±1 and ±½ in random order, both signs among them from two on; [count] float32."""
+    generator = torch.Generator().manual_seed(secrets.randbits(63))
+    values = torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(count // 4 + 1)[:count]
+    return values[torch.randperm(count, generator=generator)].to(device)
+
+
+def _project(g: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨g_i, r⟩ and ‖g_i‖ of g [B,*], float64 [B]; r is a product of two fixed random vectors, as long as they need be."""
+    if not g.numel():
+        zeros = g.new_zeros(g.shape[0], dtype=torch.float64)
+        return zeros, zeros
+    rows = g.detach().reshape(g.shape[0], -1, g.shape[-1] if g.dim() > 1 else 1).to(accumulation_dtype(g))
+    generator = torch.Generator().manual_seed(20_250_411)
+    last, middle = (
+        torch.randn(n, generator=generator, dtype=torch.float64).to(rows) for n in (rows.shape[2], rows.shape[1])
+    )
+    projection = ((rows @ last) @ middle).double()
+    return projection, rows.flatten(1).norm(dim=1).double()
+
+
+class _Calls:
+    """Numbers the records of each group of parameters in a backward."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[nn.Parameter, ...]] = Counter()
+
+    def of(self, record: Record) -> Call:
+        call = (record.parameters, self._counts[record.parameters])
+        self._counts[record.parameters] += 1
+        return call
+
+
+class _Weighted:
+    """The backward from weights: keeps projections, and no record."""
+
+    def __init__(self) -> None:
+        self._calls = _Calls()
+        self.projections: dict[Call, tuple[Tensor, Tensor]] = {}
+        self.axes: dict[Call, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def ambiguous(self) -> bool:
+        return bool(self.axes)
+
+    def see(self, record: Record) -> bool:
+        self.projections[self._calls.of(record)] = _project(record.g)
+        return False
+
+    def see_axes(self, call: Call, g: Tensor) -> int:
+        self.axes[call] = _project(g), _project(g.transpose(0, 1))
+        return 0
+
+
+class _Chosen:
+    """The backward from 1: which of two axes has the weights."""
+
+    def __init__(
+        self, weights: Tensor, axes: dict[Call, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
+    ) -> None:
+        self._weights, self._axes = weights, axes
+
+    def see(self, record: Record) -> bool:
+        return False
+
+    def see_axes(self, call: Call, g: Tensor) -> int:
+        if call not in self._axes:
+            return 0
+        first, second = self._axes[call]
+        if not bool(_differ(self._weights, first, _project(g), g.dtype).any()):
+            return 0
+        return int(not bool(_differ(self._weights, second, _project(g.transpose(0, 1)), g.dtype).any()))
+
+
+class _Comparison:
+    """The backward that is summed: each record's rows against those of the backward from weights."""
+
+    def __init__(self, weights: Tensor, projections: dict[Call, tuple[Tensor, Tensor]]) -> None:
+        self._weights = weights
+        self._expected = projections
+        self._calls = _Calls()
+        self.seen: set[nn.Parameter] = set()
+
+    def see(self, record: Record) -> bool:
+        """Whether... always: the tape takes the record once its rows are found to be the examples'."""
+        expected = self._expected.pop(self._calls.of(record), None)
+        if expected is None:  # the second backward of two_pass, which is held to the first by its norms
+            return True
+        now = _project(record.g)
+        wrong = _differ(self._weights, expected, now, record.g.dtype)
+        if bool(wrong.any()):
+            raise RowError(_message(record, int(wrong.count_nonzero())))
+        if int(now[1].count_nonzero()) > 1:
+            self.seen.update(record.parameters)
+        return True
+
+    def see_axes(self, call: Call, g: Tensor) -> int:
+        return 0  # what the first two backwards could not settle: the layer has no gradient, or is refused above
+
+    def check_complete(self) -> None:
+        """Raise RowError where the backward from weights had a gradient that this one lacks."""
+        missing = [parameters for (parameters, _), (_, norms) in self._expected.items() if bool((norms > 0).any())]
+        if missing:
+            raise RowError(
+                f"{len(missing)} layers had a gradient in one of two backwards of the same losses and none in the other: "
+                "a recomputed forward reads something that changes. Make it repeat the forward"
+            )
+
+
+def _differ(
+    weights: Tensor, weighted: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """[B] bool: the rows for which ⟨g'_i, r⟩ is not w_i·⟨g_i, r⟩. Rows that are not finite in either add nothing."""
+    w = weights.double().to(plain[0].device)
+    limit = _TOLERANCE.get(dtype, _HALF_TOLERANCE) * (weighted[1] + w.abs() * plain[1])
+    finite = weighted[1].isfinite() & plain[1].isfinite()
+    return finite & ~((weighted[0] - w * plain[0]).abs() <= limit)
+
+
+def _message(record: Record, rows: int) -> str:
+    return (
+        f"{record.layer}: {rows} of the {record.batch_size} rows of its output gradient are not the gradients of one "
+        "example's loss each, so that clipping row by row would not bound what an example adds (the count is NOT "
+        "PRIVATE). Likely causes: its first dimension is not the batch but happens to have its size (positions, a mask, "
+        "prototypes that all examples share), rows change places within the model (sorted by length), examples are "
+        "mixed (a statistic over the batch), or a forward that is computed again draws "
+        "other random numbers (checkpoint with preserve_rng_state=False). Give the layer an input "
+        "whose first dimension is the batch, in the batch's order, or freeze it (requires_grad_(False)). Where the size "
+        "is a coincidence, call engine.self_check(loss_fn, batch) with a batch of another size first. Nothing was spent"
+    )

@@ -1,0 +1,200 @@
+"""17: the private forward is the plain model's at every batch size, and row i of every record is example i."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpkernels.nn import batch_axis, leaf_calls, row_check
+
+from dpkernels.nn import RowError
+from dpkernels.privacy import SelfCheckError
+from tests.nn import zoo
+from tests.privacy.private_run import Run, norm_of, private_run
+
+BATCHES = range(1, 13)
+CLIP = 0.1
+
+
+def losses(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0]).flatten(1).square().sum(1)
+
+
+def run_of(name: str, strategy: str = "bookkeeping", clip: float = CLIP) -> Run:
+    torch.manual_seed(3)
+    model = zoo.MODELS[name]()
+    return private_run(
+        model=model, loss_fn=losses, dtype=torch.float64, sigma=0, clip=clip, strategy=strategy, physical_batch_size=12
+    )
+
+
+def clipped_by_layer(run: Run, indices: range) -> dict[str, Tensor]:
+    gradients = run.gradients(indices)
+    limit = CLIP / math.sqrt(len(gradients[0]))
+    parts = {name: [g[name] * min(1.0, limit / max(norm_of({name: g[name]}), 1e-300)) for g in gradients] for name in gradients[0]}
+    return {name: torch.stack(part).sum(0) for name, part in parts.items()}
+
+
+def check(run: Run, batch: int, strategy: str) -> None:
+    indices = range(batch)
+    data = run.data[list(indices)]
+    with run.optimizer.tape.paused(), torch.no_grad():
+        plain = losses(run.model, data)
+    private = losses(run.model, data)
+    run.optimizer.tape.discard()
+    torch.testing.assert_close(private.detach(), plain, rtol=1e-10, atol=1e-12)
+    by_layer = strategy == "per_layer"
+    expected = clipped_by_layer(run, indices) if by_layer else run.clipped_sum(indices)
+    released = run.release(indices)
+    scale = norm_of(expected)
+    for name, total in expected.items():
+        error = float((released[name].double() * 8 - total).norm())
+        assert error <= 1e-5 * max(float(total.norm()), 1e-2 * scale), (name, batch, error, float(total.norm()))
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_shared_tensors_stay_shared_at_every_batch_size(name: str) -> None:
+    """A fresh model each time: that the first batch is as large as T, or the number of heads, changes nothing."""
+    for batch in BATCHES:
+        check(run_of(name), batch, "bookkeeping")
+
+
+@pytest.mark.parametrize("strategy", ["keep_small", "two_pass", "per_layer"])
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_shared_tensors_stay_shared_in_every_strategy(name: str, strategy: str) -> None:
+    run = run_of(name, strategy)
+    for batch in (zoo.T, *BATCHES):
+        check(run, batch, strategy)
+
+
+# --- what has no right answer is refused by name, before anything is spent
+
+
+class Refused(zoo.Zoo):
+    how = staticmethod(lambda h: h)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.how(h)
+
+
+REFUSED: dict[str, Any] = {
+    "rows sorted by length": lambda h: h[h.detach()[:, 0, 0].argsort()],
+    "rows rolled": lambda h: h.roll(1, 0),
+    "a mean over the batch": lambda h: h + 0.5 * h.mean(0),
+    "softmax over the batch": lambda h: h.softmax(0),
+    "the first example for all": lambda h: h + 0.1 * h[:1],
+    "read as [T, B, D]": lambda h: h.reshape(zoo.T, len(h), zoo.D).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass", "per_layer"])
+@pytest.mark.parametrize("how", REFUSED.values(), ids=REFUSED.keys())
+def test_rows_that_are_not_the_examples_are_refused(how: Any, strategy: str) -> None:
+    """Without the row check: see `test_planted_no_row_check_lets_permuted_rows_through`."""
+    for batch in (5, 7):
+        model = Refused()
+        model.how = how
+        run = private_run(model=model, loss_fn=losses, strategy=strategy, physical_batch_size=12)
+        with pytest.raises(RowError, match=r"first: \d of the \d rows of its output gradient"):
+            run.release(range(batch))
+        assert run.engine.steps == 0
+        with pytest.raises(SelfCheckError):
+            run.engine.self_check(losses, run.data[list(range(batch))])
+
+
+def test_rows_back_in_their_order_are_right_where_nothing_is_trained_between() -> None:
+    class Unsorted(Refused):
+        def middle(self, h: Tensor) -> Tensor:
+            order = h.detach()[:, 0, 0].argsort()
+            return torch.tanh(h[order])[order.argsort()]
+
+    torch.manual_seed(0)
+    run = private_run(model=Unsorted(), loss_fn=losses, dtype=torch.float64, sigma=0, clip=CLIP)
+    check(run, 7, "bookkeeping")
+
+
+def test_a_row_check_comes_with_a_parameter_that_was_not_seen() -> None:
+    """A layer that joins in the third backward, at no power of two."""
+
+    class Late(zoo.Zoo):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late, self.calls = nn.Linear(zoo.D, zoo.D), 0
+
+        def middle(self, h: Tensor) -> Tensor:
+            self.calls += 1
+            return h if self.calls < 3 else self.late(h.roll(1, 0)).roll(-1, 0)
+
+    run = private_run(model=Late(), loss_fn=losses, sigma=0)
+    for _ in range(2):
+        run.release(range(5))
+    with pytest.raises(RowError, match="late"):
+        run.release(range(5))
+
+
+def test_a_call_that_contradicts_what_was_learnt_raises() -> None:
+    axes = batch_axis.BatchAxes()
+    site = batch_axis.Site("encoder.table", "its ids", 0)
+    assert axes.of(site, (4, 9), 4) == 0
+    assert axes.assumed
+    assert axes.of(site, (7, 9), 7) == 0
+    axes.begin_forward()
+    assert axes.of(site, (9, 9), 9) == 0
+    assert not axes.assumed
+    with pytest.raises(ValueError, match=r"encoder\.table: its ids of shape \(1, 9\) in a forward of 6 examples"):
+        axes.of(site, (1, 9), 6)
+    shared = batch_axis.Site("encoder.table", "its ids", 1)
+    assert axes.of(shared, (9, 9), 4) is None
+    assert axes.of(shared, (9, 9), 9) is None
+
+
+def test_a_model_that_computes_with_one_batch_size_only_is_confirmed_by_its_gradients() -> None:
+    class OneSize(zoo.MODELS["PositionTable"]):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 7
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    run = private_run(model=OneSize(), loss_fn=losses, sigma=0)
+    run.release(range(7))
+    assert run.optimizer.tape.axes.assumed is False  # between forwards
+    model = OneSize()
+    model.middle = lambda h: h * model.places(torch.arange(7) % 4).mean(1)[:4, None]  # type: ignore[method-assign]
+    run = private_run(model=model, loss_fn=losses, sigma=0)
+    with pytest.raises(RowError, match="places"):  # 7 ids in a batch of 7: no other call tells that they are shared
+        run.release(range(7))
+
+
+# --- planted faults
+
+
+def test_planted_an_axis_by_its_size_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_size(axes: Any, site: Any, shape: tuple[int, ...], size: int) -> int | None:
+        return next((axis for axis, length in enumerate(shape) if length == size), None)
+
+    monkeypatch.setattr(batch_axis.BatchAxes, "of", by_size)
+    with pytest.raises(RowError):
+        check(run_of("PositionsAlone"), zoo.T, "bookkeeping")
+    monkeypatch.setattr(row_check.RowCheck, "due", lambda *_: False)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(run_of("PositionsAlone"), zoo.T, "bookkeeping")
+
+
+def test_planted_no_row_check_lets_permuted_rows_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_check.RowCheck, "due", lambda *_: False)
+    model = Refused()
+    model.how = REFUSED["rows rolled"]
+    run = private_run(model=model, loss_fn=losses, dtype=torch.float64, sigma=0, clip=CLIP)
+    with pytest.raises(AssertionError):
+        check(run, 7, "bookkeeping")
+
+
+def test_planted_rows_of_shared_tensors_that_are_sliced_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leaf's positions [T] cut up like its input [B, T, D] where T = B."""
+    monkeypatch.setattr(leaf_calls, "_adds_up", lambda *_: True)
+    with pytest.raises(AssertionError):
+        check(run_of("ZeroAtFirst"), zoo.T, "bookkeeping")
