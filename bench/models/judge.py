@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 import dpkernels
 from bench.models.entry import Batch, Entry, randomise, targets_of, without_dropout
-from dpkernels.nn import attach, detach, freeze_batch_norm, swap
+from dpkernels.nn import RowCheck, attach, detach, freeze_batch_norm, swap
 
 TOLERANCE = 1e-9
 LOOSE_NORM = 5e-3
@@ -146,7 +146,7 @@ def naming(model: nn.Module) -> Iterator[None]:
 def largest_error(model: nn.Module, entry: Entry, batch: Batch) -> tuple[float, str]:
     """(the largest relative error, of what) of the private path of a copy of `model`. Raises Refused."""
     losses, expected = one_by_one(model, entry, batch)
-    squares = {name: g.flatten(1).square().sum(1) for name, g in expected.items()}
+    squares = {name: g.reshape(len(g), -1).square().sum(1) for name, g in expected.items()}
     exact = torch.stack(list(squares.values())).sum(0).sqrt()
     if not float(exact.min()) > 1e-6:
         raise AssertionError(f"norms of the plain gradients: {exact.tolist()}; nothing would be shown")
@@ -158,7 +158,7 @@ def largest_error(model: nn.Module, entry: Entry, batch: Batch) -> tuple[float, 
     excess = ((norms - exact) / exact.clamp(min=1e-6)).max()
     found.append((float((excess - LOOSE_NORM).clamp(min=0)), "a norm that is too large"))
     for name, want in expected.items():
-        error = (sums[name] - want).flatten(1).norm(dim=1)
+        error = (sums[name] - want).reshape(len(want), -1).norm(dim=1)
         # A parameter whose gradient is 0 but for rounding is held to the whole gradient.
         scale = squares[name].sqrt() + 1e-2 * exact + 1e-12
         found.append((float((error / scale).max()), f"the gradient of {name}"))
@@ -186,20 +186,21 @@ def one_by_one(model: nn.Module, entry: Entry, batch: Batch) -> tuple[Tensor, di
 def run_private(model: nn.Module, entry: Entry, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(losses [B], norms [B], name -> per-example gradients [B,*shape]) of one private backward; swaps `model`."""
     tape = attach(swap(model))
+    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
     try:
         with _Wide():
             losses = entry.kind.loss(model, batch)
         size = len(losses)
-        tape.open(size)
-        losses.sum().backward()
-        records = tape.close()
+        # The check is the engine's in the first backward. A module of one's own is computed again within.
+        with _Wide(), RowCheck(tape).checking(losses):
+            tape.open(size)
+            losses.sum().backward()
+            records = tape.close()
     finally:
         tape.discard()
         detach(model)
-    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    filled = [name for p, name in trained.items() if p.grad is not None]
-    if filled:
-        raise AssertionError(f"the private backward filled .grad of {', '.join(filled[:3])}")
+    if filled := [name for p, name in trained.items() if p.grad is not None]:
+        raise Refused(f"trained parameters were used past their layers' rules: {', '.join(filled[:3])}")
     norm_sq = sum((record.norm_sq().detach().double() for record in records), torch.zeros(size))
     gradients = {name: torch.zeros(size, *p.shape) for p, name in trained.items()}
     for i in range(size):

@@ -120,7 +120,7 @@ ENTRIES = [
     decoder("Qwen 3", "Qwen3ForCausalLM"),
     decoder("Gemma", "GemmaForCausalLM"),
     decoder("Gemma 2", "Gemma2ForCausalLM"),
-    decoder("Gemma 3", "Gemma3ForCausalLM"),
+    decoder("Gemma 3 text", "Gemma3ForCausalLM"),
     decoder("Phi", "PhiForCausalLM"),
     decoder("Phi 3", "Phi3ForCausalLM"),
     decoder("OLMo 2", "Olmo2ForCausalLM"),
