@@ -53,6 +53,7 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         lines = "\n  ".join(str(item) for item in uncovered)
         raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
     tape = Tape(model.named_parameters(), keep_small=keep_small)
+    tape.needs_to_ask = any(parameter.requires_grad for parameter in model.parameters())
     for name, module in model.named_modules():
         if not isinstance(module, GhostModule):
             raw = tuple(name for name, _ in _own_trained_parameters(module))
@@ -63,8 +64,6 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         assert isinstance(module, GhostModule)
         module.ghost_tape = tape
         module.ghost_name = name or type(module).__name__
-        if module.ghost_asks_axes and any(_own_trained_parameters(module)):
-            tape.needs_to_ask = True
 
     # A copy of the model has these hooks, too, and no tape.
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,12 +82,15 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
                 tape.before_forward()
 
     def note_end(module: nn.Module, *_: Any) -> None:
-        if module is model and not tape.asking and tape.after_forward is not None:
+        if module is not model or tape.asking:
+            return
+        tape.forward_batch_size = None  # what is called past the root's forward has a batch of its own
+        if tape.after_forward is not None:
             tape.after_forward()
 
     model.__dict__[_HANDLES] = (
         model.register_forward_pre_hook(note_batch, with_kwargs=True, prepend=True),
-        model.register_forward_hook(note_end),
+        model.register_forward_hook(note_end, always_call=True),
     )
     return tape
 

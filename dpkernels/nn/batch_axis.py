@@ -6,9 +6,9 @@ apart; calls at two batch sizes can, since no fixed size equals both. Every plac
 by *site*: the module, which of its calls in a forward, and which argument. What the calls at a site have in common is
 remembered, and a call that contradicts it raises.
 
-`ask_at_other_sizes` makes such calls before the first private forward, with a few of the batch's own rows. Where a model
-cannot be asked so, the axis that the first call suggests is an assumption (`BatchAxes.assumed`), and the row check
-(`dpkernels.nn.row_check`) has the last word before anything is summed: it asks the gradients themselves.
+`ask_at_other_sizes` makes such calls before the first private forward, with a few of the batch's own rows. Where a
+model cannot be asked so, the axis that the first call suggests is an assumption (`BatchAxes.assumed`), and the row
+check (`dpkernels.nn.row_check`) has the last word before anything is summed: it asks the gradients themselves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Site:
 
 @dataclass
 class _Evidence:
-    """axes: those whose size was the batch's in every call so far. sizes: the batch sizes of those calls, two at most."""
+    """axes: those whose size was the batch's in every call so far. sizes: the batch sizes of two of these calls."""
 
     axes: frozenset[int]
     sizes: set[int]
@@ -67,6 +67,10 @@ class BatchAxes:
         call = self._calls[layer]
         self._calls[layer] += 1
         return call
+
+    def knows(self, site: Site) -> bool:
+        """Whether a call at this site was seen."""
+        return site in self._evidence
 
     @property
     def assumed(self) -> bool:
@@ -123,7 +127,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         changed = {key: map_tensors(part, change) for key, part in value.items()}
-        return type(value)(changed) if isinstance(value, UserDict) else changed  # type: ignore[call-arg]
+        return type(value)(changed) if isinstance(value, UserDict) else changed
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(part, change) for part in value))
     if isinstance(value, list | tuple):
@@ -136,17 +140,16 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-@torch.no_grad()
 def ask_at_other_sizes(
     model: nn.Module, axes: BatchAxes, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int
 ) -> Iterator[int]:
     """Forwards of the model over 2 and 3 (or 4) of the rows of its arguments, so that `axes` sees them at these sizes.
 
-    Yields each size before the forward over so many rows. Rows are those of every tensor among the arguments whose first
-    dimension is `size`; where the model does not compute with that, one of these tensors after the other is taken for one
-    that examples share. torch's generators are put back. A model that computes with none (it was built for one batch
-    size, say) teaches nothing, which is logged: its axes are then assumptions until calls of another batch size come, and
-    the row check has to confirm them.
+    Yields each size before the forward over so many rows. Rows are those of every tensor among the arguments whose
+    first dimension is `size`; where the model does not compute with that, one of these tensors after the other is taken
+    for one that examples share. torch's generators are put back. A model that computes with none (it was built for one
+    batch size, say) teaches nothing, which is logged: its axes are then assumptions until calls of another batch size
+    come, and the row check has to confirm them.
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     candidates = [path for path, t in tensors_in((args, dict(kwargs))) if t.dim() > 0 and t.shape[0] == size]

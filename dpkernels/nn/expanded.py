@@ -73,7 +73,9 @@ class ExpandingModule(GhostModule):
     ) -> Any:
         assert isinstance(self, nn.Module)
         trained = {
-            name: p for name in self.ghost_covers if (p := self._parameters.get(name)) is not None and p.requires_grad
+            name: p
+            for name in self.ghost_covers
+            if (p := self._parameters.get(name)) is not None and p.requires_grad
         }
         tape = self.ghost_tape
         if self._ghost_substitutes is not None or not trained or not self._ghost_records():
@@ -95,9 +97,9 @@ class ExpandingModule(GhostModule):
             size = batch_size_of(args, kwargs)
         if size is None:
             raise RuntimeError(
-                f"{label}: neither the model's forward nor this module's got a tensor, so the batch size is not known and "
-                f"its trained parameters ({', '.join(trained)}) cannot be expanded per sample; pass the model a tensor "
-                "whose first dimension is the batch, or freeze them (requires_grad_(False))"
+                f"{label}: neither the model's forward nor this module's got a tensor, so the batch size is not known "
+                f"and its trained parameters ({', '.join(trained)}) cannot be expanded per sample; pass the model a "
+                "tensor whose first dimension is the batch, or freeze them (requires_grad_(False))"
             )
         with self._substituted(_Shared(trained, label, size, tape)):
             return forward(*args, **kwargs)
@@ -141,9 +143,14 @@ def _carries_batch(label: str, tape: Tape, args: tuple[Any, ...], kwargs: dict[s
 
 def _property(name: str) -> property:
     def read(self: Any) -> Any:
-        substitutes = self._ghost_substitutes
+        substitutes, parameter = self._ghost_substitutes, self._parameters[name]
+        if substitutes is None and parameter.requires_grad and self._ghost_records():
+            # From outside of its module's own forward: a ParameterList's, or a child's that its parent reads.
+            size = self.ghost_tape.forward_batch_size
+            if size is not None:
+                return _Shared({name: parameter}, self.ghost_label(), size, self.ghost_tape)[name]
         if substitutes is None or name not in substitutes:
-            return self._parameters[name]
+            return parameter
         return substitutes[name]
 
     return property(read)
@@ -171,8 +178,6 @@ def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[n
 
 def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
     """Why `parameter`, a raw parameter of `module`, cannot be expanded; None when it can."""
-    if isinstance(module, nn.ParameterDict | nn.ParameterList):
-        return "read from outside of the module that holds it; freeze it"
     if isinstance(module, nn.RNNBase):
         return "a recurrence in one fused function; freeze it, or build it of nn.*Cell modules"
     if isinstance(module, nn.Embedding):

@@ -1,16 +1,16 @@
-"""Per-sample gradients of a module of one's own: its forward runs as it is, and its backward is asked example by example.
+"""Per-sample gradients of a module of one's own: its forward runs as it is; its backward is asked for each example.
 
 The forward is the plain module's, on the whole batch: nothing that decides its values is guessed. Its parameters p are
 read through `_Tap`, whose backward is called with the plain gradient Σ_i J_iᵀ g_i once autograd has it, and makes the
 parts J_iᵀ g_i, where g_i is what its outputs' gradients hold for example i:
 
 - *sliced*: of row i of the inputs that have the batch's size, under torch.vmap: as cheap as the plain backward;
-- *masked*: of all inputs, with the outputs' gradients zeroed but for row i. It assumes nothing of the inputs, and costs B
-  backwards of the module.
+- *masked*: of all inputs, with the outputs' gradients zeroed but for row i. It assumes nothing of the inputs, and costs
+  B backwards of the module.
 
-The sliced way is taken where it has been seen to give what the module's own backward gives, for random signs of the rows,
-since a tensor that examples share may have as many rows as there are examples. In every backward the parts must add up to
-the plain gradient. That the outputs' rows are the examples' is the row check's to say.
+The sliced way is taken where it has been seen to give what the module's own backward gives, for random signs of the
+rows, since a tensor that examples share may have as many rows as there are examples. In every backward the parts must
+add up to the plain gradient. That the outputs' rows are the examples' is the row check's to say.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LeafCall:
     ) -> None:
         self._label, self._names, self._parameters = label, names, parameters
         self._run, self._tape, self._ways = run, tape, ways
-        self._number = tape.axes.next_call(label)
+        self._number = tape.axes.next_call(f"{label} as a leaf")
         self._gradients: dict[int, Tensor] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,11 +108,13 @@ class LeafCall:
         if any(g.dim() <= axis or g.shape[axis] != batch for g in gradients.values()):
             shapes = [tuple(g.shape) for g in gradients.values()]
             raise ValueError(
-                f"{self._label}: its outputs have shapes {shapes}, and the losses {batch} examples: no dimension of them "
-                "is the batch, so that its gradient cannot be told apart by sample. Give it an input whose first "
+                f"{self._label}: its outputs have shapes {shapes}, and the losses {batch} examples: no dimension of "
+                "them is the batch, so that its gradient cannot be told apart by sample. Give it an input whose first "
                 f"dimension is the batch ({batch}), or freeze it (requires_grad_(False))"
             )
-        for part, parameter, name in zip(self._parts(gradients, axis, batch, plain), self._parameters, self._names, strict=True):
+        for part, parameter, name in zip(
+            self._parts(gradients, axis, batch, plain), self._parameters, self._names, strict=True
+        ):
             self._tape.add(ExpandedRecord(f"{self._label}.{name}", parameter, part))
 
     def _parts(
@@ -120,14 +122,21 @@ class LeafCall:
     ) -> list[Tensor]:
         """Each trained parameter's gradients [B, *shape], which add up to `plain`."""
         rows = tuple(
-            isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > axis and x.shape[axis] == batch
+            isinstance(x, Tensor)
+            and not isinstance(x, nn.Parameter)
+            and x.dim() > axis
+            and x.shape[axis] == batch
             for x in tree_flatten(self._cut_off())[0]
         )
         # Of one example every tensor of one row is right; that says nothing of other sizes.
         way = (self._number, rows, axis, tuple(sorted(gradients)), batch == 1)
         if not self._is_random and any(rows) and self._ways.get(way, True):
             sliced = self._sliced(gradients, rows, axis)
-            if sliced is not None and way not in self._ways and not self._agree(sliced, gradients, axis, batch):
+            if (
+                sliced is not None
+                and way not in self._ways
+                and not self._agree(sliced, gradients, axis, batch)
+            ):
                 sliced = None
             if sliced is not None and self._add_up(sliced, plain):
                 self._ways[way] = True
@@ -136,9 +145,9 @@ class LeafCall:
         parts = self._masked(gradients, axis, batch)
         if not self._add_up(parts, plain):
             raise RuntimeError(
-                f"{self._label}: the per-sample gradients of {', '.join(self._names)} do not add up to their gradient. Its "
-                "forward does not repeat itself: it reads something that changes between forward and backward, or its "
-                "inputs were changed in place. Freeze it, or write a rule (dpkernels.nn.register_swap)"
+                f"{self._label}: the per-sample gradients of {', '.join(self._names)} do not add up to their gradient. "
+                "Its forward does not repeat itself: it reads something that changes between forward and backward, or "
+                "its inputs were changed in place. Freeze it, or write a rule (dpkernels.nn.register_swap)"
             )
         return parts
 
@@ -165,7 +174,7 @@ class LeafCall:
                 tensors = _floating(self._run(values, args, kwargs))
                 return tuple(tensors[place] for place in places)
 
-            found, pull_back = torch.func.vjp(outputs, *parameters)
+            found, pull_back = torch.func.vjp(outputs, *parameters)[:2]
             if any(y.shape != g.unsqueeze(axis).shape for y, g in zip(found, gs, strict=True)):
                 raise ValueError("an example alone has outputs of another shape")
             return pull_back(tuple(g.unsqueeze(axis).to(y.dtype) for y, g in zip(found, gs, strict=True)))
@@ -177,7 +186,11 @@ class LeafCall:
             try:
                 return list(torch.vmap(one, in_dims=(None, axis, axis))(values, inputs, gs))
             except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
-                logger.info("%s: its gradients are asked one example at a time, which is slower: %s", self._label, error)
+                logger.info(
+                    "%s: its gradients are asked one example at a time: slower. %s",
+                    self._label,
+                    error,
+                )
                 return None
 
     def _masked(self, gradients: dict[int, Tensor], axis: int, batch: int) -> list[Tensor]:

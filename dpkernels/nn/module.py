@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
+from dpkernels.nn.batch_axis import Site
 from dpkernels.nn.shared import SharedTensor
 from dpkernels.nn.tape import Tape
 
@@ -30,10 +31,30 @@ class GhostModule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; an input that examples share is computed for each of them."""
-        if args and isinstance(args[0], SharedTensor) and not self.ghost_asks_axes:
-            shared, rest = args[0], args[1:]
-            return shared.through(lambda x: nn.Module.__call__(self, x, *rest, **kwargs), self.ghost_label())  # type: ignore[arg-type]
+        if args and not self.ghost_asks_axes and (shared := self._ghost_shared(args[0])) is not None:
+            rest = args[1:]
+            return shared.through(lambda x: nn.Module.__call__(self, x, *rest, **kwargs), self.ghost_label())
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _ghost_shared(self, x: Any) -> SharedTensor | None:
+        """The first input where examples share it; None where it carries the batch.
+
+        A constant (coordinates, a buffer of frames) may. What requires grad comes from a layer before, which has given
+        it the batch, or is a SharedTensor already.
+        """
+        if isinstance(x, SharedTensor):
+            return x
+        tape = self.ghost_tape
+        if tape is None or not isinstance(x, Tensor) or x.requires_grad or not self._ghost_records():
+            return None
+        size = tape.forward_batch_size
+        trained = any(p.requires_grad for p in cast(nn.Module, self).parameters())
+        if size is None or not trained or not x.is_floating_point():
+            return None
+        site = Site(self.ghost_label(), "its input", tape.axes.next_call(self.ghost_label()))
+        if tape.axes.of(site, x.shape, size) is not None:
+            return None
+        return SharedTensor(x.unsqueeze(0).expand(size, *x.shape), self.ghost_label(), tape.axes)
 
     def ghost_refusal(self) -> str | None:
         """Why this layer, as configured, cannot be trained privately, with the mend; None when it can."""
@@ -51,11 +72,8 @@ class GhostModule:
         return True
 
     def _ghost_records(self) -> bool:
-        """Whether a forward now is to be recorded, or asked for its axes."""
-        tape = self.ghost_tape
-        if tape is None or not tape.recording:
-            return False
-        return torch.is_grad_enabled() or (tape.asking and self.ghost_asks_axes)
+        """Whether a forward now is a private one."""
+        return self.ghost_tape is not None and self.ghost_tape.recording and torch.is_grad_enabled()
 
     def ghost_label(self) -> str:
         """The qualified name for messages, or the class name before `attach`."""

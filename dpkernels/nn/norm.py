@@ -151,7 +151,8 @@ def _record_affine(
     if not trained:
         return
     axis = ctx.tape.batch_axis(trained, g, len(shape))
-    g = _by_sample(*batch_first(axis, g), shape)
+    (g,) = batch_first(axis, g)
+    g = _by_sample(g, shape)
     if x_hat is not None:
         (x_hat,) = batch_first(axis, x_hat)
         ctx.tape.add(NormRecord(ctx.layer, weight, (_by_sample(x_hat, shape) * g).sum(1)))

@@ -63,7 +63,7 @@ class RowCheck:
 
     @contextmanager
     def checking(self, losses: Tensor) -> Iterator[None]:
-        """Within it the next backward of `losses` [B] over the tape is compared with one from random weights, made here.
+        """Within it the next backward of `losses` [B] is compared with one from random weights, which is made here.
 
         Raises:
             RowError: naming the layer, where a row has a part that is not its example's, or lacks one.
@@ -113,14 +113,15 @@ def _weights(count: int, device: torch.device) -> Tensor:
 
 
 def _project(g: Tensor) -> tuple[Tensor, Tensor]:
-    """⟨g_i, r⟩ and ‖g_i‖ of g [B,*], float64 [B]; r is a product of two fixed random vectors, as long as they need be."""
+    """⟨g_i, r⟩ and ‖g_i‖ of g [B,*], float64 [B]; r is the product of two fixed random vectors of the rows' sizes."""
     if not g.numel():
         zeros = g.new_zeros(g.shape[0], dtype=torch.float64)
         return zeros, zeros
     rows = g.detach().reshape(g.shape[0], -1, g.shape[-1] if g.dim() > 1 else 1).to(accumulation_dtype(g))
     generator = torch.Generator().manual_seed(20_250_411)
     last, middle = (
-        torch.randn(n, generator=generator, dtype=torch.float64).to(rows) for n in (rows.shape[2], rows.shape[1])
+        torch.randn(n, generator=generator, dtype=torch.float64).to(rows)
+        for n in (rows.shape[2], rows.shape[1])
     )
     projection = ((rows @ last) @ middle).double()
     return projection, rows.flatten(1).norm(dim=1).double()
@@ -189,7 +190,7 @@ class _Comparison:
         self.seen: set[nn.Parameter] = set()
 
     def see(self, record: Record) -> bool:
-        """Whether... always: the tape takes the record once its rows are found to be the examples'."""
+        """True: the tape takes the record, once its rows are found to be the examples'."""
         expected = self._expected.pop(self._calls.of(record), None)
         if expected is None:  # the second backward of two_pass, which is held to the first by its norms
             return True
@@ -202,15 +203,19 @@ class _Comparison:
         return True
 
     def see_axes(self, call: Call, g: Tensor) -> int:
-        return 0  # what the first two backwards could not settle: the layer has no gradient, or is refused above
+        return (
+            0  # what the first two backwards could not settle: the layer has no gradient, or is refused above
+        )
 
     def check_complete(self) -> None:
         """Raise RowError where the backward from weights had a gradient that this one lacks."""
-        missing = [parameters for (parameters, _), (_, norms) in self._expected.items() if bool((norms > 0).any())]
+        missing = [
+            parameters for (parameters, _), (_, norms) in self._expected.items() if bool((norms > 0).any())
+        ]
         if missing:
             raise RowError(
-                f"{len(missing)} layers had a gradient in one of two backwards of the same losses and none in the other: "
-                "a recomputed forward reads something that changes. Make it repeat the forward"
+                f"{len(missing)} layers had a gradient in one of two backwards of the same losses and none in the "
+                "other: a recomputed forward reads something that changes. Make it repeat the forward"
             )
 
 
@@ -228,10 +233,10 @@ def _message(record: Record, rows: int) -> str:
     return (
         f"{record.layer}: {rows} of the {record.batch_size} rows of its output gradient are not the gradients of one "
         "example's loss each, so that clipping row by row would not bound what an example adds (the count is NOT "
-        "PRIVATE). Likely causes: its first dimension is not the batch but happens to have its size (positions, a mask, "
-        "prototypes that all examples share), rows change places within the model (sorted by length), examples are "
-        "mixed (a statistic over the batch), or a forward that is computed again draws "
-        "other random numbers (checkpoint with preserve_rng_state=False). Give the layer an input "
-        "whose first dimension is the batch, in the batch's order, or freeze it (requires_grad_(False)). Where the size "
-        "is a coincidence, call engine.self_check(loss_fn, batch) with a batch of another size first. Nothing was spent"
+        "PRIVATE). Likely causes: its first dimension is not the batch but happens to have its size (positions, a "
+        "mask, prototypes that all examples share), rows change places within the model (sorted by length), examples "
+        "are mixed (a statistic over the batch), or a forward that is computed again draws other random numbers "
+        "(checkpoint with preserve_rng_state=False). Give the layer an input whose first dimension is the batch, in "
+        "the batch's order, or freeze it (requires_grad_(False)). Where the size is a coincidence, call "
+        "engine.self_check(loss_fn, batch) with a batch of another size first. Nothing was spent"
     )

@@ -1,10 +1,10 @@
 """SharedTensor: a tensor that all examples share, held once per example so that each keeps its own gradient.
 
 A raw parameter, or an embedding looked up at ids without a batch, is one tensor for the whole batch. Autograd would add
-up what the examples contribute to its gradient. Here it is [n, *shape], an expanded view of n equal rows, and operations
-act row by row: under `torch.vmap` where only shared tensors and constants meet (the result is shared again), and example
-with example where it meets a tensor that carries the batch (the result is an ordinary tensor). As the rows are equal, the
-values are those of the plain model.
+up what the examples contribute to its gradient. Here it is [n, *shape], an expanded view of n equal rows, and
+operations act row by row: under `torch.vmap` where only shared tensors and constants meet (the result is shared again),
+and example with example where it meets a tensor that carries the batch (the result is an ordinary tensor). As the rows
+are equal, the values are those of the plain model.
 
     p.sigmoid(), p @ p.T, p[ids], p.repeat(B, 1, 1)         shared
     x + p, F.linear(x, p), torch.cat((p.expand(B, -1, -1), x), 1)   ordinary, row i of p with example i
@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -76,7 +75,7 @@ class SharedTensor:
         return self.shape[0]
 
     def __iter__(self) -> Any:
-        return iter(torch.unbind(self))  # type: ignore[call-overload]
+        return iter(_apply(torch.unbind, (self,), {}))
 
     def __bool__(self) -> bool:
         return bool(self.value())
@@ -95,7 +94,9 @@ class SharedTensor:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"{type(self).__name__} (of {self.__dict__.get('name')}) has no attribute {name!r}")
+            raise AttributeError(
+                f"{type(self).__name__} (of {self.__dict__.get('name')}) has no attribute {name!r}"
+            )
         if name in _OF_THE_VALUE:
             return getattr(self.value(), name)
         member = getattr(Tensor, name)
@@ -151,7 +152,9 @@ class SharedTensor:
 
 
 # Attributes that depend on values only: of the plain tensor.
-_OF_THE_VALUE = frozenset({"item", "tolist", "numpy", "cpu_value", "is_floating_point", "is_complex", "element_size"})
+_OF_THE_VALUE = frozenset(
+    {"item", "tolist", "numpy", "cpu_value", "is_floating_point", "is_complex", "element_size"}
+)
 _VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "T": lambda t: t.t() if t.dim() == 2 else t.permute(*range(t.dim())[::-1]),
     "mT": lambda t: t.transpose(-2, -1),
@@ -169,10 +172,11 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow rpow matmul rmatmul neg pos abs invert getitem "
-    "eq ne lt le gt ge and or xor"
-).split():
+_OPERATORS = """
+    add radd sub rsub mul rmul truediv rtruediv floordiv mod pow rpow matmul rmatmul neg pos abs invert getitem eq ne lt
+    le gt ge and or xor
+"""
+for _name in _OPERATORS.strip().split():
     if hasattr(Tensor, f"__{_name}__"):
         setattr(SharedTensor, f"__{_name}__", _method(f"__{_name}__"))
 SharedTensor.__hash__ = object.__hash__  # type: ignore[method-assign] # __eq__ is elementwise, as Tensor's
@@ -188,11 +192,13 @@ def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(len(other.rows) != n for other in shared):
         raise first._refuse(f"{name} with a tensor of another batch size")
     if func in _METADATA:
-        return func(*tree_unflatten([x.rows[0] if isinstance(x, SharedTensor) else x for x in leaves], spec)[0])
-    writes = name.endswith("_") and not name.endswith("__") or name in _WRITING
+        return func(
+            *tree_unflatten([x.rows[0] if isinstance(x, SharedTensor) else x for x in leaves], spec)[0]
+        )
+    writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
     if writes and isinstance(args[0], SharedTensor):
         raise first._refuse(f"{name}, which writes in place,")
-    carried = _carried(first, name, leaves, n)
+    carried, new = _carried(first, name, leaves, n)
     if not carried:
         return _row_by_row(func, leaves, spec, first)
     if name == "__setitem__":
@@ -201,22 +207,26 @@ def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _with_batch(func, leaves, spec, carried)
     if func in _JOINING:
         return _joined(func, args, kwargs, carried, first)
-    return _example_by_example(func, leaves, spec, carried, first)
+    result = _example_by_example(func, leaves, spec, carried, first)
+    if new:
+        _check_value(func, leaves, spec, first, result)
+    return result
 
 
-def _carried(first: SharedTensor, name: str, leaves: Sequence[Any], n: int) -> dict[int, int]:
-    """Places of the ordinary tensors that carry the batch, each with its axis."""
+def _carried(first: SharedTensor, name: str, leaves: Sequence[Any], n: int) -> tuple[dict[int, int], bool]:
+    """Places of the ordinary tensors that carry the batch, each with its axis; whether this call was never seen."""
     ordinary = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
     if not ordinary:
-        return {}
+        return {}, False
     axes = first._axes
     call = axes.next_call(first.name)
-    ordinary = [place for place in ordinary if not isinstance(leaves[place], nn.Parameter)]  # never an example's
-    found = {
-        place: axes.of(Site(first.name, f"a tensor in {name} (argument {place})", call), leaves[place].shape, n)
-        for place in ordinary
-    }
-    return {place: axis for place, axis in found.items() if axis is not None}
+    ordinary = [
+        place for place in ordinary if not isinstance(leaves[place], nn.Parameter)
+    ]  # never an example's
+    sites = {place: Site(first.name, f"a tensor in {name} (argument {place})", call) for place in ordinary}
+    new = not all(map(axes.knows, sites.values()))
+    found = {place: axes.of(site, leaves[place].shape, n) for place, site in sites.items()}
+    return {place: axis for place, axis in found.items() if axis is not None}, new
 
 
 def _row_by_row(func: Any, leaves: Sequence[Any], spec: Any, first: SharedTensor) -> Any:
@@ -249,7 +259,9 @@ def _with_batch(func: Any, leaves: Sequence[Any], spec: Any, carried: dict[int, 
     from_right = {leaves[place].dim() - axis for place, axis in carried.items()}
     shared = next(leaf for leaf in leaves if isinstance(leaf, SharedTensor))
     if len(from_right) > 1:
-        raise shared._refuse(f"{getattr(func, '__name__', func)} of tensors whose batch is at different dimensions")
+        raise shared._refuse(
+            f"{getattr(func, '__name__', func)} of tensors whose batch is at different dimensions"
+        )
     axis = ndim - from_right.pop()
     inputs = [leaf.aligned(ndim, axis) if isinstance(leaf, SharedTensor) else leaf for leaf in leaves]
     args, kwargs = tree_unflatten(inputs, spec)
@@ -259,13 +271,22 @@ def _with_batch(func: Any, leaves: Sequence[Any], spec: Any, carried: dict[int, 
 def _written(args: tuple[Any, ...], carried: dict[int, int], first: SharedTensor) -> None:
     """x[mask] = p, with a boolean mask over the first dimensions of x."""
     x, mask, p = args
-    plain = isinstance(x, Tensor) and isinstance(mask, Tensor) and mask.dtype is torch.bool and isinstance(p, SharedTensor)
+    plain = (
+        isinstance(x, Tensor)
+        and isinstance(mask, Tensor)
+        and mask.dtype is torch.bool
+        and isinstance(p, SharedTensor)
+    )
     if not plain or p.ndim > x.dim() - mask.dim() or 0 not in carried:
         raise first._refuse("writing it by index")
-    x.copy_(torch.where(mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())), p.aligned(x.dim(), carried[0]), x))
+    x.copy_(
+        torch.where(mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())), p.aligned(x.dim(), carried[0]), x)
+    )
 
 
-def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], carried: dict[int, int], first: SharedTensor) -> Any:
+def _joined(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], carried: dict[int, int], first: SharedTensor
+) -> Any:
     """torch.cat and torch.stack along another dimension than the batch."""
     axis = set(carried.values())
     parts = args[0] if args else kwargs["tensors"]
@@ -317,13 +338,29 @@ def _example_by_example(
             moved = out.squeeze(axis + 1).movedim(0, axis)
             if moved.shape == expected:
                 return moved
-    raise first._refuse(f"{name}, which gives {tuple(out.shape[1:])} an example and {tuple(expected)} for the batch,")
+    raise first._refuse(
+        f"{name}, which gives {tuple(out.shape[1:])} an example and {tuple(expected)} for the batch,"
+    )
+
+
+@torch.no_grad()
+def _check_value(func: Any, leaves: Sequence[Any], spec: Any, first: SharedTensor, result: Tensor) -> None:
+    """Raise where one example at a time does not give what the plain call gives: it mixes the batch."""
+    args, kwargs = tree_unflatten([x.value() if isinstance(x, SharedTensor) else x for x in leaves], spec)
+    plain = func(*args, **kwargs)
+    error = (result.double() - plain.double()).abs().max() if plain.numel() else 0
+    if not error <= 0.05 * plain.double().abs().max():
+        raise first._refuse(
+            f"{getattr(func, '__name__', func)}, in which an example's result depends on the others,"
+        )
 
 
 def _plain_shape(func: Any, leaves: Sequence[Any], spec: Any) -> torch.Size:
     """The shape that the plain model's call gives."""
     inputs = [
-        torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if isinstance(leaf, Tensor | SharedTensor) else leaf
+        torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+        if isinstance(leaf, Tensor | SharedTensor)
+        else leaf
         for leaf in leaves
     ]
     args, kwargs = tree_unflatten(inputs, spec)
@@ -331,17 +368,17 @@ def _plain_shape(func: Any, leaves: Sequence[Any], spec: Any) -> torch.Size:
     return shape
 
 
-_METADATA = {Tensor.size, Tensor.dim, Tensor.numel, torch.numel, torch.is_floating_point, torch.is_tensor, Tensor.__len__}
+_METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, torch.numel, torch.is_floating_point}
 _WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 _JOINING = {torch.cat, torch.concat, torch.stack}
+_BROADCASTING_NAMES = """
+    add sub subtract mul multiply div divide true_divide pow maximum minimum fmax fmin where lerp addcmul addcdiv clamp
+    clamp_min clamp_max atan2 hypot logaddexp xlogy eq ne lt le gt ge logical_and logical_or fmod remainder masked_fill
+    __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ rsub expand_as
+"""
 _BROADCASTING = {
     getattr(owner, name)
     for owner in (torch, Tensor)
-    for name in (
-        "add sub subtract mul multiply div divide true_divide pow maximum minimum fmax fmin where lerp addcmul addcdiv "
-        "clamp clamp_min clamp_max atan2 hypot logaddexp xlogy eq ne lt le gt ge logical_and logical_or fmod remainder "
-        "masked_fill __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ rsub "
-        "expand_as"
-    ).split()
+    for name in _BROADCASTING_NAMES.strip().split()
     if hasattr(owner, name)
-} | {F.huber_loss}
+}

@@ -68,7 +68,7 @@ class Tape:
         self._gradient_axes: dict[tuple[tuple[nn.Parameter, ...], int], int] = {}
         self._proposed_axes: dict[tuple[tuple[nn.Parameter, ...], int], int] = {}
         self._asked: Counter[tuple[nn.Parameter, ...]] = Counter()
-        # Whether some layer asks `axes`, and they were not asked at other batch sizes yet; whether they are now.
+        # Whether `axes` are to be asked at other batch sizes still; whether they are now.
         self.needs_to_ask = False
         self.asking = False
         # Told of every record as its layer's backward makes it: the row check.

@@ -63,7 +63,8 @@ def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any,
     """
     probe = _Probe(model, tape, loss_fn, trained_parameters(model), secret_seed())
     with as_it_is(model):
-        settle_axes(model, tape, loss_fn, batch)
+        with same_draws(probe.seed):
+            settle_axes(model, tape, loss_fn, batch)
         _check(probe, batch, samples, "train" if model.training else "eval")
 
 

@@ -27,7 +27,7 @@ def private_backward(tape: Tape, losses: Tensor) -> list[Record]:
 
 
 def settle_axes(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> None:
-    """Have the tape's axes asked for now, by a forward, where they were not: before hooks are placed that would see it."""
+    """Have the tape's axes asked for now where they were not, by a forward: before hooks are placed that see it."""
     if tape.needs_to_ask:
         loss_fn(model, batch)
         tape.discard()

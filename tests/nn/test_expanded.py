@@ -146,7 +146,10 @@ def test_uses_of_a_raw_parameter_of_a_module_with_children(use: Any, batch: int)
     [
         (lambda p, x: p.mul_(2), "mul_, which writes"),
         (lambda p, x: torch.cat([p.view(1, 1, 4), x])[1:], "cat along the batch"),
-        (lambda p, x: nn.functional.batch_norm(x.flatten(1), None, None, p.repeat(3), training=True), "batch_norm"),
+        (
+            lambda p, x: nn.functional.batch_norm(x.flatten(1), None, None, p.repeat(3), training=True),
+            "batch_norm",
+        ),
     ],
 )
 def test_other_uses_of_a_raw_parameter_are_refused_by_name(use: Any, says: str) -> None:
@@ -154,19 +157,28 @@ def test_other_uses_of_a_raw_parameter_are_refused_by_name(use: Any, says: str) 
         run_private(swap(Using(use)), squares, (torch.randn(5, 3, 4),))
 
 
-def test_a_raw_parameter_read_past_its_module_fills_grad() -> None:
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+        self.gains = nn.ParameterList([torch.randn(4), torch.randn(1, 3, 1)])
+        self.named = nn.ParameterDict({"shift": nn.Parameter(torch.randn(4))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gain in self.gains:
+            x = x * gain
+        return x * self.inner.gain + self.named["shift"] * self.gains[0]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 5])
+def test_raw_parameters_that_another_module_reads(batch: int) -> None:
+    check_private(Outer().double(), squares, (torch.randn(batch, 3, 4).double(),))
+
+
+def test_a_raw_parameter_read_past_the_models_forward_fills_grad() -> None:
     """Nothing is recorded then, and .grad is how the engine notices."""
-
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Attention()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.inner.gain
-
     with pytest.raises(AssertionError, match=r"\.grad"):
-        run_private(swap(Outer()), squares, (torch.randn(5, 3, 4),))
+        run_private(swap(Outer()), lambda m, x: squares(m, x) + m.inner.gain.sum(), (torch.randn(5, 3, 4),))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -250,7 +262,6 @@ REFUSED: list[Any] = [
     (lambda: nn.MultiheadAttention(8, 2), "out_proj.weight", "q, k and v"),
     (lambda: nn.TransformerEncoderLayer(8, 2), "self_attn.in_proj_weight", "q, k and v"),
     (lambda: nn.LSTM(3, 3), "weight_ih_l0", "Cell"),
-    (lambda: nn.ParameterList([nn.Parameter(torch.ones(2))]), "0", "outside"),
     (lambda: nn.Bilinear(64, 64, 64), "weight", "262,144 elements"),
     (
         lambda: parametrizations.weight_norm(nn.Linear(3, 3)),

@@ -55,7 +55,7 @@ def test_any_part_may_be_frozen(trained: str, first: bool) -> None:
 def test_dp_rp_keeps_h_but_not_x() -> None:
     layer = lora()
     layer.lora_A.requires_grad_(False)
-    attach(layer)
+    attach(layer).needs_to_ask = False
     saved: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         layer(torch.randn(4, 3, 6))

@@ -1,7 +1,7 @@
 """Small models whose examples share tensors: positions, masks, prototypes, lists, dataclasses, other layouts.
 
-Each has an input [B, T, D] with T = 4 and D = 6, and sizes 2 (heads), 3 (prototypes), 5 (slots): at some batch size from
-1 to 12 the batch is as large as each of them.
+Each has an input [B, T, D] with T = 4 and D = 6, and sizes 2 (heads), 3 (prototypes), 5 (slots): at some batch size
+from 1 to 12 the batch is as large as each of them.
 """
 
 from __future__ import annotations
@@ -231,7 +231,9 @@ class TensorsOfEachExample(OfLeaf):
 
 @in_zoo
 class LengthsAsList(OfLeaf):
-    use = staticmethod(lambda w, x, lengths: torch.stack([row[:n].sum(0) * w for row, n in zip(x, lengths, strict=True)]))
+    use = staticmethod(
+        lambda w, x, lengths: torch.stack([row[:n].sum(0) * w for row, n in zip(x, lengths, strict=True)])
+    )
 
     def middle(self, h: Tensor) -> Tensor:
         return h + self.leaf(h, [1 + 2 * int(row[0, 0] > 0) for row in h])[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -27,10 +27,10 @@ from tests.privacy.private_run import Net, Run, losses_of, norm_of, private_run
 INDICES = (0, 1, 2, 3, 4, 5, 6)
 
 
-def check_clipped_sum(run: Run) -> None:
+def check_clipped_sum(run: Run, indices: Sequence[int] = INDICES) -> None:
     """What is released without noise is the clipped sum over the expected batch size."""
-    expected = run.clipped_sum(INDICES)
-    released = run.release(INDICES[:3], INDICES[3:])
+    expected = run.clipped_sum(indices)
+    released = run.release(indices[:3], indices[3:])
     for name, total in expected.items():
         torch.testing.assert_close(
             released[name], total / 8, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
@@ -384,11 +384,10 @@ def test_a_penalty_on_weights_is_refused() -> None:
         run.optimizer.backward(losses)
 
 
-def test_an_input_broadcast_over_the_batch_is_refused() -> None:
-    run = private_run(model=Broadcast())
-    run.optimizer.begin_logical_batch(3)
-    with pytest.raises(ValueError, match="positions"):
-        run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1, 2]]))
+@pytest.mark.parametrize("batch", [1, 3, 4, 7])
+def test_an_input_broadcast_over_the_batch_is_clipped_example_by_example(batch: int) -> None:
+    run = private_run(model=Broadcast(), sigma=0, clip=0.1)
+    check_clipped_sum(run, range(batch))
 
 
 def test_loss_backward_is_refused_and_leaves_the_sums_alone() -> None:
