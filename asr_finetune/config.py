@@ -63,6 +63,13 @@ class ModelConfig(_Section):
         default=None,
         metadata=about("Whisper: trim the encoder to that many seconds (faster); CTC: leave null", above=0),
     )
+    language: str | None = field(
+        default=None,
+        metadata=about("multilingual Whisper: de, German, ...; null: the checkpoint's own, else English"),
+    )
+    task: Literal["transcribe", "translate"] | None = field(
+        default=None, metadata=about("multilingual Whisper: null: the checkpoint's own, else transcribe")
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32",
         metadata=about(

@@ -1,4 +1,4 @@
-"""CTC recognisers: Parakeet, Wav2Vec2-BERT, Wav2Vec2, Wav2Vec2-Conformer.
+"""CTC recognisers: Parakeet, Wav2Vec2-BERT, Wav2Vec2, Wav2Vec2-Conformer; and small ones made anew.
 
 The CTC blank is the class `config.pad_token_id`, as in all of transformers' CTC models.
 """
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import ParakeetTokenizer
 
-from asr_finetune.losses import IGNORED, ctc_frames_needed, ctc_loss_per_example
 from asr_finetune.recognizer import Recognizer, pad_rows
+from dpkernels.losses import IGNORED, ctc_loss_per_example
 
 if TYPE_CHECKING:
     from asr_finetune.corpus import Utterance
@@ -56,9 +56,15 @@ class CTCRecognizer(Recognizer):
         return {self.input_name: values}
 
     def encode_text(self, text: str) -> Tensor:
-        """See Recognizer; no special tokens."""
-        encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """See Recognizer."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return torch.tensor(encoded, dtype=torch.int64)
+
+    def label_problem(self, labels: Tensor) -> str | None:
+        """See Recognizer; the blank is no label either."""
+        if bool((labels == self.blank).any()):
+            return f"the blank as a label: {self.tokenizer.convert_ids_to_tokens(self.blank)!r} in the transcript"
+        return super().label_problem(labels)
 
     def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         rows = [item[self.input_name] for item in items]
@@ -90,7 +96,7 @@ class CTCRecognizer(Recognizer):
         return lengths.to(torch.int64)
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """−ln p(y | x) in nats of each utterance; see `losses.ctc_loss_per_example`."""
+        """−ln p(y | x) in nats of each utterance; see `dpkernels.losses.ctc_loss_per_example`."""
         logits, lengths = self.logits(model, batch)
         losses = ctc_loss_per_example(logits, lengths, batch["labels"], self.blank)
         learnt = (batch["labels"] != IGNORED).any(dim=1)
@@ -140,6 +146,9 @@ class CTCRecognizer(Recognizer):
         labels = self.encode_text(self.target_prefix + utterance.text)
         if len(labels) == 0:
             return "no transcript left after tokenisation"
+        problem = self.label_problem(labels)
+        if problem is not None:
+            return problem
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and bool((labels == unknown).any()):
             words = [word for word in utterance.text.split() if unknown in self.encode_text(word)]
@@ -147,12 +156,22 @@ class CTCRecognizer(Recognizer):
                 f"not in the vocabulary: {', '.join(words)!r}; see data.text_case, data.strip_punctuation and "
                 "model.vocabulary"
             )
+        delimiter = getattr(self.tokenizer, "word_delimiter_token", None) or WORD_DELIMITER
+        if delimiter in utterance.text:
+            spaced = self.encode_text(self.target_prefix + utterance.text.replace(delimiter, " "))
+            if torch.equal(labels, spaced):
+                return f"the tokenizer's sign for a space in the transcript: {delimiter!r}"
         needed, frames = ctc_frames_needed(labels), self.length(utterance)
         if needed > frames:
             return (
                 f"no CTC alignment: {needed} frames needed for {len(labels)} labels, the audio has {frames}"
             )
         return None
+
+
+def ctc_frames_needed(labels: Tensor) -> int:
+    """Frames that the shortest CTC alignment of labels [L] takes: L, and a blank between equal neighbours."""
+    return len(labels) + int((labels[1:] == labels[:-1]).sum())
 
 
 def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"]) -> Any:
@@ -199,7 +218,70 @@ def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"
         )
         core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
         core.decoder = decoders.Sequence([decoders.Replace(WORD_DELIMITER, " "), decoders.Fuse()])
-    return ParakeetTokenizer(tokenizer_object=core, pad_token=BLANK, unk_token=UNKNOWN)
+    return transformers.ParakeetTokenizer(tokenizer_object=core, pad_token=BLANK, unk_token=UNKNOWN)
+
+
+def tiny_parakeet(
+    vocabulary: Sequence[str],
+    *,
+    unit: Literal["words", "characters"] | None = None,
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    channels: int = 64,
+    mels: int = 80,
+    seed: int = 0,
+    **encoder: Any,
+) -> CTCRecognizer:
+    """A small ParakeetForCTC with fresh weights: it runs the very path of the 608.8 M-parameter one.
+
+    Args:
+        vocabulary: words or characters; it becomes part of the model, so it must be public.
+        unit: what one label is; None: characters where every entry is one letter.
+        hidden: width; the feed-forward layers are 4 times as wide.
+        layers: conformer blocks.
+        heads: attention heads.
+        channels: of the subsampling convolutions.
+        mels: log-mel bins.
+        seed: of the initialisation; public.
+        encoder: more fields of transformers' ParakeetEncoderConfig.
+
+    Raises:
+        ValueError: a vocabulary that `ctc_tokenizer` refuses, or a width that the heads do not divide.
+    """
+    if hidden % heads:
+        raise ValueError(f"tiny_parakeet: hidden={hidden} is not a multiple of heads={heads}")
+    unit = unit or ("characters" if all(len(entry) == 1 for entry in vocabulary) else "words")
+    tokenizer = ctc_tokenizer(vocabulary, unit)
+    config = transformers.ParakeetCTCConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        encoder_config={
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * hidden,
+            "subsampling_conv_channels": channels,
+            "num_mel_bins": mels,
+            "dropout": 0.0,
+            "activation_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "layerdrop": 0.0,
+            **encoder,
+        },
+    )
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.ParakeetForCTC(config)
+        for module in model.modules():
+            # transformers starts convolutions at N(0, 0.02), made for checkpoints that are loaded over them: in the
+            # subsampling of a fresh small model the signal vanishes, and nothing is learnt.
+            if isinstance(module, nn.Conv1d | nn.Conv2d):
+                module.reset_parameters()
+    extractor = transformers.ParakeetFeatureExtractor(feature_size=mels)
+    processor = transformers.ParakeetProcessor(extractor, tokenizer)
+    return CTCRecognizer(model.eval(), processor, name="tiny-parakeet")
 
 
 def _named(entries: Sequence[str]) -> str:

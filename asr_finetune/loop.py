@@ -48,6 +48,7 @@ class Run:
     curve: list[dict[str, Any]] = field(default_factory=list)
     valid: tuple[Corpus, SpeechDataset] | None = None
     lost: list[Problem] = field(default_factory=list)  # found while training, by this process
+    told_of_impossible: bool = False
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -78,7 +79,7 @@ def run_steps(run: Run) -> None:
             rate = learning_rate(config, run.step)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
-            loss, examples = _backward(run, logical_batch)
+            losses = _backward(run, logical_batch)
             try:
                 run.optimizer.step()
             except BudgetExhausted as reason:
@@ -87,7 +88,7 @@ def run_steps(run: Run) -> None:
             run.optimizer.zero_grad()
             run.step += 1
             run.seconds = before + time.monotonic() - began
-            entry = _history_entry(run, loss, examples, rate, time.monotonic() - step_began)
+            entry = _history_entry(run, losses, rate, time.monotonic() - step_began)
             entry |= display.refresh(last=run.step == total)
             run.folder.note_history(entry)
             bar.update(run.step, display.facts(entry))
@@ -106,8 +107,8 @@ def run_steps(run: Run) -> None:
             )
 
 
-def _backward(run: Run, logical_batch: Iterable[Any]) -> tuple[float, int]:
-    """One backward a micro-batch. Returns the sum of the losses (NOT PRIVATE) and the number of examples."""
+def _backward(run: Run, logical_batch: Iterable[Any]) -> torch.Tensor:
+    """One backward a micro-batch. Returns the examples' losses, float64. NOT PRIVATE."""
 
     def losses_of(batch: Any) -> torch.Tensor:
         return run.recognizer.loss_per_example(run.recognizer.model, to_device(batch, run.recognizer.device))
@@ -120,17 +121,24 @@ def _backward(run: Run, logical_batch: Iterable[Any]) -> tuple[float, int]:
             losses.append(losses_of(batch))
             run.optimizer.backward(losses[-1])
             losses[-1] = losses[-1].detach()
-    total = sum((part.double().sum() for part in losses), torch.zeros((), dtype=torch.float64))
-    return float(total), sum(map(len, losses))
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(part.double().cpu() for part in losses)])
 
 
-def _history_entry(run: Run, loss: float, examples: int, rate: float, seconds: float) -> dict[str, Any]:
-    mean = loss / examples if examples else None
+def _history_entry(run: Run, losses: torch.Tensor, rate: float, seconds: float) -> dict[str, Any]:
+    finite = losses[losses.isfinite()]
+    impossible = len(losses) - len(finite)
+    if impossible and not run.told_of_impossible:
+        run.told_of_impossible = True
+        run.reporter.say(
+            f"step {run.step}: {impossible} of {len(losses)} losses are not finite (NOT PRIVATE): targets that the "
+            "output layer cannot give, or a model that gives no numbers; their number is in every step's history"
+        )
     entry = {
         "step": run.step,
         "private": False,  # no epsilon covers this line
-        "loss": mean if mean is not None and math.isfinite(mean) else None,
-        "examples": examples,
+        "loss": float(finite.mean()) if len(finite) else None,
+        "examples": len(losses),
+        "non_finite_losses": impossible,
         "learning_rate": rate,
         "seconds": seconds,
     }

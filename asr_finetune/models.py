@@ -1,4 +1,4 @@
-"""Recognisers: loading them from a folder or the hub, and building small ones.
+"""Recognisers: loading them from a folder or the hub.
 
 The classes are in `recognizer.py` (what all do), `ctc.py` and `whisper.py`.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
@@ -18,8 +17,15 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from asr_finetune.checkpoint_fit import (
+    check_adapter,
+    check_blank,
+    check_tokenizer,
+    check_weights,
+    classes_needed,
+)
 from asr_finetune.config import ConfigError, ModelConfig
-from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer
+from asr_finetune.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer, tiny_parakeet
 from asr_finetune.hub import hub_answers, unreachable
 from asr_finetune.methods import head_name
 from asr_finetune.precision import DTYPES, no_tf32
@@ -36,6 +42,8 @@ __all__ = [
 ]
 
 _ADAPTER = "adapter_config.json"
+# What transformers did not find in the file, or found in another shape, is for `check_weights` to judge.
+_LOAD = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 class NoSuchModel(ConfigError):
@@ -75,7 +83,16 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
             "model.new_head and model.vocabulary are for CTC models; Whisper's output layer is its token table: "
             "leave new_head false and vocabulary keep"
         )
-    model = _read(transformers.WhisperForConditionalGeneration, config, dtype=torch.float32)
+    model, info = _read(transformers.WhisperForConditionalGeneration, config, **_LOAD)
+    # Where the sinusoids are not in the file, transformers computes them.
+    check_weights(
+        config.name,
+        model,
+        info,
+        head=head_name(model),
+        new_head=False,
+        constants="encoder.embed_positions.weight",
+    )
     if config.window_seconds is not None:
         try:
             trim_encoder(model, config.window_seconds)
@@ -88,7 +105,18 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
             f"model.name={config.name!r}: its tokenizer does not know {START} as the model does: add the "
             "checkpoint's tokenizer.json (or vocab.json and merges.txt)"
         )
-    return WhisperRecognizer(_placed(model, config), processor, **options)
+    check_tokenizer(
+        config.name,
+        processor.tokenizer,
+        model.config.vocab_size,
+        fix="enlarge the token table (resize_token_embeddings) and save it",
+    )
+    try:
+        return WhisperRecognizer(
+            _placed(model, config), processor, language=config.language, task=config.task, **options
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recognizer:
@@ -96,6 +124,11 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
         raise ConfigError(
             f"model.window_seconds={config.window_seconds:g} is for Whisper; a CTC model takes any length: "
             "leave it null"
+        )
+    if config.language is not None or config.task is not None:
+        raise ConfigError(
+            f"model.language={config.language}, model.task={config.task}: they are for Whisper; a CTC model writes "
+            "what it was trained on: leave them null"
         )
     if config.vocabulary == "words":
         raise ConfigError(
@@ -109,27 +142,50 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
             "needs to know its classes: set new_head true and vocabulary characters (or own, the checkpoint's), or "
             "neither"
         )
-    # Eager attention gives NaN on rows that are masked altogether, which padding makes; sdpa does not.
-    load: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    if config.vocabulary != "characters":
-        model = _read(transformers.AutoModelForCTC, config, **load)
-        if config.new_head:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # public: the new layer's initialisation
-                model.get_submodule(head_name(model)).reset_parameters()
-            options |= {"new_head": True, "vocabulary": "own"}
-        return CTCRecognizer(_placed(model, config), _read(transformers.AutoProcessor, config), **options)
-    tokenizer = ctc_tokenizer(CHARACTERS, "characters")
-    found.vocab_size, found.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    processor = _ctc_processor(config, found)
+    options |= {"new_head": config.new_head, "vocabulary": config.vocabulary}
+    if config.new_head:
+        _classes_of_a_new_head(config, found, processor.tokenizer)
+    elif found.vocab_size is None:
+        raise ConfigError(
+            f"model.name={config.name!r}: its configuration names no vocabulary, so that it has no output layer: set "
+            "model.new_head=true and model.vocabulary=characters"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # public: the new layer's initialisation
-        model = _read(
-            transformers.AutoModelForCTC, config, config=found, ignore_mismatched_sizes=True, **load
+        # Eager attention gives NaN on rows that are masked altogether, which padding makes; sdpa does not.
+        model, info = _read(
+            transformers.AutoModelForCTC, config, config=found, attn_implementation="sdpa", **_LOAD
         )
-    extractor = _read(transformers.AutoFeatureExtractor, config)
-    processor = processor_class(found.model_type)(extractor, tokenizer)
-    options |= {"new_head": True, "vocabulary": "characters"}
+        head = head_name(model)
+        check_weights(config.name, model, info, head=head, new_head=config.new_head)
+        if config.new_head:
+            model.get_submodule(head).reset_parameters()
+    check_tokenizer(config.name, processor.tokenizer, found.vocab_size)
+    check_blank(config.name, processor.tokenizer, found.vocab_size, found.pad_token_id)
     return CTCRecognizer(_placed(model, config), processor, **options)
+
+
+def _ctc_processor(config: ModelConfig, found: Any) -> Any:
+    """The checkpoint's processor, or its feature extractor with a new tokenizer for characters."""
+    if config.vocabulary != "characters":
+        return _read(transformers.AutoProcessor, config)
+    extractor = _read(transformers.AutoFeatureExtractor, config)
+    return processor_class(found.model_type)(extractor, ctc_tokenizer(CHARACTERS, "characters"))
+
+
+def _classes_of_a_new_head(config: ModelConfig, found: Any, tokenizer: Any) -> None:
+    """Set the classes and the blank of a new output layer in the model's configuration: the tokenizer's.
+
+    The checkpoint's own are kept where its own tokenizer fits them: plain transformers then loads the base as it is.
+    """
+    needed = classes_needed(tokenizer)
+    if config.vocabulary == "characters":
+        found.vocab_size, found.pad_token_id = needed, tokenizer.pad_token_id
+    elif found.vocab_size is None or found.vocab_size < needed:
+        found.vocab_size = needed
+        if found.pad_token_id is None:
+            found.pad_token_id = tokenizer.pad_token_id
 
 
 def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
@@ -143,16 +199,28 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
         raise FileNotFoundError(f"--adapter {folder}: no {_ADAPTER} there; give a run's adapter folder")
     settings = folder / SETTINGS
     saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    if config.window_seconds is None:
-        config = replace(config, window_seconds=saved.get("window_seconds"))
+    config = _as_saved(config, saved, "window_seconds", "language", "task")
     if "new_head" in saved:
         # Written by versions without `own`, where a new layer was always one of characters.
         before = "characters" if saved["new_head"] else "keep"
         config = replace(config, new_head=saved["new_head"], vocabulary=saved.get("vocabulary", before))
     recognizer = load_recognizer(config)
     recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
-    recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
+    try:
+        recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
+    except (RuntimeError, ValueError) as error:  # shapes or layers of another model
+        raise ConfigError(
+            f"--adapter {folder} does not fit model.name={config.name!r}: give the base model that it was trained on; "
+            f"PEFT says: {(str(error).strip().splitlines() or [type(error).__name__])[-1].strip()}"
+        ) from error
+    check_adapter(recognizer.model, folder)
     return recognizer
+
+
+def _as_saved(config: ModelConfig, saved: dict[str, Any], *names: str) -> ModelConfig:
+    """The configuration with saved settings in the place of its nulls."""
+    values: dict[str, Any] = {name: saved.get(name) for name in names if getattr(config, name) is None}
+    return replace(config, **values)
 
 
 def _adapter_and_its_base(config: ModelConfig) -> Recognizer:
@@ -188,7 +256,8 @@ def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
         fault = f"there is no such folder, {unreachable()}, and no earlier download is complete"
     try:
         return reader.from_pretrained(asked.name, revision=asked.revision, **options)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:  # TypeError: no tokenizer's files
+    # TypeError: no tokenizer's files; RuntimeError: weights that cannot be put into the model
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise NoSuchModel(
             f"model.name={asked.name!r}: {fault}. Give (--model, or model.name) a folder with config.json, "
             "model.safetensors and the processor's files, or a hub id (and model.revision) that this machine can "
@@ -220,66 +289,3 @@ def processor_class(model_type: str) -> Any:
     """transformers' processor for a CTC model type."""
     names = {"parakeet_ctc": "ParakeetProcessor", "wav2vec2-bert": "Wav2Vec2BertProcessor"}
     return getattr(transformers, names.get(model_type, "Wav2Vec2Processor"))
-
-
-def tiny_parakeet(
-    vocabulary: Sequence[str],
-    *,
-    unit: Literal["words", "characters"] | None = None,
-    hidden: int = 128,
-    layers: int = 4,
-    heads: int = 4,
-    channels: int = 64,
-    mels: int = 80,
-    seed: int = 0,
-    **encoder: Any,
-) -> CTCRecognizer:
-    """A small ParakeetForCTC with fresh weights: it runs the very path of the 608.8 M-parameter one.
-
-    Args:
-        vocabulary: words or characters; it becomes part of the model, so it must be public.
-        unit: what one label is; None: characters where every entry is one letter.
-        hidden: width; the feed-forward layers are 4 times as wide.
-        layers: conformer blocks.
-        heads: attention heads.
-        channels: of the subsampling convolutions.
-        mels: log-mel bins.
-        seed: of the initialisation; public.
-        encoder: more fields of transformers' ParakeetEncoderConfig.
-
-    Raises:
-        ValueError: a vocabulary that `ctc_tokenizer` refuses, or a width that the heads do not divide.
-    """
-    if hidden % heads:
-        raise ValueError(f"tiny_parakeet: hidden={hidden} is not a multiple of heads={heads}")
-    unit = unit or ("characters" if all(len(entry) == 1 for entry in vocabulary) else "words")
-    tokenizer = ctc_tokenizer(vocabulary, unit)
-    config = transformers.ParakeetCTCConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        encoder_config={
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * hidden,
-            "subsampling_conv_channels": channels,
-            "num_mel_bins": mels,
-            "dropout": 0.0,
-            "activation_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "layerdrop": 0.0,
-            **encoder,
-        },
-    )
-    config._attn_implementation = "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.ParakeetForCTC(config)
-        for module in model.modules():
-            # transformers starts convolutions at N(0, 0.02), made for checkpoints that are loaded over them: in the
-            # subsampling of a fresh small model the signal vanishes, and nothing is learnt.
-            if isinstance(module, nn.Conv1d | nn.Conv2d):
-                module.reset_parameters()
-    extractor = transformers.ParakeetFeatureExtractor(feature_size=mels)
-    processor = transformers.ParakeetProcessor(extractor, tokenizer)
-    return CTCRecognizer(model.eval(), processor, name="tiny-parakeet")

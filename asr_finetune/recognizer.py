@@ -15,9 +15,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from asr_finetune.losses import IGNORED
 from asr_finetune.parameters import total_parameters, trained_parameters
 from asr_finetune.precision import arithmetic, widened, widened_state
+from dpkernels.losses import IGNORED
 
 if TYPE_CHECKING:
     from asr_finetune.corpus import Utterance
@@ -77,6 +77,11 @@ class Recognizer(ABC):
         return base_model(self.model)
 
     @property
+    def classes(self) -> int:
+        """How many classes the output layer has: a label is one of 0 … classes − 1."""
+        return int(self.base.config.vocab_size)
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
@@ -91,7 +96,17 @@ class Recognizer(ABC):
 
     @abstractmethod
     def encode_text(self, text: str) -> Tensor:
-        """Text -> labels [L] int64, with the end token for a seq2seq model."""
+        """Text -> labels [L] int64, with the end token for a seq2seq model.
+
+        What reads like a special token ("<pad>") is text like any other.
+        """
+
+    def label_problem(self, labels: Tensor) -> str | None:
+        """Why labels [L] from `encode_text` cannot be learnt, by their numbers; None where they can."""
+        outside = labels[(labels < 0) | (labels >= self.classes)]
+        if len(outside):
+            return f"a label outside the output layer: {outside.tolist()}, it has the classes 0 to {self.classes - 1}"
+        return None
 
     @abstractmethod
     def length(self, utterance: Utterance) -> int:
@@ -242,7 +257,7 @@ class Recognizer(ABC):
             "class": type(self.base).__name__,
             "kind": self.kind,
             "sampling_rate": self.sampling_rate,
-            "vocabulary": int(self.base.config.vocab_size),
+            "vocabulary": self.classes,
             "dtype": str(self.dtype).removeprefix("torch."),
             "new_head": self.new_head,
             "total_parameters": total_parameters(self.model),

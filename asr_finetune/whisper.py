@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from asr_finetune.losses import IGNORED, seq2seq_loss_per_example, sequence_log_likelihood
 from asr_finetune.precision import arithmetic
 from asr_finetune.recognizer import Recognizer, pad_rows, to_device
+from dpkernels.losses import IGNORED, cross_entropy_per_example
 
 if TYPE_CHECKING:
     from asr_finetune.corpus import Utterance
@@ -29,6 +30,7 @@ FRAMES_PER_POSITION = 2  # conv2 has stride 2
 # Speech has some 6 tokens a second at most; a greedy decoder that has lost its way would run to 448. A window that
 # is much shorter than those of pretraining makes it repeat itself until the model is fine-tuned.
 TOKENS_PER_SECOND, TOKENS_LEAST = 8, 8
+_NO_CLASS = -1  # a label that no output layer has
 SCORED_AT_ONCE = 512  # sequences in one forward of restricted decoding
 
 
@@ -36,33 +38,60 @@ class WhisperRecognizer(Recognizer):
     """A Whisper model. Items hold input_features [T, F] of the whole window, or encoder_states [S, d] when
     cached.
 
-    English-only models need no language; a multilingual one takes `language` (default: English) and
-    transcribes. The decoder's prompt (start, language, task, no timestamps) is given, and not learnt: losses
-    and scores are of the text and the end token.
+    English-only models have neither language nor task (None). A multilingual one takes those it is given, else the
+    ones its generation configuration names, else English and transcribing. The decoder's prompt (start, language,
+    task, no timestamps) is given, and not learnt: losses and scores are of the text and the end token.
     """
 
     kind: ClassVar[Literal["ctc", "seq2seq"]] = "seq2seq"
 
-    def __init__(self, model: nn.Module, processor: Any, *, language: str = "en", **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        language: str | None = None,
+        task: str | None = None,
+        **options: Any,
+    ) -> None:
         # " 5", not "5": Whisper was trained on texts with a space before the first word.
         super().__init__(model, processor, **{"target_prefix": " ", **options})
         generation = self.base.generation_config
         self.multilingual = bool(getattr(generation, "is_multilingual", False))
-        self.language = language if self.multilingual else None
+        self.language, self.task = self._spoken(language, task)
         self.prompt = self._prompt()
         self.end = int(self.base.config.eos_token_id)
+        self._added = frozenset(self.tokenizer.get_added_vocab().values())
+
+    def _spoken(self, language: str | None, task: str | None) -> tuple[str | None, str | None]:
+        """The language's code and the task; None for an English-only model."""
+        generation = self.base.generation_config
+        if not self.multilingual:
+            if language_code(language or "en") != "en" or task not in (None, "transcribe"):
+                raise ValueError(
+                    f"model.language={language!r}, model.task={task!r}: {self.name} is English-only (its generation "
+                    "configuration does not say is_multilingual): leave both null, or take a multilingual checkpoint"
+                )
+            return None, None
+        language = language or getattr(generation, "language", None) or "en"
+        task = task or getattr(generation, "task", None) or "transcribe"
+        known, tasks = generation.lang_to_id, generation.task_to_id
+        if f"<|{language_code(language)}|>" not in known:
+            raise ValueError(f"model.language={language!r}: {self.name} knows {', '.join(sorted(known))}")
+        if task not in tasks:
+            raise ValueError(f"model.task={task!r}: {self.name} knows {', '.join(sorted(tasks))}")
+        # Saved with a whole model: transformers' own generation then does the same.
+        generation.language, generation.task = language_code(language), task
+        return language_code(language), task
 
     def _prompt(self) -> list[int]:
         generation = self.base.generation_config
         prompt = [int(self.base.config.decoder_start_token_id)]
         if self.multilingual:
-            languages = generation.lang_to_id
-            token = f"<|{self.language}|>"
-            if token not in languages:
-                raise ValueError(
-                    f"language={self.language!r}: {self.name} knows {', '.join(sorted(languages))}"
-                )
-            prompt += [int(languages[token]), int(generation.task_to_id["transcribe"])]
+            prompt += [
+                int(generation.lang_to_id[f"<|{self.language}|>"]),
+                int(generation.task_to_id[self.task]),
+            ]
         # Plain text follows this token; old English-only checkpoints name it in the tokenizer only.
         no_timestamps = self.tokenizer.convert_tokens_to_ids("<|notimestamps|>")
         if no_timestamps is not None and no_timestamps != self.tokenizer.unk_token_id:
@@ -79,6 +108,10 @@ class WhisperRecognizer(Recognizer):
         positions = int(self.base.config.max_source_positions)
         return positions * FRAMES_PER_POSITION * int(self.feature_extractor.hop_length)
 
+    @property
+    def _most_labels(self) -> int:
+        return int(self.base.config.max_target_positions) - len(self.prompt) + 1
+
     def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
         """See Recognizer; silence fills the window."""
         if len(array) > self._window_samples:
@@ -94,8 +127,15 @@ class WhisperRecognizer(Recognizer):
 
     def encode_text(self, text: str) -> Tensor:
         """See Recognizer; the text's tokens and the end token, without the decoder's prompt."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return torch.tensor([*ids, self.end], dtype=torch.int64)
+
+    def label_problem(self, labels: Tensor) -> str | None:
+        """See Recognizer; tokens that a text cannot hold (languages, times, an end before the end) are no labels."""
+        special = [token for token in labels[:-1].tolist() if token in self._added]
+        if special:
+            return f"a special token as a label: {self.tokenizer.convert_ids_to_tokens(special)}"
+        return super().label_problem(labels)
 
     def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         name = "encoder_states" if "encoder_states" in items[0] else "input_features"
@@ -134,7 +174,7 @@ class WhisperRecognizer(Recognizer):
         return states.to(next(model.parameters()).dtype)
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Mean −ln p over an utterance's tokens and its end; see `losses.seq2seq_loss_per_example`."""
+        """Mean −ln p over an utterance's tokens and its end; see `dpkernels.losses.cross_entropy_per_example`."""
         decoder, labels = self._teacher_forcing(batch["labels"])
         inputs: dict[str, Any]
         if "encoder_states" in batch:
@@ -143,12 +183,20 @@ class WhisperRecognizer(Recognizer):
             features = batch["input_features"].transpose(1, 2)
             inputs = {"input_features": features.to(next(model.parameters()).dtype)}
         logits = model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
-        return seq2seq_loss_per_example(logits, labels)
+        return cross_entropy_per_example(logits, labels)
 
     def _teacher_forcing(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels [B, L] -> (decoder_input_ids, labels), both [B, P−1+L] with a prompt of P tokens."""
+        """Labels [B, L] -> (decoder_input_ids, labels), both [B, P−1+L] with a prompt of P tokens.
+
+        L is cut to what the decoder's positions hold. An utterance that has more labels gets one that is no class
+        among them, so that the loss marks it and gives it no gradient.
+        """
         prompt = labels.new_tensor(self.prompt).expand(len(labels), -1)
-        previous = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.end)  # read by padding only
+        cut = (labels[:, self._most_labels :] != IGNORED).any(dim=1, keepdim=True)
+        labels = labels[:, : self._most_labels].masked_fill(cut, _NO_CLASS)
+        # Padding and labels that are no class are read by nothing that is learnt.
+        known = (labels[:, :-1] >= 0) & (labels[:, :-1] < self.classes)
+        previous = labels[:, :-1].masked_fill(~known, self.end)
         unlearnt = labels.new_full((len(labels), len(self.prompt) - 1), IGNORED)
         return torch.cat([prompt, previous], dim=1), torch.cat([unlearnt, labels], dim=1)
 
@@ -192,8 +240,8 @@ class WhisperRecognizer(Recognizer):
             logits = self.base(
                 encoder_outputs=outputs, decoder_input_ids=decoder.repeat(len(part), 1), use_cache=False
             ).logits
-            total, _ = sequence_log_likelihood(logits, learnt.repeat(len(part), 1))
-            scores.append(total.view(len(part), len(texts)))
+            losses = cross_entropy_per_example(logits, learnt.repeat(len(part), 1), reduction="sum")
+            scores.append(-losses.view(len(part), len(texts)))
         return torch.cat(scores)
 
     def length(self, utterance: Utterance) -> int:
@@ -213,16 +261,25 @@ class WhisperRecognizer(Recognizer):
 
     def text_problem(self, utterance: Utterance) -> str | None:
         """See Recognizer."""
-        most = int(self.base.config.max_target_positions) - len(self.prompt) + 1
-        tokens = len(self.encode_text(self.target_prefix + utterance.text))
-        return f"too many tokens: {tokens}, the decoder takes {most} at most" if tokens > most else None
+        labels = self.encode_text(self.target_prefix + utterance.text)
+        if len(labels) > self._most_labels:
+            return f"too many tokens: {len(labels)}, the decoder takes {self._most_labels} at most"
+        return self.label_problem(labels)
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "window_seconds": self.window_seconds}
+        facts = {"window_seconds": self.window_seconds, "language": self.language, "task": self.task}
+        return {**super()._settings(), **facts}
 
     def describe(self) -> dict[str, Any]:
-        """See Recognizer; with the encoder's window."""
-        return {**super().describe(), "window_seconds": self.window_seconds, "language": self.language}
+        """See Recognizer; with the encoder's window, the language and the task."""
+        facts = {"window_seconds": self.window_seconds, "language": self.language, "task": self.task}
+        return {**super().describe(), **facts}
+
+
+def language_code(language: str) -> str:
+    """The code of a language that is given by its code ("de"), its token ("<|de|>") or its English name ("German")."""
+    bare = language.strip().lower().removeprefix("<|").removesuffix("|>")
+    return str(TO_LANGUAGE_CODE.get(bare, bare))
 
 
 def trim_encoder(model: Any, seconds: float, hop_seconds: float = 0.01) -> None:

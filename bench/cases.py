@@ -226,15 +226,18 @@ class _OneLayer(nn.Module):
 
     def forward(self, input_features: Tensor) -> SimpleNamespace:
         x = self.norm(input_features)
-        return SimpleNamespace(logits=self.layer(x.transpose(1, 2) if self.channels_first else x))
+        out = self.layer(x.transpose(1, 2) if self.channels_first else x)
+        return SimpleNamespace(logits=out[0] if isinstance(out, tuple) else out)
 
 
 def _one_layer(case: Case, frames: int) -> nn.Module:
-    depthwise = case.family == "depthwise-layer"
-    layer: nn.Module = nn.Linear(case.width, 4 * case.width)
-    if depthwise:
-        layer = nn.Conv1d(case.width, case.width, 9, padding=4, groups=case.width)
-    return _OneLayer(layer, case.width, depthwise)
+    width, kind = case.width, case.family.removesuffix("-layer")
+    layer: nn.Module = nn.Linear(width, 4 * width)
+    if kind in _RECURRENT:
+        layer = _RECURRENT[kind](width, width, batch_first=True)
+    elif kind == "depthwise":
+        layer = nn.Conv1d(width, width, 9, padding=4, groups=width)
+    return _OneLayer(layer, width, kind == "depthwise")
 
 
 def _layer_batch(case: Case, size: int, frames: int, generator: torch.Generator) -> Batch:
@@ -251,10 +254,12 @@ FAMILIES = {
     "whisper": Family(_whisper, _whisper_batch, _token_losses, ["q_proj", "v_proj"]),
 }
 
+_RECURRENT: dict[str, Callable[..., nn.Module]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 _LAYERS = (
     ("linear", "Linear 512→2048", None),
     ("lora", "LoRA Linear 512→2048, r=8", 8),
     ("depthwise", "depthwise Conv1d 512, k=9", None),
+    *((kind, f"{kind.upper()} 512→512", None) for kind in _RECURRENT),
 )
 FAMILIES |= {
     f"{kind}-layer": Family(_one_layer, _layer_batch, _layer_losses, ["layer"]) for kind, *_ in _LAYERS

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bench.cases import CASES
-from bench.contenders import Settings
+from bench.contenders import (
+    NON_PRIVATE,
+    OPACUS_GHOST,
+    OPACUS_HOOKS,
+    OWN_LAYERS,
+    TIMED_STRATEGIES,
+    Settings,
+    ours,
+)
 from bench.session import Bench
 
 SETTINGS = Settings(noise=0.0, optimizer="sgd")
@@ -16,3 +26,12 @@ def test_layer(bench: Bench, name: str) -> None:
     for frames in (16,) if bench.quick else (50, 150, 500):
         size = 2 if bench.quick else 8
         bench.run("layers", CASES[name], size, frames, settings=SETTINGS, seconds=4)
+
+
+@pytest.mark.parametrize("name", ["lstm-layer", "gru-layer"])
+def test_recurrent_layer(bench: Bench, name: str) -> None:
+    """Beside Opacus's DPLSTM and DPGRU, which its contenders have in place of torch's layer: tens of seconds a step."""
+    size, frames = (2, 16) if bench.quick else (32, 100)
+    case = replace(CASES[name], width=16) if bench.quick else CASES[name]
+    shown = (NON_PRIVATE, OWN_LAYERS, *map(ours, TIMED_STRATEGIES), OPACUS_HOOKS, OPACUS_GHOST)
+    bench.run("layers", case, size, frames, settings=SETTINGS, seconds=4, contenders=shown)

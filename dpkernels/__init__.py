@@ -21,6 +21,9 @@ _LAYER_NAMES = (
     "GhostEmbedding",
     "GhostLayerNorm",
     "GhostRMSNorm",
+    "GhostLSTM",
+    "GhostGRU",
+    "GhostRNN",
     "FrozenBatchNorm",
 )
 _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
@@ -37,6 +40,9 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "GhostEmbedding",
     "GhostLayerNorm",
     "GhostRMSNorm",
+    "GhostLSTM",
+    "GhostGRU",
+    "GhostRNN",
     "FrozenBatchNorm",
     "PrivacyEngine",
     "ops",
@@ -52,10 +58,13 @@ if TYPE_CHECKING:
         GhostConv1d,
         GhostConv2d,
         GhostEmbedding,
+        GhostGRU,
         GhostLayerNorm,
         GhostLinear,
         GhostLoRALinear,
+        GhostLSTM,
         GhostRMSNorm,
+        GhostRNN,
         swap,
     )
     from dpkernels.privacy import PrivacyEngine

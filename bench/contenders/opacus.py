@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import opacus
+from opacus.layers import DPGRU, DPLSTM, DPRNN
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,12 +21,34 @@ from bench.cases import Batch, Case, Criterion, forward
 from bench.contenders import CannotRun, Contender, Settings
 from bench.contenders.rows import Rows
 
+_OWN_LAYERS = {nn.LSTM: DPLSTM, nn.GRU: DPGRU, nn.RNN: DPRNN}
+
+
+def with_opacus_layers(model: nn.Module) -> nn.Module:
+    """Opacus's own recurrent layers in place of torch's, in place, with their weights, as its validator has it."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) in _OWN_LAYERS:
+                names = (
+                    "input_size",
+                    "hidden_size",
+                    "num_layers",
+                    "bias",
+                    "batch_first",
+                    "dropout",
+                    "bidirectional",
+                )
+                own = _OWN_LAYERS[type(layer)](**{option: getattr(layer, option) for option in names})
+                own.to(next(layer.parameters())).load_state_dict(layer.state_dict())
+                setattr(parent, name, own)
+    return model
+
 
 class Hooks(Contender):
     """Per-sample gradients materialised by hooks, then clipped."""
 
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
-        super().__init__(case, model, batch, settings)
+        super().__init__(case, with_opacus_layers(model), batch, settings)
         self.model, self.optimizer, _ = self._made(model, "hooks")
 
     def _made(self, model: nn.Module, mode: str, **options: Any) -> tuple[Any, ...]:
@@ -55,7 +78,7 @@ class Ghost(Hooks):
     """Norms by ghost clipping, then a second backward of the weighted loss."""
 
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
-        Contender.__init__(self, case, model, batch, settings)
+        Contender.__init__(self, case, with_opacus_layers(model), batch, settings)
         criterion = Criterion(case.losses)
         self.model, self.optimizer, self.criterion, _ = self._made(model, "ghost", criterion=criterion)
 

@@ -32,6 +32,8 @@ from dpkernels.nn.records import (
     Record,
     Share,
 )
+from dpkernels.nn.recurrent import GhostGRU, GhostLSTM, GhostRNN
+from dpkernels.nn.recurrent_cells import GhostGRUCell, GhostLSTMCell, GhostRNNCell
 from dpkernels.nn.row_check import RowCheck, RowError
 from dpkernels.nn.shared import SharedTensor
 from dpkernels.nn.sharing import sharing_inputs
@@ -51,6 +53,12 @@ register_swap(_nn.Conv2d, GhostConv2d)
 register_swap(_nn.Embedding, GhostEmbedding)
 register_swap(_nn.LayerNorm, GhostLayerNorm)
 register_swap(_nn.RMSNorm, GhostRMSNorm)
+register_swap(_nn.LSTM, GhostLSTM)
+register_swap(_nn.GRU, GhostGRU)
+register_swap(_nn.RNN, GhostRNN)
+register_swap(_nn.LSTMCell, GhostLSTMCell)
+register_swap(_nn.GRUCell, GhostGRUCell)
+register_swap(_nn.RNNCell, GhostRNNCell)
 
 __all__ = [
     "EXPANSION_LIMIT",
@@ -68,11 +76,17 @@ __all__ = [
     "GhostConv1d",
     "GhostConv2d",
     "GhostEmbedding",
+    "GhostGRU",
+    "GhostGRUCell",
+    "GhostLSTM",
+    "GhostLSTMCell",
     "GhostLayerNorm",
     "GhostLinear",
     "GhostLoRALinear",
     "GhostModule",
     "GhostRMSNorm",
+    "GhostRNN",
+    "GhostRNNCell",
     "LinearRecord",
     "LoRARecord",
     "NormRecord",

@@ -73,21 +73,24 @@ class DepthwiseConv1dRecord(Record):
         size: dict[str, object] = {"kernel_sizes": self.weight.shape[-1]}
         return Share("depthwise_conv1d", self.x, self.g, options, size)
 
-    def merge(self, other: Record) -> Record:
-        """One after the other, with a gap in which g is 0: no window of one reads the other."""
-        if (
-            not isinstance(other, DepthwiseConv1dRecord)
-            or other.weight is not self.weight
-            or (other.stride, other.dilation) != (self.stride, self.dilation)
-        ):
-            return super().merge(other)
-        first, second = self._padded(), other._padded()
-        starts_at = -(-first.x.shape[2] // self.stride)  # the first window of the second
-        x = torch.cat(common_dtype(_pad_end(first.x, starts_at * self.stride), second.x), 2)
-        g = torch.cat(common_dtype(_pad_end(first.g, starts_at), second.g), 2)
-        return DepthwiseConv1dRecord(
-            join_names(self, other), self.weight, x, g, self.stride, 0, self.dilation
-        )
+    def merge(self, *others: Record) -> Record:
+        """One after the other, with gaps in which g is 0: no window of one reads the next."""
+        uses = [self._padded()]
+        for other in others:
+            if (
+                not isinstance(other, DepthwiseConv1dRecord)
+                or other.weight is not self.weight
+                or (other.stride, other.dilation) != (self.stride, self.dilation)
+            ):
+                return super().merge(other)
+            uses.append(other._padded())
+        xs, gs = [], []
+        for use in uses[:-1]:
+            windows = -(-use.x.shape[2] // self.stride)  # after so many, the first window of the next
+            xs.append(_pad_end(use.x, windows * self.stride))
+            gs.append(_pad_end(use.g, windows))
+        x, g = (torch.cat(common_dtype(*parts), 2) for parts in ((*xs, uses[-1].x), (*gs, uses[-1].g)))
+        return DepthwiseConv1dRecord(join_names(*uses), self.weight, x, g, self.stride, 0, self.dilation)
 
     def _padded(self) -> DepthwiseConv1dRecord:
         return replace(self, x=nn.functional.pad(self.x, (self.padding, self.padding)), padding=0)
@@ -144,10 +147,11 @@ class ConvRecord(Record):
         """Its windows' layer; None where groups > 1."""
         return LinearRecord(self.layer, self.weight, *self._group(0)) if self.groups == 1 else None
 
-    def merge(self, other: Record) -> Record:
+    def merge(self, *others: Record) -> Record:
         """As linear records, unfolded; grouped ones formed."""
-        linear = self.as_linear(self.x.dtype) if isinstance(other, LinearRecord | ConvRecord) else None
-        return super().merge(other) if linear is None else linear.merge(other)
+        known = all(isinstance(other, LinearRecord | ConvRecord) for other in others)
+        linear = self.as_linear(self.x.dtype) if known else None
+        return super().merge(*others) if linear is None else linear.merge(*others)
 
 
 @dataclass(eq=False)

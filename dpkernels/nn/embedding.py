@@ -50,6 +50,8 @@ def ghost_embedding(layer: GhostModule, ids: Tensor, table: Tensor, padding_idx:
     Ids that all examples share ([1,T], [T], [T,T]) are looked up once per example; what comes is the SharedTensor that
     stands for the plain one.
     """
+    if padding_idx is not None and padding_idx < 0:  # counted from the end, as F.embedding reads it
+        padding_idx += table.shape[0]
     tape, label = layer.ghost_tape, layer.ghost_label()
     size = tape.forward_batch_size if tape is not None else None
     if tape is None or size is None:

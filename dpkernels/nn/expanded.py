@@ -179,7 +179,10 @@ def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[n
 def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
     """Why `parameter`, a raw parameter of `module`, cannot be expanded; None when it can."""
     if isinstance(module, nn.RNNBase):
-        return "a recurrence in one fused function; freeze it, or build it of nn.*Cell modules"
+        return (
+            "a subclass with a forward of its own around one fused function; use nn.LSTM, nn.GRU or nn.RNN itself, or "
+            "register a twin (dpkernels.nn.ghost_subclass), or freeze it"
+        )
     if isinstance(module, nn.Embedding):
         # Under vmap a lookup is an index, whose backward knows none of them.
         for option in ("padding_idx", "max_norm", "sparse", "scale_grad_by_freq"):

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpkernels.nn.batch_axis import map_tensors, tensors_in
+from dpkernels.nn.module import has_values
 from dpkernels.nn.records import ExpandedRecord
 from dpkernels.nn.tape import Tape, outside_message
 
@@ -268,6 +269,8 @@ def _pull_back(outputs: Sequence[Tensor], values: Sequence[Tensor], gs: Sequence
 
 def _adds_up(part: Tensor, whole: Tensor, weights: Tensor) -> bool:
     """Whether Σ_i w_i·part_i is `whole`, but for rounding; one that is not finite cannot say."""
+    if not has_values(part):
+        return True
     wide = part.double().reshape(len(part), -1)
     total = (wide * weights.to(wide).unsqueeze(1)).sum(0)
     error = (total - whole.double().reshape(-1)).norm()

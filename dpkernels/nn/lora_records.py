@@ -53,14 +53,17 @@ class LoRARecord(Record):
         of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)
         return ExpandedRecord(self.layer, self.a, of_a), ExpandedRecord(self.layer, self.b, of_b)
 
-    def merge(self, other: Record) -> Record:
+    def merge(self, *others: Record) -> Record:
         """Concatenated along T."""
-        if (
-            not isinstance(other, LoRARecord)
-            or (other.a is not self.a or other.b is not self.b)
-            or other.scaling != self.scaling
-        ):
-            return super().merge(other)
-        pairs = ((self.x, other.x), (self.h, other.h), (self.g, other.g), (self.dh, other.dh))
-        x, h, g, dh = (cat_time(*pair) for pair in pairs)
-        return LoRARecord(join_names(self, other), self.a, self.b, x, h, g, dh, self.scaling)
+        uses = [self]
+        for other in others:
+            if (
+                not isinstance(other, LoRARecord)
+                or (other.a is not self.a or other.b is not self.b)
+                or other.scaling != self.scaling
+            ):
+                return super().merge(other)
+            uses.append(other)
+        tensors = zip(*((use.x, use.h, use.g, use.dh) for use in uses), strict=True)
+        x, h, g, dh = (cat_time(*each) for each in tensors)
+        return LoRARecord(join_names(*uses), self.a, self.b, x, h, g, dh, self.scaling)

@@ -112,19 +112,24 @@ class Record(ABC):
         """
         return None
 
-    def merge(self, other: Record) -> Record:
-        """One record for two uses of the same parameters (tied, reused): the exact sum, cross terms too.
+    def absorb(self, other: Record) -> bool:
+        """Take in another use of the same parameters as it comes, where no more is held for it.
 
-        Raises TypeError naming both layers when the two rules cannot be combined.
+        False, and nothing changed, where more would be: that use is then kept for `merge`.
         """
-        if self.parameters == other.parameters and len(self.parameters) == 1:
-            first, second = _as_formed(self), _as_formed(other)
-            if first is not None and second is not None:
-                return first.merge(second)
-        raise TypeError(
-            f"{self.layer} ({type(self).__name__}) and {other.layer} ({type(other).__name__}) use the same "
-            "trained parameter in ways that cannot be combined; untie them or freeze the parameter"
-        )
+        return False
+
+    def merge(self, *others: Record) -> Record:
+        """One record for several uses of the same parameters (tied, reused): the exact sum, cross terms too.
+
+        Uses of one rule are stacked once: a layer that is called n times costs n calls' tensors, one norm and one sum.
+
+        Raises TypeError naming two of the layers when their rules cannot be combined.
+        """
+        formed = _as_formed(self)
+        if formed is None or formed is self:
+            raise _not_combined(self, others[0])
+        return formed.merge(*others)
 
 
 @dataclass(eq=False)
@@ -162,13 +167,14 @@ class LinearRecord(Record):
         """g_iᵀ x_i."""
         return (formed_gradient(self.layer, self.weight, per_sample_product(self.g, self.x)),)
 
-    def merge(self, other: Record) -> Record:
-        """Concatenated along T, the other one as a linear layer's."""
-        linear = other.as_linear(self.x.dtype)
-        if linear is None or linear.weight is not self.weight:
-            return super().merge(other)
-        x, g = cat_time(self.x, linear.x), cat_time(self.g, linear.g)
-        return LinearRecord(join_names(self, linear), self.weight, x, g)
+    def merge(self, *others: Record) -> Record:
+        """Concatenated along T, the others as linear layers'."""
+        linear = [use for o in others if (use := o.as_linear(self.x.dtype)) and use.weight is self.weight]
+        if len(linear) < len(others):
+            return super().merge(*others)
+        uses = (self, *linear)
+        x, g = cat_time(*(use.x for use in uses)), cat_time(*(use.g for use in uses))
+        return LinearRecord(join_names(*uses), self.weight, x, g)
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
         """Itself."""
@@ -206,16 +212,19 @@ class EmbeddingRecord(Record):
             onehot[..., self.padding_idx] = 0
         return LinearRecord(self.layer, self.weight, x=self.g, g=onehot)
 
-    def merge(self, other: Record) -> Record:
-        """Concatenated along T; as linear records where the other is one, or pads differently."""
-        if isinstance(other, LinearRecord):
-            return self.as_linear(other.g.dtype).merge(other)
-        if not isinstance(other, EmbeddingRecord) or other.weight is not self.weight:
-            return super().merge(other)
-        if other.padding_idx != self.padding_idx:
-            return self.as_linear(self.g.dtype).merge(other.as_linear(self.g.dtype))
-        ids, g = torch.cat((self.ids, other.ids), 1), cat_time(self.g, other.g)
-        return EmbeddingRecord(join_names(self, other), self.weight, ids, g, self.padding_idx)
+    def merge(self, *others: Record) -> Record:
+        """Concatenated along T; as linear records where one of the others is one, or pads differently."""
+        known = [
+            o for o in others if isinstance(o, EmbeddingRecord | LinearRecord) and o.weight is self.weight
+        ]
+        if len(known) < len(others):
+            return super().merge(*others)
+        lookups = [o for o in known if isinstance(o, EmbeddingRecord) and o.padding_idx == self.padding_idx]
+        if len(lookups) < len(others):
+            return self.as_linear(self.g.dtype).merge(*others)
+        uses = (self, *lookups)
+        ids, g = torch.cat([use.ids for use in uses], 1), cat_time(*(use.g for use in uses))
+        return EmbeddingRecord(join_names(*uses), self.weight, ids, g, self.padding_idx)
 
 
 @dataclass(eq=False)
@@ -226,6 +235,8 @@ class ExpandedRecord(Record):
     parameter: nn.Parameter
     g: Tensor
     parameter_fields: ClassVar[tuple[str, ...]] = ("parameter",)
+    # whether g is a sum that this record made, and may add to in place
+    _own: bool = field(default=False, init=False, repr=False)
 
     def _flat(self) -> Tensor:
         return self.g.reshape(self.g.shape[0], 1, self.parameter.numel())
@@ -247,12 +258,26 @@ class ExpandedRecord(Record):
         """The sum as a vector."""
         return (sums[self.parameter].view(-1),)
 
-    def merge(self, other: Record) -> Record:
-        """Added, sample by sample."""
+    def absorb(self, other: Record) -> bool:
+        """Added, sample by sample, in float32 (float64 for float64): in place from the second on."""
         if not isinstance(other, ExpandedRecord) or other.parameter is not self.parameter:
-            return super().merge(other)
-        first, second = common_dtype(self.g, other.g)
-        return type(self)(join_names(self, other), self.parameter, first + second)
+            return False
+        dtype = torch.promote_types(accumulation_dtype(self.g), other.g.dtype)
+        if self._own and self.g.dtype is dtype:
+            self.g += other.g
+        else:
+            self.g, self._own = self.g.to(dtype) + other.g, True
+        self.layer = join_names(self, other)
+        return True
+
+    def merge(self, *others: Record) -> Record:
+        """Added, sample by sample, each of the others formed when its turn comes."""
+        total = type(self)(self.layer, self.parameter, self.g)
+        for other in others:
+            formed = _as_formed(other)
+            if formed is None or not total.absorb(formed):
+                raise _not_combined(self, other)
+        return total
 
 
 class BiasRecord(ExpandedRecord):
@@ -271,7 +296,14 @@ def _as_formed(record: Record) -> ExpandedRecord | None:
     """The record of one parameter's per-sample gradients, or None where its rule does not form them."""
     if isinstance(record, ExpandedRecord):
         return record
-    return None if record.entries() is None else record.formed()[0]
+    return None if record.entries() is None or len(record.parameters) > 1 else record.formed()[0]
+
+
+def _not_combined(first: Record, second: Record) -> TypeError:
+    return TypeError(
+        f"{first.layer} ({type(first).__name__}) and {second.layer} ({type(second).__name__}) use the same "
+        "trained parameter in ways that cannot be combined; untie them or freeze the parameter"
+    )
 
 
 def per_sample_product(g: Tensor, x: Tensor) -> Tensor:
@@ -301,11 +333,11 @@ def sum_up(parts: Sequence[Tensor]) -> Tensor:
     return torch.where(rounded.double() < total, above, rounded)
 
 
-def cat_time(first: Tensor, second: Tensor) -> Tensor:
-    """[B,T1,n] and [B,T2,n] -> [B,T1+T2,n] in their common dtype."""
-    return torch.cat(common_dtype(first, second), 1)
+def cat_time(*tensors: Tensor) -> Tensor:
+    """[B,T1,n], [B,T2,n], ... -> [B,ΣT,n] in their common dtype."""
+    return torch.cat(common_dtype(*tensors), 1)
 
 
-def join_names(first: Record, second: Record) -> str:
-    """The name of a merged record."""
-    return first.layer if first.layer == second.layer else f"{first.layer} + {second.layer}"
+def join_names(*records: Record) -> str:
+    """The name of a merged record: each layer's, once."""
+    return " + ".join(dict.fromkeys(name for record in records for name in record.layer.split(" + ")))

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn.module import accumulation_dtype
+from dpkernels.nn.module import accumulation_dtype, has_values
 from dpkernels.nn.records import Record
 from dpkernels.nn.tape import Tape
 
@@ -54,12 +54,12 @@ class RowCheck:
         self._backwards = 0
         self.seen: set[nn.Parameter] = set()
 
-    def due(self, batch_size: int) -> bool:
-        """Whether the coming backward of so many examples is to be checked; counts it."""
+    def due(self, losses: Tensor) -> bool:
+        """Whether the coming backward of losses [B] is to be checked; counts it."""
         self._backwards += 1
         scheduled = not self._backwards & (self._backwards - 1)
         unseen = any(parameter not in self.seen for parameter in self._tape.used())
-        return batch_size > 1 and (scheduled or unseen or self._tape.axes.assumed)
+        return len(losses) > 1 and has_values(losses) and (scheduled or unseen or self._tape.axes.assumed)
 
     @contextmanager
     def checking(self, losses: Tensor) -> Iterator[None]:

@@ -1,23 +1,22 @@
 """swap(model): ghost layers in place of torch's, without touching a parameter.
 
 Modules are re-classed (`module.__class__ = GhostLinear`), so parameters, buffers, hooks, names and what
-optimizers refer to all survive. Exact types are swapped, and subclasses that leave to the torch class all that its
-parameters do (`thin_base`): any other subclass may compute something else.
+optimizers refer to all survive. Exact types are swapped, subclasses that replace nothing of what the torch class
+computes with (Opacus's RNNLinear), and those that only change its input or output (`dpkernels.nn.thin`): any other
+subclass may compute something else.
 """
 
 from __future__ import annotations
 
-import dis
 import importlib
-import itertools
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
-from types import CodeType, FunctionType
+from collections.abc import Callable
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from dpkernels.nn.module import GhostModule
+from dpkernels.nn.thin import is_thin
 
 # exact torch class -> ghost class
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -25,6 +24,8 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
 _CHILDREN: dict[type[nn.Module], dict[str, type[nn.Module]]] = {}
 # ghost class -> the class it came from
 _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
+# subclass of a torch class -> the ghost class made for it
+_INHERITED: dict[type[nn.Module], type[nn.Module]] = {}
 # reasons why nothing below a module can be trained privately
 _REFUSALS: list[Callable[[nn.Module], str | None]] = []
 
@@ -91,9 +92,10 @@ def load_library_rules() -> None:
 def swap(model: nn.Module) -> nn.Module:
     """Re-class every module that has a ghost twin; in place; returns `model`.
 
-    nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, their thin subclasses (`thin_base`), PEFT's LoRA
-    layers, and the transformers layers named in `dpkernels.interop`. Swapping twice changes nothing. What has
-    no twin stays as it is: `coverage` names what of it is trained. Raises TypeError for what is no module.
+    nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, subclasses of these that inherit all that they compute
+    with or only change input or output, PEFT's LoRA layers, and the transformers layers named in `dpkernels.interop`.
+    Swapping twice changes nothing. What has no twin stays as it is: `coverage` names what of it is trained. Raises
+    TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -103,84 +105,50 @@ def swap(model: nn.Module) -> nn.Module:
             child = getattr(module, attribute, None)
             if child is not None and _ORIGINALS.get(type(child), type(child)) is _ORIGINALS[ghost_class]:
                 child.__class__ = ghost_class
-        if has_twin(module):
-            module.__class__ = _SWAPS[type(module)]
+        twin = _twin(module)
+        if twin is not None:
+            module.__class__ = twin
     return model
 
 
 def has_twin(module: nn.Module) -> bool:
     """Whether `swap` would re-class this module for its own type's sake."""
+    return _twin(module) is not None
+
+
+def _twin(module: nn.Module) -> type[nn.Module] | None:
     # weight_norm by hooks leaves the type as it is but takes the weight out of the parameters.
-    return "weight" not in module.__dict__ and _twin(type(module)) is not None
+    if "weight" in module.__dict__ or isinstance(module, GhostModule) or parametrize.is_parametrized(module):
+        return None
+    own_class = type(module)
+    if own_class in _SWAPS:
+        return _SWAPS[own_class]
+    base = next((c for c in own_class.__mro__ if c in _SWAPS), None)
+    if base is None or not (_replaces_nothing(own_class, base, module) or is_thin(own_class, base)):
+        return None
+    return _inherited_twin(own_class, _SWAPS[base])
 
 
-def _twin(own_class: type[nn.Module]) -> type[nn.Module] | None:
-    """The ghost class of `own_class`: registered, or made where it is a thin subclass of a torch layer."""
-    if own_class not in _SWAPS and (base := thin_base(own_class)) is not None:
-        register_swap(own_class, ghost_subclass(own_class, _SWAPS[base]))
-    return _SWAPS.get(own_class)
+# What a subclass may define without computing anything else: how it is made, drawn and shown.
+_HARMLESS = {"__init__", "extra_repr", "__repr__", "reset_parameters", "__parameters__"}
+_HARMLESS |= {"__doc__", "__module__", "__qualname__", "__annotations__", "__dict__", "__weakref__"}
+_HARMLESS |= {"__firstlineno__", "__static_attributes__"}
 
 
-# What a class may add to a torch layer: nothing here takes part in a forward that has begun.
-_HARMLESS = {"__init__", "reset_parameters", "extra_repr", "forward", "__module__", "__doc__", "__qualname__"}
-_HARMLESS |= {"__annotations__", "__classcell__", "__parameters__", "__orig_bases__", "__constants__"}
-_FACTS = ("device", "dtype", "shape")
+def _replaces_nothing(own_class: type[nn.Module], base: type[nn.Module], module: nn.Module) -> bool:
+    before = own_class.__mro__[: own_class.__mro__.index(base)]
+    own = {name for c in before for name in vars(c)} - _HARMLESS
+    used = {"__slots__", *dir(base), *vars(module), *module._parameters, *module._buffers}
+    for parent in base.__mro__:  # what torch's classes declare, and set when they are made
+        used.update(getattr(parent, "__annotations__", ()), getattr(parent, "__constants__", ()))
+    return own.isdisjoint(used)
 
 
-def thin_base(own_class: type[nn.Module]) -> type[nn.Module] | None:
-    """The torch layer that `own_class` is a thin subclass of, or None.
-
-    Thin: each class between the two defines no more than how it is built and a `forward` that calls
-    `super().forward` and reads no parameter but for its device, dtype or shape: it changes the input or the
-    output. Its parameters then do what the torch layer's do. Should the reading of the forward's code miss a
-    use of a parameter, autograd fills that parameter's .grad and the engine raises.
-    """
-    for base in own_class.__mro__[1:]:
-        if base in _SWAPS and base.__module__.startswith("torch.nn."):
-            between = own_class.__mro__[: own_class.__mro__.index(base)]
-            return base if all(_is_thin(part) for part in between) else None
-    return None
-
-
-def _is_thin(part: type) -> bool:
-    """Whether one class adds to the class above it only what `thin_base` says."""
-    helpers = {name: value for name, value in vars(part).items() if name not in _HARMLESS}
-    if any(callable(value) or hasattr(value, "__get__") for value in helpers.values()):
-        return False
-    forward = vars(part).get("forward")
-    if forward is None:
-        return True
-    return isinstance(forward, FunctionType) and not hasattr(forward, "__wrapped__") and _only_defers(forward)
-
-
-@cache
-def _only_defers(forward: FunctionType) -> bool:
-    code = forward.__code__
-    names = {name for part in _nested(code) for name in part.co_names}
-    reaches_up = "__class__" in code.co_freevars and {"super", "forward"} <= names
-    return reaches_up and all(_reads_only_facts(part) for part in _nested(code))
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
-
-
-def _reads_only_facts(code: CodeType) -> bool:
-    """Whether every `.weight` and `.bias` in `code` is followed by `.device`, `.dtype` or `.shape`."""
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
-    if any(
-        step.argval in ("getattr", "parameters", "named_parameters", "_parameters", "__dict__")
-        for step in steps
-    ):
-        return False
-    return all(
-        after.argval in _FACTS
-        for step, after in itertools.pairwise(steps)
-        if step.argval in ("weight", "bias") and "CONST" not in step.opname
-    )
+def _inherited_twin(own_class: type[nn.Module], ghost_class: type[nn.Module]) -> type[nn.Module]:
+    if own_class not in _INHERITED:
+        twin = ghost_subclass(own_class, ghost_class)
+        _INHERITED[own_class], _ORIGINALS[twin] = twin, own_class
+    return _INHERITED[own_class]
 
 
 def unswap(model: nn.Module) -> nn.Module:

@@ -54,6 +54,8 @@ class Tape:
         self._keep_small = keep_small
         self._names: dict[nn.Parameter, str] = {p: name for name, p in parameters}
         self._records: list[Record] = []
+        # the first record of each rule and parameters: what it can absorb is not kept beside it
+        self._first: dict[tuple[type[Record], tuple[nn.Parameter, ...]], Record] = {}
         self._batch_size: int | None = None
         self._sink: Callable[[Record], None] | None = None
         self._sunk: set[nn.Parameter] = set()
@@ -173,7 +175,7 @@ class Tape:
             raise ValueError(f"Tape.open: batch_size must be >= 0, got {batch_size}")
         self._batch_size = batch_size
         self._sink = sink
-        self._records = []
+        self._records, self._first = [], {}
         self._sunk = set()
         self._asked.clear()
 
@@ -211,7 +213,10 @@ class Tape:
             return
         taken = record.formed() if self._is_smaller_formed(record) else (record,)
         if self._sink is None or any(self._uses[p] != 1 for p in record.parameters):
-            self._records += taken
+            for part in taken:
+                first = self._first.setdefault((type(part), part.parameters), part)
+                if first is part or not first.absorb(part):
+                    self._records.append(part)
             return
         self._sunk.update(record.parameters)
         for part in taken:
@@ -241,11 +246,12 @@ class Tape:
         self.discard()
         if again:
             self._uses = uses
-        return merge_records(records)
+        records.reverse()  # handed over one by one, so that what is stacked does not stay beside the stack
+        return merge_records(records.pop() for _ in range(len(records)))
 
     def discard(self) -> None:
         """Drop everything; the tape is closed afterwards. Never raises: it is what an error handler calls."""
-        self._records = []
+        self._records, self._first = [], {}
         self._batch_size = None
         self._sink = None
         self._sunk = set()
@@ -268,24 +274,37 @@ def _no_tape() -> None:
 
 
 def merge_records(records: Iterable[Record]) -> list[Record]:
-    """Merge the records that share parameters, in the order of first use."""
-    merged: list[Record] = []
+    """Merge the records that share parameters, in the order of first use; at a cost linear in their number."""
+    groups: list[list[Record]] = []  # the uses of the same parameters
     place: dict[nn.Parameter, int] = {}
     for record in records:
         places = {place.get(p) for p in record.parameters}
         if places == {None}:
-            place.update(dict.fromkeys(record.parameters, len(merged)))
-            merged.append(record)
+            place.update(dict.fromkeys(record.parameters, len(groups)))
+            groups.append([record])
             continue
         if len(places) == 1:
             (index,) = places
             assert index is not None
-            if set(merged[index].parameters) == set(record.parameters):
-                merged[index] = merged[index].merge(record)
+            if set(groups[index][0].parameters) == set(record.parameters):
+                groups[index].append(record)
                 continue
-        first = merged[min(i for i in places if i is not None)]
+        first = groups[min(i for i in places if i is not None)][0]
         raise TypeError(
             f"{first.layer} and {record.layer} share some of their trained parameters but not all; their "
             "per-sample gradients cannot be combined exactly. Untie them, or freeze the shared parameter"
         )
+    merged = []
+    for group in groups:
+        merged.append(_merged(group))
+        group.clear()
     return merged
+
+
+def _merged(uses: list[Record]) -> Record:
+    """Those of one rule at once, then what the rules made of them."""
+    rules: dict[type[Record], list[Record]] = {}
+    for use in uses:
+        rules.setdefault(type(use), []).append(use)
+    stacked = [first.merge(*rest) if rest else first for first, *rest in rules.values()]
+    return stacked[0].merge(*stacked[1:]) if len(stacked) > 1 else stacked[0]

@@ -6,6 +6,12 @@ from torch import Tensor
 from dpkernels.ops import _check, _library
 
 
+def _check_not_negative(ids: Tensor, *rest: Tensor, padding_idx: int | None = None) -> None:
+    """A norm knows no table; a negative id has no row in any. Looked at where looking is free."""
+    if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < 0:
+        raise ValueError(f"ids: given values from {int(ids.min())}; pass 0 ≤ ids < rows of the table")
+
+
 def _check_ids(
     ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
 ) -> None:
@@ -22,6 +28,7 @@ _norm_sq = _library.define(
     "embedding_norm_sq",
     "(Tensor ids, Tensor g, *, int? padding_idx=None) -> Tensor",
     fake=lambda ids, g, *, padding_idx=None: _library.norms(g),
+    check=_check_not_negative,
 )
 _weighted_sum = _library.define(
     "embedding_weighted_sum",
@@ -31,13 +38,17 @@ _weighted_sum = _library.define(
 )
 
 
-def _check_inputs(ids: Tensor, g: Tensor) -> None:
+def _check_inputs(ids: Tensor, g: Tensor, padding_idx: int | None, rows: int | None = None) -> None:
+    """Shapes, dtypes, devices, and that padding_idx is none or a row; rows: of the table, where it is known."""
     _check.floats(g=g)
     _check.shape("g", g, (None, None, None), "[B, T, d]")
     if ids.dtype != torch.int64:
         raise TypeError(f"ids: expected int64; given {ids.dtype}; convert it: ids.long()")
     _check.shape("ids", ids, (g.shape[0], g.shape[1]), "[B, T]")
     _check.same_device(g=g, ids=ids)
+    if padding_idx is not None and (padding_idx < -1 or (rows is not None and padding_idx >= rows)):
+        table = "" if rows is None else f" of {rows} rows"
+        raise ValueError(f"padding_idx: given {padding_idx}; pass a row{table}, counted from 0, or None")
 
 
 def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None) -> Tensor:
@@ -54,11 +65,11 @@ def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None)
 
     Raises:
         TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, or a padding_idx that is no row; on the CPU, a negative id.
 
     Source: the gradient of y_t = W[ids_t]; Bu et al. 2022, arXiv:2210.00038.
     """
-    _check_inputs(ids, g)
+    _check_inputs(ids, g, padding_idx)
     result: Tensor = _norm_sq(ids, g, padding_idx=padding_idx)
     return result
 
@@ -77,11 +88,12 @@ def embedding_weighted_sum(
 
     Raises:
         TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit; on the CPU, an id outside the table.
+        ValueError: shapes or devices that do not fit, or a padding_idx outside the table; on the CPU, an id outside
+            the table. On a GPU, where looking would wait for the device, such an id is added to no row.
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
-    _check_inputs(ids, g)
-    _check.shape("out", out, (None, g.shape[2]), "[V, d]")
+    _check.shape("out", out, (None, None), "[V, d]")
+    _check_inputs(ids, g, padding_idx, out.shape[0])
     _check.weighted_sum(factors, g, out=(out, (out.shape[0], g.shape[2]), "[V, d]"))
     _weighted_sum(ids, g, factors, out, padding_idx=padding_idx)

@@ -112,7 +112,7 @@ def clip_and_noise(
             taps = mine[0].shape[2]
         elif kind == "embedding":
             _check.shape("out", mine[0], (None, gs[i].shape[2]), "[V, d]")
-        check_layer(kind, xs[i], gs[i], own, taps)
+        check_layer(kind, xs[i], gs[i], own, taps, mine[0].shape[0] if kind == "embedding" else None)
         if xs[i].shape[:1] != factors.shape:
             raise ValueError(
                 f"xs[{i}]: expected a batch of {len(factors)}, as factors has; given {list(xs[i].shape)}; "
@@ -187,8 +187,13 @@ def unlike_layers(
             yield i, own
 
 
-def check_layer(kind: str, x: Tensor, g: Tensor, options: Mapping[str, Any], taps: int) -> None:
-    """The inputs of a layer, as its own ops check them; options: of its kind, by the names of the lists."""
+def check_layer(
+    kind: str, x: Tensor, g: Tensor, options: Mapping[str, Any], taps: int, rows: int | None = None
+) -> None:
+    """The inputs of a layer, as its own ops check them; options: of its kind, by the names of the lists.
+
+    rows: of an embedding's table, where it is known.
+    """
     if kind == "linear":
         linear.check_pair(x, g, None)
     elif kind == "bias":
@@ -196,7 +201,7 @@ def check_layer(kind: str, x: Tensor, g: Tensor, options: Mapping[str, Any], tap
     elif kind == "lora":
         lora._check_inputs(x, options["hs"], g, options["dhs"], options["scalings"], None)
     elif kind == "embedding":
-        embedding._check_inputs(x, g)
+        embedding._check_inputs(x, g, options["padding_idxs"], rows)
     elif kind == "layer_norm":
         norm._check_inputs(x, g, None)
     else:

@@ -5,14 +5,23 @@ from typing import Any
 
 from torch import Tensor
 
-from dpkernels.ops import _library
+from dpkernels.ops import _library, embedding
 from dpkernels.ops.grouped import check_layer, check_lists, unlike_layers
+
+
+def _check_ids(xs: list[Tensor], gs: list[Tensor], kinds: list[str], *rest: object) -> None:
+    """No embedding has a negative id, looked at where looking is free."""
+    for x, kind in zip(xs, kinds, strict=True):
+        if kind == "embedding":
+            embedding._check_not_negative(x)
+
 
 _total_norm_sq = _library.define(
     "total_norm_sq",
     "(Tensor[] xs, Tensor[] gs, str[] kinds, Tensor[] hs, Tensor[] dhs, float[] scalings, int[] padding_idxs, "
     "int[] kernel_sizes, int[] strides, int[] paddings, int[] dilations) -> Tensor",
     fake=lambda xs, gs, *rest: _library.norms(gs[0]),
+    check=_check_ids,
 )
 
 

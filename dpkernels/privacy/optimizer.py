@@ -232,7 +232,7 @@ class DPOptimizer(torch.optim.Optimizer):
             self.tape.discard()
             return
         try:
-            due = self._rows.due(batch_size)
+            due = self._rows.due(losses)
             with self._rows.checking(losses) if due else nullcontext():
                 clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward)
         except BaseException:

@@ -3,12 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from asr_finetune.config import ConfigError
 from asr_finetune.corpus import Corpus, Problem
 from asr_finetune.models import Recognizer
 from asr_finetune.prepare import load as load_for
 from asr_finetune.progress import Reporter
+from asr_finetune.whisper import WhisperRecognizer
 from tests.asr import small_models
 from tests.asr.recordings import manifest, options, read, reasons, utterance, write
 
@@ -90,6 +92,59 @@ def test_what_the_recognizer_cannot_take_is_left_out_by_name(parakeet: Recognize
     # A test set keeps the transcripts that cannot be learnt: they are errors of the recogniser.
     tested = corpus.fit(parakeet, training=False)
     assert [item.id for item in tested.utterances] == ["good", "unknown", "crowded"]
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "reason"),
+    [
+        ("parakeet", "low <pad> high", "the blank as a label: '<pad>' in the transcript"),
+        ("parakeet", "low <unk>", "not in the vocabulary: '<unk>'"),
+        ("wav2vec2", "low <pad> high", "not in the vocabulary: '<pad>'"),
+        ("wav2vec2-bert", "<s> low </s>", "not in the vocabulary: '<s>, </s>'"),
+        ("wav2vec2", "low <unk>", "not in the vocabulary: '<unk>'"),
+        ("wav2vec2", "low|high", "the tokenizer's sign for a space in the transcript: '|'"),
+    ],
+)
+def test_literal_special_tokens_are_left_out_by_name(
+    folders: dict[str, Path], family: str, text: str, reason: str
+) -> None:
+    recognizer = small_models.load(folders[family])
+    corpus = Corpus([utterance("good", seconds=1.0), utterance("odd", text, seconds=1.0)])
+    found = reasons(corpus.fit(recognizer))
+    assert list(found) == ["odd"]
+    assert found["odd"].startswith(reason)
+
+
+def test_a_literal_special_token_is_text_to_whisper(folders: dict[str, Path]) -> None:
+    """Its tokenizer can spell it."""
+    recognizer = small_models.load(folders["multilingual"])
+    assert isinstance(recognizer, WhisperRecognizer)
+    labels = recognizer.encode_text(" <|de|>low<|endoftext|>").tolist()
+    added = set(recognizer.tokenizer.get_added_vocab().values())
+    assert not added & set(labels[:-1])
+    assert recognizer.text_problem(utterance("odd", "<|de|> low <|endoftext|>")) is None
+    german, end = recognizer.tokenizer.convert_tokens_to_ids(["<|de|>", "<|endoftext|>"])
+    for label in (german, end):
+        problem = recognizer.label_problem(torch.tensor([labels[0], label, end]))
+        assert problem is not None
+        assert problem.startswith("a special token as a label: ['<|")
+    assert recognizer.label_problem(torch.tensor(labels)) is None
+
+
+CTC = [family for family in small_models.FAMILIES if family != "whisper"]
+
+
+@pytest.mark.parametrize(
+    ("family", "new_head"), [*((f, False) for f in small_models.FAMILIES), *((f, True) for f in CTC)]
+)
+def test_other_texts_have_the_labels_that_they_had(
+    folders: dict[str, Path], family: str, new_head: bool
+) -> None:
+    new = {"new_head": True, "vocabulary": "characters"} if new_head else {}
+    recognizer = small_models.load(folders[family], **new)
+    for text in ("low high", " low  high ", "lowhigh", "l o w", "it's 5", "wow, low. High!", ""):
+        plain = recognizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert recognizer.encode_text(text).tolist()[: len(plain)] == plain
 
 
 def test_whisper_leaves_out_what_its_window_does_not_hold(folders: dict[str, Path]) -> None:

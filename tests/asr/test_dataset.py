@@ -15,6 +15,7 @@ from asr_finetune import dataset as module
 from asr_finetune.augment import SpecAugment
 from asr_finetune.config import Config, ConfigError, MethodConfig
 from asr_finetune.corpus import Corpus
+from asr_finetune.ctc import CTCRecognizer
 from asr_finetune.dataset import SpeechDataset
 from asr_finetune.methods import apply_method
 from asr_finetune.models import Recognizer
@@ -157,6 +158,31 @@ def test_a_header_that_promised_more_than_there_is(parakeet: Recognizer) -> None
     dataset = SpeechDataset(Corpus([short]), parakeet)
     assert len(dataset[0]["labels"]) == 0
     assert "too few" in dataset.problems[0].reason
+
+
+def test_training_counts_impossible_labels_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such an utterance is left out by name; where one slips through, it adds exactly nothing and is counted."""
+    with tones.one_thread():
+        path = tones.write_manifest(tmp_path, 8)
+        tones.write_model(tmp_path / "model")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[2]["text"] = "<pad>"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        changes: dict[str, Any] = {"method__kind": "head", "train__batch_size": 7, "train__steps": 2}
+        changes |= {"privacy__epsilon": None, "privacy__noise_multiplier": 4.0}
+        result = train(Config.from_dict(tones.settings(tmp_path, **changes)), progress=False)
+        assert [entry["non_finite_losses"] for entry in result.history] == [0, 0]
+        left_out = (tmp_path / "run" / "not_private" / "problems_train.tsv").read_text()
+        assert left_out.startswith("u2 (tones.jsonl:3)\tthe blank as a label: '<pad>' in the transcript")
+        capsys.readouterr()
+        monkeypatch.setattr(CTCRecognizer, "text_problem", lambda self, utterance: None)
+        changes |= {"train__batch_size": 8, "output": str(tmp_path / "second")}
+        result = train(Config.from_dict(tones.settings(tmp_path, **changes)))
+    assert [(entry["examples"], entry["non_finite_losses"]) for entry in result.history] == [(8, 1), (8, 1)]
+    assert all(np.isfinite(entry["loss"]) for entry in result.history)
+    assert "".join(capsys.readouterr()).count("1 of 8 losses are not finite (NOT PRIVATE)") == 1
 
 
 def test_training_goes_on_when_recordings_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

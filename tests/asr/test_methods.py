@@ -59,9 +59,8 @@ ADAPTERS = [(family, kind) for family in small_models.FAMILIES for kind in ("lor
 
 
 def prepared(folder: Path, kind: str, **options: Any) -> Recognizer:
-    loading = {
-        key: options.pop(key) for key in ("new_head", "vocabulary", "window_seconds") if key in options
-    }
+    names = ("new_head", "vocabulary", "window_seconds", "language", "task")
+    loading = {key: options.pop(key) for key in names if key in options}
     recognizer = small_models.load(folder, **loading)
     small_models.same_start(lambda: apply_method(recognizer, MethodConfig(kind=kind, rank=2, **options)))
     return recognizer

@@ -35,6 +35,12 @@ def test_records_give_the_per_sample_gradients(
         check_private(plain, squares, (ids,))
 
 
+def test_a_padding_idx_set_from_the_end_is_read_as_torch_reads_it() -> None:
+    plain = nn.Embedding(5, 3)
+    plain.padding_idx = -1  # past the constructor, which would count it from the front
+    check_private(plain, squares, (torch.tensor([[4, 1, 4], [0, 4, 2]]),))
+
+
 @pytest.mark.parametrize("shape", [(), (4,), (0,), (4, 6), (4, 2, 3), (0, 2, 3)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_ids_and_gradients_are_recorded_as_tokens(shape: tuple[int, ...], strided: bool) -> None:

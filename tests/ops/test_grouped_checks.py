@@ -93,6 +93,26 @@ OF_OUTS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]
 
 
+ids = torch.full((BATCH, FRAMES), -1)
+IDS_OF_NO_ROW = [
+    ({"x": ids}, "ids: given values from -1"),
+    ({"x": ids + 8}, "ids: given values from 7 to 7, but out has 7 rows"),
+    ({"padding_idxs": -2}, "padding_idx: given -2"),
+    ({"padding_idxs": 7}, "padding_idx: given 7; pass a row of 7 rows"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), IDS_OF_NO_ROW)
+def test_ids_of_no_row_are_refused_in_any_layer(fault: dict[str, Any], message: str) -> None:
+    layers = [layer("embedding"), layer("embedding") | fault, layer("embedding")]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        add("embedding", layers)
+    assert not any(out.any() for one in layers for out in one["outs"])
+    if "rows" not in message:  # a norm knows no table
+        with pytest.raises(ValueError, match=f"^{message}"):
+            total("embedding", layers)
+
+
 @pytest.mark.parametrize(("kind", "fault", "error", "name"), FAULTS)
 def test_norms_refuse_a_last_layer_that_does_not_fit(
     kind: str, fault: dict[str, Any], error: type[Exception], name: str

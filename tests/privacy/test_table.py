@@ -8,7 +8,8 @@ TABLE = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_line_of_the_design_has_a_row() -> None:
-    assert re.findall(r"^\| (\d+) \|", TABLE, flags=re.MULTILINE) == [str(n) for n in range(1, 17)]
+    rows = [int(row) for row in re.findall(r"^\| (\d+) \|", TABLE, flags=re.MULTILINE)]
+    assert rows == [*range(1, 19), 22]
 
 
 def test_every_test_that_is_named_exists() -> None:
