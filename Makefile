@@ -17,12 +17,13 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CLANG_SOURCES = $(shell find csrc tests bench -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format bench gpu wheels clean
+.PHONY: help setup demo test test-all lint format bench gpu wheels clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    DP-fine-tune a small speech recogniser on this machine; prints WER and epsilon, writes a report"
 	@echo "make test    run the tests, on every core (8 at most); JOBS=0 in one process"
+	@echo "make test-all  and the slow ones: every model of docs/models.md, some minutes more"
 	@echo "make lint    ruff, mypy, clang-format; changes nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   pytest --benchmark: what privacy costs here, beside Opacus and non-private training"
@@ -57,6 +58,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile -m "slow or not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,26 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dpkernels.nn import (
-    GhostConv1d,
-    GhostEmbedding,
-    GhostModule,
-    ghost_subclass,
-    register_child_swap,
-    register_swap,
-)
+from dpkernels.nn import GhostModule, register_child_swap, register_swap
 from dpkernels.nn.embedding import ghost_embedding
 from dpkernels.nn.linear import ghost_linear
-
-# Subclasses whose forward is `super().forward` on a changed input or output: (class, ghost layer).
-_THIN_SUBCLASSES: tuple[tuple[str, str, type[nn.Module]], ...] = (
-    ("parakeet", "ParakeetEncoderCTCHead", GhostConv1d),
-    ("opt", "OPTLearnedPositionalEmbedding", GhostEmbedding),
-    ("bart", "BartLearnedPositionalEmbedding", GhostEmbedding),
-    ("bart", "BartScaledWordEmbedding", GhostEmbedding),
-    ("mbart", "MBartLearnedPositionalEmbedding", GhostEmbedding),
-    ("mbart", "MBartScaledWordEmbedding", GhostEmbedding),
-)
 
 
 class GhostConv1D(GhostModule, Conv1D):
@@ -129,15 +112,11 @@ _done: set[str] = set()
 def register() -> None:
     """Make the layers of the modelling files imported so far known to `dpkernels.swap`."""
     register_swap(Conv1D, GhostConv1D)
-    for name in {family for family, _, _ in _THIN_SUBCLASSES} | {"whisper", "wav2vec2_bert"}:
+    for name in ("whisper", "wav2vec2_bert"):
         modelling = sys.modules.get(f"transformers.models.{name}.modeling_{name}")
         if modelling is None or name in _done:
             continue
         _done.add(name)
-        for family, class_name, ghost in _THIN_SUBCLASSES:
-            # Not every version of transformers has every class.
-            if family == name and (own := getattr(modelling, class_name, None)) is not None:
-                register_swap(own, ghost_subclass(own, ghost))
         if name == "whisper":
             own = modelling.WhisperPositionalEmbedding
             register_swap(own, _whisper_positions(own))

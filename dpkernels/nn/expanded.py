@@ -186,6 +186,16 @@ def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
             "a subclass with a forward of its own around one fused function; use nn.LSTM, nn.GRU or nn.RNN itself, or "
             "register a twin (dpkernels.nn.ghost_subclass), or freeze it"
         )
+    if isinstance(module, nn.Embedding):
+        # Under vmap a lookup is an index, whose backward knows none of them.
+        for option in ("padding_idx", "max_norm", "sparse", "scale_grad_by_freq"):
+            value = getattr(module, option)
+            if value is not None and value is not False:  # padding_idx=0 is a value
+                return (
+                    f"a subclass of nn.Embedding with a forward of its own and {option}={value}, "
+                    "which per-sample expansion would not heed; build it without, write a rule "
+                    "(dpkernels.nn.ghost_subclass), or freeze it"
+                )
     if parameter.numel() > EXPANSION_LIMIT:
         return (
             f"no rule for it, and its {parameter.numel():,} elements are more than the {EXPANSION_LIMIT:,} "

@@ -1,8 +1,9 @@
 """swap(model): ghost layers in place of torch's, without touching a parameter.
 
 Modules are re-classed (`module.__class__ = GhostLinear`), so parameters, buffers, hooks, names and what
-optimizers refer to all survive. Exact types are swapped, and subclasses that replace nothing of what the torch class
-computes with (Opacus's RNNLinear): any other subclass may compute something else.
+optimizers refer to all survive. Exact types are swapped, subclasses that replace nothing of what the torch class
+computes with (Opacus's RNNLinear), and those that only change its input or output (`dpkernels.nn.thin`): any other
+subclass may compute something else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from dpkernels.nn.copying import ORIGINALS as _ORIGINALS
 from dpkernels.nn.module import GhostModule
+from dpkernels.nn.thin import is_thin
 
 # exact torch class -> ghost class
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -91,9 +93,9 @@ def swap(model: nn.Module) -> nn.Module:
 
     nn.Linear, convolutions and transposed ones, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, instance norms,
     LSTM, GRU, RNN and their cells, MultiheadAttention, torch's Transformer layers, subclasses of these that inherit all
-    that they compute with, PEFT's LoRA layers, and the transformers layers named in `dpkernels.interop`. Swapping twice
-    changes nothing. What has no twin stays as it is: `uncovered` names what of it is trained. Raises TypeError for what
-    is no module.
+    that they compute with or only change input or output, PEFT's LoRA layers, and the transformers layers named in
+    `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `uncovered` names what of it is
+    trained. Raises TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -122,7 +124,7 @@ def _twin(module: nn.Module) -> type[nn.Module] | None:
     if own_class in _SWAPS:
         return _SWAPS[own_class]
     base = next((c for c in own_class.__mro__ if c in _SWAPS), None)
-    if base is None or not _replaces_nothing(own_class, base, module):
+    if base is None or not (_replaces_nothing(own_class, base, module) or is_thin(own_class, base)):
         return None
     return _inherited_twin(own_class, _SWAPS[base])
 

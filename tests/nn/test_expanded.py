@@ -258,8 +258,11 @@ def test_a_leaf_that_draws_is_asked_with_its_own_draws() -> None:
 
 
 class OwnLSTM(nn.LSTM):
+    def turned(self, input: Any) -> Any:  # which swap does not look into
+        return -input
+
     def forward(self, input: Any, hx: Any = None) -> Any:
-        return super().forward(-input, hx)
+        return super().forward(self.turned(input), hx)
 
 
 REFUSED: list[Any] = [
@@ -297,8 +300,11 @@ def test_what_has_no_rule_is_named_with_the_mend(make: Any, name: str, mend: str
 
 def test_an_own_subclass_can_be_given_a_rule() -> None:
     class Own(nn.Linear):
+        def bent(self, input: Tensor) -> Tensor:  # which swap does not look into
+            return input.tanh()
+
         def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input.tanh())
+            return super().forward(self.bent(input))
 
     model = nn.Sequential(Own(400, 400))
     assert [u.name for u in uncovered(swap(model))] == ["0.weight"]  # its bias is small

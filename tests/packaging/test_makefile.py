@@ -27,7 +27,7 @@ def recipe(target: str) -> list[str]:
 def documented() -> list[str]:
     """The targets that `make help` and the README name."""
     code = re.findall(r"(?s:```.*?```)|`[^`\n]+`", (ROOT / "README.md").read_text())
-    return re.findall(r"\bmake ([a-z]+)", "\n".join([make("help"), *code]))
+    return re.findall(r"\bmake ([a-z-]+)", "\n".join([make("help"), *code]))
 
 
 def test_every_documented_target_has_a_recipe() -> None:
