@@ -90,10 +90,10 @@ def load_library_rules() -> None:
 def swap(model: nn.Module) -> nn.Module:
     """Re-class every module that has a ghost twin; in place; returns `model`.
 
-    nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, subclasses of these that inherit all that they compute
-    with, PEFT's LoRA layers, and the transformers layers named in `dpkernels.interop`. Swapping twice changes
-    nothing. What has no twin stays as it is: `coverage` names what of it is trained. Raises TypeError for what is no
-    module.
+    nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, subclasses
+    of these that inherit all that they compute with, PEFT's LoRA layers, and the transformers layers named in
+    `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `coverage` names what of it
+    is trained. Raises TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")
