@@ -94,8 +94,8 @@ def swap(model: nn.Module) -> nn.Module:
     nn.Linear, convolutions and transposed ones, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, instance norms,
     LSTM, GRU, RNN and their cells, MultiheadAttention, torch's Transformer layers, subclasses of these that inherit all
     that they compute with or only change input or output, PEFT's LoRA layers, and the transformers layers named in
-    `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `uncovered` names what of it is
-    trained. Raises TypeError for what is no module.
+    `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `uncovered` names what of it
+    is trained. Raises TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")

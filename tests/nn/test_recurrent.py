@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import weight_norm
@@ -39,6 +39,7 @@ KINDS: dict[str, Callable[..., nn.RNNBase]] = {
     "relu": partial(nn.RNN, nonlinearity="relu"),
 }
 GHOSTS = {nn.LSTM: GhostLSTM, nn.GRU: GhostGRU, nn.RNN: GhostRNN}
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # a failing draw is small as it is
 ANY_KIND = pytest.mark.parametrize("kind", KINDS)
 # torch says once that oneDNN has no projections.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
@@ -76,7 +77,7 @@ def loss_fn(layer: Any, x: Tensor, lengths: Tensor, *first: Tensor, packed: str 
     return losses(*layer(*arguments(layer, packed, x, lengths, first)), layer.batch_first)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     layers=st.integers(1, 2),
@@ -174,6 +175,17 @@ def test_results_are_torchs(kind: str, autocast: bool, packed: str, batch_first:
         assert own_grad is not None
         assert grad.dtype is own_grad.dtype
         assert (grad - own_grad).norm() <= (5e-2 if autocast else 2e-6) * grad.norm()
+
+
+def test_autocast_does_not_hide_a_later_ordinary_use_of_a_weight() -> None:
+    layer: Any = swap(nn.GRU(3, 3))
+    tape = attach(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(torch.randn(5, 2, 3))[0] + nn.functional.linear(torch.randn(2, 3), layer.weight_ih_l0[:3])
+        y = y + nn.functional.linear(torch.randn(2, 3), layer.weight_hh_l0).sum()
+    tape.open(2)
+    y.sum().backward()
+    assert layer.weight_hh_l0.grad is not None
 
 
 @ANY_KIND
