@@ -87,11 +87,18 @@ def test_a_parameter_without_gradient_counts_zero() -> None:
     check_clipped_sum(run)
 
 
+class OwnGRU(nn.GRU):
+    """With a forward of its own, for which there is no rule."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(2 * input, hx)
+
+
 class Uncovered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(6, 3)
-        self.gru = nn.GRU(3, 3, batch_first=True)
+        self.gru = OwnGRU(3, 3, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gru(self.inner(x))[0].mean(1)
