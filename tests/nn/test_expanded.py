@@ -115,6 +115,10 @@ USES: dict[str, Any] = {
     "chunk": lambda p, x: torch.cat(p.chunk(2)[::-1]),
     "norm": lambda p, x: p / p.norm(),
     "detached": lambda p, x: x * p.detach() + p.data,
+    "attention bias": lambda p, x: nn.functional.scaled_dot_product_attention(
+        x[:, None], x[:, None], x[:, None], p[:3].view(1, 1, 3, 1) * p[:3]
+    )[:, 0],
+    "without gradient": lambda p, x: x * _no_grad_norm(p),
     "transposed": lambda p, x: (x.transpose(0, 1) + p).transpose(0, 1),
 }
 
@@ -122,6 +126,21 @@ USES: dict[str, Any] = {
 def _with_row(x: Tensor, mask: Tensor, row: Any) -> Tensor:
     x[mask] = row
     return x
+
+
+def _no_grad_norm(p: Any) -> Any:
+    with torch.no_grad():
+        return p.norm()
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Any) -> Any:
+        return p * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
 
 
 class Using(nn.Module):
@@ -145,6 +164,8 @@ def test_uses_of_a_raw_parameter_of_a_module_with_children(use: Any, batch: int)
     ("use", "says"),
     [
         (lambda p, x: p.mul_(2), "mul_, which writes"),
+        (lambda p, x: (x * 2).masked_scatter_(x > 0, p.repeat(15)), "masked_scatter_, which writes"),
+        (lambda p, x: Twice.apply(p) * x, r"__mul__ within the custom autograd\.Function Twice"),
         (lambda p, x: torch.cat([p.view(1, 1, 4), x])[1:], "cat along the batch"),
         (
             lambda p, x: nn.functional.batch_norm(x.flatten(1), None, None, p.repeat(3), training=True),

@@ -1,0 +1,295 @@
+"""torch's functions on SharedTensors: row by row, or example with example. See `dpkernels.nn.shared`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dpkernels.nn.batch_axis import BatchAxes, Site
+
+
+class Shared:
+    """What torch's functions need of a SharedTensor: see `dpkernels.nn.shared`."""
+
+    def __init__(self, rows: Tensor, name: str, axes: BatchAxes) -> None:
+        self.rows, self.name, self.axes = rows, name, axes
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shared tensor's own shape."""
+        return self.rows.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the shared tensor."""
+        return self.rows.dim() - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The shared tensor's dtype."""
+        return self.rows.dtype
+
+    def value(self) -> Tensor:
+        """The plain tensor, cut off from gradients."""
+        return self.rows[0].detach()
+
+    def aligned(self, ndim: int, axis: int) -> Tensor:
+        """An ordinary tensor of `ndim` dimensions, broadcastable as self is, with the batch at `axis`.
+
+        self's own dimension there, if it has one, is 1, or the batch: example i takes index i of row i.
+        """
+        n, own = len(self.rows), axis - (ndim - self.ndim)
+        if own < 0:
+            return self.rows.reshape(*[1] * axis, n, *[1] * (ndim - self.ndim - axis - 1), *self.shape)
+        if self.shape[own] == 1:
+            rows = self.rows.squeeze(own + 1)
+        elif self.shape[own] == n:
+            rows = self.rows.diagonal(dim1=0, dim2=own + 1).movedim(-1, 0)
+        else:
+            raise self.refuse(f"broadcasting {tuple(self.shape)} against a batch of {n}")
+        rows = rows.movedim(0, own)
+        return rows.reshape(*[1] * (ndim - self.ndim), *rows.shape)
+
+    def again(self, rows: Tensor) -> Shared:
+        """Another shared tensor of the same origin."""
+        return type(self)(rows, self.name, self.axes)
+
+    def refuse(self, use: str) -> NotImplementedError:
+        """The error for a use that does not say which example's gradient is which."""
+        return NotImplementedError(
+            f"{self.name}: {use} of a parameter that examples share is not supported, since it does not say which part "
+            "of its gradient is which example's. View it as [1, ...] and broadcast it, or freeze it "
+            "(requires_grad_(False))"
+        )
+
+
+def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """func(*args, **kwargs), some of whose tensors are shared."""
+    leaves, spec = tree_flatten((args, kwargs))
+    shared = [leaf for leaf in leaves if isinstance(leaf, Shared)]
+    first = shared[0]
+    n = len(first.rows)
+    name = getattr(func, "__name__", str(func))
+    if any(len(other.rows) != n for other in shared):
+        raise first.refuse(f"{name} with a tensor of another batch size")
+    if func in _METADATA:
+        return func(*tree_unflatten([x.rows[0] if isinstance(x, Shared) else x for x in leaves], spec)[0])
+    _check_grad_mode(first, name)
+    writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+    if writes and (isinstance(args[0], Shared) or name not in _WRITING_BROADCAST):
+        raise first.refuse(f"{name}, which writes in place,")
+    carried, new = _carried(first, name, leaves, n)
+    if not carried:
+        return _row_by_row(func, leaves, spec, first)
+    if name == "__setitem__":
+        return _written(args, carried, first)
+    if func in _BROADCASTING or writes:
+        return _with_batch(func, leaves, spec, carried)
+    if func is F.scaled_dot_product_attention and not any(isinstance(leaf, Shared) for leaf in leaves[:3]):
+        return _with_batch(func, leaves, spec, carried)  # a mask or bias over [B, H, T, S]
+    if func in _JOINING:
+        return _joined(func, args, kwargs, carried, first)
+    result = _example_by_example(func, leaves, spec, carried, first)
+    if new:
+        _check_value(func, leaves, spec, first, result)
+    return result
+
+
+def _check_grad_mode(first: Shared, name: str) -> None:
+    """Raise within the forward of a custom autograd.Function: it does not see that a Shared wants a gradient."""
+    if torch.is_grad_enabled() or not first.rows.requires_grad:
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        context = next((v for v in frame.f_locals.values() if isinstance(v, torch._C._FunctionBase)), None)
+        if context is not None:
+            raise first.refuse(f"{name} within the custom autograd.Function {type(context).__name__}")
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _carried(first: Shared, name: str, leaves: Sequence[Any], n: int) -> tuple[dict[int, int], bool]:
+    """Places of the ordinary tensors that carry the batch, each with its axis; whether this call was never seen."""
+    ordinary = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not ordinary:
+        return {}, False
+    axes = first.axes
+    call = axes.next_call(first.name)
+    ordinary = [
+        place for place in ordinary if not isinstance(leaves[place], nn.Parameter)
+    ]  # never an example's
+    sites = {place: Site(first.name, f"a tensor in {name} (argument {place})", call) for place in ordinary}
+    new = not all(map(axes.knows, sites.values()))
+    found = {place: axes.of(site, leaves[place].shape, n) for place, site in sites.items()}
+    return {place: axis for place, axis in found.items() if axis is not None}, new
+
+
+def _row_by_row(func: Any, leaves: Sequence[Any], spec: Any, first: Shared) -> Any:
+    """No example's own tensor is among them: the result is shared, too."""
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Shared)]
+    others: list[Any] = []
+
+    def one(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        inputs = list(leaves)
+        for place, row in zip(places, rows, strict=True):
+            inputs[place] = row
+        args, kwargs = tree_unflatten(inputs, spec)
+        results, out_spec = tree_flatten(func(*args, **kwargs))
+        others[:] = [out_spec, [None if isinstance(r, Tensor) else r for r in results]]
+        return tuple(r for r in results if isinstance(r, Tensor))
+
+    try:
+        # A shared tensor has one mask for all examples, as in the plain model.
+        outputs = iter(torch.vmap(one, randomness="same")([leaves[place].rows for place in places]))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
+        raise first.refuse(f"{getattr(func, '__name__', func)} ({error})") from error
+    out_spec, kept = others
+    results = [first.again(next(outputs)) if other is None else other for other in kept]
+    return tree_unflatten(results, out_spec)
+
+
+def _with_batch(func: Any, leaves: Sequence[Any], spec: Any, carried: dict[int, int]) -> Any:
+    """A broadcasting function: shared tensors are aligned with those that carry the batch, and it is called once."""
+    ndim = max(leaf.ndim for leaf in leaves if isinstance(leaf, Tensor | Shared))
+    from_right = {leaves[place].dim() - axis for place, axis in carried.items()}
+    shared = next(leaf for leaf in leaves if isinstance(leaf, Shared))
+    if len(from_right) > 1:
+        raise shared.refuse(
+            f"{getattr(func, '__name__', func)} of tensors whose batch is at different dimensions"
+        )
+    axis = ndim - from_right.pop()
+    inputs = [leaf.aligned(ndim, axis) if isinstance(leaf, Shared) else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(inputs, spec)
+    return func(*args, **kwargs)
+
+
+def _written(args: tuple[Any, ...], carried: dict[int, int], first: Shared) -> None:
+    """x[mask] = p, with a boolean mask over the first dimensions of x."""
+    x, mask, p = args
+    plain = (
+        isinstance(x, Tensor)
+        and isinstance(mask, Tensor)
+        and mask.dtype is torch.bool
+        and isinstance(p, Shared)
+    )
+    if not plain or p.ndim > x.dim() - mask.dim() or 0 not in carried:
+        raise first.refuse("writing it by index")
+    x.copy_(
+        torch.where(mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())), p.aligned(x.dim(), carried[0]), x)
+    )
+
+
+def _joined(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], carried: dict[int, int], first: Shared
+) -> Any:
+    """torch.cat and torch.stack along another dimension than the batch."""
+    axis = set(carried.values())
+    parts = args[0] if args else kwargs["tensors"]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    ndim = max(part.ndim for part in parts)
+    dim = dim + ndim + (func is torch.stack) if dim < 0 else dim
+    batch = axis.pop()
+    if axis or (func is not torch.stack and dim == batch):
+        raise first.refuse(f"{func.__name__} along the batch")
+    joined = [part.aligned(ndim, batch) if isinstance(part, Shared) else part for part in parts]
+    return func(joined, dim)
+
+
+def _example_by_example(
+    func: Any, leaves: Sequence[Any], spec: Any, carried: dict[int, int], first: Shared
+) -> Any:
+    """Any other function, of one example at a time: [1, ...] where the plain call has the batch."""
+    name, n = getattr(func, "__name__", str(func)), len(first.rows)
+    leaves = list(leaves)
+    batch = next(iter(carried.values()))
+    example = leaves[next(iter(carried))]
+    for place, leaf in enumerate(leaves):  # expanded to the batch before, as p.expand(B, -1, -1)
+        if isinstance(leaf, Shared) and leaf.ndim == example.dim() and leaf.shape[batch] == n > 1:
+            leaves[place] = leaf.aligned(leaf.ndim, batch)
+            carried = carried | {place: batch}
+    if not any(isinstance(leaf, Shared) for leaf in leaves):
+        args, kwargs = tree_unflatten(leaves, spec)
+        return func(*args, **kwargs)
+    places = [p for p, leaf in enumerate(leaves) if isinstance(leaf, Shared) or p in carried]
+    tensors = [leaves[p].rows if isinstance(leaves[p], Shared) else leaves[p] for p in places]
+    in_dims = [carried.get(p, 0) for p in places]
+
+    def one(rows: Sequence[Tensor]) -> Any:
+        inputs = list(leaves)
+        for place, row in zip(places, rows, strict=True):
+            inputs[place] = row.unsqueeze(carried[place]) if place in carried else row
+        args, kwargs = tree_unflatten(inputs, spec)
+        return func(*args, **kwargs)
+
+    try:
+        out = torch.vmap(one, in_dims=(in_dims,), randomness="different")(tensors)
+        expected = _plain_shape(func, leaves, spec)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
+        raise first.refuse(f"{name} ({error})") from error
+    if not isinstance(out, Tensor):
+        raise first.refuse(f"{name}, which gives several tensors,")
+    for axis in [batch, *range(out.dim() - 1)]:
+        if out.dim() - 1 > axis and out.shape[axis + 1] == 1:
+            moved = out.squeeze(axis + 1).movedim(0, axis)
+            if moved.shape == expected:
+                return moved
+    raise first.refuse(
+        f"{name}, which gives {tuple(out.shape[1:])} an example and {tuple(expected)} for the batch,"
+    )
+
+
+@torch.no_grad()
+def _check_value(func: Any, leaves: Sequence[Any], spec: Any, first: Shared, result: Tensor) -> None:
+    """Raise where one example at a time does not give what the plain call gives: it mixes the batch."""
+    args, kwargs = tree_unflatten([x.value() if isinstance(x, Shared) else x for x in leaves], spec)
+    plain = func(*args, **kwargs)
+    error = (result.double() - plain.double()).abs().max() if plain.numel() else 0
+    if not error <= 0.05 * plain.double().abs().max():
+        raise first.refuse(
+            f"{getattr(func, '__name__', func)}, in which an example's result depends on the others,"
+        )
+
+
+def _plain_shape(func: Any, leaves: Sequence[Any], spec: Any) -> torch.Size:
+    """The shape that the plain model's call gives."""
+    inputs = [
+        torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+        if isinstance(leaf, Tensor | Shared)
+        else leaf
+        for leaf in leaves
+    ]
+    args, kwargs = tree_unflatten(inputs, spec)
+    shape: torch.Size = func(*args, **kwargs).shape
+    return shape
+
+
+_METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, torch.numel, torch.is_floating_point}
+_WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+_WRITING_BROADCAST = _WRITING | {
+    "add_",
+    "sub_",
+    "mul_",
+    "div_",
+    "copy_",
+    "masked_fill_",
+    "lerp_",
+    "addcmul_",
+    "pow_",
+}
+_JOINING = {torch.cat, torch.concat, torch.stack}
+_BROADCASTING_NAMES = """
+    add sub subtract mul multiply div divide true_divide pow maximum minimum fmax fmin where lerp addcmul addcdiv clamp
+    clamp_min clamp_max atan2 hypot logaddexp xlogy eq ne lt le gt ge logical_and logical_or fmod remainder masked_fill
+    __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ rsub expand_as
+"""
+_BROADCASTING = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in _BROADCASTING_NAMES.strip().split()
+    if hasattr(owner, name)
+}
