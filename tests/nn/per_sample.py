@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import Record, add_weighted_sums, attach, detach, swap
+from dpkernels.nn import Record, RowCheck, add_weighted_sums, attach, detach, swap
 
 LossFn = Callable[..., Tensor]  # loss_fn(model, *batch) -> [B]
 
@@ -45,15 +46,16 @@ def one_by_one(model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, ...]) -> 
 def run_private(
     model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, ...], factors: Tensor | None = None
 ) -> Private:
-    """One private forward and backward of an already swapped model."""
+    """One private forward and backward of an already swapped model, the row check's before it."""
     tape = attach(model)
     names = {p: n for n, p in model.named_parameters()}
     try:
         losses = loss_fn(model, *batch)
         size = losses.shape[0]
-        tape.open(size)
-        losses.sum().backward()
-        records = tape.close()
+        with RowCheck(tape).checking(losses) if size > 1 else nullcontext():
+            tape.open(size)
+            losses.sum().backward()
+            records = tape.close()
     finally:
         tape.discard()
         detach(model)
