@@ -69,6 +69,22 @@ def test_inputs_that_require_grad_are_no_parameters() -> None:
     run.release((0, 1))
 
 
+def test_a_function_that_keeps_a_name_of_its_own_is_no_trouble() -> None:
+    class Named(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.name = "x"
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            return g
+
+    run = private_run(loss_fn=lambda model, batch: Named.apply(losses_of(model, batch)))
+    run.engine.self_check(run.loss_fn)
+    run.release((0, 1))
+
+
 @pytest.mark.parametrize("late", [1, 3])
 def test_the_graph_is_looked_at_again(late: int) -> None:
     """In the 1st, 2nd, 4th, ... backward: what comes with a later one is found with the next."""
