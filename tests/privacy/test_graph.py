@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
