@@ -1,6 +1,6 @@
 """The output folder of a run: what is written where, and whether a run in it may be resumed.
 
-config.yaml                 the configuration the run was started with
+config.yaml                 the configuration the run was started with, without the names of speakers
 ledger.jsonl                what was spent, written before it is spent
 checkpoint/state.pt         the last checkpoint
 adapter/ or model/          what was trained
@@ -40,6 +40,11 @@ MAY_CHANGE = frozenset(
         "train.checkpoint_every",
         "evaluate.batch_size",
     }
+)
+# Keys of `data` whose values say who is in it: kept among what is not for others.
+_NAMES_WHO = ("speakers", "exclude_speakers")
+_WITHHELD = (
+    "# data.speakers and data.exclude_speakers name who is in the data: see not_private/speakers.yaml\n"
 )
 _NOTICE = (
     "What is in this folder was computed from the private data without noise: losses, clip rates, "
@@ -89,6 +94,11 @@ class RunFolder:
         return self.path / "not_private"
 
     @property
+    def speakers(self) -> Path:
+        """The values of data.speakers and data.exclude_speakers, where they were given: not for others."""
+        return self.not_private / "speakers.yaml"
+
+    @property
     def data(self) -> Path:
         """Figures and fingerprint of the training data: not for others."""
         return self.not_private / "data.json"
@@ -136,12 +146,25 @@ class RunFolder:
         self.trim_history(0)
         if not self.config.is_file() or self._changes(config):
             self.metrics.unlink(missing_ok=True)  # of a start with another configuration
-        write_text(self.config, config.to_yaml())
+        self._write_config(config)
         return False
+
+    def _write_config(self, config: Config) -> None:
+        named = {key: getattr(config.data, key) for key in _NAMES_WHO}
+        if not any(names is not None for names in named.values()):
+            self.speakers.unlink(missing_ok=True)
+            write_text(self.config, config.to_yaml())
+            return
+        write_text(self.speakers, yaml.safe_dump(named, allow_unicode=True))
+        nameless = config.with_values("data", **dict.fromkeys(_NAMES_WHO))
+        write_text(self.config, _WITHHELD + nameless.to_yaml())
 
     def _changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
         """The keys that a run may not change, and have changed; one that is not written has its default."""
-        old = Config.from_dict(yaml.safe_load(self.config.read_text(encoding="utf-8"))).to_dict()
+        written = Config.from_dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        if self.speakers.is_file():
+            written = written.with_values("data", **yaml.safe_load(self.speakers.read_text(encoding="utf-8")))
+        old = written.to_dict()
         changes = changed_keys(old, config.to_dict())
         return {key: values for key, values in changes.items() if key not in MAY_CHANGE}
 

@@ -196,3 +196,22 @@ def test_where_the_curve_starts(folder: Path, valid: str, window: float | None, 
     assert values["scoring"] == {"normalize": "basic", "restrict_to": None}
     assert values["machine"]["device"].startswith("cpu")
     assert {"soundfile", "soxr"} <= set(values["versions"])
+
+
+def test_nothing_outside_not_private_names_a_speaker(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "tones.jsonl").read_text().splitlines()]
+    named = [{**line, "speaker": f"Ada Lovelace {number % 3}"} for number, line in enumerate(lines)]
+    (folder / "tones.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
+    names = ["Ada Lovelace 0", "Ada Lovelace 1"]
+    changes = {"data__speakers": names, "data__exclude_speakers": ["Ada Lovelace 2"]}
+    changes |= {"data__test": None, "train__batch_size": 2}
+    config = small(folder, **changes)
+    train(config, progress=False)
+    output = Path(config.output)
+    files = [path for path in output.rglob("*") if path.is_file() and "not_private" not in path.parts]
+    assert output / "config.yaml" in files
+    assert not [path for path in files if b"Lovelace" in path.read_bytes()]
+    run = RunFolder(output)
+    assert run.check(config, resume=True)  # what was left out of config.yaml is known still
+    with pytest.raises(ConfigError, match=r"data\.speakers: was \['Ada Lovelace 0', 'Ada Lovelace 1'\]"):
+        run.check(small(folder, **{**changes, "data__speakers": names[:1]}), resume=True)

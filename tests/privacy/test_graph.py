@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
@@ -66,6 +67,22 @@ def test_inputs_that_require_grad_are_no_parameters() -> None:
     run = private_run(
         loss_fn=lambda model, batch: losses_of(model, [batch[0].clone().requires_grad_(), batch[1]])
     )
+    run.release((0, 1))
+
+
+def test_a_function_that_keeps_a_name_of_its_own_is_no_trouble() -> None:
+    class Named(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.name = "x"
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            return g
+
+    run = private_run(loss_fn=lambda model, batch: Named.apply(losses_of(model, batch)))
+    run.engine.self_check(run.loss_fn)
     run.release((0, 1))
 
 
