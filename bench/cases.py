@@ -230,8 +230,28 @@ class _OneLayer(nn.Module):
         return SimpleNamespace(logits=out[0] if isinstance(out, tuple) else out)
 
 
+class OneAttention(nn.Module):
+    """Self-attention in torch's layout, [T,B,d], behind a trained LayerNorm.
+
+    `norm_first`: the norm is before the change of layout, where it has the batch first, or behind it: the same values.
+    Opacus wants one layout in all of a model.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.layer, self.norm_first = nn.LayerNorm(width), nn.MultiheadAttention(width, 8), True
+
+    def forward(self, input_features: Tensor) -> SimpleNamespace:
+        frames, late = input_features, not self.norm_first
+        x = self.norm(frames.transpose(0, 1) if late else frames)
+        x = x if late else x.transpose(0, 1)
+        return SimpleNamespace(logits=self.layer(x, x, x, need_weights=False)[0].transpose(0, 1))
+
+
 def _one_layer(case: Case, frames: int) -> nn.Module:
     width, kind = case.width, case.family.removesuffix("-layer")
+    if kind == "attention":
+        return OneAttention(width)
     layer: nn.Module = nn.Linear(width, 4 * width)
     if kind in _RECURRENT:
         layer = _RECURRENT[kind](width, width, batch_first=True)
@@ -260,6 +280,7 @@ _LAYERS = (
     ("lora", "LoRA Linear 512→2048, r=8", 8),
     ("depthwise", "depthwise Conv1d 512, k=9", None),
     *((kind, f"{kind.upper()} 512→512", None) for kind in _RECURRENT),
+    ("attention", "MultiheadAttention 512, 8 heads", None),
 )
 FAMILIES |= {
     f"{kind}-layer": Family(_one_layer, _layer_batch, _layer_losses, ["layer"]) for kind, *_ in _LAYERS

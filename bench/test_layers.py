@@ -35,3 +35,11 @@ def test_recurrent_layer(bench: Bench, name: str) -> None:
     case = replace(CASES[name], width=16) if bench.quick else CASES[name]
     shown = (NON_PRIVATE, OWN_LAYERS, *map(ours, TIMED_STRATEGIES), OPACUS_HOOKS, OPACUS_GHOST)
     bench.run("layers", case, size, frames, settings=SETTINGS, seconds=4, contenders=shown)
+
+
+def test_attention(bench: Bench) -> None:
+    """Beside Opacus's DPMultiheadAttention, which its contenders have in place of torch's layer."""
+    size, frames = (2, 16) if bench.quick else (32, 100)
+    case = replace(CASES["attention-layer"], width=16) if bench.quick else CASES["attention-layer"]
+    shown = (NON_PRIVATE, OWN_LAYERS, *map(ours, TIMED_STRATEGIES), OPACUS_HOOKS, OPACUS_GHOST)
+    bench.run("layers", case, size, frames, settings=SETTINGS, contenders=shown)

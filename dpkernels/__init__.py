@@ -28,6 +28,8 @@ _LAYER_NAMES = (
 )
 _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
     "PrivacyEngine": "dpkernels.privacy",
+    "coverage": "dpkernels.nn.coverage_table",
+    "fix": "dpkernels.nn.fixing",
 }
 _SUBMODULES = ("nn", "ops", "privacy", "interop", "backends", "opacus")
 
@@ -45,6 +47,8 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "GhostRNN",
     "FrozenBatchNorm",
     "PrivacyEngine",
+    "coverage",
+    "fix",
     "ops",
     "nn",
     "privacy",
@@ -67,6 +71,8 @@ if TYPE_CHECKING:
         GhostRNN,
         swap,
     )
+    from dpkernels.nn.coverage_table import coverage
+    from dpkernels.nn.fixing import fix
     from dpkernels.privacy import PrivacyEngine
 
 

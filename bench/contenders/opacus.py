@@ -12,12 +12,13 @@ import warnings
 from typing import Any
 
 import opacus
-from opacus.layers import DPGRU, DPLSTM, DPRNN
+import torch
+from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from opacus.validators.errors import UnsupportedModuleError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bench.cases import Batch, Case, Criterion, forward
+from bench.cases import Batch, Case, Criterion, OneAttention, forward
 from bench.contenders import CannotRun, Contender, Settings
 from bench.contenders.rows import Rows
 
@@ -25,7 +26,7 @@ _OWN_LAYERS = {nn.LSTM: DPLSTM, nn.GRU: DPGRU, nn.RNN: DPRNN}
 
 
 def with_opacus_layers(model: nn.Module) -> nn.Module:
-    """Opacus's own recurrent layers in place of torch's, in place, with their weights, as its validator has it."""
+    """Opacus's own layers in place of torch's recurrent ones and attention, in place, with their weights."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) in _OWN_LAYERS:
@@ -41,6 +42,12 @@ def with_opacus_layers(model: nn.Module) -> nn.Module:
                 own = _OWN_LAYERS[type(layer)](**{option: getattr(layer, option) for option in names})
                 own.to(next(layer.parameters())).load_state_dict(layer.state_dict())
                 setattr(parent, name, own)
+    if isinstance(model, OneAttention):
+        # The layout [T,B,d] in all of the model: in the other one its output is not torch's, since it views
+        # [B·heads,T,d/heads] as [B,T,d].
+        attention = DPMultiheadAttention(model.layer.embed_dim, model.layer.num_heads)
+        attention.to(model.norm.weight).load_state_dict(dict(model.layer.state_dict()))
+        model.layer, model.norm_first = attention, False
     return model
 
 
@@ -63,10 +70,20 @@ class Hooks(Contender):
                     max_grad_norm=self.settings.clip,
                     poisson_sampling=False,
                     grad_sample_mode=mode,
+                    batch_first=not isinstance(model, OneAttention),
                     **options,
                 )
             except (UnsupportedModuleError, NotImplementedError) as error:
                 raise CannotRun(f"Opacus refuses the model: {error}") from error
+
+    def released(self) -> dict[str, Tensor]:
+        """By the names of torch's layers: DPMultiheadAttention's q, k and v are one parameter there."""
+        found = super().released()
+        for kind in ("weight", "bias"):
+            parts = [found.pop(f"layer.{name}linear.{kind}", None) for name in "qkv"]
+            if isinstance(self.model._module, OneAttention):
+                found[f"layer.in_proj_{kind}"] = torch.cat([part for part in parts if part is not None])
+        return found
 
     def step(self) -> None:
         self.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""PEFT: GhostPeftLoRALinear, PEFT's own LoRA layer with a private path.
+"""PEFT: GhostPeftLoRALinear, PEFT's own LoRA layer with a private path, and the registration of all PEFT methods.
 
 It is a subclass of `peft.tuners.lora.Linear`, so saving, loading, merging, disabling and switching adapters
 are PEFT's. PEFT's adapters are themselves nn.Linear (or convolutions) and are swapped like any other: that
@@ -10,13 +10,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention as LoraMultiheadAttention
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora import dora
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 
-from dpkernels.nn import GhostLinear, GhostModule, register_refusal, register_swap
+from dpkernels.interop import peft_methods
+from dpkernels.interop.peft_embedding import GhostPeftLoRAEmbedding, GhostPeftTrainableTokens
+from dpkernels.interop.peft_parameters import (
+    GhostDora,
+    GhostParameterDict,
+    SharedParameterDict,
+    SharedPeftLayer,
+)
+from dpkernels.nn import GhostLinear, GhostModule, register_child_swap, register_refusal, register_swap
 from dpkernels.nn.lora import ghost_lora
 
 
@@ -47,12 +55,20 @@ class GhostPeftLoRALinear(GhostModule, LoraLinear):
         adapter_input = dropout(self._cast_input_dtype(x, a.dtype)) if dropped else None
         return ghost_lora(self, x, adapter_input, weight, bias, a, b, scaling)
 
+    def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
+        """Of A and B, where the fused path would be taken now."""
+        found = self._fusable()
+        return {} if found is None else dict.fromkeys((found[1].weight, found[2].weight), "LoRA: ghost norm")
+
     def _fused(self) -> tuple[Any, Any, Any, Any, float] | None:
         """Base, A, B, dropout and scaling of the one adapter that the fused path may serve now, or None.
 
         Asked in every forward: adapters are switched, and hooks added, between one and the next.
         """
-        if self.ghost_tape is None or self.disable_adapters or self.merged:
+        return None if self.ghost_tape is None else self._fusable()
+
+    def _fusable(self) -> tuple[Any, Any, Any, Any, float] | None:
+        if self.disable_adapters or self.merged:
             return None
         # Not by attribute: nn.Module finds its modules last of all, at a microsecond each.
         own: Any = self._modules
@@ -78,21 +94,43 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _refusal(module: nn.Module) -> str | None:
-    if not isinstance(module, LoraLayer):
-        return None
-    if module.lora_variant:
-        variant = type(next(iter(module.lora_variant.values()))).__name__
-        return f"PEFT's {variant} has no norm rule; use plain LoRA (or use_rslora=True)"
-    if isinstance(module, LoraMultiheadAttention | ParamWrapper):
-        base = type(module.get_base_layer()).__name__
-        return f"PEFT's LoRA on {base} has no norm rule; leave it out of target_modules"
-    if len(module.lora_embedding_A) > 0:
-        return "PEFT's LoRA on an embedding has no norm rule; leave it out of target_modules"
-    return None
+def _register_shared() -> None:
+    for package, (names, dictionaries) in peft_methods.SHARED.items():
+        for name in names:
+            layer = peft_methods.peft_class(package, name)
+            if layer is None or (layer, package) in _SHARING:
+                continue
+            body = {
+                "__module__": f"{__name__}.{package}",
+                "__doc__": f"PEFT's {package} layer {name}, private.",
+            }
+            _SHARING[layer, package] = type(f"Ghost{name}", (SharedPeftLayer, layer), body)
+            for dictionary in dictionaries:
+                register_child_swap(layer, dictionary, nn.ParameterDict, SharedParameterDict)
+            register_swap(layer, _SHARING[layer, package])
+
+
+def _register_dora() -> None:
+    for name in ("DoraLinearLayer", "DoraConv1dLayer", "DoraConv2dLayer", "DoraConv3dLayer"):
+        layer = getattr(dora, name, None)
+        if layer is not None and layer not in _DORA:
+            body = {"__module__": __name__, "__doc__": GhostDora.__doc__}
+            _DORA[layer] = type(f"Ghost{name}", (GhostDora, layer), body)
+            register_swap(layer, _DORA[layer])
+
+
+_SHARING: dict[tuple[type, str], type[nn.Module]] = {}
+_DORA: dict[type, type[nn.Module]] = {}
 
 
 def register() -> None:
-    """Make PEFT's layers known to `dpkernels.swap` and `dpkernels.nn.coverage`."""
+    """Make PEFT's layers known to `dpkernels.swap` and `dpkernels.nn.uncovered`."""
     register_swap(LoraLinear, GhostPeftLoRALinear)
-    register_refusal(_refusal)
+    register_swap(LoraEmbedding, GhostPeftLoRAEmbedding)
+    for dictionary in ("lora_embedding_A", "lora_embedding_B"):
+        register_child_swap(LoraEmbedding, dictionary, nn.ParameterDict, GhostParameterDict)
+    register_swap(TrainableTokensLayer, GhostPeftTrainableTokens)
+    register_child_swap(TrainableTokensLayer, "trainable_tokens_delta", nn.ParameterDict, GhostParameterDict)
+    _register_shared()
+    _register_dora()
+    register_refusal(peft_methods.refusal)

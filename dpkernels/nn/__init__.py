@@ -1,12 +1,38 @@
 """Ghost layers: torch's layers that record what ghost clipping needs, and what makes a model of them."""
 
 from torch import nn as _nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProjection
 
-from dpkernels.nn.attaching import Uncovered, attach, coverage, detach
-from dpkernels.nn.conv import GhostConv1d, GhostConv2d
-from dpkernels.nn.conv_records import Conv1dRecord, Conv2dRecord, ConvRecord, DepthwiseConv1dRecord
+from dpkernels.nn.attaching import Uncovered, attach, coverage, detach, uncovered
+from dpkernels.nn.attention import GhostMultiheadAttention, GhostOutProjection, attention_refusal
+from dpkernels.nn.attention_records import PackedLinearRecord
+from dpkernels.nn.conv import (
+    GhostConv1d,
+    GhostConv2d,
+    GhostConv3d,
+    GhostConvTranspose1d,
+    GhostConvTranspose2d,
+    GhostConvTranspose3d,
+)
+from dpkernels.nn.conv_records import (
+    Conv1dRecord,
+    Conv2dRecord,
+    Conv3dRecord,
+    ConvRecord,
+    DepthwiseConv1dRecord,
+)
+from dpkernels.nn.copying import original_class
+from dpkernels.nn.coverage_table import Coverage, CoverageRow
 from dpkernels.nn.embedding import GhostEmbedding
+from dpkernels.nn.embedding_bag import GhostEmbeddingBag
 from dpkernels.nn.expanded import EXPANSION_LIMIT
+from dpkernels.nn.fixing import Change, FixReport
+from dpkernels.nn.group_norm import (
+    GhostGroupNorm,
+    GhostInstanceNorm1d,
+    GhostInstanceNorm2d,
+    GhostInstanceNorm3d,
+)
 from dpkernels.nn.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
@@ -46,11 +72,23 @@ from dpkernels.nn.swapping import (
     unswap,
 )
 from dpkernels.nn.tape import Tape
+from dpkernels.nn.transformer import (
+    GhostTransformerDecoder,
+    GhostTransformerDecoderLayer,
+    GhostTransformerEncoder,
+    GhostTransformerEncoderLayer,
+    transformer_refusal,
+)
 
 register_swap(_nn.Linear, GhostLinear)
 register_swap(_nn.Conv1d, GhostConv1d)
 register_swap(_nn.Conv2d, GhostConv2d)
+register_swap(_nn.Conv3d, GhostConv3d)
+register_swap(_nn.ConvTranspose1d, GhostConvTranspose1d)
+register_swap(_nn.ConvTranspose2d, GhostConvTranspose2d)
+register_swap(_nn.ConvTranspose3d, GhostConvTranspose3d)
 register_swap(_nn.Embedding, GhostEmbedding)
+register_swap(_nn.EmbeddingBag, GhostEmbeddingBag)
 register_swap(_nn.LayerNorm, GhostLayerNorm)
 register_swap(_nn.RMSNorm, GhostRMSNorm)
 register_swap(_nn.LSTM, GhostLSTM)
@@ -59,37 +97,70 @@ register_swap(_nn.RNN, GhostRNN)
 register_swap(_nn.LSTMCell, GhostLSTMCell)
 register_swap(_nn.GRUCell, GhostGRUCell)
 register_swap(_nn.RNNCell, GhostRNNCell)
+register_swap(_nn.GroupNorm, GhostGroupNorm)
+register_swap(_nn.InstanceNorm1d, GhostInstanceNorm1d)
+register_swap(_nn.InstanceNorm2d, GhostInstanceNorm2d)
+register_swap(_nn.InstanceNorm3d, GhostInstanceNorm3d)
+register_swap(_nn.MultiheadAttention, GhostMultiheadAttention)
+register_swap(_OutProjection, GhostOutProjection)
+register_refusal(attention_refusal)
+register_swap(_nn.TransformerEncoderLayer, GhostTransformerEncoderLayer)
+register_swap(_nn.TransformerDecoderLayer, GhostTransformerDecoderLayer)
+register_swap(_nn.TransformerEncoder, GhostTransformerEncoder)
+register_swap(_nn.TransformerDecoder, GhostTransformerDecoder)
+register_refusal(transformer_refusal)
 
 __all__ = [
     "EXPANSION_LIMIT",
     "BiasRecord",
+    "Change",
     "Conv1dRecord",
     "Conv2dRecord",
+    "Conv3dRecord",
     "ConvRecord",
+    "Coverage",
+    "CoverageRow",
     "DepthwiseConv1dRecord",
     "EmbeddingRecord",
     "ExpandedRecord",
+    "FixReport",
     "FrozenBatchNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
     "GhostConv1d",
     "GhostConv2d",
+    "GhostConv3d",
+    "GhostConvTranspose1d",
+    "GhostConvTranspose2d",
+    "GhostConvTranspose3d",
     "GhostEmbedding",
+    "GhostEmbeddingBag",
     "GhostGRU",
     "GhostGRUCell",
+    "GhostGroupNorm",
+    "GhostInstanceNorm1d",
+    "GhostInstanceNorm2d",
+    "GhostInstanceNorm3d",
     "GhostLSTM",
     "GhostLSTMCell",
     "GhostLayerNorm",
     "GhostLinear",
     "GhostLoRALinear",
     "GhostModule",
+    "GhostMultiheadAttention",
+    "GhostOutProjection",
     "GhostRMSNorm",
     "GhostRNN",
     "GhostRNNCell",
+    "GhostTransformerDecoder",
+    "GhostTransformerDecoderLayer",
+    "GhostTransformerEncoder",
+    "GhostTransformerEncoderLayer",
     "LinearRecord",
     "LoRARecord",
     "NormRecord",
+    "PackedLinearRecord",
     "Record",
     "RowCheck",
     "RowError",
@@ -108,10 +179,12 @@ __all__ = [
     "modules_of",
     "named_modules",
     "norms_sq",
+    "original_class",
     "register_child_swap",
     "register_refusal",
     "register_swap",
     "sharing_inputs",
     "swap",
+    "uncovered",
     "unswap",
 ]

@@ -1,25 +1,26 @@
-"""attach, detach, coverage: from a swapped model to a private one, and back."""
+"""attach, detach, uncovered: from a swapped model to a private one, and back."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from dpkernels.nn.batch_axis import batch_size_of
+from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.expanded import ExpandingModule, expanding_class, expansion_refusal
 from dpkernels.nn.module import GhostModule
 from dpkernels.nn.norm import FrozenBatchNorm
 from dpkernels.nn.swapping import has_twin, load_library_rules, subtree_refusal
 from dpkernels.nn.tape import Tape
-
-_HANDLES = "_ghost_root_hooks"
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
             "this model, or a part of it, was made private already (a tape is attached to it): call "
             "dpkernels.nn.detach(model) first, or build it anew"
         )
-    uncovered = coverage(model)
-    if uncovered:
-        lines = "\n  ".join(str(item) for item in uncovered)
+    refused = uncovered(model)
+    if refused:
+        lines = "\n  ".join(str(item) for item in refused)
         raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
     tape = Tape(model.named_parameters(), keep_small=keep_small)
     tape.needs_to_ask = any(parameter.requires_grad for parameter in model.parameters())
@@ -65,7 +66,6 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         module.ghost_tape = tape
         module.ghost_name = name or type(module).__name__
 
-    # A copy of the model has these hooks, too, and no tape.
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not model:
             return
@@ -88,18 +88,20 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         if tape.after_forward is not None:
             tape.after_forward()
 
-    model.__dict__[_HANDLES] = (
+    model.__dict__[HANDLES] = (
         model.register_forward_pre_hook(note_batch, with_kwargs=True, prepend=True),
         model.register_forward_hook(note_end, always_call=True),
     )
+    model.__dict__["__reduce_ex__"] = partial(reduce_root, model)  # copies are without these hooks
     return tape
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: ordinary training again. A model that is not attached stays as it is."""
-    handles: tuple[RemovableHandle, ...] = model.__dict__.pop(_HANDLES, ())
+    handles: tuple[RemovableHandle, ...] = model.__dict__.pop(HANDLES, ())
     for handle in handles:
         handle.remove()
+    model.__dict__.pop("__reduce_ex__", None)
     for module in model.modules():
         if isinstance(module, GhostModule):
             module.ghost_tape = None
@@ -107,8 +109,9 @@ def detach(model: nn.Module) -> None:
             module.__class__ = module.ghost_original  # type: ignore[assignment]
 
 
-def coverage(model: nn.Module) -> list[Uncovered]:
-    """The trained parameters (requires_grad) that no rule covers, each with the reason and the mend.
+def uncovered(model: nn.Module) -> list[Uncovered]:
+    """The trained parameters (requires_grad) of a swapped model that no rule covers, each with the reason and the fix.
+    `dpkernels.coverage` says it of any model, with the rules of the others.
 
     A parameter that several modules hold is named where one of them has no rule for it, unless that one
     merely holds it beside a ghost layer that uses it.
@@ -116,7 +119,7 @@ def coverage(model: nn.Module) -> list[Uncovered]:
     load_library_rules()
     refused: dict[nn.Module, str] = {}
     for module in model.modules():
-        reason = _refusal_below(module) or subtree_refusal(module)
+        reason = subtree_refusal(module)
         if reason is not None:
             refused |= dict.fromkeys(module.modules(), reason)
     has_rule = {
@@ -137,22 +140,34 @@ def coverage(model: nn.Module) -> list[Uncovered]:
     return found
 
 
+def coverage(model: nn.Module) -> list[Uncovered]:
+    """The name that `uncovered` had."""
+    warnings.warn(
+        "dpkernels.nn.coverage is now called uncovered; dpkernels.coverage(model) is the whole table",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return uncovered(model)
+
+
 def _own_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad:
             yield name, parameter
 
 
-def _refusal_below(module: nn.Module) -> str | None:
-    if isinstance(module, nn.MultiheadAttention):
-        return "read by a fused function past any layer; use separate q, k and v linear layers, or freeze it"
-    return None
-
-
 def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
     if isinstance(module, parametrize.ParametrizationList) or parametrize.is_parametrized(module):
         return (
-            "the module is parametrised (weight_norm, spectral_norm, ...); remove that, or freeze the module"
+            "the module is parametrised (weight_norm, spectral_norm, ...): its weight is made of other parameters, "
+            "past any layer; fold them into it (torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')), "
+            "or freeze the module"
+        )
+    made = next((key for key in vars(module) if name.startswith(f"{key}_")), None)
+    if made is not None and isinstance(vars(module)[made], Tensor):
+        return (
+            f"a hook makes {made} of it before each forward (weight_norm, spectral_norm, pruning); remove that "
+            "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove), or freeze the module"
         )
     if isinstance(module, GhostModule):
         if name not in module.ghost_covers:
@@ -162,6 +177,4 @@ def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | Non
         return "not swapped; call dpkernels.swap(model) first"
     if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNorm):
         return "batch statistics mix the samples; call dpkernels.nn.freeze_batch_norm(model), or freeze it"
-    if name.endswith(("_g", "_v")) and name[:-2] in module.__dict__:
-        return "weight_norm by hooks; remove it (torch.nn.utils.remove_weight_norm), or freeze the module"
     return expansion_refusal(module, parameter)

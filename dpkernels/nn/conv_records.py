@@ -23,10 +23,16 @@ from dpkernels.nn.records import (
     sum_up,
 )
 
+WINDOW_BYTES = 2**28
+"""Of the unfolded windows of a convolution that are made at a time."""
+
 
 @dataclass(eq=False)
 class DepthwiseConv1dRecord(Record):
-    """Weight [C,1,k] of a depthwise convolution: x [B,C,T], g [B,C,T']."""
+    """Weight [C,1,k] of a depthwise convolution: x [B,C,T], g [B,C,T'].
+
+    `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
+    """
 
     layer: str
     weight: nn.Parameter
@@ -35,6 +41,12 @@ class DepthwiseConv1dRecord(Record):
     stride: int = 1
     padding: int = 0
     dilation: int = 1
+    exchanged: bool = False
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """Of the layer."""
+        return self.x if self.exchanged else self.g
 
     def norm_sq(self) -> Tensor:
         """Σ over channels c and taps j of (Σ_t g_tc x_{t+j,c})²."""
@@ -100,8 +112,11 @@ class DepthwiseConv1dRecord(Record):
 class ConvRecord(Record):
     """Weight [p, d/groups, *k] of a general convolution: x [B,d,*space], g [B,p,*space'].
 
-    It is a linear layer on unfolded windows. They are ∏k times larger than x, so they are made when asked for
-    and not kept: once where the gradients are formed, twice where norm and sum each ask.
+    It is a linear layer on unfolded windows. They are ∏k times larger than x, so they are made when asked for, of as
+    many samples at a time as `WINDOW_BYTES` allows, and not kept: once where the gradients are formed, twice where norm
+    and sum each ask.
+
+    `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
     """
 
     forms_by_default: ClassVar[bool] = True
@@ -114,25 +129,41 @@ class ConvRecord(Record):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    exchanged: bool = False
 
-    def _group(self, index: int) -> tuple[Tensor, Tensor]:
+    @property
+    def output_gradient(self) -> Tensor:
+        """Of the layer."""
+        return self.x if self.exchanged else self.g
+
+    def _group(self, index: int, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """(x [B,T',∏k·d/groups], g [B,T',p/groups]) of one group, in one dtype; T' = ∏space'."""
-        x, g = self.x.chunk(self.groups, 1)[index], self.g.chunk(self.groups, 1)[index]
+        x, g = (t[samples].chunk(self.groups, 1)[index] for t in (self.x, self.g))
         x = nn.functional.pad(x, [n for size in reversed(self.padding) for n in (size, size)])
         windows = unfold(x, self.weight.shape[2:], self.stride, self.dilation, g.shape[2:])
         windows, g = common_dtype(windows, g.flatten(2).transpose(1, 2))
         return windows, g
 
+    def _parts(self) -> list[slice]:
+        """Ranges of samples whose windows of one group take at most WINDOW_BYTES, or of one sample."""
+        each = math.prod(self.g.shape[2:]) * self.weight[0].numel() * self.x.element_size()
+        step = max(1, WINDOW_BYTES // max(each, 1))
+        return [slice(first, first + step) for first in range(0, max(self.batch_size, 1), step)]
+
     def norm_sq(self) -> Tensor:
         """Σ over groups of ‖gᵀ windows‖²."""
-        return sum_up([ops.linear_norm_sq(*self._group(i)) for i in range(self.groups)])
+        return torch.cat([self._norm_sq(part) for part in self._parts()])
+
+    def _norm_sq(self, part: slice) -> Tensor:
+        return sum_up([ops.linear_norm_sq(*self._group(i, part)) for i in range(self.groups)])
 
     def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
         """Σ_i c_i gᵀ windows, group by group."""
         rows = sums[self.weight].view(self.groups, self.weight.shape[0] // self.groups, -1)
-        for i in range(self.groups):
-            x, g = self._group(i)
-            ops.linear_weighted_sum(x, g, factors, rows[i])
+        for part in self._parts():
+            for i in range(self.groups):
+                x, g = self._group(i, part)
+                ops.linear_weighted_sum(x, g, factors[part], rows[i])
 
     def entries(self) -> int:
         """The weight's, p·d/groups·∏k."""
@@ -140,8 +171,12 @@ class ConvRecord(Record):
 
     def formed(self) -> tuple[ExpandedRecord, ...]:
         """gᵀ windows, the groups one after the other."""
-        groups = [per_sample_product(g, x) for x, g in (self._group(i) for i in range(self.groups))]
-        return (formed_gradient(self.layer, self.weight, torch.cat(groups, 1)),)
+        gradients = torch.cat([self._formed(part) for part in self._parts()])
+        return (formed_gradient(self.layer, self.weight, gradients),)
+
+    def _formed(self, part: slice) -> Tensor:
+        groups = [per_sample_product(g, x) for x, g in (self._group(i, part) for i in range(self.groups))]
+        return torch.cat(groups, 1)
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord | None:
         """Its windows' layer; None where groups > 1."""
@@ -170,6 +205,15 @@ class Conv2dRecord(ConvRecord):
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
+
+
+@dataclass(eq=False)
+class Conv3dRecord(ConvRecord):
+    """Weight [p, d/groups, kd, kh, kw]: x [B,d,D,H,W], g [B,p,D',H',W']."""
+
+    stride: tuple[int, ...] = (1, 1, 1)
+    padding: tuple[int, ...] = (0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1, 1)
 
 
 def unfold(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpkernels.nn.batch_axis import Site
+from dpkernels.nn.embedding_records import TransposedEmbeddingRecord
 from dpkernels.nn.module import GhostModule, as_tokens, batch_first
 from dpkernels.nn.records import EmbeddingRecord
 from dpkernels.nn.shared import SharedTensor
@@ -19,7 +20,7 @@ class GhostEmbedding(GhostModule, nn.Embedding):
     """nn.Embedding: same constructor, same state_dict, same results; ids [B,*] int64 or int32, batch first.
 
     `padding_idx` is honoured. `max_norm`, `sparse` and `scale_grad_by_freq` cannot be trained privately and
-    are named by `coverage`: the first changes the table in the forward, the others change what a sample's
+    are named by `uncovered`: the first changes the table in the forward, the others change what a sample's
     gradient is.
 
     Privately, ids that all examples share (positions [1,T] or [T], relative positions [T,T]) are looked up once per
@@ -44,8 +45,15 @@ class GhostEmbedding(GhostModule, nn.Embedding):
         return ghost_embedding(self, input, self.weight, self.padding_idx)
 
 
-def ghost_embedding(layer: GhostModule, ids: Tensor, table: Tensor, padding_idx: int | None = None) -> Any:
-    """F.embedding(ids, table, padding_idx), recorded on `layer`'s tape.
+def ghost_embedding(
+    layer: GhostModule,
+    ids: Tensor,
+    table: Tensor,
+    padding_idx: int | None = None,
+    *,
+    transposed: bool = False,
+) -> Any:
+    """F.embedding(ids, table, padding_idx), recorded on `layer`'s tape. `transposed`: the table is [d,V].
 
     Ids that all examples share ([1,T], [T], [T,T]) are looked up once per example; what comes is the SharedTensor that
     stands for the plain one.
@@ -55,17 +63,20 @@ def ghost_embedding(layer: GhostModule, ids: Tensor, table: Tensor, padding_idx:
     tape, label = layer.ghost_tape, layer.ghost_label()
     size = tape.forward_batch_size if tape is not None else None
     if tape is None or size is None:
-        return _Embedding.apply(ids, table, layer, padding_idx)
+        return _Embedding.apply(ids, table, layer, padding_idx, transposed)
     site = Site(label, "its ids", tape.axes.next_call(label))
     if tape.axes.of(site, ids.shape, size) is None:
-        rows = _Embedding.apply(ids.expand(size, *ids.shape), table, layer, padding_idx)
+        rows = _Embedding.apply(ids.expand(size, *ids.shape), table, layer, padding_idx, transposed)
         return SharedTensor(rows, label, tape.axes)
-    return _Embedding.apply(ids, table, layer, padding_idx)
+    return _Embedding.apply(ids, table, layer, padding_idx, transposed)
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, table: Tensor, layer: GhostModule, padding_idx: int | None) -> Tensor:
+    def forward(
+        ctx: Any, ids: Tensor, table: Tensor, layer: GhostModule, padding_idx: int | None, transposed: bool
+    ) -> Tensor:
+        ctx.record = TransposedEmbeddingRecord if transposed else EmbeddingRecord
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.layer, ctx.table, ctx.padding_idx = (
             layer.ghost_tape,
@@ -74,17 +85,17 @@ class _Embedding(torch.autograd.Function):
             padding_idx,
         )
         ctx.save_for_backward(ids)
-        return F.embedding(ids, table, padding_idx)
+        return F.embedding(ids, table.t() if transposed else table, padding_idx)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, ...]:
         if g is not None:
             (ids,) = ctx.saved_tensors
             ids, g = batch_first(ctx.tape.batch_axis((ctx.table,), g), ids, g)
-            record = EmbeddingRecord(ctx.layer, ctx.table, _ids_as_tokens(ids), as_tokens(g), ctx.padding_idx)
+            record = ctx.record(ctx.layer, ctx.table, _ids_as_tokens(ids), as_tokens(g), ctx.padding_idx)
             ctx.tape.add(record)
-        return None, None, None, None
+        return (None,) * 5
 
 
 def _ids_as_tokens(ids: Tensor) -> Tensor:

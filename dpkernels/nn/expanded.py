@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten
 
 from dpkernels.nn.batch_axis import Site, batch_size_of, tensors_in
+from dpkernels.nn.copying import ORIGINALS
 from dpkernels.nn.leaf_calls import LeafCall
 from dpkernels.nn.module import GhostModule, not_a_view
 from dpkernels.nn.records import ExpandedRecord
@@ -101,11 +102,11 @@ class ExpandingModule(GhostModule):
                 f"and its trained parameters ({', '.join(trained)}) cannot be expanded per sample; pass the model a "
                 "tensor whose first dimension is the batch, or freeze them (requires_grad_(False))"
             )
-        with self._substituted(_Shared(trained, label, size, tape)):
+        with self._substituted(SharedParameters(trained, label, size, tape)):
             return forward(*args, **kwargs)
 
 
-class _Shared(Mapping[str, SharedTensor]):
+class SharedParameters(Mapping[str, SharedTensor]):
     """A module's trained parameters in one forward, each expanded when it is first read."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], label: str, size: int, tape: Tape) -> None:
@@ -148,7 +149,7 @@ def _property(name: str) -> property:
             # From outside of its module's own forward: a ParameterList's, or a child's that its parent reads.
             size = self.ghost_tape.forward_batch_size
             if size is not None:
-                return _Shared({name: parameter}, self.ghost_label(), size, self.ghost_tape)[name]
+                return SharedParameters({name: parameter}, self.ghost_label(), size, self.ghost_tape)[name]
         if substitutes is None or name not in substitutes:
             return parameter
         return substitutes[name]
@@ -173,7 +174,9 @@ def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[n
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(original.__name__, (ExpandingModule, original), body)
+    expanding = type(original.__name__, (ExpandingModule, original), body)
+    ORIGINALS[expanding] = original
+    return expanding
 
 
 def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:

@@ -99,7 +99,7 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 (x,) = batch_first(axis, x)
                 pair = (as_tokens(g), as_tokens(x)) if ctx.transposed else (as_tokens(x), as_tokens(g))
-                ctx.tape.add(LinearRecord(ctx.layer, ctx.weight, *pair))
+                ctx.tape.add(LinearRecord(ctx.layer, ctx.weight, *pair, exchanged=ctx.transposed))
             if ctx.bias is not None and ctx.needs_input_grad[2]:
                 ctx.tape.add(BiasRecord(ctx.layer, ctx.bias, sum_over_time(g)))
         return dx, None, None, None, None, None

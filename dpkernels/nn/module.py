@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dpkernels.nn.batch_axis import Site
+from dpkernels.nn.copying import ordinary
 from dpkernels.nn.shared import SharedTensor
 from dpkernels.nn.tape import Tape
 
@@ -26,6 +27,10 @@ class GhostModule:
     ghost_name: str = ""
     # Names of the parameters that the layer's rule covers.
     ghost_covers: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    # Whether it only calls its children, on one path whatever hooks they have: checks look at their outputs then.
+    ghost_container: ClassVar[bool] = False
+    # Those of them whose per-sample gradients, being vectors, are kept themselves.
+    ghost_forms: ClassVar[tuple[str, ...]] = ("bias",)
 
     # Whether its forward has to know which of its tensors carry the batch (`Tape.axes`).
     ghost_asks_axes: ClassVar[bool] = False
@@ -61,16 +66,29 @@ class GhostModule:
         """Why this layer, as configured, cannot be trained privately, with the mend; None when it can."""
         return None
 
+    def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
+        """The rules, in words, of parameters that this layer records though layers within it hold them (LoRA's)."""
+        return {}
+
     def _ghost_active(self, *parameters: Tensor | None) -> bool:
-        """Whether this forward is a private one: a tape, gradients wanted, and something here is trained."""
+        """Whether this forward is a private one, which is then counted as a use of what is trained here."""
+        trained = self._ghost_trained(*parameters)
+        if trained:
+            assert self.ghost_tape is not None
+            self.ghost_tape.note_use(trained)
+        return bool(trained)
+
+    def _ghost_trained(self, *parameters: Tensor | None) -> list[Tensor]:
+        """Those that are trained, of a forward that is a private one: a tape, and gradients wanted. Counts nothing."""
         # First: a frozen layer never looks at the tape, so that torch.compile of frozen blocks depends on none of its
         # state.
         trained = [p for p in parameters if p is not None and p.requires_grad]
-        if not trained or not self._ghost_records():
-            return False
-        assert self.ghost_tape is not None
-        self.ghost_tape.note_use(trained)
-        return True
+        return trained if trained and self._ghost_records() else []
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any module's, for copies and pickles that are ordinary modules: see `dpkernels.nn.copying`."""
+        assert isinstance(self, nn.Module)
+        return ordinary(self, super().__reduce_ex__(protocol))
 
     def _ghost_records(self) -> bool:
         """Whether a forward now is a private one."""

@@ -31,6 +31,8 @@ class GhostLayerNorm(GhostModule, nn.LayerNorm):
     The backward computes x̂, its sums and dx in float32 (float64 for float64), whatever the input's dtype.
     """
 
+    ghost_forms = ("weight", "bias")
+
     def forward(self, input: Tensor) -> Tensor:
         """As nn.LayerNorm's."""
         if not self._ghost_active(self.weight, self.bias):
@@ -41,7 +43,7 @@ class GhostLayerNorm(GhostModule, nn.LayerNorm):
 class GhostRMSNorm(GhostModule, nn.RMSNorm):
     """nn.RMSNorm: same constructor, same state_dict, same results; x [B,*,normalized_shape]."""
 
-    ghost_covers = ("weight",)
+    ghost_covers = ghost_forms = ("weight",)
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.RMSNorm's."""
@@ -60,6 +62,8 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
 
     Raises ValueError at the forward when there are no running statistics (track_running_stats=False).
     """
+
+    ghost_forms = ("weight", "bias")
 
     def forward(self, input: Tensor) -> Tensor:
         """input [B,C,*] (or [B,C]) -> the same shape."""
@@ -105,17 +109,20 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or isinstance(module, FrozenBatchNorm):
             continue
-        frozen = _FROZEN.get(type(module))
-        if frozen is None:
-            raise ValueError(
-                f"freeze_batch_norm: {name} is a {type(module).__name__}; replace it by nn.BatchNorm*d"
-            )
-        if module.running_mean is None:
-            raise ValueError(
-                f"freeze_batch_norm: {name} has no running statistics (track_running_stats=False)"
-            )
-        module.__class__ = frozen
+        reason = freezing_refusal(module)
+        if reason is not None:
+            raise ValueError(f"freeze_batch_norm: {name} ({type(module).__name__}): {reason}")
+        module.__class__ = _FROZEN[type(module)]
     return model
+
+
+def freezing_refusal(module: _BatchNorm) -> str | None:
+    """Why this batch norm cannot be frozen, with the fix; None where it can."""
+    if type(module) not in _FROZEN:
+        return "a class of its own; replace it by nn.BatchNorm*d"
+    if module.running_mean is None:
+        return "no running statistics (track_running_stats=False); use track_running_stats=True"
+    return None
 
 
 def batch_norms_in_training(model: nn.Module) -> list[str]:

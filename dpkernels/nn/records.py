@@ -64,6 +64,11 @@ class Record(ABC):
         """B, as the output gradient's first dimension says."""
         return self.g.shape[0]
 
+    @property
+    def output_gradient(self) -> Tensor:
+        """[B,*], linear in the losses' gradients, example by example: g, unless a layer's rule exchanges it with x."""
+        return self.g
+
     @abstractmethod
     def norm_sq(self) -> Tensor:
         """Σ over the parameters of ‖gradient of sample i‖²: [B] float32, rounded up."""
@@ -134,12 +139,21 @@ class Record(ABC):
 
 @dataclass(eq=False)
 class LinearRecord(Record):
-    """Weight [p, d] (or one that reshapes to it) of y = x Wᵀ: x [B,T,d], g [B,T,p]."""
+    """Weight [p, d] (or one that reshapes to it) of y = x Wᵀ: x [B,T,d], g [B,T,p].
+
+    `exchanged`: of y = x W, whose output gradient stands in x, and input in g.
+    """
 
     layer: str
     weight: nn.Parameter
     x: Tensor
     g: Tensor
+    exchanged: bool = False
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """Of the layer."""
+        return self.x if self.exchanged else self.g
 
     def norm_sq(self) -> Tensor:
         """‖g_iᵀ x_i‖²."""

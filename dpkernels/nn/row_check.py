@@ -152,7 +152,7 @@ class _Weighted:
         return bool(self.axes)
 
     def see(self, record: Record) -> bool:
-        self.projections[self._calls.of(record)] = _project(record.g)
+        self.projections[self._calls.of(record)] = _project(record.output_gradient)
         return False
 
     def see_axes(self, call: Call, g: Tensor) -> int:
@@ -194,8 +194,9 @@ class _Comparison:
         expected = self._expected.pop(self._calls.of(record), None)
         if expected is None:  # the second backward of two_pass, which is held to the first by its norms
             return True
-        now = _project(record.g)
-        wrong = _differ(self._weights, expected, now, record.g.dtype)
+        g = record.output_gradient
+        now = _project(g)
+        wrong = _differ(self._weights, expected, now, g.dtype)
         if bool(wrong.any()):
             raise RowError(_message(record, int(wrong.count_nonzero())))
         if int(now[1].count_nonzero()) > 1:

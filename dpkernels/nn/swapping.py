@@ -15,6 +15,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.utils import parametrize
 
+from dpkernels.nn.copying import ORIGINALS as _ORIGINALS
 from dpkernels.nn.module import GhostModule
 from dpkernels.nn.thin import is_thin
 
@@ -22,8 +23,6 @@ from dpkernels.nn.thin import is_thin
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {}
 # exact class of a parent -> {attribute: ghost class of that child}
 _CHILDREN: dict[type[nn.Module], dict[str, type[nn.Module]]] = {}
-# ghost class -> the class it came from
-_ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
 # subclass of a torch class -> the ghost class made for it
 _INHERITED: dict[type[nn.Module], type[nn.Module]] = {}
 # reasons why nothing below a module can be trained privately
@@ -62,7 +61,7 @@ def register_child_swap(
 
 
 def register_refusal(refusal: Callable[[nn.Module], str | None]) -> None:
-    """Have `coverage` name all that is trained below a module for which `refusal(module)` gives a reason."""
+    """Have `uncovered` name all that is trained below a module for which `refusal(module)` gives a reason."""
     if refusal not in _REFUSALS:
         _REFUSALS.append(refusal)
 
@@ -92,10 +91,11 @@ def load_library_rules() -> None:
 def swap(model: nn.Module) -> nn.Module:
     """Re-class every module that has a ghost twin; in place; returns `model`.
 
-    nn.Linear, Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm, subclasses of these that inherit all that they compute
-    with or only change input or output, PEFT's LoRA layers, and the transformers layers named in `dpkernels.interop`.
-    Swapping twice changes nothing. What has no twin stays as it is: `coverage` names what of it is trained. Raises
-    TypeError for what is no module.
+    nn.Linear, convolutions and transposed ones, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, instance norms,
+    LSTM, GRU, RNN and their cells, MultiheadAttention, torch's Transformer layers, subclasses of these that inherit all
+    that they compute with or only change input or output, PEFT's LoRA layers, and the transformers layers named in
+    `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `uncovered` names what of it
+    is trained. Raises TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model must be a torch.nn.Module, got {type(model).__name__}")

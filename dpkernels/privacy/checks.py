@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import batch_norms_in_training, coverage, named_modules
+from dpkernels.nn import batch_norms_in_training, named_modules, uncovered
 
 
 def check_single_process() -> None:
@@ -43,9 +43,9 @@ def check_module(module: nn.Module) -> None:
 
 def check_coverage(module: nn.Module) -> None:
     """Raise ValueError naming the trained parameters that have no norm rule."""
-    uncovered = coverage(module)
-    if uncovered:
-        lines = "".join(f"\n  {item.name} ({item.module_type}): {item.reason}" for item in uncovered)
+    refused = uncovered(module)
+    if refused:
+        lines = "".join(f"\n  {item.name} ({item.module_type}): {item.reason}" for item in refused)
         raise ValueError(
             "trained parameters without a norm rule, so that nothing bounds what an example adds to "
             f"them:{lines}\nMend: freeze them (requires_grad_(False)) or replace the layer."

@@ -118,12 +118,15 @@ def repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any, 
 
 @contextmanager
 def watched(model: nn.Module, see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """`see(name, output)` of the floating-point tensors that the innermost modules return, in order of execution."""
+    """`see(name, output)` of the floating-point tensors that the innermost modules return, in order of execution; of
+    those within a tuple, too (attention and its weights).
+    """
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                see(name, output)
+            for part in output if isinstance(output, tuple) else (output,):
+                if isinstance(part, Tensor) and part.is_floating_point():
+                    see(name, part)
 
         return hook
 
@@ -138,17 +141,19 @@ def watched(model: nn.Module, see: Callable[[str, Tensor], object]) -> Iterator[
 def innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules without children, and ghost layers that have some, by name.
 
-    Nothing within a ghost layer: it may compute as one with its children (LoRA), and with a hook on one of them would
-    take another path than in training, and than where checkpointing computes it again without the hook. Nothing of a
-    compiled module: torch.compile would make the hook part of the code that training runs, and does not look whether
-    hooks came or went.
+    Nothing within a ghost layer that is no mere container: it may compute as one with its children (LoRA), and with a
+    hook on one of them would take another path than in training, and than where checkpointing computes it again without
+    the hook. Nothing of a compiled module: torch.compile would make the hook part of the code that training runs, and
+    does not look whether hooks came or went.
     """
     # All of them first: a module that is shared has another name, and may be met elsewhere before.
     within = {inner for module in compiled(model) for inner in module.modules()}
     ghosts = {
         module
         for module in model.modules()
-        if isinstance(module, GhostModule) and not isinstance(module, ExpandingModule)
+        if isinstance(module, GhostModule)
+        and not isinstance(module, ExpandingModule)
+        and not module.ghost_container
     }
     within |= {inner for module in ghosts for inner in module.modules() if inner is not module}
     for name, module in named_modules(model):

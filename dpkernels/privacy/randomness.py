@@ -70,9 +70,10 @@ def _undropped(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
+        is_causal: bool = False,  # by position in nn.MultiheadAttention
         **options: Any,
     ) -> Tensor:
-        return attention(query, key, value, attn_mask, **options)
+        return attention(query, key, value, attn_mask, is_causal=is_causal, **options)
 
     return with_all
 

@@ -35,12 +35,14 @@ def _as_it_was() -> Iterator[None]:
     assert before == TABLE
 
 
-def test_the_documented_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_scripts_run(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/opacus.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    table, loop = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(table, "docs/opacus.md", "exec"), {})
+    assert "1: BatchNorm1d -> FrozenBatchNorm1d" in capsys.readouterr().out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus's and torch's of its hooks
-        exec(compile(code, "docs/opacus.md", "exec"), {})
+        exec(compile(loop, "docs/opacus.md", "exec"), {})
     assert "Linear: instead of" in capsys.readouterr().out
 
 

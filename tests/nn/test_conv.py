@@ -19,7 +19,9 @@ from dpkernels.nn import (
     LinearRecord,
     Tape,
     attach,
+    detach,
     swap,
+    unswap,
 )
 from tests.nn.per_sample import assert_same_module, check_private
 
@@ -82,7 +84,7 @@ def test_conv2d(case: int, dtype: torch.dtype) -> None:
 
 def check(plain: Any, x: Tensor, kind: type) -> None:
     ghost = swap(copy.deepcopy(plain))
-    assert type(ghost) in (GhostConv1d, GhostConv2d)
+    assert type(ghost).__name__ == f"Ghost{type(plain).__name__}"
     assert_same_module(plain, ghost)
     assert torch.equal(plain(x), ghost(x))
     tape = attach(ghost)
@@ -95,8 +97,14 @@ def check(plain: Any, x: Tensor, kind: type) -> None:
     records = tape.close()
     assert torch.equal(x1.grad, x2.grad)
     assert type(records[0]) is kind
+    assert type(unswap(detached(ghost))) is type(plain)
     # An activation before it, so that x needs a gradient there and g is not the loss's own.
     check_private(nn.Sequential(nn.Tanh(), plain, nn.Tanh()), squares, (x,))
+
+
+def detached(model: nn.Module) -> nn.Module:
+    detach(model)
+    return model
 
 
 def test_without_a_batch_dimension() -> None:

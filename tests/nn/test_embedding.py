@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import EmbeddingRecord, GhostEmbedding, LinearRecord, attach, coverage, swap
+from dpkernels.nn import EmbeddingRecord, GhostEmbedding, LinearRecord, attach, swap, uncovered
 from tests.nn.per_sample import assert_same_module, check_private
 
 
@@ -60,7 +60,7 @@ def test_ids_and_gradients_are_recorded_as_tokens(shape: tuple[int, ...], stride
 
 @pytest.mark.parametrize("keyword", ["max_norm", "sparse", "scale_grad_by_freq"])
 def test_what_has_no_rule_is_named(keyword: str) -> None:
-    (found,) = coverage(swap(nn.Sequential(nn.Embedding(5, 3, **{keyword: True}))))
+    (found,) = uncovered(swap(nn.Sequential(nn.Embedding(5, 3, **{keyword: True}))))
     assert found.name == "0.weight"
     assert keyword in found.reason
 

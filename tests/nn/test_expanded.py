@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from dpkernels.nn import ExpandedRecord, attach, coverage, detach, register_swap, swap
+from dpkernels.nn import ExpandedRecord, attach, detach, register_swap, swap, uncovered
 from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.swapping import _ORIGINALS, _SWAPS, ghost_subclass
 from tests.nn.per_sample import check_private, run_private
@@ -266,17 +266,23 @@ class OwnLSTM(nn.LSTM):
 
 
 REFUSED: list[Any] = [
-    (lambda: nn.MultiheadAttention(8, 2), "in_proj_weight", "q, k and v"),
-    (lambda: nn.MultiheadAttention(8, 2), "out_proj.weight", "q, k and v"),
-    (lambda: nn.TransformerEncoderLayer(8, 2), "self_attn.in_proj_weight", "q, k and v"),
     (lambda: OwnLSTM(3, 3), "weight_ih_l0", "ghost_subclass"),
     (lambda: nn.Bilinear(64, 64, 64), "weight", "262,144 elements"),
     (
         lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
         "parametrizations.weight.original0",
-        "parametrised",
+        "remove_parametrizations",
+    ),
+    (
+        lambda: parametrizations.spectral_norm(nn.Conv2d(3, 3, 3)),
+        "parametrizations.weight.original",
+        "remove_parametrizations",
     ),
     (lambda: weight_norm(nn.Conv1d(3, 3, 3)), "weight_g", "remove_weight_norm"),
+    (lambda: weight_norm(nn.LSTM(3, 3), "weight_hh_l0"), "weight_hh_l0_v", "remove_weight_norm"),
+    (lambda: spectral_norm(nn.ConvTranspose1d(3, 3, 3)), "weight_orig", "remove_spectral_norm"),
+    (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2), "weight_orig", "prune.remove"),
+    (lambda: prune.l1_unstructured(nn.Linear(3, 3), "bias", 2), "bias_orig", "prune.remove"),
 ]
 
 
@@ -284,12 +290,12 @@ REFUSED: list[Any] = [
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 def test_what_has_no_rule_is_named_with_the_mend(make: Any, name: str, mend: str) -> None:
     model = nn.Sequential(make())
-    found = {u.name: u.reason for u in coverage(swap(model))}
+    found = {u.name: u.reason for u in uncovered(swap(model))}
     assert mend in found[f"0.{name}"]
     with pytest.raises(ValueError, match=name):
         attach(model)
     model.requires_grad_(False)
-    assert coverage(model) == []
+    assert uncovered(model) == []
 
 
 def test_an_own_subclass_can_be_given_a_rule() -> None:
@@ -301,7 +307,7 @@ def test_an_own_subclass_can_be_given_a_rule() -> None:
             return super().forward(self.bent(input))
 
     model = nn.Sequential(Own(400, 400))
-    assert [u.name for u in coverage(swap(model))] == ["0.weight"]  # its bias is small
+    assert [u.name for u in uncovered(swap(model))] == ["0.weight"]  # its bias is small
     ghost = ghost_subclass(Own, GhostLinear)
     register_swap(Own, ghost)
     try:

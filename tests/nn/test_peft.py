@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dpkernels
 import dpkernels.nn
 from dpkernels.nn import (
     GhostConv1d,
@@ -18,9 +19,9 @@ from dpkernels.nn import (
     LoRARecord,
     Tape,
     attach,
-    coverage,
     detach,
     swap,
+    uncovered,
 )
 from dpkernels.privacy.self_check import self_check
 from tests.nn.per_sample import check_private, one_by_one, run_private
@@ -117,6 +118,16 @@ def test_saved_adapter_is_not_empty_and_loads_in_plain_peft(tmp_path: Path) -> N
     model.eval()
     assert torch.equal(plain.eval()(X), model(X))
     assert sum(p.abs().sum() for n, p in plain.named_parameters() if "lora_B" in n) > 0
+
+
+def test_a_private_model_is_saved_whole_as_pefts(tmp_path: Path) -> None:
+    model = swap(adapted(Mixed(), target_modules=["first", "conv"], fan_in_fan_out=True))
+    attach(model)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert not [m for m in twin.modules() if type(m).__module__.startswith("dpkernels")]
+        assert torch.equal(twin.eval()(X), model.eval()(X))
+        assert torch.equal(twin.merge_and_unload()(X), copy.deepcopy(model).merge_and_unload()(X))
 
 
 def test_disable_switch_and_merge_are_pefts() -> None:
@@ -274,8 +285,7 @@ def test_gpt2s_conv1d_and_convolutions_run_over_the_inner_layers() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "DoraLinearVariant"),
-    "embedding": ({"target_modules": ["embed"]}, "embedding"),
+    "dora of an embedding": ({"target_modules": ["embed"], "use_dora": True}, "DoraEmbeddingVariant"),
     "attention": ({"target_modules": ["attention"]}, "MultiheadAttention"),
 }
 
@@ -292,4 +302,18 @@ def test_what_has_no_rule_is_named_with_the_mend(config: str) -> None:
     model = swap(adapted(WithEmbedding(), **keywords))
     with pytest.raises(ValueError, match=rf"lora_(embedding_)?A.*\n?.*{says}"):
         attach(model)
-    assert {u.name for u in coverage(model)} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {u.name for u in uncovered(model)} == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_coverage_names_lora_as_one_rule() -> None:
+    rows = {row.name: str(row) for row in dpkernels.coverage(adapted(modules_to_save=["head"])).rows}
+    first = "base_model.model.first."
+    assert (
+        rows[f"{first}lora_A.default.weight"] == rows[f"{first}lora_B.default.weight"] == "LoRA: ghost norm"
+    )
+    assert rows["base_model.model.head.modules_to_save.default.weight"] == "Linear: ghost norm"
+    several = adapted(lora_bias=True, target_modules=["first"])
+    assert {str(row).partition(" (")[0] for row in dpkernels.coverage(several).rows} == {
+        "Linear: ghost norm",
+        "Linear: per-sample gradient",
+    }

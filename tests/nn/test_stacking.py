@@ -201,7 +201,7 @@ class Deeper(Plain):
 
 class OwnForward(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
+        return self.weight.mean() * super().forward(input)
 
 
 class OwnWeight(nn.Linear):

@@ -17,9 +17,9 @@ from dpkernels.nn import (
     Record,
     Tape,
     attach,
-    coverage,
     freeze_batch_norm,
     swap,
+    uncovered,
 )
 from dpkernels.nn.embedding import ghost_embedding
 from tests.nn.per_sample import check_private
@@ -204,7 +204,7 @@ MODELS = [parakeet, wav2vec2_bert, whisper, gpt2, bert, llama]
 def test_full_fine_tuning(make: Callable[[], Made]) -> None:
     """In float64, so that a fault in any one parameter shows, however small its gradient is."""
     model, loss, batch = in_float64(make)
-    assert coverage(swap(copy.deepcopy(model))) == []
+    assert uncovered(swap(copy.deepcopy(model))) == []
     private = check_private(model, loss, batch)
     seen = {p for r in private.records for p in r.parameters}
     assert len(seen) == sum(len(r.parameters) for r in private.records)

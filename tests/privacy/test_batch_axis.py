@@ -214,3 +214,23 @@ def test_planted_rows_of_shared_tensors_that_are_sliced_are_caught(monkeypatch: 
     monkeypatch.setattr(leaf_calls, "_adds_up", lambda *_: True)
     with pytest.raises(AssertionError):
         check(run_of("ZeroAtFirst"), zoo.T, "bookkeeping")
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+def test_layers_that_hold_a_batch_of_their_own_layout(batch: int) -> None:
+    """torch's attention, Transformer and recurrent layers in their default layout [T, B, D], through the row check."""
+
+    class Layers(zoo.Zoo):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(zoo.D, 2)
+            self.encoder = nn.TransformerEncoderLayer(zoo.D, 2, 8, dropout=0.0)
+            self.recurrent = nn.LSTM(zoo.D, zoo.D)
+
+        def middle(self, h: Tensor) -> Tensor:
+            t = h.transpose(0, 1)
+            return self.recurrent(self.encoder(t + self.attention(t, t, t.flip(0))[0]))[0].transpose(0, 1)
+
+    torch.manual_seed(0)
+    run = private_run(model=Layers(), loss_fn=losses, dtype=torch.float64, sigma=0, clip=CLIP)
+    check(run, batch, "bookkeeping")
