@@ -14,6 +14,7 @@ Which tensors carry the batch is `BatchAxes`' to say, not a size's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -191,6 +192,8 @@ def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", str(func))
     if any(len(other.rows) != n for other in shared):
         raise first._refuse(f"{name} with a tensor of another batch size")
+    if first.rows.requires_grad and not torch.is_grad_enabled() and _in_custom_function():
+        raise first._refuse("a custom autograd.Function, through which its gradient would be lost,")
     if func in _METADATA:
         return func(
             *tree_unflatten([x.rows[0] if isinstance(x, SharedTensor) else x for x in leaves], spec)[0]
@@ -211,6 +214,20 @@ def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if new:
         _check_value(func, leaves, spec, first, result)
     return result
+
+
+def _in_custom_function() -> bool:
+    """Whether the forward of a custom autograd.Function is running.
+
+    `Function.apply` takes tensors alone for differentiable: given a SharedTensor it computes, without a graph, and its
+    output is an ordinary tensor that no gradient comes through (SEW-D's softmax).
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if any(isinstance(value, torch._C._FunctionBase) for value in frame.f_locals.values()):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _carried(first: SharedTensor, name: str, leaves: Sequence[Any], n: int) -> tuple[dict[int, int], bool]:
