@@ -10,6 +10,7 @@
     python -m bench.sweep_gpu                           there: bits and time of the noise and of the update
     python -m bench.many_normals --draws 1e8            the noise's distribution
     python -m bench.triton_table                        what Triton makes of its kernels for every architecture
+    python -m bench.models                              which models are right or refused: docs/models.md
 
 `cases` are the models and batches, `contenders` the ways to take a step; `checker` compares each contender with
 float64 one-by-one gradients before `timer` lets it take its turns; `memory` measures peaks in fresh processes;

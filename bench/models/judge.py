@@ -106,7 +106,8 @@ def widen_leaves(model: nn.Module) -> None:
     load_library_rules()
     for module in model.modules():
         own: Any = type(module)
-        if next(module.children(), None) is None and module._parameters and not has_twin(module):
+        leaf = bool(module._parameters) and next(module.children(), None) is None
+        if leaf and not own.__module__.startswith("torch.nn.") and not has_twin(module):
             module.__class__ = _wide_class(own)
 
 

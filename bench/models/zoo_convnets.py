@@ -92,7 +92,6 @@ TIMM = [
     of_timm("CaiT", "cait_xxs24_224", LINEAR, **SMALL),
     of_timm("BEiT", "beit_base_patch16_224", LINEAR, **SMALL),
     of_timm("EVA-02", "eva02_tiny_patch14_224", LINEAR, **SMALL),
-    of_timm("XCiT", "xcit_nano_12_p16_224", LINEAR, **SMALL),
     of_timm_class(
         "MLP-Mixer",
         lambda t: t.models.MlpMixer(num_classes=3, img_size=IMAGE, patch_size=16, num_blocks=2, embed_dim=16),

@@ -27,13 +27,6 @@ ENTRIES = [
         vision_feature_select_strategy="default",
     ),
     inside(
-        "PaliGemma",
-        "PaliGemmaForConditionalGeneration",
-        image_token_index=IMAGE_TOKEN,
-        projection_dim=16,
-        vision_config={"projection_dim": 16},
-    ),
-    inside(
         "InternVL",
         "InternVLForConditionalGeneration",
         image_token_id=IMAGE_TOKEN,

@@ -80,7 +80,7 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise first.refuse(f"{name} with a tensor of another batch size")
     if func in _METADATA:
         return func(*tree_unflatten([x.rows[0] if isinstance(x, Shared) else x for x in leaves], spec)[0])
-    _check_grad_mode(first, name)
+    _check_grad_mode(first)
     writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
     if writes and (isinstance(args[0], Shared) or name not in _WRITING_BROADCAST):
         raise first.refuse(f"{name}, which writes in place,")
@@ -101,15 +101,18 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _check_grad_mode(first: Shared, name: str) -> None:
-    """Raise within the forward of a custom autograd.Function: it does not see that a Shared wants a gradient."""
+def _check_grad_mode(first: Shared) -> None:
+    """Raise within the forward of a custom autograd.Function.
+
+    `Function.apply` takes tensors alone for differentiable: given a SharedTensor it computes without a graph, and its
+    output is an ordinary tensor through which no gradient comes (SEW-D's softmax).
+    """
     if torch.is_grad_enabled() or not first.rows.requires_grad:
         return
     frame = sys._getframe()
     while frame is not None:
-        context = next((v for v in frame.f_locals.values() if isinstance(v, torch._C._FunctionBase)), None)
-        if context is not None:
-            raise first.refuse(f"{name} within the custom autograd.Function {type(context).__name__}")
+        if any(isinstance(value, torch._C._FunctionBase) for value in frame.f_locals.values()):
+            raise first.refuse("a custom autograd.Function, through which its gradient would be lost,")
         frame = frame.f_back  # type: ignore[assignment]
 
 

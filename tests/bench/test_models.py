@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-from bench.models import table
-from bench.models.entry import Entry, Kind
-from bench.models.judge import ERROR, METHODS, REFUSED, RIGHT, WRONG, judge
-from bench.models.zoo import ENTRIES
-from dpkernels.nn import linear
+for package in ("transformers", "peft"):  # found, not imported: bench.models.zoo imports torchvision first
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
+from bench.models import table  # noqa: E402
+from bench.models.entry import Entry, Kind  # noqa: E402
+from bench.models.judge import ERROR, METHODS, REFUSED, RIGHT, WRONG, judge  # noqa: E402
+from bench.models.zoo import ENTRIES  # noqa: E402
+from dpkernels.nn import linear  # noqa: E402
 
 # One of each kind, and of each way in which a model is covered or refused.
 PART = (
@@ -183,12 +185,12 @@ def test_lora_is_judged_by_the_adapters() -> None:
 def test_a_fault_in_a_layer_is_wrong(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     plain, norm = linear.LinearRecord, linear.LinearRecord.norm_sq
 
-    def record(layer: str, weight: nn.Parameter, x: Tensor, g: Tensor) -> Any:
+    def record(layer: str, weight: nn.Parameter, x: Tensor, g: Tensor, *more: Any, **named: Any) -> Any:
         if fault == "half a gradient":
             g = g / 2
         if fault == "rows exchanged":
             x = x.flip(0)
-        return plain(layer, weight, x, g)
+        return plain(layer, weight, x, g, *more, **named)
 
     if fault == "another forward":
         monkeypatch.setattr(linear, "not_a_view", lambda y: y * (1 + 1e-6))

@@ -17,11 +17,11 @@ from dpkernels.nn import (
     LinearRecord,
     PackedLinearRecord,
     attach,
-    coverage,
     detach,
     ghost_subclass,
     register_swap,
     swap,
+    uncovered,
     unswap,
 )
 from dpkernels.nn.swapping import _ORIGINALS, _SWAPS
@@ -293,12 +293,15 @@ def test_nested_tensors_are_refused_by_name() -> None:
 
 class OwnAttention(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.tanh(), x, x, need_weights=False)[0]
+        return super().forward(self.query_of(x), x, x, need_weights=False)[0]
+
+    def query_of(self, x: Tensor) -> Tensor:
+        return x.tanh()
 
 
 def test_a_subclass_is_refused_until_it_has_a_rule() -> None:
     model = nn.Sequential(OwnAttention(E, HEADS, batch_first=True))
-    found = {u.name: u.reason for u in coverage(swap(model))}
+    found = {u.name: u.reason for u in uncovered(swap(model))}
     assert set(found) == {f"0.{name}" for name, _ in model[0].named_parameters()}
     assert all("register_swap(OwnAttention" in reason for reason in found.values())
     ghost = ghost_subclass(OwnAttention, GhostMultiheadAttention)
@@ -322,9 +325,9 @@ def test_an_output_layer_that_torch_reads_past_is_refused(change: Callable[[Any]
     layer = nn.MultiheadAttention(E, HEADS)
     change(layer)
     model = nn.Sequential(swap(layer))
-    assert "out_proj" in {u.name: u.reason for u in coverage(model)}["0.in_proj_weight"]
+    assert "out_proj" in {u.name: u.reason for u in uncovered(model)}["0.in_proj_weight"]
     model.requires_grad_(False)
-    assert coverage(model) == []
+    assert uncovered(model) == []
     attach(model)  # a frozen one needs no rule
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import EmbeddingRecord, GhostEmbeddingBag, attach, coverage, detach, swap, unswap
+from dpkernels.nn import EmbeddingRecord, GhostEmbeddingBag, attach, detach, swap, uncovered, unswap
 from tests.nn.per_sample import Private, assert_same_module, check_private, run_private
 
 V, D = 7, 3
@@ -144,7 +144,7 @@ def test_offsets_that_do_not_say_whose_an_id_is_are_refused(offsets: list[int]) 
     [{"mode": "max"}, {"max_norm": 1.0}, {"sparse": True, "mode": "sum"}, {"scale_grad_by_freq": True}],
 )
 def test_what_has_no_rule_is_named(options: dict[str, Any]) -> None:
-    (found,) = coverage(swap(nn.Sequential(nn.EmbeddingBag(V, D, **options))))
+    (found,) = uncovered(swap(nn.Sequential(nn.EmbeddingBag(V, D, **options))))
     assert found.name == "0.weight"
     assert str(next(k for k in options if k != "mode" or options[k] == "max")) in found.reason
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpkernels.nn import BiasRecord, GhostGroupNorm, NormRecord, attach, coverage, detach, swap, unswap
+from dpkernels.nn import BiasRecord, GhostGroupNorm, NormRecord, attach, detach, swap, uncovered, unswap
 from tests.nn.per_sample import assert_same_module, check_private
 from tests.nn.test_norm import cubes, randomised
 
@@ -116,11 +116,11 @@ def test_autocast_gives_the_dtype_that_torch_gives() -> None:
 
 def test_running_statistics_are_refused_by_name() -> None:
     model = swap(nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True)))
-    found = coverage(model)
+    found = uncovered(model)
     assert [u.name for u in found] == ["0.weight", "0.bias"]
     assert all("track_running_stats=False" in u.reason for u in found)
-    assert coverage(model.requires_grad_(False)) == []
-    assert coverage(swap(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)))) == []
+    assert uncovered(model.requires_grad_(False)) == []
+    assert uncovered(swap(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)))) == []
 
 
 def test_gradcheck() -> None:

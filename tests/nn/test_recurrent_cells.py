@@ -16,9 +16,9 @@ from dpkernels.nn import (
     GhostRNNCell,
     LinearRecord,
     attach,
-    coverage,
     detach,
     swap,
+    uncovered,
     unswap,
 )
 from tests.nn.per_sample import assert_same_module, check_private
@@ -95,7 +95,7 @@ def test_state_and_swap_are_torchs(kind: str) -> None:
     swapped: Any = swap(copy.deepcopy(plain))
     assert type(swapped) is GHOSTS[type(plain)]
     assert_same_module(plain, swapped)
-    assert coverage(swapped) == []
+    assert uncovered(swapped) == []
     x = torch.randn(3)  # not private: an input without a batch is torch's to take
     torch.testing.assert_close(swapped(x), plain(x))
     assert type(unswap(swapped)) is type(plain)

@@ -19,8 +19,8 @@ from dpkernels.nn import (
     GhostLayerNorm,
     GhostLinear,
     LinearRecord,
-    coverage,
     swap,
+    uncovered,
     unswap,
 )
 from dpkernels.nn.thin import is_thin
@@ -158,7 +158,7 @@ def test_a_parametrised_layer_is_no_thin_subclass() -> None:
     layer = parametrizations.weight_norm(nn.Linear(3, 3))
     assert isinstance(layer, nn.Linear)
     assert not isinstance(swap(layer), GhostLinear)
-    assert coverage(layer)
+    assert uncovered(layer)
 
 
 @pytest.mark.parametrize("option", ["padding_idx", "max_norm", "sparse", "scale_grad_by_freq"])
@@ -166,6 +166,6 @@ def test_an_embedding_of_its_own_is_refused_where_expansion_would_lose_an_option
     """Under vmap a lookup is an index: its backward gave the padding row a gradient (M2M-100, PLBart)."""
     value: Any = {"padding_idx": 0, "max_norm": 1.0}.get(option, True)
     model = nn.Sequential(NotScaled(4, 3, **{option: value}))
-    [found] = coverage(swap(model))
+    [found] = uncovered(swap(model))
     assert option in found.reason
-    assert coverage(swap(nn.Sequential(NotScaled(4, 3)))) == []
+    assert uncovered(swap(nn.Sequential(NotScaled(4, 3)))) == []

@@ -15,6 +15,7 @@ from dpkernels.nn import (
     ExpandedRecord,
     LinearRecord,
     Record,
+    RowError,
     Tape,
     attach,
     freeze_batch_norm,
@@ -276,7 +277,7 @@ def test_a_rule_that_loses_whose_gradient_is_whose_would_be_caught(
         return add(tape, ExpandedRecord(own.layer, own.parameters[0], mean))
 
     monkeypatch.setattr(Tape, "add", evenly)
-    with pytest.raises(AssertionError, match=rf"{layer}.*weighted sum|norm too"):
+    with pytest.raises((AssertionError, RowError), match=rf"{layer}"):
         check_private(*in_float64(make))
 
 
