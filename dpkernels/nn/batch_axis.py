@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 logger = logging.getLogger("dpkernels")
 
@@ -56,6 +57,7 @@ class BatchAxes:
         self._evidence: dict[Site, _Evidence] = {}
         self._calls: Counter[str] = Counter()
         self._assumed: set[Site] = set()
+        self._compared: Counter[Site] = Counter()
 
     def begin_forward(self) -> None:
         """The calls of each layer are counted from 0 again."""
@@ -68,9 +70,12 @@ class BatchAxes:
         self._calls[layer] += 1
         return call
 
-    def knows(self, site: Site) -> bool:
-        """Whether a call at this site was seen."""
-        return site in self._evidence
+    def to_compare(self, site: Site, size: int) -> bool:
+        """Whether a site's values are to be compared in this call: its 1st, 2nd, 4th, ... of two examples or more."""
+        if size < 2:
+            return False
+        self._compared[site] += 1
+        return not self._compared[site] & (self._compared[site] - 1)
 
     @property
     def assumed(self) -> bool:
@@ -98,6 +103,11 @@ class BatchAxes:
         if not evidence.certain:
             self._assumed.add(site)
         return min(common) if common else None
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether a tensor has values that can be asked: a FakeTensor, with which memory is planned, has none."""
+    return not isinstance(t, FakeTensor) and not t.is_meta
 
 
 def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dpkernels.nn.batch_axis import map_tensors, tensors_in
-from dpkernels.nn.module import has_values
+from dpkernels.nn.batch_axis import has_values, map_tensors, tensors_in
 from dpkernels.nn.records import ExpandedRecord
 from dpkernels.nn.tape import Tape, outside_message
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dpkernels.nn.batch_axis import Site
 from dpkernels.nn.copying import ordinary
@@ -132,11 +131,6 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             for key, child in reversed(module._modules.items())
             if child is not None and child not in seen
         ]
-
-
-def has_values(t: Tensor) -> bool:
-    """Whether a tensor has values that can be asked: a FakeTensor, with which memory is planned, has none."""
-    return not isinstance(t, FakeTensor) and not t.is_meta
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

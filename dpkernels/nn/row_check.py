@@ -25,7 +25,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn.module import accumulation_dtype, has_values
+from dpkernels.nn.batch_axis import has_values
+from dpkernels.nn.module import accumulation_dtype
 from dpkernels.nn.records import Record
 from dpkernels.nn.tape import Tape
 
