@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections import Counter, UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,9 +135,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with `change(tensor)` for each tensor within; containers are copied, everything else is kept."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, Mapping):
-        changed = {key: map_tensors(part, change) for key, part in value.items()}
-        return type(value)(changed) if isinstance(value, UserDict) else changed
+    if isinstance(value, MutableMapping):  # transformers' outputs among them, which are dataclasses, too
+        changed = copy.copy(value)
+        for key, part in value.items():
+            changed[key] = map_tensors(part, change)
+        return changed
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(part, change) for part in value))
     if isinstance(value, list | tuple):

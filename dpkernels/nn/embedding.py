@@ -61,8 +61,8 @@ def ghost_embedding(
     if padding_idx is not None and padding_idx < 0:  # counted from the end, as F.embedding reads it
         padding_idx += table.shape[0]
     tape, label = layer.ghost_tape, layer.ghost_label()
-    size = tape.forward_batch_size if tape is not None else None
-    if tape is None or size is None:
+    size = tape.examples if tape is not None else None
+    if tape is None or size is None or ids.dim() == 0:
         return _Embedding.apply(ids, table, layer, padding_idx, transposed)
     site = Site(label, "its ids", tape.axes.next_call(label))
     if tape.axes.of(site, ids.shape, size) is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,12 @@ class ExpandingModule(GhostModule):
         finally:
             self.__dict__["_ghost_substitutes"] = before
 
+    def get_parameter(self, target: str) -> Any:
+        """As nn.Module's; of its own parameters what its forward reads."""
+        if target in self.ghost_covers:
+            return getattr(self, target)
+        return nn.Module.get_parameter(cast(nn.Module, self), target)
+
     def _expanded_forward(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -82,7 +88,7 @@ class ExpandingModule(GhostModule):
         if self._ghost_substitutes is not None or not trained or not self._ghost_records():
             return forward(*args, **kwargs)
         assert tape is not None
-        label, size = self.ghost_label(), tape.forward_batch_size
+        label, size = self.ghost_label(), tape.examples
         if next(self.children(), None) is None and _carries_batch(label, tape, args, kwargs):
             if tape.asking:
                 return forward(*args, **kwargs)
@@ -137,7 +143,7 @@ def _carries_batch(label: str, tape: Tape, args: tuple[Any, ...], kwargs: dict[s
     if any(isinstance(leaf, SharedTensor) for leaf in leaves):
         return False
     tensors = [(path, t) for path, t in tensors_in((args, kwargs)) if t.dim() > 0]
-    size = tape.forward_batch_size
+    size = tape.examples
     if size is None:  # entered past the root's forward
         return bool(tensors)
     call = tape.axes.next_call(label)
@@ -150,7 +156,7 @@ def _property(name: str) -> property:
         substitutes, parameter = self._ghost_substitutes, self._parameters[name]
         if substitutes is None and parameter.requires_grad and self._ghost_records():
             # From outside of its module's own forward: a ParameterList's, or a child's that its parent reads.
-            size = self.ghost_tape.forward_batch_size
+            size = self.ghost_tape.examples
             if size is not None:
                 return SharedParameters({name: parameter}, self.ghost_label(), size, self.ghost_tape)[name]
         if substitutes is None or name not in substitutes:

@@ -81,6 +81,8 @@ class LeafCall:
         self._is_random = any(
             not torch.equal(a, b) for a, b in zip(self._draws, self._generators(), strict=True)
         )
+        # Aliases: the gradient of one has nothing of what comes back through the module's other outputs.
+        output = map_tensors(output, lambda t: torch.ops.aten.alias(t) if t.is_floating_point() else t)
         for place, tensor in enumerate(_floating(output)):
             if tensor.requires_grad:
                 tensor.register_hook(self._noting(place))

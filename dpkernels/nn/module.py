@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpkernels.nn.batch_axis import Site
 from dpkernels.nn.copying import ordinary
@@ -36,10 +37,33 @@ class GhostModule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; an input that examples share is computed for each of them."""
+        if (kwargs or len(args) > 1) and not self.ghost_asks_axes:
+            args, kwargs = self._ghost_with_batch(args, kwargs)
         if args and not self.ghost_asks_axes and (shared := self._ghost_shared(args[0])) is not None:
             rest = args[1:]
             return shared.through(lambda x: nn.Module.__call__(self, x, *rest, **kwargs), self.ghost_label())
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _ghost_with_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The arguments of a layer of several (attention, a first state), where what examples share has the batch's
+        dimension, as p.expand(B, -1, -1): with example i's row there.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        if not any(isinstance(leaf, SharedTensor) for leaf in leaves):
+            return args, kwargs
+        call = None
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, SharedTensor):
+                call = leaf.axes.next_call(self.ghost_label()) if call is None else call
+                site = Site(self.ghost_label(), f"its tensor {place}, which examples share,", call)
+                axis = leaf.axes.of(site, leaf.shape, len(leaf.rows))
+                if axis is None:
+                    raise leaf.refuse(
+                        f"an argument {tuple(leaf.shape)} of {self.ghost_label()}, without the batch,"
+                    )
+                leaves[place] = leaf.aligned(leaf.ndim, axis)
+        found: tuple[Any, Any] = tree_unflatten(leaves, spec)
+        return found
 
     def _ghost_shared(self, x: Any) -> SharedTensor | None:
         """The first input where examples share it; None where it carries the batch.
@@ -52,7 +76,7 @@ class GhostModule:
         tape = self.ghost_tape
         if tape is None or not isinstance(x, Tensor) or x.requires_grad or not self._ghost_records():
             return None
-        size = tape.forward_batch_size
+        size = tape.examples
         trained = any(p.requires_grad for p in cast(nn.Module, self).parameters())
         if size is None or not trained or not x.is_floating_point():
             return None

@@ -99,8 +99,10 @@ class RowCheck:
             used = list(tape.used()) or None
             torch.autograd.backward(losses, weights.to(losses.dtype), retain_graph=True, inputs=used)
             tape.close(again=True)
-        except BaseException:
+        except BaseException as error:
             tape.discard()
+            if isinstance(error, RuntimeError) and "use_reentrant" in str(error):
+                raise RowError(_unseen_message("a checkpointed block")) from error
             raise
         finally:
             tape.inspector = None
@@ -148,6 +150,9 @@ class _Weighted:
         self.projections: dict[Call, tuple[Tensor, Tensor]] = {}
         self.axes: dict[Call, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
 
+    def begin(self) -> None:
+        """Nothing: it sees one backward."""
+
     @property
     def ambiguous(self) -> bool:
         return bool(self.axes)
@@ -169,6 +174,9 @@ class _Chosen:
     ) -> None:
         self._weights, self._axes = weights, axes
 
+    def begin(self) -> None:
+        """Nothing: it sees one backward."""
+
     def see(self, record: Record) -> bool:
         return False
 
@@ -188,13 +196,19 @@ class _Comparison:
         self._weights = weights
         self._expected = projections
         self._calls = _Calls()
+        self._backwards = 0
         self.seen: set[nn.Parameter] = set()
+
+    def begin(self) -> None:
+        self._backwards += 1
 
     def see(self, record: Record) -> bool:
         """True: the tape takes the record, once its rows are found to be the examples'."""
-        expected = self._expected.pop(self._calls.of(record), None)
-        if expected is None:  # the second backward of two_pass, which is held to the first by its norms
+        if self._backwards > 1:  # the second of two_pass, which is held to the first by its norms
             return True
+        expected = self._expected.pop(self._calls.of(record), None)
+        if expected is None:
+            raise RowError(_unseen_message(record.layer))
         g = record.output_gradient
         now = _project(g)
         wrong = _differ(self._weights, expected, now, g.dtype)
@@ -229,6 +243,15 @@ def _differ(
     limit = _TOLERANCE.get(dtype, _HALF_TOLERANCE) * (weighted[1] + w.abs() * plain[1])
     finite = weighted[1].isfinite() & plain[1].isfinite()
     return finite & ~((weighted[0] - w * plain[0]).abs() <= limit)
+
+
+def _unseen_message(layer: str) -> str:
+    return (
+        f"{layer}: its gradient cannot be compared between two backwards of the same losses, so that nothing shows which "
+        "of its rows is which example's. A checkpoint with use_reentrant=True hides its layers from the forward: use "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or model.gradient_checkpointing_enable("
+        'gradient_checkpointing_kwargs={"use_reentrant": False}). Nothing was spent'
+    )
 
 
 def _message(record: Record, rows: int) -> str:

@@ -73,6 +73,10 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """func(*args, **kwargs), some of whose tensors are shared."""
     leaves, spec = tree_flatten((args, kwargs))
     shared = [leaf for leaf in leaves if isinstance(leaf, Shared)]
+    if not shared:
+        raise NotImplementedError(
+            f"{func}: a tensor that examples share, within an argument that is not looked into"
+        )
     first = shared[0]
     n = len(first.rows)
     name = getattr(func, "__name__", str(func))

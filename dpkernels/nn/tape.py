@@ -24,6 +24,10 @@ _FORMED_BYTES = 4  # of an entry of a formed gradient: float32
 class Inspector(Protocol):
     """Sees what a backward's layers hand to the tape, before anything is done with it."""
 
+    def begin(self) -> None:
+        """A backward begins."""
+        ...
+
     def see(self, record: Record) -> bool:
         """Whether the tape shall take this record."""
         ...
@@ -95,6 +99,11 @@ class Tape:
     def is_open(self) -> bool:
         """Whether a backward may add records now."""
         return self._batch_size is not None
+
+    @property
+    def examples(self) -> int | None:
+        """Batch size of the forward under way, also where a backward computes it again; None outside of both."""
+        return self._batch_size if self.forward_batch_size is None else self.forward_batch_size
 
     @property
     def batch_size(self) -> int | None:
@@ -178,6 +187,9 @@ class Tape:
         self._records, self._first = [], {}
         self._sunk = set()
         self._asked.clear()
+        self.axes.begin_forward()  # of what checkpoints compute again
+        if self.inspector is not None:
+            self.inspector.begin()
 
     def add(self, record: Record) -> None:
         """Take one record.

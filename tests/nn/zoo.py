@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 T, D, HEADS, KINDS, SLOTS = 4, 6, 2, 3, 5
 
@@ -372,3 +373,98 @@ class ZeroAtFirst(OfLeaf):
 
     def middle(self, h: Tensor) -> Tensor:
         return self.leaf(h, torch.arange(T))
+
+
+class ByHand(Zoo):
+    """A raw parameter that has as many rows as there are examples at some batch size."""
+
+    shape: tuple[int, ...] = (KINDS, D)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = weights(*self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.middle(torch.tanh(self.first(x)))
+        return y
+
+
+@in_zoo
+class ClassHead(ByHand):
+    def middle(self, h: Tensor) -> Tensor:
+        return F.linear(h.mean(1), F.normalize(self.w)) + torch.einsum("bd,kd->bk", h[:, 0], self.w)
+
+
+@in_zoo
+class Distances(ByHand):
+    def middle(self, h: Tensor) -> Tensor:
+        return torch.cdist(h.mean(1), self.w)
+
+
+@in_zoo
+class ProductFromTheRight(ByHand):
+    shape = (D, KINDS)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return h.mean(1) @ self.w
+
+
+@in_zoo
+class TableReadByData(ByHand):
+    shape = (T, D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        order = h.detach()[..., 0].argsort(1)
+        return h * self.w[order] + F.embedding((h.detach()[..., 1] > 0).long(), self.w)
+
+
+@in_zoo
+class FilterByHand(ByHand):
+    shape = (KINDS, T, 3)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return F.conv1d(h, self.w)
+
+
+@in_zoo
+class LeafOfTwoOutputs(OfLeaf):
+    """One output is made of the other, and one is given twice."""
+
+    use = staticmethod(lambda w, x: (y := torch.tanh(x * w), y * w, y))
+
+    def middle(self, h: Tensor) -> Tensor:
+        first, second, third = self.leaf(h)
+        return first + second * third
+
+
+@in_zoo
+class LearntLatents(Zoo):
+    """Latents as keys and values, and as queries by keyword; a learnt first state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.state = weights(1, SLOTS, D), weights(1, 1, D)
+        self.attention, self.recurrent = (
+            nn.MultiheadAttention(D, HEADS, batch_first=True),
+            nn.GRU(D, D, batch_first=True),
+        )
+
+    def middle(self, h: Tensor) -> Tensor:
+        latents = self.latents.expand(len(h), -1, -1)
+        read = self.attention(h, latents, latents)[0]
+        asked = self.attention(query=latents, key=h, value=h)[0].mean(1, keepdim=True)
+        return self.recurrent(read + asked, self.state.expand(-1, len(h), -1).contiguous())[0]
+
+
+@in_zoo
+class LookedUpWithinACheckpoint(Zoo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.gain = nn.Embedding(8, D), weights(D)
+
+    def block(self, h: Tensor) -> Tensor:
+        return h + self.places(torch.arange(T)) * self.gain
+
+    def middle(self, h: Tensor) -> Tensor:
+        found: Tensor = checkpoint(self.block, h, use_reentrant=False)
+        return found

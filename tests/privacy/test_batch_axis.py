@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dpkernels.nn import RowError, batch_axis, leaf_calls, row_check
 from dpkernels.privacy import SelfCheckError
@@ -234,3 +235,38 @@ def test_layers_that_hold_a_batch_of_their_own_layout(batch: int) -> None:
     torch.manual_seed(0)
     run = private_run(model=Layers(), loss_fn=losses, dtype=torch.float64, sigma=0, clip=CLIP)
     check(run, batch, "bookkeeping")
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_reentrant_checkpoint_hides_rows_and_is_refused(head: bool) -> None:
+    class Reentrant(zoo.Zoo):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x) if head else x.detach().requires_grad_()
+            h = checkpoint(lambda h: self.last(h + 0.5 * h.mean(0, keepdim=True)), x, use_reentrant=True)
+            return h
+
+    run = private_run(model=Reentrant(), loss_fn=losses)
+    with pytest.raises(RowError, match="use_reentrant=False"):
+        run.release(range(5))
+    assert run.engine.steps == 0
+
+
+class BatchStatistic(zoo.ByHand):
+    shape = (2, zoo.D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        x = h.transpose(1, 2)
+        return torch.nn.functional.batch_norm(x, None, None, self.w[0], self.w[1], True)
+
+
+def test_a_function_that_mixes_examples_is_refused_in_every_micro_batch() -> None:
+    run = private_run(model=BatchStatistic(), loss_fn=losses)
+    for batch in (5, 5, 4, 6):
+        with pytest.raises(NotImplementedError, match=r"BatchStatistic\.w: .*batch_norm"):
+            losses(run.model, run.data[list(range(batch))])
+    zero = BatchStatistic()
+    torch.nn.init.zeros_(zero.w)
+    run = private_run(model=zero, loss_fn=losses)
+    losses(run.model, run.data[:1])
+    with pytest.raises(NotImplementedError, match=r"depends on the others|batch_norm"):
+        losses(run.model, run.data[:5])
