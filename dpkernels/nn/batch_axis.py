@@ -18,12 +18,14 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten
 
 logger = logging.getLogger("dpkernels")
 
@@ -54,13 +56,21 @@ class BatchAxes:
     """What the calls of one model have shown so far."""
 
     def __init__(self) -> None:
-        self._evidence: dict[Site, _Evidence] = {}
+        # By site and number of dimensions: an optional call before it moves a call's number.
+        self._evidence: dict[tuple[Site, int], _Evidence] = {}
         self._calls: Counter[str] = Counter()
-        self._assumed: set[Site] = set()
+        self._usual: dict[str, int] = {}
+        # What the calls of a layer said, where they did not all say the same.
+        self._said: dict[str, set[int | None]] = {}
+        self._assumed: set[tuple[Site, frozenset[int]]] = set()
+        self._confirmed: set[tuple[Site, frozenset[int]]] = set()
         self._compared: Counter[Site] = Counter()
+        # The forwards under way only ask: over copies of one example, maybe, which no function mixes.
+        self.asking = False
 
     def begin_forward(self) -> None:
         """The calls of each layer are counted from 0 again."""
+        self._usual = dict(self._calls) | self._usual
         self._calls.clear()
         self._assumed.clear()
 
@@ -72,15 +82,28 @@ class BatchAxes:
 
     def to_compare(self, site: Site, size: int) -> bool:
         """Whether a site's values are to be compared in this call: its 1st, 2nd, 4th, ... of two examples or more."""
-        if size < 2:
-            return False
-        self._compared[site] += 1
-        return not self._compared[site] & (self._compared[site] - 1)
+        return size > 1 and not (self._compared[site] + 1) & self._compared[site]
+
+    def note_compared(self, site: Site) -> None:
+        """A call of two examples or more whose values were right, or were not to be compared."""
+        if not self.asking:
+            self._compared[site] += 1
 
     @property
     def assumed(self) -> bool:
-        """Whether an axis in the forward under way rests on calls at one batch size only."""
-        return bool(self._assumed)
+        """Whether an axis in the forward under way rests on calls at one batch size only, on which of several axes of
+        that size it was before, or on a call's number where a layer is called another number of times than usual.
+        """
+        unusual = (
+            calls != self._usual.get(layer, calls)
+            for layer, calls in self._calls.items()
+            if len(self._said.get(layer, ())) > 1
+        )
+        return bool(self._assumed) or any(unusual)
+
+    def confirm(self) -> None:
+        """The gradients have shown that what was assumed is so."""
+        self._confirmed |= self._assumed
 
     def of(self, site: Site, shape: tuple[int, ...], size: int) -> int | None:
         """The axis of a tensor of this shape that carries a batch of `size` examples; None where examples share it.
@@ -89,7 +112,7 @@ class BatchAxes:
             ValueError: earlier calls showed an axis that carries the batch, and here its size is another.
         """
         axes = frozenset(axis for axis, length in enumerate(shape) if length == size)
-        evidence = self._evidence.setdefault(site, _Evidence(axes, {size}))
+        evidence = self._evidence.setdefault((site, len(shape)), _Evidence(axes, {size}))
         common = evidence.axes & axes
         if evidence.axes and evidence.certain and not common:
             raise ValueError(
@@ -100,9 +123,12 @@ class BatchAxes:
         evidence.axes = common
         if len(evidence.sizes) < 2:
             evidence.sizes.add(size)
-        if not evidence.certain:
-            self._assumed.add(site)
-        return min(common) if common else None
+        found = min(common) if common else None
+        self._said.setdefault(site.layer, set()).add(found)
+        coincides = bool(common) and len(axes) > 1 and (site, axes) not in self._confirmed
+        if coincides or not evidence.certain:
+            self._assumed.add((site, axes))
+        return found
 
 
 def has_values(t: Tensor) -> bool:
@@ -153,7 +179,12 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def ask_at_other_sizes(
-    model: nn.Module, axes: BatchAxes, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int
+    model: nn.Module,
+    axes: BatchAxes,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    size: int,
+    plainly: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[int]:
     """Forwards of the model over 2 and 3 (or 4) of the rows of its arguments, so that `axes` sees them at these sizes.
 
@@ -162,23 +193,65 @@ def ask_at_other_sizes(
     for one that examples share. torch's generators are put back. A model that computes with none (it was built for one
     batch size, say) teaches nothing, which is logged: its axes are then assumptions until calls of another batch size
     come, and the row check has to confirm them.
+
+    `plainly`: within it the model is the plain one.
+
+    Raises:
+        RuntimeError: the plain model, which repeats itself, computes something else.
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     candidates = [path for path, t in tensors_in((args, dict(kwargs))) if t.dim() > 0 and t.shape[0] == size]
+
+    def outputs(rows: int, shared: str) -> list[Any] | Exception:
+        some_args, some_kwargs = _with_rows((args, dict(kwargs)), size, rows, shared)
+        try:
+            with torch.random.fork_rng(devices=devices):
+                return tree_flatten(model(*some_args, **some_kwargs))[0]
+        except Exception as error:  # noqa: BLE001 (a user's model may raise anything; nothing rests on it)
+            return error
+
     for rows in [n for n in (2, 3, 4) if n != size][:2]:
         reason: Exception | None = None
         for shared in ("", *candidates[1:]):
             found = copy.deepcopy(axes._evidence)
             yield rows
-            try:
-                with torch.random.fork_rng(devices=devices):
-                    some_args, some_kwargs = _with_rows((args, dict(kwargs)), size, rows, shared)
-                    model(*some_args, **some_kwargs)
-                break
-            except Exception as error:  # noqa: BLE001 (a user's model may raise anything; nothing rests on it)
-                axes._evidence, reason = found, reason or error
+            with plainly():
+                before = outputs(rows, shared)
+            private = outputs(rows, shared)
+            if isinstance(private, Exception):
+                axes._evidence, reason = found, reason or private
+                continue
+            with plainly():
+                after = outputs(rows, shared)
+            # One that keeps something from forward to forward, or draws elsewhere, says nothing here.
+            if _alike(before, after) and not _alike(after, private):
+                raise RuntimeError(
+                    "the private model computes another function than the plain one: their outputs for the same "
+                    f"{rows} examples differ. A module's forward may ask what its parameter is (torch.is_tensor, "
+                    "isinstance, is_leaf), where a trained raw parameter is read as something that stands for it. Take "
+                    "the question out, or freeze the parameter (requires_grad_(False)). Nothing was spent"
+                )
+            break
         else:
             logger.info("batch axes: the model's forward over %d of %d rows raised %r", rows, size, reason)
+
+
+def _alike(first: list[Any] | Exception, second: list[Any] | Exception) -> bool:
+    """Whether the floating-point tensors of two outputs agree but for rounding; those that examples share by value."""
+    if isinstance(first, Exception) or isinstance(second, Exception) or len(first) != len(second):
+        return False
+    for a, b in zip(first, second, strict=True):
+        b = b.value() if hasattr(b, "rows") else b
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and has_values(a)):
+            continue
+        if a.shape != b.shape:
+            return False
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(a.dtype, 0.1)
+        finite = a.isfinite() & b.isfinite()
+        a, b = a[finite].double(), b[finite].double()
+        if a.numel() and not float((a - b).abs().max()) <= tolerance * float(a.abs().max()) + 1e-12:
+            return False
+    return True
 
 
 def _with_rows(arguments: Any, size: int, rows: int, shared: str) -> Any:

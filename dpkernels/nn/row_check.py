@@ -9,8 +9,9 @@ loss i and no other reaches it. With weights ±1 and ±½, drawn anew for each c
     backward from w     g'      only projections u'_i = ⟨g'_i, r⟩ are kept, [B] numbers a record
     backward from 1     g       u'_i = w_i·⟨g_i, r⟩, or the backward is refused before anything is summed
 
-A check costs one more backward. It is due in a model's 1st, 2nd, 4th, 8th, ... backward, and whenever a parameter is
-used that no check has seen a gradient of, or an axis is an assumption. A backward of one example needs none: no other
+A check costs one more backward. It is due in a model's 1st, 2nd, 4th, 8th, ... backward, in the first backward after
+the 1st, 2nd, 4th, ... step, and whenever a parameter is used that no check has seen a gradient of, or an axis is an
+assumption. A backward of one example needs none: no other
 is there. What it cannot see is an example whose *forward* reads another one before any trained layer: that is the
 batch-independence check's.
 """
@@ -53,12 +54,20 @@ class RowCheck:
     def __init__(self, tape: Tape) -> None:
         self._tape = tape
         self._backwards = 0
+        self._steps = 0
+        self._stepped = False
         self.seen: set[nn.Parameter] = set()
+
+    def note_step(self) -> None:
+        """The parameters were changed: a gate that was 0 may let another path's gradient through."""
+        self._steps += 1
+        self._stepped = not self._steps & (self._steps - 1)
 
     def due(self, losses: Tensor) -> bool:
         """Whether the coming backward of losses [B] is to be checked; counts it."""
         self._backwards += 1
-        scheduled = not self._backwards & (self._backwards - 1)
+        scheduled = not self._backwards & (self._backwards - 1) or self._stepped
+        self._stepped = False
         unseen = any(parameter not in self.seen for parameter in self._tape.used())
         return len(losses) > 1 and has_values(losses) and (scheduled or unseen or self._tape.axes.assumed)
 
@@ -87,6 +96,7 @@ class RowCheck:
             self._tape.inspector = None
         comparison.check_complete()
         self._tape.confirm_axes()
+        self._tape.axes.confirm()
         self.seen |= comparison.seen
 
     def _backward(self, losses: Tensor, weights: Tensor, inspector: _Weighted | _Chosen) -> None:
@@ -247,9 +257,9 @@ def _differ(
 
 def _unseen_message(layer: str) -> str:
     return (
-        f"{layer}: its gradient cannot be compared between two backwards of the same losses, so that nothing shows which "
-        "of its rows is which example's. A checkpoint with use_reentrant=True hides its layers from the forward: use "
-        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or model.gradient_checkpointing_enable("
+        f"{layer}: its gradient cannot be compared between two backwards of the same losses, so that nothing shows "
+        "which of its rows is which example's. A checkpoint with use_reentrant=True hides its layers from the forward: "
+        "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or model.gradient_checkpointing_enable("
         'gradient_checkpointing_kwargs={"use_reentrant": False}). Nothing was spent'
     )
 

@@ -84,6 +84,8 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise first.refuse(f"{name} with a tensor of another batch size")
     if func in _METADATA:
         return func(*tree_unflatten([x.rows[0] if isinstance(x, Shared) else x for x in leaves], spec)[0])
+    if func in _CASTS and isinstance(args[0], Shared) and len(args) > 1 and isinstance(args[1], Tensor):
+        return first.again(first.rows.to(args[1]))
     _check_grad_mode(first)
     writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
     if writes and (isinstance(args[0], Shared) or name not in _WRITING_BROADCAST):
@@ -102,6 +104,8 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     expanded = _expanded_to_batch(leaves, carried, site, n)
     if first.axes.to_compare(site, n):
         _compare_values(func, leaves, spec, carried, expanded, first)
+    if n > 1:
+        first.axes.note_compared(site)
     return _example_by_example(func, leaves, spec, carried, expanded, first)
 
 
@@ -251,7 +255,7 @@ def _example_by_example(
 
     try:
         out = torch.vmap(one, in_dims=(in_dims,), randomness="different")(tensors)
-        expected = _plain_shape(func, leaves, spec)
+        expected = _plain_shape(func, leaves, spec) if isinstance(out, Tensor) else torch.Size()
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
         raise first.refuse(f"{name} ({error})") from error
     if not isinstance(out, Tensor):
@@ -329,6 +333,7 @@ _WRITING_BROADCAST = _WRITING | {
     "addcmul_",
     "pow_",
 }
+_CASTS = {Tensor.to, Tensor.type_as}
 _JOINING = {torch.cat, torch.concat, torch.stack}
 _BROADCASTING_NAMES = """
     add sub subtract mul multiply div divide true_divide pow maximum minimum fmax fmin where lerp addcmul addcdiv clamp

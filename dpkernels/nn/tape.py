@@ -127,12 +127,12 @@ class Tape:
     def ask(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> None:
         """Have `axes` see the model's tensors at other batch sizes than this forward's, once."""
         self.needs_to_ask = False
-        self.asking = True
+        self.asking = self.axes.asking = True
         try:
-            for rows in ask_at_other_sizes(model, self.axes, args, kwargs, size):
+            for rows in ask_at_other_sizes(model, self.axes, args, kwargs, size, self.paused):
                 self.begin_forward(rows)
         finally:
-            self.asking = False
+            self.asking = self.axes.asking = False
             self.begin_forward(size)
 
     def used(self) -> Iterable[nn.Parameter]:

@@ -321,6 +321,7 @@ class DPOptimizer(torch.optim.Optimizer):
         finally:
             # Never a second release of the same batch: not even when the wrapped step failed.
             self._batch.close()
+            self._rows.note_step()
 
     def check_model(self) -> None:
         """Raise RuntimeError where a buffer of the model is not as make_private found it.

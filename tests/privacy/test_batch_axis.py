@@ -140,7 +140,7 @@ def test_a_row_check_comes_with_a_parameter_that_was_not_seen() -> None:
 
         def middle(self, h: Tensor) -> Tensor:
             self.calls += 1
-            return h if self.calls < 2 + 3 else self.late(h.roll(1, 0)).roll(-1, 0)
+            return h if self.calls < 6 + 3 else self.late(h.roll(1, 0)).roll(-1, 0)
 
     run = private_run(model=Late(), loss_fn=losses, sigma=0)
     for _ in range(2):
@@ -155,6 +155,11 @@ def test_a_call_that_contradicts_what_was_learnt_raises() -> None:
     assert axes.of(site, (4, 9), 4) == 0
     assert axes.assumed
     assert axes.of(site, (7, 9), 7) == 0
+    axes.begin_forward()
+    assert not axes.assumed
+    assert axes.of(site, (9, 9), 9) == 0
+    assert axes.assumed  # two axes of that size: the gradients are asked
+    axes.confirm()
     axes.begin_forward()
     assert axes.of(site, (9, 9), 9) == 0
     assert not axes.assumed
@@ -237,18 +242,44 @@ def test_layers_that_hold_a_batch_of_their_own_layout(batch: int) -> None:
     check(run, batch, "bookkeeping")
 
 
-@pytest.mark.parametrize("head", [True, False])
-def test_a_reentrant_checkpoint_hides_rows_and_is_refused(head: bool) -> None:
+@pytest.mark.parametrize("before", [True, False], ids=["trained before it", "nothing trained before it"])
+def test_a_reentrant_checkpoint_hides_rows_and_is_refused(before: bool) -> None:
     class Reentrant(zoo.Zoo):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(zoo.D, zoo.D)
+
+        def block(self, h: Tensor) -> Tensor:
+            h = self.inner(h)
+            return h + 0.5 * h.mean(0, keepdim=True)
+
         def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x) if head else x.detach().requires_grad_()
-            h = checkpoint(lambda h: self.last(h + 0.5 * h.mean(0, keepdim=True)), x, use_reentrant=True)
-            return h
+            x = self.first(x) if before else x.detach().requires_grad_()
+            y: Tensor = self.last(checkpoint(self.block, x, use_reentrant=True))
+            return y
 
     run = private_run(model=Reentrant(), loss_fn=losses)
     with pytest.raises(RowError, match="use_reentrant=False"):
         run.release(range(5))
     assert run.engine.steps == 0
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_forward_that_asks_what_its_parameter_is_is_refused(leaf: bool) -> None:
+    """What is read in place of a raw parameter is no tensor: a module that asks computes something else."""
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = zoo.weights(zoo.D)
+            self.child = nn.Identity() if leaf else nn.Linear(zoo.D, zoo.D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.child(x) * (self.w if torch.is_tensor(self.w) else 3.0)
+
+    run = private_run(model=nn.Sequential(nn.Linear(6, zoo.D), Asks()), loss_fn=losses)
+    with pytest.raises(RuntimeError, match="another function than the plain"):
+        run.release(range(5))
 
 
 class BatchStatistic(zoo.ByHand):
