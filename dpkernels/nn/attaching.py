@@ -72,10 +72,10 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         if tape.asking:
             return
         size = batch_size_of(args, kwargs)
-        tape.begin_forward(size)
+        tape.enter_forward(size)
         if tape.before_forward is not None:
             tape.before_forward()
-        if size is not None and tape.needs_to_ask and torch.is_grad_enabled() and tape.recording:
+        if size and tape.needs_to_ask and torch.is_grad_enabled() and tape.recording:
             tape.ask(model, args, kwargs, size)
             if tape.after_forward is not None and tape.before_forward is not None:
                 tape.after_forward()  # these forwards are watched as any other
@@ -84,7 +84,7 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
     def note_end(module: nn.Module, *_: Any) -> None:
         if module is not model or tape.asking:
             return
-        tape.forward_batch_size = None  # what is called past the root's forward has a batch of its own
+        tape.leave_forward()
         if tape.after_forward is not None:
             tape.after_forward()
 

@@ -18,7 +18,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +194,7 @@ def ask_at_other_sizes(
     batch size, say) teaches nothing, which is logged: its axes are then assumptions until calls of another batch size
     come, and the row check has to confirm them.
 
-    `plainly`: within it the model is the plain one.
+    `plainly`: within it the model is the plain one, with which the private one is compared, in evaluation mode.
 
     Raises:
         RuntimeError: the plain model, which repeats itself, computes something else.
@@ -202,11 +202,17 @@ def ask_at_other_sizes(
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     candidates = [path for path, t in tensors_in((args, dict(kwargs))) if t.dim() > 0 and t.shape[0] == size]
 
+    draws = False
+
     def outputs(rows: int, shared: str) -> list[Any] | Exception:
         some_args, some_kwargs = _with_rows((args, dict(kwargs)), size, rows, shared)
+        nonlocal draws
         try:
             with torch.random.fork_rng(devices=devices):
-                return tree_flatten(model(*some_args, **some_kwargs))[0]
+                state = torch.get_rng_state()
+                found = tree_flatten(model(*some_args, **some_kwargs))[0]
+                draws = not torch.equal(state, torch.get_rng_state())
+                return found
         except Exception as error:  # noqa: BLE001 (a user's model may raise anything; nothing rests on it)
             return error
 
@@ -215,16 +221,19 @@ def ask_at_other_sizes(
         for shared in ("", *candidates[1:]):
             found = copy.deepcopy(axes._evidence)
             yield rows
-            with plainly():
-                before = outputs(rows, shared)
             private = outputs(rows, shared)
             if isinstance(private, Exception):
                 axes._evidence, reason = found, reason or private
                 continue
-            with plainly():
-                after = outputs(rows, shared)
-            # One that keeps something from forward to forward, or draws elsewhere, says nothing here.
-            if _alike(before, after) and not _alike(after, private):
+            # Its own masks a layer may draw in another order than the plain one.
+            with _evaluating(model):
+                with plainly():
+                    before = outputs(rows, shared)
+                private = outputs(rows, shared)
+                with plainly():
+                    after = outputs(rows, shared)
+            # One that keeps something from forward to forward, or draws in evaluation too, says nothing here.
+            if not draws and _alike(before, after) and not _alike(after, private):
                 raise RuntimeError(
                     "the private model computes another function than the plain one: their outputs for the same "
                     f"{rows} examples differ. A module's forward may ask what its parameter is (torch.is_tensor, "
@@ -234,6 +243,17 @@ def ask_at_other_sizes(
             break
         else:
             logger.info("batch axes: the model's forward over %d of %d rows raised %r", rows, size, reason)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _alike(first: list[Any] | Exception, second: list[Any] | Exception) -> bool:

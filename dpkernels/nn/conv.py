@@ -39,6 +39,8 @@ from dpkernels.nn.records import BiasRecord, ExpandedRecord, LinearRecord, Recor
 class _GhostConv(GhostModule, _ConvNd):
     """What the three share; `forward` is in the layers, next to their torch class."""
 
+    ghost_channels_second = True
+
     def _ghost_forward(self, x: Tensor) -> Tensor:
         n = len(self.kernel_size)
         if x.dim() == n + 1:
@@ -85,6 +87,8 @@ class GhostConv3d(_GhostConv, nn.Conv3d):
 
 class _GhostConvTranspose(GhostModule, _ConvTransposeNd):
     """What the three share; `forward` is in the layers, next to their torch class."""
+
+    ghost_channels_second = True
 
     def _ghost_forward(self, x: Tensor, output_size: list[int] | None) -> Tensor:
         n = len(self.kernel_size)

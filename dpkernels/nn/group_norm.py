@@ -24,6 +24,8 @@ class GhostGroupNorm(GhostModule, nn.GroupNorm):
     The backward computes x̂, its sums and dx in float32 (float64 for float64), whatever the input's dtype.
     """
 
+    ghost_channels_second = True
+
     def forward(self, input: Tensor) -> Tensor:
         """As nn.GroupNorm's."""
         if not self._ghost_active(self.weight, self.bias):
@@ -36,6 +38,8 @@ class GhostGroupNorm(GhostModule, nn.GroupNorm):
 
 class _GhostInstanceNorm(GhostModule, _InstanceNorm):
     """What the three share. An instance norm is a group norm whose groups are the channels."""
+
+    ghost_channels_second = True
 
     def ghost_refusal(self) -> str | None:
         """track_running_stats."""

@@ -108,6 +108,12 @@ class LeafCall:
         self._gradients.clear()
         if batch is None:
             raise RuntimeError(outside_message(self._label))
+        if not gradients:
+            raise RuntimeError(
+                f"{self._label}: its outputs are not among what its forward returned as tensors, or within tuples, "
+                "lists, mappings and dataclasses of them, so that its gradient cannot be told apart by sample. Return "
+                "the tensors themselves, or freeze it (requires_grad_(False))"
+            )
         first = next(iter(gradients.values()))
         axis = self._tape.batch_axis(tuple(self._parameters), first, features=0)
         if any(g.dim() <= axis or g.shape[axis] != batch for g in gradients.values()):

@@ -32,6 +32,9 @@ class GhostModule:
     # Those of them whose per-sample gradients, being vectors, are kept themselves.
     ghost_forms: ClassVar[tuple[str, ...]] = ("bias",)
 
+    # Whether dimension 1 of its input is its channels: it cannot take what examples share, [K, C], for [B, K, C].
+    ghost_channels_second: ClassVar[bool] = False
+
     # Whether its forward has to know which of its tensors carry the batch (`Tape.axes`).
     ghost_asks_axes: ClassVar[bool] = False
 
@@ -41,7 +44,9 @@ class GhostModule:
             args, kwargs = self._ghost_with_batch(args, kwargs)
         if args and not self.ghost_asks_axes and (shared := self._ghost_shared(args[0])) is not None:
             rest = args[1:]
-            return shared.through(lambda x: nn.Module.__call__(self, x, *rest, **kwargs), self.ghost_label())
+            channels, label = self.ghost_channels_second, self.ghost_label()
+            call = lambda x: nn.Module.__call__(self, x, *rest, **kwargs)  # noqa: E731
+            return shared.through(call, label, channels_second=channels)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _ghost_with_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

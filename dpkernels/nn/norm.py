@@ -63,6 +63,8 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
     Raises ValueError at the forward when there are no running statistics (track_running_stats=False).
     """
 
+    ghost_channels_second = True
+
     ghost_forms = ("weight", "bias")
 
     def forward(self, input: Tensor) -> Tensor:

@@ -55,6 +55,25 @@ class SharedTensor(Shared):
 
     data = property(Shared.value)
 
+    def _written(self, result: Any) -> SharedTensor:
+        """What an augmented assignment leaves: this very object, with the result's values."""
+        if not isinstance(result, SharedTensor) or result.shape != self.shape:
+            raise self.refuse("an augmented assignment, which writes examples' values into it,")
+        self.rows = result.rows
+        return self
+
+    def __iadd__(self, other: Any) -> SharedTensor:
+        return self._written(self + other)
+
+    def __isub__(self, other: Any) -> SharedTensor:
+        return self._written(self - other)
+
+    def __imul__(self, other: Any) -> SharedTensor:
+        return self._written(self * other)
+
+    def __itruediv__(self, other: Any) -> SharedTensor:
+        return self._written(self / other)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -97,12 +116,17 @@ class SharedTensor(Shared):
         """Called when a torch function, or a tensor's operator or method, meets a SharedTensor."""
         return apply(func, args, kwargs or {})
 
-    def through(self, layer: Callable[[Tensor], Any], label: str) -> Any:
-        """`layer(self)` for a layer that takes its input's first dimension for the batch and keeps it."""
+    def through(self, layer: Callable[[Tensor], Any], label: str, *, channels_second: bool = False) -> Any:
+        """`layer(self)` for a layer that takes its input's first dimension for the batch and keeps it.
+
+        `channels_second`: and its second for channels, so that [K, C] cannot become [n, K, C].
+        """
         site = Site(label, "its input, which examples share,", self.axes.next_call(label))
         axis = self.axes.of(site, self.shape, len(self.rows))
         if axis is not None:
             return layer(self.aligned(self.ndim, axis))
+        if channels_second and self.shape[:1] != (1,):
+            raise self.refuse(f"an input {tuple(self.shape)} of {label}, without the batch,")
         if self.shape[:1] == (1,):
             return tree_map(lambda y: self.again(y.unsqueeze(1)), layer(self.rows.squeeze(1)))
         return tree_map(self.again, layer(self.rows))

@@ -7,7 +7,7 @@ takes the records, asks them for norms and then for weighted sums.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,6 +68,7 @@ class Tape:
         # Batch size of the forward under way, as the root module's first tensor argument says. Only what examples share
         # (position tables, raw parameters) needs it; what it leads to is checked in `add`.
         self.forward_batch_size: int | None = None
+        self._outer_sizes: list[int | None] = []
         # What was learnt of the arguments of layers that have to know which axis is the batch.
         self.axes = BatchAxes()
         # Of output gradients, by the layer's parameters and which of their backwards it is: see `batch_axis`.
@@ -119,6 +120,18 @@ class Tape:
         finally:
             self._recording = before
 
+    def enter_forward(self, batch_size: int | None) -> None:
+        """As begin_forward, of a root whose forward may call itself: `leave_forward` goes back to the one around it."""
+        self._outer_sizes.append(self.forward_batch_size)
+        if len(self._outer_sizes) > 1:
+            self.forward_batch_size = batch_size
+        else:
+            self.begin_forward(batch_size)
+
+    def leave_forward(self) -> None:
+        """A forward of the root ends: what is called past it has a batch of its own."""
+        self.forward_batch_size = self._outer_sizes.pop() if self._outer_sizes else None
+
     def begin_forward(self, batch_size: int | None) -> None:
         """A forward of the root module over `batch_size` examples begins."""
         self.forward_batch_size = batch_size
@@ -164,9 +177,11 @@ class Tape:
             axis = others.pop() if len(others) == 1 else 0
         return axis
 
-    def confirm_axes(self) -> None:
-        """What `batch_axis` has said under an inspector is right, and is remembered."""
-        self._gradient_axes |= self._proposed_axes
+    def confirm_axes(self, without: Container[tuple[tuple[nn.Parameter, ...], int]] = ()) -> None:
+        """What `batch_axis` has said under an inspector is right, and is remembered, except of the calls `without`."""
+        self._gradient_axes |= {
+            call: axis for call, axis in self._proposed_axes.items() if call not in without
+        }
         self._proposed_axes = {}
 
     def note_use(self, parameters: Iterable[Tensor]) -> None:
@@ -187,6 +202,7 @@ class Tape:
         self._records, self._first = [], {}
         self._sunk = set()
         self._asked.clear()
+        self._outer_sizes.clear()
         self.axes.begin_forward()  # of what checkpoints compute again
         if self.inspector is not None:
             self.inspector.begin()

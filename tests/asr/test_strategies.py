@@ -88,10 +88,10 @@ def summed(recognizer: Recognizer, strategy: str, *, checkpointed: bool) -> dict
         calls = _count_calls(model)
         for batch in next(iter(loader)):
             optimizer.backward(recognizer.loss_per_example(model, batch))
-        # Of every block: six forwards that ask for batch axes; for two micro-batches the forward, and a recomputation
+        # Of every block: eight forwards that ask for batch axes; for two micro-batches the forward, and a recomputation
         # for every backward; for the first of them, the row check's (the second has one utterance).
         backwards = 2 if strategy == "two_pass" else 1
-        assert set(calls.values()) == {6 + 2 * (1 + backwards * checkpointed) + checkpointed}
+        assert set(calls.values()) == {8 + 2 * (1 + backwards * checkpointed) + checkpointed}
         optimizer.step()
         assert optimizer.last_step.clip_rate > 0
     return {n: p.grad.double() * len(items) for n, p in model.named_parameters() if p.requires_grad}

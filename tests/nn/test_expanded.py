@@ -220,10 +220,10 @@ def test_an_in_place_use_does_not_reach_the_parameter(batch: int) -> None:
 
     model = swap(InPlace())
     attach(model)
-    try:
+    with pytest.raises(
+        (RuntimeError, NotImplementedError), match=r"augmented assignment|in-place|broadcast|size"
+    ):
         model(torch.randn(batch, 4))
-    except RuntimeError:
-        assert batch > 1
     assert not bool(model._parameters["raw"].any())
 
 

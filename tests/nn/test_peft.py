@@ -233,7 +233,7 @@ def test_hooks_on_inner_layers_still_run() -> None:
     seen: list[int] = []
     model.base_model.model.first.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
     private = run_private(model, squares, (X,))
-    assert len(seen) == 7  # the first forward, and private and plain ones over 2 and 3 rows before it
+    assert len(seen) == 9  # the first forward, and private and plain ones over 2 and 3 rows before it
     assert private.norm_sq.isfinite().all()
 
 

@@ -468,3 +468,30 @@ class LookedUpWithinACheckpoint(Zoo):
     def middle(self, h: Tensor) -> Tensor:
         found: Tensor = checkpoint(self.block, h, use_reentrant=False)
         return found
+
+
+@in_zoo
+class WrittenInPlace(Zoo):
+    """A lookup that another name stands for, and that is written afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(8, D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        p = self.places(torch.arange(T))
+        alias = p
+        p *= torch.linspace(0, 1, D).to(h)
+        return h * alias
+
+
+@in_zoo
+class CallsItself(Zoo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(8, D)
+
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        y = self(x.sin(), again=False) if again else 0.0
+        z: Tensor = y + self.last(torch.tanh(self.first(x) + self.places(torch.arange(T))))
+        return z

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpkernels.nn import RowError, batch_axis, leaf_calls, row_check
+from dpkernels.nn import RowError, batch_axis, detach, leaf_calls, row_check
 from dpkernels.privacy import SelfCheckError
 from tests.nn import zoo
 from tests.privacy.private_run import Run, norm_of, private_run
@@ -140,7 +140,7 @@ def test_a_row_check_comes_with_a_parameter_that_was_not_seen() -> None:
 
         def middle(self, h: Tensor) -> Tensor:
             self.calls += 1
-            return h if self.calls < 6 + 3 else self.late(h.roll(1, 0)).roll(-1, 0)
+            return h if self.calls < 8 + 3 else self.late(h.roll(1, 0)).roll(-1, 0)
 
     run = private_run(model=Late(), loss_fn=losses, sigma=0)
     for _ in range(2):
@@ -301,3 +301,69 @@ def test_a_function_that_mixes_examples_is_refused_in_every_micro_batch() -> Non
     losses(run.model, run.data[:1])
     with pytest.raises(NotImplementedError, match=r"depends on the others|batch_norm"):
         losses(run.model, run.data[:5])
+
+
+class ChannelNorm(zoo.Zoo):
+    """A norm over channels of codes [K, C] with K = C: of [B, K, C] it would take K for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.codes = nn.GroupNorm(1, zoo.D), zoo.weights(zoo.D, zoo.D)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return h * self.norm(self.codes).prod(0)
+
+
+def test_channels_of_what_examples_share_are_not_taken_for_others() -> None:
+    run = private_run(model=ChannelNorm(), loss_fn=losses)
+    with pytest.raises(
+        NotImplementedError, match=r"ChannelNorm\.codes: an input \(6, 6\) of norm, without the batch"
+    ):
+        run.release(range(5))
+
+
+def test_two_of_eight_rows_that_change_places_are_found_every_time() -> None:
+    model = Refused()
+    model.how = lambda h: torch.cat([h[1:2], h[:1], h[2:]])
+    for _ in range(20):
+        run = private_run(model=model, loss_fn=losses)
+        with pytest.raises(RowError):
+            run.release(range(8))
+        detach(run.model)
+
+
+def test_a_very_confident_example_is_no_other_examples() -> None:
+    """Gradients below float32's normal numbers."""
+
+    class Sure(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Flatten(), Sure(24, 3))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].weight[0, 0] = 1
+    run = private_run(model=model, sigma=0)
+    x = run.data.tensors[0]
+    x[:, 0, 0] = torch.linspace(85, 100, len(x))
+    labels = torch.zeros(len(x), dtype=torch.long)
+    run.optimizer.begin_logical_batch(40)
+    run.optimizer.backward(torch.nn.functional.cross_entropy(run.model(x), labels, reduction="none"))
+
+
+def test_a_time_first_layer_behind_a_gate_that_is_zero() -> None:
+    class Gated(zoo.Zoo):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.gate = nn.Linear(zoo.D, zoo.D), nn.Parameter(torch.zeros(()))
+
+        def middle(self, h: Tensor) -> Tensor:
+            return h + self.gate * self.inner(h.transpose(0, 1)).transpose(0, 1)
+
+    run = private_run(
+        model=Gated(), loss_fn=losses, dtype=torch.float64, sigma=0, clip=CLIP, physical_batch_size=12
+    )
+    check(run, zoo.T, "bookkeeping")
+    with torch.no_grad():
+        run.model.gate.fill_(0.5)
+    for batch in (zoo.T, 5, zoo.T):
+        check(run, batch, "bookkeeping")
