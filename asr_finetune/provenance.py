@@ -62,6 +62,12 @@ def shared_recordings(one: Corpus, other: Corpus) -> list[str]:
     return found
 
 
+def of_speakers(one: Corpus, other: Corpus) -> list[str]:
+    """Ids in `other` of the recordings of speakers of `one`, by their names."""
+    speakers = set(one.speakers) - {None}
+    return [item.id for item in other.utterances if item.speaker in speakers]
+
+
 def _name(item: Utterance) -> tuple[str, str, float]:
     return item.id, item.text, round(item.seconds, 2)
 
