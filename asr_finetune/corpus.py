@@ -2,9 +2,9 @@
 
 One utterance is one example: what a privacy claim counts, unless the unit is a speaker. Whatever cannot be
 used becomes a `Problem`, by name and with its reason. Whether an utterance is a problem depends on its own
-record and on public settings only, never on the other records: leaving it out is part of the preparation of
-each example, and adding or removing one person's recording changes nothing else. For the same reason repeated
-ids are noted, not merged.
+record and on public settings only, never on the other recordings: leaving it out is part of the preparation of
+each example, and adding or removing one person's recording changes nothing else. All listings of one recording are
+one example, whatever id they have: the first is kept. Repeated ids of unlike recordings are noted, not merged.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from asr_finetune.audio import AudioError, Encoded, decode
 from asr_finetune.config import ConfigError
 from asr_finetune.progress import Reporter
+from asr_finetune.repeats import first_listed
 
 if TYPE_CHECKING:
     from asr_finetune.recognizer import Recognizer
@@ -45,6 +46,7 @@ class Utterance:
         seconds: duration, from the file's header.
         encoded: an audio file's bytes held elsewhere, instead of `path`.
         place: "file:line" where a manifest lists it, or "".
+        digest: of `encoded`, by which repeats are found; see `repeats.digest`.
     """
 
     id: str
@@ -56,6 +58,12 @@ class Utterance:
     seconds: float
     encoded: Encoded | None = field(default=None, compare=False, repr=False)
     place: str = field(default="", compare=False)
+    digest: bytes | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The id, with the place: ids may collide."""
+        return _name(self.id, self.place)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Problem:
     @property
     def name(self) -> str:
         """The id, with the place: ids may collide."""
-        return f"{self.id} ({self.place})" if self.place else self.id
+        return _name(self.id, self.place)
 
     @property
     def kind(self) -> str:
@@ -91,11 +99,13 @@ class Corpus:
         utterances: the examples.
         problems: what was left out.
         source: where they came from, for messages.
+        disputed: names of the recordings that are listed under more than one speaker.
     """
 
     utterances: list[Utterance]
     problems: list[Problem] = field(default_factory=list)
     source: str = ""
+    disputed: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -112,18 +122,15 @@ class Corpus:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What is odd, but was kept: ids and files that appear more than once."""
-        notes = []
+        """What is odd, but was kept: ids that several recordings have."""
         ids = Counter(utterance.id for utterance in self.utterances)
-        files = Counter(str(utterance.path) for utterance in self.utterances if utterance.path is not None)
-        for what, counts in (("ids", ids), ("audio files", files)):
-            repeated = [name for name, count in counts.items() if count > 1]
-            if repeated:
-                notes.append(
-                    f"{len(repeated)} {what} appear more than once; each time counts as an example of its "
-                    f"own, so the guarantee for such a recording is weaker than stated: {_some(repeated)}"
-                )
-        return notes
+        repeated = [name for name, count in ids.items() if count > 1]
+        if not repeated:
+            return []
+        return [
+            f"{len(repeated)} ids are of more than one recording; each recording counts as an example of its own: "
+            f"{_some(repeated)}"
+        ]
 
     def summary(self) -> str:
         """Utterances, time, speakers; then what was left out, grouped by reason, and the notes."""
@@ -147,6 +154,20 @@ class Corpus:
             else:
                 problems.append(Problem(utterance.id, reason, utterance.place))
         return require_utterances(replace(self, utterances=kept, problems=problems))
+
+    def distinct(self) -> Corpus:
+        """Each recording once, as it is listed first; its repeats become problems, see `repeats.first_listed`."""
+        reasons: list[str | None] = []
+        disputed: dict[str, None] = {}
+        for place, (item, first) in enumerate(
+            zip(self.utterances, first_listed(self.utterances), strict=True)
+        ):
+            kept = self.utterances[first]
+            repeat = f"the same recording as one listed before: {kept.name}"
+            reasons.append(None if place == first else repeat)
+            if item.speaker != kept.speaker:
+                disputed[kept.name] = None
+        return replace(self._without(reasons), disputed=tuple(disputed))
 
     def fit(self, recognizer: Recognizer, *, training: bool = True) -> Corpus:
         """Without what the recogniser cannot take, which joins the problems.
@@ -207,6 +228,10 @@ def require_utterances(corpus: Corpus) -> Corpus:
         f"{corpus.source}: no usable utterance: {found}; check the split, data.corpus, data.speakers, "
         f"data.exclude_speakers, data.min_seconds and data.max_seconds{listed}"
     )
+
+
+def _name(identity: str, place: str) -> str:
+    return f"{identity} ({place})" if place else identity
 
 
 def _some(names: list[str]) -> str:

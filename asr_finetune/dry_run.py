@@ -172,7 +172,7 @@ class _Checks:
             return "train.eval_every is 0: no curve"
         assert self.config.data.valid is not None  # check_trainable saw to it
         corpus, found = self._corpus(self.config.data.valid, self.config.data.valid_split, training=False)
-        check_public(corpus, self.corpus)
+        check_public(corpus, self.corpus, self.config.privacy.unit)
         return found
 
     def _corpus(self, source: str, split: str | None, *, training: bool) -> tuple[Corpus, str]:

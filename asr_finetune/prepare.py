@@ -21,7 +21,7 @@ from asr_finetune.dataset import SpeechDataset
 from asr_finetune.models import load_recognizer
 from asr_finetune.plain import micro_batch_limits
 from asr_finetune.progress import Reporter, duration
-from asr_finetune.provenance import shared_recordings
+from asr_finetune.provenance import of_speakers, shared_recordings
 from asr_finetune.recognizer import Recognizer, to_device
 from asr_finetune.sampling import check_batch, sigma_of, unit_arguments, units
 from asr_finetune.sources import load_corpus
@@ -181,17 +181,24 @@ def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
             )
 
 
-def check_public(valid: Corpus, train: Corpus) -> None:
-    """Whether validation data can be public: none of its recordings may be a training recording.
+def check_public(valid: Corpus, train: Corpus, unit: str) -> None:
+    """Whether validation data can be public: nothing of it may be of a training recording, or of a training speaker.
+
+    Args:
+        valid: the validation data.
+        train: the training data.
+        unit: what is protected; where it is "speaker", all of a speaker's recordings are.
 
     Raises:
-        ConfigError: some are; the message names them.
+        ConfigError: some of it is; the message names the recordings.
     """
-    shared = shared_recordings(train, valid)
+    shared, what = shared_recordings(train, valid), "training recordings too"
+    if not shared and unit == "speaker":
+        shared, what = of_speakers(train, valid), "of training speakers, who are protected as a whole"
     if shared:
         named = ", ".join(shared[:_NAMES_SHOWN]) + (", ..." if len(shared) > _NAMES_SHOWN else "")
         raise ConfigError(
-            f"data.valid: {len(shared)} of its {len(valid)} recordings are training recordings too ({named}): the "
+            f"data.valid: {len(shared)} of its {len(valid)} recordings are {what} ({named}): the "
             "curve over training would be made from private data without noise. Give public data, or set "
             "train.eval_every=0"
         )

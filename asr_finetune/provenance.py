@@ -10,6 +10,7 @@ from typing import Any
 
 from asr_finetune.audio import AudioError
 from asr_finetune.corpus import Corpus, Utterance
+from asr_finetune.repeats import digest
 
 
 def fingerprint(corpus: Corpus, key: bytes) -> str:
@@ -48,7 +49,7 @@ def shared_recordings(one: Corpus, other: Corpus) -> list[str]:
     lengths: dict[float, list[Utterance]] = defaultdict(list)
     for item in one.utterances:
         lengths[item.seconds].append(item)
-    contents: dict[float, set[str | None]] = {}
+    contents: dict[float, set[bytes | None]] = {}
     found = []
     for item in other.utterances:
         same = (item.path is not None and item.path.resolve() in paths) or _name(item) in names
@@ -61,12 +62,20 @@ def shared_recordings(one: Corpus, other: Corpus) -> list[str]:
     return found
 
 
+def of_speakers(one: Corpus, other: Corpus) -> list[str]:
+    """Ids in `other` of the recordings of speakers of `one`, by their names."""
+    speakers = set(one.speakers) - {None}
+    return [item.id for item in other.utterances if item.speaker in speakers]
+
+
 def _name(item: Utterance) -> tuple[str, str, float]:
     return item.id, item.text, round(item.seconds, 2)
 
 
-def _content(item: Utterance) -> str | None:
-    """SHA-256 of an utterance's audio as it is stored; None where it cannot be read."""
+def _content(item: Utterance) -> bytes | None:
+    """The digest of an utterance's audio as it is stored; None where it cannot be read."""
+    if item.digest is not None:
+        return item.digest
     try:
         if item.path is not None:
             content = item.path.read_bytes()
@@ -78,4 +87,4 @@ def _content(item: Utterance) -> str | None:
             return None
     except (AudioError, OSError):
         return None
-    return hashlib.sha256(content).hexdigest()
+    return digest(content)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def units(config: Config, corpus: Corpus) -> int:
-    """N: the number of utterances, or of speakers where they are what is protected.
+    """N: the number of utterances, each a recording of its own, or of speakers where they are what is protected.
 
     Raises:
-        ConfigError: the unit is a speaker, and an utterance has none.
+        ConfigError: the unit is a speaker, and an utterance has none, or a recording has several.
     """
     if not _of_speakers(config):
         return len(corpus)
@@ -29,6 +29,12 @@ def units(config: Config, corpus: Corpus) -> int:
             f"privacy.unit=speaker needs the speaker of every utterance; {len(nameless)} have none, e.g. "
             f"{nameless[0]}. Add them to the data (manifest: `speaker`; datasets: data.speaker_column), or "
             "set privacy.unit=example"
+        )
+    if corpus.disputed:
+        raise ConfigError(
+            f"privacy.unit=speaker: {len(corpus.disputed)} recordings are listed under more than one speaker, so that "
+            f"a speaker's data is not that speaker's alone, e.g. {corpus.disputed[0]}. List each under one speaker, or "
+            "leave it out"
         )
     return len(set(corpus.speakers))
 

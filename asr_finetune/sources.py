@@ -21,6 +21,7 @@ from asr_finetune.audio import AudioError, DatasetRow, Encoded, duration
 from asr_finetune.config import ConfigError, DataConfig
 from asr_finetune.corpus import Corpus, Problem, Utterance, require_utterances
 from asr_finetune.hub import hub_answers, unreachable
+from asr_finetune.repeats import digest
 
 _AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 
@@ -52,7 +53,7 @@ def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> C
 
     Raises:
         ConfigError: no such source or split, or nothing usable in it. Single bad recordings are
-            `Corpus.problems`.
+            `Corpus.problems`, and so are repeats of a recording.
     """
     path = Path(source).expanduser()
     if path.suffix == ".jsonl":
@@ -82,7 +83,7 @@ def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> C
             problems.append(result)
         else:
             utterances.append(result)
-    return require_utterances(Corpus(utterances, problems, source))
+    return require_utterances(Corpus(utterances, problems, source)).distinct()
 
 
 def prepare_text(text: str, data: DataConfig) -> str:
@@ -122,7 +123,16 @@ def _utterance(record: _Record, data: DataConfig) -> Utterance | Problem:
     if seconds > data.max_seconds:
         return problem(f"too long: {seconds:.3f} s, above data.max_seconds={data.max_seconds:g}")
     return Utterance(
-        record.id, record.path, None, None, text, record.speaker, seconds, record.encoded, record.place
+        id=record.id,
+        path=record.path,
+        array=None,
+        sampling_rate=None,
+        text=text,
+        speaker=record.speaker,
+        seconds=seconds,
+        encoded=record.encoded,
+        place=record.place,
+        digest=digest(source) if isinstance(source, bytes) else None,
     )
 
 

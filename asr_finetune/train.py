@@ -104,7 +104,7 @@ class _Session:
             return None
         assert self.config.data.valid is not None  # check_trainable saw to it
         corpus = self.load("valid", self.config.data.valid, self.config.data.valid_split)
-        check_public(corpus, train)
+        check_public(corpus, train, self.config.privacy.unit)
         return corpus, self.dataset(corpus)
 
     def evaluate(self, name: str, data: tuple[Corpus, SpeechDataset]) -> Evaluation:

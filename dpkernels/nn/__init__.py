@@ -6,6 +6,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProje
 from dpkernels.nn.attaching import Uncovered, attach, coverage, detach, uncovered
 from dpkernels.nn.attention import GhostMultiheadAttention, GhostOutProjection, attention_refusal
 from dpkernels.nn.attention_records import PackedLinearRecord
+from dpkernels.nn.batch_norm import (
+    FrozenBatchNorm,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    FrozenOwnBatchNorm,
+    batch_norms_in_training,
+    freeze_batch_norm,
+    mixes_samples,
+)
 from dpkernels.nn.conv import (
     GhostConv1d,
     GhostConv2d,
@@ -38,17 +48,7 @@ from dpkernels.nn.linear import GhostLinear
 from dpkernels.nn.lora import GhostLoRALinear
 from dpkernels.nn.lora_records import LoRARecord
 from dpkernels.nn.module import GhostModule, modules_of, named_modules
-from dpkernels.nn.norm import (
-    FrozenBatchNorm,
-    FrozenBatchNorm1d,
-    FrozenBatchNorm2d,
-    FrozenBatchNorm3d,
-    GhostLayerNorm,
-    GhostRMSNorm,
-    batch_norms_in_training,
-    freeze_batch_norm,
-    mixes_samples,
-)
+from dpkernels.nn.norm import GhostLayerNorm, GhostRMSNorm
 from dpkernels.nn.records import (
     BiasRecord,
     EmbeddingRecord,
@@ -128,6 +128,7 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "FrozenOwnBatchNorm",
     "GhostConv1d",
     "GhostConv2d",
     "GhostConv3d",

@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from dpkernels.nn.batch_axis import batch_size_of
+from dpkernels.nn.batch_norm import FrozenBatchNorm
 from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.expanded import ExpandingModule, expanding_class, expansion_refusal
 from dpkernels.nn.module import GhostModule
-from dpkernels.nn.norm import FrozenBatchNorm
 from dpkernels.nn.swapping import has_twin, load_library_rules, subtree_refusal
 from dpkernels.nn.tape import Tape
 

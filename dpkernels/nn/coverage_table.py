@@ -10,10 +10,10 @@ from typing import TypeGuard
 from torch import nn
 
 from dpkernels.nn.attaching import uncovered
+from dpkernels.nn.batch_norm import batch_norms_in_training
 from dpkernels.nn.copying import original_class
 from dpkernels.nn.expanded import ExpandingModule
 from dpkernels.nn.module import GhostModule
-from dpkernels.nn.norm import batch_norms_in_training
 from dpkernels.nn.swapping import swap
 
 

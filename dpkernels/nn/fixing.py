@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, remove_weight_norm
 
+from dpkernels.nn.batch_norm import FrozenBatchNorm, freeze_batch_norm, freezing_refusal
 from dpkernels.nn.coverage_table import CoverageRow, coverage
 from dpkernels.nn.module import GhostModule
-from dpkernels.nn.norm import FrozenBatchNorm, freeze_batch_norm, freezing_refusal
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -75,7 +75,7 @@ def fix(model: nn.Module, *, batch_norm: str = "freeze", num_groups: int | None 
 
     | what | becomes | what changes |
     |---|---|---|
-    | BatchNorm1d/2d/3d | FrozenBatchNorm1d/2d/3d (`batch_norm="freeze"`) | training normalises as evaluation does |
+    | BatchNorm1d/2d/3d, subclasses | FrozenBatchNorm (`batch_norm="freeze"`) | training normalises as evaluation does |
     | … and SyncBatchNorm | GroupNorm (`batch_norm="group"`) | the function, in training and evaluation |
     | InstanceNorm with running statistics | InstanceNorm without | evaluation normalises as training does |
     | Embedding(sparse=True) | sparse=False | nothing: gradients are dense |

@@ -1,4 +1,4 @@
-"""GhostLayerNorm, GhostRMSNorm and the frozen batch norms.
+"""GhostLayerNorm and GhostRMSNorm.
 
 The gradients of a norm's weight and bias are vectors: Σ_t x̂_t ⊙ g_t and Σ_t g_t. They are summed over time
 in float32 when the backward runs, and kept as [B,d]: T times less than x̂ and g, which need not be held for
@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpkernels.nn.module import (
     GhostModule,
     accumulation_dtype,
     batch_first,
-    named_modules,
     no_autocast,
 )
 from dpkernels.nn.records import BiasRecord, NormRecord
@@ -50,95 +48,6 @@ class GhostRMSNorm(GhostModule, nn.RMSNorm):
         if not self._ghost_active(self.weight):
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self)
-
-
-class FrozenBatchNorm(GhostModule, _BatchNorm):
-    """Batch norm that always normalises with its running statistics, in training mode too, and never
-    updates them.
-
-    y = (x − mean)/√(var + ε)·weight + bias, so that one sample's output does not depend on its batch-mates.
-    The weight and bias can be trained. Same state_dict as the batch norm that it replaces; made by
-    `freeze_batch_norm`.
-
-    Raises ValueError at the forward when there are no running statistics (track_running_stats=False).
-    """
-
-    ghost_channels_second = True
-
-    ghost_forms = ("weight", "bias")
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input [B,C,*] (or [B,C]) -> the same shape."""
-        if self.running_mean is None or self.running_var is None:
-            raise ValueError(
-                f"{self.ghost_label()}: a batch norm without running statistics cannot be frozen; "
-                "use track_running_stats=True, or another norm"
-            )
-        self._check_input_dim(input)
-        if self._ghost_active(self.weight, self.bias):
-            return _FrozenBatchNorm.apply(input, self.weight, self.bias, self)
-        return self._normalise(input, self.weight, self.bias)
-
-    def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
-
-
-class FrozenBatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
-    """FrozenBatchNorm for [B,C] and [B,C,T]."""
-
-
-class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
-    """FrozenBatchNorm for [B,C,H,W]."""
-
-
-class FrozenBatchNorm3d(FrozenBatchNorm, nn.BatchNorm3d):
-    """FrozenBatchNorm for [B,C,D,H,W]."""
-
-
-_FROZEN: dict[type[nn.Module], type[FrozenBatchNorm]] = {
-    nn.BatchNorm1d: FrozenBatchNorm1d,
-    nn.BatchNorm2d: FrozenBatchNorm2d,
-    nn.BatchNorm3d: FrozenBatchNorm3d,
-}
-
-
-def freeze_batch_norm(model: nn.Module) -> nn.Module:
-    """BatchNorm1d/2d/3d -> FrozenBatchNorm1d/2d/3d, in place; returns `model`.
-
-    Raises ValueError naming a batch norm that cannot be frozen: no running statistics, or a class of its own
-    (SyncBatchNorm: convert it first; it has no meaning with frozen statistics).
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm) or isinstance(module, FrozenBatchNorm):
-            continue
-        reason = freezing_refusal(module)
-        if reason is not None:
-            raise ValueError(f"freeze_batch_norm: {name} ({type(module).__name__}): {reason}")
-        module.__class__ = _FROZEN[type(module)]
-    return model
-
-
-def freezing_refusal(module: _BatchNorm) -> str | None:
-    """Why this batch norm cannot be frozen, with the fix; None where it can."""
-    if type(module) not in _FROZEN:
-        return "a class of its own; replace it by nn.BatchNorm*d"
-    if module.running_mean is None:
-        return "no running statistics (track_running_stats=False); use track_running_stats=True"
-    return None
-
-
-def batch_norms_in_training(model: nn.Module) -> list[str]:
-    """Names of the batch norms that mix the samples of a batch: in training mode, or without statistics."""
-    return [name for name, module in named_modules(model) if mixes_samples(module)]
-
-
-def mixes_samples(module: nn.Module) -> bool:
-    """Whether it is a batch norm in training mode, or without statistics."""
-    return (
-        isinstance(module, _BatchNorm)
-        and not isinstance(module, FrozenBatchNorm)
-        and (module.training or module.running_mean is None)
-    )
 
 
 def _by_sample(t: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -243,36 +152,3 @@ class _RMSNorm(torch.autograd.Function):
                 dx = (scale * (gw - x_hat * (gw * x_hat).mean(axes, keepdim=True))).to(x.dtype)
             _record_affine(ctx, x_hat, g, ctx.shape, ctx.weight, None)
         return dx, None, None
-
-
-class _FrozenBatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: FrozenBatchNorm) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.tape, ctx.layer, ctx.weight, ctx.bias = layer.ghost_tape, layer, weight, bias
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
-        )
-        return layer._normalise(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return (None,) * 4
-        x, weight = ctx.saved_tensors
-        layer, dx = ctx.layer, None
-        with no_autocast(g.device.type):
-            wide = accumulation_dtype(g)
-            channels = (1, -1, *(1,) * (g.dim() - 2))
-            scale = torch.rsqrt(layer.running_var.to(wide) + layer.eps)
-            if ctx.needs_input_grad[0]:
-                dx = (g * (scale * weight.to(wide)).view(channels)).to(g.dtype)
-            over_time = g.to(wide).flatten(2) if g.dim() > 2 else g.to(wide).unsqueeze(2)
-            if x is not None:
-                x_hat = (x.to(wide) - layer.running_mean.to(wide).view(channels)) * scale.view(channels)
-                total = (x_hat.view(over_time.shape) * over_time).sum(2)
-                ctx.tape.add(NormRecord(layer.ghost_label(), ctx.weight, total))
-            if ctx.bias is not None and ctx.needs_input_grad[2]:
-                ctx.tape.add(BiasRecord(layer.ghost_label(), ctx.bias, over_time.sum(2)))
-        return dx, None, None, None

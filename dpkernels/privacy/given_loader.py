@@ -10,6 +10,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    TensorDataset,
 )
 from torch.utils.data.sampler import BatchSampler
 
@@ -66,13 +67,18 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
     return size, data_loader.batch_size
 
 
-def _sources(dataset: Any) -> Iterator[tuple[int, int]]:
-    """Where each example of a Subset or ConcatDataset comes from: (underlying data set, index in it)."""
+def _sources(dataset: Any) -> Iterator[tuple[object, ...]]:
+    """Where each example of a Subset or ConcatDataset comes from: underlying data set and index, or rows in memory."""
     if isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
             yield from _sources(part)
     elif isinstance(dataset, Subset):
         inner = list(_sources(dataset.dataset))
         yield from (inner[index] for index in dataset.indices)
+    elif type(dataset) is TensorDataset and all(t.numel() for t in dataset.tensors):
+        # two data sets may hold the same tensors, or slices of one that overlap
+        rows = [(t.device, t.data_ptr(), t.stride(0) * t.element_size()) for t in dataset.tensors]
+        for index in range(len(dataset)):
+            yield tuple((device, start + index * step) for device, start, step in rows)
     else:
         yield from ((id(dataset), index) for index in range(len(dataset)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def utterance(name: str, text: str = "low", seconds: float = 0.5, **values: Any)
     return Utterance(name, None, noise(seconds, seed=len(name)), RATE, text, None, seconds, **values)
 
 
-def write(path: Path, seconds: float = 0.5, seed: int = 0) -> Path:
+def write(path: Path, seconds: float = 0.5, seed: int | None = None) -> Path:
+    """A recording that files of other names do not hold, unless the seed says so."""
+    seed = zlib.crc32(path.name.encode()) if seed is None else seed
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, noise(seconds, seed), RATE)
     return path

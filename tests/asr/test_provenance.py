@@ -13,6 +13,7 @@ import pytest
 
 from asr_finetune.config import Config, ConfigError
 from asr_finetune.corpus import Corpus, Utterance
+from asr_finetune.prepare import check_public
 from asr_finetune.provenance import fingerprint, shared_recordings
 from asr_finetune.report import write_report
 from asr_finetune.run_folder import RunFolderError
@@ -72,6 +73,18 @@ def test_shared_recordings(tmp_path: Path, audio: str, values: dict[str, Any], s
     one = recordings.read(recordings.manifest(tmp_path, [line]))
     other = recordings.read(recordings.manifest(tmp_path, [{**line, "audio": audio, **values}]))
     assert bool(shared_recordings(one, other)) is shared
+
+
+@pytest.mark.parametrize("unit", ["example", "speaker"])
+def test_other_recordings_of_training_speakers_are_not_public_where_speakers_are_protected(unit: str) -> None:
+    train_data = Corpus([utterance("a"), replace(utterance("bb"), speaker="s")])
+    valid = Corpus([replace(utterance("ccc"), speaker="s"), replace(utterance("dddd"), speaker="t")])
+    check_public(Corpus([valid.utterances[1], utterance("eeeee")]), train_data, unit)
+    if unit == "example":
+        check_public(valid, train_data, unit)
+        return
+    with pytest.raises(ConfigError, match=r"1 of its 2 recordings are of training speakers.*\(ccc\)"):
+        check_public(valid, train_data, unit)
 
 
 @pytest.fixture

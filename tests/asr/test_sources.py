@@ -114,13 +114,14 @@ def test_an_unknown_subset_is_named(tree: Path) -> None:
 )
 def test_a_damaged_line_is_named_and_stops_nothing(tmp_path: Path, line: Any, name: str, reason: str) -> None:
     write(tmp_path / "good.wav")
+    write(tmp_path / "fine.wav")
     write(tmp_path / "brief.wav", 0.01)
     write(tmp_path / "long.wav", 2.0)
     (tmp_path / "empty.wav").touch()
     (tmp_path / "noise.wav").write_bytes(b"no header at all")
     good = {"audio": "good.wav", "text": "fine"}
-    corpus = read(manifest(tmp_path, [good, line, "", good]), max_seconds=1.0)
-    assert [utterance.text for utterance in corpus.utterances] == ["fine", "fine"]
+    corpus = read(manifest(tmp_path, [good, line, "", {**good, "audio": "fine.wav"}]), max_seconds=1.0)
+    assert [utterance.id for utterance in corpus.utterances] == ["good", "fine"]
     (problem,) = corpus.problems
     assert problem.id == name
     assert re.search(reason, problem.reason)

@@ -1,4 +1,4 @@
-"""PEFT's methods, one after the other: right for every batch size against float64 one-by-one gradients, or refused."""
+"""PEFT's methods, one after the other: right for every batch size against float64 one-by-one gradients."""
 
 from __future__ import annotations
 
@@ -13,86 +13,25 @@ import torch
 from torch import Tensor, nn
 
 import dpkernels
-from dpkernels.nn import EXPANSION_LIMIT, Record, attach, detach, swap, uncovered
+from dpkernels.nn import Record, attach, detach, swap, uncovered
+from tests.nn.peft_models import (
+    LENGTH,
+    METHODS,
+    VIRTUAL,
+    VOCABULARY,
+    Net,
+    adapted,
+    gpt2,
+    ids_of,
+    logits_of,
+    prompts,
+    squares,
+)
 from tests.nn.per_sample import check_private, one_by_one, run_private
 from tests.privacy.private_run import private_run
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-VOCABULARY, LENGTH, VIRTUAL = 9, 5, 4
-
-
-class Net(nn.Module):
-    """Two sides of 6 and 8, so that some batch is as large as each; ids [B,5]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(VOCABULARY, 6, padding_idx=3)
-        self.places = nn.Embedding(LENGTH, 6)
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6, bias=False)
-        self.norm, self.conv = nn.LayerNorm(6), nn.Conv1d(6, 6, 3, padding=1)
-        self.image, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(6, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.embed(ids) + self.places(torch.arange(LENGTH))
-        h = self.norm(self.second(torch.tanh(self.first(h))))
-        h = self.conv(h.transpose(1, 2)).transpose(1, 2)
-        return self.head(self.image(h.unsqueeze(1)).sum(1))
-
-
-def squares(model: nn.Module, ids: Tensor) -> Tensor:
-    return (model(ids) ** 2).flatten(1).sum(1)
-
-
-def adapted(config: Any, model: nn.Module | None = None) -> Any:
-    """The model with the method, its parameters moved away from where they start."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(Net() if model is None else model, config)
-    torch.manual_seed(1)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data.add_(torch.randn_like(p) * 0.2)
-    return model.eval()
-
-
-def ids_of(batch: int, most: int = VOCABULARY) -> Tensor:
-    return torch.randint(0, most, (batch, LENGTH))
-
-
-METHODS: dict[str, Callable[[], Any]] = {
-    "LoRA on embeddings": lambda: peft.LoraConfig(target_modules=["embed", "places"], r=2),
-    "LoRA on convolutions": lambda: peft.LoraConfig(target_modules=["conv", "image"], r=2),
-    "rsLoRA": lambda: peft.LoraConfig(target_modules=["first", "embed"], r=2, use_rslora=True),
-    "LoRA with biases": lambda: peft.LoraConfig(target_modules=["first"], r=2, lora_bias=True, bias="all"),
-    "LoRA, modules_to_save": lambda: peft.LoraConfig(
-        target_modules=["first"], r=2, modules_to_save=["embed", "norm"]
-    ),
-    "LoRA, trainable tokens": lambda: peft.LoraConfig(
-        target_modules=["first"], r=2, trainable_token_indices={"embed": [1, 2]}
-    ),
-    "DoRA": lambda: peft.LoraConfig(target_modules=["first", "second"], r=2, use_dora=True),
-    "DoRA on convolutions": lambda: peft.LoraConfig(target_modules=["conv", "image"], r=2, use_dora=True),
-    "IA3": lambda: peft.IA3Config(target_modules=["first", "second"], feedforward_modules=["second"]),
-    "IA3 on convolutions": lambda: peft.IA3Config(target_modules=["image"], feedforward_modules=[]),
-    "IA3 on convolutions' inputs": lambda: peft.IA3Config(
-        target_modules=["image"], feedforward_modules=["image"]
-    ),
-    "VeRA": lambda: peft.VeraConfig(target_modules=["first"], r=4),
-    "RoAd": lambda: peft.RoadConfig(target_modules=["first", "second"], group_size=2),
-    "RoAd 4": lambda: peft.RoadConfig(target_modules=["first"], variant="road_4", group_size=2),
-    "OFT": lambda: peft.OFTConfig(target_modules=["first", "second"], oft_block_size=2),
-    "LN tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),
-    "trainable tokens": lambda: peft.TrainableTokensConfig(target_modules=["embed"], token_indices=[1, 3, 4]),
-    "trainable tokens of positions": lambda: peft.TrainableTokensConfig(
-        target_modules=["places"], token_indices=[0, 2]
-    ),
-}
-if hasattr(peft, "BeftConfig"):
-    METHODS["BEFT"] = lambda: peft.BeftConfig(target_modules=["first"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -133,22 +72,6 @@ def test_a_private_model_is_saved_whole_and_its_adapter_loads_in_plain_peft(
     torch.testing.assert_close(plain(ids), want)
 
 
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **tokens, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-
-
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return (torch.tanh(logits) ** 2).flatten(1).sum(1)
-
-
-def prompts(kind: str, **options: Any) -> Any:
-    return getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL, **options)
-
-
 PROMPTS: dict[str, Callable[[], Any]] = {
     "prompt tuning": lambda: prompts("PromptTuningConfig"),
     "prefix tuning": lambda: prompts("PrefixTuningConfig"),
@@ -169,59 +92,6 @@ def test_virtual_tokens_are_right_for_every_batch_size(method: str) -> None:
         private = check_private(model, logits_of, (ids,))
         torch.testing.assert_close(private.losses, logits_of(model, ids), rtol=1e-12, atol=1e-12)
         assert all(bool(s.any()) for s in private.sums.values())
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "AdaLoRA": (lambda: peft.AdaLoraConfig(target_modules=["first"], total_step=9), "SVDLinear.*gradients"),
-    "LoHa": (lambda: peft.LoHaConfig(target_modules=["first"], r=2), "loha.*whole weight matrix"),
-    "LoKr": (lambda: peft.LoKrConfig(target_modules=["first"], r=2), "lokr.*whole weight matrix"),
-    "HRA": (lambda: peft.HRAConfig(target_modules=["first"], r=2), "hra.*whole weight matrix"),
-    "BOFT": (
-        lambda: peft.BOFTConfig(target_modules=["first"], boft_block_size=2),
-        "boft.*whole weight matrix",
-    ),
-    "Poly": (lambda: peft.PolyConfig(target_modules=["first"], r=2, n_skills=2, n_tasks=2), "poly.*router"),
-    "FourierFT": (
-        lambda: peft.FourierFTConfig(target_modules=["first"], n_frequency=5),
-        "fourierft.*no rule is written",
-    ),
-    "DoRA on an embedding": (
-        lambda: peft.LoraConfig(target_modules=["embed"], r=2, use_dora=True),
-        "DoraEmbeddingVariant",
-    ),
-    "DoRA with the base's bias": (
-        lambda: peft.LoraConfig(target_modules=["first"], r=2, use_dora=True, bias="lora_only"),
-        'DoRA reads the base layer.*bias="none"',
-    ),
-}
-
-
-@pytest.mark.parametrize("method", REFUSED)
-def test_what_has_no_rule_is_refused_with_the_reason(method: str) -> None:
-    config, says = REFUSED[method]
-    model = swap(adapted(config()))
-    with pytest.raises(ValueError, match=rf"{says}"):
-        attach(model)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {u.name for u in uncovered(model)} == trained
-    model.requires_grad_(False)
-    assert not uncovered(model)
-
-
-def test_prompts_of_several_tasks_and_cpt_are_refused() -> None:
-    config = prompts("MultitaskPromptTuningConfig", num_tasks=2)
-    assert "for each example" in str(dpkernels.coverage(adapted(config, gpt2())))
-    config = peft.CPTConfig(
-        task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]
-    )
-    assert "CPTEmbedding (cpt) has no norm rule" in str(dpkernels.coverage(adapted(config, gpt2())))
-
-
-def test_adaption_prompts_are_refused() -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_layers=1, adapter_len=3)
-    model = adapted(config, LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)))
-    assert "AdaptedAttention (adaption_prompt) has no norm rule: it reads" in str(dpkernels.coverage(model))
 
 
 class OfFloats(Net):
@@ -280,41 +150,6 @@ def test_half_precision_base_with_float32_adapters(method: str) -> None:
         if p.requires_grad:
             error = float((private.sums[name] - p.grad.double()).norm())
             assert error <= 0.05 * float(p.grad.double().norm()) + 1e-6, name
-
-
-def test_vectors_that_would_take_too_much_memory_are_refused() -> None:
-    wide = nn.Sequential(nn.Linear(1, EXPANSION_LIMIT + 1), nn.Linear(4, EXPANSION_LIMIT))
-    table = dpkernels.coverage(
-        adapted(peft.IA3Config(target_modules=["0", "1"], feedforward_modules=[]), wide)
-    )
-    assert [row.refusal is None for row in table.rows] == [False, True]
-    assert "65,537 elements are more than the 65,536" in str(table)
-
-
-def test_a_forward_without_a_tensor_is_refused_by_name() -> None:
-    model = swap(adapted(METHODS["IA3"]()))
-    attach(model)
-    with pytest.raises(RuntimeError, match=r"first\.ia3_l: the model's forward got no tensor"):
-        model.base_model.model.first(torch.randn(3, 6))
-
-
-def test_options_of_an_embedding_under_lora_are_refused() -> None:
-    for option in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}):
-        base = nn.Sequential(nn.Embedding(5, 4, **option))  # type: ignore[arg-type]
-        for config in (
-            peft.LoraConfig(target_modules=["0"], r=2),
-            peft.TrainableTokensConfig(target_modules=["0"], token_indices=[1]),
-        ):
-            model = swap(adapted(config, copy.deepcopy(base)))
-            assert all(next(iter(option)) in u.reason for u in uncovered(model))
-            assert len(uncovered(model)) == sum(p.requires_grad for p in model.parameters())
-
-
-def test_tokens_of_a_tied_output_layer_are_refused() -> None:
-    config = peft.LoraConfig(target_modules=["c_attn"], trainable_token_indices=[1, 2], task_type="CAUSAL_LM")
-    refused = dpkernels.coverage(adapted(config, gpt2())).refused
-    assert len(refused) == 1
-    assert "untie the output layer" in str(refused[0])
 
 
 @pytest.mark.parametrize("method", ["LoRA on embeddings", "IA3", "DoRA", "VeRA"])
@@ -380,13 +215,6 @@ def test_a_table_that_is_held_the_other_way_round_merges_with_itself() -> None:
 
     model = adapted(peft.LoraConfig(target_modules=["embed"], r=2), Twice()).double()
     check_private(model, squares, (ids_of(4),))
-
-
-def test_mixed_batches_of_adapters_are_refused() -> None:
-    model = swap(adapted(METHODS["LoRA on embeddings"]()))
-    attach(model)
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model.base_model.model.embed(ids_of(2), adapter_names=["default", "default"])
 
 
 def test_every_method_of_this_peft_is_in_the_table() -> None:

@@ -584,6 +584,18 @@ def test_repeated_examples_are_refused() -> None:
             plan_sampling(loader_of(repeated))
 
 
+def test_rows_of_one_tensor_in_two_data_sets_are_repetitions() -> None:
+    x, y = torch.zeros(40, 2), torch.zeros(40)
+    first = TensorDataset(x[:25], y[:25])
+    plan_sampling(loader_of(ConcatDataset([first, TensorDataset(x[25:], y[25:])])))
+    plan_sampling(
+        loader_of(ConcatDataset([first, TensorDataset(x.clone(), y)]))
+    )  # as augmented ones would be
+    for other in (TensorDataset(x[:25], y[:25]), TensorDataset(x[24:], y[24:]), TensorDataset(x, y)):
+        with pytest.raises(ValueError, match="repetitions"):
+            plan_sampling(loader_of(ConcatDataset([first, other])))
+
+
 # --- the count
 
 
