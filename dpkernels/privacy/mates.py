@@ -80,13 +80,16 @@ def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
     same_losses, repeated, _ = probe.run(batch, own, distance)
     repeats = LIMIT if losses.device.type == "cpu" else _REPEATED_ON_GPU
     wholes = {sample: (_norm(own[sample]), abs(float(losses[sample]))) for sample in own}
-    by_repeating = {s: (repeated[s], abs(float(same_losses[s] - losses[s]))) for s in own}
+    by_repeating = {s: (repeated[s], _moved(same_losses[s], losses[s])) for s in own}
     for sample in own:
-        limits = tuple(repeats * whole for whole in wholes[sample])
+        limits = tuple(repeats * _finite(whole) for whole in wholes[sample])
         _compare(_ANOTHER_TIME, sample, mode, wholes[sample], by_repeating[sample], limits)
 
     rounding = {
-        s: tuple(max(LIMIT * a, _TIMES_REPEATED * b) for a, b in zip(wholes[s], by_repeating[s], strict=True))
+        s: tuple(
+            max(LIMIT * _finite(a), _TIMES_REPEATED * b)
+            for a, b in zip(wholes[s], by_repeating[s], strict=True)
+        )
         for s in own
     }
     for sample in own:
@@ -95,11 +98,11 @@ def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
             other_losses, changed, other_shapes = probe.run(other, [sample], distance)
             if other_shapes == shapes:
                 break
-        change = changed[sample], abs(float(other_losses[sample] - losses[sample]))
+        change = changed[sample], _moved(other_losses[sample], losses[sample])
         _compare(_BESIDE_OTHERS, sample, mode, wholes[sample], change, rounding[sample])
     last_losses, last, _ = probe.run(batch, own, distance)
     for sample in own:
-        change = last[sample], abs(float(last_losses[sample] - losses[sample]))
+        change = last[sample], _moved(last_losses[sample], losses[sample])
         _compare(_ANOTHER_TIME, sample, mode, wholes[sample], change, rounding[sample])
 
 
@@ -204,6 +207,16 @@ class _Probe:
             if sample < size
         }
         return losses.detach(), seen, shapes
+
+
+def _moved(loss: Tensor, before: Tensor) -> float:
+    """How far a loss moved: not at all where both are the same infinity, which marks an impossible target."""
+    return 0.0 if bool(loss == before) else abs(float(loss - before))
+
+
+def _finite(whole: float) -> float:
+    """What a share of is rounding: of an infinite loss, nothing."""
+    return whole if math.isfinite(whole) else 0.0
 
 
 def _narrowed(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:

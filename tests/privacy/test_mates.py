@@ -296,6 +296,32 @@ def test_a_loss_that_mixes_without_a_gradient_is_found() -> None:
             engine.check_mates(mixing, batch())
 
 
+def test_a_loss_that_stays_infinite_is_no_change() -> None:
+    """An impossible target's, of gradient 0: see dpkernels.losses."""
+
+    def impossible(model: nn.Module, x: Tensor) -> Tensor:
+        found = losses(model, x)
+        return torch.where(x[:, 0, 0] > 0, found, torch.full_like(found, torch.inf))
+
+    x = batch()
+    x[:, 0, 0] = torch.tensor([1.0, -1.0, -1.0])
+    with closing(PrivacyEngine()) as engine:
+        made(engine, nn.Tanh())
+        engine.self_check(impossible, x)
+
+
+@pytest.mark.parametrize("then", [0.0, -torch.inf])
+def test_a_loss_that_is_infinite_beside_some_only_is_found(then: float) -> None:
+    def mixing(model: nn.Module, x: Tensor) -> Tensor:
+        found = losses(model, x)
+        return found + (torch.inf if torch.equal(x, batch()) else then)
+
+    with closing(PrivacyEngine()) as engine:
+        made(engine, nn.Tanh())
+        with pytest.raises(SelfCheckError, match="the loss changed by inf"):
+            engine.check_mates(mixing, batch())
+
+
 def test_one_backwards_records_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a large model are as large as its activations."""
     seen: list[weakref.ref[Any]] = []
