@@ -8,7 +8,6 @@ import weakref
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from dpkernels import PrivacyEngine
 from dpkernels.privacy import SelfCheckError, mates, self_check
 from dpkernels.privacy.mates import with_other_mates
 from dpkernels.privacy.probing import private_backward
+from dpkernels.privacy.rows import rows_of
 
 FRAMES, WIDTH = 5, 6
 
@@ -247,9 +247,9 @@ def test_checks_in_several_threads_leave_torchs_functions_as_they_were() -> None
 
 
 def test_a_batch_in_which_nothing_can_be_exchanged_is_refused() -> None:
-    @dataclass
     class Own:
-        x: Tensor
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
 
     with closing(PrivacyEngine()) as engine:
         made(engine, Mixes(0.1))
@@ -370,7 +370,8 @@ def test_the_others_move_and_are_halved_whatever_the_batch_is_made_of() -> None:
         "texts": ["a", "b", "c"],
         "whole": torch.ones(2),
     }
-    found = with_other_mates(given, 1, 3)
+    rows = rows_of(given, 3)
+    found = with_other_mates(given, 1, rows)
     assert found["x"][1] == 2
     assert found["x"][0] in (3, 1.5)
     assert found["x"][2] in (1, 0.5)
@@ -379,8 +380,8 @@ def test_the_others_move_and_are_halved_whatever_the_batch_is_made_of() -> None:
     assert found["pair"].y == 4
     assert found["texts"] == ["c", "b", "a"]
     assert found["whole"].tolist() == [1, 1]
-    wide = with_other_mates(torch.ones(2, 100), 0, 2)
+    wide = with_other_mates(torch.ones(2, 100), 0, rows_of(torch.ones(2, 100), 2))
     assert set(wide[1].tolist()) == {0.5, 1.0}
     assert wide[0].tolist() == [1] * 100
-    assert with_other_mates(given, 1, 3, copy=0)["texts"] == ["b", "b", "a"]
+    assert with_other_mates(given, 1, rows, copy=0)["texts"] == ["b", "b", "a"]
     assert x.tolist() == [[1], [2], [3]]
