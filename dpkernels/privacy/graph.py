@@ -9,7 +9,37 @@ from torch import Tensor, nn
 
 from dpkernels.privacy.checks import some_of
 
-_SCALES = ("DivBackward", "MulBackward")
+_SCALES = ("Div", "Mul")
+# What may follow a division without being one: other shapes, other types, terms, and sums of an example's entries.
+_FOLLOWS = frozenset(
+    {
+        "Clone",
+        "View",
+        "UnsafeView",
+        "Reshape",
+        "ReshapeAlias",
+        "ToCopy",
+        "Alias",
+        "AsStrided",
+        "Squeeze",
+        "Unsqueeze",
+    }
+    | {
+        "Stack",
+        "Cat",
+        "Select",
+        "Slice",
+        "Unbind",
+        "Transpose",
+        "T",
+        "Permute",
+        "Expand",
+        "Add",
+        "Sub",
+        "Sum",
+        "Where",
+    }
+)
 
 
 def check_graph(losses: Tensor, model: nn.Module) -> None:
@@ -50,9 +80,18 @@ def _is_of_the_batch(leaf: Tensor, examples: int) -> bool:
     return not isinstance(leaf, nn.Parameter) and examples in leaf.shape
 
 
-def scaled_at_last(losses: Tensor) -> bool:
-    """Whether the last that was done to the losses is a division or a product."""
-    return type(losses.grad_fn).__name__.startswith(_SCALES)
+def scales_at_last(losses: Tensor) -> int:
+    """How many divisions and products were the last that was done to the losses, whatever changed their shape, their
+    type or added to them in between."""
+    node: Any = losses.grad_fn
+    found = 0
+    while node is not None:
+        operation = type(node).__name__.split("Backward")[0]
+        if operation not in _FOLLOWS and operation not in _SCALES:
+            break
+        found += operation in _SCALES
+        node = next((following for following, _ in node.next_functions if following is not None), None)
+    return found
 
 
 def _nodes(losses: Tensor) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of, named_modules
 from dpkernels.privacy.buffers import BufferWatch, buffer_marks, changed_buffers
 from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, some_of, trained_parameters
-from dpkernels.privacy.graph import check_graph, scaled_at_last
+from dpkernels.privacy.graph import check_graph, scales_at_last
 from dpkernels.privacy.parameters import ParameterWatch
 from dpkernels.privacy.randomness import SecretSeeds
 
@@ -96,7 +96,7 @@ class ModelGuard:
         self._seeds = seeds
         self._seeded: set[str] = set()  # generators that were, within a forward since the last backward
         self._backwards = 0
-        self._checked_scaled: bool | None = None  # whether losses of a self-check were; None without one
+        self._checked_scales: int | None = None  # most among the losses of self-checks; None without one
 
     def before_logical_batch(self) -> None:
         """From now on nothing may write the parameters; and what `before_pass` does."""
@@ -125,7 +125,7 @@ class ModelGuard:
 
     def note_checked(self, losses: Tensor) -> None:
         """Losses as a self-check was given them."""
-        self._checked_scaled = bool(self._checked_scaled) or scaled_at_last(losses)
+        self._checked_scales = max(self._checked_scales or 0, scales_at_last(losses))
 
     def before_backward(self, losses: Tensor) -> None:
         """Raise RuntimeError for batch norms in training, gradients from elsewhere, changed buffers, or, in the 1st,
@@ -204,8 +204,8 @@ class ModelGuard:
             )
 
     def _look_at_scale(self, losses: Tensor) -> None:
-        if self._checked_scaled is False and scaled_at_last(losses):
-            self._checked_scaled = None  # once
+        if self._checked_scales is not None and scales_at_last(losses) > self._checked_scales:
+            self._checked_scales = None  # once
             warnings.warn(
                 "optimizer.backward: the losses are divided or multiplied at last, and those that self_check was given "
                 "were not. A factor that depends on the batch (losses / len(batch)) changes what each example adds "

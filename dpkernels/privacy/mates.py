@@ -178,7 +178,8 @@ def with_other_mates(batch: Any, sample: int, rows: Rows, copy: int | None = Non
         if not part.is_floating_point():
             return part
         scale = torch.randint(1, 3, part.shape, generator=generator) / 2
-        scale.select(axis, sample).fill_(1)
+        for own in {sample, sample if copy is None else copy}:
+            scale.select(axis, own).fill_(1)
         return part * scale.to(part)
 
     return rows.changed(rows.taken(batch, order), halved, list)

@@ -224,7 +224,7 @@ def innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     }
     within |= {inner for module in ghosts for inner in module.modules() if inner is not module}
     for name, module in named_modules(model):
-        if module not in within and (module in ghosts or not any(module.children())):
+        if module not in within and (module in ghosts or next(module.children(), None) is None):
             yield name, module
 
 

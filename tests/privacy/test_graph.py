@@ -125,6 +125,23 @@ def test_a_scale_that_no_self_check_saw_is_warned_of_once() -> None:
         run.release((0, 1))
 
 
+@pytest.mark.parametrize(
+    "after",
+    [
+        torch.clone,
+        lambda losses: losses.view(-1),
+        lambda losses: losses.double() + 0,
+        lambda losses: torch.stack(list(losses)),
+        lambda losses: losses[:, None].expand(-1, 2).sum(1) * 1,
+    ],
+)
+def test_a_scale_is_seen_whatever_follows_it(after: Any) -> None:
+    run = checked_run(lambda model, batch: losses_of(model, batch) * 1)
+    run.loss_fn = lambda model, batch: after(losses_of(model, batch) * 1 / len(batch[0]))
+    with pytest.warns(UserWarning, match=r"losses / len\(batch\)"):
+        run.release((0, 1))
+
+
 def test_a_scale_that_was_checked_is_no_matter() -> None:
     def halved(model: nn.Module, batch: Any) -> Tensor:
         return losses_of(model, batch) / 2

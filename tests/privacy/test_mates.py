@@ -296,6 +296,33 @@ def test_a_loss_that_mixes_without_a_gradient_is_found() -> None:
             engine.check_mates(mixing, batch())
 
 
+def test_what_looks_for_equal_examples_is_found() -> None:
+    class Alike(nn.Module):
+        def forward(self, y: Tensor) -> Tensor:
+            alike = (y[:, None] == y[None]).flatten(2).all(-1).sum(1)
+            return y * (1 + 0.1 * alike[:, None, None])
+
+    with closing(PrivacyEngine()) as engine:
+        made(engine, Alike())
+        with pytest.raises(SelfCheckError, match="with other examples beside it"):
+            engine.self_check(losses, batch())
+
+
+def test_a_part_that_is_compiled_is_gone_through() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, y: Tensor) -> Tensor:
+            return self.inner(y).tanh()
+
+    with closing(PrivacyEngine()) as engine:
+        part: Any = torch.compile(Part().requires_grad_(False), backend="eager")
+        made(engine, model=Net(part))
+        engine.self_check(losses, batch())
+
+
 def test_a_loss_that_stays_infinite_is_no_change() -> None:
     """An impossible target's, of gradient 0: see dpkernels.losses."""
 
