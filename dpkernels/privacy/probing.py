@@ -114,7 +114,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def training_without_dropout(model: nn.Module) -> Iterator[None]:
     """The modules' own modes, and dropout off: also functional dropout, unless parts of the model are compiled."""
-    with _put_back(model), without_dropout(model, functional=not any(compiled(model))):
+    with _put_back(model), without_dropout(model, functional=not has_compiled(model)):
         yield
 
 
@@ -226,6 +226,11 @@ def innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in named_modules(model):
         if module not in within and (module in ghosts or next(module.children(), None) is None):
             yield name, module
+
+
+def has_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has the model or a part of it. No module is asked for its truth, which is its length."""
+    return next(compiled(model), None) is not None
 
 
 def compiled(model: nn.Module) -> Iterator[nn.Module]:

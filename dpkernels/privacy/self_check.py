@@ -49,6 +49,7 @@ from dpkernels.privacy.probing import (
     draws_past_torch,
     evaluating,
     explained,
+    has_compiled,
     private_backward,
     private_gradient,
     repeatable,
@@ -184,7 +185,7 @@ class _Check:
             ):
                 return found, ""
             # Masks that seldom hide anything, and hid nothing when it was first asked.
-        if any(compiled(self.model)):
+        if has_compiled(self.model):
             raise DrawsUnlike(
                 "it is random, and parts of it are compiled, whose draws cannot be told apart by example"
             )
