@@ -39,11 +39,16 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
         many there are, `losses.isinf().sum()`, is NOT PRIVATE.
 
     Raises:
-        TypeError: labels or lengths that are no integers.
+        TypeError: logits that are no floating-point tensor; labels, lengths or a blank that are no integers.
         ValueError: shapes that do not fit, or a blank that is no class.
 
     Source: Graves et al. 2006, "Connectionist temporal classification".
     """
+    _floating("ctc_loss_per_example", logits)
+    labels = _integers("ctc_loss_per_example", "labels", labels)
+    input_lengths = _integers("ctc_loss_per_example", "input_lengths", input_lengths)
+    if not isinstance(blank, int) or isinstance(blank, bool):
+        raise TypeError(f"ctc_loss_per_example: blank={blank!r}: expected an int, the blank's class")
     if logits.dim() != 3 or labels.dim() != 2 or len(logits) != len(labels):
         raise ValueError(
             f"ctc_loss_per_example: logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: "
@@ -54,8 +59,6 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
         raise ValueError(
             f"ctc_loss_per_example: input_lengths {tuple(input_lengths.shape)}: expected [{batch}], one an example"
         )
-    labels = _integers("ctc_loss_per_example", "labels", labels)
-    input_lengths = _integers("ctc_loss_per_example", "input_lengths", input_lengths)
     if not 0 <= blank < classes:
         raise ValueError(
             f"ctc_loss_per_example: blank={blank} with {classes} classes: pass the blank's class, 0 ≤ blank < V"
@@ -68,6 +71,10 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
     possible = (_classes(labels, classes) & (labels != blank) | ~own).all(dim=1)
     possible &= (own == (torch.arange(labels.shape[1], device=labels.device) < counts[:, None])).all(dim=1)
     possible &= (counts + repeats <= input_lengths) & (input_lengths <= frames)
+    if frames == 0:
+        logits = F.pad(
+            logits, (0, 0, 0, 1)
+        )  # torch's kernel takes no empty tensor; no length reaches this frame
     # An impossible row becomes one that is harmless for any logits: no labels, all frames.
     accumulate = logits.dtype if logits.dtype == torch.float64 else torch.float32
     logits = _Select.apply(logits, possible)
@@ -97,17 +104,18 @@ def cross_entropy_per_example(
         [B]; 0 for an example without targets. +inf with a gradient of exactly 0 where a target is no class.
 
     Raises:
-        TypeError: targets that are no integers.
-        ValueError: shapes that do not fit, or another reduction.
+        TypeError: logits that are no floating-point tensor; targets that are no integers.
+        ValueError: shapes that do not fit, no classes, or another reduction.
     """
-    if logits.dim() < 2 or logits.shape[:-1] != targets.shape:
+    _floating("cross_entropy_per_example", logits)
+    targets = _integers("cross_entropy_per_example", "targets", targets)
+    if logits.dim() < 2 or logits.shape[:-1] != targets.shape or logits.shape[-1] == 0:
         raise ValueError(
             f"cross_entropy_per_example: logits {tuple(logits.shape)} and targets {tuple(targets.shape)}: "
-            "expected [B, *, V] and [B, *], classes last"
+            "expected [B, *, V] and [B, *], classes last, at least one"
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"cross_entropy_per_example: reduction={reduction!r}: expected mean or sum")
-    targets = _integers("cross_entropy_per_example", "targets", targets)
     batch, classes = logits.shape[0], logits.shape[-1]
     flat = targets.reshape(batch, math.prod(targets.shape[1:]))
     own = flat != IGNORED
@@ -149,8 +157,21 @@ def _marked(losses: Tensor, possible: Tensor) -> Tensor:
     return torch.where(possible, losses, torch.full_like(losses, torch.inf))
 
 
+def _floating(function: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"{function}: logits: got {_described(logits)}; expected a floating-point tensor")
+
+
+def _described(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _integers(function: str, name: str, tensor: Tensor) -> Tensor:
     """int64: in a narrow type −100 and the number of classes would wrap around."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{function}: {name}: got {_described(tensor)}; expected a tensor of integers: torch.tensor({name})"
+        )
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(
             f"{function}: {name} of {tensor.dtype}: expected integers; convert them: {name}.long()"

@@ -293,3 +293,50 @@ def test_the_whole_batch_may_be_impossible() -> None:
     ):
         assert losses.tolist() == [math.inf, math.inf]
         assert not torch.autograd.grad(losses.sum(), logits)[0].any()
+
+
+def test_examples_without_frames() -> None:
+    """All recordings of a batch may be empty: no labels are certain, any others impossible."""
+    logits = random_logits(3, 0, CLASSES).requires_grad_()
+    labels = torch.tensor([[1], [IGNORED], [IGNORED]])
+    losses = ctc_loss_per_example(logits, torch.tensor([0, 0, 1]), labels, BLANK)
+    assert losses.tolist() == [math.inf, 0.0, math.inf]
+    (grad,) = torch.autograd.grad(losses.sum(), logits)
+    assert grad.shape == logits.shape
+    empty = random_logits(3, 0, CLASSES).requires_grad_()
+    assert cross_entropy_per_example(empty, torch.zeros(3, 0, dtype=torch.long)).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (2, 3, 0)])
+def test_logits_without_classes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"classes last, at least one"):
+        cross_entropy_per_example(torch.zeros(shape), torch.zeros(shape[:-1], dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"logits": [[0.0]]}, "logits: got list"),
+        (
+            {"logits": torch.zeros(3, FRAMES, CLASSES, dtype=torch.long)},
+            r"logits: got a tensor of torch\.int64",
+        ),
+        ({"input_lengths": [5, 3, 4]}, r"input_lengths: got list.*torch\.tensor\(input_lengths\)"),
+        ({"labels": [[1], [2], [3]]}, "labels: got list"),
+        ({"blank": 0.5}, "blank=0.5: expected an int"),
+        ({"blank": True}, "blank=True: expected an int"),
+    ],
+)
+def test_arguments_of_another_type_are_named(change: dict[str, object], named: str) -> None:
+    given = {
+        "logits": random_logits(3, FRAMES, CLASSES),
+        "input_lengths": LENGTHS,
+        "labels": padded(LABELS),
+        "blank": BLANK,
+    }
+    with pytest.raises(TypeError, match=named):
+        ctc_loss_per_example(**{**given, **change})  # type: ignore[arg-type]
+    if change.keys() & {"logits", "labels"}:
+        other = {"logits": random_logits(3, 3, CLASSES), "labels": padded(LABELS), **change}
+        with pytest.raises(TypeError, match=named.replace("labels", "targets")):
+            cross_entropy_per_example(other["logits"], other["labels"])  # type: ignore[arg-type]

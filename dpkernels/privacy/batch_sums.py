@@ -22,6 +22,7 @@ class BatchSums:
         examples: how many examples are in the sums. NOT PRIVATE.
         drawn: how many the open logical batch holds; None where none is open. NOT PRIVATE.
         spoiled: a failure left examples in the sums in part or uncounted.
+        attempt: counts what `forget` and `try_again` begin anew.
         seen: what was done to the examples, by micro-batch. NOT PRIVATE.
     """
 
@@ -33,6 +34,7 @@ class BatchSums:
         self.examples = 0
         self.drawn: int | None = None
         self.spoiled = False
+        self.attempt = 0
         self.seen: list[Clipped] = []
 
     def open(self, examples: int) -> None:
@@ -68,9 +70,16 @@ class BatchSums:
             for total in self.sums.values():
                 total.zero_()
         self.dirty = False
+        self.attempt += 1
         self.examples = 0
         self.seen = []
         self.spoiled = False
+
+    def try_again(self) -> None:
+        """A micro-batch that failed is about to be done again, or, where it spoiled the sums, all of them."""
+        self.attempt += 1
+        if self.spoiled:
+            self.forget()
 
     def of(self, parameter: nn.Parameter) -> Tensor:
         """The parameter's sum, of its shape; zeros where nothing was added."""

@@ -282,6 +282,7 @@ class PrivacyEngine:
                 before_pass=private.begin_pass,
                 on_batch=private.begin_logical_batch,
                 steps_taken=lambda: self.steps,
+                attempt=lambda: private.attempt,
             )
             logger.info("strategy %s: %s", setup.strategy, STRATEGIES[setup.strategy])
             self._report_steps_before(budget.steps, setup.steps)

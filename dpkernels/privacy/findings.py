@@ -6,6 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+# An example's loss alone over n times its loss in a batch of n, off from 1 by less: divided by n, says the message.
+_DIVIDED = 1e-3
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -69,6 +74,58 @@ class SelfCheckError(RuntimeError):
     def __init__(self, message: str, report: SelfCheckReport) -> None:
         super().__init__(message)
         self.report = report
+
+
+@dataclass
+class Compared:
+    """What comparisons gave.
+
+    Attributes:
+        differences: by parameter and example.
+        shortfall: largest factor by which a norm fell below the gradient's.
+        dtypes: that the model computes in.
+        losses: (in the batch, alone) of the examples.
+        size: of the batch.
+        guessed: parts of the batch that were taken for the examples' by their size.
+    """
+
+    differences: list[Difference] = field(default_factory=list)
+    shortfall: float = 0.0
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    size: int = 0
+    guessed: tuple[str, ...] = ()
+
+    def take(self, other: Compared) -> None:
+        """Join another's."""
+        self.differences += other.differences
+        self.shortfall = max(self.shortfall, other.shortfall)
+        self.dtypes |= other.dtypes
+        self.losses += other.losses
+        self.size = max(self.size, other.size)
+        self.guessed = self.guessed or other.guessed
+
+    def hint(self) -> str:
+        """Words for rows that were guessed, and for a loss that is divided by the number of examples. They decide
+        nothing."""
+        doubt = "\n" + guess_message(self.guessed, self.size) if len(self.guessed) > 1 else ""
+        if not self.losses or not all(
+            alone and abs(together * self.size / alone - 1) < _DIVIDED for together, alone in self.losses
+        ):
+            return doubt
+        return (
+            f"{doubt}\nThe loss of an example changes with the batch's size: in a batch of {self.size} it is its loss "
+            f"alone, divided by {self.size}. Was it divided by len(batch)? Give the losses as they are: step() divides "
+            "their gradients' sum by the expected batch size."
+        )
+
+
+def guess_message(parts: Sequence[str], size: int) -> str:
+    """That these parts of a batch have rows is a guess, and what to do where it is wrong."""
+    return (
+        f"That {', '.join(parts)} are the examples' was taken from their {size} rows. Where one of them is shared by "
+        "all examples, leave the batch out, or give singles"
+    )
 
 
 def merged(reports: Sequence[SelfCheckReport], unchecked: Sequence[str]) -> SelfCheckReport:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of, named_modules
 from dpkernels.privacy.buffers import BufferWatch, buffer_marks, changed_buffers
 from dpkernels.privacy.checks import batch_norm_message, check_no_gradient, some_of, trained_parameters
-from dpkernels.privacy.graph import check_graph, scaled_at_last
+from dpkernels.privacy.graph import check_graph, scales_at_last
 from dpkernels.privacy.parameters import ParameterWatch
 from dpkernels.privacy.randomness import SecretSeeds
 
@@ -87,15 +87,16 @@ class ModelGuard:
         self._buffers = buffer_marks(model)
         self._buffer_watch = BufferWatch(model)
         self._parameter_watch = ParameterWatch(model)
-        tape.before_forward, tape.after_forward = self._parameter_watch.begin, self._parameter_watch.end
+        tape.before_forward, tape.after_forward = self._parameter_watch.begin, self._after_forward
         modules = list(modules_of(model))
         self._then = snapshot(modules)
         # Those that a snapshot's buffers and batch norms are read from.
         self._stateful = [m for m in modules if m._buffers or isinstance(m, _BatchNorm)]
         self._published: Mapping[nn.Parameter, Tensor] = {}
         self._seeds = seeds
+        self._seeded: set[str] = set()  # generators that were, within a forward since the last backward
         self._backwards = 0
-        self._checked_scaled: bool | None = None  # whether losses of a self-check were; None without one
+        self._checked_scales: int | None = None  # most among the losses of self-checks; None without one
 
     def before_logical_batch(self) -> None:
         """From now on nothing may write the parameters; and what `before_pass` does."""
@@ -104,6 +105,7 @@ class ModelGuard:
 
     def before_pass(self) -> None:
         """Seed the global generators anew; warn, by name, where someone else seeded them."""
+        self._seeded = set()
         if self._seeds is None:
             return
         replaced = self._seeds.replaced()
@@ -123,7 +125,7 @@ class ModelGuard:
 
     def note_checked(self, losses: Tensor) -> None:
         """Losses as a self-check was given them."""
-        self._checked_scaled = bool(self._checked_scaled) or scaled_at_last(losses)
+        self._checked_scales = max(self._checked_scales or 0, scales_at_last(losses))
 
     def before_backward(self, losses: Tensor) -> None:
         """Raise RuntimeError for batch norms in training, gradients from elsewhere, changed buffers, or, in the 1st,
@@ -138,13 +140,7 @@ class ModelGuard:
         # takes it before anything is released, and sees what was added or replaced since.
         now = snapshot(self._stateful)
         self._check_batch_norms(now)
-        replaced = [] if self._seeds is None else self._seeds.replaced()
-        if replaced:
-            raise RuntimeError(
-                f"{_SEEDED.format(names=some_of(replaced))}, within a logical batch: what this forward drew is known. "
-                "Take torch.manual_seed out of the training loop, call optimizer.zero_grad(), and do the logical batch "
-                "again (logical_batch.parts, logical_batch.collate)"
-            )
+        self._check_seeds()
         for name, parameter in self.trained.items():
             if parameter.grad is None:
                 continue
@@ -188,9 +184,28 @@ class ModelGuard:
         """Raise RuntimeError where buffers are not as they were: their values are compared, whichever step it is."""
         self._buffer_watch.compare()
 
+    def _after_forward(self) -> None:
+        """What a forward wrote; and what it began with: torch.random.fork_rng puts back a seed that was set in it."""
+        self._parameter_watch.end()
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if self._seeds is not None:
+            self._seeded.update(self._seeds.replaced())
+
+    def _check_seeds(self) -> None:
+        now = [] if self._seeds is None else self._seeds.replaced()
+        replaced, self._seeded = self._seeded.union(now), set()
+        if replaced:
+            raise RuntimeError(
+                f"{_SEEDED.format(names=some_of(replaced))}, within a logical batch: what this forward drew is known. "
+                "Take torch.manual_seed out of the training loop, also within torch.random.fork_rng (a forward that "
+                "is not trained on may be seeded so under torch.no_grad()), call optimizer.zero_grad(), and do the "
+                "logical batch again (logical_batch.parts, logical_batch.collate)"
+            )
+
     def _look_at_scale(self, losses: Tensor) -> None:
-        if self._checked_scaled is False and scaled_at_last(losses):
-            self._checked_scaled = None  # once
+        if self._checked_scales is not None and scales_at_last(losses) > self._checked_scales:
+            self._checked_scales = None  # once
             warnings.warn(
                 "optimizer.backward: the losses are divided or multiplied at last, and those that self_check was given "
                 "were not. A factor that depends on the batch (losses / len(batch)) changes what each example adds "

@@ -61,15 +61,26 @@ class LogicalBatch:
 
     Attributes:
         parts: the examples of each micro-batch by their index in the data set, in order. NOT PRIVATE.
+
+    Args:
+        parts, fetch, collate: the next micro-batch as the workers made it; one as this process makes it.
+        attempt: which attempt at the batch this is; optimizer.recover() and zero_grad() begin another.
     """
 
     def __init__(
-        self, parts: list[list[int]], fetch: Callable[[], Any], collate: Callable[[list[int]], Any]
+        self,
+        parts: list[list[int]],
+        fetch: Callable[[], Any],
+        collate: Callable[[list[int]], Any],
+        attempt: Callable[[], int] = lambda: 0,
     ) -> None:
         self.parts = parts
         self._left = len(parts)
         self._fetch = fetch
         self._collate = collate
+        self._attempt = attempt
+        self._given: set[int] = set()  # in the attempt `_given_in`
+        self._given_in = attempt()
         self._started = False
 
     def __len__(self) -> int:
@@ -88,7 +99,8 @@ class LogicalBatch:
         iterating gave, an example would count twice.
 
         Raises:
-            ValueError: indices that this logical batch does not hold, or one that is given twice.
+            ValueError: indices that this logical batch does not hold; or one that is given twice, or was given before,
+                by this or by iterating, and neither optimizer.recover() nor zero_grad() was called since.
         """
         strange = set(part).difference(*self.parts)
         if strange:
@@ -101,7 +113,21 @@ class LogicalBatch:
                 "LogicalBatch.collate: an example is given twice; it would count twice in the sum, and be accounted "
                 "once; give each once"
             )
+        repeated = self._given_now().intersection(part)
+        if repeated:
+            raise ValueError(
+                f"LogicalBatch.collate: {sorted(repeated)[:5]} were given already, by collate or by iterating; "
+                "back-propagated again, they would count twice in the sum, and be accounted once. After a failure call "
+                "optimizer.recover(), which says what is to be done again, or optimizer.zero_grad() and do all parts"
+            )
+        self._given.update(part)
         return self._collate(part)
+
+    def _given_now(self) -> set[int]:
+        """The examples that were given in this attempt."""
+        if self._attempt() != self._given_in:
+            self._given, self._given_in = set(), self._attempt()
+        return self._given
 
     def __iter__(self) -> Iterator[Any]:
         caller = sys._getframe(1)
@@ -125,8 +151,11 @@ class LogicalBatch:
             )
         self._started = True
         while self._left:
+            part = self.parts[len(self.parts) - self._left]
             self._left -= 1
-            yield self._fetch()
+            batch = self._fetch()
+            self._given_now().update(part)
+            yield batch
 
     def skip_rest(self) -> None:
         """Read and drop what was not read, so that the workers' queue stays in step."""
@@ -199,6 +228,7 @@ class DPDataLoader:
         physical_frames: largest micro-batch in those sizes, padding included.
         before_pass: called when a pass begins; raises where it may not.
         on_batch: told of each logical batch before it is handed out: its examples.
+        attempt: see `LogicalBatch`.
         steps_taken: how many steps the run has behind it.
     """
 
@@ -215,6 +245,7 @@ class DPDataLoader:
         before_pass: Callable[[], None],
         on_batch: Callable[[int], None],
         steps_taken: Callable[[], int],
+        attempt: Callable[[], int] = lambda: 0,
     ) -> None:
         self.dataset = data_loader.dataset
         self.batch_size = data_loader.batch_size
@@ -227,6 +258,7 @@ class DPDataLoader:
         self._lengths = None if lengths is None else np.asarray(lengths)
         self._before_pass = before_pass
         self._on_batch = on_batch
+        self._attempt = attempt
         self._steps_taken = steps_taken
         self._plan: _Plan | None = None
         self._unread: deque[list[list[int]]] = deque()
@@ -292,7 +324,7 @@ class DPDataLoader:
             parts = plan.next_parts(read_ahead)
             self._on_batch(sum(map(len, parts)))
             plan.hand_out()
-            batch = LogicalBatch(parts, fetch, self._read)
+            batch = LogicalBatch(parts, fetch, self._read, self._attempt)
             yield batch
             batch.skip_rest()
 

@@ -24,15 +24,17 @@ from dpkernels.nn import Tape
 from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.findings import Difference, SelfCheckError, SelfCheckReport
 from dpkernels.privacy.probing import (
+    IN_ANOTHER_ORDER,
     LossFunction,
     as_it_is,
+    explained,
     private_backward,
     private_gradient,
     settle_axes,
     watched,
 )
 from dpkernels.privacy.randomness import same_draws, secret_seed
-from dpkernels.privacy.rows import with_rows
+from dpkernels.privacy.rows import Rows, rows_of
 
 LIMIT = 1e-6
 """Of the example's gradient, and of its loss: what may change where repeating the batch changes nothing."""
@@ -42,7 +44,16 @@ _REPEATED_ON_GPU = 1e-2
 Found = TypeVar("Found")
 
 
-def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any, *, samples: int = 3) -> None:
+def check_mates(
+    model: nn.Module,
+    tape: Tape,
+    loss_fn: LossFunction,
+    batch: Any,
+    *,
+    singles: Sequence[Any] | None = None,
+    rows: Rows | None = None,
+    samples: int = 3,
+) -> None:
     """Whether an example's loss and gradient stay when the other examples of its batch are others.
 
     The others change places, each entry of them that is floating-point is halved or kept at random, and one becomes a
@@ -54,6 +65,7 @@ def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any,
         tape: its tape.
         loss_fn: loss_fn(model, batch) -> [B].
         batch: as for `self_check`; at least two examples.
+        singles, rows: as for `self_check`.
         samples: of how many examples.
 
     Raises:
@@ -65,14 +77,17 @@ def check_mates(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any,
     with as_it_is(model):
         with same_draws(probe.seed):
             settle_axes(model, tape, loss_fn, batch)
-        _check(probe, batch, samples, "train" if model.training else "eval")
+        mode = "train" if model.training else "eval"
+        _check(probe, batch, lambda size: rows_of(batch, size, singles=singles, like=rows), samples, mode)
 
 
-def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
+def _check(probe: _Probe, batch: Any, rows_for: Callable[[int], Rows], samples: int, mode: str) -> None:
     losses, own, shapes = probe.run(batch, range(samples), lambda _, gradient: _narrowed(gradient))
     size = len(losses)
     if size < 2:
         raise ValueError(f"batch holds {size} example; give at least two: alone, an example has no mates")
+
+    rows = rows_for(size)
 
     def distance(sample: int, gradient: Mapping[str, Tensor]) -> float:
         return math.hypot(*(float((gradient[name] - part).norm()) for name, part in own[sample].items()))
@@ -80,26 +95,30 @@ def _check(probe: _Probe, batch: Any, samples: int, mode: str) -> None:
     same_losses, repeated, _ = probe.run(batch, own, distance)
     repeats = LIMIT if losses.device.type == "cpu" else _REPEATED_ON_GPU
     wholes = {sample: (_norm(own[sample]), abs(float(losses[sample]))) for sample in own}
-    by_repeating = {s: (repeated[s], abs(float(same_losses[s] - losses[s]))) for s in own}
+    by_repeating = {s: (repeated[s], _moved(same_losses[s], losses[s])) for s in own}
     for sample in own:
-        limits = tuple(repeats * whole for whole in wholes[sample])
+        limits = tuple(repeats * _finite(whole) for whole in wholes[sample])
         _compare(_ANOTHER_TIME, sample, mode, wholes[sample], by_repeating[sample], limits)
 
     rounding = {
-        s: tuple(max(LIMIT * a, _TIMES_REPEATED * b) for a, b in zip(wholes[s], by_repeating[s], strict=True))
+        s: tuple(
+            max(LIMIT * _finite(a), _TIMES_REPEATED * b)
+            for a, b in zip(wholes[s], by_repeating[s], strict=True)
+        )
         for s in own
     }
     for sample in own:
         for copy in [*(row for row in range(size) if row != sample), None]:
-            other = with_other_mates(batch, sample, size, copy)
-            other_losses, changed, other_shapes = probe.run(other, [sample], distance)
+            other = with_other_mates(batch, sample, rows, copy)
+            with explained(mode, IN_ANOTHER_ORDER):
+                other_losses, changed, other_shapes = probe.run(other, [sample], distance)
             if other_shapes == shapes:
                 break
-        change = changed[sample], abs(float(other_losses[sample] - losses[sample]))
+        change = changed[sample], _moved(other_losses[sample], losses[sample])
         _compare(_BESIDE_OTHERS, sample, mode, wholes[sample], change, rounding[sample])
     last_losses, last, _ = probe.run(batch, own, distance)
     for sample in own:
-        change = last[sample], abs(float(last_losses[sample] - losses[sample]))
+        change = last[sample], _moved(last_losses[sample], losses[sample])
         _compare(_ANOTHER_TIME, sample, mode, wholes[sample], change, rounding[sample])
 
 
@@ -138,41 +157,32 @@ def _compare(
 _ASKED = ("all trained parameters", "the loss")
 
 
-def with_other_mates(batch: Any, sample: int, size: int, copy: int | None = None) -> Any:
+def with_other_mates(batch: Any, sample: int, rows: Rows, copy: int | None = None) -> Any:
     """The batch with other examples around `sample`: they change places, each of their floating-point entries is halved
     or kept at random (no layer that forgets the scale forgets that), and the row `copy` is the sample's own: whatever
     is the same in any order, and whole numbers, change too.
     """
-    others = [row for row in range(size) if row != sample]
+    if not rows.axes:
+        raise ValueError(
+            f"batch: a {type(batch).__name__} in which nothing has {rows.size} rows, one an example, so that no other "
+            "examples can be put beside one; give tensors, or dicts, tuples, lists and dataclasses of them, batch first"
+        )
+    others = [row for row in range(rows.size) if row != sample]
     moved = iter(others[1:] + others[:1])
-    order = [row if row == sample else next(moved) for row in range(size)]
+    order = [row if row == sample else next(moved) for row in range(rows.size)]
     if copy is not None:
         order[copy] = sample
     generator = torch.Generator().manual_seed(0)
-    exchanged = 0
 
-    def changed(rows: Tensor) -> Tensor:
-        nonlocal exchanged
-        exchanged += 1
-        found = rows[torch.tensor(order, device=rows.device)]
-        if found.is_floating_point():
-            scale = torch.randint(1, 3, found.shape, generator=generator) / 2
-            scale[sample] = 1
-            found = found * scale.to(found)
-        return found
+    def halved(part: Tensor, axis: int) -> Tensor:
+        if not part.is_floating_point():
+            return part
+        scale = torch.randint(1, 3, part.shape, generator=generator) / 2
+        for own in {sample, sample if copy is None else copy}:
+            scale.select(axis, own).fill_(1)
+        return part * scale.to(part)
 
-    def moved_texts(texts: Sequence[Any]) -> list[Any]:
-        nonlocal exchanged
-        exchanged += 1
-        return [texts[row] for row in order]
-
-    other = with_rows(batch, size, changed, moved_texts)
-    if not exchanged:
-        raise ValueError(
-            f"batch: a {type(batch).__name__} in which nothing has {size} rows, one an example, so that no other "
-            "examples can be put beside one; give tensors, or dicts, tuples and lists of them, batch first"
-        )
-    return other
+    return rows.changed(rows.taken(batch, order), halved, list)
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,16 @@ class _Probe:
             if sample < size
         }
         return losses.detach(), seen, shapes
+
+
+def _moved(loss: Tensor, before: Tensor) -> float:
+    """How far a loss moved: not at all where both are the same infinity, which marks an impossible target."""
+    return 0.0 if bool(loss == before) else abs(float(loss - before))
+
+
+def _finite(whole: float) -> float:
+    """What a share of is rounding: of an infinite loss, nothing."""
+    return whole if math.isfinite(whole) else 0.0
 
 
 def _narrowed(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:

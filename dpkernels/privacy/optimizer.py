@@ -210,6 +210,11 @@ class DPOptimizer(torch.optim.Optimizer):
         """Statistics of the last applied step, or None before it. NOT PRIVATE."""
         return None if self._last_seen is None else _statistics(self._last_seen)
 
+    @property
+    def attempt(self) -> int:
+        """Another number after each `recover` and `zero_grad`: examples may then be given again."""
+        return self._batch.attempt
+
     def begin_pass(self) -> None:
         """Called by the private loader when a pass over it begins.
 
@@ -281,8 +286,7 @@ class DPOptimizer(torch.optim.Optimizer):
         """
         self.tape.discard()
         spoiled = self._batch.spoiled
-        if spoiled:
-            self._batch.forget()
+        self._batch.try_again()
         return spoiled
 
     @torch.no_grad()

@@ -6,15 +6,18 @@ trace of it. So examples of unlike sizes are collated, a shorter one beside long
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from dpkernels.nn.batch_axis import map_tensors, tensors_in
 from dpkernels.privacy.randomness import same_draws, secret_seed
+from dpkernels.privacy.rows import Rows, rows_of
 
 _LOOKED_AT = 32
 """Examples that are read to find two of unlike sizes, where the sizes are not known."""
@@ -26,12 +29,14 @@ class OwnBatch:
 
     Attributes:
         batch: what collate_fn makes of them together.
-        singles: what it makes of each.
+        singles: what it makes of each, in the order of the batch's rows.
+        rows: which parts of the batch have one row an example: known from the two.
         padded: whether one of them is larger in the batch than alone.
     """
 
     batch: Any
     singles: list[Any]
+    rows: Rows
     padded: bool
 
 
@@ -70,50 +75,48 @@ def own_batch(
             "example alone cannot be compared with it in a batch"
         )
     singles = [_collated(collate, [item]) for item in items]
+    rows = rows_of(batch, len(items), singles=singles)
+    places = rows.order_in(batch, singles)
+    if places is None and _equal(_collated(collate, items[::-1]), rows.taken(batch, range(len(items))[::-1])):
+        places = list(
+            range(len(items))
+        )  # what it pads or changes is no matter: its rows are in the order of the items
+    if places is None:
+        return (
+            "what padding does: which row of the batch collate_fn makes of which example is not known, as it gives "
+            "them in another order (does it sort?) and an example alone is not found in its row"
+        )
+    singles = [singles[place] for place in places]
     padded = any(size_of(single) * len(items) < size_of(batch) for single in singles)
-    return OwnBatch(batch, singles, padded)
+    return OwnBatch(batch, singles, rows, padded)
 
 
 def form_of(batch: Any) -> Any:
-    """What a batch is made of: tensors with their number of dimensions, in dicts, tuples and lists."""
+    """What a batch is made of: tensors with their number of dimensions, in dicts, tuples, lists and dataclasses."""
     if isinstance(batch, Tensor):
         return "Tensor", batch.dim(), batch.is_floating_point()
     if isinstance(batch, Mapping):
         return {key: form_of(value) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
         return [form_of(value) for value in batch] if any(map(_holds_tensors, batch)) else "texts"
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {type(batch).__name__: form_of(vars(batch))}
     return type(batch).__name__
 
 
 def on_devices_of(batch: Any, model_batch: Any) -> Any:
     """`batch`, each tensor on the device of its counterpart in `model_batch`, which has the same form."""
-    if isinstance(batch, Tensor):
-        return batch.to(model_batch.device)
-    if isinstance(batch, Mapping):
-        moved = {key: on_devices_of(value, model_batch[key]) for key, value in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
-    if isinstance(batch, tuple | list) and any(map(_holds_tensors, batch)):
-        pairs = [on_devices_of(value, other) for value, other in zip(batch, model_batch, strict=True)]
-        return type(batch)(*pairs) if hasattr(batch, "_fields") else type(batch)(pairs)
-    return batch
+    devices = iter([tensor.device for _, tensor in tensors_in(model_batch)])
+    return map_tensors(batch, lambda tensor: tensor.to(next(devices)))
 
 
 def _holds_tensors(value: Any) -> bool:
-    return next(_tensors(value), None) is not None
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-        return
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    for part in parts:
-        yield from _tensors(part)
+    return next(tensors_in(value), None) is not None
 
 
 def size_of(batch: Any) -> int:
     """Entries of all tensors of a batch."""
-    return sum(tensor.numel() for tensor in _tensors(batch))
+    return sum(tensor.numel() for _, tensor in tensors_in(batch))
 
 
 def _spread(size: int, count: int) -> list[int]:
@@ -140,5 +143,5 @@ def _collated(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    pairs = list(zip(_tensors(a), _tensors(b), strict=True))
+    pairs = [(x, y) for (_, x), (_, y) in zip(tensors_in(a), tensors_in(b), strict=True)]
     return all(x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pairs)

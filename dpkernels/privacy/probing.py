@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dpkernels.nn import GhostModule, Record, RowCheck, RowError, Tape, add_weighted_sums, named_modules
 from dpkernels.nn.expanded import ExpandingModule
 from dpkernels.privacy.checks import check_losses
+from dpkernels.privacy.draws import DrawsUnlike
+from dpkernels.privacy.findings import SelfCheckError, SelfCheckReport
 from dpkernels.privacy.randomness import (
     foreign_generator_states,
     generator_states,
@@ -56,6 +58,35 @@ def row_error(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -
     return None
 
 
+IN_ANOTHER_ORDER = (
+    "with the batch's rows in another order",
+    "As the batch came it did not, so the model takes rows in one order only, as packed sequences that have to be "
+    "sorted do. pack_padded_sequence(..., enforce_sorted=False) computes the same, and takes any order",
+)
+
+
+ALONE = (
+    "for an example alone",
+    "In the batch it did not. Statistics over the batch (batch_norm(training=True)) cannot be of one example, and mix "
+    "those of a batch: take them out, or those of evaluation",
+)
+
+
+@contextmanager
+def explained(mode: str, said: tuple[str, str]) -> Iterator[None]:
+    """What loss_fn raises for rows that the check made is said to come of them: `said` is what they are, and why."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, SelfCheckError, DrawsUnlike):
+        raise
+    except Exception as error:
+        made, cause = said
+        raise SelfCheckError(
+            f"self-check ({mode} mode): {made} loss_fn raised {type(error).__name__}: {error}\n{cause}",
+            SelfCheckReport(),
+        ) from error
+
+
 @torch.no_grad()
 def private_gradient(
     records: list[Record], trained: dict[str, nn.Parameter], sample: int, batch_size: int
@@ -83,7 +114,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def training_without_dropout(model: nn.Module) -> Iterator[None]:
     """The modules' own modes, and dropout off: also functional dropout, unless parts of the model are compiled."""
-    with _put_back(model), without_dropout(model, functional=not any(compiled(model))):
+    with _put_back(model), without_dropout(model, functional=not has_compiled(model)):
         yield
 
 
@@ -195,6 +226,11 @@ def innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in named_modules(model):
         if module not in within and (module in ghosts or next(module.children(), None) is None):
             yield name, module
+
+
+def has_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has the model or a part of it. No module is asked for its truth, which is its length."""
+    return next(compiled(model), None) is not None
 
 
 def compiled(model: nn.Module) -> Iterator[nn.Module]:

@@ -24,6 +24,7 @@ _DROPOUTS = (
 
 
 _ONE_AT_A_TIME = threading.RLock()
+_CHECKS = threading.local()
 
 
 @contextmanager
@@ -83,17 +84,20 @@ def same_draws(seed: int) -> Iterator[None]:
     """torch's, numpy's and Python's global generators begin at `seed`, and go on afterwards where they were.
 
     Masks of dropout are drawn by shape, so batches of one shape get the same ones. The seed must be secret, as the
-    generators' own is in a private run.
+    generators' own is in a private run, so that `SecretSeeds` says nothing of it.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     numpys, pythons = np.random.get_state(), random.getstate()
+    within = getattr(_CHECKS, "depth", 0)
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+        _CHECKS.depth = within + 1
         try:
             yield
         finally:
+            _CHECKS.depth = within
             np.random.set_state(numpys)
             random.setstate(pythons)
 
@@ -133,7 +137,9 @@ class SecretSeeds:
         random.seed(os.urandom(32))
 
     def replaced(self) -> list[str]:
-        """Names of torch's generators that have been seeded since."""
+        """Names of torch's generators that have been seeded since, other than by `same_draws` around this call."""
+        if getattr(_CHECKS, "depth", 0):
+            return []
         generators = {"torch's": torch.default_generator}
         if torch.cuda.is_initialized():
             generators |= {

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,13 +23,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dpkernels.nn import Tape
+from dpkernels.nn.batch_axis import batch_size_of
 from dpkernels.privacy.checks import check_losses, trained_parameters
 from dpkernels.privacy.clipping import total_norm_sq
 from dpkernels.privacy.draws import DrawsOfRow, DrawsUnlike, KeptDraws
-from dpkernels.privacy.findings import Difference, SelfCheckError, SelfCheckReport, explain, worst_first
+from dpkernels.privacy.findings import (
+    Compared,
+    Difference,
+    SelfCheckError,
+    SelfCheckReport,
+    explain,
+    guess_message,
+    worst_first,
+)
 from dpkernels.privacy.loader import DPDataLoader, LogicalBatch
 from dpkernels.privacy.own_batch import size_of
 from dpkernels.privacy.probing import (
+    ALONE,
+    IN_ANOTHER_ORDER,
     Behaviour,
     LossFunction,
     as_it_is,
@@ -37,6 +48,8 @@ from dpkernels.privacy.probing import (
     compiled,
     draws_past_torch,
     evaluating,
+    explained,
+    has_compiled,
     private_backward,
     private_gradient,
     repeatable,
@@ -45,7 +58,7 @@ from dpkernels.privacy.probing import (
     watched,
 )
 from dpkernels.privacy.randomness import same_draws, secret_seed
-from dpkernels.privacy.rows import rows_of, take_sample, with_rows
+from dpkernels.privacy.rows import Rows, rows_of
 
 # Relative to a parameter's own gradient: float32 keeps 1e-5 or better through deep models; half precision
 # keeps 1e-2.
@@ -55,8 +68,6 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 6e-2, t
 _FLOOR = 1e-3
 # Norms are rounded up: nothing is taken off for the dtype. What is left is the comparison's own rounding.
 _SHORTFALL = 1e-3
-# An example's loss alone over n times its loss in a batch of n, off from 1 by less: divided by n, says the message.
-_DIVIDED = 1e-3
 # Forwards after a difference, to tell one between examples from one of random draws.
 _LOOKED_AT = 50
 
@@ -68,6 +79,7 @@ def self_check(
     batch: Any,
     *,
     singles: Sequence[Any] | None = None,
+    rows: Rows | None = None,
     samples: int = 3,
     tolerance: float | None = None,
 ) -> SelfCheckReport:
@@ -81,6 +93,8 @@ def self_check(
             dependence on batch-mates; unequal lengths show dependence on padding, when `singles` are given.
         singles: one-example batches of the batch's first examples, each collated alone, so with no padding of
             its batch-mates. By default slices of `batch`, whose padding stays.
+        rows: of another batch of the same form: which parts have one row an example. By default what singles show;
+            without them what has as many rows as there are losses.
         samples: how many examples to compare.
         tolerance: largest relative error; default by the narrowest dtype that the model computes in.
 
@@ -93,12 +107,12 @@ def self_check(
             f"self_check(loss_fn, batch): got {type(loss_fn).__name__} and {type(batch).__name__}; give a function of "
             "model and batch, and a batch as it takes one: the first micro-batch of a logical batch, or data[:8]"
         )
-    if rows_of(batch) == 0:
+    if batch_size_of((batch,), {}) == 0:
         raise ValueError(
             "self_check: batch holds no example, so nothing would be compared; give at least two"
         )
-    check = _Check(model, tape, trained_parameters(model), loss_fn, batch, singles, samples)
-    whole, unchecked, first_module = _Compared(), [], None
+    check = _Check(model, tape, trained_parameters(model), loss_fn, batch, singles, rows, samples)
+    whole, unchecked, first_module = Compared(), [], None
     accepted = math.inf if tolerance is None else tolerance
     with as_it_is(model), same_draws(secret_seed()):
         misplaced = row_error(model, tape, loss_fn, batch)
@@ -107,14 +121,18 @@ def self_check(
             try:
                 found, said = check.asked(mode, tolerance)
             except DrawsUnlike as reason:
-                found, said = _Compared(), f"gradients alone and in a batch, in {mode} mode: {reason}"
+                found, said = Compared(), f"gradients alone and in a batch, in {mode} mode: {reason}"
             whole.take(found)
             unchecked += [said] if said else []
             if tolerance is None and whole.dtypes:
                 accepted = max(_TOLERANCES[dtype] for dtype in whole.dtypes)
             failed = SelfCheckReport(found.differences, accepted).failures
             if failed and first_module is None:
-                first_module = _first_module(model, tape, loss_fn, batch, singles, failed[0].sample)
+                first_module = _first_module(check, failed[0].sample)
+    if len(whole.guessed) > 1:
+        unchecked.append(
+            "which parts of the batch are the examples': " + guess_message(whole.guessed, whole.size)
+        )
     report = SelfCheckReport(
         worst_first(whole.differences),
         accepted,
@@ -137,45 +155,6 @@ def self_check(
     return report
 
 
-@dataclass
-class _Compared:
-    """What comparisons gave.
-
-    Attributes:
-        differences: by parameter and example.
-        shortfall: largest factor by which a norm fell below the gradient's.
-        dtypes: that the model computes in.
-        losses: (in the batch, alone) of the examples.
-        size: of the batch.
-    """
-
-    differences: list[Difference] = field(default_factory=list)
-    shortfall: float = 0.0
-    dtypes: set[torch.dtype] = field(default_factory=set)
-    losses: list[tuple[float, float]] = field(default_factory=list)
-    size: int = 0
-
-    def take(self, other: _Compared) -> None:
-        """Join another's."""
-        self.differences += other.differences
-        self.shortfall = max(self.shortfall, other.shortfall)
-        self.dtypes |= other.dtypes
-        self.losses += other.losses
-        self.size = max(self.size, other.size)
-
-    def hint(self) -> str:
-        """Words for a loss that is divided by the number of examples. It decides nothing."""
-        if not self.losses or not all(
-            alone and abs(together * self.size / alone - 1) < _DIVIDED for together, alone in self.losses
-        ):
-            return ""
-        return (
-            f"\nThe loss of an example changes with the batch's size: in a batch of {self.size} it is its loss alone, "
-            f"divided by {self.size}. Was it divided by len(batch)? Give the losses as they are: step() divides their "
-            "gradients' sum by the expected batch size."
-        )
-
-
 @dataclass(frozen=True)
 class _Check:
     """One batch and its examples alone, and how they are asked."""
@@ -186,15 +165,16 @@ class _Check:
     loss_fn: LossFunction
     batch: Any
     singles: Sequence[Any] | None
+    like: Rows | None
     samples: int
 
-    def asked(self, mode: str, tolerance: float | None) -> tuple[_Compared, str]:
+    def asked(self, mode: str, tolerance: float | None) -> tuple[Compared, str]:
         """What was compared in the present mode, and in words what could not be."""
         behaviour = behaviour_of(self.model, self.tape, self.loss_fn, self.batch)
         if behaviour is Behaviour.KEEPS:
             # The mates check says so, and refuses it.
             return (
-                _Compared(),
+                Compared(),
                 f"gradients alone and in a batch, in {mode} mode: the same batch gives other losses",
             )
         if behaviour is Behaviour.REPEATS:
@@ -205,7 +185,7 @@ class _Check:
             ):
                 return found, ""
             # Masks that seldom hide anything, and hid nothing when it was first asked.
-        if any(compiled(self.model)):
+        if has_compiled(self.model):
             raise DrawsUnlike(
                 "it is random, and parts of it are compiled, whose draws cannot be told apart by example"
             )
@@ -215,7 +195,17 @@ class _Check:
             )
         return self.compare(mode, random=True), ""
 
-    def compare(self, mode: str, *, random: bool = False) -> _Compared:
+    def rows(self, size: int) -> Rows:
+        """Of the batch."""
+        return rows_of(self.batch, size, singles=self.singles, like=self.like)
+
+    def single(self, sample: int, size: int) -> Any:
+        """The one-example batch of a sample: what was given, or a slice."""
+        if self.singles is not None:
+            return self.singles[sample]
+        return self.rows(size).taken(self.batch, [sample])
+
+    def compare(self, mode: str, *, random: bool = False) -> Compared:
         """Gradients in the batch, as it came and with its rows reversed, with the examples' gradients alone.
 
         random: the model draws, and each example alone is given its own row of the batch's draws.
@@ -239,7 +229,10 @@ class _Check:
         with torch.no_grad():
             norm_sq = total_norm_sq(records, size, losses.device).cpu()
         count = min(self.samples, size if self.singles is None else min(len(self.singles), size))
-        found = _Compared(dtypes=dtypes & _TOLERANCES.keys(), size=size)
+        rows = self.rows(size)
+        guessed = tuple(".".join(map(str, path)) or "the batch" for path in rows.axes) if rows.guessed else ()
+        found = Compared(dtypes=dtypes & _TOLERANCES.keys(), size=size, guessed=guessed)
+        said = "\n" + guess_message(guessed, size) if guessed else ""
         first: dict[str, Tensor] = {}
         for sample in range(count):
             # Alone first: its activations are gone before the private gradient, in float64, takes their place.
@@ -248,7 +241,8 @@ class _Check:
                 same_draws(seed),
                 DrawsOfRow(kept, sample, size) if random else nullcontext(),
             ):
-                alone = self.loss_fn(self.model, _single(self.batch, self.singles, sample, size))
+                with explained(mode, (ALONE[0], ALONE[1] + said)):
+                    alone = self.loss_fn(self.model, self.single(sample, size))
                 expected = _plain_gradient(alone, self.trained)
             found.losses.append((losses[sample].item(), alone.item()))
             private = private_gradient(records, self.trained, sample, size)
@@ -261,7 +255,8 @@ class _Check:
         if not random:  # whose draws would be other rows'
             del records
             with same_draws(seed):
-                losses = self.loss_fn(self.model, _reversed(self.batch, size))
+                with explained(mode, IN_ANOTHER_ORDER):
+                    losses = self.loss_fn(self.model, rows.taken(self.batch, range(size)[::-1]))
                 records = private_backward(self.tape, losses)
             private = private_gradient(records, self.trained, size - 1, size)
             found.differences += _differences(first, private, 0, mode, ", rows reversed")
@@ -290,15 +285,6 @@ def _norm(gradient: Tensor) -> float:
     return float(gradient.double().norm())
 
 
-def _reversed(batch: Any, size: int) -> Any:
-    return with_rows(batch, size, lambda rows: rows.flip(0), lambda texts: list(texts)[::-1])
-
-
-def _single(batch: Any, singles: Sequence[Any] | None, sample: int, size: int) -> Any:
-    """The one-example batch of a sample: what was given, or a slice."""
-    return take_sample(batch, sample, size) if singles is None else singles[sample]
-
-
 def _plain_gradient(losses: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     if losses.shape != (1,):
         raise ValueError(
@@ -312,24 +298,17 @@ def _plain_gradient(losses: Tensor, trained: dict[str, nn.Parameter]) -> dict[st
 
 
 @torch.no_grad()
-def _first_module(
-    model: nn.Module,
-    tape: Tape,
-    loss_fn: LossFunction,
-    batch: Any,
-    singles: Sequence[Any] | None,
-    sample: int,
-) -> str | None:
+def _first_module(check: _Check, sample: int) -> str | None:
     """The first module whose output for a sample is another in its batch: looked for after a gradient differed, since
     all outputs of a large model are more than its activations.
     """
     together: dict[str, Tensor] = {}
     alone: dict[str, Tensor] = {}
-    with tape.paused():
-        with watched(model, together.setdefault):
-            size = len(loss_fn(model, batch))
-        with watched(model, alone.setdefault):
-            loss_fn(model, _single(batch, singles, sample, size))
+    with check.tape.paused():
+        with watched(check.model, together.setdefault):
+            size = len(check.loss_fn(check.model, check.batch))
+        with watched(check.model, alone.setdefault):
+            check.loss_fn(check.model, check.single(sample, size))
     for name, output in together.items():
         single = alone.get(name)
         if single is None or output.dim() == 0 or output.shape[0] != size or single.shape[:1] != (1,):
@@ -342,6 +321,7 @@ def _first_module(
         first, second = row[common].double(), single[common].double()
         scale = float(second.abs().max()) if second.numel() else 0.0
         limit = 10 * _TOLERANCES.get(output.dtype, 2e-3)
-        if second.numel() and not float((first - second).abs().max()) <= limit * max(scale, 1e-6):
+        apart = (first - second).masked_fill(first == second, 0)  # also where both are the same infinity
+        if second.numel() and not float(apart.abs().max()) <= limit * max(scale, 1e-6):
             return name
     return None

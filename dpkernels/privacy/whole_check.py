@@ -12,6 +12,7 @@ from dpkernels.privacy.findings import SelfCheckReport, merged
 from dpkernels.privacy.loader import DPDataLoader
 from dpkernels.privacy.mates import check_mates
 from dpkernels.privacy.probing import LossFunction
+from dpkernels.privacy.rows import Rows
 from dpkernels.privacy.self_check import self_check
 
 
@@ -35,22 +36,24 @@ def whole_check(
         raise TypeError("self_check: singles are a batch's examples alone; give the batch, too")
     asked: list[tuple[Any, Sequence[Any] | None]] = [] if batch is None else [(batch, singles)]
     unchecked: list[str] = []
+    rows: Rows | None = None
     if singles is None:
         own = loader.own_batch(like=batch, examples=samples)
         if isinstance(own, str):
             unchecked.append(own)
         else:
             asked.append((own.batch, own.singles))
+            rows = own.rows
     if not asked:
         raise ValueError(f"self_check cannot ask {unchecked[0]}; give a batch")
     reports = [
-        self_check(model, tape, loss_fn, one, singles=alone, samples=samples, tolerance=tolerance)
+        self_check(model, tape, loss_fn, one, singles=alone, rows=rows, samples=samples, tolerance=tolerance)
         for one, alone in asked
     ]
     with torch.enable_grad(), tape.paused():
         note(loss_fn(model, asked[0][0]))
-    for one, _ in asked:
-        check_mates(model, tape, loss_fn, one, samples=samples)
+    for one, alone in asked:
+        check_mates(model, tape, loss_fn, one, singles=alone, rows=rows, samples=samples)
     report = merged(reports, unchecked)
     if report.unchecked:
         warnings.warn("self_check passed, and could not ask: " + "; ".join(report.unchecked), stacklevel=3)

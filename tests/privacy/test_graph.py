@@ -70,6 +70,17 @@ def test_inputs_that_require_grad_are_no_parameters() -> None:
     run.release((0, 1))
 
 
+def test_trained_tensors_that_are_no_parameters_are_refused_by_shape() -> None:
+    """A temperature or a log-variance with an optimizer of its own."""
+    scale = torch.ones(1, requires_grad=True)
+    run = private_run(loss_fn=lambda model, batch: losses_of(model, batch) * scale)
+    with pytest.raises(RuntimeError, match=r"tensors that require grad \(shapes \(1,\)\).*nn\.Parameter"):
+        run.release((0, 1))
+    assert scale.grad is None
+    scale.requires_grad_(False)
+    run.release((0, 1))
+
+
 def test_a_function_that_keeps_a_name_of_its_own_is_no_trouble() -> None:
     class Named(torch.autograd.Function):
         @staticmethod
@@ -111,6 +122,23 @@ def test_a_scale_that_no_self_check_saw_is_warned_of_once() -> None:
         run.release((0, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        run.release((0, 1))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        torch.clone,
+        lambda losses: losses.view(-1),
+        lambda losses: losses.double() + 0,
+        lambda losses: torch.stack(list(losses)),
+        lambda losses: losses[:, None].expand(-1, 2).sum(1) * 1,
+    ],
+)
+def test_a_scale_is_seen_whatever_follows_it(after: Any) -> None:
+    run = checked_run(lambda model, batch: losses_of(model, batch) * 1)
+    run.loss_fn = lambda model, batch: after(losses_of(model, batch) * 1 / len(batch[0]))
+    with pytest.warns(UserWarning, match=r"losses / len\(batch\)"):
         run.release((0, 1))
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dpkernels.nn import LinearRecord, RowError
 from dpkernels.privacy import SelfCheckError
-from dpkernels.privacy.rows import take_sample
+from dpkernels.privacy.rows import rows_of
 from tests.privacy.private_run import Net, Run, private_run
 
 
@@ -177,9 +177,8 @@ def test_the_check_leaves_no_trace() -> None:
 
 def test_samples_are_taken_from_nested_batches() -> None:
     x = torch.arange(6.0).view(3, 2)
-    taken = take_sample(
-        {"x": x, "pair": (x, "kept"), "texts": ["a", "b", "c"], "scale": torch.ones(())}, 1, 3
-    )
+    batch = {"x": x, "pair": (x, "kept"), "texts": ["a", "b", "c"], "scale": torch.ones(())}
+    taken = rows_of(batch, 3).taken(batch, [1])
     assert taken["x"].tolist() == [[2.0, 3.0]]
     assert taken["pair"][0].tolist() == [[2.0, 3.0]]
     assert taken["pair"][1] == "kept"

@@ -8,7 +8,6 @@ import weakref
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from dpkernels import PrivacyEngine
 from dpkernels.privacy import SelfCheckError, mates, self_check
 from dpkernels.privacy.mates import with_other_mates
 from dpkernels.privacy.probing import private_backward
+from dpkernels.privacy.rows import rows_of
 
 FRAMES, WIDTH = 5, 6
 
@@ -247,9 +247,9 @@ def test_checks_in_several_threads_leave_torchs_functions_as_they_were() -> None
 
 
 def test_a_batch_in_which_nothing_can_be_exchanged_is_refused() -> None:
-    @dataclass
     class Own:
-        x: Tensor
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
 
     with closing(PrivacyEngine()) as engine:
         made(engine, Mixes(0.1))
@@ -293,6 +293,59 @@ def test_a_loss_that_mixes_without_a_gradient_is_found() -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, nn.Tanh())
         with pytest.raises(SelfCheckError, match="the loss changed by"):
+            engine.check_mates(mixing, batch())
+
+
+def test_what_looks_for_equal_examples_is_found() -> None:
+    class Alike(nn.Module):
+        def forward(self, y: Tensor) -> Tensor:
+            alike = (y[:, None] == y[None]).flatten(2).all(-1).sum(1)
+            return y * (1 + 0.1 * alike[:, None, None])
+
+    with closing(PrivacyEngine()) as engine:
+        made(engine, Alike())
+        with pytest.raises(SelfCheckError, match="with other examples beside it"):
+            engine.self_check(losses, batch())
+
+
+def test_a_part_that_is_compiled_is_gone_through() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, y: Tensor) -> Tensor:
+            return self.inner(y).tanh()
+
+    with closing(PrivacyEngine()) as engine:
+        part: Any = torch.compile(Part().requires_grad_(False), backend="eager")
+        made(engine, model=Net(part))
+        engine.self_check(losses, batch())
+
+
+def test_a_loss_that_stays_infinite_is_no_change() -> None:
+    """An impossible target's, of gradient 0: see dpkernels.losses."""
+
+    def impossible(model: nn.Module, x: Tensor) -> Tensor:
+        found = losses(model, x)
+        return torch.where(x[:, 0, 0] > 0, found, torch.full_like(found, torch.inf))
+
+    x = batch()
+    x[:, 0, 0] = torch.tensor([1.0, -1.0, -1.0])
+    with closing(PrivacyEngine()) as engine:
+        made(engine, nn.Tanh())
+        engine.self_check(impossible, x)
+
+
+@pytest.mark.parametrize("then", [0.0, -torch.inf])
+def test_a_loss_that_is_infinite_beside_some_only_is_found(then: float) -> None:
+    def mixing(model: nn.Module, x: Tensor) -> Tensor:
+        found = losses(model, x)
+        return found + (torch.inf if torch.equal(x, batch()) else then)
+
+    with closing(PrivacyEngine()) as engine:
+        made(engine, nn.Tanh())
+        with pytest.raises(SelfCheckError, match="the loss changed by inf"):
             engine.check_mates(mixing, batch())
 
 
@@ -344,7 +397,8 @@ def test_the_others_move_and_are_halved_whatever_the_batch_is_made_of() -> None:
         "texts": ["a", "b", "c"],
         "whole": torch.ones(2),
     }
-    found = with_other_mates(given, 1, 3)
+    rows = rows_of(given, 3)
+    found = with_other_mates(given, 1, rows)
     assert found["x"][1] == 2
     assert found["x"][0] in (3, 1.5)
     assert found["x"][2] in (1, 0.5)
@@ -353,8 +407,8 @@ def test_the_others_move_and_are_halved_whatever_the_batch_is_made_of() -> None:
     assert found["pair"].y == 4
     assert found["texts"] == ["c", "b", "a"]
     assert found["whole"].tolist() == [1, 1]
-    wide = with_other_mates(torch.ones(2, 100), 0, 2)
+    wide = with_other_mates(torch.ones(2, 100), 0, rows_of(torch.ones(2, 100), 2))
     assert set(wide[1].tolist()) == {0.5, 1.0}
     assert wide[0].tolist() == [1] * 100
-    assert with_other_mates(given, 1, 3, copy=0)["texts"] == ["b", "b", "a"]
+    assert with_other_mates(given, 1, rows, copy=0)["texts"] == ["b", "b", "a"]
     assert x.tolist() == [[1], [2], [3]]

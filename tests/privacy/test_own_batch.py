@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine
 from dpkernels.privacy import SelfCheckError
+from dpkernels.privacy.own_batch import own_batch
 
 WIDTH, CLASSES = 6, 3
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -136,7 +138,7 @@ def test_a_batch_of_another_form_than_the_loaders_says_what_was_not_asked() -> N
     with closing(PrivacyEngine()) as engine:
         private(engine, Classifier(masked=False))
         x, lengths, labels = given_batch()
-        with pytest.warns(UserWarning, match="could not ask: what padding does: .* of another form"):
+        with pytest.warns(UserWarning, match="could not ask: .*what padding does: .* of another form"):
             report = engine.self_check(
                 lambda model, batch: losses(model, (batch["x"], batch["lengths"], batch["labels"])),
                 {"x": x, "lengths": lengths, "labels": labels},
@@ -256,6 +258,14 @@ def test_a_model_that_draws_and_leaks_is_found(model: nn.Module) -> None:
         (lambda h: torch.from_numpy(np.random.rand(*h.shape)).float(), "Python's or numpy's generator"),
         (lambda h: torch.bernoulli(torch.sigmoid(h)), r"by the values of a tensor \(bernoulli\)"),
         (lambda h: torch.randn(h.numel()).view_as(h), r"it draws \(\d+,\) for a batch of 3 and"),
+        (
+            lambda h: torch.tensor([float(torch.rand(())) for _ in h])[:, None, None],
+            "it draws 2 times more for a batch of 3 than for an example alone",
+        ),
+        (
+            lambda h: torch.randint(h.shape[1], (len(h),))[:, None, None] / 9,
+            r"whole numbers within \[\d\]",
+        ),
     ],
 )
 def test_draws_that_cannot_be_told_apart_are_said(draw: Callable[[Tensor], Tensor], said: str) -> None:
@@ -272,8 +282,194 @@ def test_draws_that_cannot_be_told_apart_are_said(draw: Callable[[Tensor], Tenso
     assert report.modes == set()
 
 
+@pytest.mark.parametrize(
+    "places", [torch.randperm, lambda n: torch.randint(n, (n,))], ids=["order", "partners"]
+)
+def test_mixup_is_named(places: Callable[[int], Tensor]) -> None:
+    class Mixup(Classifier):
+        def mixed(self, h: Tensor, mask: Tensor) -> Tensor:
+            return 0.5 * h + 0.5 * h[places(len(h))]
+
+    with closing(PrivacyEngine()) as engine:
+        private(engine, Mixup())
+        with pytest.raises(SelfCheckError, match=r"whole numbers below the number of examples .*mixup"):
+            engine.self_check(losses)
+
+
+# --- which parts of a batch are the examples'
+
+
+@dataclass
+class Clips:
+    x: Tensor
+    names: list[str]
+    weights: Tensor
+    labels: Tensor
+
+
+Made = tuple[Callable[[list[Any]], Any], Callable[[nn.Module, Any], Tensor]]
+
+
+def weighted() -> Made:
+    """With as many weights of classes as there are examples."""
+
+    def made(items: list[Any]) -> Any:
+        x, lengths, labels = collate(items)
+        return {"x": x, "n": lengths, "weights": torch.tensor([1.0, 2.0, 3.0]), "y": [labels, len(items)]}
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch["x"], batch["n"])
+        return nn.functional.cross_entropy(logits, batch["y"][0], batch["weights"], reduction="none")
+
+    return made, loss_fn
+
+
+def of_a_dataclass() -> Made:
+    def made(items: list[Any]) -> Any:
+        x, lengths, labels = collate(items)
+        return Clips(x, [str(length) for length in lengths.tolist()], torch.tensor([1.0, 2.0, 3.0]), labels)
+
+    def loss_fn(model: nn.Module, batch: Clips) -> Tensor:
+        logits = model(batch.x, torch.tensor([int(name) for name in batch.names]))
+        return nn.functional.cross_entropy(logits, batch.labels, batch.weights, reduction="none")
+
+    return made, loss_fn
+
+
+def lists_of_tensors() -> Made:
+    def made(items: list[Any]) -> Any:
+        return tuple(zip(*items, strict=True))
+
+    return made, lambda model, batch: losses(model, collate(list(zip(*batch, strict=True))))
+
+
+def time_first() -> Made:
+    def made(items: list[Any]) -> Any:
+        x, lengths, labels = collate(items)
+        return x.transpose(0, 1).contiguous(), lengths, labels
+
+    return made, lambda model, batch: losses(model, (batch[0].transpose(0, 1), *batch[1:]))
+
+
+@pytest.mark.parametrize("made", [weighted, of_a_dataclass, lists_of_tensors, time_first])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("given", [None, 3], ids=["its own", "given"])
+def test_whatever_the_batch_is_made_of(made: Callable[[], Made], masked: bool, given: int | None) -> None:
+    """Also where another dimension is the number of examples; and what depends on padding is found through it."""
+    data, (collate_fn, loss_fn) = Sentences([2, 3, 3, 3]), made()
+    batch = None if given is None else collate_fn([data[index] for index in range(given)])
+    with closing(PrivacyEngine()) as engine, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        private(engine, Classifier(masked=masked), data, collate_fn)
+        if masked:
+            assert not engine.self_check(loss_fn, batch).unchecked
+            return
+        with pytest.raises(SelfCheckError, match="padding that is not masked"):
+            engine.self_check(loss_fn, batch)
+
+
+def test_rows_that_were_guessed_are_said() -> None:
+    """The loader's batches are of another form: nothing but their size tells the weights of classes from rows."""
+    made, loss_fn = weighted()
+    data = Sentences()
+    for size, passes in ((3, False), (4, True)):
+        batch = made([data[index] for index in range(size)])
+        with closing(PrivacyEngine()) as engine:
+            private(engine, Classifier())
+            if passes:
+                with pytest.warns(
+                    UserWarning, match=r"which parts .*: That x, n, y\.0 are the examples' was taken"
+                ):
+                    engine.self_check(loss_fn, batch)
+            else:
+                with pytest.raises(
+                    SelfCheckError,
+                    match=r"(?s)alone loss_fn raised.*That x, n, weights, y\.0 are the examples'",
+                ):
+                    engine.self_check(loss_fn, batch)
+
+
+# --- what sorts
+
+
+def sorting(items: list[tuple[Tensor, int]]) -> Batch:
+    return collate(sorted(items, key=lambda item: -len(item[0])))
+
+
+def left_padded(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    x, lengths, labels = collate(items)
+    rows = [row.roll(x.shape[1] - int(length), 0) for row, length in zip(x, lengths, strict=True)]
+    return torch.stack(rows), lengths, labels
+
+
+def unlike_in_a_batch(items: list[tuple[Tensor, int]]) -> Batch:
+    """An example alone is not found in its row; the rows are in the order of the items."""
+    x, lengths, labels = collate(items)
+    return x + len(items), lengths, labels
+
+
+def sorted_and_unlike(items: list[tuple[Tensor, int]]) -> Batch:
+    x, lengths, labels = sorting(items)
+    return x + len(items), lengths, labels
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_collate_fn_that_sorts_is_no_matter(masked: bool) -> None:
+    with closing(PrivacyEngine()) as engine:
+        private(engine, Classifier(masked=masked), collate_fn=sorting)
+        if masked:
+            assert not engine.self_check(losses).unchecked
+            return
+        with pytest.raises(SelfCheckError, match="padding that is not masked"):
+            engine.self_check(losses)
+
+
+@pytest.mark.parametrize("collate_fn", [collate, sorting, left_padded, unlike_in_a_batch])
+def test_examples_stand_in_the_order_of_their_rows(collate_fn: Any) -> None:
+    made = own_batch(Sentences(), collate_fn)
+    assert not isinstance(made, str)
+    assert [int(lengths) for _, lengths, _ in made.singles] == made.batch[1].tolist()
+
+
+def test_rows_that_cannot_be_matched_are_said() -> None:
+    with closing(PrivacyEngine()) as engine:
+        private(engine, Classifier(), collate_fn=sorted_and_unlike)
+        with pytest.warns(UserWarning, match="which row of the batch .*does it sort"):
+            engine.self_check(losses, given_batch())
+
+
+def test_a_model_that_takes_sorted_rows_only_is_told_so() -> None:
+    class Packs(Classifier):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            found: Tensor = super().forward(x, lengths)
+            return found
+
+    with closing(PrivacyEngine()) as engine:
+        model = private(engine, Packs(), collate_fn=sorting)
+        said = r"takes rows in one order only.*enforce_sorted=False"
+        with pytest.raises(SelfCheckError, match=said):
+            engine.self_check(losses)
+        assert model.training
+        with pytest.raises(SelfCheckError, match=said):
+            engine.check_mates(losses, sorting([Sentences()[index] for index in range(3)]))
+
+
 def test_one_example_a_micro_batch_needs_no_padding() -> None:
     with closing(PrivacyEngine()) as engine:
         private(engine, Classifier(), TensorDataset(*given_batch()), None, physical_batch_size=1)
         with pytest.warns(UserWarning, match="a micro-batch holds one example"):
             engine.self_check(losses, given_batch())
+
+
+def test_statistics_that_one_example_has_not_are_named() -> None:
+    class Normed(Classifier):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return nn.functional.batch_norm(super().forward(x, lengths), None, None, training=True)
+
+    with closing(PrivacyEngine()) as engine:
+        private(engine, Normed())
+        with pytest.raises(
+            SelfCheckError, match=r"(?s)for an example alone loss_fn raised.*Statistics over the"
+        ):
+            engine.self_check(losses)

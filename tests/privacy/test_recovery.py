@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,11 +188,18 @@ def test_nothing_is_counted_by_a_failure() -> None:
     assert run.engine.steps == 0
 
 
+# Always another attempt: what the batch itself would refuse to give again is not asked here.
+ANYTHING = itertools.count().__next__
+
+
 def check_spoiled_batch_is_done_again(strategy: str, point: str) -> None:
     run = private_run(sigma=0, strategy=strategy)
     run.optimizer.begin_logical_batch(7)
     batch = LogicalBatch(
-        [[0, 1], [2, 3, 4, 5, 6]], iter([run.data[[0, 1]], run.data[[2, 3, 4, 5, 6]]]).__next__, _read(run)
+        [[0, 1], [2, 3, 4, 5, 6]],
+        iter([run.data[[0, 1]], run.data[[2, 3, 4, 5, 6]]]).__next__,
+        _read(run),
+        ANYTHING,
     )
     with short_of_memory(point):
         back_propagate(run.optimizer, batch, lambda b: run.loss_fn(run.model, b), say=lambda _: None)
@@ -238,7 +246,7 @@ def test_planted_restart_without_dropping_is_refused(monkeypatch: pytest.MonkeyP
     run = private_run(strategy="per_layer")
     run.optimizer.begin_logical_batch(7)
     batches = iter([run.data[[0, 1]], run.data[[2, 3, 4, 5, 6]]])
-    batch = LogicalBatch([[0, 1], [2, 3, 4, 5, 6]], batches.__next__, _read(run))
+    batch = LogicalBatch([[0, 1], [2, 3, 4, 5, 6]], batches.__next__, _read(run), ANYTHING)
     with short_of_memory("backward"), pytest.raises(RuntimeError, match="more examples"):
         back_propagate(run.optimizer, batch, lambda b: run.loss_fn(run.model, b), say=lambda _: None)
 
@@ -285,3 +293,21 @@ def test_only_sampled_examples_can_be_read_again() -> None:
             logical.collate([*inside, outside])
         with pytest.raises(ValueError, match="given twice"):
             logical.collate([*inside, inside[0]])
+
+
+@pytest.mark.parametrize("first", ["collate", "iterating"])
+def test_no_example_is_given_twice_before_another_attempt(first: str) -> None:
+    run = private_run(physical_batch_size=2)
+    logical = next(iter(run.loader))
+    part = logical.parts[0]
+    batch = logical.collate(part) if first == "collate" else next(iter(logical))
+    run.optimizer.backward(run.loss_fn(run.model, batch))
+    for again in (part, part[:1], [*logical.parts[1], part[0]]):
+        with pytest.raises(ValueError, match=rf"{part[0]}.*were given already.*recover\(\)"):
+            logical.collate(again)
+    run.optimizer.recover()
+    logical.collate(part)
+    run.optimizer.zero_grad()
+    for part in logical.parts:
+        run.optimizer.backward(run.loss_fn(run.model, logical.collate(part)))
+    run.optimizer.step()

@@ -100,6 +100,37 @@ def test_a_seed_that_is_put_back_is_no_other_seed() -> None:
         do(run, next(iter(run.loader)))
 
 
+def test_a_seed_that_is_put_back_after_the_forward_is_refused_once() -> None:
+    """The masks of this forward are known; those of the next one are not."""
+    run = private_run(physical_batch_size=40)
+    logical = next(iter(run.loader))
+    (part,) = logical.parts
+    batch = next(iter(logical))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        losses = run.loss_fn(run.model, batch)
+    with pytest.raises(RuntimeError, match=r"within a logical batch.*torch\.random\.fork_rng"):
+        run.optimizer.backward(losses)
+    run.optimizer.zero_grad()
+    run.optimizer.backward(run.loss_fn(run.model, logical.collate(part)))
+    run.optimizer.step()
+
+
+def test_forwards_that_are_not_trained_on_may_be_seeded() -> None:
+    run = private_run(physical_batch_size=40)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        run.loss_fn(run.model, run.data[[0, 1]])  # before the batch
+    logical = next(iter(run.loader))
+    (part,) = logical.parts
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        run.loss_fn(run.model, run.data[[0, 1]])
+    run.engine.self_check(run.loss_fn)  # under seeds of its own
+    run.optimizer.backward(run.loss_fn(run.model, logical.collate(part)))
+    run.optimizer.step()
+
+
 def test_generators_of_every_gpu_are_looked_at() -> None:
     seeds = SecretSeeds()
     kept, other = Mock(), Mock()
