@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from dpkernels.nn.batch_axis import batch_size_of
+from dpkernels.nn.batch_axis import batch_size_of, has_values, tensors_in
 from dpkernels.nn.batch_norm import FrozenBatchNorm
 from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.expanded import ExpandingModule, expanding_class, expansion_refusal
@@ -75,7 +75,13 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
         tape.enter_forward(size)
         if tape.before_forward is not None:
             tape.before_forward()
-        if size and tape.needs_to_ask and torch.is_grad_enabled() and tape.recording:
+        if (
+            size
+            and _can_be_asked(args, kwargs)
+            and tape.needs_to_ask
+            and torch.is_grad_enabled()
+            and tape.recording
+        ):
             tape.ask(model, args, kwargs, size)
             if tape.after_forward is not None and tape.before_forward is not None:
                 tape.after_forward()  # these forwards are watched as any other
@@ -94,6 +100,11 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
     )
     model.__dict__["__reduce_ex__"] = partial(reduce_root, model)  # copies are without these hooks
     return tape
+
+
+def _can_be_asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the inputs have values: those with which memory is planned have none."""
+    return all(has_values(tensor) for _, tensor in tensors_in((args, kwargs)))
 
 
 def detach(model: nn.Module) -> None:

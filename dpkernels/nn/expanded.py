@@ -123,9 +123,8 @@ class SharedParameters(Mapping[str, SharedTensor]):
         if name not in self._made:
             parameter, full = self._parameters[name], f"{self._label}.{name}"
             self._tape.note_use((parameter,))
-            with (
-                torch.enable_grad()
-            ):  # the first read may be under no_grad; the next one's gradient must not be lost
+            # The first read may be under no_grad: the next one's gradient must not be lost.
+            with torch.enable_grad():
                 rows = _Expand.apply(parameter, self._size, self._tape, full)
             self._made[name] = SharedTensor(rows, full, self._tape.axes)
         return self._made[name]

@@ -74,9 +74,7 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves, spec = tree_flatten((args, kwargs))
     shared = [leaf for leaf in leaves if isinstance(leaf, Shared)]
     if not shared:
-        raise NotImplementedError(
-            f"{func}: a tensor that examples share, within an argument that is not looked into"
-        )
+        raise NotImplementedError(f"{func}: a tensor that examples share is hidden within an argument")
     first = shared[0]
     n = len(first.rows)
     name = getattr(func, "__name__", str(func))

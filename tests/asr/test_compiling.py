@@ -140,7 +140,8 @@ def test_clipped_sums_are_those_of_uncompiled_blocks(strategy: str) -> None:
         distance(sums(model, squares, batches(), strategy), sums(Net(), squares, batches(), strategy)) < 1e-6
     )
     assert len(graphs) == 2  # a single example has one of its own; another length has not
-    assert runs == [0, 0, 1]
+    assert runs[-1] == 1  # those before it ask for batch axes
+    assert set(runs[:-1]) == {0}
 
 
 def test_with_inductor() -> None:

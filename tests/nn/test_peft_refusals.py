@@ -29,10 +29,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "LoHa": (lambda: peft.LoHaConfig(target_modules=["first"], r=2), "loha.*whole weight matrix"),
     "LoKr": (lambda: peft.LoKrConfig(target_modules=["first"], r=2), "lokr.*whole weight matrix"),
     "HRA": (lambda: peft.HRAConfig(target_modules=["first"], r=2), "hra.*whole weight matrix"),
-    "BOFT": (
-        lambda: peft.BOFTConfig(target_modules=["first"], boft_block_size=2),
-        "boft.*whole weight matrix",
-    ),
     "Poly": (lambda: peft.PolyConfig(target_modules=["first"], r=2, n_skills=2, n_tasks=2), "poly.*router"),
     "FourierFT": (
         lambda: peft.FourierFTConfig(target_modules=["first"], n_frequency=5),

@@ -23,6 +23,7 @@ from dpkernels.privacy import noise as noise_module
 from dpkernels.privacy import optimizer as optimizer_module
 from dpkernels.privacy.noise import PURPOSE_INCLUSION, PURPOSE_NOISE, SecretStream, grid_of, nonce
 from dpkernels.privacy.optimizer import DPOptimizer
+from dpkernels.privacy.randomness import SecretSeeds
 from dpkernels.privacy.sweep import Release
 from tests.privacy.private_run import KEY, Run, losses_of, private_run, train
 
@@ -310,6 +311,8 @@ def test_planted_noise_of_torchs_generator_is_caught(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         SecretStream, "normal", lambda self, shape, **_: torch.randn(shape, dtype=torch.float64)
     )
+    monkeypatch.setattr(SecretSeeds, "renew", lambda self: None)  # each batch is seeded anew
+    monkeypatch.setattr(SecretSeeds, "replaced", lambda self: [])
     with pytest.raises(AssertionError, match="fixes the noise"):
         check_seeds_touch_nothing(apart=True)
 
@@ -321,6 +324,8 @@ def test_planted_sampling_by_a_seeded_generator_is_caught(
     monkeypatch.setattr(
         SecretStream, "words", lambda self, count, **_: np.frombuffer(source(8 * count), dtype=np.uint64)
     )
+    monkeypatch.setattr(SecretSeeds, "renew", lambda self: None)  # each batch is seeded anew
+    monkeypatch.setattr(SecretSeeds, "replaced", lambda self: [])
     with pytest.raises(AssertionError, match="fixes who is sampled"):
         check_seeds_touch_nothing(apart=False)
 
