@@ -68,7 +68,8 @@ class RowCheck:
         scheduled = not self._backwards & (self._backwards - 1) or self._stepped
         self._stepped = False
         unseen = any(parameter not in self.seen for parameter in self._tape.used())
-        return len(losses) > 1 and (scheduled or unseen or self._tape.axes.assumed)
+        planned = not has_values(losses)  # memory is, of a backward that is checked
+        return len(losses) > 1 and (scheduled or unseen or planned or self._tape.axes.assumed)
 
     @contextmanager
     def checking(self, losses: Tensor) -> Iterator[None]:

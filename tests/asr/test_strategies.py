@@ -148,7 +148,7 @@ def test_checkpointing_saves_memory_only_where_records_are_streamed(
         assert saved[strategy] < 0.7 * plain[strategy]
         assert saved[strategy] < 0.75 * saved["bookkeeping"]
     if kind == "full":  # what was recomputed is kept
-        assert saved["bookkeeping"] > 0.9 * plain["bookkeeping"]
+        assert saved["bookkeeping"] > 0.8 * plain["bookkeeping"]
 
 
 # --- training that runs out of memory
