@@ -177,6 +177,10 @@ class RunFolder:
                 "Resume it with the values it had, or give another --output."
             )
 
+    def note_test_data(self, shares_training: bool) -> None:
+        """Keep whether test recordings are training recordings too in not_private/test_data.json."""
+        write_json(self.not_private / "test_data.json", {"shares_training": shares_training})
+
     def note_data(self, corpus: Corpus, *, resuming: bool) -> str:
         """Keep the figures of the training data, and their fingerprint under this run's own key.
 

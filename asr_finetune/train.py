@@ -175,7 +175,11 @@ def train(
         if resuming:
             _restore(run)
         run_steps(run)
-        data = {**record.data_record(config, corpus, fingerprint), "test_shares_training": shares_training}
+        data = record.data_record(config, corpus, fingerprint)
+        if config.privacy.enabled:  # exact, and of who is in the data: not for others
+            folder.note_test_data(shares_training)
+        else:
+            data["test_shares_training"] = shares_training
         return _finish(run, session, data, tests, {"before": before, "non_private": non_private})
 
 

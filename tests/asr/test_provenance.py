@@ -128,9 +128,12 @@ def test_test_data_that_is_training_data_is_said(
         train(config(folder, data__test=str(folder / "tones.jsonl"), data__test_split=split))
     assert ("4 of 8 test recordings are training recordings too" in capsys.readouterr().out) is shared
     data = json.loads((folder / "run" / "run.json").read_text())["data"]
-    assert data["test_shares_training"] is shared
+    assert "test_shares_training" not in data  # it would tell who is in the data
+    kept = json.loads((folder / "run" / "not_private" / "test_data.json").read_text())
+    assert kept == {"shares_training": shared}
     page = write_report(folder / "run", folder / "r.html").read_text()
-    assert ("The test data holds training recordings." in page) is shared
+    assert "The test data holds training recordings." not in page
+    assert "the trainer has it in not_private/test_data.json" in page
     assert (data["test"], data["test_split"]) == ("tones.jsonl", split)  # without this machine's folders
 
 
