@@ -177,8 +177,8 @@ class RunFolder:
                 "Resume it with the values it had, or give another --output."
             )
 
-    def note_test_data(self, shares_training: bool) -> None:
-        """Keep whether test recordings are training recordings too in not_private/test_data.json."""
+    def note_test_data(self, shares_training: bool | None) -> None:
+        """Keep whether test recordings are training recordings too (None: there are none) in not_private/test_data.json."""
         write_json(self.not_private / "test_data.json", {"shares_training": shares_training})
 
     def note_data(self, corpus: Corpus, *, resuming: bool) -> str:
