@@ -178,7 +178,7 @@ class RunFolder:
             )
 
     def note_test_data(self, shares_training: bool | None) -> None:
-        """Keep whether test recordings are training recordings too (None: there are none) in not_private/test_data.json."""
+        """Keep whether test recordings are training ones (None: there are none) in not_private/test_data.json."""
         write_json(self.not_private / "test_data.json", {"shares_training": shares_training})
 
     def note_data(self, corpus: Corpus, *, resuming: bool) -> str:
