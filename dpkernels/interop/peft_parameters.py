@@ -56,14 +56,14 @@ class SharingModule(GhostModule):
             return
         tape, label = self.ghost_tape, self.ghost_label()
         assert tape is not None
-        if tape.forward_batch_size is None:
+        if tape.examples is None:
             raise RuntimeError(
                 f"{label}: the model's forward got no tensor, so the batch size is not known and the per-sample "
                 "gradients of its trained parameters cannot be kept; call the model itself, with a tensor whose first "
                 "dimension is the batch, or freeze them"
             )
         before = self._ghost_substitutes
-        self._ghost_substitutes = SharedParameters(trained, label, tape.forward_batch_size, tape)
+        self._ghost_substitutes = SharedParameters(trained, label, tape.examples, tape)
         try:
             yield
         finally:
