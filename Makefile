@@ -73,7 +73,7 @@ bench: $(STAMP)
 
 # A GPU machine has its own torch and no package registry, so this does not go through the set-up above.
 gpu:
-	WHEELS='$(WHEELS)' OUT='$(OUT)' $(PYTHON) -m bench.gpu $(PARTS)
+	WHEELS='$(WHEELS)' OUT='$(OUT)' $(PYTHON) -m bench.gpu.run $(PARTS)
 
 # --no-deps: torch and triton stay what the GPU machine has.
 wheels: | $(VENV)/bin/python

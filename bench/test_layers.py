@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cases import CASES
+from bench.cases.models import CASES
 from bench.contenders import (
     NON_PRIVATE,
     OPACUS_GHOST,
@@ -16,7 +16,7 @@ from bench.contenders import (
     Settings,
     ours,
 )
-from bench.session import Bench
+from bench.harness.session import Bench
 
 SETTINGS = Settings(noise=0.0, optimizer="sgd")
 

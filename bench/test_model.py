@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cases import CASES, Case
-from bench.checker import check
+from bench.cases.models import CASES, Case
 from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours, registry
-from bench.session import Bench
+from bench.harness.checker import check
+from bench.harness.session import Bench
 
 CASE = CASES["parakeet-600m-lora"]
 MIXED = CASES["parakeet-600m-lora-mixed"]

@@ -141,7 +141,7 @@ def test_no_circle_hides_in_functions() -> None:
     What only types need is left out: an annotation runs nothing.
     """
     mine = {module: path.read_text() for module, path in modules() if package_of(module) == "asr_finetune"}
-    assert {"asr_finetune.cli", "asr_finetune.sources"} < set(mine)
+    assert {"asr_finetune.cli", "asr_finetune.data.sources"} < set(mine)
     assert not circle(mine), " -> ".join(circle(mine))
 
 
@@ -176,18 +176,18 @@ def test_there_is_something_to_check() -> None:
         ("dpkernels.backends.torch_ops", "from dpkernels import reference"),
         ("dpkernels.backends.torch_ops", "def f():\n    from ..ops import linear"),
         ("dpkernels.backends.registry", "import importlib\nimportlib.import_module('dpkernels.reference')"),
-        ("dpkernels.ops.linear", "import dpkernels.nn.linear"),
-        ("dpkernels.nn.linear", "from dpkernels.backends import native"),
+        ("dpkernels.ops.linear", "import dpkernels.nn.layers.linear"),
+        ("dpkernels.nn.layers.linear", "from dpkernels.backends import native"),
         ("dpkernels.privacy.engine", "import transformers"),
         ("dpkernels.privacy.engine", "from dpkernels import swap"),
         ("dpkernels.privacy.engine", "import opacus"),
         ("dpkernels.opacus", "from opacus.grad_sample import register_norm_sampler"),
         ("dpkernels.opacus", "from dpkernels.nn import GhostLinear"),
-        ("asr_finetune.train", "import opacus"),
+        ("asr_finetune.training.run", "import opacus"),
         ("dpkernels.interop.peft", "from dpkernels.privacy import engine"),
-        ("asr_finetune.train", "from dpkernels.privacy.engine import PrivacyEngine"),
-        ("asr_finetune.train", "from dpkernels.nn.linear import GhostLinear"),
-        ("dpkernels.nn.linear", "import tests"),
+        ("asr_finetune.training.run", "from dpkernels.privacy.engine import PrivacyEngine"),
+        ("asr_finetune.training.run", "from dpkernels.nn.layers.linear import GhostLinear"),
+        ("dpkernels.nn.layers.linear", "import tests"),
     ],
 )
 def test_catches_an_import_the_wrong_way(module: str, source: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Batch, Case, trained
+from bench.cases.models import Batch, Case, trained
 from dpkernels.privacy.keywords import STRATEGIES
 
 TIMED_STRATEGIES = tuple(name for name in STRATEGIES if name != "per_layer")

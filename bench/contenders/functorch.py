@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from bench.cases import Batch, Case
+from bench.cases.models import Batch, Case
 from bench.contenders import CannotRun, Contender, Settings
 
 

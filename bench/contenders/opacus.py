@@ -18,7 +18,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bench.cases import Batch, Case, Criterion, OneAttention, forward
+from bench.cases.models import Batch, Case, Criterion, OneAttention, forward
 from bench.contenders import CannotRun, Contender, Settings
 from bench.contenders.rows import Rows
 

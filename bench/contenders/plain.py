@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 import dpkernels
-from bench.cases import Batch, Case, forward
+from bench.cases.models import Batch, Case, forward
 from bench.contenders import Contender, Settings
 
 

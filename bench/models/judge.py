@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 import dpkernels
 from bench.models.entry import Batch, Entry, randomise, targets_of, without_dropout
 from dpkernels.nn import RowCheck, attach, detach, freeze_batch_norm, swap
-from dpkernels.nn.swapping import has_twin, load_library_rules
+from dpkernels.nn.convert.swapping import has_twin, load_library_rules
 
 TOLERANCE = 1e-9
 LOOSE_NORM = 5e-3

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.conv import weight_record, zero_padding
-from dpkernels.nn.module import accumulation_dtype, as_tokens, no_autocast
+from dpkernels.nn.layers.conv import weight_record, zero_padding
+from dpkernels.nn.recording.module import accumulation_dtype, as_tokens, no_autocast
 
 logger = logging.getLogger("dpkernels")
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dpkernels.nn import attach, detach
-from dpkernels.privacy import accounting
-from dpkernels.privacy.accounting import Mechanism, check_accountant
-from dpkernels.privacy.budget import Budget
-from dpkernels.privacy.checks import check_single_process
-from dpkernels.privacy.findings import SelfCheckReport
+from dpkernels.privacy.accounting import accountant as accounting
+from dpkernels.privacy.accounting.accountant import Mechanism, check_accountant
+from dpkernels.privacy.accounting.budget import Budget
+from dpkernels.privacy.guards.preconditions import check_single_process
 from dpkernels.privacy.keywords import (
     STRATEGIES,
     AccountantName,
@@ -23,15 +22,16 @@ from dpkernels.privacy.keywords import (
     check_opacus_keywords,
     check_strategy,
 )
-from dpkernels.privacy.loader import DPDataLoader
-from dpkernels.privacy.mates import check_mates
-from dpkernels.privacy.noise import SecretStream
-from dpkernels.privacy.optimizer import DPOptimizer
-from dpkernels.privacy.plan import Sampling, plan_sampling, sampler_of
-from dpkernels.privacy.randomness import SecretSeeds
+from dpkernels.privacy.rng.model_draws import SecretSeeds
+from dpkernels.privacy.rng.streams import SecretStream
+from dpkernels.privacy.sampling.loader import DPDataLoader
+from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
+from dpkernels.privacy.self_check.batch_independence import check_mates
+from dpkernels.privacy.self_check.findings import SelfCheckReport
+from dpkernels.privacy.self_check.whole import whole_check
 from dpkernels.privacy.setup import Setup, checked, run_settings
-from dpkernels.privacy.strategies import strategy_of
-from dpkernels.privacy.whole_check import whole_check
+from dpkernels.privacy.step.optimizer import DPOptimizer
+from dpkernels.privacy.step.strategies import strategy_of
 
 logger = logging.getLogger("dpkernels")
 
@@ -407,7 +407,7 @@ class PrivacyEngine:
             singles: one-example batches of the batch's first examples, each collated alone; then nothing else is
                 collated.
             samples: how many examples to compare.
-            tolerance: as of `dpkernels.privacy.self_check.self_check`.
+            tolerance: as of `dpkernels.privacy.self_check.check.self_check`.
 
         Spends nothing and releases nothing; its numbers are NOT PRIVATE. Warns, and says in the report's `unchecked`,
         what could not be asked.
@@ -440,7 +440,7 @@ class PrivacyEngine:
         """Check that an example adds the same beside other examples, in the arithmetic that `loss_fn` computes in.
 
         `self_check` asks it too; alone it serves where that is done in float32 and training is not. Arguments as of
-        `dpkernels.privacy.mates.check_mates`. Spends nothing and releases nothing. Raises SelfCheckError.
+        `dpkernels.privacy.self_check.batch_independence.check_mates`. Spends nothing and releases nothing. Raises SelfCheckError.
         """
         self._made()
         assert self._module is not None

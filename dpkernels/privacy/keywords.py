@@ -4,7 +4,7 @@ elsewhere."""
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from dpkernels.privacy.clipping import check_norm, several
+from dpkernels.privacy.step.clipping import check_norm, several
 
 STRATEGIES = {
     "bookkeeping": "keeps x and g of every trained layer until the norms are known",

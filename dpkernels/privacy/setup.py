@@ -12,10 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpkernels.nn import swap
-from dpkernels.privacy.accounting import Mechanism, check_accountant, check_delta
-from dpkernels.privacy.checks import check_coverage, check_module, check_optimizer, trained_parameters
-from dpkernels.privacy.clipping import LayerNorms, batch_bound, layer_norms, sensitivity
-from dpkernels.privacy.plan import Sampling, plan_sampling, speaker_ids
+from dpkernels.privacy.accounting.accountant import Mechanism, check_accountant, check_delta
+from dpkernels.privacy.guards.preconditions import (
+    check_coverage,
+    check_module,
+    check_optimizer,
+    trained_parameters,
+)
+from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, speaker_ids
+from dpkernels.privacy.step.clipping import LayerNorms, batch_bound, layer_norms, sensitivity
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import session
-from bench.cases import CASES, Case, trained, twin
-from bench.checker import CANNOT, OK, WRONG, check, norm, one_by_one, relative_error, total
+from bench.cases.models import CASES, Case, trained, twin
 from bench.contenders import NON_PRIVATE, CannotRun, registry
 from bench.contenders.functorch import PerSample
 from bench.contenders.plain import NonPrivate
-from bench.session import Bench
+from bench.harness import session
+from bench.harness.checker import CANNOT, OK, WRONG, check, norm, one_by_one, relative_error, total
+from bench.harness.session import Bench
 
 CASE = CASES["tiny-lora"]
 

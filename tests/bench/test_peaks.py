@@ -1,4 +1,4 @@
-"""`python -m bench.peaks`, on the CPU: a rehearsal predicts the live bytes of the same steps with real tensors."""
+"""`python -m bench.asr.peaks`, on the CPU: a rehearsal predicts the live bytes of the same steps with real tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import peaks
+from bench.asr import peaks
 
 FEW = ["--device", "cpu", "--frames", "32", "--sizes", "2", "3"]
 

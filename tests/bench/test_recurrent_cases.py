@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench.cases import CASES, trained
-from bench.checker import OK, WRONG, check
+from bench.cases.models import CASES, trained
 from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, opacus, ours, registry
+from bench.harness.checker import OK, WRONG, check
 
 NAMES = (NON_PRIVATE, ours(), OPACUS_HOOKS, OPACUS_GHOST)
 

@@ -1,4 +1,4 @@
-"""bench.strategies, on the smallest step, and its table."""
+"""bench.asr.strategies, on the smallest step, and its table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import kernel_report, strategies
+from bench.asr import strategies
+from bench.reports import kernel as kernel_report
 
 
 def test_each_way_is_timed_and_recomputing_holds_less(

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpkernels.nn import RowError, batch_axis, detach, leaf_calls, row_check
+from dpkernels.nn import RowError, detach
+from dpkernels.nn.batch import batch_axis
+from dpkernels.nn.layers import leaf_calls
+from dpkernels.nn.recording import row_check
 from dpkernels.privacy import SelfCheckError
 from tests.nn import zoo
 from tests.privacy.private_run import Run, norm_of, private_run

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkernels
 from dpkernels.nn import LinearRecord, RowError
 from dpkernels.privacy import LedgerError, PrivacyEngine
-from dpkernels.privacy import budget as budget_module
 from dpkernels.privacy import engine as engine_module
-from dpkernels.privacy import ledger as ledger_module
-from dpkernels.privacy import strategies as strategies_module
-from dpkernels.privacy.guard import ModelGuard
+from dpkernels.privacy.accounting import budget as budget_module
+from dpkernels.privacy.accounting import ledger as ledger_module
+from dpkernels.privacy.guards.model import ModelGuard
+from dpkernels.privacy.step import strategies as strategies_module
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkernels
 from dpkernels.nn import attach, swap
 from dpkernels.privacy.keywords import STRATEGIES
-from tests.nn.test_recurrent import arguments
+from tests.nn.layers.test_recurrent import arguments
 
 
 class Classifier(nn.Module):

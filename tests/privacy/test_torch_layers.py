@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpkernels.privacy import SelfCheckError
-from dpkernels.privacy.probing import innermost
+from dpkernels.privacy.self_check.probing import innermost
 from tests.privacy.private_run import Run, losses_of, private_run
 from tests.privacy.strategy_models import BOUND, check_sum, excess
 
