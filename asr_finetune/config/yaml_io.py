@@ -18,7 +18,7 @@ import yaml
 from asr_finetune.config.schema import SECTIONS, Config
 from asr_finetune.config.values import PLACEHOLDER, ConfigError, unknown_key
 
-RECIPES = Path(__file__).with_name("configs")
+RECIPES = Path(__file__).with_name("recipes")
 _COMMENT_COLUMN = 44
 
 

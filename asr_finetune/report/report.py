@@ -286,7 +286,7 @@ def _wer_plot(curve: Sequence[Mapping[str, Any]], start: float | None) -> str:
 
 def _render(context: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("asr_finetune"),
+        loader=jinja2.PackageLoader("asr_finetune.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

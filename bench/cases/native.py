@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
 SOURCES = ("bench/native/sweep_bench.cu", "csrc/common/status.cpp")
 # Those of CMakeLists.txt.

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WHEEL_LIST = "bench/gpu_wheels.txt"
 _NOTHING_COLLECTED = 5  # pytest's exit status
 

@@ -34,7 +34,7 @@ from triton.runtime import driver
 from dpkernels.backends import registry, triton_availability, triton_ops
 from dpkernels.backends.triton_ops import launching
 
-OUTPUT = Path(__file__).resolve().parent / "results" / "triton_table.json"
+OUTPUT = Path(__file__).resolve().parents[1] / "results" / "triton_table.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("aligned", "ragged", "transposed")

@@ -12,7 +12,7 @@ from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 from bench.harness.checker import OK
 from bench.harness.timer import Samples
 
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 GROUPS = ("ops", "layers", "step", "model")
 
 

@@ -27,7 +27,7 @@ from asr_finetune.config.yaml_io import (
     template,
 )
 
-CONFIGS = Path(__file__).parents[3] / "asr_finetune" / "configs"
+CONFIGS = Path(__file__).parents[3] / "asr_finetune" / "config" / "recipes"
 LEAST: dict[str, Any] = {"model": {"name": "m"}, "data": {"train": "d"}, "output": "o"}
 
 
