@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from bench.cases.models import CASES, Case
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours, registry
+from bench.contenders import registry
 from bench.harness.checker import check
 from bench.harness.session import Bench
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours
 
 CASE = CASES["parakeet-600m-lora"]
 MIXED = CASES["parakeet-600m-lora-mixed"]

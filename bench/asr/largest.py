@@ -24,9 +24,10 @@ from torch import nn
 
 from asr_finetune.models.recognizer import base_model
 from bench.cases.models import CASES, Case, twin
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, Settings, ours, registry
+from bench.contenders import Settings, registry
 from bench.harness.machine import about
 from bench.harness.timer import device_seconds
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours
 
 FRAMES = 188  # 15 s
 DEFAULT = (NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours("bookkeeping"), ours("keep_small"), ours("two_pass"))

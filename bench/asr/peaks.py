@@ -5,9 +5,9 @@
     python -m bench.asr.peaks --predict-only --output predicted.json       on any machine; then, with a GPU,
     python -m bench.asr.peaks --device cuda --predicted predicted.json --output peaks.json
 
-Predicted: `asr_finetune.planning.memory.Rehearsal`. Measured on a GPU: `torch.cuda.max_memory_allocated` over the second
-step (the first makes sums and optimizer state); on a CPU: the live bytes of the same step with real tensors, and with
---rss the peak resident memory of a fresh process (bench.harness.memory), which knows nothing of tensors.
+Predicted: `asr_finetune.planning.memory.Rehearsal`. Measured on a GPU: `torch.cuda.max_memory_allocated` over the
+second step (the first makes sums and optimizer state); on a CPU: the live bytes of the same step with real tensors,
+and with --rss the peak resident memory of a fresh process (bench.harness.memory), which knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import dpkernels
 from asr_finetune.planning.live_memory import LiveMemory, cuda_size
 from asr_finetune.planning.memory import Rehearsal, held_bytes
 from bench.cases.models import CASES, Batch, Case, forward, trained, twin
-from bench.contenders import ours
 from bench.contenders.rows import Rows
 from bench.harness.machine import about
 from bench.harness.memory import Job, Server
+from bench.names import ours
 from dpkernels.privacy import DPDataLoader, DPOptimizer
 from dpkernels.privacy.keywords import STRATEGIES
 

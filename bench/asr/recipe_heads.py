@@ -1,4 +1,4 @@
-"""Writes what `bench.asr.recipes` measured into the recipes' heads and docs/recipes.md: `python -m bench.asr.recipe_heads`.
+"""Writes what `bench.asr.recipes` measured into the recipes' heads and docs/recipes.md.
 
 python -m bench.asr.recipe_heads --results bench/results/DEVICE/recipes.json
 """

@@ -5,11 +5,12 @@
     python -m bench.asr.recipes --predicted predicted.json --recipes parakeet_lora --dtypes bfloat16
 
 The recipe's own model at full size (random weights), method, optimizer, strategy, micro-batches and private step,
-through `asr_finetune.training.setup.make_private`. Utterances have LibriSpeech-like lengths (`bench.asr.data`), and features and
-labels of noise that are in memory: reading audio is measured by `bench.asr.data`. Two logical steps of `--batch` utterances
-are drawn from 281,241; the second is timed. Hours = steps · (batch / rate + what noise and update take). Peak: a
-micro-batch of the recipe's size of the longest utterances, beside what `asr_finetune.planning.memory` predicts. FLOPs are
-of the model's own products, convolutions and attention, forward and backward, for an utterance of mean length.
+through `asr_finetune.training.setup.make_private`. Utterances have LibriSpeech-like lengths (`bench.asr.data`), and
+features and labels of noise that are in memory: reading audio is measured by `bench.asr.data`. Two logical steps of
+`--batch` utterances are drawn from 281,241; the second is timed. Hours = steps · (batch / rate + what noise and update
+take). Peak: a micro-batch of the recipe's size of the longest utterances, beside what `asr_finetune.planning.memory`
+predicts. FLOPs are of the model's own products, convolutions and attention, forward and backward, for an utterance of
+mean length.
 """
 
 from __future__ import annotations

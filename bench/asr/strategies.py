@@ -5,8 +5,8 @@
 
 The small Parakeet of `pytest --benchmark`. Time: CPU seconds of a forward and private backward on one thread, so that
 what else the machine does counts little; all take turns, and the median of the rounds is saved. Memory: live bytes at
-the highest point of a whole step with AdamW (`bench.asr.peaks`), weights, sums and state included; a CPU's allocator takes
-more of the system.
+the highest point of a whole step with AdamW (`bench.asr.peaks`), weights, sums and state included; a CPU's allocator
+takes more of the system.
 """
 
 from __future__ import annotations

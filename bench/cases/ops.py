@@ -17,7 +17,7 @@ import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
 
-from bench.contenders import OPACUS_GHOST, OPACUS_HOOKS
+from bench.names import OPACUS_GHOST, OPACUS_HOOKS
 from dpkernels import reference
 from dpkernels.backends import native, native_ops, torch_ops, triton_availability
 

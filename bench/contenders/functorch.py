@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from bench.cases.models import Batch, Case
-from bench.contenders import CannotRun, Contender, Settings
+from bench.contenders.base import CannotRun, Contender, Settings
 
 
 class PerSample(Contender):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bench.cases.models import Batch, Case, Criterion, OneAttention, forward
-from bench.contenders import CannotRun, Contender, Settings
+from bench.contenders.base import CannotRun, Contender, Settings
 from bench.contenders.rows import Rows
 
 _OWN_LAYERS = {nn.LSTM: DPLSTM, nn.GRU: DPGRU, nn.RNN: DPRNN}

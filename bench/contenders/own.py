@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import dpkernels
 from asr_finetune.models.precision import hold_frozen
 from bench.cases.models import Batch, Case, forward
-from bench.contenders import Contender, Factory, Settings
+from bench.contenders.base import Contender, Factory, Settings
 from bench.contenders.rows import Rows
 
 

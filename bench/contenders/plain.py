@@ -6,7 +6,7 @@ from torch import nn
 
 import dpkernels
 from bench.cases.models import Batch, Case, forward
-from bench.contenders import Contender, Settings
+from bench.contenders.base import Contender, Settings
 
 
 class NonPrivate(Contender):

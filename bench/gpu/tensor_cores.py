@@ -1,8 +1,8 @@
 """How this GPU's tensor cores round, found by experiments through the kernels' own `product`, beside what is assumed.
 
-    python -m bench.gpu.tensor_cores                 prints what was found; exit status 1 where it is coarser than assumed;
-                                                 $OUT/<device>/tensor_cores.json (OUT: bench/results)
-    python -m bench.gpu.tensor_cores --model 8,1     without a GPU: a device in software, of 8 products and 1 extra bit
+    python -m bench.gpu.tensor_cores              prints what was found; exit status 1 where it is coarser than
+                                                  assumed; $OUT/<device>/tensor_cores.json (OUT: bench/results)
+    python -m bench.gpu.tensor_cores --model 8,1  without a GPU: a device in software, of 8 products and 1 extra bit
 
 An experiment is an inner product whose terms are zeros but for a few. `BIG` and -`BIG` cancel, and what is left of a
 small term beside them tells how it was cut: that needs no assumption on the rounding of the sum.

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 from bench.harness.checker import OK
 from bench.harness.timer import Samples
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 GROUPS = ("ops", "layers", "step", "model")

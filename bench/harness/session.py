@@ -19,13 +19,14 @@ import torch
 from pytest_benchmark.stats import Metadata
 
 from bench.cases.models import Case, twin
-from bench.contenders import NON_PRIVATE, CannotRun, Contender, Settings, registry
+from bench.contenders import CannotRun, Contender, Settings, registry
 from bench.harness import machine, memory
 from bench.harness.checker import OK, Verdict, check
 from bench.harness.floor import Ceilings, measure
 from bench.harness.memory import Job, Server
 from bench.harness.results import Results, Row, compare_rows
 from bench.harness.timer import Samples, interleave, stopwatch
+from bench.names import NON_PRIVATE
 
 
 @dataclass

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from bench.contenders import (
+from bench.harness.results import Results, Row
+from bench.names import (
     NON_PRIVATE,
     OPACUS_GHOST,
     OPACUS_HOOKS,
@@ -28,7 +29,6 @@ from bench.contenders import (
     TORCH_FUNC,
     ours,
 )
-from bench.harness.results import Results, Row
 
 _STYLES: dict[str, tuple[str, Any, str]] = {
     NON_PRIVATE: ("#595959", (0, (1, 1.2)), "s"),

@@ -17,17 +17,10 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from bench.cases.models import CASES, Case, twin
-from bench.contenders import (
-    NON_PRIVATE,
-    OPACUS_GHOST,
-    OPACUS_HOOKS,
-    TIMED_STRATEGIES,
-    Settings,
-    ours,
-    registry,
-)
+from bench.contenders import Settings, registry
 from bench.harness import machine
 from bench.harness.results import FOLDER
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, TIMED_STRATEGIES, ours
 
 CONTENDERS = (NON_PRIVATE, *(ours(name) for name in TIMED_STRATEGIES), OPACUS_HOOKS, OPACUS_GHOST)
 # (what for, parts of the operators' names); the first that fits.

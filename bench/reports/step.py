@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 from bench.harness import table
 from bench.harness.checker import OK
 from bench.harness.results import Results, Row
 from bench.harness.table import milliseconds, times
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 
 _SHOWN = ("step", "model")
 _NOT_RUN = "not run"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.nn.layers.conv import weight_record, zero_padding
-from dpkernels.nn.recording.module import accumulation_dtype, as_tokens, no_autocast
+from dpkernels.nn.tensors import accumulation_dtype, as_tokens, no_autocast
 
 logger = logging.getLogger("dpkernels")
 

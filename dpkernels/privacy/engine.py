@@ -440,7 +440,8 @@ class PrivacyEngine:
         """Check that an example adds the same beside other examples, in the arithmetic that `loss_fn` computes in.
 
         `self_check` asks it too; alone it serves where that is done in float32 and training is not. Arguments as of
-        `dpkernels.privacy.self_check.batch_independence.check_mates`. Spends nothing and releases nothing. Raises SelfCheckError.
+        `dpkernels.privacy.self_check.batch_independence.check_mates`. Spends nothing and releases nothing. Raises
+        SelfCheckError.
         """
         self._made()
         assert self._module is not None

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from bench.cases.models import CASES, Case, trained, twin
-from bench.contenders import NON_PRIVATE, CannotRun, registry
+from bench.contenders import CannotRun, registry
 from bench.contenders.functorch import PerSample
 from bench.contenders.plain import NonPrivate
 from bench.harness import session
 from bench.harness.checker import CANNOT, OK, WRONG, check, norm, one_by_one, relative_error, total
 from bench.harness.session import Bench
+from bench.names import NON_PRIVATE
 
 CASE = CASES["tiny-lora"]
 

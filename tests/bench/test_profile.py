@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.contenders import NON_PRIVATE, ours
+from bench.names import NON_PRIVATE, ours
 from bench.reports import profile
 
 

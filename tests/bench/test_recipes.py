@@ -1,4 +1,4 @@
-"""bench.asr.recipes on small models of the recipes' own classes, on the CPU: every part of the path runs, and adds up."""
+"""bench.asr.recipes on small models of the recipes' own classes, on the CPU: every part runs, and adds up."""
 
 from __future__ import annotations
 

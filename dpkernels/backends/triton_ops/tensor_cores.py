@@ -2,7 +2,7 @@
 
 What is asked are inner products by the `product` of the kernels, one accumulation each, whose results say what was cut
 off. A GPU that answers otherwise, and one of which nothing is published, is given the coarsest bound that is known.
-`bench.gpu.tensor_cores` asks much more, and searches for errors above the bound; this takes a launch for each instruction.
+`bench.gpu.tensor_cores` asks much more, and searches for errors above the bound; this takes a launch an instruction.
 """
 
 import functools

@@ -8,7 +8,7 @@ remembered, and a call that contradicts it raises.
 
 `ask_at_other_sizes` makes such calls before the first private forward, with a few of the batch's own rows. Where a
 model cannot be asked so, the axis that the first call suggests is an assumption (`BatchAxes.assumed`), and the row
-check (`dpkernels.nn.recording.row_check`) has the last word before anything is summed: it asks the gradients themselves.
+check (`dpkernels.nn.recording.row_check`) has the last word before anything is summed: it asks the gradients.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from dpkernels.nn.layers.attention_records import PackedLinearRecord, RowBlock
 from dpkernels.nn.layers.expanded import _Expand
 from dpkernels.nn.layers.linear import GhostLinear
-from dpkernels.nn.recording.module import (
-    GhostModule,
+from dpkernels.nn.recording.module import GhostModule
+from dpkernels.nn.recording.records import BiasRecord, LinearRecord
+from dpkernels.nn.tensors import (
     accumulation_dtype,
     as_rows,
     autocast_dtype,
@@ -28,7 +29,6 @@ from dpkernels.nn.recording.module import (
     not_a_view,
     sum_over_time,
 )
-from dpkernels.nn.recording.records import BiasRecord, LinearRecord
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 

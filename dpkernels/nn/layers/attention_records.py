@@ -9,18 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.module import accumulation_dtype
-from dpkernels.nn.recording.records import (
-    ExpandedRecord,
-    LinearRecord,
-    Record,
-    cat_time,
-    common_dtype,
-    formed_gradient,
-    join_names,
-    per_sample_product,
-    sum_up,
-)
+from dpkernels.nn.recording.records import ExpandedRecord, LinearRecord, Record, formed_gradient, join_names
+from dpkernels.nn.tensors import accumulation_dtype, cat_time, common_dtype, per_sample_product, sum_up
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,9 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from dpkernels.nn.recording.module import GhostModule, accumulation_dtype, named_modules, no_autocast
+from dpkernels.nn.recording.module import GhostModule, named_modules
 from dpkernels.nn.recording.records import BiasRecord, NormRecord
+from dpkernels.nn.tensors import accumulation_dtype, no_autocast
 from dpkernels.nn.thin import is_thin
 
 

@@ -25,15 +25,9 @@ from dpkernels.nn.layers.conv_records import (
     ConvRecord,
     DepthwiseConv1dRecord,
 )
-from dpkernels.nn.recording.module import (
-    GhostModule,
-    accumulation_dtype,
-    autocast_dtype,
-    maybe_cast,
-    no_autocast,
-    not_a_view,
-)
+from dpkernels.nn.recording.module import GhostModule
 from dpkernels.nn.recording.records import BiasRecord, ExpandedRecord, LinearRecord, Record
+from dpkernels.nn.tensors import accumulation_dtype, autocast_dtype, maybe_cast, no_autocast, not_a_view
 
 
 class _GhostConv(GhostModule, _ConvNd):

@@ -16,12 +16,10 @@ from dpkernels.nn.recording.records import (
     LinearRecord,
     Record,
     Share,
-    common_dtype,
     formed_gradient,
     join_names,
-    per_sample_product,
-    sum_up,
 )
+from dpkernels.nn.tensors import common_dtype, per_sample_product, sum_up
 
 WINDOW_BYTES = 2**28
 """Of the unfolded windows of a convolution that are made at a time."""

@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from dpkernels.nn.batch.batch_axis import Site
 from dpkernels.nn.batch.shared import SharedTensor
 from dpkernels.nn.layers.embedding_records import TransposedEmbeddingRecord
-from dpkernels.nn.recording.module import GhostModule, as_tokens, batch_first
+from dpkernels.nn.recording.module import GhostModule
 from dpkernels.nn.recording.records import EmbeddingRecord
+from dpkernels.nn.tensors import as_tokens, batch_first
 
 
 class GhostEmbedding(GhostModule, nn.Embedding):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpkernels.nn.recording.module import GhostModule, accumulation_dtype, no_autocast
+from dpkernels.nn.recording.module import GhostModule
 from dpkernels.nn.recording.records import EmbeddingRecord
+from dpkernels.nn.tensors import accumulation_dtype, no_autocast
 
 
 class GhostEmbeddingBag(GhostModule, nn.EmbeddingBag):

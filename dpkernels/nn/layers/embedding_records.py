@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.records import EmbeddingRecord, LinearRecord, Record, Share, cat_time, join_names
+from dpkernels.nn.recording.records import EmbeddingRecord, LinearRecord, Record, Share, join_names
+from dpkernels.nn.tensors import cat_time
 
 
 @dataclass(eq=False)

@@ -27,9 +27,10 @@ from dpkernels.nn.batch.batch_axis import Site, batch_size_of, tensors_in
 from dpkernels.nn.batch.shared import SharedTensor
 from dpkernels.nn.copying import ORIGINALS
 from dpkernels.nn.layers.leaf_calls import LeafCall
-from dpkernels.nn.recording.module import GhostModule, not_a_view
+from dpkernels.nn.recording.module import GhostModule
 from dpkernels.nn.recording.records import ExpandedRecord
 from dpkernels.nn.recording.tape import Tape
+from dpkernels.nn.tensors import not_a_view
 
 EXPANSION_LIMIT = 65_536
 """Largest parameter, in elements, that is expanded: its per-sample gradients take B times its size, in

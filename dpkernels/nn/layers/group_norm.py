@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dpkernels.nn.recording.module import GhostModule, accumulation_dtype, no_autocast
+from dpkernels.nn.recording.module import GhostModule
 from dpkernels.nn.recording.records import BiasRecord, NormRecord
+from dpkernels.nn.tensors import accumulation_dtype, no_autocast
 
 
 class GhostGroupNorm(GhostModule, nn.GroupNorm):

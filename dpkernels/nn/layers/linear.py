@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpkernels.nn.recording.module import (
-    GhostModule,
+from dpkernels.nn.recording.module import GhostModule
+from dpkernels.nn.recording.records import BiasRecord, LinearRecord
+from dpkernels.nn.tensors import (
     as_rows,
     as_tokens,
     autocast_dtype,
@@ -20,7 +21,6 @@ from dpkernels.nn.recording.module import (
     not_a_view,
     sum_over_time,
 )
-from dpkernels.nn.recording.records import BiasRecord, LinearRecord
 
 
 class GhostLinear(GhostModule, nn.Linear):

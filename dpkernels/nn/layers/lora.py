@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpkernels.nn.layers.lora_records import LoRARecord
-from dpkernels.nn.recording.module import (
-    GhostModule,
+from dpkernels.nn.recording.module import GhostModule
+from dpkernels.nn.recording.records import BiasRecord, LinearRecord
+from dpkernels.nn.tensors import (
     as_rows,
     as_tokens,
     autocast_dtype,
@@ -26,7 +27,6 @@ from dpkernels.nn.recording.module import (
     not_a_view,
     sum_over_time,
 )
-from dpkernels.nn.recording.records import BiasRecord, LinearRecord
 
 
 class GhostLoRALinear(GhostModule, nn.Linear):

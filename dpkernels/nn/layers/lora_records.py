@@ -9,15 +9,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.records import (
-    ExpandedRecord,
-    Record,
-    Share,
-    cat_time,
-    common_dtype,
-    join_names,
-    sum_up,
-)
+from dpkernels.nn.recording.records import ExpandedRecord, Record, Share, join_names
+from dpkernels.nn.tensors import cat_time, common_dtype, sum_up
 
 
 @dataclass(eq=False)

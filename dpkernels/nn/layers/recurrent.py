@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dpkernels.nn.layers.recurrent_gates import Back, Gates, Steps, gru_gates, lstm_gates, rnn_gates
-from dpkernels.nn.recording.module import (
-    GhostModule,
+from dpkernels.nn.recording.module import GhostModule
+from dpkernels.nn.recording.records import BiasRecord, LinearRecord, Record
+from dpkernels.nn.tensors import (
     accumulation_dtype,
     as_rows,
     autocast_dtype,
@@ -27,7 +28,6 @@ from dpkernels.nn.recording.module import (
     no_autocast,
     sum_over_time,
 )
-from dpkernels.nn.recording.records import BiasRecord, LinearRecord, Record
 
 _FUSED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "LSTM": torch.lstm,

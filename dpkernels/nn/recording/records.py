@@ -12,18 +12,22 @@ Where a sample has many frames and the parameter few entries, its gradient is sm
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.module import accumulation_dtype, no_autocast
+from dpkernels.nn.tensors import (
+    accumulation_dtype,
+    cat_time,
+    common_dtype,
+    per_sample_product,
+)
 
 
 @dataclass(frozen=True)
@@ -320,36 +324,9 @@ def _not_combined(first: Record, second: Record) -> TypeError:
     )
 
 
-def per_sample_product(g: Tensor, x: Tensor) -> Tensor:
-    """g_iᵀ x_i of g [B,T,p] and x [B,T,d]: [B,p,d], accumulated in float32 (float64 for float64)."""
-    x, g = common_dtype(x, g)
-    dtype = accumulation_dtype(x)
-    with no_autocast(x.device.type):
-        return torch.bmm(g.transpose(1, 2).to(dtype), x.to(dtype))
-
-
 def formed_gradient(layer: str, parameter: nn.Parameter, gradients: Tensor) -> ExpandedRecord:
     """A record of per-sample gradients [B, ...] of a parameter's number of entries."""
     return ExpandedRecord(layer, parameter, gradients.view(len(gradients), *parameter.shape))
-
-
-def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the narrowest dtype that holds all of them exactly (the ops want one dtype a call)."""
-    dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
-    return tuple(t.to(dtype) for t in tensors)
-
-
-def sum_up(parts: Sequence[Tensor]) -> Tensor:
-    """Σ of [B] float32 upper bounds, itself an upper bound: in float64, then rounded up to float32."""
-    total = torch.stack([part.double() for part in parts]).sum(0) * (1 + len(parts) * 2.0**-52)
-    rounded = total.float()
-    above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
-    return torch.where(rounded.double() < total, above, rounded)
-
-
-def cat_time(*tensors: Tensor) -> Tensor:
-    """[B,T1,n], [B,T2,n], ... -> [B,ΣT,n] in their common dtype."""
-    return torch.cat(common_dtype(*tensors), 1)
 
 
 def join_names(*records: Record) -> str:

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels.nn.batch.batch_axis import has_values
-from dpkernels.nn.recording.module import accumulation_dtype
 from dpkernels.nn.recording.records import Record
 from dpkernels.nn.recording.tape import Tape
+from dpkernels.nn.tensors import accumulation_dtype
 
 Call = tuple[tuple[nn.Parameter, ...], int]
 """A record's parameters, and which of their records in a backward it is."""

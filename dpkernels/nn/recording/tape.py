@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from dpkernels.nn.batch.batch_axis import BatchAxes, ask_at_other_sizes
-
-if TYPE_CHECKING:
-    from dpkernels.nn.recording.records import Record
+from dpkernels.nn.recording.records import Record
 
 _FORMED_BYTES = 4  # of an entry of a formed gradient: float32
 

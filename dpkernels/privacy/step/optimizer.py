@@ -61,8 +61,8 @@ class DPOptimizer(torch.optim.Optimizer):
 
     torch's AdamW, Adam and SGD are not called: noise, division and their update are one sweep over memory
     (`dpkernels.ops.noise_adamw`, `noise_sgd`), with float32 state also for bfloat16 parameters. Any other optimizer,
-    and what `dpkernels.privacy.step.fused.uncovered` names (amsgrad, hooks on its step, ...), gets the noised gradients in
-    `.grad` and its own step is called; that is logged once, with the reason.
+    and what `dpkernels.privacy.step.fused.uncovered` names (amsgrad, hooks on its step, ...), gets the noised
+    gradients in `.grad` and its own step is called; that is logged once, with the reason.
 
     Made by `PrivacyEngine.make_private`.
 
