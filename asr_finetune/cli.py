@@ -377,7 +377,7 @@ def demo(
 def main() -> None:
     """Entry point. Expected errors are printed as a message, exit code 2 (130 after an interruption)."""
     warnings.showwarning = show_warning
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can mend
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can fix
     try:
         app()
     except Exception as error:

@@ -3,7 +3,7 @@
 A field's type, default, help and limits are written once, on the field. How single values are checked is in
 `values.py`; the YAML reader, the overrides and the commented configuration that `asr-finetune train
 --print-config` prints are derived from the fields in `config_file.py`. Every error names the key, the value
-given and the mend.
+given and the fix.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class PrivacyConfig(_Section):
         default=None, metadata=about("truncated Poisson: a batch never exceeds it; null: no limit", least=1)
     )
     accountant: Literal["pld", "rdp"] = field(default="pld", metadata=about("pld (tight) or rdp"))
-    strategy: Literal["bookkeeping", "keep_small", "two_pass", "per_layer"] = field(
+    strategy: Literal["bookkeeping", "mixed", "two_pass", "per_layer"] = field(
         default="bookkeeping",
         metadata=about(
             "what is kept until norms are known: inputs; per-sample gradients where smaller; nothing (a second "

@@ -14,7 +14,7 @@ PLACEHOLDER = "..."  # what a printed configuration holds where only its user kn
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used: the message names the key, what was given, and the mend."""
+    """A configuration that cannot be used: the message names the key, what was given, and the fix."""
 
 
 def about(
@@ -34,8 +34,8 @@ def about(
 def unknown_key(key: str, name: str, known: Sequence[str], prefix: str = "") -> str:
     """What is said about a key that there is not, with the nearest name."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    mend = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-    return f"{key}: unknown key; {mend}"
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+    return f"{key}: unknown key; {hint}"
 
 
 def coerce(key: str, value: Any, hint: Any) -> Any:

@@ -55,7 +55,9 @@ def shared_recordings(one: Corpus, other: Corpus) -> list[str]:
         same = (item.path is not None and item.path.resolve() in paths) or _name(item) in names
         if not same and item.seconds in lengths:
             if item.seconds not in contents:
-                contents[item.seconds] = {_content(twin) for twin in lengths[item.seconds]} - {None}
+                contents[item.seconds] = {
+                    _content(item_of_same_length) for item_of_same_length in lengths[item.seconds]
+                } - {None}
             same = _content(item) in contents[item.seconds]
         if same:
             found.append(item.id)

@@ -185,7 +185,7 @@ def _files() -> tuple[str, str]:
     except ImportError as error:
         raise SynthesisError(
             "espeakng-loader is not installed, so there is no speech synthesiser; "
-            "mend: pip install 'dpkernels[demo]' (or: pip install espeakng-loader)"
+            "fix: pip install 'dpkernels[demo]' (or: pip install espeakng-loader)"
         ) from error
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
 
@@ -197,7 +197,7 @@ def _start(espeak: Any, callback: Any) -> int:
     if rate <= 0:
         raise SynthesisError(
             f"espeak-ng could not start with its data in {data}; "
-            "mend: pip install --force-reinstall espeakng-loader"
+            "fix: pip install --force-reinstall espeakng-loader"
         )
     espeak.espeak_SetSynthCallback(callback)
     espeak.espeak_ng_SetRandSeed(ctypes.c_long(_NOISE_SEED))  # whisper and klatt voices are made of noise
@@ -210,11 +210,11 @@ def _choose_voice(espeak: Any, voice: Voice) -> None:
     if plus and variant not in known:  # espeak-ng would speak without it
         near = difflib.get_close_matches(variant, known, n=3, cutoff=0.3) or sorted(known)[:5]
         raise SynthesisError(
-            f"voice {voice.name!r}: espeak-ng has no variant {variant!r}; mend: {', '.join(near)}, ..."
+            f"voice {voice.name!r}: espeak-ng has no variant {variant!r}; fix: {', '.join(near)}, ..."
         )
     if espeak.espeak_SetVoiceByName(voice.name.encode()) != 0:
         raise SynthesisError(
-            f"voice {voice.name!r}: espeak-ng knows no language {language!r}; mend: 'en', 'en-us', ..."
+            f"voice {voice.name!r}: espeak-ng knows no language {language!r}; fix: 'en', 'en-us', ..."
         )
     values = {_RATE: voice.rate, _PITCH: voice.pitch, _RANGE: voice.range, _VOLUME: 100}
     for parameter, value in values.items():

@@ -55,7 +55,7 @@ def load_recognizer(config: ModelConfig) -> Recognizer:
 
     Raises:
         ConfigError: no such checkpoint (or the hub cannot be reached), a model type that is not supported, or
-            options that do not fit it; the message names the option and the mend.
+            options that do not fit it; the message names the option and the fix.
     """
     quiet_transformers()
     _hub_answers.cache_clear()  # asked once a load: it may be there the next time

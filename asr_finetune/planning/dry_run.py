@@ -56,7 +56,7 @@ class Check:
     Attributes:
         what: what was checked.
         passed: whether a run would get past it; False also where it could not be checked.
-        found: what was seen, or what is wrong and the mend.
+        found: what was seen, or what is wrong and the fix.
     """
 
     what: str

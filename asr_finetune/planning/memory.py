@@ -50,7 +50,7 @@ CUDA_WORKSPACE = 64 * 2**20
 _STATE_BYTES = {"adam": 8, "adamw": 8, "sgd": 0}
 _SUM_BYTES = 8
 # Fastest first: what keeps less does more work. per_layer is no choice of speed: it trains on other gradients.
-_BY_SPEED = ("bookkeeping", "keep_small", "two_pass")
+_BY_SPEED = ("bookkeeping", "mixed", "two_pass")
 _FIRST_GUESS = 8
 
 Losses = Callable[[nn.Module, int], Tensor]

@@ -2,7 +2,7 @@
 
 The masks that ship with transformers' models are switched off (`models.switch_off_shared_randomness`): some
 share one draw over the batch or measure it by the padded length, and then an utterance's gradient depends on
-its batch-mates.
+the rest of its batch.
 """
 
 from __future__ import annotations

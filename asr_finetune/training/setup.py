@@ -239,7 +239,7 @@ def self_check(
     with recognizer.in_float32():
         report = engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
     if recognizer.dtype is not torch.float32:
-        engine.check_mates(recognizer.loss_per_example, batch, samples=len(items))
+        engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
     told = (
         ""
         if "train" in report.modes

@@ -1,7 +1,7 @@
 """The largest physical batch of one step on this GPU, contender by contender.
 
     python -m bench.asr.largest --output bench/results/DEVICE/largest.json
-    python -m bench.asr.largest --contenders "Opacus ghost" "dpkernels keep_small" --checkpointing off
+    python -m bench.asr.largest --contenders "Opacus ghost" "dpkernels mixed" --checkpointing off
 
 The 608.8 M Parakeet with LoRA in bfloat16, utterances of 15 s, an optimizer step on a batch of B. Peaks of two small
 batches give the cost of an utterance; from there B is raised or lowered by `--step` until one fits and the next does
@@ -23,14 +23,14 @@ import torch
 from torch import nn
 
 from asr_finetune.models.recognizer import base_model
-from bench.cases.models import CASES, Case, twin
+from bench.cases.models import CASES, Case, working_copy
 from bench.contenders import Settings, registry
 from bench.harness.machine import about
 from bench.harness.timer import device_seconds
 from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours
 
 FRAMES = 188  # 15 s
-DEFAULT = (NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours("bookkeeping"), ours("keep_small"), ours("two_pass"))
+DEFAULT = (NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours("bookkeeping"), ours("mixed"), ours("two_pass"))
 _SMALL = (16, 32)
 
 Entry = dict[str, Any]
@@ -70,7 +70,7 @@ class Steps:
         rows = torch.arange(size, device=self.device) % min(size, _SMALL[0])
         few = self.case.batch(min(size, _SMALL[0]), FRAMES, self.dtype, self.device)
         batch = {name: value[rows] for name, value in few.items()}
-        contender = registry()[self.name](self.case, twin(self.model), batch, Settings())
+        contender = registry()[self.name](self.case, working_copy(self.model), batch, Settings())
         contender.prepare()
         contender.step()
         contender.prepare()

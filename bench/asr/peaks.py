@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 import dpkernels
 from asr_finetune.planning.live_memory import LiveMemory, cuda_size
 from asr_finetune.planning.memory import Rehearsal, held_bytes
-from bench.cases.models import CASES, Batch, Case, forward, trained, twin
+from bench.cases.models import CASES, Batch, Case, forward, trained, working_copy
 from bench.contenders.rows import Rows
 from bench.harness.machine import about
 from bench.harness.memory import Job, Server
@@ -81,7 +81,7 @@ def measure(
         gc.collect()  # the engine before: in reference cycles, and if freed later it would be missing from the peak
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
-        steps = _steps(case, twin(model), batch, strategy, device)
+        steps = _steps(case, working_copy(model), batch, strategy, device)
         next(steps)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -92,7 +92,7 @@ def measure(
             "reserved": torch.cuda.max_memory_reserved() - before + frozen,
         }
     with LiveMemory() as memory:
-        copy = twin(model)
+        copy = working_copy(model)
         for tensor in (*copy.parameters(), *copy.buffers()):
             memory.count(tensor)
         steps = _steps(case, copy, batch, strategy, device)
@@ -197,9 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", default="parakeet-600m-lora", choices=sorted(CASES))
     parser.add_argument("--frames", type=int, default=188, help="encoder frames: 188 is 15 s")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32], help="micro-batches")
-    parser.add_argument(
-        "--strategies", nargs="+", default=["bookkeeping", "keep_small"], choices=list(STRATEGIES)
-    )
+    parser.add_argument("--strategies", nargs="+", default=["bookkeeping", "mixed"], choices=list(STRATEGIES))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--predicted", help="predictions of an earlier --predict-only")
     parser.add_argument("--predict-only", action="store_true", help="for CUDA, with no device")

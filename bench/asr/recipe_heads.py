@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = [options.results] if options.results else sorted(FOLDER.glob("*/recipes.json"))
     if len(found) != 1:
-        print(f"error: {len(found)} recipes.json under {FOLDER}; mend: give --results", file=sys.stderr)
+        print(f"error: {len(found)} recipes.json under {FOLDER}; fix: give --results", file=sys.stderr)
         return 1
     saved = json.loads(found[0].read_text(encoding="utf-8"))
     for name in dict.fromkeys(row["recipe"] for row in saved["rows"]):

@@ -26,7 +26,7 @@ from torch import nn
 
 from asr_finetune.models.checkpointing import checkpoint_blocks
 from bench.asr import peaks
-from bench.cases.models import CASES, Batch, Case, forward, twin
+from bench.cases.models import CASES, Batch, Case, forward, working_copy
 from bench.harness.machine import about
 from bench.harness.results import FOLDER
 from dpkernels.privacy.keywords import STRATEGIES
@@ -37,7 +37,7 @@ Way = tuple[str, bool]
 
 def prepared(model: nn.Module, *, checkpointing: bool) -> nn.Module:
     """A copy, its blocks recomputed where that is asked for."""
-    copy = twin(model)
+    copy = working_copy(model)
     if checkpointing:
         checkpoint_blocks(copy)
     return copy

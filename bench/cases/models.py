@@ -107,7 +107,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def twin(model: nn.Module) -> nn.Module:
+def working_copy(model: nn.Module) -> nn.Module:
     """A copy that shares the frozen parameters: six contenders of a 608.8 M model with adapters fit in memory."""
     frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, frozen)

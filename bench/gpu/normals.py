@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh-key", action="store_true")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print("error: torch sees no CUDA device; mend: --device cpu", file=sys.stderr)
+        print("error: torch sees no CUDA device; fix: --device cpu", file=sys.stderr)
         return 2
     key = os.urandom(32) if options.fresh_key else KEY
     sums, start = Sums(options.device), time.monotonic()

@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("error: torch sees no CUDA device; mend: run this on a machine with a GPU", file=sys.stderr)
+        print("error: torch sees no CUDA device; fix: run this on a machine with a GPU", file=sys.stderr)
         return 2
     build = native_bench.load()
     result: dict[str, Any] = {

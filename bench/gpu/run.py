@@ -79,14 +79,14 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
 
 
 def refusal() -> str | None:
-    """Why this machine cannot run the parts, with the mend; None where it can."""
+    """Why this machine cannot run the parts, with the fix; None where it can."""
     try:
         import torch
     except ImportError:
-        return f"{sys.executable} has no torch; mend: use the Python that holds torch 2.11+cu130"
+        return f"{sys.executable} has no torch; fix: use the Python that holds torch 2.11+cu130"
     if not torch.cuda.is_available():
         return (
-            f"torch {torch.__version__} sees no CUDA device; mend: run this on a machine with a GPU and a CUDA build "
+            f"torch {torch.__version__} sees no CUDA device; fix: run this on a machine with a GPU and a CUDA build "
             "of torch, or print what it would run with --dry-run"
         )
     return None
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if any(part.name == "wheels" for part in chosen) and not Path(wheels).is_dir():
         print(
-            f"error: WHEELS={wheels} is no folder; mend: `make wheels` where pip has an index",
+            f"error: WHEELS={wheels} is no folder; fix: `make wheels` where pip has an index",
             file=sys.stderr,
         )
         return 2

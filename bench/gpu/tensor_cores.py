@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assumed, found = bounds.tensor_core(architecture), of_this_gpu()
         report = {"about": machine.about("cuda")}
     else:
-        print("no GPU here; mend: run this on a machine with one, or give --model", file=sys.stderr)
+        print("no GPU here; fix: run this on a machine with one, or give --model", file=sys.stderr)
         return 2
     faults = [fault for one in found for fault in one.faults(assumed)]
     report |= {

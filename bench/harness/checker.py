@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.cases.models import Batch, Case, forward, trained, twin
+from bench.cases.models import Batch, Case, forward, trained, working_copy
 from bench.contenders import CannotRun, Factory, Settings
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float64: 1e-6}
@@ -74,7 +74,7 @@ def check(factories: Mapping[str, Factory], case: Case, model: nn.Module, batch:
     verdicts = {}
     for name, factory in factories.items():
         try:
-            contender = factory(case, twin(model), batch, Settings(clip=clip, noise=0.0, lr=0.0))
+            contender = factory(case, working_copy(model), batch, Settings(clip=clip, noise=0.0, lr=0.0))
             contender.prepare()
             contender.step()
             error = relative_error(contender.released(), exact[contender.private])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from pytest_benchmark.stats import Metadata
 
-from bench.cases.models import Case, twin
+from bench.cases.models import Case, working_copy
 from bench.contenders import CannotRun, Contender, Settings, registry
 from bench.harness import machine, memory
 from bench.harness.checker import OK, Verdict, check
@@ -134,7 +134,7 @@ class Bench:
             if name not in verdicts or verdicts[name].status != OK:
                 continue
             try:
-                runners[name] = factory(case, twin(model), batch, settings or Settings())
+                runners[name] = factory(case, working_copy(model), batch, settings or Settings())
                 runners[name].prepare()
             except CannotRun as failure:
                 rows[name].status, rows[name].reason = "cannot run", str(failure)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases.models import CASES, Case, twin
+from bench.cases.models import CASES, Case, working_copy
 from bench.contenders import Settings, registry
 from bench.harness import machine
 from bench.harness.results import FOLDER
@@ -45,7 +45,7 @@ def of_case(case: Case, size: int, frames: int, *, steps: int) -> dict[str, dict
     model, batch = case.model(frames), case.batch(size, frames)
     found = {}
     for name in CONTENDERS:
-        contender = registry()[name](case, twin(model), batch, Settings())
+        contender = registry()[name](case, working_copy(model), batch, Settings())
         for _ in range(2):
             contender.prepare()
             contender.step()

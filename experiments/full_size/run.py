@@ -125,10 +125,10 @@ def padded(recognizer: CTCRecognizer, batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def private(recognizer: CTCRecognizer, batch: dict[str, Any], *, keep_small: bool = False) -> list[Record]:
+def private(recognizer: CTCRecognizer, batch: dict[str, Any], *, mixed: bool = False) -> list[Record]:
     """The records of one private backward."""
     model = swap(recognizer.model)
-    tape = attach(model, keep_small=keep_small)
+    tape = attach(model, mixed=mixed)
     try:
         losses = recognizer.loss_per_example(model, batch)
         tape.open(len(losses))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases.models import CASES, Case, trained, twin
+from bench.cases.models import CASES, Case, trained, working_copy
 from bench.contenders import CannotRun, registry
 from bench.contenders.functorch import PerSample
 from bench.contenders.plain import NonPrivate
@@ -102,7 +102,7 @@ def test_a_wrong_contender_gets_no_time(pytestconfig: pytest.Config, monkeypatch
 
 def test_twins_share_what_is_frozen_and_nothing_else() -> None:
     model = CASE.model(16)
-    other = twin(model)
+    other = working_copy(model)
     same = {name: p is dict(other.named_parameters())[name] for name, p in model.named_parameters()}
     assert {name for name, shared in same.items() if not shared} == set(trained(model))
 

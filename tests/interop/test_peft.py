@@ -124,10 +124,10 @@ def test_a_private_model_is_saved_whole_as_pefts(tmp_path: Path) -> None:
     model = swap(adapted(Mixed(), target_modules=["first", "conv"], fan_in_fan_out=True))
     attach(model)
     torch.save(model, tmp_path / "model.pt")
-    for twin in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
-        assert not [m for m in twin.modules() if type(m).__module__.startswith("dpkernels")]
-        assert torch.equal(twin.eval()(X), model.eval()(X))
-        assert torch.equal(twin.merge_and_unload()(X), copy.deepcopy(model).merge_and_unload()(X))
+    for copied in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert not [m for m in copied.modules() if type(m).__module__.startswith("dpkernels")]
+        assert torch.equal(copied.eval()(X), model.eval()(X))
+        assert torch.equal(copied.merge_and_unload()(X), copy.deepcopy(model).merge_and_unload()(X))
 
 
 def test_disable_switch_and_merge_are_pefts() -> None:

@@ -272,7 +272,7 @@ def test_a_rule_that_loses_whose_gradient_is_whose_would_be_caught(
     def evenly(tape: Tape, record: Record) -> None:
         if layer not in record.layer:
             return add(tape, record)
-        (own,) = record.formed() if isinstance(record, LinearRecord) else (record,)
+        (own,) = record.materialised() if isinstance(record, LinearRecord) else (record,)
         mean = own.g.mean(0, keepdim=True).expand_as(own.g)
         return add(tape, ExpandedRecord(own.layer, own.parameters[0], mean))
 

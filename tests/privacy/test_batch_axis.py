@@ -79,7 +79,7 @@ def test_shared_tensors_stay_shared_at_every_batch_size(name: str) -> None:
         check(run_of(name), batch, "bookkeeping")
 
 
-@pytest.mark.parametrize("strategy", ["keep_small", "two_pass", "per_layer"])
+@pytest.mark.parametrize("strategy", ["mixed", "two_pass", "per_layer"])
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_shared_tensors_stay_shared_in_every_strategy(name: str, strategy: str) -> None:
     run = run_of(name, strategy)

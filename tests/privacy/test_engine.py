@@ -448,7 +448,7 @@ def test_a_failed_backward_leaves_the_sums_as_they_were(monkeypatch: pytest.Monk
     )
 
 
-def test_a_backward_that_fails_within_its_sums_spoils_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backward_that_fails_within_its_sums_invalidates_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     run = private_run()
     run.optimizer.begin_logical_batch(4)
     losses = run.loss_fn(run.model, run.data[[0, 1]])

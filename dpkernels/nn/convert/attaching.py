@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from dpkernels.nn.batch.batch_axis import batch_size_of, has_values, tensors_in
-from dpkernels.nn.convert.swapping import has_twin, load_library_rules, subtree_refusal
+from dpkernels.nn.convert.swapping import has_ghost_class, load_library_rules, subtree_refusal
 from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.layers.batch_norm import FrozenBatchNorm
 from dpkernels.nn.layers.expanded import ExpandingModule, expanding_class, expansion_refusal
@@ -35,12 +35,12 @@ class Uncovered:
         return f"{self.name} ({self.module_type}): {self.reason}"
 
 
-def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
+def attach(model: nn.Module, *, mixed: bool = False) -> Tape:
     """Make `model` private: a new tape on every ghost layer, small raw parameters expanded. Call it after
     `swap`.
 
     Parameters that are frozen stay so: to train more of them later, detach, unfreeze and attach again.
-    `keep_small`: see `Tape`.
+    `mixed`: see `Tape`.
 
     Raises ValueError naming every trained parameter that no rule covers, RuntimeError if a tape is attached.
     """
@@ -53,7 +53,7 @@ def attach(model: nn.Module, *, keep_small: bool = False) -> Tape:
     if refused:
         lines = "\n  ".join(str(item) for item in refused)
         raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
-    tape = Tape(model.named_parameters(), keep_small=keep_small)
+    tape = Tape(model.named_parameters(), mixed=mixed)
     tape.needs_to_ask = any(parameter.requires_grad for parameter in model.parameters())
     for name, module in model.named_modules():
         if not isinstance(module, GhostModule):
@@ -184,7 +184,7 @@ def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | Non
         if name not in module.ghost_covers:
             return f"not a parameter that {type(module).__name__} has a rule for; freeze it"
         return module.ghost_refusal()
-    if has_twin(module):
+    if has_ghost_class(module):
         return "not swapped; call dpkernels.swap(model) first"
     if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNorm):
         return "batch statistics mix the samples; call dpkernels.nn.freeze_batch_norm(model), or freeze it"

@@ -92,7 +92,7 @@ def coverage(model: nn.Module) -> Coverage:
     A rule is said of the layer that `swap` would make: "Linear: ghost norm" keeps no per-sample gradient, "per-sample
     gradient (B × n entries)" keeps them, n numbers a sample, and "per-sample expansion" is for small parameters of any
     module. It needs no values: a model on the meta device will do. Layers may record less than is said, and
-    `strategy="keep_small"` may form gradients where that takes less memory.
+    `strategy="mixed"` may form gradients where that takes less memory.
 
     Args:
         model: any module, swapped or not, private or not. While it is looked at, its modules' classes are those of

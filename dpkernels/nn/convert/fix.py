@@ -79,7 +79,7 @@ def fix(model: nn.Module, *, batch_norm: str = "freeze", num_groups: int | None 
     | … and SyncBatchNorm | GroupNorm (`batch_norm="group"`) | the function, in training and evaluation |
     | InstanceNorm with running statistics | InstanceNorm without | evaluation normalises as training does |
     | Embedding(sparse=True) | sparse=False | nothing: gradients are dense |
-    | Embedding(scale_grad_by_freq=True) | scale_grad_by_freq=False | gradients, which batch-mates scaled |
+    | Embedding(scale_grad_by_freq=True) | scale_grad_by_freq=False | gradients, which the rest of the batch scaled |
     | weight_norm, in either form | the weight itself | what is trained, not what is computed |
 
     All else stays as it is: activations in place, for one, need no replacement. Weight and bias of norms are kept, as

@@ -72,7 +72,7 @@ def subtree_refusal(module: nn.Module) -> str | None:
 
 
 def ghost_subclass(own_class: type[nn.Module], ghost_class: type[nn.Module]) -> type[nn.Module]:
-    """A ghost twin for a subclass of a torch layer whose forward calls `super().forward` and reads no
+    """A ghost ghost for a subclass of a torch layer whose forward calls `super().forward` and reads no
     parameter itself.
 
     `register_swap(MyConv, ghost_subclass(MyConv, GhostConv1d))`. If it does read a parameter itself,
@@ -89,12 +89,12 @@ def load_library_rules() -> None:
 
 
 def swap(model: nn.Module) -> nn.Module:
-    """Re-class every module that has a ghost twin; in place; returns `model`.
+    """Re-class every module that has a ghost ghost; in place; returns `model`.
 
     nn.Linear, convolutions and transposed ones, Embedding, EmbeddingBag, LayerNorm, RMSNorm, GroupNorm, instance norms,
     LSTM, GRU, RNN and their cells, MultiheadAttention, torch's Transformer layers, subclasses of these that inherit all
     that they compute with or only change input or output, PEFT's LoRA layers, and the transformers layers named in
-    `dpkernels.interop`. Swapping twice changes nothing. What has no twin stays as it is: `uncovered` names what of it
+    `dpkernels.interop`. Swapping twice changes nothing. What has no ghost stays as it is: `uncovered` names what of it
     is trained. Raises TypeError for what is no module.
     """
     if not isinstance(model, nn.Module):
@@ -105,18 +105,18 @@ def swap(model: nn.Module) -> nn.Module:
             child = getattr(module, attribute, None)
             if child is not None and _ORIGINALS.get(type(child), type(child)) is _ORIGINALS[ghost_class]:
                 child.__class__ = ghost_class
-        twin = _twin(module)
-        if twin is not None:
-            module.__class__ = twin
+        ghost = _ghost_class(module)
+        if ghost is not None:
+            module.__class__ = ghost
     return model
 
 
-def has_twin(module: nn.Module) -> bool:
+def has_ghost_class(module: nn.Module) -> bool:
     """Whether `swap` would re-class this module for its own type's sake."""
-    return _twin(module) is not None
+    return _ghost_class(module) is not None
 
 
-def _twin(module: nn.Module) -> type[nn.Module] | None:
+def _ghost_class(module: nn.Module) -> type[nn.Module] | None:
     # weight_norm by hooks leaves the type as it is but takes the weight out of the parameters.
     if "weight" in module.__dict__ or isinstance(module, GhostModule) or parametrize.is_parametrized(module):
         return None
@@ -126,7 +126,7 @@ def _twin(module: nn.Module) -> type[nn.Module] | None:
     base = next((c for c in own_class.__mro__ if c in _SWAPS), None)
     if base is None or not (_replaces_nothing(own_class, base, module) or is_thin(own_class, base)):
         return None
-    return _inherited_twin(own_class, _SWAPS[base])
+    return _inherited_ghost_class(own_class, _SWAPS[base])
 
 
 # What a subclass may define without computing anything else: how it is made, drawn and shown.
@@ -144,10 +144,10 @@ def _replaces_nothing(own_class: type[nn.Module], base: type[nn.Module], module:
     return own.isdisjoint(used)
 
 
-def _inherited_twin(own_class: type[nn.Module], ghost_class: type[nn.Module]) -> type[nn.Module]:
+def _inherited_ghost_class(own_class: type[nn.Module], ghost_class: type[nn.Module]) -> type[nn.Module]:
     if own_class not in _INHERITED:
-        twin = ghost_subclass(own_class, ghost_class)
-        _INHERITED[own_class], _ORIGINALS[twin] = twin, own_class
+        ghost = ghost_subclass(own_class, ghost_class)
+        _INHERITED[own_class], _ORIGINALS[ghost] = ghost, own_class
     return _INHERITED[own_class]
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.records import ExpandedRecord, LinearRecord, Record, formed_gradient, join_names
+from dpkernels.nn.recording.records import (
+    ExpandedRecord,
+    LinearRecord,
+    Record,
+    join_names,
+    materialised_gradient,
+)
 from dpkernels.nn.tensors import accumulation_dtype, cat_time, common_dtype, per_sample_product, sum_up
 
 
@@ -73,13 +79,13 @@ class PackedLinearRecord(Record):
         """The weight's, p·d."""
         return self.weight.numel()
 
-    def formed(self) -> tuple[ExpandedRecord, ...]:
+    def materialised(self) -> tuple[ExpandedRecord, ...]:
         """g_iᵀ x_i of each block at its rows, zeros elsewhere."""
         dtype = accumulation_dtype(self.blocks[0].g)
         gradients = self.blocks[0].g.new_zeros(self.batch_size, *self.weight.shape, dtype=dtype)
         for block in self.blocks:
             gradients[:, block.rows] = per_sample_product(block.g, block.x)
-        return (formed_gradient(self.layer, self.weight, gradients),)
+        return (materialised_gradient(self.layer, self.weight, gradients),)
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
         """One linear layer over the blocks' frames one after the other, whose g is 0 in the others' rows."""

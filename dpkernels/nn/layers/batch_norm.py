@@ -26,7 +26,7 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
     """Batch norm that always normalises with its running statistics, in training mode too, and never
     updates them.
 
-    y = (x − mean)/√(var + ε)·weight + bias, so that one sample's output does not depend on its batch-mates.
+    y = (x − mean)/√(var + ε)·weight + bias, so that one sample's output does not depend on the rest of its batch.
     The weight and bias can be trained. Same state_dict as the batch norm that it replaces; made by
     `freeze_batch_norm`.
 

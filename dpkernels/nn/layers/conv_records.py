@@ -16,8 +16,8 @@ from dpkernels.nn.recording.records import (
     LinearRecord,
     Record,
     Share,
-    formed_gradient,
     join_names,
+    materialised_gradient,
 )
 from dpkernels.nn.tensors import common_dtype, per_sample_product, sum_up
 
@@ -111,13 +111,13 @@ class ConvRecord(Record):
     """Weight [p, d/groups, *k] of a general convolution: x [B,d,*space], g [B,p,*space'].
 
     It is a linear layer on unfolded windows. They are ∏k times larger than x, so they are made when asked for, of as
-    many samples at a time as `WINDOW_BYTES` allows, and not kept: once where the gradients are formed, twice where norm
-    and sum each ask.
+    many samples at a time as `WINDOW_BYTES` allows, and not kept: once where the gradients are materialised, twice
+    where norm and sum each ask.
 
     `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
     """
 
-    forms_by_default: ClassVar[bool] = True
+    materialises_by_default: ClassVar[bool] = True
 
     layer: str
     weight: nn.Parameter
@@ -167,10 +167,10 @@ class ConvRecord(Record):
         """The weight's, p·d/groups·∏k."""
         return self.weight.numel()
 
-    def formed(self) -> tuple[ExpandedRecord, ...]:
+    def materialised(self) -> tuple[ExpandedRecord, ...]:
         """gᵀ windows, the groups one after the other."""
         gradients = torch.cat([self._formed(part) for part in self._parts()])
-        return (formed_gradient(self.layer, self.weight, gradients),)
+        return (materialised_gradient(self.layer, self.weight, gradients),)
 
     def _formed(self, part: slice) -> Tensor:
         groups = [per_sample_product(g, x) for x, g in (self._group(i, part) for i in range(self.groups))]
@@ -181,7 +181,7 @@ class ConvRecord(Record):
         return LinearRecord(self.layer, self.weight, *self._group(0)) if self.groups == 1 else None
 
     def merge(self, *others: Record) -> Record:
-        """As linear records, unfolded; grouped ones formed."""
+        """As linear records, unfolded; grouped ones materialised."""
         known = all(isinstance(other, LinearRecord | ConvRecord) for other in others)
         linear = self.as_linear(self.x.dtype) if known else None
         return super().merge(*others) if linear is None else linear.merge(*others)

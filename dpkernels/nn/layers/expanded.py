@@ -1,6 +1,6 @@
 """Small raw parameters by per-sample expansion: any parameter that is not a ghost layer's, if it is small.
 
-Its gradients are formed, B times the parameter, which is why only small ones are taken. Two ways:
+Its gradients are materialised, B times the parameter, which is why only small ones are taken. Two ways:
 
 - a module without children whose inputs carry the batch (a norm of someone's own, a gain, a small layer) runs as it is,
   and its backward is asked example by example (`dpkernels.nn.layers.leaf_calls`);
@@ -193,7 +193,7 @@ def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
     if isinstance(module, nn.RNNBase):
         return (
             "a subclass with a forward of its own around one fused function; use nn.LSTM, nn.GRU or nn.RNN itself, or "
-            "register a twin (dpkernels.nn.ghost_subclass), or freeze it"
+            "register a ghost class (dpkernels.nn.ghost_subclass), or freeze it"
         )
     if isinstance(module, nn.Embedding):
         # Under vmap a lookup is an index, whose backward knows none of them.

@@ -48,7 +48,7 @@ class LoRARecord(Record):
         """r·(d + p)."""
         return self.a.numel() + self.b.numel()
 
-    def formed(self) -> tuple[ExpandedRecord, ...]:
+    def materialised(self) -> tuple[ExpandedRecord, ...]:
         """dh_iᵀ x_i of A and s·g_iᵀ h_i of B."""
         x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
         of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)

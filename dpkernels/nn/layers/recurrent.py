@@ -103,7 +103,7 @@ class GhostLSTM(_Recurrent, nn.LSTM):
 
     Privately: with a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh and α_t its gradient [B, 4H], W_ih is recorded as a
     linear layer of x_t and α_t, W_hh of h_{t-1} and α_t, each over all steps at once, the biases by Σ_t α_t, and W_hr
-    as a linear layer of o_t ⊙ tanh(c_t). No sample's gradient is formed. A padded step of a PackedSequence adds
+    as a linear layer of o_t ⊙ tanh(c_t). No sample's gradient is materialised. A padded step of a PackedSequence adds
     nothing, and row i of the records is example i, also where the sequence was sorted. Its dropout masks are drawn for
     an example and a step, not for a place in the packed rows, which the other examples' lengths would move. dtypes are
     nn.LSTM's, autocast included. Raises ValueError, when private, for an input without a batch.

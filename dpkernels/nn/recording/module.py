@@ -90,7 +90,7 @@ class GhostModule:
         return SharedTensor(x.unsqueeze(0).expand(size, *x.shape), self.ghost_label(), tape.axes)
 
     def ghost_refusal(self) -> str | None:
-        """Why this layer, as configured, cannot be trained privately, with the mend; None when it can."""
+        """Why this layer, as configured, cannot be trained privately, with the fix; None when it can."""
         return None
 
     def ghost_fused_rules(self) -> dict[nn.Parameter, str]:

@@ -1,13 +1,14 @@
 """Records: how a layer tells the engine what one backward saw.
 
 A record is one use of one norm rule. It holds the tensors from which the per-sample gradient of its
-parameters *could* be formed, and answers two questions without forming it: ‖gradient of sample i‖² (rounded
+parameters *could* be materialised, and answers two questions without materialising it: ‖gradient of sample i‖² (rounded
 up), and Σ_i c_i · gradient of sample i.
 
 The layers put no lengths on a record: a padded frame has a zero output gradient, and adds nothing.
 
 Where a sample has many frames and the parameter few entries, its gradient is smaller than what it is made of, and
-`formed` makes it once instead of twice (for the norm and for the sum). Which records are formed is the tape's choice.
+`materialised` makes it once instead of twice (for the norm and for the sum). Which records are materialised is the
+tape's choice.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Record(ABC):
     g: Tensor
     # names of the fields that hold parameters
     parameter_fields: ClassVar[tuple[str, ...]] = ("weight",)
-    # whether forming is the default where it is smaller, for rules that pay twice for not doing so
-    forms_by_default: ClassVar[bool] = False
+    # whether materialising is the default where it is smaller, for rules that pay twice for not doing so
+    materialises_by_default: ClassVar[bool] = False
 
     @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -107,10 +108,11 @@ class Record(ABC):
         """Entries of one sample's gradients, or None where this rule does not form them."""
         return None
 
-    def formed(self) -> tuple[ExpandedRecord, ...]:
+    def materialised(self) -> tuple[ExpandedRecord, ...]:
         """The same gradients, [B, *parameter.shape] in float32 (float64 for float64), one record a parameter.
 
-        Their norms and sums are those of the formed values, so that how they were rounded is no matter for privacy.
+        Their norms and sums are those of the materialised values, so that how they were rounded is no matter for
+        privacy.
         """
         raise NotImplementedError(f"{type(self).__name__} does not form per-sample gradients")
 
@@ -135,10 +137,10 @@ class Record(ABC):
 
         Raises TypeError naming two of the layers when their rules cannot be combined.
         """
-        formed = _as_formed(self)
-        if formed is None or formed is self:
+        materialised = _as_materialised(self)
+        if materialised is None or materialised is self:
             raise _not_combined(self, others[0])
-        return formed.merge(*others)
+        return materialised.merge(*others)
 
 
 @dataclass(eq=False)
@@ -181,9 +183,9 @@ class LinearRecord(Record):
         """The weight's, p·d."""
         return self.weight.numel()
 
-    def formed(self) -> tuple[ExpandedRecord, ...]:
+    def materialised(self) -> tuple[ExpandedRecord, ...]:
         """g_iᵀ x_i."""
-        return (formed_gradient(self.layer, self.weight, per_sample_product(self.g, self.x)),)
+        return (materialised_gradient(self.layer, self.weight, per_sample_product(self.g, self.x)),)
 
     def merge(self, *others: Record) -> Record:
         """Concatenated along T, the others as linear layers'."""
@@ -289,11 +291,11 @@ class ExpandedRecord(Record):
         return True
 
     def merge(self, *others: Record) -> Record:
-        """Added, sample by sample, each of the others formed when its turn comes."""
+        """Added, sample by sample, each of the others materialised when its turn comes."""
         total = type(self)(self.layer, self.parameter, self.g)
         for other in others:
-            formed = _as_formed(other)
-            if formed is None or not total.absorb(formed):
+            materialised = _as_materialised(other)
+            if materialised is None or not total.absorb(materialised):
                 raise _not_combined(self, other)
         return total
 
@@ -310,11 +312,11 @@ class NormRecord(ExpandedRecord):
     """The weight [d] of a LayerNorm, RMSNorm or frozen BatchNorm: g [B,d] = Σ_t x̂_t ⊙ g_t, summed at once."""
 
 
-def _as_formed(record: Record) -> ExpandedRecord | None:
+def _as_materialised(record: Record) -> ExpandedRecord | None:
     """The record of one parameter's per-sample gradients, or None where its rule does not form them."""
     if isinstance(record, ExpandedRecord):
         return record
-    return None if record.entries() is None or len(record.parameters) > 1 else record.formed()[0]
+    return None if record.entries() is None or len(record.parameters) > 1 else record.materialised()[0]
 
 
 def _not_combined(first: Record, second: Record) -> TypeError:
@@ -324,7 +326,7 @@ def _not_combined(first: Record, second: Record) -> TypeError:
     )
 
 
-def formed_gradient(layer: str, parameter: nn.Parameter, gradients: Tensor) -> ExpandedRecord:
+def materialised_gradient(layer: str, parameter: nn.Parameter, gradients: Tensor) -> ExpandedRecord:
     """A record of per-sample gradients [B, ...] of a parameter's number of entries."""
     return ExpandedRecord(layer, parameter, gradients.view(len(gradients), *parameter.shape))
 

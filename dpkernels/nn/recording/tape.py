@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpkernels.nn.batch.batch_axis import BatchAxes, ask_at_other_sizes
 from dpkernels.nn.recording.records import Record
 
-_FORMED_BYTES = 4  # of an entry of a formed gradient: float32
+_MATERIALISED_BYTES = 4  # of an entry of a materialised gradient: float32
 
 
 class Inspector(Protocol):
@@ -46,14 +46,12 @@ class Tape:
     ever. A second backward over the same forward needs `close(again=True)` after the first.
 
     Forming: a record of parameters that were used once in the forward is replaced by the per-sample gradients
-    themselves where these are at most half as large (`Record.formed`), which then frees the layer's input and
-    output gradient at once: records of every kind with `keep_small`, else those that form by default.
+    themselves where these are at most half as large (`Record.materialised`), which then frees the layer's input and
+    output gradient at once: records of every kind with `mixed`, else those that form by default.
     """
 
-    def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]] = (), *, keep_small: bool = False
-    ) -> None:
-        self._keep_small = keep_small
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]] = (), *, mixed: bool = False) -> None:
+        self._keep_small = mixed
         self._names: dict[nn.Parameter, str] = {p: name for name, p in parameters}
         self._records: list[Record] = []
         # the first record of each rule and parameters: what it can absorb is not kept beside it
@@ -237,7 +235,7 @@ class Tape:
                 )
         if self.inspector is not None and not self.inspector.see(record):
             return
-        taken = record.formed() if self._is_smaller_formed(record) else (record,)
+        taken = record.materialised() if self._is_smaller_materialised(record) else (record,)
         if self._sink is None or any(self._uses[p] != 1 for p in record.parameters):
             for part in taken:
                 first = self._first.setdefault((type(part), part.parameters), part)
@@ -248,15 +246,15 @@ class Tape:
         for part in taken:
             self._sink(part)
 
-    def _is_smaller_formed(self, record: Record) -> bool:
-        if not (self._keep_small or record.forms_by_default):
+    def _is_smaller_materialised(self, record: Record) -> bool:
+        if not (self._keep_small or record.materialises_by_default):
             return False
         entries = record.entries()
         if entries is None:
             return False
         if any(self._uses[p] != 1 for p in record.parameters):
             return False  # they are merged: with few uses that is cheaper in the form they have
-        return 2 * _FORMED_BYTES * entries * record.batch_size <= record.held_bytes()
+        return 2 * _MATERIALISED_BYTES * entries * record.batch_size <= record.held_bytes()
 
     def close(self, *, again: bool = False) -> list[Record]:
         """End the backward; the records, merged so that each parameter is in exactly one of them.

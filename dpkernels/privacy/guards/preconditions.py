@@ -1,4 +1,4 @@
-"""What must hold of the model, the optimizer and the losses, each refused by name and with the mend."""
+"""What must hold of the model, the optimizer and the losses, each refused by name and with the fix."""
 
 from collections.abc import Iterable
 
@@ -112,7 +112,7 @@ def some_of(names: Iterable[object]) -> str:
 
 
 def batch_norm_message(names: list[str]) -> str:
-    """Why BatchNorm in training mode is refused, and the mend."""
+    """Why BatchNorm in training mode is refused, and the fix."""
     return (
         "BatchNorm in training mode mixes the examples of a batch, so no example's gradient is its own: "
         f"{', '.join(names)}. Mend: dpkernels.nn.freeze_batch_norm(model) (running statistics, also in "
@@ -125,12 +125,12 @@ def check_losses(losses: Tensor) -> None:
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a Tensor of shape [B], got {type(losses).__name__}")
     if losses.dim() != 1:
-        mend = (
+        hint = (
             "a reduced loss cannot be told apart by example: use reduction='none' and, for losses over "
             "time, sum or average within each example: loss(..., reduction='none').flatten(1).sum(1)"
         )
         raise ValueError(
-            f"losses must have shape [B], one loss an example, got shape {tuple(losses.shape)}; {mend}"
+            f"losses must have shape [B], one loss an example, got shape {tuple(losses.shape)}; {hint}"
         )
     if not losses.is_floating_point():
         raise TypeError(f"losses must be floating-point, got {losses.dtype}")

@@ -21,7 +21,7 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
     Raises:
         TypeError: not a DataLoader.
         ValueError: an iterable dataset, a sampler or batch sampler of the user's own, drop_last, no batch
-            size, or an empty dataset; each with the reason and the mend.
+            size, or an empty dataset; each with the reason and the fix.
     """
     if not isinstance(data_loader, DataLoader):
         raise TypeError(

@@ -1,7 +1,7 @@
 """The self-check's own batch: examples of the data set together and each alone, as the loader's collate_fn makes them.
 
-What an example's batch-mates do to it, padding above all, only collate_fn knows: a batch that was padded already has no
-trace of it. So examples of unlike sizes are collated, a shorter one beside longer ones, and each alone.
+What the rest of a batch does to an example, padding above all, only collate_fn knows: a batch that was padded already
+has no trace of it. So examples of unlike sizes are collated, a shorter one beside longer ones, and each alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The mates check: does what an example adds change with what else is in its batch, in the arithmetic of training?
+"""The batch-independence check: does what an example adds change with the rest of its batch, as training computes it?
 
 The self-check compares a batch with one example alone, which other shapes round otherwise: in half precision by as
 much as a small gradient is. Here the shapes stay, and with them the kernels, the order of every sum and, under one
@@ -44,7 +44,7 @@ _REPEATED_ON_GPU = 1e-2
 Found = TypeVar("Found")
 
 
-def check_mates(
+def check_batch_independence(
     model: nn.Module,
     tape: Tape,
     loss_fn: LossFunction,
@@ -85,7 +85,9 @@ def _check(probe: _Probe, batch: Any, rows_for: Callable[[int], Rows], samples: 
     losses, own, shapes = probe.run(batch, range(samples), lambda _, gradient: _narrowed(gradient))
     size = len(losses)
     if size < 2:
-        raise ValueError(f"batch holds {size} example; give at least two: alone, an example has no mates")
+        raise ValueError(
+            f"batch holds {size} example; give at least two: alone, an example depends on no other"
+        )
 
     rows = rows_for(size)
 
@@ -109,7 +111,7 @@ def _check(probe: _Probe, batch: Any, rows_for: Callable[[int], Rows], samples: 
     }
     for sample in own:
         for copy in [*(row for row in range(size) if row != sample), None]:
-            other = with_other_mates(batch, sample, rows, copy)
+            other = with_other_examples(batch, sample, rows, copy)
             with explained(mode, IN_ANOTHER_ORDER):
                 other_losses, changed, other_shapes = probe.run(other, [sample], distance)
             if other_shapes == shapes:
@@ -157,7 +159,7 @@ def _compare(
 _ASKED = ("all trained parameters", "the loss")
 
 
-def with_other_mates(batch: Any, sample: int, rows: Rows, copy: int | None = None) -> Any:
+def with_other_examples(batch: Any, sample: int, rows: Rows, copy: int | None = None) -> Any:
     """The batch with other examples around `sample`: they change places, each of their floating-point entries is halved
     or kept at random (no layer that forgets the scale forgets that), and the row `copy` is the sample's own: whatever
     is the same in any order, and whole numbers, change too.

@@ -3,11 +3,11 @@ autograd sees?
 
 For a few examples of a batch, what the private path would add for each of them (factor 1 for it, 0 for the
 others) is compared with the gradient of a one-example batch through torch's own layers; for one of them also with the
-batch's rows in the reverse order. They differ where an example's gradient depends on its batch-mates, on the padding
-they cause or on their number, where a layer's batch axis is not the first, where the model sorts rows, or where a norm
-rule is wrong. It is done in evaluation mode, and again with the modules' own modes but dropout off. Where the model
-then still draws at random, each example alone is given its own row of the batch's draws (`draws.py`); where that cannot
-be, the report says so, and only the mates check (`mates.py`) goes through it.
+batch's rows in the reverse order. They differ where an example's gradient depends on the rest of its batch, on the
+padding they cause or on their number, where a layer's batch axis is not the first, where the model sorts rows, or
+where a norm rule is wrong. It is done in evaluation mode, and again with the modules' own modes but dropout off. Where
+the model then still draws at random, each example alone is given its own row of the batch's draws (`draws.py`); where
+that cannot be, the report says so, and only the batch-independence check (`batch_independence.py`) goes through it.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def self_check(
         tape: its tape.
         loss_fn: loss_fn(model, batch) -> [B].
         batch: a tensor, or dicts, tuples and lists of tensors, batch first. At least two examples show
-            dependence on batch-mates; unequal lengths show dependence on padding, when `singles` are given.
+            dependence on the rest of the batch; unequal lengths show dependence on padding, when `singles` are given.
         singles: one-example batches of the batch's first examples, each collated alone, so with no padding of
-            its batch-mates. By default slices of `batch`, whose padding stays.
+            the rest of its batch. By default slices of `batch`, whose padding stays.
         rows: of another batch of the same form: which parts have one row an example. By default what singles show;
             without them what has as many rows as there are losses.
         samples: how many examples to compare.
@@ -172,7 +172,7 @@ class _Check:
         """What was compared in the present mode, and in words what could not be."""
         behaviour = behaviour_of(self.model, self.tape, self.loss_fn, self.batch)
         if behaviour is Behaviour.KEEPS:
-            # The mates check says so, and refuses it.
+            # The batch-independence check says so, and refuses it.
             return (
                 Compared(),
                 f"gradients alone and in a batch, in {mode} mode: the same batch gives other losses",

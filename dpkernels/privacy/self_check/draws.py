@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpkernels.privacy.self_check.findings import SelfCheckError, SelfCheckReport
 
 # Of shapes and numbers only. What is drawn by the values of a tensor (multinomial, native_dropout) is not handed on: it
-# would hide that those values depend on batch-mates.
+# would hide that those values depend on the rest of the batch.
 _BY_SHAPE = frozenset(
     {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal_", "uniform_"}
     | {"random_", "exponential_", "cauchy_", "log_normal_", "geometric_", "bernoulli_"}
@@ -85,8 +85,8 @@ class DrawsOfRow(TorchDispatchMode):
             raise SelfCheckError(
                 f"self-check: the model draws whole numbers below the number of examples (torch.{name}, "
                 f"{self._size} in this batch, 1 for an example alone): places in the batch, as mixup and shuffled "
-                "negatives do. An example's loss would be of its batch-mates too, and its gradient not its own. Mix "
-                "within an example, or take it out",
+                "negatives do. An example's loss would depend on its batch too, and its gradient would not be its "
+                "own. Mix within an example, or take it out",
                 SelfCheckReport(),
             )
         raise DrawsUnlike(

@@ -17,11 +17,11 @@ class Difference:
     """How far one parameter's gradient is off. NOT PRIVATE.
 
     Attributes:
-        parameter: qualified name. From the mates check: "all trained parameters", or "the loss".
+        parameter: qualified name. From the batch-independence check: "all trained parameters", or "the loss".
         sample: index in the batch.
         error: ‖private − one by one‖ over the larger of ‖one by one‖ and 10⁻³ of the example's whole
-            gradient. From the mates check: the change over `norm`.
-        norm: ‖one by one‖. From the mates check: of the private gradient, or of the loss.
+            gradient. From the batch-independence check: the change over `norm`.
+        norm: ‖one by one‖. From the batch-independence check: of the private gradient, or of the loss.
         mode: "eval" or "train".
         place: "" in the batch as it came; ", rows reversed" with its rows in the reverse order.
     """

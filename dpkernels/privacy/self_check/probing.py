@@ -1,4 +1,4 @@
-"""How the self-check and the mates check look into a model: its modes, one private backward, its modules' outputs."""
+"""How the checks look into a model: its modes, one private backward, its modules' outputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dpkernels.nn import Tape
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.rows import Rows
-from dpkernels.privacy.self_check.batch_independence import check_mates
+from dpkernels.privacy.self_check.batch_independence import check_batch_independence
 from dpkernels.privacy.self_check.check import self_check
 from dpkernels.privacy.self_check.findings import SelfCheckReport, merged
 from dpkernels.privacy.self_check.probing import LossFunction
@@ -30,7 +30,7 @@ def whole_check(
 ) -> SelfCheckReport:
     """What `PrivacyEngine.self_check` does; arguments, errors and warnings as there. `note` is told of the losses.
 
-    The mates are asked last: what fails alone says more about where.
+    Batch independence is checked last: what fails alone says more about where.
     """
     if batch is None and singles is not None:
         raise TypeError("self_check: singles are a batch's examples alone; give the batch, too")
@@ -53,7 +53,7 @@ def whole_check(
     with torch.enable_grad(), tape.paused():
         note(loss_fn(model, asked[0][0]))
     for one, alone in asked:
-        check_mates(model, tape, loss_fn, one, singles=alone, rows=rows, samples=samples)
+        check_batch_independence(model, tape, loss_fn, one, singles=alone, rows=rows, samples=samples)
     report = merged(reports, unchecked)
     if report.unchecked:
         warnings.warn("self_check passed, and could not ask: " + "; ".join(report.unchecked), stacklevel=3)

@@ -36,7 +36,7 @@ def add_up(norms: Iterable[Tensor], batch_size: int, device: torch.device) -> Te
 
 
 @dataclass(frozen=True)
-class LayerNorms:
+class PerLayerClipNorms:
     """The clipping norms of per-layer clipping: a public constant C_p for every trained parameter.
 
     Parameters that one record speaks for (LoRA's A and B, a tied weight) are clipped together, at √ΣC_p². However
@@ -69,7 +69,7 @@ class LayerNorms:
 _DOWN, _UP = 1 - 2.0**-50, 1 + 2.0**-50
 
 
-def layer_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]) -> LayerNorms:
+def per_layer_clip_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]) -> PerLayerClipNorms:
     """The norms that `max_grad_norm` stands for under strategy="per_layer".
 
     Args:
@@ -82,10 +82,10 @@ def layer_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]) -> Laye
             above 0.
         TypeError: a norm that is not a number.
     """
-    if not several(max_grad_norm):
+    if not is_per_layer(max_grad_norm):
         total = check_norm(max_grad_norm)
         each = total / math.sqrt(len(trained)) * _DOWN
-        return LayerNorms(total, dict.fromkeys(trained.values(), each))
+        return PerLayerClipNorms(total, dict.fromkeys(trained.values(), each))
     if not isinstance(max_grad_norm, Mapping):
         if len(max_grad_norm) != len(trained):
             raise ValueError(
@@ -101,10 +101,10 @@ def layer_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]) -> Laye
         )
     given = {name: check_norm(max_grad_norm[name], f"max_grad_norm[{name!r}]") for name in trained}
     total = math.sqrt(math.fsum(norm**2 for norm in given.values())) * _UP
-    return LayerNorms(total, {trained[name]: norm for name, norm in given.items()}, given)
+    return PerLayerClipNorms(total, {trained[name]: norm for name, norm in given.items()}, given)
 
 
-def several(max_grad_norm: Any) -> bool:
+def is_per_layer(max_grad_norm: Any) -> bool:
     """Whether it is a sequence or mapping of norms."""
     return isinstance(max_grad_norm, Mapping | Sequence) and not isinstance(max_grad_norm, str)
 
@@ -151,7 +151,8 @@ def rounding_slack(examples: int) -> float:
 
     It holds for gradients of float32 and narrower; float64 models (for tests) have no such K. What it does
     not count: an example that changes the *shape* of a batch can change how the others' forward and backward
-    (and gradients formed there by batched products) round (docs/privacy.md says how much that was measured to be).
+    (and gradients materialised there by batched products) round (docs/privacy.md says how much that was measured to
+    be).
     """
     return max(LEAST_SLACK, examples * _PIECES * (examples + _CANCELLATION) * 2.0**-51)
 

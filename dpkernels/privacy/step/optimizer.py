@@ -252,7 +252,7 @@ class DPOptimizer(torch.optim.Optimizer):
                 (`dpkernels.nn.recording.row_check`).
 
         A backward that fails (torch.OutOfMemoryError, say) leaves the sums as they were before it, or, where it had
-        begun to add to them, spoils the logical batch, of which nothing is then released. `recover` says which.
+        begun to add to them, invalidates the logical batch, of which nothing is then released. `recover` says which.
         "per_layer" adds from the beginning, "two_pass" in its second backward, the others once it is over.
         """
         check_losses(losses)
@@ -280,14 +280,14 @@ class DPOptimizer(torch.optim.Optimizer):
         the logical batch stay those that were drawn, and step() refuses unless each was back-propagated.
 
         Returns:
-            True: the sums were spoiled and have been dropped; back-propagate *all* micro-batches of the logical
+            True: the sums were invalidated and have been dropped; back-propagate *all* micro-batches of the logical
             batch again, in parts of any size. False: they are as they were before the failure; only the
             micro-batch that failed is to be done again.
         """
         self.tape.discard()
-        spoiled = self._batch.spoiled
+        invalidated = self._batch.invalidated
         self._batch.try_again()
-        return spoiled
+        return invalidated
 
     @torch.no_grad()
     def step(self, closure: None = None) -> Any:  # type: ignore[override]
@@ -319,7 +319,7 @@ class DPOptimizer(torch.optim.Optimizer):
             draw = self._stream.next_draw()
             self._last_seen = self._batch.seen
             if not fused:
-                return self._step_apart(draw)
+                return self._unfused_step(draw)
             self._sweep(draw)
             return None
         finally:
@@ -371,7 +371,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._batch.dirty = False  # the sweep has cleared them
         self._guard.publish(kept)
 
-    def _step_apart(self, draw: int) -> Any:
+    def _unfused_step(self, draw: int) -> Any:
         """The noised gradients first, then the wrapped optimizer's own step."""
         self._batch.dirty = True  # the sums are overwritten
         gradients = {

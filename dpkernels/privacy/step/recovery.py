@@ -26,7 +26,7 @@ def back_propagate(
 
     The same examples are summed as without the failure, each once, and nothing else: the sampling is not drawn again,
     no noise is drawn, nothing is released or counted here. Where the failure left the sums as they were, only the
-    micro-batch that failed is halved. Where it spoiled them (see `DPOptimizer.recover`), they are dropped, and the
+    micro-batch that failed is halved. Where it invalidated them (see `DPOptimizer.recover`), they are dropped, and the
     whole logical batch is done again in parts of at most half that size. Parts are read from the data set anew, in
     this process: random augmentation is drawn again.
 
@@ -55,7 +55,7 @@ def back_propagate(
             if isinstance(losses, Tensor):
                 done.append((part, losses))
                 continue
-            spoiled = optimizer.recover()
+            invalidated = optimizer.recover()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if len(part) == 1:
@@ -65,7 +65,7 @@ def back_propagate(
                     f"{losses}"
                 )
             size = (len(part) + 1) // 2
-            if spoiled:
+            if invalidated:
                 again = [*(earlier for earlier, _ in done), part, *(later for later, _ in todo)]
                 todo = [(piece, None) for whole in again for piece in _cut(whole, size)]
                 done = []
@@ -73,7 +73,7 @@ def back_propagate(
                 todo = [(piece, None) for piece in _cut(part, size)] + todo
             say(
                 f"NOT PRIVATE: a micro-batch of {len(part)} examples ran out of memory; going on with at most {size}"
-                + (", from the start of its logical batch" if spoiled else "")
+                + (", from the start of its logical batch" if invalidated else "")
             )
     return [losses for _, losses in done]
 

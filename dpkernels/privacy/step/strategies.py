@@ -2,7 +2,7 @@
 
 | strategy | backwards | holds until it is done | clipping |
 |---|---|---|---|
-| bookkeeping, keep_small | 1 | every record of the backward | flat |
+| bookkeeping, mixed | 1 | every record of the backward | flat |
 | two_pass | 2 | the graph; [B] numbers a layer | flat |
 | per_layer | 1 | nothing | each layer on its own |
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.nn import Record, Tape, norms_sq
-from dpkernels.privacy.step.clipping import LayerNorms, add_up, total_norm_sq
+from dpkernels.privacy.step.clipping import PerLayerClipNorms, add_up, total_norm_sq
 
 Add = Callable[[Sequence[Record], Tensor], None]
 """add(records, factors [B]): the weighted sums of the records into the logical batch's."""
@@ -161,7 +161,7 @@ class PerLayer(Strategy):
     backward).
     """
 
-    def __init__(self, tape: Tape, norms: LayerNorms) -> None:
+    def __init__(self, tape: Tape, norms: PerLayerClipNorms) -> None:
         super().__init__(tape)
         self._norms = norms
 
@@ -185,7 +185,7 @@ class PerLayer(Strategy):
             return Clipped(add_up(norms, batch_size, device), least)
 
 
-def strategy_of(name: str, tape: Tape, max_grad_norm: float, layers: LayerNorms | None) -> Strategy:
+def strategy_of(name: str, tape: Tape, max_grad_norm: float, layers: PerLayerClipNorms | None) -> Strategy:
     """The strategy of a name that `keywords.check_strategy` accepts; `layers` for "per_layer" only."""
     if layers is not None:
         return PerLayer(tape, layers)

@@ -21,7 +21,7 @@ class BatchSums:
         dirty: whether an entry of `sums` may be other than 0.
         examples: how many examples are in the sums. NOT PRIVATE.
         drawn: how many the open logical batch holds; None where none is open. NOT PRIVATE.
-        spoiled: a failure left examples in the sums in part or uncounted.
+        invalidated: a failure left examples in the sums in part or uncounted.
         attempt: counts what `forget` and `try_again` begin anew.
         seen: what was done to the examples, by micro-batch. NOT PRIVATE.
     """
@@ -33,7 +33,7 @@ class BatchSums:
         self.dirty = False
         self.examples = 0
         self.drawn: int | None = None
-        self.spoiled = False
+        self.invalidated = False
         self.attempt = 0
         self.seen: list[Clipped] = []
 
@@ -73,12 +73,12 @@ class BatchSums:
         self.attempt += 1
         self.examples = 0
         self.seen = []
-        self.spoiled = False
+        self.invalidated = False
 
     def try_again(self) -> None:
-        """A micro-batch that failed is about to be done again, or, where it spoiled the sums, all of them."""
+        """A micro-batch that failed is about to be done again, or, where it invalidated the sums, all of them."""
         self.attempt += 1
-        if self.spoiled:
+        if self.invalidated:
             self.forget()
 
     def of(self, parameter: nn.Parameter) -> Tensor:
@@ -89,23 +89,23 @@ class BatchSums:
 
     @torch.no_grad()
     def add(self, records: Sequence[Record], factors: Tensor) -> None:
-        """Σ_i factors_i·g_i of these records; the batch is spoiled until `count` says that this was all."""
+        """Σ_i factors_i·g_i of these records; the batch is invalidated until `count` says that this was all."""
         for record in records:
             for parameter in record.parameters:
                 self.of(parameter)
         # A failure from here to the count would leave examples in the sums, in part or uncounted.
-        self.spoiled = self.dirty = True
+        self.invalidated = self.dirty = True
         add_weighted_sums(records, factors, self.sums)
 
     def count(self, examples: int, clipped: Clipped) -> None:
         """A micro-batch of so many examples is in the sums, whole."""
         self.examples += examples
         self.seen.append(clipped)
-        self.spoiled = False
+        self.invalidated = False
 
     def check_whole(self) -> None:
-        """Raise RuntimeError where a failure spoiled the sums."""
-        if self.spoiled:
+        """Raise RuntimeError where a failure invalidated the sums."""
+        if self.invalidated:
             raise RuntimeError(
                 "a backward failed half-way through its sums; call zero_grad() to drop this logical batch, or "
                 "recover() to do all of its micro-batches again"

@@ -68,7 +68,7 @@ def test_every_key_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "key", "mend"),
+    ("values", "key", "hint"),
     [
         (with_(modl={}), "modl", "did you mean model?"),
         (with_(train={"learning_rat": 1}), "train.learning_rat", "did you mean train.learning_rate?"),
@@ -89,11 +89,11 @@ def test_every_key_is_explained() -> None:
         (with_(evaluate={"restrict_to": []}), "evaluate.restrict_to=[]", "null for free decoding"),
     ],
 )
-def test_errors_name_key_value_and_mend(values: dict[str, Any], key: str, mend: str) -> None:
+def test_errors_name_key_value_and_mend(values: dict[str, Any], key: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_dict(values)
     assert key in str(caught.value)
-    assert mend in str(caught.value)
+    assert hint in str(caught.value)
 
 
 def test_sections_check_themselves_when_built_directly() -> None:

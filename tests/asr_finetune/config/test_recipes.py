@@ -168,7 +168,7 @@ def test_a_recipe_in_bfloat16_with_recomputed_blocks(
     stand_ins: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     """All of the run: self-check, training, evaluation, and files that are float32 and load without this package."""
-    settings = ("model.dtype=bfloat16", "train.checkpointing=true", "privacy.strategy=keep_small")
+    settings = ("model.dtype=bfloat16", "train.checkpointing=true", "privacy.strategy=mixed")
     result = train(tiny(name, stand_ins, tmp_path / "run", *settings), progress=False)
     assert result.steps == 3
     assert result.epsilon is not None

@@ -39,7 +39,7 @@ def with_dropout(recognizer: Recognizer) -> Recognizer:
     return recognizer
 
 
-@pytest.mark.parametrize("strategy", ["bookkeeping", "keep_small", "two_pass", "per_layer"])
+@pytest.mark.parametrize("strategy", ["bookkeeping", "mixed", "two_pass", "per_layer"])
 @pytest.mark.parametrize("family", ["parakeet", "whisper"])
 def test_the_masks_of_dropout_are_those_of_the_forward(
     folders: dict[str, Path], family: str, strategy: str, monkeypatch: pytest.MonkeyPatch

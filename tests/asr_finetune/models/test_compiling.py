@@ -32,7 +32,7 @@ from dpkernels.privacy.self_check.probing import innermost
 from tests.asr_finetune import small_models, tones
 from tests.privacy.strategy_models import distance
 
-STRATEGIES = ("bookkeeping", "keep_small", "two_pass", "per_layer")
+STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer")
 Graphs = list[torch.fx.GraphModule]
 
 
@@ -171,8 +171,8 @@ def test_what_training_runs_is_what_the_self_check_ran() -> None:
         runs.clear()
         optimizer.backward(squares(model.train(), batch))
         assert len(graphs) == checked
-        # In half precision the graphs are others, and the mates check runs those.
-        engine.check_mates(in_half, batch)
+        # In half precision the graphs are others, and the batch-independence check runs those.
+        engine.check_batch_independence(in_half, batch)
         assert (checked_in_half := len(graphs)) > checked
         optimizer.zero_grad()
         optimizer.backward(in_half(model.train(), batch))
@@ -323,8 +323,8 @@ def test_a_copy_and_a_rehearsal_are_not_compiled(folders: dict[str, Path]) -> No
     assert [type(module) for module in recognizer.model.modules()] == kinds
     with Rehearsal(recognizer.model) as stage:
         assert stage.peak(losses_of(recognizer, item), 2) == expected
-    twin = copy.deepcopy(recognizer.model)
-    recognizer.loss_per_example(twin, recognizer.collate([item]))
+    copied = copy.deepcopy(recognizer.model)
+    recognizer.loss_per_example(copied, recognizer.collate([item]))
 
 
 def test_nothing_to_compile_is_refused_by_the_key(folders: dict[str, Path]) -> None:

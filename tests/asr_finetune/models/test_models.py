@@ -30,7 +30,7 @@ def relative_difference(value: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", small_models.FAMILIES)
-def test_an_utterance_is_independent_of_batch_mates_and_padding(
+def test_an_utterance_is_independent_of_the_rest_of_the_batch_and_padding(
     folders: dict[str, Path], family: str
 ) -> None:
     recognizer = small_models.load(folders[family])
@@ -46,7 +46,7 @@ def test_an_utterance_is_independent_of_batch_mates_and_padding(
 
 
 @pytest.mark.parametrize("family", UNEQUAL)
-def test_transcripts_are_independent_of_batch_mates(folders: dict[str, Path], family: str) -> None:
+def test_transcripts_are_independent_of_the_rest_of_the_batch(folders: dict[str, Path], family: str) -> None:
     recognizer = small_models.load(folders[family])
     batch, singles = small_models.batch_and_singles(recognizer)
     together = recognizer.transcribe(batch)

@@ -174,14 +174,14 @@ def test_no_utterance_adds_more_than_its_norm_says_under_autocast(
 
 
 @pytest.mark.parametrize(("family", "kind"), EVERY)
-def test_what_an_utterance_adds_does_not_know_its_mates_under_autocast(
+def test_what_an_utterance_adds_does_not_know_the_rest_of_its_batch_under_autocast(
     folders: dict[str, Path], family: str, kind: str
 ) -> None:
     recognizer = prepared(folders[family], kind)
     batch, _ = small_models.batch_and_singles(recognizer)
     with closing(PrivacyEngine()) as engine:
         made_private(engine, recognizer)
-        engine.check_mates(recognizer.loss_per_example, batch)
+        engine.check_batch_independence(recognizer.loss_per_example, batch)
 
 
 def test_the_runs_self_check_asks_in_its_own_arithmetic_too(

@@ -124,7 +124,7 @@ def test_checkpointing_holds_less() -> None:
         for checkpointing in (False, True):
             with Rehearsal(
                 blocks.model,
-                strategy="keep_small",
+                strategy="mixed",
                 target=target,  # type: ignore[arg-type]
                 checkpointing=checkpointing,
             ) as stage:
@@ -177,12 +177,12 @@ def test_the_fastest_strategy_with_enough_is_chosen(blocks: Recognizer, tmp_path
 
 def test_the_table_says_what_to_set() -> None:
     peak = Peak(size=12, weights=2**30, sums=0, optimizer=0, micro_batch=2**31, workspace=0)
-    fit = Fit("keep_small", True, 15.0, peak)
+    fit = Fit("mixed", True, 15.0, peak)
     table = memory_table(MemoryPlan(80 * 2**30, 0.9, [Fit("bookkeeping", True, 15.0, None), fit], fit, []))
-    settings = "privacy.strategy=keep_small train.physical_batch_size=12 train.checkpointing=true"
+    settings = "privacy.strategy=mixed train.physical_batch_size=12 train.checkpointing=true"
     assert settings in str(table.caption)
     cells = [list(column.cells) for column in table.columns]
-    assert cells[0] == ["bookkeeping, checkpointing", "keep_small, checkpointing"]
+    assert cells[0] == ["bookkeeping, checkpointing", "mixed, checkpointing"]
     assert cells[2] == ["none fits", "12"]
     assert cells[3] == ["", "3.00 GiB"]
 

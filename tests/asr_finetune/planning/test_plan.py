@@ -76,7 +76,7 @@ SPEAKERS = {"unit": "speaker", "max_examples_per_speaker": 3}
 
 
 @pytest.mark.parametrize(
-    ("count", "privacy", "most", "mend"),
+    ("count", "privacy", "most", "hint"),
     [
         (100, {}, 100, r"exceeds the 100 training utterances: lower it"),
         (
@@ -87,9 +87,9 @@ SPEAKERS = {"unit": "speaker", "max_examples_per_speaker": 3}
         ),
     ],
 )
-def test_the_largest_batch(count: int, privacy: dict[str, Any], most: int, mend: str) -> None:
+def test_the_largest_batch(count: int, privacy: dict[str, Any], most: int, hint: str) -> None:
     assert sampled(count, most, **privacy).sample_rate == 1
-    with pytest.raises(ConfigError, match=rf"train\.batch_size={most + 1} .--batch-size. {mend}"):
+    with pytest.raises(ConfigError, match=rf"train\.batch_size={most + 1} .--batch-size. {hint}"):
         sampled(count, most + 1, **privacy)
 
 

@@ -64,7 +64,7 @@ def test_what_cannot_be_trained_is_found_before_the_first_evaluation(
     with pytest.raises(ConfigError, match=message):
         train(small(folder, **changes), progress=False)
     assert evaluations == []
-    # The mended configuration starts in the same folder.
+    # The fixed configuration starts in the same folder.
     assert train(small(folder), progress=False).steps == 2
     assert evaluations == ["before", "after"]
 

@@ -30,7 +30,7 @@ from dpkernels.privacy import read_ledger
 from tests.asr_finetune import small_models, tones
 from tests.privacy.strategy_models import distance, gradients_one_by_one
 
-STRATEGIES = ("bookkeeping", "keep_small", "two_pass", "per_layer")
+STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer")
 BOUND = 1.0
 
 

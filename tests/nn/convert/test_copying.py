@@ -82,15 +82,15 @@ def test_a_copy_is_the_model_before_swap(way: str, root: str) -> None:
     tape.open(3)
     losses.sum().backward()
     tape.close()
-    twin = WAYS[way](model)
-    assert [type(m) for m in twin.modules()] == [type(m) for m in plain.modules()]
-    for module, was in zip(twin.modules(), plain.modules(), strict=True):
+    copied = WAYS[way](model)
+    assert [type(m) for m in copied.modules()] == [type(m) for m in plain.modules()]
+    for module, was in zip(copied.modules(), plain.modules(), strict=True):
         assert vars(module).keys() == vars(was).keys()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
-    assert_same_module(plain, twin)
-    assert torch.equal(twin(X), plain(X))
-    twin(X).sum().backward()
-    assert all(p.grad is not None for p in twin.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in copied.modules())
+    assert_same_module(plain, copied)
+    assert torch.equal(copied(X), plain(X))
+    copied(X).sum().backward()
+    assert all(p.grad is not None for p in copied.parameters())
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -98,7 +98,7 @@ def test_a_copy_is_the_model_before_swap(way: str, root: str) -> None:
 def test_the_model_itself_stays_private_and_its_copy_can_be_made_private(way: str) -> None:
     model = swap(net())
     tape = attach(model)
-    twin = WAYS[way](model)
+    copied = WAYS[way](model)
     seen: list[None] = []
     tape.before_forward = lambda: seen.append(None)
     tape.open(3)
@@ -106,10 +106,10 @@ def test_the_model_itself_stays_private_and_its_copy_can_be_made_private(way: st
     assert tape.close()
     forwards = len(seen)
     assert forwards > 0
-    twin(X)
+    copied(X)
     assert len(seen) == forwards
     detach(model)
-    check_private(twin, lambda m, x: m(x).square().flatten(1).sum(1), (X,))
+    check_private(copied, lambda m, x: m(x).square().flatten(1).sum(1), (X,))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -118,9 +118,9 @@ def test_hooks_of_others_stay(way: str) -> None:
     model.register_forward_hook(doubled)
     attach(model)
     model.register_forward_pre_hook(negated, with_kwargs=True)
-    twin = WAYS[way](model)
-    assert torch.equal(twin(X), 2 * model[0](-X))
-    assert torch.equal(twin(X), model(X))
+    copied = WAYS[way](model)
+    assert torch.equal(copied(X), 2 * model[0](-X))
+    assert torch.equal(copied(X), model(X))
 
 
 def test_dictionaries_by_number_stay() -> None:
@@ -202,7 +202,9 @@ def test_of_a_private_run_only_the_model_is_saved() -> None:
     written = pickle.dumps(run.model)
     assert KEY not in written
     assert b"dpkernels" not in written
-    twin = pickle.loads(written)
-    assert {type(m) for m in twin.modules()} == {Net, nn.Linear, nn.LayerNorm}
-    assert all(torch.equal(twin.state_dict()[name], value) for name, value in run.model.state_dict().items())
+    copied = pickle.loads(written)
+    assert {type(m) for m in copied.modules()} == {Net, nn.Linear, nn.LayerNorm}
+    assert all(
+        torch.equal(copied.state_dict()[name], value) for name, value in run.model.state_dict().items()
+    )
     train(run, 1)  # the run goes on

@@ -150,8 +150,8 @@ def test_what_is_said_of_gradients_is_what_is_recorded() -> None:
     assert {names[p] for record in records for p in record.parameters} == set(table)
     for record in records:
         for parameter in record.parameters:
-            formed = isinstance(record, dpkernels.nn.ExpandedRecord)
-            assert formed == (f"(B × {parameter.numel()} entries)" in table[names[parameter]]), names[
+            materialised = isinstance(record, dpkernels.nn.ExpandedRecord)
+            assert materialised == (f"(B × {parameter.numel()} entries)" in table[names[parameter]]), names[
                 parameter
             ]
 

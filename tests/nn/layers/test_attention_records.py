@@ -1,4 +1,4 @@
-"""PackedLinearRecord: blocks of rows that are there or not, merged, formed, and as one linear layer."""
+"""PackedLinearRecord: blocks of rows that are there or not, merged, materialised, and as one linear layer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_packed_records_where_rows_are_missing(first: Any, second: Any) -> None:
     factors = torch.tensor([0.5, 2.0])
     want = torch.einsum("b,bpd->pd", factors.double(), exact)
     squares = exact.flatten(1).square().sum(1)
-    for form in (record, record.as_linear(torch.float32), *record.formed()):
+    for form in (record, record.as_linear(torch.float32), *record.materialised()):
         total = torch.zeros(6, 3, dtype=torch.float64)
         form.add_weighted_sum(factors, {weight: total})
         torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)

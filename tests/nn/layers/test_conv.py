@@ -28,8 +28,8 @@ from tests.nn.per_sample import assert_same_module, check_private
 
 @pytest.fixture(autouse=True)
 def never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests are about the ghost rules; test_forming.py forms the same layers' gradients."""
-    monkeypatch.setattr(Tape, "_is_smaller_formed", lambda *_: False)
+    """These tests are about the ghost rules; test_materialised.py forms the same layers' gradients."""
+    monkeypatch.setattr(Tape, "_is_smaller_materialised", lambda *_: False)
 
 
 def squares(model: nn.Module, x: Tensor) -> Tensor:
@@ -175,12 +175,12 @@ def test_a_record_without_geometry_is_of_torchs_defaults(
 ) -> None:
     kernel = (2,) * len(space)
     x, g = torch.randn(2, 3, *space), torch.randn(2, 4, *(n - 1 for n in space))
-    (formed,) = kind("layer", nn.Parameter(torch.zeros(4, 3, *kernel)), x, g).formed()
+    (materialised,) = kind("layer", nn.Parameter(torch.zeros(4, 3, *kernel)), x, g).materialised()
     convolve = nn.functional.conv1d if len(space) == 1 else nn.functional.conv2d
     for i in range(2):
         weight = torch.zeros(4, 3, *kernel, requires_grad=True)
         (want,) = torch.autograd.grad(convolve(x[i], weight), weight, g[i])
-        torch.testing.assert_close(formed.g[i], want)
+        torch.testing.assert_close(materialised.g[i], want)
 
 
 def test_reused_grouped_convolution_is_formed() -> None:

@@ -214,10 +214,10 @@ def test_windows_are_made_a_few_samples_at_a_time(samples: int, monkeypatch: pyt
     check_private(layer, squares, (x,))
     record: Any = next(r for r in parts.records if isinstance(r, Conv3dRecord))
     made.clear()
-    (formed,) = record.formed()
+    (materialised,) = record.materialised()
     assert max(made) == samples
-    torch.testing.assert_close(formed.norm_sq(), record.norm_sq(), rtol=1e-3, atol=0)
-    assert len(formed.g) == 5
+    torch.testing.assert_close(materialised.norm_sq(), record.norm_sq(), rtol=1e-3, atol=0)
+    assert len(materialised.g) == 5
 
 
 def test_a_large_layer_of_ones_own_can_be_given_a_rule() -> None:

@@ -239,9 +239,9 @@ def test_state_dict_and_parameters_are_untouched_and_detach_restores() -> None:
     assert {n: id(p) for n, p in model.named_parameters()} == before
     assert list(model.state_dict()) == keys
     assert model.gain is model._parameters["gain"]
-    twin = copy.deepcopy(model)
-    twin(torch.randn(5, 3, 4)).sum().backward()
-    assert twin.gain.grad is not None
+    copied = copy.deepcopy(model)
+    copied(torch.randn(5, 3, 4)).sum().backward()
+    assert copied.gain.grad is not None
     detach(model)
     assert type(model) is Attention
 
@@ -310,12 +310,12 @@ REFUSED: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "name", "mend"), REFUSED)
+@pytest.mark.parametrize(("make", "name", "hint"), REFUSED)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-def test_what_has_no_rule_is_named_with_the_mend(make: Any, name: str, mend: str) -> None:
+def test_what_has_no_rule_is_named_with_the_mend(make: Any, name: str, hint: str) -> None:
     model = nn.Sequential(make())
     found = {u.name: u.reason for u in uncovered(swap(model))}
-    assert mend in found[f"0.{name}"]
+    assert hint in found[f"0.{name}"]
     with pytest.raises(ValueError, match=name):
         attach(model)
     model.requires_grad_(False)

@@ -219,10 +219,10 @@ def test_attach_names_what_has_no_rule() -> None:
 def test_a_copy_of_a_private_model_is_an_ordinary_one() -> None:
     model = GhostLinear(2, 2)
     attach(model)
-    twin = copy.deepcopy(model)
-    assert type(twin) is nn.Linear
-    twin(torch.randn(3, 2)).sum().backward()
-    assert twin.weight.grad is not None
+    copied = copy.deepcopy(model)
+    assert type(copied) is nn.Linear
+    copied(torch.randn(3, 2)).sum().backward()
+    assert copied.weight.grad is not None
 
 
 def test_paused_tape_is_ordinary_training() -> None:

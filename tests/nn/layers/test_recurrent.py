@@ -112,7 +112,9 @@ def test_norms_and_sums_are_those_of_each_example_alone(
     x = torch.randn(len(lengths), max(lengths), 3).double()
     first = tuple(s.double() for s in states_of(layer, len(lengths))) if with_states else ()
     private = check_private(layer, partial(loss_fn, packed=packed), (x, torch.tensor(lengths), *first))
-    assert {type(r) for r in private.records} <= {LinearRecord, BiasRecord}, "a sample's gradient was formed"
+    assert {type(r) for r in private.records} <= {LinearRecord, BiasRecord}, (
+        "a sample's gradient was materialised"
+    )
 
 
 @ANY_KIND

@@ -50,11 +50,13 @@ LAYERS: list[Any] = [
 
 
 @pytest.mark.parametrize("make", LAYERS)
-@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("materialised", [False, True])
 def test_it_is_linear_in_the_losses_example_by_example(
-    make: Any, formed: bool, monkeypatch: pytest.MonkeyPatch
+    make: Any, materialised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tape, "_is_smaller_formed", lambda _, record: formed and record.entries() is not None)
+    monkeypatch.setattr(
+        Tape, "_is_smaller_materialised", lambda _, record: materialised and record.entries() is not None
+    )
     model = swap(make().double())
     tape = attach(model)
     weights = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)

@@ -123,7 +123,7 @@ def test_a_batch_processed_in_part_is_refused_and_costs_nothing(use: Callable[[R
     assert run.engine.steps == 0
 
 
-def test_an_interrupt_within_a_backward_spoils_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_within_a_backward_invalidates_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     run = private_run()
     run.optimizer.begin_logical_batch(2)
     real = BatchSums.add
@@ -660,7 +660,7 @@ def test_a_forked_process_does_not_split_the_count() -> None:
     assert "forked" in answers.get(timeout=60)
     child.join()
     assert run.engine.steps == 0
-    assert run.engine._made()._pid == os.getpid()
+    assert run.engine._require_budget()._pid == os.getpid()
 
 
 # --- the self-check

@@ -48,7 +48,7 @@ def run_of(loss: object, strategy: str, label: int, length: int = FRAMES) -> Run
     return run
 
 
-@pytest.mark.parametrize("strategy", ["bookkeeping", "keep_small", "two_pass", "per_layer"])
+@pytest.mark.parametrize("strategy", ["bookkeeping", "mixed", "two_pass", "per_layer"])
 @pytest.mark.parametrize(
     ("loss", "label", "length"),
     [

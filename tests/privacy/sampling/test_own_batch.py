@@ -452,7 +452,7 @@ def test_a_model_that_takes_sorted_rows_only_is_told_so() -> None:
             engine.self_check(losses)
         assert model.training
         with pytest.raises(SelfCheckError, match=said):
-            engine.check_mates(losses, sorting([Sentences()[index] for index in range(3)]))
+            engine.check_batch_independence(losses, sorting([Sentences()[index] for index in range(3)]))
 
 
 def test_one_example_a_micro_batch_needs_no_padding() -> None:

@@ -186,15 +186,15 @@ def test_samples_are_taken_from_nested_batches() -> None:
     assert taken["scale"].shape == ()
 
 
-# --- a private gradient does not depend on batch-mates or on padding
+# --- a private gradient does not depend on the rest of the batch or on padding
 
 
-def released(run: Run, index: int, mates: tuple[int, ...]) -> Tensor:
-    """What `index` adds to the sum when it is processed along with its mates."""
-    run.begin(len(mates) + 1)
-    run.optimizer.tape.open(len(mates) + 1)
-    run.loss_fn(run.model, run.data[[index, *mates]]).sum().backward()
-    factors = torch.zeros(len(mates) + 1)
+def released(run: Run, index: int, others: tuple[int, ...]) -> Tensor:
+    """What `index` adds to the sum when it is processed along with others."""
+    run.begin(len(others) + 1)
+    run.optimizer.tape.open(len(others) + 1)
+    run.loss_fn(run.model, run.data[[index, *others]]).sum().backward()
+    factors = torch.zeros(len(others) + 1)
     factors[0] = 1
     sums = {p: torch.zeros(p.shape, dtype=torch.float64) for p in run.model.parameters()}
     for record in run.optimizer.tape.close():
@@ -202,11 +202,11 @@ def released(run: Run, index: int, mates: tuple[int, ...]) -> Tensor:
     return torch.cat([total.flatten() for total in sums.values()])
 
 
-def test_mates_do_not_change_what_an_example_adds() -> None:
+def test_the_rest_of_the_batch_does_not_change_what_an_example_adds() -> None:
     run = private_run()
     alone = released(run, 0, ())
-    for mates in ((1,), (2, 3, 4)):
-        torch.testing.assert_close(released(run, 0, mates), alone, rtol=1e-5, atol=1e-7)
+    for others in ((1,), (2, 3, 4)):
+        torch.testing.assert_close(released(run, 0, others), alone, rtol=1e-5, atol=1e-7)
 
 
 # --- dropout: per-example draws; the same masks in every pass

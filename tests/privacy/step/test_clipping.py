@@ -222,9 +222,9 @@ def test_slack_covers_its_derivation_and_reaches_the_noise() -> None:
 def test_examples_that_cancel_within_stay_within_the_slack() -> None:
     """Pieces of 64 frames, each as far above C as the stated norm lets through, and opposite to the next."""
     torch.manual_seed(0)
-    frames, d, p, mates = 1024, 6, 5, 8
-    x = torch.randn(mates, 1, d).expand(mates, frames, d).contiguous()
-    g = torch.randn(mates, 1, p).expand(mates, frames, p) * torch.tensor([1.0, -1.0]).repeat_interleave(
+    frames, d, p, others = 1024, 6, 5, 8
+    x = torch.randn(others, 1, d).expand(others, frames, d).contiguous()
+    g = torch.randn(others, 1, p).expand(others, frames, p) * torch.tensor([1.0, -1.0]).repeat_interleave(
         64
     ).repeat(frames // 128).view(1, frames, 1)
     g = (g * 2.0**14).contiguous()
@@ -241,7 +241,7 @@ def test_examples_that_cancel_within_stay_within_the_slack() -> None:
         else:
             ops.linear_weighted_sum(*plain, own, out)
         shares.append(out)
-    assert float((shares[0] - shares[1]).norm()) <= rounding_slack(mates + 1)
+    assert float((shares[0] - shares[1]).norm()) <= rounding_slack(others + 1)
 
 
 def test_the_batch_bound_is_public_and_out_of_reach() -> None:
@@ -285,7 +285,7 @@ def test_non_finite_examples_contribute_nothing_and_are_counted(poisoned: Run) -
     check_poison_is_left_out(poisoned)
 
 
-def test_a_nan_loss_spoils_no_other_example() -> None:
+def test_a_nan_loss_invalidates_no_other_example() -> None:
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return losses_of(model, batch) * torch.tensor([1.0, float("nan"), 1, 1, 1, 1, 1])
 

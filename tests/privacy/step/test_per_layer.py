@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dpkernels.privacy import setup
-from dpkernels.privacy.step.clipping import LayerNorms, layer_norms, rounding_slack
+from dpkernels.privacy.step.clipping import PerLayerClipNorms, per_layer_clip_norms, rounding_slack
 from tests.privacy.private_run import Net, Run, losses_of, private_run
 from tests.privacy.strategy_models import (
     BOUND,
@@ -42,11 +42,11 @@ def test_layer_sensitivity_is_the_root_of_the_sum_of_squares() -> None:
 
 
 def test_planted_largest_norm_for_sensitivity_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def largest(bound: Any, trained: dict) -> LayerNorms:
-        norms = layer_norms(bound, trained)
-        return LayerNorms(max(norms.of.values()), norms.of, norms.given)
+    def largest(bound: Any, trained: dict) -> PerLayerClipNorms:
+        norms = per_layer_clip_norms(bound, trained)
+        return PerLayerClipNorms(max(norms.of.values()), norms.of, norms.given)
 
-    monkeypatch.setattr(setup, "layer_norms", largest)
+    monkeypatch.setattr(setup, "per_layer_clip_norms", largest)
     with pytest.raises(AssertionError):
         check_sensitivity(saturated())
 
@@ -58,9 +58,9 @@ def test_layer_norms_keep_to_the_budget_exactly(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     given = dict(zip(trained, (torch.rand(count, generator=generator).double() + 1e-3).tolist(), strict=True))
     for norms in (
-        layer_norms(0.7, trained),
-        layer_norms(given, trained),
-        layer_norms(list(given.values()), trained),
+        per_layer_clip_norms(0.7, trained),
+        per_layer_clip_norms(given, trained),
+        per_layer_clip_norms(list(given.values()), trained),
     ):
         parameters = list(trained.values())
         for size in (1, 2, 5):

@@ -21,7 +21,7 @@ from dpkernels.privacy.step.strategies import Strategy
 from dpkernels.privacy.step.sums import BatchSums
 from tests.privacy.private_run import KEY, Net, Run, losses_of, private_run
 
-STRATEGIES = ("bookkeeping", "keep_small", "two_pass", "per_layer")
+STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer")
 FITS = 3  # examples that a micro-batch may hold where memory is short
 STEPS = 4
 
@@ -143,7 +143,7 @@ def short_of_memory(point: str) -> Iterator[Shortage]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "point", "spoils"),
+    ("strategy", "point", "invalidates"),
     [
         ("bookkeeping", "forward", False),
         ("bookkeeping", "backward", False),
@@ -154,20 +154,20 @@ def short_of_memory(point: str) -> Iterator[Shortage]:
         ("per_layer", "backward", True),
     ],
 )
-def test_recover_says_what_a_failure_left(strategy: str, point: str, spoils: bool) -> None:
+def test_recover_says_what_a_failure_left(strategy: str, point: str, invalidates: bool) -> None:
     run = private_run(sigma=0, strategy=strategy)
     run.optimizer.begin_logical_batch(7)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     before = {p: total.clone() for p, total in run.optimizer._batch.sums.items()}
     with short_of_memory(point), pytest.raises(torch.OutOfMemoryError):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[2, 3, 4, 5, 6]]))
-    if spoils:
+    if invalidates:
         with pytest.raises(RuntimeError, match=r"zero_grad\(\).*recover\(\)"):
             run.optimizer.step()
-    assert run.optimizer.recover() is spoils
+    assert run.optimizer.recover() is invalidates
     for p, total in run.optimizer._batch.sums.items():
-        assert torch.equal(total, torch.zeros_like(total) if spoils else before[p])
-    for part in ([0, 1],) if spoils else ():
+        assert torch.equal(total, torch.zeros_like(total) if invalidates else before[p])
+    for part in ([0, 1],) if invalidates else ():
         run.optimizer.backward(run.loss_fn(run.model, run.data[part]))
     for part in ([2, 3], [4, 5, 6]):
         run.optimizer.backward(run.loss_fn(run.model, run.data[part]))
@@ -192,7 +192,7 @@ def test_nothing_is_counted_by_a_failure() -> None:
 ANYTHING = itertools.count().__next__
 
 
-def check_spoiled_batch_is_done_again(strategy: str, point: str) -> None:
+def check_invalidated_batch_is_done_again(strategy: str, point: str) -> None:
     run = private_run(sigma=0, strategy=strategy)
     run.optimizer.begin_logical_batch(7)
     batch = LogicalBatch(
@@ -214,24 +214,24 @@ def _read(run: Run) -> Callable[[list[int]], Any]:
 
 
 @pytest.mark.parametrize(("strategy", "point"), [("per_layer", "backward"), ("two_pass", "second_backward")])
-def test_a_spoiled_batch_is_done_again(strategy: str, point: str) -> None:
-    check_spoiled_batch_is_done_again(strategy, point)
+def test_a_invalidated_batch_is_done_again(strategy: str, point: str) -> None:
+    check_invalidated_batch_is_done_again(strategy, point)
 
 
 @pytest.mark.parametrize(("strategy", "point"), [("per_layer", "backward"), ("two_pass", "second_backward")])
-def test_planted_spoiled_sums_that_are_kept_are_caught(
+def test_planted_invalidated_sums_that_are_kept_are_caught(
     strategy: str, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if a failed backward had left the sums alone."""
 
     def kept(self: DPOptimizer) -> bool:
         self.tape.discard()
-        self._batch.spoiled = False
+        self._batch.invalidated = False
         return False
 
     monkeypatch.setattr(DPOptimizer, "recover", kept)
     with pytest.raises(AssertionError):
-        check_spoiled_batch_is_done_again(strategy, point)
+        check_invalidated_batch_is_done_again(strategy, point)
 
 
 def test_planted_restart_without_dropping_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_planted_restart_without_dropping_is_refused(monkeypatch: pytest.MonkeyP
 
     def again(self: DPOptimizer) -> bool:
         self.tape.discard()
-        self._batch.spoiled = False
+        self._batch.invalidated = False
         return True
 
     monkeypatch.setattr(DPOptimizer, "recover", again)

@@ -36,7 +36,7 @@ from tests.privacy.strategy_models import (
     small,
 )
 
-STRATEGIES = ("bookkeeping", "keep_small", "two_pass", "per_layer")
+STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer")
 both_ways = pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 
 

@@ -405,16 +405,16 @@ def test_schedulers_see_their_step(on_the_wrapped: bool, caplog: pytest.LogCaptu
 
 
 def wrap(monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]) -> None:
-    """Replace the op by one that first lets `change` spoil its arguments."""
+    """Replace the op by one that first lets `change` invalidate its arguments."""
     real = ops.noise_sgd
 
-    def spoiled(params: list, sums: list, buffers: list, steps: list, **options: Any) -> None:
+    def invalidated(params: list, sums: list, buffers: list, steps: list, **options: Any) -> None:
         given = {"params": params, "sums": sums, "momentum_buffers": buffers, "steps": steps, **options}
         change(given, real)
         if given:
             real(**given)
 
-    monkeypatch.setattr(sweep_module.ops, "noise_sgd", spoiled)
+    monkeypatch.setattr(sweep_module.ops, "noise_sgd", invalidated)
 
 
 def skip_without_gradient(given: dict[str, Any], real: Callable) -> None:

@@ -1,4 +1,4 @@
-"""Per-sample gradients formed in the backward: the same norms and sums, when they are smaller and only then."""
+"""Per-sample gradients materialised in the backward: the same norms and sums, when they are smaller and only then."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 @pytest.fixture
 def always_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape, "_is_smaller_formed", lambda _, record: record.entries() is not None)
+    monkeypatch.setattr(Tape, "_is_smaller_materialised", lambda _, record: record.entries() is not None)
 
 
 def formed_only(records: list[Record]) -> bool:
@@ -65,12 +65,12 @@ def test_linear_and_lora(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert len(private.records) == 4  # weight, bias, A, B
 
 
-@pytest.mark.parametrize("formed_first", [True, False])
-def test_formed_and_kept_records_of_one_weight_add_up(formed_first: bool) -> None:
+@pytest.mark.parametrize("materialised_first", [True, False])
+def test_formed_and_kept_records_of_one_weight_add_up(materialised_first: bool) -> None:
     weight = nn.Parameter(torch.randn(3, 4))
     kept = LinearRecord("layer", weight, torch.randn(2, 5, 4), torch.randn(2, 5, 3))
-    (formed,) = kept.formed()
-    both = formed.merge(kept) if formed_first else kept.merge(formed)
+    (materialised,) = kept.materialised()
+    both = materialised.merge(kept) if materialised_first else kept.merge(materialised)
     exact = 4 * torch.einsum("btp,btd->bpd", kept.g, kept.x).double().square().sum((1, 2))
     assert ((both.norm_sq().double() / exact - 1).abs() < 1e-5).all()
 
@@ -78,11 +78,11 @@ def test_formed_and_kept_records_of_one_weight_add_up(formed_first: bool) -> Non
 def test_an_embedding_does_not_form() -> None:
     weight = nn.Parameter(torch.randn(7, 4))
     table = EmbeddingRecord("table", weight, torch.zeros(2, 5, dtype=torch.int64), torch.randn(2, 5, 4))
-    (formed,) = LinearRecord("head", weight, torch.randn(2, 5, 4), torch.randn(2, 5, 7)).formed()
+    (materialised,) = LinearRecord("head", weight, torch.randn(2, 5, 4), torch.randn(2, 5, 7)).materialised()
     with pytest.raises(TypeError, match=r"table .* and head .* cannot be combined"):
-        table.merge(formed)
+        table.merge(materialised)
     with pytest.raises(NotImplementedError, match="EmbeddingRecord"):
-        table.formed()
+        table.materialised()
 
 
 def test_a_weight_used_twice_is_not_formed() -> None:
@@ -99,7 +99,7 @@ def test_a_weight_used_twice_is_not_formed() -> None:
 
 
 CHOICES: list[tuple[nn.Module, tuple[int, ...], bool, type]] = [
-    # (layer, x, keep_small, what is kept): formed where 2 · 4 B · entries ≤ bytes of x and g.
+    # (layer, x, mixed, what is kept): materialised where 2 · 4 B · entries ≤ bytes of x and g.
     (nn.Conv1d(2, 3, 3, bias=False), (4, 2, 50), False, ExpandedRecord),
     (nn.Conv1d(8, 8, 3, bias=False), (4, 8, 9), False, Conv1dRecord),
     (nn.Conv2d(2, 3, 3, bias=False), (4, 2, 9, 9), False, ExpandedRecord),
@@ -116,12 +116,12 @@ CHOICES: list[tuple[nn.Module, tuple[int, ...], bool, type]] = [
 ]
 
 
-@pytest.mark.parametrize(("layer", "shape", "keep_small", "kind"), CHOICES)
+@pytest.mark.parametrize(("layer", "shape", "mixed", "kind"), CHOICES)
 def test_formed_when_at_most_half_as_large(
-    layer: nn.Module, shape: tuple[int, ...], keep_small: bool, kind: type
+    layer: nn.Module, shape: tuple[int, ...], mixed: bool, kind: type
 ) -> None:
     model = swap(nn.Sequential(copy.deepcopy(layer)))
-    tape = attach(model, keep_small=keep_small)
+    tape = attach(model, mixed=mixed)
     loss = model(torch.randn(shape)).square().sum()
     tape.open(shape[0])
     loss.backward()
@@ -132,26 +132,26 @@ def test_formed_when_at_most_half_as_large(
 def test_what_is_formed_holds_less() -> None:
     layer = GhostLoRALinear(64, 64, r=4)
     held = {}
-    for keep_small in (False, True):
-        tape = attach(layer, keep_small=keep_small)
+    for mixed in (False, True):
+        tape = attach(layer, mixed=mixed)
         loss = layer(torch.randn(2, 100, 64)).square().sum()
         tape.open(2)
         loss.backward()
-        held[keep_small] = sum(r.held_bytes() for r in tape.close())
+        held[mixed] = sum(r.held_bytes() for r in tape.close())
         detach(layer)
     assert held[True] == 4 * 2 * 4 * (64 + 64)
     assert held[False] == 4 * 2 * 100 * (64 + 64 + 4 + 4)
 
 
 def test_catches_a_formed_gradient_without_its_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape, "_is_smaller_formed", lambda _, record: record.entries() is not None)
-    honest = LoRARecord.formed
+    monkeypatch.setattr(Tape, "_is_smaller_materialised", lambda _, record: record.entries() is not None)
+    honest = LoRARecord.materialised
 
     def faulty(self: LoRARecord) -> tuple[ExpandedRecord, ...]:
         self.scaling = 1.0
         return honest(self)
 
-    monkeypatch.setattr(LoRARecord, "formed", faulty)
+    monkeypatch.setattr(LoRARecord, "materialised", faulty)
     layer = GhostLoRALinear(6, 5, r=2, alpha=3)
     nn.init.normal_(layer.lora_B)
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""The mates check, and the self-check's tolerance: what mixes examples in one arithmetic only is found there."""
+"""The batch-independence check, and the self-check's tolerance: mixing in one arithmetic only is found there."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from dpkernels import PrivacyEngine
 from dpkernels.privacy import SelfCheckError
 from dpkernels.privacy.sampling.rows import rows_of
-from dpkernels.privacy.self_check import batch_independence as mates
+from dpkernels.privacy.self_check import batch_independence as others
 from dpkernels.privacy.self_check import check as self_check
-from dpkernels.privacy.self_check.batch_independence import with_other_mates
+from dpkernels.privacy.self_check.batch_independence import with_other_examples
 from dpkernels.privacy.self_check.probing import private_backward
 
 FRAMES, WIDTH = 5, 6
@@ -86,13 +86,13 @@ def test_independent_examples_pass(loss_fn: Any, size: int) -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, nn.Tanh())
         engine.self_check(loss_fn, batch(size))
-        engine.check_mates(loss_fn, batch(size))
+        engine.check_batch_independence(loss_fn, batch(size))
 
 
 def test_one_example_alone_shows_nothing_and_is_refused() -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, Mixes(0.1))
-        for check in (engine.self_check, engine.check_mates):
+        for check in (engine.self_check, engine.check_batch_independence):
             with pytest.raises(ValueError, match="holds 1 example; give at least two"):
                 check(losses, batch(1))
 
@@ -102,13 +102,13 @@ def test_what_mixes_in_half_precision_only_is_found_there() -> None:
         model = made(engine, Mixes(0.1, torch.bfloat16))
         engine.self_check(losses, batch())
         with pytest.raises(SelfCheckError, match="with other examples beside it, example 0 of the batch"):
-            engine.check_mates(in_half, batch())
+            engine.check_batch_independence(in_half, batch())
         assert model.training
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("share", [1e-2, 1e-4])
-def test_the_self_check_asks_for_mates_too(share: float) -> None:
+def test_the_self_check_checks_batch_independence_too(share: float) -> None:
     """Below float32's tolerance, where a batch and an example alone are compared."""
     with closing(PrivacyEngine()) as engine:
         made(engine, Mixes(share))
@@ -134,7 +134,7 @@ def test_a_statistic_behind_a_layer_that_forgets_the_scale_is_found(size: int) -
         made(engine, model=model)
         engine.self_check(losses, batch(size))
         with pytest.raises(SelfCheckError, match="with other examples beside it"):
-            engine.check_mates(in_half, batch(size))
+            engine.check_batch_independence(in_half, batch(size))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -152,7 +152,7 @@ def test_a_mean_over_whole_numbers_is_found(size: int) -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, model=Tokens())
         with pytest.raises(SelfCheckError, match="with other examples beside it"):
-            engine.check_mates(losses, ids)
+            engine.check_batch_independence(losses, ids)
 
 
 class Keeps(nn.Module):
@@ -190,7 +190,7 @@ def test_what_only_other_examples_leave_is_found() -> None:
         model: Any = made(engine, Last())
         model.mixing.seen = model.first(batch()).mean((0, 1)).detach()  # as after a forward of this batch
         with pytest.raises(SelfCheckError, match="asked again with the same batch"):
-            engine.check_mates(losses, batch(), samples=1)
+            engine.check_batch_independence(losses, batch(), samples=1)
 
 
 @pytest.mark.parametrize("how", ["dropout", "attention", "drop of layers"])
@@ -256,7 +256,7 @@ def test_a_batch_in_which_nothing_can_be_exchanged_is_refused() -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, Mixes(0.1))
         with pytest.raises(ValueError, match="a Own in which nothing has 3 rows"):
-            engine.check_mates(lambda model, own: losses(model, own.x), Own(batch()))
+            engine.check_batch_independence(lambda model, own: losses(model, own.x), Own(batch()))
 
 
 def test_a_batch_of_transformers_stays_one() -> None:
@@ -273,7 +273,7 @@ def test_the_generators_go_on_where_they_were() -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, nn.Dropout(0.5))
         before = states()
-        engine.check_mates(losses, batch())
+        engine.check_batch_independence(losses, batch())
         assert states() == before
 
 
@@ -282,7 +282,7 @@ def test_a_large_loss_hides_no_mixing_of_gradients(offset: float) -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, Mixes(1e-4))
         with pytest.raises(SelfCheckError, match="all trained parameters changed by") as caught:
-            engine.check_mates(lambda model, x: losses(model, x) + offset, batch())
+            engine.check_batch_independence(lambda model, x: losses(model, x) + offset, batch())
     (found,) = caught.value.report.failures
     assert found.error < 0.01 * found.norm
 
@@ -295,7 +295,7 @@ def test_a_loss_that_mixes_without_a_gradient_is_found() -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, nn.Tanh())
         with pytest.raises(SelfCheckError, match="the loss changed by"):
-            engine.check_mates(mixing, batch())
+            engine.check_batch_independence(mixing, batch())
 
 
 def test_what_looks_for_equal_examples_is_found() -> None:
@@ -348,7 +348,7 @@ def test_a_loss_that_is_infinite_beside_some_only_is_found(then: float) -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, nn.Tanh())
         with pytest.raises(SelfCheckError, match="the loss changed by inf"):
-            engine.check_mates(mixing, batch())
+            engine.check_batch_independence(mixing, batch())
 
 
 def test_one_backwards_records_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_one_backwards_records_are_gone_before_the_next(monkeypatch: pytest.Monk
         seen.extend(map(weakref.ref, records))
         return records
 
-    for module in (mates, self_check):
+    for module in (others, self_check):
         monkeypatch.setattr(module, "private_backward", watching)
     with closing(PrivacyEngine()) as engine:
         made(engine, nn.Tanh())
@@ -400,7 +400,7 @@ def test_the_others_move_and_are_halved_whatever_the_batch_is_made_of() -> None:
         "whole": torch.ones(2),
     }
     rows = rows_of(given, 3)
-    found = with_other_mates(given, 1, rows)
+    found = with_other_examples(given, 1, rows)
     assert found["x"][1] == 2
     assert found["x"][0] in (3, 1.5)
     assert found["x"][2] in (1, 0.5)
@@ -409,8 +409,8 @@ def test_the_others_move_and_are_halved_whatever_the_batch_is_made_of() -> None:
     assert found["pair"].y == 4
     assert found["texts"] == ["c", "b", "a"]
     assert found["whole"].tolist() == [1, 1]
-    wide = with_other_mates(torch.ones(2, 100), 0, rows_of(torch.ones(2, 100), 2))
+    wide = with_other_examples(torch.ones(2, 100), 0, rows_of(torch.ones(2, 100), 2))
     assert set(wide[1].tolist()) == {0.5, 1.0}
     assert wide[0].tolist() == [1] * 100
-    assert with_other_mates(given, 1, rows, copy=0)["texts"] == ["b", "b", "a"]
+    assert with_other_examples(given, 1, rows, copy=0)["texts"] == ["b", "b", "a"]
     assert x.tolist() == [[1], [2], [3]]
