@@ -16,8 +16,9 @@ ALLOWED = {
     "dpkernels.backends": set(),
     "dpkernels.ops": {"dpkernels.reference", "dpkernels.backends"},
     "dpkernels.losses": set(),
-    "dpkernels.nn": {"dpkernels.ops"},
-    "dpkernels.privacy": {"dpkernels.nn", "dpkernels.ops"},
+    "dpkernels.deprecation": set(),
+    "dpkernels.nn": {"dpkernels.ops", "dpkernels.deprecation"},
+    "dpkernels.privacy": {"dpkernels.nn", "dpkernels.ops", "dpkernels.deprecation"},
     "dpkernels.interop": {"dpkernels.nn", "dpkernels.ops"},
     "dpkernels.opacus": {"dpkernels.interop"},  # the interop module, under the name that users type
     # public packages only, and each as a whole: see `violations`

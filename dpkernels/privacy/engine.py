@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dpkernels.deprecation import warn_renamed
 from dpkernels.nn import attach, detach
 from dpkernels.privacy.accounting import accountant as accounting
 from dpkernels.privacy.accounting.accountant import Mechanism, check_accountant
@@ -20,7 +21,7 @@ from dpkernels.privacy.keywords import (
     AccountantName,
     check_clipping,
     check_opacus_keywords,
-    check_strategy,
+    strategy_called,
 )
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream
@@ -207,7 +208,7 @@ class PrivacyEngine:
                 "same ledger, if both runs spend one budget)"
             )
         check_single_process()
-        check_strategy(strategy)
+        strategy = strategy_called(strategy)
         check_clipping(clipping, max_grad_norm, strategy)
         check_opacus_keywords(
             poisson_sampling=poisson_sampling,
@@ -447,6 +448,13 @@ class PrivacyEngine:
         assert self._module is not None
         assert self._optimizer is not None
         check_batch_independence(self._module, self._optimizer.tape, loss_fn, batch, samples=samples)
+
+    def check_mates(
+        self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, samples: int = 3
+    ) -> None:
+        """The name that `check_batch_independence` had."""
+        warn_renamed("PrivacyEngine.check_mates", "check_batch_independence")
+        self.check_batch_independence(loss_fn, batch, samples=samples)
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent, for a checkpoint: plain values, no keys. Raises RuntimeError as get_epsilon does."""

@@ -4,6 +4,7 @@ elsewhere."""
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from dpkernels.deprecation import warn_renamed
 from dpkernels.privacy.step.clipping import check_norm, is_per_layer
 
 STRATEGIES = {
@@ -25,14 +26,26 @@ class AccountantName(str):
         )
 
 
-def check_strategy(strategy: str) -> None:
-    """Raise ValueError naming what is available for a strategy that is not."""
+OLD_STRATEGIES = {"keep_small": "mixed"}
+"""Names that strategies had."""
+
+
+def strategy_called(strategy: str) -> str:
+    """The strategy of this name or old name.
+
+    Raises:
+        ValueError: there is none; the message names what is available.
+    """
+    if strategy in OLD_STRATEGIES:
+        warn_renamed(f"strategy={strategy!r}", f"strategy={OLD_STRATEGIES[strategy]!r}", stacklevel=4)
+        return OLD_STRATEGIES[strategy]
     if strategy not in STRATEGIES:
         raise ValueError(
             f"strategy={strategy!r} is not available; available: "
             f"{'; '.join(f'{name!r} ({what})' for name, what in STRATEGIES.items())}. Use a smaller "
             "physical_batch_size for less memory."
         )
+    return strategy
 
 
 def check_clipping(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from dpkernels.deprecation import warn_renamed
 from dpkernels.nn.batch.batch_axis import batch_size_of, has_values, tensors_in
 from dpkernels.nn.convert.swapping import has_ghost_class, load_library_rules, subtree_refusal
 from dpkernels.nn.copying import HANDLES, reduce_root
@@ -35,12 +35,12 @@ class Uncovered:
         return f"{self.name} ({self.module_type}): {self.reason}"
 
 
-def attach(model: nn.Module, *, mixed: bool = False) -> Tape:
+def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = None) -> Tape:
     """Make `model` private: a new tape on every ghost layer, small raw parameters expanded. Call it after
     `swap`.
 
     Parameters that are frozen stay so: to train more of them later, detach, unfreeze and attach again.
-    `mixed`: see `Tape`.
+    `mixed`: see `Tape`; `keep_small` is the name that it had.
 
     Raises ValueError naming every trained parameter that no rule covers, RuntimeError if a tape is attached.
     """
@@ -53,6 +53,9 @@ def attach(model: nn.Module, *, mixed: bool = False) -> Tape:
     if refused:
         lines = "\n  ".join(str(item) for item in refused)
         raise ValueError(f"attach: these trained parameters have no per-sample norm rule:\n  {lines}")
+    if keep_small is not None:
+        warn_renamed("attach(keep_small=...)", "mixed")
+        mixed = keep_small
     tape = Tape(model.named_parameters(), mixed=mixed)
     tape.needs_to_ask = any(parameter.requires_grad for parameter in model.parameters())
     for name, module in model.named_modules():
@@ -153,11 +156,7 @@ def uncovered(model: nn.Module) -> list[Uncovered]:
 
 def coverage(model: nn.Module) -> list[Uncovered]:
     """The name that `uncovered` had."""
-    warnings.warn(
-        "dpkernels.nn.coverage is now called uncovered; dpkernels.coverage(model) is the whole table",
-        DeprecationWarning,
-        stacklevel=2,
-    )
+    warn_renamed("dpkernels.nn.coverage", "uncovered (and dpkernels.coverage(model) is the whole table)")
     return uncovered(model)
 
 

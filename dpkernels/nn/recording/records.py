@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
+from dpkernels.deprecation import warn_renamed
 from dpkernels.nn.tensors import (
     accumulation_dtype,
     cat_time,
@@ -49,6 +50,10 @@ class Share:
     norm_options: dict[str, object] = field(default_factory=dict)
 
 
+# Names that a rule of one's own may still define.
+_OLD_NAMES = {"formed": "materialised", "forms_by_default": "materialises_by_default"}
+
+
 class Record(ABC):
     """One use of one rule in one backward over `batch_size` samples, for `parameters` of `layer`."""
 
@@ -58,6 +63,13 @@ class Record(ABC):
     parameter_fields: ClassVar[tuple[str, ...]] = ("weight",)
     # whether materialising is the default where it is smaller, for rules that pay twice for not doing so
     materialises_by_default: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for old, new in _OLD_NAMES.items():
+            if old in vars(cls):
+                warn_renamed(f"{cls.__name__}.{old}", new)
+                setattr(cls, new, vars(cls)[old])
 
     @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:

@@ -51,7 +51,7 @@ class Tape:
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]] = (), *, mixed: bool = False) -> None:
-        self._keep_small = mixed
+        self.mixed = mixed
         self._names: dict[nn.Parameter, str] = {p: name for name, p in parameters}
         self._records: list[Record] = []
         # the first record of each rule and parameters: what it can absorb is not kept beside it
@@ -247,7 +247,7 @@ class Tape:
             self._sink(part)
 
     def _is_smaller_materialised(self, record: Record) -> bool:
-        if not (self._keep_small or record.materialises_by_default):
+        if not (self.mixed or record.materialises_by_default):
             return False
         entries = record.entries()
         if entries is None:
