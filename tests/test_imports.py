@@ -178,6 +178,15 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
 }
 
 
+def imports_of(source: str, module: str) -> set[str]:
+    """Names that `module` may import as modules, those that only types need included."""
+    names = set(imported(source, module))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):  # `from asr_finetune import plots` imports the module
+            names |= {f"{origin(node, module)}.{alias.name}" for alias in node.names}
+    return names
+
+
 def folder_of(module: str, package: str) -> str:
     """The folder of `package` that a module is in, or the file; empty for the package itself."""
     return module.removeprefix(package).removeprefix(".").split(".")[0]
@@ -186,14 +195,10 @@ def folder_of(module: str, package: str) -> str:
 def upwards(source: str, module: str, package: str, known: set[str]) -> list[str]:
     """Imports of `module` from a folder of its package that is not below its own; what only types need counts, too."""
     here = folder_of(module, package)
-    names = set(imported(source, module))
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            names |= {f"{origin(node, module)}.{alias.name}" for alias in node.names}
     below = FOLDERS[package][here] | {here}
     return [
         f"{module} imports {name}"
-        for name in sorted(names & known)
+        for name in sorted(imports_of(source, module) & known)
         if name.startswith(f"{package}.") and folder_of(name, package) not in below
     ]
 
