@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.records import EmbeddingRecord, LinearRecord, Record, Share, cat_time, join_names
+from dpkernels.nn.records import EmbeddingRecord, LinearRecord, Record, cat_time, join_names
+from dpkernels.ops import GroupedLayer
 
 
 @dataclass(eq=False)
@@ -23,7 +24,7 @@ class TransposedEmbeddingRecord(EmbeddingRecord):
         ops.embedding_weighted_sum(self.ids, self.g, factors, rows, padding_idx=self.padding_idx)
         total += rows.t()
 
-    def share(self) -> Share | None:
+    def share(self) -> GroupedLayer | None:
         """None: the grouped ops add to rows."""
         return None
 

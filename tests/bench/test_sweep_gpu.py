@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bench import native_bench, sweep_gpu
-from dpkernels.backends import native, native_chacha20
+from dpkernels.backends import native
+from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from tests.ops import emulated
 
 ROOT = Path(__file__).resolve().parents[2]
