@@ -51,12 +51,11 @@ def check_kinds(header: str) -> None:
     assert list(found) == [kind for kind in KINDS if kind in grouped.KINDS]
     fields_of_dpk_layer = {name for name, _ in grouped._Layer._fields_}
     for kind, (number, fields) in found.items():
-        own_number, tensors = grouped.KINDS[kind]
+        own_number, tensors, sizes = grouped.KINDS[kind]
         row = KINDS[kind]
-        from_outs = {"embedding": ["vocabulary"], "depthwise_conv1d": ["kernel_size"]}.get(kind, [])
-        outs = ["out", "out_b"][: len(row.outs)]
+        outs = grouped._OUTS[: len(row.outs)]
         assert own_number == number, kind
-        assert sorted(fields) == sorted([*tensors, *row.options, *from_outs, *outs]), kind
+        assert sorted(fields) == sorted([*tensors, *row.options, *sizes, *outs]), kind
         assert len(tensors) == len(row.tensors), kind
         assert fields_of_dpk_layer >= set(fields), kind
 

@@ -16,16 +16,18 @@ from dpkernels.backends.native_ops import native
 from dpkernels.backends.native_ops.calls import CTensor, view
 from dpkernels.backends.torch_ops.grouped import add_layer
 
-KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "linear": (0, ("x", "g")),
-    "bias": (1, ("g",)),
-    "lora": (2, ("x", "h", "g", "dh")),
-    "embedding": (3, ("ids", "g")),
-    "layer_norm": (4, ("x", "g")),
-    "depthwise_conv1d": (5, ("x", "g")),
+KINDS: dict[str, tuple[int, tuple[str, ...], dict[str, int]]] = {
+    "linear": (0, ("x", "g"), {}),
+    "bias": (1, ("g",), {}),
+    "lora": (2, ("x", "h", "g", "dh"), {}),
+    "embedding": (3, ("ids", "g"), {"vocabulary": 0}),
+    "layer_norm": (4, ("x", "g"), {}),
+    "depthwise_conv1d": (5, ("x", "g"), {"kernel_size": 2}),
 }
-"""The kinds that csrc/grouped_kernels.h knows: the number DPK_LAYER_*, and the fields of dpk_layer that hold a layer's
-tensors. Its options go to the fields of their names."""
+"""The kinds that csrc/grouped_kernels.h knows: the number DPK_LAYER_*, the fields of dpk_layer that hold its tensors,
+and those that hold a size of its out, with the dimension. Its options go to the fields of their names."""
+
+_OUTS = ("out", "out_b")
 
 
 class _Layer(ctypes.Structure):
@@ -53,7 +55,7 @@ def _function() -> Callable[..., None]:
 
 def _row(layer: GroupedLayer, kept: list[Tensor]) -> _Layer:
     """One layer's entry; what it points to besides the layer's own tensors is put into `kept`."""
-    number, names = KINDS[layer.kind]
+    number, names, sizes = KINDS[layer.kind]
     first = layer.outs[0]
     row = _Layer(number, native.element_type(first.dtype))
     for name, tensor in zip(names, layer.tensors, strict=True):
@@ -64,9 +66,10 @@ def _row(layer: GroupedLayer, kept: list[Tensor]) -> _Layer:
             setattr(row, name, view(tensor))
     for name, value in layer.options.items():
         setattr(row, name, value)
-    # what an embedding's and a convolution's outs say; other kinds do not read it
-    row.vocabulary, row.kernel_size = first.shape[0], first.shape[-1]
-    row.out, row.out_b = first.data_ptr(), layer.outs[-1].data_ptr()
+    for name, dimension in sizes.items():
+        setattr(row, name, first.shape[dimension])
+    for name, out in zip(_OUTS, layer.outs, strict=False):
+        setattr(row, name, out.data_ptr())
     return row
 
 
