@@ -48,7 +48,7 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 $(STAMP): pyproject.toml $(NATIVE) $(TORCH_STAMP)
 	@echo "building the kernels and installing what the tests and the demo need"
 	$(PIP) --editable '.[dev]'
-	@$(BIN)/python -c 'from dpkernels.backends.native import library as l; r = l("cpu").reason; r and print("WARNING: slower:", r)' >&2
+	@$(BIN)/python -c 'from dpkernels.backends.native_ops.native import library as l; r = l("cpu").reason; r and print("WARNING: slower:", r)' >&2
 	@touch $@
 
 setup: $(STAMP)

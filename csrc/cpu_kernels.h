@@ -23,7 +23,7 @@
 #ifndef DPK_CPU_KERNELS_H
 #define DPK_CPU_KERNELS_H
 
-#include "dpkernels.h"
+#include "dpk_types.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -1,41 +1,16 @@
 // The C ABI of dpkernels: raw pointers, sizes, and a thread count or a CUDA stream; every call returns a
-// status.
+// status. This header includes the others, so that it is the whole of it.
 //
 // Nothing here throws or keeps a pointer after it returns. Sizes and strides are int64 and count elements. A
 // library that reports another dpk_abi_version() than the caller was written for must not be used.
 #ifndef DPKERNELS_H
 #define DPKERNELS_H
 
-#include <stdint.h>
+#include "dpk_types.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-#define DPK_API __attribute__((visibility("default")))
-
-// Raised whenever a signature or the meaning of an argument changes.
-#define DPK_ABI_VERSION 1
-
-typedef int32_t dpk_status;
-enum {
-  DPK_OK = 0,
-  DPK_INVALID_ARGUMENT = 1,
-  DPK_OUT_OF_MEMORY = 2,
-  DPK_UNSUPPORTED = 3,  // a valid request that this build or this machine cannot serve
-  DPK_CUDA_ERROR = 4,
-  DPK_INTERNAL = 5,
-};
-
-// Element types of tensors.
-typedef int32_t dpk_dtype;
-enum {
-  DPK_F32 = 0,
-  DPK_F64 = 1,
-  DPK_F16 = 2,
-  DPK_BF16 = 3,
-  DPK_I64 = 4,
-};
 
 DPK_API int32_t dpk_abi_version(void);
 
@@ -89,6 +64,7 @@ DPK_API dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter,
 #endif
 
 #include "cpu_kernels.h"
+#include "grouped_kernels.h"
 #include "sweep_kernels.h"
 
 #endif  // DPKERNELS_H

@@ -34,8 +34,8 @@ typedef struct {
 
 // Every layer's weighted sum, with the bits of its own function. Small layers are shared out among the
 // threads whole; large ones take all threads. No two outs may overlap.
-DPK_API dpk_status dpk_cpu_clip_and_noise(const dpk_layer* layers, int64_t layer_count, const double* factors,
-                                          int32_t threads);
+DPK_API dpk_status dpk_cpu_weighted_sums(const dpk_layer* layers, int64_t layer_count, const double* factors,
+                                         int32_t threads);
 
 // A finished sum and its stream.
 typedef struct {

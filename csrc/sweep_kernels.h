@@ -13,7 +13,7 @@
 #ifndef DPK_SWEEP_KERNELS_H
 #define DPK_SWEEP_KERNELS_H
 
-#include "dpkernels.h"
+#include "dpk_types.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 
 import dpkernels
-from dpkernels.backends import native
+from dpkernels.backends import native, registry
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -58,7 +58,6 @@ def _backends() -> list[str]:
     if _version("torch") == "not installed":
         return ["Backends", "  none: torch is not installed; fix: pip install torch"]
     importlib.import_module("dpkernels.ops")  # hands its definitions to the registry
-    registry = importlib.import_module("dpkernels.backends.registry")
     try:
         forced = registry.forced()
     except ValueError as error:

@@ -7,7 +7,6 @@ sampler where it has one for the layer, "Opacus hooks" its per-sample gradient a
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 from bench.names import OPACUS_GHOST, OPACUS_HOOKS
 from dpkernels import reference
-from dpkernels.backends import native, native_ops, torch_ops, triton_availability
+from dpkernels.backends import native, registry
+from dpkernels.backends.triton_ops import availability
 
 PLAIN = "plain torch"
 VOCABULARY, TAPS, RANK = 1000, 9, 8
@@ -80,15 +80,13 @@ class Maker:
 
     def _backends(self, op: str, **options: Any) -> dict[str, Callable[..., Any]]:
         found: dict[str, Callable[..., Any]] = {}
-        family = op.removesuffix("_norm_sq").removesuffix("_weighted_sum")
         device = self.device.partition(":")[0]
-        reason = native.unavailable_reason(device, family)
-        backends: list[tuple[str, Any]] = [("native", None if reason else native_ops), ("torch", torch_ops)]
-        if device != "cpu" and not triton_availability.unavailable_reason(device):
-            backends.append(("triton", importlib.import_module("dpkernels.backends.triton_ops")))
-        for name, module in backends:
-            if module is not None and hasattr(module, op):
-                function = getattr(module, op)
+        names = ["torch"] if native.unavailable_reason(device, op) else ["native", "torch"]
+        if device != "cpu" and not availability.unavailable_reason(device):
+            names.append("triton")
+        for name in names:
+            function = registry.function(name, op)
+            if function is not None:
                 found[name] = lambda *a, function=function: function(*a, **options)
         return found
 

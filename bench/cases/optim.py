@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.cases import native as native_bench
 from dpkernels import ops, reference
-from dpkernels.backends import native_sweep
+from dpkernels.backends.native_ops import optim as native_optim
 
 SWEEP, APART = "dpkernels", "dpkernels, separate passes"
 PHILOX = "dpkernels, Philox in place of ChaCha20 (not private)"
@@ -94,10 +94,10 @@ class Update:
         nonces = torch.tensor(list(b"".join(self._nonces())), dtype=torch.uint8)
         steps = [float(self._step)] * self.tensors
         buffers = (self.params, self.sums, self._exp_avgs, self._exp_avg_sqs)
-        table = native_sweep._table(*buffers, [], steps, nonces, nonces[:0])
+        table = native_optim._table(*buffers, [], steps, nonces, nonces[:0])
         key = torch.tensor(list(KEY), dtype=torch.uint8)
-        noise = native_sweep._noise(key, self.noise, GRID if self.noise else 0.0, DIVISOR, False, nonces[:0])
-        native_bench.load().philox_sweep(table, noise, native_sweep._Adam(*HYPER.values(), 1))
+        noise = native_optim._noise(key, self.noise, GRID if self.noise else 0.0, DIVISOR, False, nonces[:0])
+        native_bench.load().philox_sweep(table, noise, native_optim._Adam(*HYPER.values(), 1))
 
     @torch.no_grad()
     def _apart(self) -> None:

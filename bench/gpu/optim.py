@@ -27,7 +27,8 @@ from bench.harness import machine
 from bench.harness.timer import Samples, device_seconds
 from bench.reports import kernel as kernel_report
 from dpkernels import ops
-from dpkernels.backends import native_chacha20, native_sweep
+from dpkernels.backends.native_ops import chacha20 as native_chacha20
+from dpkernels.backends.native_ops import optim as native_optim
 
 BYTES = {SWEEP: 40, PHILOX: 40, NON_PRIVATE: 28, PLAIN: 44}
 """What an entry moves at least: see above."""
@@ -81,17 +82,17 @@ class Buffers:
             list(b"".join(i.to_bytes(12, "little") for i in range(count))), dtype=torch.uint8
         )
         buffers = (self.params, self.sums, self.firsts, self.seconds)
-        self.table = native_sweep._table(*buffers, [], [3.0] * count, nonces, nonces)
+        self.table = native_optim._table(*buffers, [], [3.0] * count, nonces, nonces)
         key = torch.tensor(list(sweep_cases.KEY), dtype=torch.uint8)
         rounding = nonces if self.params[0].dtype == torch.bfloat16 else nonces[:0]
-        self.noise = native_sweep._noise(
+        self.noise = native_optim._noise(
             key, sweep_cases.SCALE, sweep_cases.GRID, sweep_cases.DIVISOR, False, rounding
         )
-        self.options = native_sweep._Adam(*sweep_cases.HYPER.values(), 1)
+        self.options = native_optim._Adam(*sweep_cases.HYPER.values(), 1)
 
     def library(self) -> None:
         """The library's sweep."""
-        native_sweep._run("noise_adamw", self.params[0].device, self.table, self.noise, self.options)
+        native_optim._run("noise_adamw", self.params[0].device, self.table, self.noise, self.options)
 
     def everything(self) -> list[Tensor]:
         return [*self.params, *self.sums, *self.firsts, *self.seconds]

@@ -31,8 +31,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from dpkernels.backends import registry, triton_availability, triton_ops
-from dpkernels.backends.triton_ops import launching
+from dpkernels.backends import registry, triton_ops
+from dpkernels.backends.layer import GroupedLayer
+from dpkernels.backends.triton_ops import availability, launching
 
 OUTPUT = Path(__file__).resolve().parents[1] / "results" / "triton_table.json"
 ARCHITECTURES = (80, 90, 100)
@@ -84,7 +85,7 @@ class Row:
         return found
 
 
-GROUPED = ("lora_gradients", "total_norm_sq", "clip_and_noise")
+GROUPED = ("lora_gradients", "total_norm_sq", "weighted_sums")
 """Families that are no norm with its weighted sum."""
 
 
@@ -162,24 +163,23 @@ def _grouped(
         if family == "lora_gradients":
             yield "lora_gradients", (x, h, g, dh), {}
             continue
-        vector = torch.empty(batch, 1, width, device="meta")
-        xs, gs = [x] * layers + [vector], [g] * layers + [vector]
-        kinds, lora = ["lora"] * layers + ["bias"], ([h] * layers, [dh] * layers, [1.0] * layers)
+        vector = GroupedLayer("bias", (torch.empty(batch, 1, width, device="meta"),))
+        loras = [GroupedLayer("lora", (x, h, g, dh), {"scaling": 1.0})] * layers
         if family == "total_norm_sq":
-            yield family, (xs, gs, kinds, *lora, [], [], [], [], []), {}
+            yield family, ([*loras, vector],), {}
             continue
         for kind in (torch.float64, torch.float32):
-            outs = [
+            of_a, of_b, of_vector = (
                 torch.empty(*shape, dtype=kind, device="meta")
-                for shape in [*[(rank, width), (wide, rank)] * layers, (width,)]
-            ]
-            key = torch.empty(0, dtype=torch.uint8)
-            yield family, (xs, gs, kinds, factors, outs, *lora, [], [], [], [], key, key, 0.0, 0.0, 1.0), {}
+                for shape in ((rank, width), (wide, rank), (width,))
+            )
+            given = [lora._replace(outs=(of_a, of_b)) for lora in loras]
+            yield family, ([*given, vector._replace(outs=(of_vector,))], factors), {}
 
 
 def families() -> list[str]:
     """Families that have Triton kernels."""
-    return [name for name, ops in registry.FAMILIES.items() if all(hasattr(triton_ops, op) for op in ops)]
+    return [name for name, ops in registry.families().items() if all(hasattr(triton_ops, op) for op in ops)]
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -225,7 +225,7 @@ def compiled(
     Raises:
         RuntimeError: triton is interpreting kernels, so that none can be compiled.
     """
-    if triton_availability.interpreting():
+    if availability.interpreting():
         raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; unset it")
     rows: list[Row] = []
     seen: set[str] = set()

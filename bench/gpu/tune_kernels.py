@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpkernels.backends import triton_ops
+from dpkernels.backends.layer import GroupedLayer
 from dpkernels.backends.triton_ops import configs
 
 RANK = 16
@@ -176,28 +177,24 @@ def _lora_pieces(batches: Sequence[Batch]) -> Job:
     )
 
 
-def _of_layers(batches: Sequence[Batch]) -> tuple[list[Tensor], ...]:
-    """The lists of xs, gs, hs and dhs of a grouped op: a batch is a layer."""
-    return tuple([getattr(b, name) for b in batches] for name in ("x", "g", "h", "dh"))
+def _layers(batches: Sequence[Batch], *, sums: bool) -> list[GroupedLayer]:
+    """LoRA layers of a grouped op: a batch is a layer."""
+    layers = []
+    for b in batches:
+        shapes = [(RANK, b.x.shape[2]), (b.g.shape[2], RANK)] if sums else []
+        outs = tuple(_zeros(b.x, *shape) for shape in shapes)
+        layers.append(GroupedLayer("lora", (b.x, b.h, b.g, b.dh), {"scaling": 1.0}, outs))
+    return layers
 
 
 def _grouped_norms(batches: Sequence[Batch]) -> Job:
-    (xs, gs, hs, dhs), n = _of_layers(batches), len(batches)
-    nothing: tuple[list[int], ...] = ([],) * 5
-    return Job(lambda i: triton_ops.total_norm_sq(xs, gs, ["lora"] * n, hs, dhs, [1.0] * n, *nothing), None)
+    layers = _layers(batches, sums=False)
+    return Job(lambda i: triton_ops.total_norm_sq(layers), None)
 
 
 def _grouped_sums(batches: Sequence[Batch]) -> Job:
-    (xs, gs, hs, dhs), n = _of_layers(batches), len(batches)
-    shapes = [(RANK, xs[0].shape[2]), (gs[0].shape[2], RANK)] * n
-    outs, key = [_zeros(xs[0], *shape) for shape in shapes], torch.empty(0, dtype=torch.uint8)
-    factors, kinds, scalings = batches[0].factors, ["lora"] * n, [1.0] * n
-    return Job(
-        lambda i: triton_ops.clip_and_noise(
-            xs, gs, kinds, factors, outs, hs, dhs, scalings, [], [], [], [], key, key, 0.0, 0.0, 1.0
-        ),
-        None,
-    )
+    layers, factors = _layers(batches, sums=True), batches[0].factors
+    return Job(lambda i: triton_ops.weighted_sums(layers, factors), None)
 
 
 JOBS: dict[str, Callable[[Sequence[Batch]], Job]] = {

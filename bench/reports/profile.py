@@ -27,7 +27,7 @@ CONTENDERS = (NON_PRIVATE, *(ours(name) for name in TIMED_STRATEGIES), OPACUS_HO
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("per-sample norms", ("_norm_sq", "clip_factors")),
     ("per-sample gradients", ("lora_gradients",)),
-    ("weighted sums", ("_weighted_sum", "clip_and_noise")),
+    ("weighted sums", ("_weighted_sum", "weighted_sums")),
     ("noise and optimizer", ("noise_", "chacha20", "Optimizer.", "normal_", "addcmul", "addcdiv", "lerp")),
     ("convolutions", ("convolution",)),
     ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addbmm")),

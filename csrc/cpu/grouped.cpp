@@ -69,8 +69,8 @@ void add(const dpk_layer& l, const double* factors, int32_t threads) {
 }  // namespace
 }  // namespace dpk
 
-dpk_status dpk_cpu_clip_and_noise(const dpk_layer* layers, int64_t layer_count, const double* factors,
-                                  int32_t threads) {
+dpk_status dpk_cpu_weighted_sums(const dpk_layer* layers, int64_t layer_count, const double* factors,
+                                 int32_t threads) {
   using namespace dpk;
   return guard([&] {
     if (layer_count < 0) invalid_argument("layer_count is %lld", static_cast<long long>(layer_count));

@@ -4,61 +4,37 @@ The order is native code, Triton kernels (on GPUs), the torch composition, the r
 native, triton, torch, reference) forces one: native that cannot serve an op is an error, not a fallback, and so is
 triton where no Triton kernel can run; triton leaves the families that it has no kernels for to what follows it, and
 torch leaves to the reference what torch cannot compose (the noise). A norm and its weighted sum always come from the
-same backend: the norm is rounded up by a bound on what *that* sum adds.
+same backend: the norm is rounded up by a bound on what *that* sum adds. An op that is made of other ops
+(`composition`) is no fallback: each of those has its own backend.
+
+Nothing is listed here. `dpkernels.ops` hands in the definitions, which say what ops there are; `dpkernels.backends`
+hands in the backends, packages in which an op stands in the file that its definition's file is called.
 """
 
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 logger = logging.getLogger("dpkernels")
 
 ENVIRONMENT_VARIABLE = "DPKERNELS_BACKEND"
-CHOICES = ("auto", "native", "triton", "torch", "reference")
-
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "linear": ("linear_norm_sq", "linear_weighted_sum"),
-    "bias": ("bias_norm_sq", "bias_weighted_sum"),
-    "lora": ("lora_norm_sq", "lora_weighted_sum"),
-    "lora_gradients": ("lora_gradients",),
-    "embedding": ("embedding_norm_sq", "embedding_weighted_sum"),
-    "layer_norm": ("layer_norm_norm_sq", "layer_norm_weighted_sum"),
-    "depthwise_conv1d": ("depthwise_conv1d_norm_sq", "depthwise_conv1d_weighted_sum"),
-    "clip": ("clip_factors",),
-    "chacha20_keystream": ("chacha20_keystream",),
-    "chacha20_normal": ("chacha20_normal",),
-    "noise_adamw": ("noise_adamw",),
-    "noise_sgd": ("noise_sgd",),
-    "total_norm_sq": ("total_norm_sq",),
-    "clip_and_noise": ("clip_and_noise",),
+_TRIED = {
+    "auto": ("native", "triton", "torch", "reference"),
+    "native": ("native",),
+    "triton": ("triton", "torch", "reference"),
+    "torch": ("torch", "reference"),
+    "reference": ("reference",),
 }
-"""Every op, by the group that is served by one backend."""
+"""By the variable's value, the backends in their order."""
 
-OPS: tuple[str, ...] = tuple(op for family in FAMILIES.values() for op in family)
-
-_NATIVE_MODULES = {
-    "chacha20_keystream": "native_chacha20",
-    "chacha20_normal": "native_chacha20",
-    "noise_adamw": "native_sweep",
-    "noise_sgd": "native_sweep",
-    "total_norm_sq": "native_grouped",
-    "clip_and_noise": "native_grouped",
-}
-"""Where a family's native functions are, if not in native_ops."""
-
-_TORCH_MODULES = {
-    "noise_adamw": "torch_sweep",
-    "noise_sgd": "torch_sweep",
-    "total_norm_sq": "torch_grouped",
-    "clip_and_noise": "torch_grouped",
-}
-"""The same for the torch compositions, if not in torch_ops."""
+CHOICES = tuple(_TRIED)
 
 Implementation = Callable[..., Any]
+_F = TypeVar("_F", bound=Implementation)
 
 
 @dataclass(frozen=True)
@@ -71,14 +47,35 @@ class OpBackend:
     reason: str
 
 
-_reference: dict[str, Implementation] = {}
+@dataclass(frozen=True)
+class _Backend:
+    """package: its import name. unavailable_reason: of (device type, op), why it cannot serve it; "" if it may."""
+
+    package: str
+    unavailable_reason: Callable[[str, str], str]
+
+
+_backends: dict[str, _Backend] = {}
+_definitions: Mapping[str, Implementation] = MappingProxyType({})
 _chosen: dict[tuple[str, str, str], tuple[OpBackend, Implementation]] = {}
 
 
-def add_reference(functions: dict[str, Implementation]) -> None:
-    """Hand in the definitions, by op. `dpkernels.ops` does so: this package imports no `reference`."""
-    _reference.update(functions)
+def add_backend(name: str, package: str, unavailable_reason: Callable[[str, str], str]) -> None:
+    """Hand in a backend: the name in CHOICES, its package, and of (device type, op) why it is unavailable or ""."""
+    _backends[name] = _Backend(package, unavailable_reason)
+
+
+def add_reference(definitions: Mapping[str, Implementation]) -> None:
+    """Hand in the definitions, by op, and with them what ops there are. This package imports no `reference`."""
+    global _definitions
+    _definitions = definitions
     _chosen.clear()
+
+
+def composition(function: _F) -> _F:
+    """Mark an implementation that is made of other ops, each of which it gets from here, by its own backend."""
+    function.made_of_ops = True  # type: ignore[attr-defined]
+    return function
 
 
 def forced() -> str:
@@ -95,86 +92,116 @@ def forced() -> str:
     return value
 
 
-def _family(op: str) -> str:
-    for family, ops in FAMILIES.items():
-        if op in ops:
-            return family
-    raise ValueError(f"op: given {op!r}; the ops are {', '.join(OPS)}")
+def ops() -> tuple[str, ...]:
+    """Every op, by name."""
+    return tuple(sorted(_definitions))
 
 
-def _missing(module: ModuleType, family: str) -> str:
-    missing = [op for op in FAMILIES[family] if not hasattr(module, op)]
-    return f"{module.__name__.rpartition('.')[2]} has no {', '.join(missing)}" if missing else ""
+def family(op: str) -> tuple[str, ...]:
+    """The ops that the same backend serves: a norm and its weighted sum, or the op alone.
+
+    Raises:
+        ValueError: unknown op.
+    """
+    if op not in _definitions:
+        raise ValueError(f"op: given {op!r}; the ops are {', '.join(ops())}")
+    stem = op.removesuffix("_norm_sq").removesuffix("_weighted_sum")
+    pair = (f"{stem}_norm_sq", f"{stem}_weighted_sum")
+    return pair if _definitions.keys() >= set(pair) and op in pair else (op,)
 
 
-def _native(family: str, device: str) -> tuple[ModuleType | None, str]:
-    """(native_ops, "") where it serves this family on this kind of device, else (None, why not)."""
+def families() -> dict[str, tuple[str, ...]]:
+    """The ops by family: the name of its layer, or of the op alone."""
+    found = {}
+    for op in ops():
+        together = family(op)
+        name = op if len(together) == 1 else together[0].removesuffix("_norm_sq")
+        found[name] = together
+    return found
+
+
+def function(backend: str, op: str) -> Implementation | None:
+    """A backend's function of this name, or None where it has none; its file is imported, whatever the device.
+
+    Args:
+        backend: "native", "triton", "torch" or "reference".
+        op: one of `ops()`.
+    """
+    definition = _definitions[op]
+    if backend == "reference":
+        return definition
+    module = f"{_backends[backend].package}.{definition.__module__.rpartition('.')[2]}"
     try:
-        native = importlib.import_module("dpkernels.backends.native")
-        module = importlib.import_module(f"dpkernels.backends.{_NATIVE_MODULES.get(family, 'native_ops')}")
+        return getattr(importlib.import_module(module), op, None)
     except ModuleNotFoundError as error:
-        return None, f"this installation has no native loader ({error})"
-    reason = native.unavailable_reason(device, family)
+        if error.name != module:
+            raise
+        return None
+
+
+def attribute(backend: str, name: str) -> Implementation:
+    """What `__getattr__` of a backend's package gives: its function of an op.
+
+    Raises:
+        AttributeError: there is no such op, or the backend has no function for it.
+    """
+    found = function(backend, name) if name in _definitions else None
+    if found is None:
+        raise AttributeError(f"{backend}_ops has no {name}")
+    return found
+
+
+def _unavailable(backend: str, op: str, device: str) -> str:
+    """Why this backend does not serve the op; "" where it does."""
+    if backend == "reference":
+        return ""
+    reason = _backends[backend].unavailable_reason(device, op)
     if reason:
-        return None, reason
-    reason = _missing(module, family)
-    return (None, reason) if reason else (module, "")
-
-
-def _triton_unavailable(device: str) -> str:
-    availability = importlib.import_module("dpkernels.backends.triton_availability")
-    return str(availability.unavailable_reason(device))
-
-
-def _triton(family: str) -> tuple[ModuleType | None, str]:
-    module = importlib.import_module("dpkernels.backends.triton_ops")
-    reason = _missing(module, family)
-    return (None, reason) if reason else (module, "")
-
-
-def _torch(family: str) -> tuple[ModuleType | None, str]:
-    module = importlib.import_module(f"dpkernels.backends.{_TORCH_MODULES.get(family, 'torch_ops')}")
-    reason = _missing(module, family)
-    return (None, reason) if reason else (module, "")
+        return reason
+    missing = [one for one in family(op) if function(backend, one) is None]
+    return f"{backend}_ops has no {', '.join(missing)}" if missing else ""
 
 
 def _choose(op: str, device: str, choice: str) -> tuple[OpBackend, Implementation]:
-    family = _family(op)
+    family(op)  # refuses an unknown op
     why: list[str] = []
-    if choice in ("auto", "native"):
-        module, reason = _native(family, device)
-        if module is not None:
-            return OpBackend(op, device, "native", ""), getattr(module, op)
+    for backend in _TRIED[choice]:
+        if backend == "triton":
+            if choice == "auto" and device == "cpu":
+                continue  # interpreted, for tests: nothing to choose, or to log, unasked
+            unusable = _backends[backend].unavailable_reason(device, op)
+            if unusable and choice == "triton":
+                raise RuntimeError(f"{op} on {device}: {unusable}; or unset {ENVIRONMENT_VARIABLE}")
+        reason = _unavailable(backend, op, device)
+        found = None if reason else function(backend, op)
+        if found is not None:
+            return _served(op, device, backend, found, why)
         why.append(reason)
-    # on the CPU Triton is interpreted, for tests: nothing to choose, or to log, unasked
-    triton = choice == "triton" or (choice == "auto" and device != "cpu")
-    unavailable = _triton_unavailable(device) if triton else ""
-    if triton and not unavailable:
-        module, unavailable = _triton(family)
-        if module is not None:
-            return OpBackend(op, device, "triton", "; ".join(why)), getattr(module, op)
-    elif choice == "triton":
-        raise RuntimeError(f"{op} on {device}: {unavailable}; or unset {ENVIRONMENT_VARIABLE}")
-    if unavailable:
-        why.append(unavailable)
-    if choice in ("auto", "triton", "torch"):
-        module, reason = _torch(family)
-        if module is not None:
-            return OpBackend(op, device, "torch", "; ".join(why)), getattr(module, op)
-        why.append(reason)
-    if choice in ("auto", "triton", "torch", "reference"):
-        if op in _reference:
-            return OpBackend(op, device, "reference", "; ".join(why)), _reference[op]
-        why.append("the reference has no such function")
-    hint = f"unset {ENVIRONMENT_VARIABLE}" if choice != "auto" else "reinstall dpkernels"
-    raise RuntimeError(f"{op} on {device}: no implementation ({'; '.join(why)}); {hint}")
+    composed = function("torch", op)
+    if composed is not None and _made_of_ops(composed):
+        return _served(op, device, "torch", composed, why)
+    raise RuntimeError(
+        f"{op} on {device}: no implementation ({'; '.join(why)}); unset {ENVIRONMENT_VARIABLE}"
+    )
+
+
+def _served(
+    op: str, device: str, backend: str, found: Implementation, why: list[str]
+) -> tuple[OpBackend, Implementation]:
+    if why and _made_of_ops(found):
+        why = [*why, "it is made of other ops, each by its own backend"]
+    return OpBackend(op, device, backend, "; ".join(why)), found
+
+
+def _made_of_ops(found: Implementation) -> bool:
+    return getattr(found, "made_of_ops", False)
 
 
 def implementation(op: str, device_type: str) -> Implementation:
     """The function that computes `op` on this kind of device; a fallback is logged once, with its reason.
 
     Args:
-        op: a name in OPS.
+        op: one of `ops()`.
         device_type: "cpu", "cuda", ...
 
     Raises:
@@ -184,8 +211,8 @@ def implementation(op: str, device_type: str) -> Implementation:
     key = (op, device_type, forced())
     if key not in _chosen:
         _chosen[key] = _choose(*key)
-        choice = _chosen[key][0]
-        if choice.reason:
+        choice, found = _chosen[key]
+        if choice.reason and not _made_of_ops(found):
             logger.warning("%s on %s uses %s: %s", choice.op, choice.device, choice.backend, choice.reason)
     return _chosen[key][1]
 
@@ -194,7 +221,7 @@ def explain(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[OpBackend]:
     """What every op would use on each kind of device, and why; "none" for an op that nothing serves."""
     rows = []
     for device in device_types:
-        for op in OPS:
+        for op in ops():
             try:
                 rows.append(_choose(op, device, forced())[0])
             except RuntimeError as error:

@@ -1,5 +1,8 @@
 """Ghost layers: torch's layers that record what ghost clipping needs, and what makes a model of them."""
 
+import warnings as _warnings
+from typing import Any as _Any
+
 from torch import nn as _nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProjection
 
@@ -66,6 +69,7 @@ from dpkernels.nn.layers.transformer import (
     transformer_refusal,
 )
 from dpkernels.nn.recording.grouping import add_weighted_sums, norms_sq
+from dpkernels.nn.recording.grouping import share as _share
 from dpkernels.nn.recording.module import GhostModule, modules_of, named_modules
 from dpkernels.nn.recording.records import (
     BiasRecord,
@@ -74,7 +78,6 @@ from dpkernels.nn.recording.records import (
     LinearRecord,
     NormRecord,
     Record,
-    Share,
 )
 from dpkernels.nn.recording.row_check import RowCheck, RowError
 from dpkernels.nn.recording.sharing import sharing_inputs
@@ -165,7 +168,6 @@ __all__ = [
     "Record",
     "RowCheck",
     "RowError",
-    "Share",
     "SharedTensor",
     "Tape",
     "Uncovered",
@@ -189,3 +191,14 @@ __all__ = [
     "uncovered",
     "unswap",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "Share":
+        _warnings.warn(
+            "dpkernels.nn.Share is now dpkernels.ops.GroupedLayer, which takes the tensors of the kind's own ops",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return _share
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

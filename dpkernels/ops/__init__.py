@@ -1,8 +1,9 @@
 """The ops: checked public functions over `torch.ops.dpkernels`, one name from schema to reference to backend.
 
 Each `*_norm_sq` gives every sample's squared gradient norm, rounded up; each `*_weighted_sum` adds the
-clipped gradients to a sum in place. Neither forms per-sample gradients of a linear layer. `noise_adamw` and
-`noise_sgd` turn the sums into the parameters' update. Which implementation runs, and why:
+clipped gradients to a sum in place. Neither forms per-sample gradients of a linear layer. `total_norm_sq` and
+`weighted_sums` do so for many layers in one call. `noise_sums` noises finished sums; `noise_adamw` and `noise_sgd` turn
+them into the parameters' update. Which implementation runs, and why:
 `dpkernels.backends.registry.explain()` or `python -m dpkernels`.
 """
 
@@ -11,18 +12,20 @@ from dpkernels.backends import registry
 from dpkernels.ops.bias import bias_norm_sq, bias_weighted_sum
 from dpkernels.ops.chacha20 import chacha20_keystream, chacha20_normal
 from dpkernels.ops.clip import clip_factors
-from dpkernels.ops.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
+from dpkernels.ops.depthwise_conv1d import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.ops.embedding import embedding_norm_sq, embedding_weighted_sum
-from dpkernels.ops.grouped import clip_and_noise
+from dpkernels.ops.grouped import total_norm_sq, weighted_sums
+from dpkernels.ops.layer_norm import layer_norm_norm_sq, layer_norm_weighted_sum
+from dpkernels.ops.layers import GroupedLayer
 from dpkernels.ops.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.ops.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
-from dpkernels.ops.norm import layer_norm_norm_sq, layer_norm_weighted_sum
-from dpkernels.ops.sweep import noise_adamw, noise_sgd
-from dpkernels.ops.total_norm import total_norm_sq
+from dpkernels.ops.noise import clip_and_noise, noise_sums
+from dpkernels.ops.optim import noise_adamw, noise_sgd
 
-registry.add_reference({name: getattr(reference, name) for name in reference.__all__})
+registry.add_reference(reference.DEFINITIONS)
 
 __all__ = [
+    "GroupedLayer",
     "bias_norm_sq",
     "bias_weighted_sum",
     "chacha20_keystream",
@@ -42,5 +45,7 @@ __all__ = [
     "lora_weighted_sum",
     "noise_adamw",
     "noise_sgd",
+    "noise_sums",
     "total_norm_sq",
+    "weighted_sums",
 ]

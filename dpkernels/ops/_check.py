@@ -6,6 +6,8 @@ clamp there.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -131,6 +133,32 @@ def weighted_sum(factors: Tensor, x: Tensor, **outs: tuple[Tensor, tuple[int, ..
         shape(name, out, expected, layout)
         if out.device != device:
             same_device(x=x, **{name: out})
+
+
+def sums(name: str, tensors: Sequence[Tensor], *, noised: bool) -> None:
+    """Contiguous tensors of one dtype (float64 where they are `noised`) on one device, none overlapping another.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: strides, devices or memory that do not fit.
+    """
+    dtype, device = (tensors[0].dtype, tensors[0].device) if tensors else (None, None)
+    for i, tensor in enumerate(tensors):
+        label = f"{name}[{i}]"
+        if not tensor.is_contiguous():
+            _fail(label, tensor, f"a contiguous tensor, not strides {tensor.stride()}", "copy it")
+        if tensor.dtype != dtype:
+            _fail(label, tensor, f"{dtype}, as {name}[0] has", "convert it", TypeError)
+        if noised and tensor.dtype != torch.float64:
+            _fail(label, tensor, "float64, as noise is asked for", "convert it", TypeError)
+        if tensor.device != device:
+            same_device(**{f"{name}[0]": tensors[0], label: tensor})
+    if not any(isinstance(tensor, torch._subclasses.FakeTensor) for tensor in tensors):
+        spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
+        if any(end > start for (_, end), (start, _) in pairwise(spans)):
+            raise ValueError(
+                f"{name}: expected tensors that do not overlap; given two that do; merge the layers' records"
+            )
 
 
 def finite(name: str, value: float) -> None:

@@ -17,6 +17,7 @@ def define(
     *,
     fake: Callable[..., Any],
     check: Callable[..., None] | None = None,
+    arguments: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Register `dpkernels::name` and return the callable overload.
 
@@ -24,13 +25,16 @@ def define(
         name: the op's name in the schema, the reference, the backends and the tests.
         schema: arguments and results, mutated tensors marked.
         fake: shapes and dtypes of the results, without data.
-        check: a check of *values* (lengths, ids), with the op's own arguments; it sees real tensors only.
+        check: a check of *values* (lengths, ids), with the implementations' arguments; it sees real tensors only.
+        arguments: makes the implementations' arguments of the schema's; None where they are the same.
     """
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        if arguments is not None:
+            args = arguments(*args)
         if check is not None:
             check(*args, **kwargs)
-        first = args[0][0] if isinstance(args[0], list) else args[0]
         with torch.no_grad():
             return registry.implementation(name, first.device.type)(*args, **kwargs)
 

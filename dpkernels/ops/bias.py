@@ -23,10 +23,17 @@ _weighted_sum = _library.define(
 )
 
 
-def _check_gradient(g: Tensor, lengths: Tensor | None) -> None:
+def check_norm(g: Tensor, *, lengths: Tensor | None = None) -> None:
+    """g [B, T, p] of a floating dtype, lengths int64 [B] or None."""
     _check.floats(g=g)
     _check.shape("g", g, (None, None, None), "[B, T, p]")
     _check.lengths_of(lengths, g)
+
+
+def check_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
+    """The same, factors float32 [B], and out [p]."""
+    check_norm(g, lengths=lengths)
+    _check.weighted_sum(factors, g, out=(out, (g.shape[2],), "[p]"))
 
 
 def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
@@ -47,7 +54,7 @@ def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
 
     Source: the gradient of y = x Wᵀ + b with respect to b.
     """
-    _check_gradient(g, lengths)
+    check_norm(g, lengths=lengths)
     result: Tensor = _norm_sq(g, lengths=lengths)
     return result
 
@@ -67,6 +74,5 @@ def bias_weighted_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tenso
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
-    _check_gradient(g, lengths)
-    _check.weighted_sum(factors, g, out=(out, (g.shape[2],), "[p]"))
+    check_sum(g, factors, out, lengths=lengths)
     _weighted_sum(g, factors, out, lengths=lengths)

@@ -8,11 +8,6 @@ import torch
 from torch import Tensor
 
 from dpkernels.backends import registry
-from dpkernels.reference import chacha20 as reference
-
-registry.add_reference(
-    {"chacha20_keystream": reference.chacha20_keystream, "chacha20_normal": reference.chacha20_normal}
-)
 
 COUNTER_END = 1 << 32
 """Blocks of one (key, nonce); RFC 8439's counter has 32 bits."""

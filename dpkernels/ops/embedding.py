@@ -6,15 +6,16 @@ from torch import Tensor
 from dpkernels.ops import _check, _library
 
 
-def _check_not_negative(ids: Tensor, *rest: Tensor, padding_idx: int | None = None) -> None:
+def check_norm_values(ids: Tensor, *rest: Tensor, padding_idx: int | None = None) -> None:
     """A norm knows no table; a negative id has no row in any. Looked at where looking is free."""
     if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < 0:
         raise ValueError(f"ids: given values from {int(ids.min())}; pass 0 ≤ ids < rows of the table")
 
 
-def _check_ids(
+def check_sum_values(
     ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
 ) -> None:
+    """Ids lie in the table, looked at where looking is free."""
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
     least, most = int(ids.min()), int(ids.max())
@@ -28,17 +29,17 @@ _norm_sq = _library.define(
     "embedding_norm_sq",
     "(Tensor ids, Tensor g, *, int? padding_idx=None) -> Tensor",
     fake=lambda ids, g, *, padding_idx=None: _library.norms(g),
-    check=_check_not_negative,
+    check=check_norm_values,
 )
 _weighted_sum = _library.define(
     "embedding_weighted_sum",
     "(Tensor ids, Tensor g, Tensor factors, Tensor(a!) out, *, int? padding_idx=None) -> ()",
     fake=lambda ids, g, factors, out, *, padding_idx=None: None,
-    check=_check_ids,
+    check=check_sum_values,
 )
 
 
-def _check_inputs(ids: Tensor, g: Tensor, padding_idx: int | None, rows: int | None = None) -> None:
+def check_norm(ids: Tensor, g: Tensor, *, padding_idx: int | None = None, rows: int | None = None) -> None:
     """Shapes, dtypes, devices, and that padding_idx is none or a row; rows: of the table, where it is known."""
     _check.floats(g=g)
     _check.shape("g", g, (None, None, None), "[B, T, d]")
@@ -49,6 +50,15 @@ def _check_inputs(ids: Tensor, g: Tensor, padding_idx: int | None, rows: int | N
     if padding_idx is not None and (padding_idx < -1 or (rows is not None and padding_idx >= rows)):
         table = "" if rows is None else f" of {rows} rows"
         raise ValueError(f"padding_idx: given {padding_idx}; pass a row{table}, counted from 0, or None")
+
+
+def check_sum(
+    ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
+) -> None:
+    """The same, factors float32 [B], and out [V, d], which says what V is."""
+    _check.shape("out", out, (None, None), "[V, d]")
+    check_norm(ids, g, padding_idx=padding_idx, rows=out.shape[0])
+    _check.weighted_sum(factors, g, out=(out, (out.shape[0], g.shape[2]), "[V, d]"))
 
 
 def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None) -> Tensor:
@@ -69,7 +79,7 @@ def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None)
 
     Source: the gradient of y_t = W[ids_t]; Bu et al. 2022, arXiv:2210.00038.
     """
-    _check_inputs(ids, g, padding_idx)
+    check_norm(ids, g, padding_idx=padding_idx)
     result: Tensor = _norm_sq(ids, g, padding_idx=padding_idx)
     return result
 
@@ -93,7 +103,5 @@ def embedding_weighted_sum(
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
-    _check.shape("out", out, (None, None), "[V, d]")
-    _check_inputs(ids, g, padding_idx, out.shape[0])
-    _check.weighted_sum(factors, g, out=(out, (out.shape[0], g.shape[2]), "[V, d]"))
+    check_sum(ids, g, factors, out, padding_idx=padding_idx)
     _weighted_sum(ids, g, factors, out, padding_idx=padding_idx)

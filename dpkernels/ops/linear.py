@@ -31,12 +31,18 @@ _weighted_sum = _library.define(
 )
 
 
-def check_pair(x: Tensor, g: Tensor, lengths: Tensor | None, x_name: str = "x", g_name: str = "g") -> None:
+def check_norm(x: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> None:
     """x [B, T, d] and g [B, T, p] of one dtype on one device, lengths int64 [B] or None."""
-    _check.floats(**{x_name: x, g_name: g})
-    _check.shape(x_name, x, (None, None, None), "[B, T, d]")
-    _check.shape(g_name, g, (x.shape[0], x.shape[1], None), "[B, T, p]")
+    _check.floats(x=x, g=g)
+    _check.shape("x", x, (None, None, None), "[B, T, d]")
+    _check.shape("g", g, (x.shape[0], x.shape[1], None), "[B, T, p]")
     _check.lengths_of(lengths, x)
+
+
+def check_sum(x: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
+    """The same, factors float32 [B], and out [p, d]."""
+    check_norm(x, g, lengths=lengths)
+    _check.weighted_sum(factors, x, out=(out, (g.shape[2], x.shape[2]), "[p, d]"))
 
 
 def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, method: str = "auto") -> Tensor:
@@ -62,7 +68,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
 
     Source: Goodfellow 2015, arXiv:1510.01799 (T = 1); Li et al. 2021, arXiv:2110.05679 (ghost clipping).
     """
-    check_pair(x, g, lengths)
+    check_norm(x, g, lengths=lengths)
     if method not in METHODS:
         raise ValueError(f"method: given {method!r}; pass one of {', '.join(METHODS)}")
     result: Tensor = _norm_sq(x, g, lengths=lengths, method=method)
@@ -90,6 +96,5 @@ def linear_weighted_sum(
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
-    check_pair(x, g, lengths)
-    _check.weighted_sum(factors, x, out=(out, (g.shape[2], x.shape[2]), "[p, d]"))
+    check_sum(x, g, factors, out, lengths=lengths)
     _weighted_sum(x, g, factors, out, lengths=lengths)

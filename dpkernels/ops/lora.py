@@ -51,9 +51,10 @@ def _empty_gradients(x: Tensor, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _check_inputs(
-    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, scaling: float, lengths: Tensor | None
+def check_norm(
+    x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0, lengths: Tensor | None = None
 ) -> None:
+    """x [B, T, d], h and dh [B, T, r], g [B, T, p] of one dtype on one device, a finite scaling, lengths or None."""
     _check.floats(x=x, h=h, g=g, dh=dh)
     _check.shape("x", x, (None, None, None), "[B, T, d]")
     batch, frames, _ = x.shape
@@ -62,6 +63,24 @@ def _check_inputs(
     _check.shape("dh", dh, (batch, frames, h.shape[2]), "[B, T, r]")
     _check.finite("scaling", scaling)
     _check.lengths_of(lengths, x)
+
+
+def check_sum(
+    x: Tensor,
+    h: Tensor,
+    g: Tensor,
+    dh: Tensor,
+    factors: Tensor,
+    out_a: Tensor,
+    out_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    lengths: Tensor | None = None,
+) -> None:
+    """The same, factors float32 [B], out_a [r, d] and out_b [p, r]."""
+    check_norm(x, h, g, dh, scaling=scaling, lengths=lengths)
+    of_a, of_b = (h.shape[2], x.shape[2]), (g.shape[2], h.shape[2])
+    _check.weighted_sum(factors, x, out_a=(out_a, of_a, "[r, d]"), out_b=(out_b, of_b, "[p, r]"))
 
 
 def lora_norm_sq(
@@ -87,7 +106,7 @@ def lora_norm_sq(
 
     Source: Hu et al. 2021, arXiv:2106.09685 (the layer); its gradients by the chain rule.
     """
-    _check_inputs(x, h, g, dh, scaling, lengths)
+    check_norm(x, h, g, dh, scaling=scaling, lengths=lengths)
     of_a, of_b = _norm_sq(x, h, g, dh, scaling=scaling, lengths=lengths)
     return of_a, of_b
 
@@ -116,7 +135,7 @@ def lora_gradients(
 
     Source: Hu et al. 2021, arXiv:2106.09685 (the layer); its gradients by the chain rule.
     """
-    _check_inputs(x, h, g, dh, scaling, None)
+    check_norm(x, h, g, dh, scaling=scaling)
     of_a, of_b = _gradients(x, h, g, dh, scaling=scaling)
     return of_a, of_b
 
@@ -152,9 +171,5 @@ def lora_weighted_sum(
 
     Source: Hu et al. 2021, arXiv:2106.09685 (the layer); Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
-    _check_inputs(x, h, g, dh, scaling, lengths)
-    rank = h.shape[2]
-    _check.weighted_sum(
-        factors, x, out_a=(out_a, (rank, x.shape[2]), "[r, d]"), out_b=(out_b, (g.shape[2], rank), "[p, r]")
-    )
+    check_sum(x, h, g, dh, factors, out_a, out_b, scaling=scaling, lengths=lengths)
     _weighted_sum(x, h, g, dh, factors, out_a, out_b, scaling=scaling, lengths=lengths)

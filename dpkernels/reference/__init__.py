@@ -6,20 +6,25 @@ computation itself is exact to about T·2⁻⁵³·Σ_t‖x_t‖‖g_t‖, which
 for the backends' bounds.
 """
 
+from dpkernels.reference._definitions import DEFINITIONS
 from dpkernels.reference.bias import bias_norm_sq, bias_weighted_sum
+from dpkernels.reference.chacha20 import chacha20_keystream, chacha20_normal
 from dpkernels.reference.clip import clip_factors
-from dpkernels.reference.conv import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
+from dpkernels.reference.depthwise_conv1d import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.reference.embedding import embedding_norm_sq, embedding_weighted_sum
-from dpkernels.reference.grouped import clip_and_noise, total_norm_sq
+from dpkernels.reference.grouped import total_norm_sq, weighted_sums
+from dpkernels.reference.layer_norm import layer_norm_norm_sq, layer_norm_weighted_sum
 from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.reference.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
-from dpkernels.reference.norm import layer_norm_norm_sq, layer_norm_weighted_sum
-from dpkernels.reference.sweep import noise_adamw, noise_sgd
+from dpkernels.reference.noise import noise_sums
+from dpkernels.reference.optim import noise_adamw, noise_sgd
 
 __all__ = [
+    "DEFINITIONS",
     "bias_norm_sq",
     "bias_weighted_sum",
-    "clip_and_noise",
+    "chacha20_keystream",
+    "chacha20_normal",
     "clip_factors",
     "depthwise_conv1d_norm_sq",
     "depthwise_conv1d_weighted_sum",
@@ -34,5 +39,7 @@ __all__ = [
     "lora_weighted_sum",
     "noise_adamw",
     "noise_sgd",
+    "noise_sums",
     "total_norm_sq",
+    "weighted_sums",
 ]

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from dpkernels.reference._definitions import definition
+
 _CONSTANT = b"expand 32-byte k"
 _MASK = 0xFFFFFFFF
 _PIECE = 1 << 15  # blocks computed at a time, so that memory stays small
@@ -53,6 +55,7 @@ def _pieces(key: bytes, counter: int, nonce: bytes, blocks: int, device: torch.d
     return [_blocks(key, torch.arange(a, b, device=device), nonce) for a, b in zip(starts, ends, strict=True)]
 
 
+@definition
 def chacha20_keystream(
     key: bytes, counter: int, nonce: bytes, blocks: int, *, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -98,6 +101,7 @@ def box_muller(words: Tensor) -> Tensor:
     return torch.stack([radius * x, radius * y], dim=1)
 
 
+@definition
 def chacha20_normal(
     n: int,
     *,

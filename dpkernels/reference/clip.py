@@ -6,6 +6,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from dpkernels.reference._definitions import definition
+
 
 def _factor(norm_sq: float, max_grad_norm: float) -> float:
     if not math.isfinite(norm_sq) or norm_sq < 0.0:
@@ -16,6 +18,7 @@ def _factor(norm_sq: float, max_grad_norm: float) -> float:
     return min(1.0, math.nextafter(max_grad_norm / norm, 0.0))
 
 
+@definition
 def clip_factors(norm_sq: Tensor, max_grad_norm: float) -> Tensor:
     """min(1, C/√norm_sq), each step rounded down, 1 where norm_sq ≤ C²; 0 where NaN, infinite or negative."""
     factors = [_factor(n, max_grad_norm) for n in norm_sq.tolist()]

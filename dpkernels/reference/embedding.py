@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dpkernels.reference._definitions import definition
 from dpkernels.reference._samples import live, round_up
 
 
@@ -20,11 +21,13 @@ def _norm_sq(ids: Tensor, g: Tensor) -> Tensor:
     return torch.stack(rows).sum() if rows else g.new_zeros(())
 
 
+@definition
 def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None) -> Tensor:
     """Σ_v ‖Σ_{t: ids_it = v} g_it‖² in float64, rounded up to float32; v = padding_idx contributes 0."""
     return round_up([_norm_sq(*_kept(ids[i], g[i], padding_idx)) for i in range(len(ids))], g)
 
 
+@definition
 def embedding_weighted_sum(
     ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
 ) -> None:

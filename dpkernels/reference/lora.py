@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from dpkernels.reference._definitions import definition
 from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
 
 
+@definition
 def lora_norm_sq(
     x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -14,6 +16,7 @@ def lora_norm_sq(
     return linear_norm_sq(x, dh, lengths=lengths), linear_norm_sq(h.double(), scaled, lengths=lengths)
 
 
+@definition
 def lora_gradients(
     x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -23,6 +26,7 @@ def lora_gradients(
     return of_a.to(dtype), of_b.to(dtype)
 
 
+@definition
 def lora_weighted_sum(
     x: Tensor,
     h: Tensor,

@@ -16,7 +16,7 @@ from bench.reports import profile
     [
         ("aten::addmm", "matrix products"),
         ("dpkernels::lora_norm_sq", "per-sample norms"),
-        ("dpkernels::clip_and_noise", "weighted sums"),
+        ("dpkernels::weighted_sums", "weighted sums"),
         ("dpkernels::noise_adamw", "noise and optimizer"),
         ("aten::convolution_backward", "convolutions"),
         ("aten::silu", "other"),

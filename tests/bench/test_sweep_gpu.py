@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bench.cases import native as native_bench
 from bench.gpu import optim as sweep_gpu
-from dpkernels.backends import native, native_chacha20
+from dpkernels.backends import native
+from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from tests.ops import emulated
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,6 @@
 """One batch for each family of ops, with the truth by autograd of the layer itself in float64, one sample at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,11 @@ class Case:
         function = getattr(ops, f"{self.family}_weighted_sum")
         function(*self.tensors.values(), factors, *outs, **self._lengths(), **self.sum_options)
         return outs
+
+    def layer(self, outs: Sequence[Tensor] = ()) -> ops.GroupedLayer:
+        """This layer in a grouped op: in one for sums where there are outs."""
+        options = self.sum_options if outs else self.norm_options
+        return ops.GroupedLayer(self.family, tuple(self.tensors.values()), options, tuple(outs))
 
     def alone(self, i: int) -> "Case":
         """Sample i in a batch of its own, cut to its own length."""

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dpkernels.backends import native, registry, triton_availability
+from dpkernels.backends import native, registry
+from dpkernels.backends.triton_ops import availability
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.param("triton", marks=pytest.mark.gpu) if TRITON_DEVICE == "cuda" else "triton"
@@ -21,7 +22,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     device = TRITON_DEVICE if name == "triton" else "cpu"
     reason = native.unavailable_reason("cpu", "linear") if name == "native" else ""
     if name == "triton":
-        reason = triton_availability.unavailable_reason(device)
+        reason = availability.unavailable_reason(device)
     if reason:
         pytest.skip(reason)
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, name)

@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dpkernels.backends import native, native_chacha20, registry
+from dpkernels.backends import native, registry
+from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from dpkernels.ops import chacha20
 from dpkernels.reference import chacha20 as reference
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.backends import native, native_chacha20, native_sweep
+from dpkernels.backends import native
+from dpkernels.backends.native_ops import chacha20 as native_chacha20
+from dpkernels.backends.native_ops import optim as native_optim
 from tests.ops import emulated
 from tests.ops.test_sweep import KEY, NOISE, OPTIMIZERS, SHAPES, State, nonces
 
@@ -22,9 +24,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(op: str, _: torch.device, table: Any, noise: Any, options: Any) -> None:
-    """native_sweep._run by the emulated library."""
-    kind = native_sweep._Adam if op == "noise_adamw" else native_sweep._Sgd
-    kinds = [ctypes.POINTER(native_sweep._Tensor), ctypes.c_int64, ctypes.POINTER(native_sweep._Noise)]
+    """native_optim._run by the emulated library."""
+    kind = native_optim._Adam if op == "noise_adamw" else native_optim._Sgd
+    kinds = [ctypes.POINTER(native_optim._Tensor), ctypes.c_int64, ctypes.POINTER(native_optim.Noise)]
     function = emulated.library().function(f"dpk_cuda_{op}", [*kinds, ctypes.POINTER(kind), ctypes.c_void_p])
     function(table, len(table), noise, options, None)
 
@@ -33,7 +35,7 @@ def both(step: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """What `step` makes by the CPU library and by the emulated one."""
     expected = step()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_sweep, "_run", run)
+        patch.setattr(native_optim, "_run", run)
         return expected, step()
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dpkernels import ops
-from dpkernels.backends import native_chacha20, native_sweep
+from dpkernels.backends.native_ops import chacha20 as native_chacha20
+from dpkernels.backends.native_ops import optim as native_optim
 from tests.ops.test_sweep import KEY, NOISE, OPTIMIZERS, SHAPES, State, nonces
 
 pytestmark = [
@@ -36,7 +37,7 @@ def test_same_normals(count: int, dtype: torch.dtype) -> None:
 def test_same_sweep(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(
-        native_sweep, "_run", lambda *a, real=native_sweep._run: (called.append(a[1].type), real(*a))
+        native_optim, "_run", lambda *a, real=native_optim._run: (called.append(a[1].type), real(*a))
     )
     states = []
     for device in ("cpu", "cuda"):

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.backends import native, native_grouped, native_ops, registry, torch_ops, triton_ops
+from dpkernels.backends import native, registry, torch_ops
+from dpkernels.backends.native_ops import grouped as native_grouped
+from dpkernels.backends.native_ops import linear as native_linear
+from dpkernels.backends.torch_ops import linear as torch_linear
+from dpkernels.backends.triton_ops import grouped as triton_grouped
 from tests.ops.cases import CONV, FAMILIES, SCALING, Case, make
 from tests.ops.test_total_norm import total as total_norm
 
@@ -67,7 +71,7 @@ def check_same_as_one_by_one() -> None:
 @pytest.fixture
 def always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's grouped launch also for layers that are too few to fill a GPU."""
-    monkeypatch.setattr(triton_ops.grouped, "_FEWEST_PROGRAMS", 0)
+    monkeypatch.setattr(triton_grouped, "_FEWEST_PROGRAMS", 0)
 
 
 def test_same_bits_as_layer_by_layer(backend: str) -> None:
@@ -116,10 +120,8 @@ def test_a_family_that_torch_serves_is_left_to_it_norm_and_sum_alike(
 def test_catches_a_grouped_sum_of_the_wrong_factors(
     triton_backend: str, always_grouped: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = triton_ops.grouped._group_sums
-    monkeypatch.setattr(
-        triton_ops.grouped, "_group_sums", lambda group, factors: real(group, factors.flip(0))
-    )
+    real = triton_grouped._group_sums
+    monkeypatch.setattr(triton_grouped, "_group_sums", lambda group, factors: real(group, factors.flip(0)))
     with pytest.raises(AssertionError):
         test_one_launch_for_many_layers(triton_backend, None, torch.float32, torch.float64)
 
@@ -176,15 +178,15 @@ def test_a_family_of_another_backend_is_left_to_it(monkeypatch: pytest.MonkeyPat
     if native.library("cpu").handle is None:
         pytest.skip(native.library("cpu").reason)
     monkeypatch.setattr(registry, "_chosen", {})
-    monkeypatch.delattr(native_ops, "linear_norm_sq")
+    monkeypatch.delattr(native_linear, "linear_norm_sq")
     called = []
-    real = torch_ops.linear_weighted_sum
+    real = torch_linear.linear_weighted_sum
 
     def counted(*args: Any, **options: Any) -> None:
         called.append(1)
         real(*args, **options)
 
-    monkeypatch.setattr(torch_ops, "linear_weighted_sum", counted)
+    monkeypatch.setattr(torch_linear, "linear_weighted_sum", counted)
     check_same_as_one_by_one()
     assert len(called) == 4  # two layers, grouped and alone
 

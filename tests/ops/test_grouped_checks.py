@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpkernels import ops
-from dpkernels.ops import grouped
+from dpkernels.ops import layers
 
 BATCH, FRAMES = 2, 5
 LISTS = {
@@ -42,22 +43,22 @@ def layer(kind: str) -> dict[str, Any]:
     return vector if kind in ("bias", "layer_norm") else tokens | {"outs": [zeros(3, 4, **out)]}
 
 
-def arguments(kind: str, layers: list[dict[str, Any]], *lists: str) -> tuple[list[Any], dict[str, list[Any]]]:
+def arguments(kind: str, given: list[dict[str, Any]], *lists: str) -> tuple[list[Any], dict[str, list[Any]]]:
     """(xs, gs, kinds), and the lists of its kind's options."""
     names = (*LISTS.get(kind, ()), *lists)
-    options = {name: [one[name] for one in layers] for name in names}
-    return [[one["x"] for one in layers], [one["g"] for one in layers], [kind] * len(layers)], options
+    options = {name: [one[name] for one in given] for name in names}
+    return [[one["x"] for one in given], [one["g"] for one in given], [kind] * len(given)], options
 
 
-def add(kind: str, layers: list[dict[str, Any]]) -> None:
-    lists, options = arguments(kind, layers)
-    outs = [out for one in layers for out in one["outs"]]
+def add(kind: str, given: list[dict[str, Any]]) -> None:
+    lists, options = arguments(kind, given)
+    outs = [out for one in given for out in one["outs"]]
     ops.clip_and_noise(*lists, torch.ones(BATCH), outs, **options)
 
 
-def total(kind: str, layers: list[dict[str, Any]]) -> Tensor:
+def total(kind: str, given: list[dict[str, Any]]) -> Tensor:
     extra = ("kernel_sizes",) if kind == "depthwise_conv1d" else ()
-    lists, options = arguments(kind, layers, *extra)
+    lists, options = arguments(kind, given, *extra)
     return ops.total_norm_sq(*lists, **options)
 
 
@@ -104,13 +105,13 @@ IDS_OF_NO_ROW = [
 
 @pytest.mark.parametrize(("fault", "message"), IDS_OF_NO_ROW)
 def test_ids_of_no_row_are_refused_in_any_layer(fault: dict[str, Any], message: str) -> None:
-    layers = [layer("embedding"), layer("embedding") | fault, layer("embedding")]
+    given = [layer("embedding"), layer("embedding") | fault, layer("embedding")]
     with pytest.raises(ValueError, match=f"^{message}"):
-        add("embedding", layers)
-    assert not any(out.any() for one in layers for out in one["outs"])
+        add("embedding", given)
+    assert not any(out.any() for one in given for out in one["outs"])
     if "rows" not in message:  # a norm knows no table
         with pytest.raises(ValueError, match=f"^{message}"):
-            total("embedding", layers)
+            total("embedding", given)
 
 
 @pytest.mark.parametrize(("kind", "fault", "error", "name"), FAULTS)
@@ -142,7 +143,7 @@ def test_a_scaling_that_is_a_tensor_is_compared_by_value() -> None:
 
 def test_layers_beyond_those_that_are_compared_are_checked() -> None:
     many = []
-    for width in range(1, grouped._MOST_COMPARED + 4):
+    for width in range(1, layers._MOST_COMPARED + 4):
         many.append(layer("linear") | {"x": zeros(BATCH, FRAMES, width), "outs": [zeros(3, width).double()]})
     add("linear", many)
     with pytest.raises(TypeError, match="out: expected float32 or float64"):
@@ -153,8 +154,13 @@ def test_layers_beyond_those_that_are_compared_are_checked() -> None:
 
 def test_a_layer_like_others_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
-    real = grouped.check_layer
-    monkeypatch.setattr(grouped, "check_layer", lambda kind, *rest: (checked.append(kind), real(kind, *rest)))
+    real = layers.KINDS["lora"]
+
+    def counted(*tensors: Tensor, **options: Any) -> None:
+        checked.append("lora")
+        real.check_sum(*tensors, **options)
+
+    monkeypatch.setitem(layers.KINDS, "lora", dataclasses.replace(real, check_sum=counted))
     add("lora", [layer("lora") for _ in range(5)])
     assert checked == ["lora"]
 

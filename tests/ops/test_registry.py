@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dpkernels import ops
-from dpkernels.backends import native, registry, torch_ops, triton_availability
+from dpkernels.backends import native, registry, torch_ops
+from dpkernels.backends.native_ops import linear as native_linear
+from dpkernels.backends.triton_ops import availability
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_variable_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, module in (("torch", "backends.torch_ops"), ("Reference", "reference.bias")):
+    for value, module in (("torch", "backends.torch_ops.bias"), ("Reference", "reference.bias")):
         monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, value)
         assert registry.implementation("bias_norm_sq", "cpu").__module__ == f"dpkernels.{module}"
 
@@ -59,9 +61,7 @@ def test_a_norm_and_its_sum_come_from_one_backend(monkeypatch: pytest.MonkeyPatc
     """The norm's bound is about that backend's sum."""
     if native.unavailable_reason("cpu", "linear"):
         pytest.skip("needs the native library")
-    from dpkernels.backends import native_ops
-
-    monkeypatch.delattr(native_ops, "linear_weighted_sum")
+    monkeypatch.delattr(native_linear, "linear_weighted_sum")
     rows = {row.op: row for row in registry.explain(("cpu",))}
     assert rows["linear_norm_sq"].backend == rows["linear_weighted_sum"].backend == "torch"
     assert rows["linear_norm_sq"].reason == "native_ops has no linear_weighted_sum"
@@ -69,13 +69,13 @@ def test_a_norm_and_its_sum_come_from_one_backend(monkeypatch: pytest.MonkeyPatc
 
 
 def on_a_gpu_machine(monkeypatch: pytest.MonkeyPatch, reason: str = "") -> None:
-    monkeypatch.setattr(triton_availability, "unavailable_reason", lambda device: reason)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda device: reason)
 
 
 def test_triton_serves_cuda_before_torch_and_never_the_cpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu_machine(monkeypatch)
     rows = {(row.op, row.device): row for row in registry.explain(("cpu", "cuda"))}
-    for op in registry.FAMILIES["bias"]:
+    for op in registry.families()["bias"]:
         assert rows[op, "cuda"].backend == "triton"
         assert rows[op, "cpu"].backend in ("native", "torch")
     assert rows["clip_factors", "cuda"].backend == "torch"
@@ -85,7 +85,7 @@ def test_triton_serves_cuda_before_torch_and_never_the_cpu_unasked(monkeypatch: 
 def test_a_missing_triton_is_a_logged_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(triton_availability.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(availability.importlib.util, "find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING, logger="dpkernels"):
         assert registry.implementation("bias_norm_sq", "cuda") is torch_ops.bias_norm_sq
     assert "triton is not installed; pip install triton" in caplog.text
@@ -107,11 +107,15 @@ def test_explain_covers_every_op_and_gives_reasons(monkeypatch: pytest.MonkeyPat
     without_native(monkeypatch)
     on_a_gpu_machine(monkeypatch, "no triton here")
     rows = registry.explain(("cpu", "cuda"))
-    assert [(row.op, row.device) for row in rows] == [(op, d) for d in ("cpu", "cuda") for op in registry.OPS]
+    assert [(row.op, row.device) for row in rows] == [
+        (op, d) for d in ("cpu", "cuda") for op in registry.ops()
+    ]
     assert all(row.reason for row in rows)
     assert {row.backend for row in rows} == {"torch", "reference"}
 
 
-def test_no_family_is_split_and_every_table_names_families() -> None:
-    assert len(set(registry.OPS)) == len(registry.OPS)
-    assert set(registry._NATIVE_MODULES) <= set(registry.FAMILIES)
+def test_every_op_is_in_one_family() -> None:
+    served = [op for family in registry.families().values() for op in family]
+    assert sorted({*served}) == sorted(registry.ops())
+    assert registry.family("linear_weighted_sum") == ("linear_norm_sq", "linear_weighted_sum")
+    assert registry.family("total_norm_sq") == ("total_norm_sq",)

@@ -1,15 +1,17 @@
 """The torch.library side: schemas, fakes, mutation, and what the public functions refuse."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from dpkernels import ops
-from dpkernels.backends import registry
+from dpkernels import ops, reference
+from dpkernels.backends import registry, torch_ops
+from dpkernels.ops import layers
 from tests.ops.cases import FAMILIES, make
 
-TENSOR_OPS = [op for op in registry.OPS if not op.startswith("chacha20")]
+TENSOR_OPS = [op for op in registry.ops() if not op.startswith("chacha20")]
 SWEEPS = {"noise_adamw": 2, "noise_sgd": 1}
 """And how many states each keeps."""
 
@@ -25,25 +27,13 @@ def sweep_arguments(op: str) -> tuple[Any, ...]:
     return (*lists, [1.0, 2.0], *noise, *hyper)
 
 
-def grouped_arguments() -> tuple[Any, ...]:
-    outs = [torch.zeros(shape, dtype=torch.float64) for shape in ((3, 2), (3,), (2, 2), (3, 2))]
-    x, g, h = torch.rand(2, 4, 2), torch.rand(2, 4, 3), torch.rand(2, 4, 2)
-    layers = (
-        [x, g, x],
-        [g, g, g],
-        ["linear", "bias", "lora"],
-        torch.rand(2),
-        outs,
-        [h],
-        [h],
-        [0.5],
-        [],
-        [],
-        [],
-        [],
-    )
-    nonces = torch.arange(48, dtype=torch.uint8)
-    return (*layers, torch.zeros(32, dtype=torch.uint8), nonces, 1.0, 2.0**-10, 4.0)
+def grouped_layers(norms: bool) -> list[ops.GroupedLayer]:
+    cases = [make(family, batch=2) for family in FAMILIES]
+    return [case.layer([] if norms else zeros(case.out_shapes)) for case in cases]
+
+
+def zeros(shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
 
 
 def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -53,11 +43,15 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(make("lora").tensors.values()), {}
     if op in SWEEPS:
         return sweep_arguments(op), {}
-    if op == "clip_and_noise":
-        return grouped_arguments(), {}
+    if op == "noise_sums":
+        key, nonces = torch.zeros(32, dtype=torch.uint8), torch.arange(24, dtype=torch.uint8)
+        return (zeros(((3, 2), (4,))), key, nonces, 1.0, 2.0**-10, 4.0), {}
+    if op == "weighted_sums":
+        given = grouped_layers(norms=False)
+        outs = [out for layer in given for out in layer.outs]
+        return (*layers.pack(given, norms=False), torch.rand(2), outs), {}
     if op == "total_norm_sq":
-        xs, gs, kinds, _, _, hs, dhs, scalings = grouped_arguments()[:8]
-        return (xs, gs, kinds, hs, dhs, scalings, [], [], [], [], []), {}
+        return layers.pack(grouped_layers(norms=True), norms=True), {}
     family, _, kind = op.rpartition("_norm_sq" if op.endswith("_norm_sq") else "_weighted_sum")
     del kind
     case = make(family)
@@ -81,20 +75,18 @@ def test_declares_what_it_mutates(op: str) -> None:
     if op in SWEEPS:
         states = {"exp_avgs", "exp_avg_sqs"} if op == "noise_adamw" else {"momentum_buffers"}
         outs = {"params", "sums", "grads"} | states
+    if op == "noise_sums":
+        outs = {"sums"}
     assert written == outs
-    assert bool(outs) == (op in SWEEPS or op == "clip_and_noise" or op.endswith("_weighted_sum"))
+    assert bool(outs) == (op in (*SWEEPS, "weighted_sums", "noise_sums") or op.endswith("_weighted_sum"))
 
 
 def test_one_name_from_schema_to_backend() -> None:
-    import dpkernels.reference
-    from dpkernels.backends import torch_grouped, torch_ops, torch_sweep
-
-    modules = dict.fromkeys(SWEEPS, torch_sweep)
-    modules |= dict.fromkeys(("clip_and_noise", "total_norm_sq"), torch_grouped)
-    assert set(ops.__all__) == set(registry.OPS)
+    assert set(ops.__all__) - {"GroupedLayer", "clip_and_noise"} == set(registry.ops())
+    assert reference.DEFINITIONS.keys() == set(registry.ops())
     for op in TENSOR_OPS:
-        assert callable(getattr(dpkernels.reference, op))
-        assert callable(getattr(modules.get(op, torch_ops), op))
+        assert callable(getattr(reference, op))
+        assert callable(getattr(torch_ops, op))
         assert getattr(ops, op).__doc__.count("Raises:") == 1
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpkernels import ops
-from dpkernels.backends import bounds, registry, torch_ops
+from dpkernels.backends import bounds, registry
+from dpkernels.backends.torch_ops import linear as torch_linear
+from dpkernels.backends.torch_ops import samples
 from tests.ops.cases import FAMILIES, cancelling, make
 from tests.ops.checks import (
     added_within,
@@ -102,9 +104,9 @@ def _check_under_reduced_precision() -> None:
     for method in ("direct", "gram"):
         case = make("linear", 4, 60, 24, 16)
         with BFloat16Products():
-            squares = torch_ops.linear_norm_sq(case.tensors["x"], case.tensors["g"], method=method)
+            squares = torch_linear.linear_norm_sq(case.tensors["x"], case.tensors["g"], method=method)
             out = torch.zeros(16, 24, dtype=torch.float64)
-            torch_ops.linear_weighted_sum(case.tensors["x"], case.tensors["g"], torch.ones(4), out)
+            torch_linear.linear_weighted_sum(case.tensors["x"], case.tensors["g"], torch.ones(4), out)
         exact = torch.stack([case.gradients(i)[0] for i in range(4)])
         assert (squares.double() >= exact.square().sum((1, 2))).all()
         assert (out - exact.sum(0)).norm() <= 1e-5 * exact.norm()
@@ -118,7 +120,7 @@ def test_reduced_precision_products_are_not_used() -> None:
 
 @pytest.mark.usefixtures("medium_precision")
 def test_the_check_catches_a_missing_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_ops, "exact_products", lambda like: nullcontext(torch.float32))
+    monkeypatch.setattr(torch_linear, "exact_products", lambda like: nullcontext(torch.float32))
     with pytest.raises(AssertionError):
         _check_under_reduced_precision()
 
@@ -176,19 +178,19 @@ def test_catches_a_norm_in_bfloat16(plant: Plant) -> None:
 
 def test_catches_a_norm_without_its_bound(torch_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 products, float64 squares, rounded to nearest: off by 10⁻⁷ of the terms, but either way."""
-    monkeypatch.setattr(torch_ops, "upper_square", lambda square, error: square.float())
+    monkeypatch.setattr(torch_linear, "upper_square", lambda square, error: square.float())
     with pytest.raises(AssertionError):
         never_below(cancelling("linear", 8, 150, 24, 20, epsilon=2.0**-8), method="direct")
 
 
 def test_catches_rounding_down(torch_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_ops, "upper_square", lambda square, error: bounds.round_down(square))
+    monkeypatch.setattr(samples, "upper_square", lambda square, error: bounds.round_down(square))
     with pytest.raises(AssertionError):
         never_below(make("bias", 8, 9, 24, 12))
 
 
 def test_catches_a_norm_that_is_far_above(torch_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_ops, "upper_square", lambda square, error: (square * 1.01).float())
+    monkeypatch.setattr(torch_linear, "upper_square", lambda square, error: (square * 1.01).float())
     with pytest.raises(AssertionError):
         not_far_above(make("linear", 8, 9, 24, 12), torch.float32)
 
@@ -219,13 +221,13 @@ def test_catches_reading_beyond_the_lengths(torch_backend: str, monkeypatch: pyt
     lengths = torch.tensor([3, 5])
     case = make("linear", 2, 9, lengths=lengths)
     within(case, torch.float32)
-    monkeypatch.setattr(torch_ops, "_frames", lambda lengths, batch, frames: [frames] * batch)
+    monkeypatch.setattr(torch_linear, "frames_of", lambda lengths, batch, frames: [frames] * batch)
     with pytest.raises(AssertionError):
         not_far_above(case, torch.float32)
 
 
 def test_catches_a_method_chosen_for_the_batch(plant: Plant) -> None:
-    honest = torch_ops.linear_norm_sq
+    honest = torch_linear.linear_norm_sq
 
     def faulty(x: Tensor, g: Tensor, **options: Any) -> Tensor:
         return honest(x, g, **{**options, "method": "gram" if len(x) > 1 else "direct"})

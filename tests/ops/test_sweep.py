@@ -427,9 +427,9 @@ def broken(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[...,
     """The torch composition, called with a changed argument."""
     import inspect
 
-    from dpkernels.backends import torch_sweep
+    from dpkernels.backends.torch_ops import optim as torch_optim
 
-    function = getattr(torch_sweep, name)
+    function = getattr(torch_optim, name)
 
     def call(*args: Any) -> None:
         bound = inspect.signature(function).bind(*args)

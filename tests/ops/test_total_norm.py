@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.backends import registry, torch_grouped, triton_ops
+from dpkernels.backends import registry
+from dpkernels.backends.torch_ops import grouped as torch_grouped
 from tests.ops.cases import CONV, FAMILIES, KERNEL, SCALING, Case, cancelling, make
 from tests.ops.conftest import TRITON_DEVICE
 
@@ -139,8 +140,8 @@ def test_refused_by_name() -> None:
 
 
 def test_catches_a_layer_left_out(monkeypatch: pytest.MonkeyPatch, torch_backend: str) -> None:
-    real = torch_grouped.of_layer
-    monkeypatch.setattr(torch_grouped, "of_layer", lambda layer: real(layer)[:1])  # A's norm without B's
+    real = torch_grouped.norms_of
+    monkeypatch.setattr(torch_grouped, "norms_of", lambda layer: real(layer)[:1])  # A's norm without B's
     with pytest.raises(AssertionError):
         never_below_nor_far_above(varied())
 
@@ -163,7 +164,8 @@ def test_catches_a_grouped_norm_without_its_bound(plant: Callable[..., None]) ->
 
 
 def test_catches_a_last_piece_that_is_not_added(plant: Callable[..., None]) -> None:
-    grouped = triton_ops.grouped
+    from dpkernels.backends.triton_ops import grouped
+
     real = grouped.Problem.fields
 
     def short(self: Any, first: int) -> list[int]:

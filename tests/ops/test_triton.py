@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpkernels.backends import registry, triton_availability
+from dpkernels.backends import registry
+from dpkernels.backends.triton_ops import availability
 from tests.ops.cases import cancelling, make
 from tests.ops.checks import added_within, alone_is_the_same, never_below, not_far_above, sums_match, within
 from tests.ops.conftest import TRITON_DEVICE
 from tests.ops.test_total_norm import total
 
-if triton_availability.unavailable_reason(TRITON_DEVICE):
-    pytest.skip(triton_availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
+if availability.unavailable_reason(TRITON_DEVICE):
+    pytest.skip(availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
 from dpkernels.backends import triton_ops
 from dpkernels.backends.triton_ops import (
     bias,
@@ -40,13 +41,13 @@ CUDA = TRITON_DEVICE == "cuda"
 
 def served() -> list[str]:
     """Families that have Triton kernels."""
-    return [f for f, found in registry.FAMILIES.items() if all(hasattr(triton_ops, op) for op in found)]
+    return [f for f, found in registry.families().items() if all(hasattr(triton_ops, op) for op in found)]
 
 
 def test_these_families_are_served_by_triton_and_not_by_a_fallback() -> None:
     assert {"linear", "bias", "lora"} <= set(served())
     for family in served():
-        for op in registry.FAMILIES[family]:
+        for op in registry.families()[family]:
             assert registry.implementation(op, TRITON_DEVICE) is getattr(triton_ops, op)
 
 

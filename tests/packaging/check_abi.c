@@ -1,14 +1,12 @@
-// Uses the C ABI from plain C11, without C++, Python or torch: the headers compile, libdpkernels_cpu links,
-// and known values come out on every instruction set of this machine. Exit status 0 when all is well.
+// Uses the C ABI from plain C11, without C++, Python or torch: dpkernels.h, the whole of it, compiles,
+// libdpkernels_cpu links, and known values come out on every instruction set of this machine. Exit status 0
+// when all is well.
 #include <math.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
-#include "cpu_kernels.h"
 #include "dpkernels.h"
-#include "grouped_kernels.h"
-#include "sweep_kernels.h"
 
 static int failures = 0;
 
@@ -103,14 +101,14 @@ static void grouped(void) {
   layers[0].g = layers[1].g = gs;
   layers[0].out = weight;
   layers[1].out = bias;
-  int ok = dpk_cpu_clip_and_noise(layers, 2, factors, 2) == DPK_OK;
+  int ok = dpk_cpu_weighted_sums(layers, 2, factors, 2) == DPK_OK;
   check(ok && weight[0] == 10 && weight[1] == 18 && bias[0] == 8, "the sums of two layers in one call");
   const dpk_noised_sum sums[2] = {{weight, 2, {1}}, {bias, 1, {2}}};
   const dpk_noise noise = {key, 0.0, 0.0, 2.0, 0, 0};
   ok = dpk_cpu_noise_sums(sums, 2, &noise, 1) == DPK_OK;
   check(ok && weight[0] == 5 && weight[1] == 9 && bias[0] == 4, "and their division, without noise");
   layers[1].kind = 77;
-  check(dpk_cpu_clip_and_noise(layers, 2, factors, 1) == DPK_INVALID_ARGUMENT, "an unknown kind is refused");
+  check(dpk_cpu_weighted_sums(layers, 2, factors, 1) == DPK_INVALID_ARGUMENT, "an unknown kind is refused");
 }
 
 static void errors(void) {

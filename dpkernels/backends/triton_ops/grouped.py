@@ -9,7 +9,7 @@ Bounds do not depend on who makes the sum: a norm's covers all kernels of `confi
 
 import functools
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dpkernels.backends import registry
-from dpkernels.backends.torch_grouped import Layer, add_layer, epilogue, layers, norm_layers, of_layer
+from dpkernels.backends.layer import GroupedLayer
+from dpkernels.backends.torch_ops.grouped import add_layer, norms_of
 from dpkernels.backends.triton_ops import bounds, configs, tensor_cores
 from dpkernels.backends.triton_ops.grouped_kernels import (
     add_columns,
@@ -221,28 +222,45 @@ def _groups(problems: Iterable[Problem]) -> list[Group]:
     return list(found.values())
 
 
+Pairs = tuple[tuple[Tensor, Tensor | None, float, bool], ...]
+"""(wide, narrow or None, scaling, whether out is [n, r]) of each product that a layer's gradients are made of."""
+
+
+def _of_lora(layer: GroupedLayer) -> Pairs | None:
+    x, h, g, dh = layer.tensors
+    return (x, dh, 1.0, False), (g, h, layer.options["scaling"], True)
+
+
+def _of_bias(layer: GroupedLayer) -> Pairs | None:
+    (g,) = layer.tensors
+    return ((g, None, 1.0, False),) if g.shape[1] == 1 else None
+
+
+def _of_linear(layer: GroupedLayer) -> Pairs | None:
+    x, g = layer.tensors
+    if min(x.shape[2], g.shape[2]) > _NARROW:
+        return None
+    return ((x, g, 1.0, False),) if g.shape[2] <= _NARROW else ((g, x, 1.0, True),)
+
+
+_PAIRS: dict[str, Callable[[GroupedLayer], Pairs | None]] = {
+    "lora": _of_lora,
+    "bias": _of_bias,
+    "linear": _of_linear,
+}
+"""By kind, what goes together with others; None for a layer that its own family's op must do."""
+
+
 def _problems(
-    layer: Layer, kernels: tuple[Any, Any], forms: dict[tuple[Any, ...], Form | None]
+    layer: GroupedLayer, kernels: tuple[Any, Any], forms: dict[tuple[Any, ...], Form | None]
 ) -> list[Problem] | None:
     """The problems that a layer is made of, or None for one that its own family's op must do.
 
     kernels: for products and for vectors. forms: those of the layers before it in this call, by what decides them.
     """
-    family = layer.family
-    if layer.tensors[-1].dtype not in _GROUPED:
-        return None
-    pairs: tuple[tuple[Tensor, Tensor | None, float, bool], ...]
-    if family == "lora":
-        x, h, g, dh = layer.tensors
-        pairs = ((x, dh, 1.0, False), (g, h, layer.options["scaling"], True))
-    elif family == "bias" and layer.tensors[0].shape[1] == 1:
-        pairs = ((layer.tensors[0], None, 1.0, False),)
-    elif family == "linear":
-        x, g = layer.tensors
-        if min(x.shape[2], g.shape[2]) > _NARROW:
-            return None
-        pairs = ((x, g, 1.0, False),) if g.shape[2] <= _NARROW else ((g, x, 1.0, True),)
-    else:
+    of_kind = _PAIRS.get(layer.kind)
+    pairs = of_kind(layer) if of_kind and layer.tensors[-1].dtype in _GROUPED else None
+    if pairs is None:
         return None
     found = []
     for i, (wide, narrow, scaling, by_columns) in enumerate(pairs):
@@ -261,18 +279,20 @@ def _problems(
     return found
 
 
-def _split(given: Iterable[Layer], kernels: tuple[Any, Any]) -> tuple[list[Problem], list[Layer]]:
+def _split(
+    given: Iterable[GroupedLayer], kernels: tuple[Any, Any]
+) -> tuple[list[Problem], list[GroupedLayer]]:
     """Problems of the layers that go together, and the other layers."""
     problems: list[Problem] = []
-    rest: list[Layer] = []
+    rest: list[GroupedLayer] = []
     ours: dict[str, bool] = {}
     forms: dict[tuple[Any, ...], Form | None] = {}
     for layer in given:
-        if layer.family not in ours:
+        if layer.kind not in ours:
             # A family that another backend serves goes to that one: a norm's bound is on what its own sum adds.
-            function = registry.implementation(layer.sum_op, layer.tensors[-1].device.type)
-            ours[layer.family] = function.__module__.startswith(__package__)
-        mine = _problems(layer, kernels, forms) if ours[layer.family] else None
+            function = registry.implementation(layer.sum_op, layer.device_type)
+            ours[layer.kind] = function.__module__.startswith(__package__)
+        mine = _problems(layer, kernels, forms) if ours[layer.kind] else None
         if mine is None:
             rest.append(layer)
         else:
@@ -314,27 +334,13 @@ def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
     )
 
 
-def total_norm_sq(
-    xs: list[Tensor],
-    gs: list[Tensor],
-    kinds: list[str],
-    hs: list[Tensor],
-    dhs: list[Tensor],
-    scalings: list[float],
-    padding_idxs: list[int],
-    kernel_sizes: list[int],
-    strides: list[int],
-    paddings: list[int],
-    dilations: list[int],
-) -> Tensor:
+def total_norm_sq(layers: Sequence[GroupedLayer]) -> Tensor:
     """Σ over layers of ‖g_iᵀx_i‖² and its like, rounded up; see `dpkernels.ops.total_norm_sq`."""
-    given = norm_layers(
-        xs, gs, kinds, hs, dhs, scalings, padding_idxs, kernel_sizes, strides, paddings, dilations
-    )
-    problems, rest = _split(given, (grouped_norms, grouped_vector_norms))
-    alone = [part for layer in rest for part in of_layer(layer)]
-    batch = len(gs[0])
-    norms = scratch(gs[0], batch, len(problems) + len(alone))
+    problems, rest = _split(layers, (grouped_norms, grouped_vector_norms))
+    alone = [part for layer in rest for part in norms_of(layer)]
+    first = layers[0].tensors[0]
+    batch = len(first)
+    norms = scratch(first, batch, len(problems) + len(alone))
     place = 0
     for group in _groups(problems):
         _group_norms(group, norms, place)
@@ -361,33 +367,13 @@ def _group_sums(group: Group, factors: Tensor) -> None:
     )
 
 
-def clip_and_noise(
-    xs: list[Tensor],
-    gs: list[Tensor],
-    kinds: list[str],
-    factors: Tensor,
-    outs: list[Tensor],
-    hs: list[Tensor],
-    dhs: list[Tensor],
-    scalings: list[float],
-    padding_idxs: list[int],
-    strides: list[int],
-    paddings: list[int],
-    dilations: list[int],
-    key: Tensor,
-    nonces: Tensor,
-    noise_scale: float,
-    grid: float,
-    divisor: float,
-) -> None:
-    """out += Σ_i c_i g_iᵀx_i for every layer, then noise; see `dpkernels.ops.clip_and_noise`."""
-    given = list(layers(xs, gs, kinds, outs, hs, dhs, scalings, padding_idxs, strides, paddings, dilations))
-    problems, apart = _split(given, (grouped_sums, grouped_vector_sums))
+def weighted_sums(layers: Sequence[GroupedLayer], factors: Tensor) -> None:
+    """out += Σ_i c_i g_iᵀx_i for every layer; see `dpkernels.ops.weighted_sums`."""
+    problems, apart = _split(layers, (grouped_sums, grouped_vector_sums))
     groups = _groups(problems)
     if sum(group.pieces for group in groups) < _FEWEST_PROGRAMS:
-        groups, apart = [], given
+        groups, apart = [], list(layers)
     for group in groups:
         _group_sums(group, factors)
     for layer in apart:
         add_layer(layer, factors)
-    epilogue(outs, key, nonces, noise_scale, grid, divisor)

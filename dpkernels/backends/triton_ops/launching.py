@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from dpkernels.backends import torch_ops, triton_availability
-from dpkernels.backends.triton_ops import configs
+from dpkernels.backends import registry
+from dpkernels.backends.triton_ops import availability, configs
 
-INTERPRETED = triton_availability.interpreting()
+INTERPRETED = availability.interpreting()
 """Decided when kernels are defined, hence when this package is imported."""
 
 _ALIGN_BYTES = 16
@@ -145,11 +145,12 @@ def scratch(like: Tensor, *shape: int) -> Tensor:
 
 def float64_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
     """Leaves float64 inputs, which only tests have, to the torch composition: a norm and its sum alike."""
-    composed = getattr(torch_ops, function.__name__)
 
     @functools.wraps(function)
     def op(*arguments: Any, **options: Any) -> Any:
         floating = next(a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
-        return (composed if floating.dtype == torch.float64 else function)(*arguments, **options)
+        if floating.dtype != torch.float64:
+            return function(*arguments, **options)
+        return registry.attribute("torch", function.__name__)(*arguments, **options)
 
     return op

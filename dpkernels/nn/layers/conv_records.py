@@ -15,11 +15,11 @@ from dpkernels.nn.recording.records import (
     ExpandedRecord,
     LinearRecord,
     Record,
-    Share,
     join_names,
     materialised_gradient,
 )
 from dpkernels.nn.tensors import common_dtype, per_sample_product, sum_up
+from dpkernels.ops import GroupedLayer
 
 WINDOW_BYTES = 2**28
 """Of the unfolded windows of a convolution that are made at a time."""
@@ -71,17 +71,17 @@ class DepthwiseConv1dRecord(Record):
             dilation=self.dilation,
         )
 
-    def share(self) -> Share | None:
+    def share(self) -> GroupedLayer | None:
         """A depthwise convolution."""
         if self.x.dtype != self.g.dtype:
             return None
-        options: dict[str, object] = {
-            "strides": self.stride,
-            "paddings": self.padding,
-            "dilations": self.dilation,
+        options = {
+            "kernel_size": self.weight.shape[-1],
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
         }
-        size: dict[str, object] = {"kernel_sizes": self.weight.shape[-1]}
-        return Share("depthwise_conv1d", self.x, self.g, options, size)
+        return GroupedLayer("depthwise_conv1d", (self.x, self.g), options)
 
     def merge(self, *others: Record) -> Record:
         """One after the other, with gaps in which g is 0: no window of one reads the next."""

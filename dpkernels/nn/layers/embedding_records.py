@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.records import EmbeddingRecord, LinearRecord, Record, Share, join_names
+from dpkernels.nn.recording.records import EmbeddingRecord, LinearRecord, Record, join_names
 from dpkernels.nn.tensors import cat_time
+from dpkernels.ops import GroupedLayer
 
 
 @dataclass(eq=False)
@@ -24,7 +25,7 @@ class TransposedEmbeddingRecord(EmbeddingRecord):
         ops.embedding_weighted_sum(self.ids, self.g, factors, rows, padding_idx=self.padding_idx)
         total += rows.t()
 
-    def share(self) -> Share | None:
+    def share(self) -> GroupedLayer | None:
         """None: the grouped ops add to rows."""
         return None
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.records import ExpandedRecord, Record, Share, join_names
+from dpkernels.nn.recording.records import ExpandedRecord, Record, join_names
 from dpkernels.nn.tensors import cat_time, common_dtype, sum_up
+from dpkernels.ops import GroupedLayer
 
 
 @dataclass(eq=False)
@@ -37,12 +38,11 @@ class LoRARecord(Record):
         x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
         ops.lora_weighted_sum(x, h, g, dh, factors, sums[self.a], sums[self.b], scaling=self.scaling)
 
-    def share(self) -> Share | None:
+    def share(self) -> GroupedLayer | None:
         """A LoRA layer."""
         if len({t.dtype for t in (self.x, self.h, self.g, self.dh)}) > 1:
             return None
-        options: dict[str, object] = {"hs": self.h, "dhs": self.dh, "scalings": self.scaling}
-        return Share("lora", self.x, self.g, options)
+        return GroupedLayer("lora", (self.x, self.h, self.g, self.dh), {"scaling": self.scaling})
 
     def entries(self) -> int:
         """r·(d + p)."""

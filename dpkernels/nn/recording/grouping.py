@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.records import Record, Share
+from dpkernels.nn.recording.records import Record
 from dpkernels.nn.recording.sharing import sharing_inputs
+from dpkernels.ops.layers import GroupedLayer, from_columns
 
 
 def norms_sq(records: Sequence[Record]) -> list[Tensor]:
@@ -19,18 +21,16 @@ def norms_sq(records: Sequence[Record]) -> list[Tensor]:
     One for each device, of the records that can be asked together, and one for each of the others.
     """
     found: list[Tensor] = []
-    shares: dict[torch.device, list[Share]] = {}
+    together: dict[torch.device, list[GroupedLayer]] = {}
     asked = sharing_inputs(records)
     kinds = _sharing(asked, "norm_sq")
     for record in asked:
-        share = record.share() if type(record) in kinds else None
-        if share is None:
+        layer = record.share() if type(record) in kinds else None
+        if layer is None:
             found.append(record.norm_sq())
         else:
-            shares.setdefault(share.g.device, []).append(share)
-    for mine in shares.values():
-        options = _lists([share.options | share.norm_options for share in mine])
-        found.append(ops.total_norm_sq(*_layers(mine), **options))
+            together.setdefault(layer.tensors[0].device, []).append(layer)
+    found += [ops.total_norm_sq(layers) for layers in together.values()]
     return found
 
 
@@ -41,23 +41,33 @@ def add_weighted_sums(
 
     factors: [B] float32. sums: as for `Record.add_weighted_sum`.
     """
-    shares: dict[torch.device, list[tuple[Share, tuple[Tensor, ...]]]] = {}
+    together: dict[torch.device, list[GroupedLayer]] = {}
     seen: set[nn.Parameter] = set()
     kinds = _sharing(records, "add_weighted_sum")
     for record in records:
-        share = record.share() if type(record) in kinds else None
+        layer = record.share() if type(record) in kinds else None
         # Two layers of one call write at the same time: not to the same sum.
         again = not seen.isdisjoint(record.parameters)
         seen.update(record.parameters)
-        if share is None or again:
+        if layer is None or again:
             record.add_weighted_sum(factors.to(record.parameters[0].device), sums)
         else:
-            outs = record.outs(sums)
-            shares.setdefault(outs[0].device, []).append((share, outs))
-    for device, mine in shares.items():
-        options = _lists([share.options for share, _ in mine])
-        outs = tuple(out for _, its in mine for out in its)
-        ops.clip_and_noise(*_layers([share for share, _ in mine]), factors.to(device), outs, **options)
+            layer = layer._replace(outs=record.outs(sums))
+            together.setdefault(layer.outs[0].device, []).append(layer)
+    for device, layers in together.items():
+        ops.weighted_sums(layers, factors.to(device))
+
+
+def share(
+    kind: str,
+    x: Tensor,
+    g: Tensor,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    norm_options: Mapping[str, Any] = MappingProxyType({}),
+) -> GroupedLayer:
+    """The grouped layer that `dpkernels.nn.Share`, its name until 0.1.0, describes: options by the names of columns."""
+    columns = {name: [value] for name, value in {**options, **norm_options}.items()}
+    return from_columns([x], [g], [kind], columns)[0]
 
 
 def _sharing(records: Sequence[Record], method: str) -> set[type[Record]]:
@@ -72,15 +82,3 @@ def _shares(kind: type[Record], method: str) -> bool:
 
 def _definer(kind: type, name: str) -> type:
     return next(c for c in kind.__mro__ if name in vars(c))
-
-
-def _layers(shares: Sequence[Share]) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    return [s.x for s in shares], [s.g for s in shares], [s.kind for s in shares]
-
-
-def _lists(options: Sequence[Mapping[str, object]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for one in options:
-        for name, value in one.items():
-            found.setdefault(name, []).append(value)
-    return found

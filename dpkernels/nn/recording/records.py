@@ -24,31 +24,8 @@ from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.deprecation import warn_renamed
-from dpkernels.nn.tensors import (
-    accumulation_dtype,
-    cat_time,
-    common_dtype,
-    per_sample_product,
-)
-
-
-@dataclass(frozen=True)
-class Share:
-    """A record's part of one `ops.total_norm_sq` or `ops.clip_and_noise`: a layer of this kind.
-
-    Attributes:
-        kind: of `ops.grouped.KINDS`.
-        x, g: as those ops take them.
-        options: of its kind, by the names of the ops' lists.
-        norm_options: those that only the norm takes: the sum reads them off its out.
-    """
-
-    kind: str
-    x: Tensor
-    g: Tensor
-    options: dict[str, object] = field(default_factory=dict)
-    norm_options: dict[str, object] = field(default_factory=dict)
-
+from dpkernels.nn.tensors import accumulation_dtype, cat_time, common_dtype, per_sample_product
+from dpkernels.ops import GroupedLayer
 
 # Names that a rule of one's own may still define.
 _OLD_NAMES = {"formed": "materialised", "forms_by_default": "materialises_by_default"}
@@ -97,8 +74,8 @@ class Record(ABC):
         factors: [B] float32. sums[p]: float64 (or float32), contiguous, of p's shape.
         """
 
-    def share(self) -> Share | None:
-        """Its part of one call for many layers; None where it takes `norm_sq` and `add_weighted_sum`.
+    def share(self) -> GroupedLayer | None:
+        """Its part of one call for many layers, without outs; None where it takes `norm_sq` and `add_weighted_sum`.
 
         Tensors of different dtypes are left to those: converted copies of all layers at once would be memory that was
         not there before.
@@ -106,7 +83,7 @@ class Record(ABC):
         return None
 
     def outs(self, sums: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, ...]:
-        """The sums that a share adds to, in the shapes that the op takes."""
+        """The sums that its grouped layer adds to, in the shapes that the op takes."""
         return tuple(sums[parameter] for parameter in self.parameters)
 
     def held_bytes(self) -> int:
@@ -183,9 +160,9 @@ class LinearRecord(Record):
         x, g = common_dtype(self.x, self.g)
         ops.linear_weighted_sum(x, g, factors, sums[self.weight].view(g.shape[-1], x.shape[-1]))
 
-    def share(self) -> Share | None:
+    def share(self) -> GroupedLayer | None:
         """A linear layer."""
-        return Share("linear", self.x, self.g) if self.x.dtype == self.g.dtype else None
+        return GroupedLayer("linear", (self.x, self.g)) if self.x.dtype == self.g.dtype else None
 
     def outs(self, sums: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, ...]:
         """The weight's sum as a matrix."""
@@ -231,10 +208,10 @@ class EmbeddingRecord(Record):
         """Add c_i g_t to row id_t."""
         ops.embedding_weighted_sum(self.ids, self.g, factors, sums[self.weight], padding_idx=self.padding_idx)
 
-    def share(self) -> Share | None:
+    def share(self) -> GroupedLayer | None:
         """An embedding."""
         padding = -1 if self.padding_idx is None else self.padding_idx
-        return Share("embedding", self.ids, self.g, {"padding_idxs": padding})
+        return GroupedLayer("embedding", (self.ids, self.g), {"padding_idx": padding})
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
         """Σ_t onehot(id_t) g_tᵀ, with no row for `padding_idx`."""
@@ -281,10 +258,9 @@ class ExpandedRecord(Record):
         """Σ_i c_i g_i."""
         ops.bias_weighted_sum(self._flat(), factors, sums[self.parameter].view(-1))
 
-    def share(self) -> Share | None:
+    def share(self) -> GroupedLayer | None:
         """A bias of one frame."""
-        flat = self._flat()
-        return Share("bias", flat, flat)
+        return GroupedLayer("bias", (self._flat(),))
 
     def outs(self, sums: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, ...]:
         """The sum as a vector."""

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dpkernels.ops.chacha20 import chacha20_keystream, chacha20_normal
+from dpkernels.ops.chacha20 import chacha20_keystream
 
 KEY_BYTES = 32
 # Values of the nonce's first byte: one stream is never used for two things.
@@ -109,30 +107,19 @@ class SecretStream:
         self._draw += 1
         return self._draw
 
-    def normal(self, shape: torch.Size, *, draw: int, index: int, device: torch.device) -> Tensor:
-        """Independent standard normals in float64 on `device` for parameter `index` in draw `draw`.
-
-        Box-Muller on 64-bit uniforms (`dpkernels.ops.chacha20_normal`); the tail reaches 9.4 σ.
-        """
-        count = shape.numel()
-        if count * 8 > _MAX_BLOCKS * _BLOCK_BYTES:
-            raise ValueError(f"a parameter of {count} entries outgrows one ChaCha20 stream (2^35 normals)")
-        stream = nonce(PURPOSE_NOISE, index, draw)
-        return chacha20_normal(count, key=self._key, nonce=stream, device=device, dtype=torch.float64).view(
-            shape
-        )
+    def noise_secrets(self, indices: Sequence[int], *, draw: int) -> dict[str, Any]:
+        """`key` and `nonces` of `dpkernels.ops.noise_sums` for the parameters of these indices in draw `draw`."""
+        return {"key": self._key, "nonces": [nonce(PURPOSE_NOISE, index, draw) for index in indices]}
 
     def sweep_secrets(self, indices: Sequence[int], *, draw: int, rounding: bool) -> dict[str, Any]:
         """`key`, `nonces` and `rounding_nonces` of `dpkernels.ops.noise_adamw` for the parameters of these indices.
 
-        The nonces are those of `normal`, so that the noise is the same; rounding has streams of its own purpose.
+        The nonces are those of `noise_secrets`, so that the noise is the same; rounding has streams of its own purpose.
         """
+        rounded = indices if rounding else ()
         return {
-            "key": self._key,
-            "nonces": [nonce(PURPOSE_NOISE, index, draw) for index in indices],
-            "rounding_nonces": [nonce(PURPOSE_ROUNDING, index, draw) for index in indices]
-            if rounding
-            else [],
+            **self.noise_secrets(indices, draw=draw),
+            "rounding_nonces": [nonce(PURPOSE_ROUNDING, index, draw) for index in rounded],
         }
 
     def words(self, count: int, *, draw: int, purpose: int, index: int = 0) -> np.ndarray:

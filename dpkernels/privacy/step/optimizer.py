@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from dpkernels import ops
 from dpkernels.nn import RowCheck, Tape
 from dpkernels.privacy.guards.model import ModelGuard
 from dpkernels.privacy.guards.preconditions import check_losses
@@ -374,26 +375,30 @@ class DPOptimizer(torch.optim.Optimizer):
     def _unfused_step(self, draw: int) -> Any:
         """The noised gradients first, then the wrapped optimizer's own step."""
         self._batch.dirty = True  # the sums are overwritten
-        gradients = {
-            parameter: self._noised_gradient(index, parameter, draw)
-            for index, parameter in enumerate(self._trained)
-        }
+        gradients = self._noised_gradients(draw)
         narrow_states(self.original_optimizer, self._trained)
         self._guard.publish(gradients)
         return self.original_optimizer.step()
 
-    def _noised_gradient(self, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
+    def _noised_gradients(self, draw: int) -> dict[nn.Parameter, Tensor]:
         """round((sum + σ·S·N(0, 1))/grid)·grid / expected batch size, in float64, rounded once to the parameter's
         dtype (by the sweep: to float32): the sweep's arithmetic, operation by operation.
 
-        The sum is overwritten: closing the batch clears it.
+        The sums are overwritten: closing the batch clears them.
         """
-        total, release = self._batch.of(parameter), self._release
-        unit = release.grid or 1.0
-        if self.noise_multiplier > 0:
-            noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-            total.div_(unit).add_(noise.mul_(release.noise_scale / unit)).round_()
-        return total.mul_(unit / release.divisor).to(parameter.dtype, copy=True)
+        release = self._release
+        indices: dict[torch.device, list[int]] = {}
+        for index, parameter in enumerate(self._trained):
+            indices.setdefault(parameter.device, []).append(index)
+        for mine in indices.values():
+            ops.noise_sums(
+                [self._batch.of(self._trained[index]) for index in mine],
+                **self._stream.noise_secrets(mine, draw=draw),
+                noise_scale=release.noise_scale,
+                grid=release.grid,
+                divisor=release.divisor,
+            )
+        return {p: self._batch.of(p).to(p.dtype, copy=True) for p in self._trained}
 
 
 def _statistics(seen: list[Clipped]) -> StepStats:

@@ -27,8 +27,8 @@ class Doubled(LinearRecord):
 def test_one_call_for_those_that_share(monkeypatch: pytest.MonkeyPatch) -> None:
     records = [record(), record(), record(dtype=torch.float64), record(Doubled)]
     calls = []
-    real = ops.clip_and_noise
-    monkeypatch.setattr(ops, "clip_and_noise", lambda *a, **k: (calls.append(len(a[0])), real(*a, **k)))
+    real = ops.weighted_sums
+    monkeypatch.setattr(ops, "weighted_sums", lambda *a, **k: (calls.append(len(a[0])), real(*a, **k)))
     together, alone, factors = sums_of(records), sums_of(records), torch.tensor([0.5, 1.0])
     add_weighted_sums(records, factors, together)
     for one in records:

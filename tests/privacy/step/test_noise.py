@@ -11,6 +11,7 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,40 +81,58 @@ def test_noise_is_sigma_on_the_sum_once_a_step(parts: tuple[tuple[int, ...], ...
 # --- planted faults of line 7 and 8, each with the batch that shows it; those of the one sweep are in test_sweep.py
 
 
-def skip_without_gradient(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    if parameter not in self._batch.sums:
-        return torch.zeros_like(parameter)
-    return ORIGINAL(self, index, parameter, draw)
+Gradients = dict[nn.Parameter, Tensor]
 
 
-def skip_empty(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    return ORIGINAL(self, index, parameter, draw) if self._batch.examples else torch.zeros_like(parameter)
+def normals(stream: SecretStream, index: int, draw: int, like: Tensor) -> Tensor:
+    """Those that a step's noise is made of, for one parameter."""
+    secrets = stream.noise_secrets([index], draw=draw)
+    flat = ops.chacha20_normal(like.numel(), key=secrets["key"], nonce=secrets["nonces"][0])
+    return flat.view(like.shape)
 
 
-def on_the_mean(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-    total = self._batch.sums.get(parameter, torch.zeros_like(noise))
-    return (total / self.expected_batch_size + self.noise_multiplier * self.sensitivity * noise).float()
+def skip_without_gradient(self: DPOptimizer, draw: int) -> Gradients:
+    seen = set(self._batch.sums)
+    return {p: g if p in seen else torch.zeros_like(g) for p, g in ORIGINAL(self, draw).items()}
 
 
-def by_actual_size(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    return ORIGINAL(self, index, parameter, draw) * self.expected_batch_size / max(self._batch.examples, 1)
+def skip_empty(self: DPOptimizer, draw: int) -> Gradients:
+    found = ORIGINAL(self, draw)
+    return found if self._batch.examples else {p: torch.zeros_like(g) for p, g in found.items()}
 
 
-def twice(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    first = ORIGINAL(self, index, parameter, draw)
-    noise = self._stream.normal(parameter.shape, draw=draw + 1000, index=index, device=parameter.device)
-    return first + (self.noise_multiplier * self.sensitivity * noise / self.expected_batch_size).float()
+def on_the_mean(self: DPOptimizer, draw: int) -> Gradients:
+    found = {}
+    for index, p in enumerate(self._trained):
+        noise = self.noise_multiplier * self.sensitivity * normals(self._stream, index, draw, p)
+        found[p] = (self._batch.of(p) / self.expected_batch_size + noise).float()
+    return found
 
 
-def without_multiplier(self: DPOptimizer, index: int, parameter: nn.Parameter, draw: int) -> Tensor:
-    noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-    return (
-        (self._batch.sums.get(parameter, 0) + noise * self.sensitivity) / self.expected_batch_size
-    ).float()
+def by_actual_size(self: DPOptimizer, draw: int) -> Gradients:
+    ratio = self.expected_batch_size / max(self._batch.examples, 1)
+    return {p: g * ratio for p, g in ORIGINAL(self, draw).items()}
 
 
-ORIGINAL = DPOptimizer._noised_gradient
+def twice(self: DPOptimizer, draw: int) -> Gradients:
+    found = ORIGINAL(self, draw)
+    for index, (p, gradient) in enumerate(found.items()):
+        noise = normals(self._stream, index, draw + 1000, p)
+        gradient += (self.noise_multiplier * self.sensitivity * noise / self.expected_batch_size).float()
+    return found
+
+
+def without_multiplier(self: DPOptimizer, draw: int) -> Gradients:
+    return {
+        p: (
+            (self._batch.of(p) + normals(self._stream, index, draw, p) * self.sensitivity)
+            / self.expected_batch_size
+        ).float()
+        for index, p in enumerate(self._trained)
+    }
+
+
+ORIGINAL = DPOptimizer._noised_gradients
 
 
 @pytest.mark.parametrize(
@@ -132,7 +151,7 @@ ORIGINAL = DPOptimizer._noised_gradient
 def test_planted_noise_faults_are_caught(
     fault: Callable, batch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DPOptimizer, "_noised_gradient", fault)
+    monkeypatch.setattr(DPOptimizer, "_noised_gradients", fault)
     with pytest.raises(AssertionError):
         check_noise(a_fixed_run(apart=True), *BATCHES[batch])
 
@@ -145,9 +164,7 @@ def test_planted_noise_per_micro_batch_is_caught(apart: bool, monkeypatch: pytes
     def noisy(records: list, factors: Tensor) -> None:
         add(records, factors)
         for index, parameter in enumerate(optimizer._trained):
-            extra = optimizer._stream.normal(
-                parameter.shape, draw=optimizer._stream.next_draw(), index=index, device=parameter.device
-            )
+            extra = normals(optimizer._stream, index, optimizer._stream.next_draw(), parameter)
             optimizer._batch.of(parameter).add_(optimizer.noise_multiplier * optimizer.sensitivity * extra)
 
     monkeypatch.setattr(optimizer._batch, "add", noisy)
@@ -171,19 +188,18 @@ def grid_share(values: Tensor) -> float:
 
 
 def total_before_rounding(run: Run, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The noised sum, as it is just before it is divided and rounded to the parameter's dtype."""
+    """The noised and divided sum, as it is just before it is rounded to the parameter's dtype."""
     kept: list[Tensor] = []
-    original = Tensor.mul_
+    original = ops.noise_sums
 
-    def spy(self: Tensor, other: object) -> Tensor:
-        if self.shape == run.model.unused.weight.shape:
-            kept.append(self * run.optimizer._release.grid)  # it is in units of the grid
-        return original(self, other)
+    def spy(sums: list[Tensor], **noise: Any) -> None:
+        original(sums, **noise)
+        kept.extend(total.clone() for total in sums if total.shape == run.model.unused.weight.shape)
 
-    monkeypatch.setattr(Tensor, "mul_", spy)
+    monkeypatch.setattr(ops, "noise_sums", spy)
     run.release((0, 1, 2))
     monkeypatch.undo()
-    return kept[-1]
+    return kept[-1] * run.optimizer._release.divisor
 
 
 def test_noise_and_sums_are_float64_with_bf16_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,13 +213,25 @@ def test_noise_and_sums_are_float64_with_bf16_parameters(monkeypatch: pytest.Mon
     assert {total.dtype for total in run.optimizer._batch.sums.values()} == {torch.float64}
 
 
+def plain_noise(
+    monkeypatch: pytest.MonkeyPatch, normals_of: Callable[[Tensor, bytes, bytes], Tensor]
+) -> None:
+    """The step's noise made of other normals: of a sum, the key and its nonce."""
+
+    def noise_sums(sums: list[Tensor], *, key: bytes, nonces: list[bytes], **noise: float) -> None:
+        for total, stream in zip(sums, nonces, strict=True):
+            total += normals_of(total, key, stream) * noise["noise_scale"]
+            total.div_(noise["grid"]).round_().mul_(noise["grid"] / noise["divisor"])
+
+    monkeypatch.setattr(ops, "noise_sums", noise_sums)
+
+
 def test_planted_bf16_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = SecretStream.normal
+    def coarse(total: Tensor, key: bytes, stream: bytes) -> Tensor:
+        exact = ops.chacha20_normal(total.numel(), key=key, nonce=stream)
+        return exact.view(total.shape).bfloat16().double()
 
-    def coarse(self: SecretStream, *args: object, **kwargs: object) -> Tensor:
-        return original(self, *args, **kwargs).bfloat16().double()  # type: ignore[arg-type]
-
-    monkeypatch.setattr(SecretStream, "normal", coarse)
+    plain_noise(monkeypatch, coarse)
     run = private_run(sigma=1.0, clip=1.0, dtype=torch.bfloat16, apart=True)
     run.optimizer._release = Release(
         1.0, grid_of(1.0), 8
@@ -244,7 +272,7 @@ def test_planted_release_off_the_grid_is_caught(apart: bool, monkeypatch: pytest
 
 
 def draw(stream: SecretStream, *, index: int = 0, number: int = 1, count: int = 64) -> Tensor:
-    return stream.normal(torch.Size([count]), draw=number, index=index, device=torch.device("cpu"))
+    return normals(stream, index, number, torch.empty(count))
 
 
 def bytes_of_torch(count: int) -> bytes:
@@ -308,9 +336,7 @@ def test_torch_seeds_do_not_touch_noise_or_sampling(apart: bool) -> None:
 
 
 def test_planted_noise_of_torchs_generator_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        SecretStream, "normal", lambda self, shape, **_: torch.randn(shape, dtype=torch.float64)
-    )
+    plain_noise(monkeypatch, lambda total, key, stream: torch.randn(total.shape, dtype=torch.float64))
     monkeypatch.setattr(SecretSeeds, "renew", lambda self: None)  # each batch is seeded anew
     monkeypatch.setattr(SecretSeeds, "replaced", lambda self: [])
     with pytest.raises(AssertionError, match="fixes the noise"):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkernels.backends import native
+from dpkernels.backends.native_ops import native
 
-_Bytes12 = ctypes.c_uint8 * 12
+Bytes12 = ctypes.c_uint8 * 12
 
 
 class _Tensor(ctypes.Structure):
@@ -26,12 +26,12 @@ class _Tensor(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("step", ctypes.c_double),
         ("dtype", ctypes.c_int32),
-        ("nonce", _Bytes12),
-        ("rounding_nonce", _Bytes12),
+        ("nonce", Bytes12),
+        ("rounding_nonce", Bytes12),
     )
 
 
-class _Noise(ctypes.Structure):
+class Noise(ctypes.Structure):
     """dpk_noise."""
 
     _fields_ = (
@@ -69,7 +69,7 @@ def _function(device_type: str, op: str) -> Callable[..., None]:
     arguments = [
         ctypes.POINTER(_Tensor),
         ctypes.c_int64,
-        ctypes.POINTER(_Noise),
+        ctypes.POINTER(Noise),
         ctypes.POINTER(options),
         last,
     ]
@@ -96,8 +96,8 @@ def _table(
 
     columns = [addresses(tensors) for tensors in (params, sums, firsts, seconds, grads)]
     kinds = {dtype: native.element_type(dtype) for dtype in {param.dtype for param in params}}
-    secrets = _raw(nonces)
-    rounding = _raw(rounding_nonces) or bytes(len(secrets))
+    secrets = raw(nonces)
+    rounding = raw(rounding_nonces) or bytes(len(secrets))
     rows = bytearray(_ROW.size * len(params))
     for i, (param, step, *row) in enumerate(zip(params, steps, *columns, strict=True)):
         own = slice(12 * i, 12 * i + 12)
@@ -106,11 +106,12 @@ def _table(
     return (_Tensor * len(params)).from_buffer(rows)
 
 
-def _raw(secret: Tensor) -> bytes:
+def raw(secret: Tensor) -> bytes:
+    """A secret's bytes."""
     return secret.numpy().tobytes()
 
 
-def _run(op: str, device: torch.device, table: ctypes.Array[_Tensor], noise: _Noise, options: Any) -> None:
+def _run(op: str, device: torch.device, table: ctypes.Array[_Tensor], noise: Noise, options: Any) -> None:
     function = _function(device.type, op)
     if device.type == "cpu":
         function(table, len(table), noise, options, native.threads())
@@ -121,8 +122,8 @@ def _run(op: str, device: torch.device, table: ctypes.Array[_Tensor], noise: _No
 
 def _noise(
     key: Tensor, noise_scale: float, grid: float, divisor: float, maximize: bool, rounding_nonces: Tensor
-) -> _Noise:
-    return _Noise(_raw(key), noise_scale, grid, divisor, int(maximize), int(rounding_nonces.numel() > 0))
+) -> Noise:
+    return Noise(raw(key), noise_scale, grid, divisor, int(maximize), int(rounding_nonces.numel() > 0))
 
 
 def noise_adamw(

@@ -26,11 +26,20 @@ _weighted_sum = _library.define(
 )
 
 
-def _check_inputs(x_hat: Tensor, g: Tensor, lengths: Tensor | None) -> None:
+def check_norm(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> None:
+    """x_hat and g [B, T, d] of one dtype on one device, lengths int64 [B] or None."""
     _check.floats(x_hat=x_hat, g=g)
     _check.shape("x_hat", x_hat, (None, None, None), "[B, T, d]")
     _check.shape("g", g, tuple(x_hat.shape), "[B, T, d]")
     _check.lengths_of(lengths, g)
+
+
+def check_sum(
+    x_hat: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
+) -> None:
+    """The same, factors float32 [B], and out [d]."""
+    check_norm(x_hat, g, lengths=lengths)
+    _check.weighted_sum(factors, g, out=(out, (g.shape[2],), "[d]"))
 
 
 def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
@@ -51,7 +60,7 @@ def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = Non
 
     Source: the gradient of y = x̂ ⊙ w with respect to w.
     """
-    _check_inputs(x_hat, g, lengths)
+    check_norm(x_hat, g, lengths=lengths)
     result: Tensor = _norm_sq(x_hat, g, lengths=lengths)
     return result
 
@@ -74,6 +83,5 @@ def layer_norm_weighted_sum(
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
-    _check_inputs(x_hat, g, lengths)
-    _check.weighted_sum(factors, g, out=(out, (g.shape[2],), "[d]"))
+    check_sum(x_hat, g, factors, out, lengths=lengths)
     _weighted_sum(x_hat, g, factors, out, lengths=lengths)

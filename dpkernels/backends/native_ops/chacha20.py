@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dpkernels.backends import native
+from dpkernels.backends.native_ops import native
 
 _HEAD = [
     ctypes.c_char_p,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dpkernels.reference._definitions import definition
 from dpkernels.reference._samples import live, round_up
 
 
@@ -14,6 +15,7 @@ def _gradient(x: Tensor, g: Tensor, kernel_size: int, stride: int, padding: int,
     return torch.stack(taps, 1).sum(-1)
 
 
+@definition
 def depthwise_conv1d_norm_sq(
     x: Tensor, g: Tensor, *, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1
 ) -> Tensor:
@@ -22,6 +24,7 @@ def depthwise_conv1d_norm_sq(
     return round_up([grad.square().sum() for grad in grads], x)
 
 
+@definition
 def depthwise_conv1d_weighted_sum(
     x: Tensor,
     g: Tensor,

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 ABI_VERSION = 1
 """DPK_ABI_VERSION of the csrc/dpkernels.h that this Python code was written for."""
 
-FOLDER = Path(__file__).resolve().parent.parent / "lib"
+FOLDER = Path(__file__).resolve().parents[2] / "lib"
 
 _FIXES = {
     "cpu": "install a C++ compiler and reinstall with DPKERNELS_BUILD=cpu",
     "cuda": "put nvcc on the PATH and reinstall with DPKERNELS_BUILD=cuda",
 }
 
-_CUDA_FAMILIES = ("chacha20_keystream", "chacha20_normal", "noise_adamw", "noise_sgd")
+_CUDA_OPS = ("chacha20_keystream", "chacha20_normal", "noise_adamw", "noise_sgd")
 """What the CUDA library has; its other ops on a GPU are not C ABI functions."""
 
 # dpk_status in csrc/dpkernels.h; any other failure is a RuntimeError.
@@ -110,12 +110,12 @@ def library(device_type: str) -> Library:
     return _load(device_type, FOLDER / f"libdpkernels_{device_type}.so")
 
 
-def unavailable_reason(device_type: str, family: str = "") -> str:
-    """Why native code cannot serve a family of ops (`registry.FAMILIES`) on such a device; "" if it can."""
+def unavailable_reason(device_type: str, op: str = "") -> str:
+    """Why native code cannot serve an op on such a device; "" if it can, should it have that op."""
     if device_type not in _FIXES:
         return f"there is no native library for {device_type}"
-    if device_type == "cuda" and family not in _CUDA_FAMILIES:
-        return f"the CUDA library serves only {', '.join(_CUDA_FAMILIES)}"
+    if device_type == "cuda" and op not in _CUDA_OPS:
+        return f"the CUDA library serves only {', '.join(_CUDA_OPS)}"
     return library(device_type).reason
 
 

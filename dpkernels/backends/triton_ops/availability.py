@@ -1,8 +1,6 @@
-"""Whether the Triton kernels of `dpkernels.backends.triton_ops` can run here. Importing this imports no triton."""
+"""Whether the Triton kernels can run here. Importing this imports neither triton nor torch."""
 
 import importlib.util
-
-import torch
 
 OLDEST = (8, 0)
 """Compute capability from which the kernels' matrix instructions and float64 arithmetic exist as assumed."""
@@ -32,6 +30,8 @@ def unavailable_reason(device_type: str) -> str:
         )
     if interpreting():
         return "TRITON_INTERPRET=1 would interpret the Triton kernels on the CPU; unset it"
+    import torch
+
     if torch.version.hip is not None:
         return "the rounding bounds of the Triton kernels are for NVIDIA GPUs"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:

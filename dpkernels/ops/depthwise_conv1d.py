@@ -21,7 +21,10 @@ _weighted_sum = _library.define(
 )
 
 
-def _check_inputs(x: Tensor, g: Tensor, kernel_size: int, stride: int, padding: int, dilation: int) -> None:
+def check_norm(
+    x: Tensor, g: Tensor, *, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1
+) -> None:
+    """x [B, C, T] and g [B, C, T'] of one dtype on one device, T' what the sizes make of T."""
     _check.floats(x=x, g=g)
     _check.shape("x", x, (None, None, None), "[B, C, T]")
     _check.whole("kernel_size", kernel_size, 1)
@@ -30,6 +33,23 @@ def _check_inputs(x: Tensor, g: Tensor, kernel_size: int, stride: int, padding: 
     _check.whole("dilation", dilation, 1)
     reach = x.shape[2] + 2 * padding - dilation * (kernel_size - 1) - 1
     _check.shape("g", g, (x.shape[0], x.shape[1], max(0, reach // stride + 1)), "[B, C, T']")
+
+
+def check_sum(
+    x: Tensor,
+    g: Tensor,
+    factors: Tensor,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+) -> None:
+    """The same, factors float32 [B], and out [C, 1, k], which says what k is."""
+    _check.shape("out", out, (None, 1, None), "[C, 1, k]")
+    taps = out.shape[2]
+    check_norm(x, g, kernel_size=taps, stride=stride, padding=padding, dilation=dilation)
+    _check.weighted_sum(factors, x, out=(out, (x.shape[1], 1, taps), "[C, 1, k]"))
 
 
 def depthwise_conv1d_norm_sq(
@@ -56,7 +76,7 @@ def depthwise_conv1d_norm_sq(
 
     Source: the gradient of the cross-correlation that torch.nn.Conv1d(C, C, k, groups=C) computes.
     """
-    _check_inputs(x, g, kernel_size, stride, padding, dilation)
+    check_norm(x, g, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
     result: Tensor = _norm_sq(
         x, g, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation
     )
@@ -90,7 +110,5 @@ def depthwise_conv1d_weighted_sum(
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
-    _check.shape("out", out, (None, 1, None), "[C, 1, k]")
-    _check_inputs(x, g, out.shape[2], stride, padding, dilation)
-    _check.weighted_sum(factors, x, out=(out, (x.shape[1], 1, out.shape[2]), "[C, 1, k]"))
+    check_sum(x, g, factors, out, stride=stride, padding=padding, dilation=dilation)
     _weighted_sum(x, g, factors, out, stride=stride, padding=padding, dilation=dilation)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dpkernels.reference._definitions import definition
 from dpkernels.reference.chacha20 import chacha20_keystream, chacha20_normal
 
 
@@ -37,6 +38,7 @@ def store(param: Tensor, value: Tensor, key: bytes, rounding_nonce: bytes) -> No
     param.copy_(value)
 
 
+@definition
 def noise_adamw(
     params: list[Tensor],
     sums: list[Tensor],
@@ -81,6 +83,7 @@ def noise_adamw(
         store(params[i], p, secret, rounding[cut])
 
 
+@definition
 def noise_sgd(
     params: list[Tensor],
     sums: list[Tensor],

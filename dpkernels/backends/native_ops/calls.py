@@ -1,0 +1,90 @@
+"""From tensors to the native library's arguments: what the ops on CPU tensors share.
+
+Arguments are checked by `dpkernels.ops`; here tensors become pointers, sizes and strides. Any strides are
+fine: nothing is copied but `lengths`, `ids` and a non-contiguous `out`. csrc/cpu_kernels.h states what each
+function computes, csrc/cpu/bounds.h why a norm is never below the truth.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpkernels.backends.native_ops import native
+
+
+class CTensor(ctypes.Structure):
+    """dpk_tensor of csrc/cpu_kernels.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_int64 * 3),
+        ("stride", ctypes.c_int64 * 3),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+_T = ctypes.POINTER(CTensor)
+_P, _I64, _I32, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
+_CONV = (_I64, _I64, _I64, _I64)  # kernel_size, stride, padding, dilation
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "linear_norm_sq": (_T, _T, _P, _I32, _I32, _P),
+    "bias_norm_sq": (_T, _P, _I32, _P),
+    "lora_norm_sq": (_T, _T, _T, _T, _F64, _P, _I32, _P, _P),
+    "embedding_norm_sq": (_P, _T, _I64, _I32, _P),
+    "layer_norm_norm_sq": (_T, _T, _P, _I32, _P),
+    "depthwise_conv1d_norm_sq": (_T, _T, *_CONV, _I32, _P),
+    "clip_factors": (_P, _I32, _I64, _F64, _P),
+    "linear_weighted_sum": (_T, _T, _P, _P, _I32, _P, _I32),
+    "bias_weighted_sum": (_T, _P, _P, _I32, _P, _I32),
+    "lora_weighted_sum": (_T, _T, _T, _T, _F64, _P, _P, _I32, _P, _P, _I32),
+    "lora_gradients": (_T, _T, _T, _T, _F64, _I32, _P, _P),
+    "embedding_weighted_sum": (_P, _T, _I64, _P, _I32, _P, _I32, _I64),
+    "layer_norm_weighted_sum": (_T, _T, _P, _P, _I32, _P, _I32),
+    "depthwise_conv1d_weighted_sum": (_T, _T, _P, *_CONV, _I32, _P, _I32),
+}
+
+
+@functools.cache
+def function(op: str) -> Callable[..., None]:
+    """dpk_cpu_<op>."""
+    return native.library("cpu").function(f"dpk_cpu_{op}", _ARGUMENTS[op])
+
+
+def view(tensor: Tensor) -> CTensor:
+    """A 3-d tensor as dpk_tensor; the tensor must outlive the call."""
+    size, stride = (ctypes.c_int64 * 3)(*tensor.shape), (ctypes.c_int64 * 3)(*tensor.stride())
+    return CTensor(tensor.data_ptr(), size, stride, native.element_type(tensor.dtype))
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Its address; None, which is NULL, for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def dense(lengths: Tensor | None) -> Tensor | None:
+    """The lengths one after the other; the copy must outlive the call."""
+    return None if lengths is None else lengths.contiguous()
+
+
+def norms(batch: int) -> Tensor:
+    """Room for a norm of each sample."""
+    return torch.empty(batch, dtype=torch.float32)
+
+
+class DenseSum:
+    """A dense stand-in for a non-contiguous `out`, copied back at the end."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out = out
+        self.dense = out.contiguous()
+        self.pointer = self.dense.data_ptr()
+        self.dtype = native.element_type(out.dtype)
+
+    def finish(self) -> None:
+        """Copy it back, where it is a copy."""
+        if self.dense is not self.out:
+            self.out.copy_(self.dense)

@@ -1,0 +1,11 @@
+"""The ops composed from PyTorch, sound and reasonably fast on any device, the fallback without native code: a file a
+family, `samples` for what they share. Every op may be imported from here by its name, which loads its file.
+"""
+
+from typing import Any
+
+from dpkernels.backends import registry
+
+
+def __getattr__(name: str) -> Any:
+    return registry.attribute("torch", name)

@@ -1,0 +1,22 @@
+"""Biases composed from PyTorch."""
+
+import torch
+from torch import Tensor
+
+from dpkernels.backends.torch_ops.samples import frames_of, live, sample, sum_of_rows, upper_in_float64
+
+
+def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    """‖Σ_t g_it‖², summed in float64; see `dpkernels.ops.bias_norm_sq`."""
+    frames = frames_of(lengths, g.shape[0], g.shape[1])
+    sums = [sum_of_rows(sample(g[i, :n], torch.float64)) for i, n in enumerate(frames)]
+    return upper_in_float64([s for s, _ in sums], [t for _, t in sums], frames, g)
+
+
+def bias_weighted_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
+    """out += Σ_i c_i Σ_t g_it; see `dpkernels.ops.bias_weighted_sum`."""
+    frames = frames_of(lengths, g.shape[0], g.shape[1])
+    total = torch.zeros_like(out, dtype=torch.float64)
+    for i, c in live(factors):
+        total.add_(g[i, : frames[i]].sum(0, dtype=torch.float64), alpha=c)
+    out += total
