@@ -13,6 +13,7 @@ from dpkernels import ops
 from dpkernels.backends import native, native_grouped, native_ops, registry, torch_ops, triton_ops
 from tests.ops.cases import CONV, FAMILIES, SCALING, Case, make
 from tests.ops.test_total_norm import total as total_norm
+from tests.slow import in_turns
 
 KEY = bytes(range(32))
 BATCH = 3
@@ -74,8 +75,11 @@ def test_same_bits_as_layer_by_layer(backend: str) -> None:
     check_same_as_one_by_one()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("out", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "out"),
+    in_turns([torch.float32, torch.float16, torch.bfloat16], [torch.float64, torch.float32]),
+    ids=str,
+)
 def test_one_launch_for_many_layers(
     triton_backend: str, always_grouped: None, dtype: torch.dtype, out: torch.dtype
 ) -> None:
