@@ -49,11 +49,11 @@ def _patch_once_a_launch() -> None:
     kernel. The latter finds something to do once for each module, and what it does then is never undone.
     """
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    scope = patch(
-        _patch_once_a_launch
-    )  # of this module, which like those of kernels sees `triton.language` as `tl`
+    # This module, like those of kernels, sees `triton.language` as `tl`.
+    scope = patch(_patch_once_a_launch)
     changes = [(of, name, was, getattr(of, name)) for of, name, was in scope._changes]
     scope.restore()
+    new_scope = type(scope)
     launching = called = False
     left: set[int] = set()
 
@@ -68,9 +68,9 @@ def _patch_once_a_launch() -> None:
         called = True
         if fn.__globals__.get("tl") is not tl:
             return patch(fn)
-        scope = interpreter._LangPatchScope()
+        scope = new_scope()
         for of, name, was, becomes in changes:
-            if getattr(of, name, interpreter._MISSING) is was:  # else a test has planted something
+            if getattr(of, name, was) is was:  # else a test has planted something
                 scope.set_attr(of, name, becomes)
         return scope
 

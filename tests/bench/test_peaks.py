@@ -12,7 +12,8 @@ from bench import peaks
 FEW = ["--device", "cpu", "--frames", "32", "--sizes", "2", "3"]
 
 
-@pytest.mark.parametrize("case", [pytest.param("tiny-lora", marks=pytest.mark.slow), "tiny-full"])
+@pytest.mark.slow  # tests/asr/test_memory_plan.py compares more of them
+@pytest.mark.parametrize("case", ["tiny-lora", "tiny-full"])
 def test_predictions_and_measurements_agree(case: str, tmp_path: Path) -> None:
     output = tmp_path / "peaks.json"
     peaks.main([*FEW, "--case", case, "--dtype", "float32", "--output", str(output)])
