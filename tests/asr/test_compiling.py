@@ -268,7 +268,7 @@ def test_blocks_are_the_largest_that_are_frozen(
 @pytest.mark.parametrize(
     ("family", "method", "strategy", "checkpointed", "by"),
     [
-        ("parakeet", {"kind": "head"}, "bookkeeping", False, "eager"),
+        ("parakeet", {"kind": "lora"}, "bookkeeping", False, "eager"),
         pytest.param("parakeet", {"kind": "lora"}, "two_pass", True, "aot_eager", marks=pytest.mark.slow),
         pytest.param(
             "whisper",
