@@ -12,6 +12,7 @@ from bench.asr import peaks
 FEW = ["--device", "cpu", "--frames", "32", "--sizes", "2", "3"]
 
 
+@pytest.mark.slow  # tests/asr_finetune/planning/test_memory_plan.py compares more of them
 @pytest.mark.parametrize("case", ["tiny-lora", "tiny-full"])
 def test_predictions_and_measurements_agree(case: str, tmp_path: Path) -> None:
     output = tmp_path / "peaks.json"

@@ -46,7 +46,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("parakeet_lora", "bfloat16"), ("parakeet_full", "float32"), ("wav2vec2_bert_bitfit", "bfloat16")],
+    [
+        pytest.param("parakeet_lora", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("parakeet_full", "float32", marks=pytest.mark.slow),
+        ("wav2vec2_bert_bitfit", "bfloat16"),
+    ],
 )
 def test_a_recipe_is_predicted_and_then_run(tmp_path: Path, name: str, dtype: str) -> None:
     chosen = ["--recipes", name, "--dtypes", dtype]

@@ -38,6 +38,8 @@ def test_quick_benchmark_end_to_end(tmp_path: Path) -> None:
             "--benchmark-quick",
             "--benchmark-groups",
             "layers",
+            "-k",
+            "lora",
         ),
         *("--benchmark-device", "cpu", f"--benchmark-output={tmp_path}", f"--benchmark-json={report}"),
     )

@@ -17,6 +17,7 @@ from dpkernels.backends.torch_ops import linear as torch_linear
 from dpkernels.backends.triton_ops import grouped as triton_grouped
 from tests.ops.cases import CONV, FAMILIES, SCALING, Case, make
 from tests.ops.test_total_norm import total as total_norm
+from tests.slow import in_turns
 
 KEY = bytes(range(32))
 BATCH = 3
@@ -78,8 +79,11 @@ def test_same_bits_as_layer_by_layer(backend: str) -> None:
     check_same_as_one_by_one()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("out", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "out"),
+    in_turns([torch.float32, torch.float16, torch.bfloat16], [torch.float64, torch.float32]),
+    ids=str,
+)
 def test_one_launch_for_many_layers(
     triton_backend: str, always_grouped: None, dtype: torch.dtype, out: torch.dtype
 ) -> None:

@@ -13,6 +13,7 @@ from dpkernels import ops
 from dpkernels.backends import triton_ops
 from dpkernels.backends.triton_ops import configs, vectors
 from tests.ops.tolerances import DTYPES, MEAN_EXCESS, SUM_OFF
+from tests.slow import in_turns
 
 WIDTH = 5
 
@@ -48,8 +49,9 @@ LAYOUTS = {"contiguous": Tensor.contiguous, "channels last": channels_last, "eve
 
 
 # around depthwise_conv1d.MOST_TAPS
-@pytest.mark.parametrize("taps", [1, 5, 9, 12, 13, 31, 33])
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    ("taps", "layout"), in_turns([1, 5, 9, 12, 13, 31, 33], ["contiguous", "channels last"])
+)
 def test_any_number_of_taps(triton_backend: str, taps: int, layout: str) -> None:
     geometry = {"stride": 1, "padding": taps // 2, "dilation": 1}
     frames = 50  # more than two tiles, so that one has no border
@@ -92,7 +94,8 @@ def test_more_frames_than_one_float32_sum_takes(triton_backend: str, layout: str
 
 
 @pytest.mark.parametrize(
-    ("channels", "dtype"), [(7, torch.float32), (8, torch.bfloat16), (72, torch.bfloat16)]
+    ("channels", "dtype"),
+    [(7, torch.float32), (8, torch.bfloat16), pytest.param(72, torch.bfloat16, marks=pytest.mark.slow)],
 )
 def test_layouts_of_a_convolution(triton_backend: str, channels: int, dtype: torch.dtype) -> None:
     """Widths with and without whole tiles and vectors; with what is not adjacent in x, g is not either."""
@@ -153,8 +156,7 @@ IDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", IDS)
-@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64])
+@pytest.mark.parametrize(("kind", "dtype"), in_turns(IDS, [d for d in DTYPES if d != torch.float64]))
 def test_runs_of_equal_ids(triton_backend: str, kind: str, dtype: torch.dtype) -> None:
     ids, g = IDS[kind](3, 40), torch.randn(3, 40, 7).to(dtype)
     exact = table_gradients(ids, g, 41, padding_idx=1)

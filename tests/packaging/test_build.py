@@ -133,6 +133,10 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# What compiles the native library anew; `test_abi.py` runs the installed one.
+compiles = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def cpu_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the sdist, unpacked over what a build with other settings, elsewhere, left."""
@@ -156,6 +160,7 @@ def test_none_gives_a_pure_wheel(none_wheel: Path) -> None:
     assert "dpkernels/py.typed" in names(none_wheel)
 
 
+@compiles
 def test_cpu_gives_one_library_for_every_python(cpu_wheel: Path, none_wheel: Path) -> None:
     assert cpu_wheel.name == f"dpkernels-{dpkernels.__version__}-py3-none-{PLATFORM}.whl"
     assert libraries(cpu_wheel) == [LIBRARY]
@@ -182,6 +187,7 @@ def diagnostics(wheel: Path) -> str:
     return done.stdout
 
 
+@compiles
 def test_the_wheels_load_without_torch(cpu_wheel: Path, none_wheel: Path) -> None:
     assert re.search(
         rf"libdpkernels_cpu\.so +version {re.escape(dpkernels.__version__)}, ABI {native.ABI_VERSION}",
@@ -199,6 +205,7 @@ def tool_lines(*command: str | Path) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
+@compiles
 def test_the_library_exports_the_c_abi_and_nothing_else(cpu_wheel: Path) -> None:
     headers = "".join(path.read_text() for path in sorted((ROOT / "csrc").glob("*.h")))
     declared = set(re.findall(r"^DPK_API [^(]*?(\w+)\(", headers, re.M))
@@ -206,6 +213,7 @@ def test_the_library_exports_the_c_abi_and_nothing_else(cpu_wheel: Path) -> None
     assert {line.split()[-1] for line in lines} == {n for n in declared if not n.startswith("dpk_cuda_")}
 
 
+@compiles
 def test_the_library_needs_the_c_library_only(cpu_wheel: Path) -> None:
     """A conda environment may bring an older libstdc++ than the compiler's; torch is free to change its ABI."""
     lines = tool_lines("readelf", "--dynamic", unpacked(cpu_wheel) / LIBRARY)
@@ -215,6 +223,7 @@ def test_the_library_needs_the_c_library_only(cpu_wheel: Path) -> None:
     assert not [line for line in lines if "RPATH" in line or "RUNPATH" in line]
 
 
+@compiles
 def test_the_library_is_the_one_of_this_version(cpu_wheel: Path) -> None:
     library = ctypes.CDLL(str(unpacked(cpu_wheel) / LIBRARY))
     library.dpk_version.restype = ctypes.c_char_p
@@ -240,12 +249,13 @@ NO_COMPILER = (
 )
 REQUESTS = [
     ({"DPKERNELS_BUILD": "gpu"}, [], "DPKERNELS_BUILD='gpu'; fix: set it to auto, none, cpu or cuda"),
-    ({"DPKERNELS_BUILD": "cpu"}, [], NO_COMPILER.format("cpu")),
-    ({"DPKERNELS_BUILD": "cuda"}, [], NO_COMPILER.format("cuda")),
-    (
+    pytest.param({"DPKERNELS_BUILD": "cpu"}, [], NO_COMPILER.format("cpu"), marks=pytest.mark.slow),
+    pytest.param({"DPKERNELS_BUILD": "cuda"}, [], NO_COMPILER.format("cuda"), marks=pytest.mark.slow),
+    pytest.param(
         {"DPKERNELS_BUILD": "cpu", "CXX": "nonexistent -m64"},
         ["c++"],
         "DPKERNELS_BUILD=cpu: the C++ compiler CXX=nonexistent was not found; fix: unset CXX or name another one",
+        marks=pytest.mark.slow,
     ),
     (
         {"DPKERNELS_BUILD": "cpu"},
@@ -276,6 +286,7 @@ def test_what_cannot_be_built_stops_with_the_mend(
     assert not list(tmp_path.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_cuda_without_nvcc_stops_with_the_mend(source: Path, tmp_path: Path) -> None:
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")

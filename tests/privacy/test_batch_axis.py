@@ -17,8 +17,10 @@ from dpkernels.nn.recording import row_check
 from dpkernels.privacy import SelfCheckError
 from tests.nn import zoo
 from tests.privacy.private_run import Run, norm_of, private_run
+from tests.slow import in_turns
 
-BATCHES = range(1, 13)
+# Each size of the models is the batch's in the first; the larger ones take longer than all of these.
+BATCHES, LARGER = range(1, 9), range(9, 13)
 CLIP = 0.1
 
 
@@ -79,12 +81,20 @@ def test_shared_tensors_stay_shared_at_every_batch_size(name: str) -> None:
         check(run_of(name), batch, "bookkeeping")
 
 
-@pytest.mark.parametrize("strategy", ["mixed", "two_pass", "per_layer"])
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize(("name", "strategy"), in_turns(zoo.MODELS, ["mixed", "two_pass", "per_layer"]))
 def test_shared_tensors_stay_shared_in_every_strategy(name: str, strategy: str) -> None:
     run = run_of(name, strategy)
     for batch in (zoo.T, *BATCHES):
         check(run, batch, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["bookkeeping", "mixed", "two_pass", "per_layer"])
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_and_in_larger_batches(name: str, strategy: str) -> None:
+    run = run_of(name, strategy)
+    for batch in (zoo.T, *LARGER):
+        check(run_of(name) if strategy == "bookkeeping" else run, batch, strategy)
 
 
 # --- what has no right answer is refused by name, before anything is spent

@@ -70,6 +70,7 @@ def test_there_is_one_for_each_model_and_method() -> None:
     assert {*LIBRISPEECH, *WARM} <= set(recipes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRISPEECH)
 def test_the_noise_is_the_accountants(name: str) -> None:
     config = Config.from_dict(load_yaml(name))
@@ -150,7 +151,15 @@ def tiny(name: str, stand_ins: dict[str, Path], output: Path, *settings: str) ->
     return config
 
 
-@pytest.mark.parametrize("name", [*LIBRISPEECH, *WARM])
+@pytest.mark.parametrize(
+    "name",
+    ["parakeet_lora", "wav2vec2_bert_warm_start"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (*LIBRISPEECH, *WARM)
+        if name not in ("parakeet_lora", "wav2vec2_bert_warm_start")
+    ],
+)
 def test_every_recipe_would_start(stand_ins: dict[str, Path], tmp_path: Path, name: str) -> None:
     checks = check_run(tiny(name, stand_ins, tmp_path / "run"), progress=False)
     assert [check for check in checks if not check.passed] == []
@@ -163,6 +172,7 @@ def test_every_recipe_would_start(stand_ins: dict[str, Path], tmp_path: Path, na
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["parakeet_lora", "wav2vec2_bert_full"])
 def test_a_recipe_in_bfloat16_with_recomputed_blocks(
     stand_ins: dict[str, Path], tmp_path: Path, name: str
@@ -180,6 +190,7 @@ def test_a_recipe_in_bfloat16_with_recomputed_blocks(
     assert len(evaluated.transcribe(batch)) == len(batch["labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_a_warm_start_goes_into_a_private_run(stand_ins: dict[str, Path], tmp_path: Path, model: str) -> None:
     """As the recipe's comment says: the layer is not new any more, and is trained on along with the adapters."""

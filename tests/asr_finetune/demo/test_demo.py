@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(
     reason="espeakng-loader (the demo extra) is not installed",
 )
 # Too little to learn much: this is about the path, `make demo` about the result.
-SMALL = Recipe(public=16, private=12, test=4, valid=4, public_epochs=2, batch_size=24, steps=3, delta=1e-3)
+SMALL = Recipe(
+    public=8, private=8, test=2, valid=2, public_epochs=1, batch_size=16, steps=3, epsilon=1.0, delta=1e-3
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_nothing_is_held_out_in_name_only(made: tuple[Path, DemoResult, str]) ->
         assert (made[0] / "speech" / entry["audio"]).is_file()
         assert set(entry["text"].split()) <= set(DIGITS)
     counts = {split: sum(entry["split"] == split for entry in entries) for split in texts}
-    assert counts == {"public": 160, "valid": 8, "train": 72, "test": 24}
+    assert counts == {"public": 80, "valid": 4, "train": 48, "test": 12}
 
 
 def test_called_again_it_keeps_what_is_there(made: tuple[Path, DemoResult, str]) -> None:

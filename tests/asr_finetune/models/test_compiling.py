@@ -144,6 +144,7 @@ def test_clipped_sums_are_those_of_uncompiled_blocks(strategy: str) -> None:
     assert set(runs[:-1]) == {0}
 
 
+@pytest.mark.slow
 def test_with_inductor() -> None:
     """In a process of its own, as a run is: inductor imports setuptools, which refuses where distutils came first."""
     code = "from tests.asr_finetune.models.test_compiling import check_inductor; check_inductor()"
@@ -265,16 +266,24 @@ def test_blocks_are_the_largest_that_are_frozen(
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "strategy", "checkpointed"),
+    ("family", "method", "strategy", "checkpointed", "by"),
     [
-        ("parakeet", {"kind": "lora"}, "two_pass", True),
-        ("whisper", {"kind": "lora", "layers": "decoder"}, "bookkeeping", False),
+        ("parakeet", {"kind": "lora"}, "bookkeeping", False, "eager"),
+        pytest.param("parakeet", {"kind": "lora"}, "two_pass", True, "aot_eager", marks=pytest.mark.slow),
+        pytest.param(
+            "whisper",
+            {"kind": "lora", "layers": "decoder"},
+            "bookkeeping",
+            False,
+            "aot_eager",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_recognisers_clipped_sums_and_self_check(
-    folders: dict[str, Path], family: str, method: dict[str, Any], strategy: str, checkpointed: bool
+    folders: dict[str, Path], family: str, method: dict[str, Any], strategy: str, checkpointed: bool, by: str
 ) -> None:
-    backend, graphs, runs = counting()
+    backend, graphs, runs = counting(by)
     plain, compiled = prepared(folders[family], **method), prepared(folders[family], **method)
     if checkpointed:
         checkpoint_blocks(compiled.model)

@@ -17,6 +17,7 @@ from asr_finetune.models.methods import apply_method
 from asr_finetune.models.parameters import trained_parameters
 from dpkernels import PrivacyEngine
 from tests.asr_finetune import small_models
+from tests.slow import in_turns
 
 ATTENTION = {
     "parakeet": ("q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"),
@@ -129,8 +130,7 @@ def test_adapters_load_in_plain_peft(
     torch.testing.assert_close(small_models.logits(own, batch), expected)
 
 
-@pytest.mark.parametrize("kind", EXPECTED)
-@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
+@pytest.mark.parametrize(("family", "kind"), in_turns(["parakeet", "wav2vec2-bert"], EXPECTED))
 def test_an_old_head_trains_with_any_method_where_asked(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -147,8 +147,7 @@ def test_an_old_head_trains_with_any_method_where_asked(
     torch.testing.assert_close(small_models.logits(loaded, batch), small_models.logits(recognizer, batch))
 
 
-@pytest.mark.parametrize("kind", EXPECTED)
-@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
+@pytest.mark.parametrize(("family", "kind"), in_turns(["parakeet", "wav2vec2-bert"], EXPECTED))
 def test_a_new_head_trains_with_any_method_and_is_saved(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -172,15 +171,16 @@ POINTWISE = ["pointwise_conv1", "pointwise_conv2"]
 ODD = ["relative_k_proj", "linear_q", "feature_projection.projection"]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dp_rp"])
-@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert"])
-@pytest.mark.parametrize("targets", [POINTWISE, [*POINTWISE, *ODD]])
+@pytest.mark.parametrize(
+    ("targets", "family", "kind"),
+    in_turns([(*POINTWISE,), (*POINTWISE, *ODD)], ["parakeet", "wav2vec2-bert"], ["lora", "dp_rp"]),
+)
 def test_lora_on_any_choice_of_linear_layers_and_pointwise_convolutions(
-    folders: dict[str, Path], family: str, kind: str, targets: list[str], tmp_path: Path
+    folders: dict[str, Path], family: str, kind: str, targets: tuple[str, ...], tmp_path: Path
 ) -> None:
-    recognizer = prepared(folders[family], kind, targets=targets)
+    recognizer = prepared(folders[family], kind, targets=[*targets])
     layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in trained(recognizer)}
-    named = [name for name, _ in recognizer.base.named_modules() if name.endswith(tuple(targets))]
+    named = [name for name, _ in recognizer.base.named_modules() if name.endswith(targets)]
     assert layers == {name.rpartition(".")[2] for name in named}
     assert ("lora_A" in "".join(trained(recognizer))) == (kind == "lora")
     before = {name: p.detach().clone() for name, p in recognizer.model.named_parameters()}

@@ -44,6 +44,10 @@ RULES = {
 }
 
 
+# Hidden widths of 1,024: what small widths show is in test_methods.py and test_precision.py.
+real = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     with tones.one_thread():
@@ -63,6 +67,7 @@ def assert_exact(found: dict[str, Any]) -> None:
     assert len(set(found["factors"])) == 3
 
 
+@real
 @pytest.mark.parametrize("family", full_size.FRAMES)
 def test_every_parameter(family: str) -> None:
     found = full_size.check(full_size.prepared(family, "full", BLOCKS), full_size.FRAMES[family])
@@ -71,6 +76,7 @@ def test_every_parameter(family: str) -> None:
     assert kinds.items() >= RULES[family].items()
 
 
+@real
 @pytest.mark.parametrize("family", full_size.FRAMES)
 def test_lora_on_every_linear_layer_and_pointwise_convolution(family: str) -> None:
     recognizer = full_size.prepared(family, "lora", BLOCKS)
@@ -85,6 +91,7 @@ def test_lora_on_every_linear_layer_and_pointwise_convolution(family: str) -> No
     assert_exact(full_size.check(recognizer, full_size.FRAMES[family]))
 
 
+@real
 @pytest.mark.parametrize("family", full_size.FRAMES)
 def test_the_engine_in_float32(family: str) -> None:
     """As people run it: the self-check of a private run, in the arithmetic and with the kernels it has."""
@@ -112,6 +119,7 @@ def test_the_engine_in_float32(family: str) -> None:
     assert report.norm_shortfall <= 1
 
 
+@real
 def test_padding_that_counts_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def unmasked(recognizer: Any, batch: dict[str, Any]) -> dict[str, Any]:
         more = padded(recognizer, batch)

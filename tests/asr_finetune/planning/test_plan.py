@@ -33,6 +33,7 @@ def sampled(count: int, batch_size: int, **privacy: Any) -> Sampling:
     return assumed_sampling(Config.from_dict({**values, "train": {"batch_size": batch_size}}), count)
 
 
+@pytest.mark.slow  # its σ is that of tests/privacy/accounting/test_accounting.py
 def test_noise_for_the_papers_setting() -> None:
     """σ = 0.694 (dp-accounting's PLD) for ε = 10, δ = 3.52e-6, N = 281,241, batch 4096, 2000 steps."""
     made = plan(sampled(281241, 4096), epsilon=10, delta=3.52e-6, steps=2000)
@@ -107,13 +108,13 @@ LENGTH: dict[str, Any] = {"delta": 1e-4, "steps": 20}
 
 def test_the_accountant_of_the_configuration() -> None:
     sampling = sampled(1000, 50)
-    pld, rdp = plan(sampling, **LENGTH, epsilon=2.0), plan(sampling, **LENGTH, epsilon=2.0, accountant="rdp")
+    pld, rdp = (plan(sampling, **LENGTH, epsilon=0.5, accountant=name) for name in ("pld", "rdp"))
     assert rdp.noise_multiplier == pld.noise_multiplier_other
     assert rdp.noise_multiplier_other == pld.noise_multiplier
     assert rdp.epsilon_other is not None
-    assert rdp.epsilon_other < rdp.epsilon <= 2.0
+    assert rdp.epsilon_other < rdp.epsilon <= 0.5
     rows = plan_table(rdp)
-    assert str(rows.title).startswith("ε: target 2, spends ")
+    assert str(rows.title).startswith("ε: target 0.5, spends ")
     assert "noise multiplier σ (RDP)" in rows.columns[0]._cells
 
 
@@ -154,6 +155,7 @@ def test_training_with_filled_micro_batches_sees_every_example_once(tmp_path: Pa
         "train__physical_batch_size": 2,
         "train__fill_micro_batches": True,
         "train__steps": 1,
+        "privacy__noise_multiplier": 4.0,
     }
     result = train(Config.from_dict(tones.settings(tmp_path, **changes)), progress=False)
     assert [entry["examples"] for entry in result.history] == [12]
