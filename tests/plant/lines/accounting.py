@@ -1,0 +1,270 @@
+"""Accounting and the ledger: line 11."""
+
+from tests.plant.data import Fault, Line
+
+LINES = (
+    Line(
+        11,
+        "ε is dp-accounting's; the ledger is written before each step; crashes over-count; the run stops at its target",
+        tests={
+            "tests/privacy/test_accounting.py::test_epsilon_is_dp_accountings": "ε is what dp-accounting says",
+            "tests/privacy/test_accounting.py::test_truncated_poisson_has_its_own_event": "truncated sampling is accounted with its own event",
+            "tests/privacy/test_accounting.py::test_truncated_poisson_covers_adding_a_unit_too": "truncated sampling covers adding a unit as well as removing one",
+            "tests/privacy/test_accounting.py::test_sigma_reaches_the_target_and_is_rounded_up": "σ reaches the target, and 0.001 less would not",
+            "tests/privacy/test_accounting.py::test_sigma_of_the_papers_setting": "σ of the paper's setting is the smallest that fits",
+            "tests/privacy/test_accounting.py::test_step_stops_before_it_would_pass_the_target": "the run stops before it would pass its target, and not a step early",
+            "tests/privacy/test_accounting.py::test_delta_of_one_over_n_warns": "δ ≥ 1/N warns",
+            "tests/privacy/test_ledger.py::test_every_step_has_a_line_and_the_run_line_states_the_mechanism": "every step has a line, and the run's line states the mechanism",
+            "tests/privacy/test_ledger.py::test_a_step_is_on_disk_before_it_is_applied": "a step's line is on disk before the step is applied",
+            "tests/privacy/test_ledger.py::test_a_failing_wrapped_step_is_spent_and_its_batch_gone": "a step that fails is counted, and its batch is gone",
+            "tests/privacy/test_ledger.py::test_a_resume_counts_every_line": "a resumed run counts every line of the ledger, steps after its checkpoint too",
+            "tests/privacy/test_ledger.py::test_steps_and_target_are_those_of_all_runs_together": "steps and target are those of all runs in the ledger",
+            "tests/privacy/test_ledger.py::test_without_a_ledger_the_checkpoint_is_counted": "without a ledger the checkpoint's steps are counted",
+            "tests/privacy/test_ledger.py::test_a_checkpoint_with_a_ledger_wants_that_ledger": "a checkpoint of a run with a ledger warns where there is none, and refuses another one; a checkpoint of another data set is refused",
+            "tests/privacy/test_ledger.py::test_another_data_set_or_unit_is_refused": "a ledger of another data set or unit is refused",
+            "tests/privacy/test_ledger.py::test_damage_inside_is_noticed": "an edited, removed or inserted line is noticed",
+            "tests/privacy/test_ledger.py::test_lines_cut_off_the_end_are_noticed_with_the_checkpoint": "lines that were cut off the end are noticed with a checkpoint",
+            "tests/privacy/test_ledger.py::test_a_torn_last_line_counts_as_a_step": "a line that a crash cut short counts as a step",
+            "tests/privacy/test_ledger.py::test_a_resumed_ledger_can_be_cut_anywhere": "a second crash while a torn line is being sealed leaves a readable ledger",
+            "tests/privacy/test_ledger.py::test_an_edited_last_line_is_no_half_sealed_one": "an edited last line is not taken for a torn one",
+            "tests/privacy/test_ledger.py::test_a_torn_first_line_counts_too": "a torn first line counts as a step",
+            "tests/privacy/test_ledger.py::test_another_kind_of_file_is_not_taken_for_a_torn_ledger": "a file that is no ledger is refused",
+            "tests/privacy/test_ledger.py::test_a_failed_write_stops_the_run": "after a failed write no further step is possible",
+            "tests/privacy/test_ledger.py::test_a_closed_ledger_says_so_and_what_to_do": "a closed ledger refuses steps and ε, with the fix",
+            "tests/privacy/test_ledger.py::test_one_ledger_serves_one_process_at_a_time": "two runs cannot use one ledger at the same time",
+            "tests/privacy/test_ledger.py::test_the_ledger_says_nothing_about_the_data": "runs over different data write the same lines",
+            "tests/privacy/test_ledger.py::test_a_folder_that_is_not_there_is_named": "a ledger in a missing folder is refused by name",
+            "tests/privacy/test_sweep.py::test_a_step_is_on_disk_before_the_sweep": "a step's line is on disk before the fused step",
+            "tests/privacy/test_sweep.py::test_a_refused_step_changes_nothing": "a step beyond the target changes no parameter",
+            "tests/privacy/test_bypasses.py::test_a_ledger_replaced_while_in_use_is_noticed": "a ledger that is deleted or replaced while in use is noticed",
+            "tests/privacy/test_bypasses.py::test_steps_that_only_a_checkpoint_knew_of_reach_the_ledger": "steps that only a checkpoint knew of are written to the ledger",
+            "tests/privacy/test_bypasses.py::test_a_forked_process_does_not_split_the_count": "a forked process cannot count steps of its own",
+            "tests/privacy/test_recovery.py::test_nothing_is_counted_by_a_failure": "a failed backward counts nothing",
+            "tests/privacy/test_mutants.py::test_steps_after_a_carried_run_belong_to_the_run_that_carried_it": "steps after a carried run are charged to the run that took them",
+            "tests/privacy/test_mutants.py::test_what_a_checkpoint_adds_counts_against_the_target_at_once": "steps that a checkpoint adds count against the target at once",
+        },
+        faults=(
+            Fault(
+                "σ rounded down",
+                "dpkernels/privacy/accounting.py",
+                "return high / _PER_ONE",
+                "return (high - 1) / _PER_ONE",
+                "tests/privacy/test_accounting.py::test_sigma_reaches_the_target_and_is_rounded_up",
+            ),
+            Fault(
+                "a σ that is larger than need be",
+                "dpkernels/privacy/accounting.py",
+                "return high / _PER_ONE",
+                "return (high + 1) / _PER_ONE",
+                "tests/privacy/test_accounting.py::test_sigma_of_the_papers_setting",
+            ),
+            Fault(
+                "a step left out of ε",
+                "dpkernels/privacy/accounting.py",
+                ".self_compose(steps)",
+                ".self_compose(max(steps - 1, 1))",
+                "tests/privacy/test_accounting.py::test_epsilon_is_dp_accountings",
+            ),
+            Fault(
+                "truncated Poisson accounted as Poisson",
+                "dpkernels/privacy/accounting.py",
+                "if mechanism.max_batch_size is not None and mechanism.with_one_added is not None:",
+                "if False:",
+                "tests/privacy/test_accounting.py::test_truncated_poisson_has_its_own_event",
+            ),
+            Fault(
+                "truncated Poisson of N for N + 1",
+                "dpkernels/privacy/accounting.py",
+                "else self.dataset_size + 1",
+                "else self.dataset_size",
+                "tests/privacy/test_accounting.py::test_truncated_poisson_covers_adding_a_unit_too",
+            ),
+            Fault(
+                "a δ of 1/N without a word",
+                "dpkernels/privacy/accounting.py",
+                "if dataset_size is not None and delta >= 1 / dataset_size:",
+                "if False:",
+                "tests/privacy/test_accounting.py::test_delta_of_one_over_n_warns",
+            ),
+            Fault(
+                "stop after the target",
+                "dpkernels/privacy/budget.py",
+                "not self._fits(taken + 1):",
+                "not self._fits(taken):",
+                "tests/privacy/test_accounting.py::test_step_stops_before_it_would_pass_the_target",
+            ),
+            Fault(
+                "steps believed to fit after a checkpoint told of others",
+                "dpkernels/privacy/budget.py",
+                """self._runs[run] = (mechanism, saved_steps)
+        self._safe_steps = 0""",
+                "self._runs[run] = (mechanism, saved_steps)",
+                "tests/privacy/test_mutants.py::test_what_a_checkpoint_adds_counts_against_the_target_at_once",
+            ),
+            Fault(
+                "checkpoint trusted over the ledger",
+                "dpkernels/privacy/budget.py",
+                """            if saved_steps <= counted:
+                continue""",
+                """            if saved_steps == counted:
+                continue""",
+                "tests/privacy/test_ledger.py::test_a_resume_counts_every_line",
+            ),
+            Fault(
+                "runs before a resume forgotten",
+                "dpkernels/privacy/budget.py",
+                "self._runs[run.id] = (run.mechanism, run.steps)",
+                "pass",
+                "tests/privacy/test_ledger.py::test_a_resume_counts_every_line",
+                "tests/privacy/test_ledger.py::test_steps_and_target_are_those_of_all_runs_together",
+            ),
+            Fault(
+                "steps of a checkpoint kept from the ledger",
+                "dpkernels/privacy/budget.py",
+                "self._ledger.carry(run, mechanism, saved_steps - counted)",
+                "pass",
+                "tests/privacy/test_bypasses.py::test_steps_that_only_a_checkpoint_knew_of_reach_the_ledger",
+            ),
+            Fault(
+                "lines cut off the end unnoticed",
+                "dpkernels/privacy/budget.py",
+                "and not self._ledger.holds(digest):",
+                "and False:",
+                "tests/privacy/test_ledger.py::test_lines_cut_off_the_end_are_noticed_with_the_checkpoint",
+            ),
+            Fault(
+                "a checkpoint of another data set",
+                "dpkernels/privacy/budget.py",
+                "if state[key] != mine:",
+                "if False:",
+                "tests/privacy/test_ledger.py::test_a_checkpoint_with_a_ledger_wants_that_ledger",
+            ),
+            Fault(
+                "a forked process that counts on",
+                "dpkernels/privacy/budget.py",
+                "if os.getpid() != self._pid:",
+                "if False:",
+                "tests/privacy/test_bypasses.py::test_a_forked_process_does_not_split_the_count",
+            ),
+            Fault(
+                "line after the step",
+                "dpkernels/privacy/budget.py",
+                "self._ledger.spend_step()",
+                """if taken:  # with the next step
+                self._ledger.spend_step()""",
+                "tests/privacy/test_ledger.py::test_a_step_is_on_disk_before_it_is_applied",
+                "tests/privacy/test_sweep.py::test_a_step_is_on_disk_before_the_sweep",
+            ),
+            Fault(
+                "no fsync",
+                "dpkernels/privacy/ledger.py",
+                "os.fsync(self._file.fileno())",
+                "pass",
+                "tests/privacy/test_ledger.py::test_a_step_is_on_disk_before_it_is_applied",
+            ),
+            Fault(
+                "a step taken before it is refused",
+                "dpkernels/privacy/optimizer.py",
+                """        self._spend()
+        self._guard.at_step()""",
+                """        if fused:
+            self._sweep(self._stream.next_draw())
+        self._spend()
+        self._guard.at_step()""",
+                "tests/privacy/test_sweep.py::test_a_refused_step_changes_nothing",
+            ),
+            Fault(
+                "batch size in the ledger",
+                "dpkernels/privacy/engine.py",
+                "self._made().spend()",
+                """budget = self._made()
+        budget.spend()
+        if budget._ledger is not None and self._optimizer is not None:
+            budget._ledger._append({"kind": "epsilon", "examples": self._optimizer._batch.examples})""",
+                "tests/privacy/test_ledger.py::test_the_ledger_says_nothing_about_the_data",
+            ),
+            Fault(
+                "an unwatched ledger",
+                "dpkernels/privacy/ledger.py",
+                "self._check_in_place()",
+                "pass",
+                "tests/privacy/test_bypasses.py::test_a_ledger_replaced_while_in_use_is_noticed",
+            ),
+            Fault(
+                "an edited line unnoticed",
+                "dpkernels/privacy/ledger.py",
+                "if digest != _hash(previous, body):",
+                "if False:",
+                "tests/privacy/test_ledger.py::test_damage_inside_is_noticed",
+                "tests/privacy/test_ledger.py::test_an_edited_last_line_is_no_half_sealed_one",
+            ),
+            Fault(
+                "a torn line counted nowhere",
+                "dpkernels/privacy/ledger.py",
+                "for run in self.runs) + bool(self.torn)",
+                "for run in self.runs)",
+                "tests/privacy/test_ledger.py::test_a_torn_last_line_counts_as_a_step",
+            ),
+            Fault(
+                "a torn first line counted nowhere",
+                "dpkernels/privacy/ledger.py",
+                "orphan = bool(contents.torn) and not contents.runs",
+                "orphan = False",
+                "tests/privacy/test_ledger.py::test_a_torn_first_line_counts_too",
+            ),
+            Fault(
+                "a newline before a seal that may fail",
+                "dpkernels/privacy/ledger.py",
+                'self._append(_seal_of(contents.torn), before=b"\\n")',
+                """os.write(self._file.fileno(), b"\\n")
+        self._append(_seal_of(contents.torn))""",
+                "tests/privacy/test_ledger.py::test_a_resumed_ledger_can_be_cut_anywhere",
+            ),
+            Fault(
+                "another kind of file taken for a torn ledger",
+                "dpkernels/privacy/ledger.py",
+                "if not _opens_like_one(unfinished):",
+                "if False:",
+                "tests/privacy/test_ledger.py::test_another_kind_of_file_is_not_taken_for_a_torn_ledger",
+            ),
+            Fault(
+                "steps after a write that failed",
+                "dpkernels/privacy/ledger.py",
+                "if self._broken:",
+                "if False:",
+                "tests/privacy/test_ledger.py::test_a_failed_write_stops_the_run",
+            ),
+            Fault(
+                "two runs on one ledger at a time",
+                "dpkernels/privacy/ledger.py",
+                "self._lock()",
+                "pass",
+                "tests/privacy/test_ledger.py::test_one_ledger_serves_one_process_at_a_time",
+            ),
+            Fault(
+                "runs of other data sets added up",
+                "dpkernels/privacy/ledger.py",
+                "if old[key] != new[key]:",
+                "if False:",
+                "tests/privacy/test_ledger.py::test_another_data_set_or_unit_is_refused",
+            ),
+            Fault(
+                "later steps charged to a carried run",
+                "dpkernels/privacy/ledger.py",
+                "contents.runs.insert(len(contents.runs) - 1, known)",
+                "contents.runs.append(known)",
+                "tests/privacy/test_mutants.py::test_steps_after_a_carried_run_belong_to_the_run_that_carried_it",
+            ),
+            Fault(
+                "a recovery that is counted",
+                "dpkernels/privacy/optimizer.py",
+                """spoiled = self._batch.spoiled
+""",
+                """spoiled = self._batch.spoiled
+        self._spend()
+""",
+                "tests/privacy/test_recovery.py::test_nothing_is_counted_by_a_failure",
+            ),
+        ),
+    ),
+)
