@@ -7,6 +7,7 @@ import fnmatch
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.plant import readme
@@ -17,7 +18,7 @@ from tests.plant.runner import CAUGHT, Outcome, run_all
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 where a fault is not caught, stale, out of time or in error."""
     parser = argparse.ArgumentParser(prog="python -m tests.plant", description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="faults whose name, path or line number matches")
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument(
         "--write", action="store_true", help="write tests/privacy/README.md anew, and do nothing else"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.write:
         readme.PATH.write_text(readme.text(LINES), encoding="utf-8")
         return 0

@@ -82,10 +82,12 @@ class Copy:
 
     def __init__(self, folder: Path, preloaded: Sequence[str] = PRELOADED) -> None:
         self.folder = folder
+        # Byte code of the copy is kept, whatever the caller wants of his own: each fault compiles one file anew.
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER), *preloaded],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+            env=kept | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.plant.__main__ import main
 from tests.plant.data import Fault
 from tests.plant.runner import CAUGHT, ERROR, NOT_CAUGHT, STALE, TIMEOUT, Copy, copy_sources, planted
 
@@ -92,3 +93,12 @@ def test_the_copy_holds_the_sources_and_nothing_of_git(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "dpkernels/__init__.py", "tests/plant/runner.py"):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
     assert not (tmp_path / ".git").exists()
+
+
+def test_faults_are_chosen_by_name_path_and_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for pattern in ("no fsync", "no f*c", "11", "*/ledger.py"):
+        assert main(["--list", "--only", pattern]) == 0
+        assert "no fsync: dpkernels/" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--list", "--only", "no such fault"])
+    assert "no fault has such a name, path or line" in capsys.readouterr().err

@@ -9,6 +9,7 @@ end of what it said.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -37,6 +38,7 @@ def main() -> None:
     for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()  # what is there by now needs no collector: pytest collects several times in every fork
     for line in sys.stdin:
         seconds, *arguments = json.loads(line)
         print(json.dumps(run(arguments, seconds)), flush=True)
