@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tests.plant.data import Fault
 
@@ -35,9 +35,6 @@ PRELOADED = (
     "transformers",
     "peft",
 )
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,7 @@ class Copy:
 
     def __init__(self, folder: Path, preloaded: Sequence[str] = PRELOADED) -> None:
         self.folder = folder
+        self._passing: set[tuple[str, ...]] = set()  # without a fault
         # Byte code of the copy is kept, whatever the caller wants of his own: each fault compiles one file anew.
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         self._process = subprocess.Popen(
@@ -98,7 +96,15 @@ class Copy:
         self._process.communicate()
 
     def judge(self, fault: Fault, timeout: float) -> Outcome:
-        """Plant a fault, run its tests, and take it out again."""
+        """Plant a fault, run its tests, and take it out again.
+
+        The same tests are run without it first, as alone as with it: where one does not pass, its failing says nothing.
+        """
+        if fault.tests not in self._passing:
+            word, detail = self.run_tests(fault.tests, timeout)
+            if word != NOT_CAUGHT:
+                return Outcome(ERROR, detail=f"without the fault: {word}, {detail}")
+            self._passing.add(fault.tests)
         began = time.monotonic()
         with planted(self.folder, fault) as there:
             if not there:
@@ -155,33 +161,23 @@ def run_all(
     jobs: int,
     timeout: float,
     tell: Callable[[int, Fault, Outcome], None],
-) -> list[Outcome] | str:
-    """Judge each fault in one of `jobs` copies of `root`; `tell` each outcome as it comes.
-
-    The tests are run without a fault first; where one does not pass, what pytest said is returned.
-    """
+) -> list[Outcome]:
+    """Judge each fault in one of `jobs` copies of `root`; `tell` each outcome as it comes."""
     with tempfile.TemporaryDirectory(prefix="plant-") as folder, ExitStack() as opened:
         copies: queue.Queue[Copy] = queue.Queue()
         for number in range(jobs):
             copy_sources(root, Path(folder) / str(number))
             copies.put(opened.enter_context(closing(Copy(Path(folder) / str(number)))))
 
-        def with_a_copy(use: Callable[[Copy], T]) -> T:
+        def judged(fault: Fault) -> Outcome:
             copy = copies.get()
             try:
-                return use(copy)
+                return copy.judge(fault, timeout)
             finally:
                 copies.put(copy)
 
-        tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
-        word, detail = with_a_copy(lambda copy: copy.run_tests(tests, timeout * len(tests)))
-        if word != NOT_CAUGHT:
-            return detail
         with ThreadPoolExecutor(jobs) as pool:
-            running = {
-                pool.submit(with_a_copy, lambda copy, fault=fault: copy.judge(fault, timeout)): fault
-                for fault in faults
-            }
+            running = {pool.submit(judged, fault): fault for fault in faults}
             outcomes = []
             for done in as_completed(running):
                 outcomes.append(done.result())

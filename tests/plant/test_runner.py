@@ -42,6 +42,10 @@ def test_times(times):
 
 def test_made(made):
     assert made == 1
+
+
+def test_wrong():
+    assert one() == 2
 """
 
 
@@ -70,6 +74,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
         (ERROR, "def one():", "def two():", "test_one"),  # at import
         (ERROR, "return 1", "return 0", "test_made"),  # in a fixture
         (ERROR, "return 1", "return 3", "test_that_is_not_there"),
+        (ERROR, "return 1", "return 3", "test_wrong"),  # without the fault too
         (ERROR, "return 1", "import os; os._exit(1)", "test_one"),
     ],
 )
