@@ -101,7 +101,6 @@ LINES = (
                 "_compare(_BESIDE_OTHERS, sample, mode, wholes[sample], change, rounding[sample])",
                 "pass",
                 "tests/privacy/test_mates.py::test_what_mixes_in_half_precision_only_is_found_there",
-                "tests/privacy/test_independence.py::test_mates_do_not_change_what_an_example_adds",
             ),
             Fault(
                 "mixing in half precision only",
@@ -317,7 +316,6 @@ LINES = (
                 "for part in output if isinstance(output, tuple) else (output,):",
                 "for part in (output,):",
                 "tests/privacy/test_torch_layers.py::test_the_checks_look_within_transformers_and_at_attentions_first_output",
-                "tests/privacy/test_torch_layers.py::test_the_tolerance_is_that_of_what_attention_computes_in",
             ),
             Fault(
                 "hooks of the check in compiled code",

@@ -250,7 +250,6 @@ def _middle""",
                 "self._batch.check_closed()",
                 "pass",
                 "tests/privacy/test_passes.py::test_a_refused_pass_takes_nothing_from_the_one_under_way",
-                "tests/privacy/test_passes.py::test_a_pass_begun_while_a_batch_is_open_is_refused",
             ),
             Fault(
                 "a batch that may follow an open one",
