@@ -144,7 +144,7 @@ def test_rows_back_in_their_order_are_right_where_nothing_is_trained_between() -
 
 
 def test_a_row_check_comes_with_a_parameter_that_was_not_seen() -> None:
-    """A layer that joins in the third backward, at no power of two."""
+    """A layer that joins in the sixth backward: neither its number nor that of the step before is a power of two."""
 
     class Late(zoo.Zoo):
         def __init__(self) -> None:
@@ -153,10 +153,10 @@ def test_a_row_check_comes_with_a_parameter_that_was_not_seen() -> None:
 
         def middle(self, h: Tensor) -> Tensor:
             self.calls += 1
-            return h if self.calls < 8 + 3 else self.late(h.roll(1, 0)).roll(-1, 0)
+            return h if self.calls < 8 + 6 else self.late(h.roll(1, 0)).roll(-1, 0)
 
     run = private_run(model=Late(), loss_fn=losses, sigma=0)
-    for _ in range(2):
+    for _ in range(5):
         run.release(range(5))
     with pytest.raises(RowError, match="late"):
         run.release(range(5))

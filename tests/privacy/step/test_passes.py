@@ -174,6 +174,22 @@ def test_a_batch_that_could_not_be_read_is_not_left_out(workers: int) -> None:
     assert got == sampler.drawn
 
 
+def test_a_batch_that_is_refused_comes_next() -> None:
+    """As where the batch before it got no step."""
+    sampler = Noted(20, 0.3)
+    loader = loader_of(sampler, 0)
+    refusals = [RuntimeError("refused")]
+
+    def refuse_once(examples: int) -> None:
+        if refusals:
+            raise refusals.pop()
+
+    loader._on_batch = refuse_once
+    with pytest.raises(RuntimeError, match="refused"):
+        next(iter(loader))
+    assert [examples_of(logical) for logical in loader] == sampler.drawn
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_of_two_iterators_the_older_ends_by_name(workers: int, persistent: bool) -> None:

@@ -52,6 +52,13 @@ def test_every_strategy_sums_one_by_one_clipped_gradients(
     check_sum(run_of(strategy, kind, checkpointed=checkpointed), strategy)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_second_step_uses_fresh_norms_in_every_strategy(strategy: str) -> None:
+    run = run_of(strategy)
+    run.release((10, 11, 12), (13, 14, 15, 16))
+    check_sum(run, strategy)
+
+
 @both_ways
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_half_precision_base_with_float32_adapters(strategy: str, checkpointed: bool) -> None:

@@ -1,0 +1,34 @@
+"""The lines of the privacy design, by number, from one module an area."""
+
+from tests.plant.lines import (
+    accounting,
+    batch_axis,
+    checkpoints,
+    clipping,
+    independence,
+    indices,
+    layers,
+    noise,
+    reporting,
+    sampling,
+    secrets,
+    self_check,
+    sensitivity,
+)
+
+AREAS = (
+    clipping,
+    sensitivity,
+    layers,
+    noise,
+    secrets,
+    sampling,
+    accounting,
+    independence,
+    reporting,
+    batch_axis,
+    indices,
+    self_check,
+    checkpoints,
+)
+LINES = sorted((line for area in AREAS for line in area.LINES), key=lambda line: line.number)
