@@ -115,7 +115,7 @@ def test_rows_that_are_not_the_examples_are_refused(how: Any, strategy: str) -> 
         model = Refused()
         model.how = how
         run = private_run(model=model, loss_fn=losses, strategy=strategy, physical_batch_size=12)
-        with pytest.raises(RowError, match=r"first: \d of the \d rows of its output gradient"):
+        with pytest.raises(RowError, match=r"'first': \d of the \d rows of its output gradient"):
             run.release(range(batch))
         assert run.engine.steps == 0
         with pytest.raises(SelfCheckError):

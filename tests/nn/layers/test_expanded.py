@@ -312,7 +312,7 @@ REFUSED: list[Any] = [
 
 @pytest.mark.parametrize(("make", "name", "hint"), REFUSED)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-def test_what_has_no_rule_is_named_with_the_mend(make: Any, name: str, hint: str) -> None:
+def test_what_has_no_rule_is_named_with_the_fix(make: Any, name: str, hint: str) -> None:
     model = nn.Sequential(make())
     found = {u.name: u.reason for u in uncovered(swap(model))}
     assert hint in found[f"0.{name}"]
