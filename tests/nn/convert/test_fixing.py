@@ -100,8 +100,8 @@ class OwnInstanceNorm(nn.InstanceNorm2d):
 @pytest.mark.parametrize(
     ("make", "keywords", "says"),
     [
-        (lambda: OwnNorm(8), {}, "OwnNorm: a class of its own"),
-        (lambda: OwnNorm(8), {"batch_norm": "group"}, "OwnNorm: a class of its own"),
+        (lambda: OwnNorm(8), {}, "OwnNorm: a subclass"),
+        (lambda: OwnNorm(8), {"batch_norm": "group"}, "OwnNorm: a subclass"),
         (lambda: OwnInstanceNorm(8, track_running_stats=True), {}, "OwnInstanceNorm: running statistics"),
         (lambda: nn.BatchNorm2d(8, track_running_stats=False), {}, 'batch_norm="group"'),
         (lambda: nn.SyncBatchNorm(8), {}, 'batch_norm="group"'),
@@ -180,7 +180,7 @@ def test_the_rest_is_refused_by_name_and_the_model_without_it_is_private() -> No
     table = dpkernels.coverage(model)
     assert [name for name, _ in report.refused] == [row.name for row in table.refused]
     assert [reason for _, reason in report.refused] == [row.refusal for row in table.refused]
-    assert "1.table: no rule for it" in str(report)
+    assert "1.table: it has no rule" in str(report)
     model[1:].requires_grad_(False)
     assert dpkernels.fix(model).complete
     attach(swap(model))
