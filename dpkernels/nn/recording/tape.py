@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from dpkernels.nn.batch.batch_axis import BatchAxes, ask_at_other_sizes
+from dpkernels.nn.batch.batch_axis import BatchAxes, run_at_other_sizes
 from dpkernels.nn.recording.records import Record
 
 _MATERIALISED_BYTES = 4  # per entry of a materialised gradient: float32
@@ -138,7 +138,7 @@ class Tape:
         self.needs_to_ask = False
         self.asking = self.axes.asking = True
         try:
-            for rows in ask_at_other_sizes(model, self.axes, args, kwargs, size, self.paused):
+            for rows in run_at_other_sizes(model, self.axes, args, kwargs, size, self.paused):
                 self.begin_forward(rows)
         finally:
             self.asking = self.axes.asking = False
