@@ -57,7 +57,7 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
     batch, frames, classes = logits.shape
     if input_lengths.shape != (batch,):
         raise ValueError(
-            f"ctc_loss_per_example: input_lengths {tuple(input_lengths.shape)}: expected [{batch}], one an example"
+            f"ctc_loss_per_example: input_lengths {tuple(input_lengths.shape)}: expected [{batch}], one per example"
         )
     if not 0 <= blank < classes:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""GhostGroupNorm and the ghosts of the instance norms: norms over groups of channels of one example.
+"""GhostGroupNorm and the ghost instance norms: norms over groups of channels of one example.
 
 The gradients of weight and bias are Σ_t x̂_ct g_ct and Σ_t g_ct for channel c. As in the layer norms, the backward sums
 them over space in float32 and keeps them as [B,C].

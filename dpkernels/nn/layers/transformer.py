@@ -1,4 +1,4 @@
-"""The ghosts of nn.TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder and TransformerDecoder.
+"""The ghost classes of nn.TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder and TransformerDecoder.
 
 They run torch's own forward, and their children (attention, linear layers, norms) record. The ghost classes only move
 the batch to the front, since torch's default layout is [T,B,d] and children record with the batch first. A layer

@@ -113,7 +113,7 @@ class RowCheck:
         except BaseException as error:
             tape.discard()
             if isinstance(error, RuntimeError) and "use_reentrant" in str(error):
-                raise RowError(_unseen_message("A checkpointed block")) from error
+                raise RowError(_unseen_message()) from error
             raise
         finally:
             tape.inspector = None
@@ -229,7 +229,7 @@ class _Comparison:
             return True
         expected = self._expected.pop(self._calls.of(record), None)
         if expected is None:
-            raise RowError(_unseen_message(f"'{record.layer}'"))
+            raise RowError(_unseen_message(record.layer))
         g = record.output_gradient
         if not has_values(g):  # memory is planned: the check's backward has to run, its result is not needed
             self.seen.update(record.parameters)
@@ -270,11 +270,12 @@ def _differ(
     return finite & ~((weighted[0] - w * plain[0]).abs() <= limit)
 
 
-def _unseen_message(layer: str) -> str:
+def _unseen_message(layer: str | None = None) -> str:
     return (
-        f"{layer}: its gradient cannot be compared between two backwards of the same losses, so the row check cannot "
-        "find out which row belongs to which example. A checkpoint with use_reentrant=True hides its layers from the "
-        "forward: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
+        f"{'a checkpointed block' if layer is None else repr(layer)}: its gradient cannot be compared "
+        "between two backwards of the same losses, so the row check cannot find out which row belongs to which "
+        "example. A checkpoint with use_reentrant=True hides its layers from the forward: use "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
         'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}). Nothing was spent'
     )
 
