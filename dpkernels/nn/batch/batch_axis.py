@@ -120,7 +120,7 @@ class BatchAxes:
         common = evidence.axes & axes
         if evidence.axes and evidence.certain and not common:
             raise ValueError(
-                f"'{site.layer}': wrong layout of {site.argument} in a forward of {size} examples: the shape is "
+                f"{site.layer!r}: wrong layout of {site.argument} in a forward of {size} examples: the shape is "
                 f"{tuple(shape)}, but in earlier calls dimension {min(evidence.axes)} was the batch, so it is unknown "
                 "which rows belong to which example. Give every call the same layout, or freeze the layer "
                 "(requires_grad_(False))"

@@ -63,7 +63,7 @@ class Shared:
     def refuse(self, use: str) -> NotImplementedError:
         """The error for a use in which the gradient cannot be assigned to single examples."""
         return NotImplementedError(
-            f"'{self.name}': {use} of a parameter that examples share is not supported, since the parts of its "
+            f"{self.name!r}: {use} of a parameter that examples share is not supported, since the parts of its "
             "gradient cannot be assigned to the examples. View it as [1, ...] and broadcast it, or freeze it "
             "(requires_grad_(False))"
         )

@@ -176,7 +176,7 @@ def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | Non
     computed = next((key for key in vars(module) if name.startswith(f"{key}_")), None)
     if computed is not None and isinstance(vars(module)[computed], Tensor):
         return (
-            f"a hook computes '{computed}' from it before each forward (weight_norm, spectral_norm, pruning); remove "
+            f"a hook computes {computed!r} from it before each forward (weight_norm, spectral_norm, pruning); remove "
             "the hook (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove), or freeze the module"
         )
     if isinstance(module, GhostModule):

@@ -73,14 +73,16 @@ class FixReport:
 def fix(model: nn.Module, *, batch_norm: str = "freeze", num_groups: int | None = None) -> FixReport:
     """Replace the modules that `make_private` would refuse, in place, and report the changes and what is still refused.
 
-    | module | becomes | what changes |
-    |---|---|---|
-    | BatchNorm1d/2d/3d, subclasses | FrozenBatchNorm (`batch_norm="freeze"`) | training normalises as evaluation does |
-    | … and SyncBatchNorm | GroupNorm (`batch_norm="group"`) | the function, in training and evaluation |
-    | InstanceNorm with running statistics | InstanceNorm without | evaluation normalises as training does |
-    | Embedding(sparse=True) | sparse=False | nothing: gradients are dense |
-    | Embedding(scale_grad_by_freq=True) | scale_grad_by_freq=False | gradients, which the rest of the batch scaled |
-    | weight_norm, in either form | the weight itself | the trained parameters, not the function |
+    ==================================  =======================================  =======================================
+    module                              becomes                                  change
+    ==================================  =======================================  =======================================
+    BatchNorm1d/2d/3d, subclasses       FrozenBatchNorm (`batch_norm="freeze"`)  training normalises as evaluation does
+    … and SyncBatchNorm                 GroupNorm (`batch_norm="group"`)         function, in training and evaluation
+    InstanceNorm, running statistics    InstanceNorm without                     evaluation normalises as training does
+    Embedding(sparse=True)              sparse=False                             nothing: gradients are dense
+    Embedding(scale_grad_by_freq=True)  scale_grad_by_freq=False                 gradients: the batch scaled them before
+    weight_norm, in either form         the weight itself                        trained parameters, not the function
+    ==================================  =======================================  =======================================
 
     All other modules stay unchanged; in-place activations, for example, need no replacement. Norms keep their weight
     and bias, as the same parameters. Call `fix` before you create the optimizer.

@@ -108,7 +108,7 @@ class DepthwiseConv1dRecord(Record):
 
 @dataclass(eq=False)
 class ConvRecord(Record):
-    """Weight [p, d/groups, *k] of a general convolution: x [B,d,*space], g [B,p,*space'].
+    """Weight `[p, d/groups, *k]` of a general convolution: x `[B, d, *space]`, g `[B, p, *space']`.
 
     It is a linear layer on unfolded windows. The windows are ∏k times larger than x. So they are unfolded when needed,
     for as many samples at a time as `WINDOW_BYTES` allows, and not kept: once to materialise the gradients, or twice

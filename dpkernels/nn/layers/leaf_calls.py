@@ -110,7 +110,7 @@ class LeafCall:
             raise RuntimeError(outside_message(self._label))
         if not gradients:
             raise RuntimeError(
-                f"'{self._label}': its forward returned no tensor that leads to the loss, alone or within tuples, "
+                f"{self._label!r}: its forward returned no tensor that leads to the loss, alone or within tuples, "
                 "lists, mappings and dataclasses, so its gradient cannot be split by example. Return "
                 "the tensors themselves, or freeze it (requires_grad_(False))"
             )
@@ -119,7 +119,7 @@ class LeafCall:
         if any(g.dim() <= axis or g.shape[axis] != batch for g in gradients.values()):
             shapes = [tuple(g.shape) for g in gradients.values()]
             raise ValueError(
-                f"'{self._label}': its outputs have shapes {shapes}, but there are {batch} losses: no dimension of the "
+                f"{self._label!r}: its outputs have shapes {shapes}, but there are {batch} losses: no dimension of the "
                 "outputs is the batch, so its gradient cannot be split by example. Give it an input whose first "
                 f"dimension is the batch ({batch}), or freeze it (requires_grad_(False))"
             )
@@ -156,8 +156,8 @@ class LeafCall:
         parts = self._masked(gradients, axis, batch)
         if not self._add_up(parts, plain):
             raise RuntimeError(
-                f"'{self._label}': the per-sample gradients of {', '.join(self._names)} do not add up to their "
-                "gradient: the recomputed forward differs from the first, because it reads a value that changed "
+                f"{self._label!r}: the per-sample gradients of {', '.join(map(repr, self._names))} do not add up to "
+                "their gradient: the recomputed forward differs from the first, because it reads a value that changed "
                 "meanwhile, or because its inputs were changed in place. Freeze it, or write a rule "
                 "(dpkernels.nn.register_swap)"
             )

@@ -28,7 +28,7 @@ class _Cell(GhostModule):
         for name, t in (("input", input), *(("hx", state) for state in states if state is not None)):
             if t.dim() != 2 or len(t) != len(input):
                 raise ValueError(
-                    f"'{self.ghost_label()}': its {name} has shape {list(t.shape)}, not that of a batch of vectors, so "
+                    f"{self.ghost_label()!r}: its {name} has shape {list(t.shape)}, not that of a batch of vectors, so "
                     "its gradient cannot be split by example; give it an input [B, d], and hx [B, H]"
                 )
         zeros = None if hx is not None else input.new_zeros(len(input), self.hidden_size)

@@ -121,7 +121,7 @@ class Record(ABC):
         return None
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
-        """The same gradients, [B, *parameter.shape] in float32 (float64 for float64), one record per parameter.
+        """The same gradients, `[B, *parameter.shape]` in float32 (float64 for float64), one record per parameter.
 
         Norms and sums are both computed from the materialised values, so their rounding does not affect privacy.
         """
@@ -260,7 +260,7 @@ class EmbeddingRecord(Record):
 
 @dataclass(eq=False)
 class ExpandedRecord(Record):
-    """The per-sample gradients themselves, g [B, *parameter.shape], where these take the least memory."""
+    """The per-sample gradients themselves, g `[B, *parameter.shape]`, where these take the least memory."""
 
     layer: str
     parameter: nn.Parameter
@@ -332,7 +332,7 @@ def _as_materialised(record: Record) -> ExpandedRecord | None:
 
 def _not_combined(first: Record, second: Record) -> TypeError:
     return TypeError(
-        f"'{first.layer}' ({type(first).__name__}) and '{second.layer}' ({type(second).__name__}) use the same "
+        f"{first.layer!r} ({type(first).__name__}) and {second.layer!r} ({type(second).__name__}) use the same "
         "trained parameter in ways that cannot be combined; untie them, or freeze it (requires_grad_(False))"
     )
 

@@ -282,7 +282,7 @@ def _unseen_message(layer: str | None = None) -> str:
 
 def _message(record: Record, rows: int) -> str:
     return (
-        f"'{record.layer}': {rows} of the {record.batch_size} rows of its output gradient do not belong to one example "
+        f"{record.layer!r}: {rows} of the {record.batch_size} rows of its output gradient do not belong to one example "
         "each, so clipping row by row would not bound the contribution of an example (the count is NOT PRIVATE). "
         "Likely causes: its first dimension is not the batch but happens to have its size (positions, a mask, "
         "prototypes that all examples share), the model reorders rows (sorts them by length), it mixes examples (a "

@@ -213,7 +213,7 @@ class Tape:
             raise RuntimeError(outside_message(record.layer))
         if record.batch_size != self._batch_size:
             raise ValueError(
-                f"'{record.layer}': its input has batch {record.batch_size}, but there are {self._batch_size} losses: "
+                f"{record.layer!r}: its input has batch {record.batch_size}, but there are {self._batch_size} losses: "
                 "the input is broadcast over the batch, or batch and time were folded together, so its gradient "
                 "cannot be split by example. Give it an input whose first dimension is the batch "
                 f"({self._batch_size}), or freeze it (requires_grad_(False))"
@@ -222,14 +222,14 @@ class Tape:
             for parameter in record.parameters:
                 if parameter not in self._names:
                     raise RuntimeError(
-                        f"'{record.layer}': it used a tensor of shape {tuple(parameter.shape)} which is not "
+                        f"{record.layer!r}: it used a tensor of shape {tuple(parameter.shape)} which is not "
                         "one of the attached parameters: a parameter was replaced, parametrised or substituted "
                         "after attach. Detach and attach again"
                     )
         for parameter in record.parameters:
             if parameter in self._sunk:
                 raise RuntimeError(
-                    f"'{record.layer}': a second record of a parameter whose first record was already "
+                    f"{record.layer!r}: a second record of a parameter whose first record was already "
                     "consumed: several forwards share this backward. Use strategy='bookkeeping', or one "
                     "forward per backward"
                 )
@@ -287,7 +287,7 @@ class Tape:
 def outside_message(layer: str) -> str:
     """The error message for a backward that reaches a layer while no tape is open, with the fix."""
     return (
-        f"'{layer}': a backward reached this private layer outside of optimizer.backward(losses). Call that with the "
+        f"{layer!r}: a backward reached this private layer outside of optimizer.backward(losses). Call that with the "
         "per-example losses, in place of loss.backward(). To train another model through this one (a generator), "
         "freeze this one meanwhile: model.requires_grad_(False), and True again before its own forward"
     )
@@ -315,7 +315,7 @@ def merge_records(records: Iterable[Record]) -> list[Record]:
                 continue
         first = groups[min(i for i in places if i is not None)][0]
         raise TypeError(
-            f"'{first.layer}' and '{record.layer}' share some of their trained parameters but not all, so their "
+            f"{first.layer!r} and {record.layer!r} share some of their trained parameters but not all, so their "
             "per-sample gradients cannot be combined exactly. Untie them, or freeze the shared parameter"
         )
     merged = []
