@@ -1,7 +1,7 @@
 """Differentially private training at the cost of ordinary training.
 
-Importing this package compiles nothing, probes no GPU and does not even import torch: every public name is
-resolved when it is first used.
+The import of this package compiles nothing, probes no GPU and does not even import torch: every public name is
+resolved on its first use.
 """
 
 from __future__ import annotations

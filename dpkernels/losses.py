@@ -1,11 +1,11 @@
-"""Losses of shape [B] for private training, with every index that comes from data checked example by example.
+"""Losses of shape [B] for private training, with a check of every index from the data, example by example.
 
-torch's CTC reads with labels and lengths without looking at them: a label that is no class reads the memory of the
-next example in the batch, and that example's gradient changes. A private step must never compute with such a read.
-Here each example's indices are looked at first. An example whose target is impossible (an index outside the classes,
-a blank as a label, more labels than its frames can align) has probability 0: its loss is +inf, which marks it, and
-its gradient is exactly 0, by selection. Its indices are replaced before the kernel reads with them, on every
-device, so that no device asserts and no other example's loss or gradient changes by a bit.
+torch's CTC does not check labels and lengths: a label outside the classes reads the memory of the next example in the
+batch, and changes that example's gradient. A private step must never compute with such a read. So the functions here
+check each example's indices first. An example with an impossible target (an index outside the classes, a blank as a
+label, more labels than its frames can align) has probability 0. Its loss is +inf, which marks it, and its gradient is
+exactly 0, by selection. Its indices are replaced before the kernel reads them, on every device, so no device
+asserts, and no other example's loss or gradient changes by a bit.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
         blank: the blank's class.
 
     Returns:
-        [B]. +inf with a gradient of exactly 0 where the target is impossible: a label outside the classes, or equal to
+        [B]. +inf with a gradient of exactly 0 if the target is impossible: a label outside the classes, or equal to
         the blank; −100 before a label; a length outside 0 … T; fewer frames than labels, counting one blank between
-        equal neighbours. The losses and gradients of the other examples are what they are without that example. How
-        many there are, `losses.isinf().sum()`, is NOT PRIVATE.
+        equal neighbours. The losses and gradients of the other examples do not depend on that example. The number of
+        impossible targets, `losses.isinf().sum()`, is NOT PRIVATE.
 
     Raises:
-        TypeError: logits that are no floating-point tensor; labels, lengths or a blank that are no integers.
-        ValueError: shapes that do not fit, or a blank that is no class.
+        TypeError: `logits` is not a floating-point tensor; labels, lengths or blank are not integers.
+        ValueError: the shapes do not fit, or `blank` is outside the classes.
 
     Source: Graves et al. 2006, "Connectionist temporal classification".
     """
@@ -57,7 +57,7 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
     batch, frames, classes = logits.shape
     if input_lengths.shape != (batch,):
         raise ValueError(
-            f"ctc_loss_per_example: input_lengths {tuple(input_lengths.shape)}: expected [{batch}], one an example"
+            f"ctc_loss_per_example: input_lengths {tuple(input_lengths.shape)}: expected [{batch}], one per example"
         )
     if not 0 <= blank < classes:
         raise ValueError(
@@ -65,22 +65,22 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
         )
     if batch == 0:
         return logits.sum(dim=(1, 2))
-    own = labels != IGNORED
-    counts = own.sum(dim=1)
-    repeats = (own[:, 1:] & (labels[:, 1:] == labels[:, :-1])).sum(dim=1)
-    possible = (_classes(labels, classes) & (labels != blank) | ~own).all(dim=1)
-    possible &= (own == (torch.arange(labels.shape[1], device=labels.device) < counts[:, None])).all(dim=1)
+    used = labels != IGNORED
+    counts = used.sum(dim=1)
+    repeats = (used[:, 1:] & (labels[:, 1:] == labels[:, :-1])).sum(dim=1)
+    possible = (_in_range(labels, classes) & (labels != blank) | ~used).all(dim=1)
+    possible &= (used == (torch.arange(labels.shape[1], device=labels.device) < counts[:, None])).all(dim=1)
     possible &= (counts + repeats <= input_lengths) & (input_lengths <= frames)
     if frames == 0:
         logits = F.pad(
             logits, (0, 0, 0, 1)
-        )  # torch's kernel takes no empty tensor; no length reaches this frame
-    # An impossible row becomes one that is harmless for any logits: no labels, all frames.
+        )  # torch's kernel rejects an empty tensor; no length includes this frame
+    # An impossible row is replaced by one that is valid for any logits: no labels, all frames.
     accumulate = logits.dtype if logits.dtype == torch.float64 else torch.float32
     logits = _Select.apply(logits, possible)
     losses = F.ctc_loss(
         logits.log_softmax(dim=-1, dtype=accumulate).transpose(0, 1),
-        labels.masked_fill(~own | ~possible[:, None], 0),
+        labels.masked_fill(~used | ~possible[:, None], 0),
         input_lengths.masked_fill(~possible, frames),
         counts.masked_fill(~possible, 0),
         blank=blank,
@@ -93,19 +93,19 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
 def cross_entropy_per_example(
     logits: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean"
 ) -> Tensor:
-    """−ln p(target), averaged or summed over an example's own positions; in nats.
+    """−ln p(target), averaged or summed over the positions of each example; in nats.
 
     Args:
-        logits: [B, *, V], classes last, any float type; log-probabilities are taken in float32 (float64 for float64).
-        targets: [B, *] int, 0 ≤ target < V, −100 where a position is not learnt.
+        logits: `[B, *, V]`, classes last, any float type; log-probabilities are taken in float32 (float64 for float64).
+        targets: `[B, *]` int, 0 ≤ target < V, or −100 at positions that do not count.
         reduction: "mean" or "sum" over the positions that are not −100. Nothing is reduced over the batch.
 
     Returns:
-        [B]; 0 for an example without targets. +inf with a gradient of exactly 0 where a target is no class.
+        [B]; 0 for an example without targets. +inf with a gradient of exactly 0 if a target is outside the classes.
 
     Raises:
-        TypeError: logits that are no floating-point tensor; targets that are no integers.
-        ValueError: shapes that do not fit, no classes, or another reduction.
+        TypeError: `logits` is not a floating-point tensor, or `targets` are not integers.
+        ValueError: the shapes do not fit, there are no classes, or another `reduction`.
     """
     _floating("cross_entropy_per_example", logits)
     targets = _integers("cross_entropy_per_example", "targets", targets)
@@ -118,8 +118,8 @@ def cross_entropy_per_example(
         raise ValueError(f"cross_entropy_per_example: reduction={reduction!r}: expected mean or sum")
     batch, classes = logits.shape[0], logits.shape[-1]
     flat = targets.reshape(batch, math.prod(targets.shape[1:]))
-    own = flat != IGNORED
-    possible = (_classes(flat, classes) | ~own).all(dim=1)
+    used = flat != IGNORED
+    possible = (_in_range(flat, classes) | ~used).all(dim=1)
     accumulate = logits.dtype if logits.dtype == torch.float64 else torch.float32
     nll = F.cross_entropy(
         _Select.apply(logits, possible).to(accumulate).reshape(-1, classes),
@@ -129,27 +129,27 @@ def cross_entropy_per_example(
     )
     losses = nll.view(flat.shape).sum(dim=1)
     if reduction == "mean":
-        losses = losses / own.sum(dim=1).clamp(min=1)
+        losses = losses / used.sum(dim=1).clamp(min=1)
     return _marked(losses, possible)
 
 
 class _Select(torch.autograd.Function):
-    """logits as they are; the gradient of an example that is not chosen is 0, also where it would be NaN."""
+    """Return the logits unchanged; the gradient of an example that is not selected is 0, even if it would be NaN."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, chosen: Tensor) -> Tensor:
-        ctx.save_for_backward(chosen)
+    def forward(ctx: Any, logits: Tensor, selected: Tensor) -> Tensor:
+        ctx.save_for_backward(selected)
         return logits.view_as(logits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (chosen,) = ctx.saved_tensors
-        return g.masked_fill(~chosen.view(-1, *[1] * (g.dim() - 1)), 0), None
+        (selected,) = ctx.saved_tensors
+        return g.masked_fill(~selected.view(-1, *[1] * (g.dim() - 1)), 0), None
 
 
-def _classes(indices: Tensor, classes: int) -> Tensor:
-    """Where an index is a class."""
+def _in_range(indices: Tensor, classes: int) -> Tensor:
+    """Whether each index is a class, 0 ≤ index < classes."""
     return (indices >= 0) & (indices < classes)
 
 
@@ -167,7 +167,7 @@ def _described(value: object) -> str:
 
 
 def _integers(function: str, name: str, tensor: Tensor) -> Tensor:
-    """int64: in a narrow type −100 and the number of classes would wrap around."""
+    """The tensor in int64: in a narrower dtype −100 and the number of classes would wrap around."""
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{function}: {name}: got {_described(tensor)}; expected a tensor of integers: torch.tensor({name})"

@@ -1,6 +1,6 @@
-"""Opacus's ghost clipping with this package's norm kernels: `dpkernels.opacus.register()`, and the loop stays as it is.
+"""Opacus's ghost clipping with this package's norm kernels: `dpkernels.opacus.register()`, with no change to the loop.
 
-Importing this does not import Opacus; `register` does. See `dpkernels.interop.opacus` and docs/opacus.md.
+The import of this module does not import Opacus; `register` does. See `dpkernels.interop.opacus` and docs/opacus.md.
 """
 
 from dpkernels.interop.opacus import Registration, register, unregister

@@ -1,1 +1,1 @@
-"""Rules for layers of other libraries. `dpkernels.swap` loads those whose library is already imported."""
+"""Rules for layers of other libraries. `dpkernels.swap` loads the rules of libraries that are imported already."""

@@ -1,10 +1,10 @@
-"""Opacus: norm samplers for its ghost clipping (`grad_sample_mode="ghost"`), made of this package's ops.
+"""Opacus: norm samplers for its ghost clipping (`grad_sample_mode="ghost"`) that call this package's ops.
 
-Opacus looks a layer's type up in a process-wide table each time its hooks run. A type found there gets its norms
-from the function in the table; any other trained layer gets per-sample gradients, from a hand-written function or
-from `torch.func`, whose norms are then taken. `register` puts functions of ours into that table. Norms are all that
-changes: the clip factors, the second backward that sums the clipped gradients, the noise and the accounting stay
-Opacus's. docs/opacus.md says what that means.
+Opacus looks a layer's type up in a process-wide table each time its hooks run. For a type in the table it calls the
+function there to get the norms. For any other trained layer it computes per-sample gradients, by a hand-written
+function or by `torch.func`, and takes their norms. `register` adds our functions to that table. Only the norms
+change: the clip factors, the second backward that sums the clipped gradients, the noise and the accounting stay
+Opacus's. docs/opacus.md explains the consequences.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _SLACK = 1.0 + 2.0**-40
 def _norm(square: Tensor) -> Tensor:
     """√square as float64, rounded up: [B] float32 upper bounds of squares to [B] upper bounds of norms.
 
-    float64, so that what Opacus makes of the norms is float64 too: the root of the sum of their squares and the
-    factor. The slack covers this root's rounding and that of Opacus's total over up to some 10⁴ parameters, whose
-    float64 sum of n squares is short by at most n·2⁻⁵³.
+    The norms are float64, so Opacus computes the root of the sum of their squares and the factor in float64, too. The
+    slack covers the rounding of this root and of Opacus's total over up to some 10⁴ parameters, whose float64 sum of n
+    squares is too small by at most n·2⁻⁵³.
     """
     return square.double().sqrt() * _SLACK
 
 
 def _samplers(weight: Callable[[Any, Tensor, Tensor], Tensor], channels_first: bool) -> Sampler:
-    """The sampler of a layer with a weight, whose squared norms `weight(layer, x, g)` gives, and perhaps a bias."""
+    """The sampler of a layer with an optional bias, and a weight whose squared norms are `weight(layer, x, g)`."""
 
     def sample(layer: Any, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-        found, bias = {}, getattr(layer, "bias", None)
+        norms, bias = {}, getattr(layer, "bias", None)
         with torch.no_grad(), no_autocast(backprops.device.type):
             if layer.weight is not None and layer.weight.requires_grad:
-                found[layer.weight] = _norm(weight(layer, activations[0], backprops))
+                norms[layer.weight] = _norm(weight(layer, activations[0], backprops))
             if bias is not None and bias.requires_grad:
                 rows = _channels_last(backprops) if channels_first else _rows(backprops, bias.dim())
-                found[bias] = _norm(ops.bias_norm_sq(rows))
-        return found
+                norms[bias] = _norm(ops.bias_norm_sq(rows))
+        return norms
 
     return sample
 
@@ -73,7 +73,7 @@ def _rows(t: Tensor, n: int) -> Tensor:
 
 
 def _linear(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    # g's dtype is the one that the layer computed in; under autocast its input may still be wider
+    # the layer computed in g's dtype; under autocast its input may be wider
     return ops.linear_norm_sq(as_tokens(x.to(g.dtype)), as_tokens(g))
 
 
@@ -81,8 +81,8 @@ def _embedding(layer: nn.Embedding, ids: Tensor, g: Tensor) -> Tensor:
     for name in ("max_norm", "scale_grad_by_freq"):
         if getattr(layer, name):
             raise NotImplementedError(
-                f"nn.Embedding: {name}={getattr(layer, name)} lets one example change what another's gradient is; "
-                "build it without, or freeze it"
+                f"nn.Embedding: with {name}={getattr(layer, name)} one example changes the gradient of another; "
+                "build the layer without it, or freeze it"
             )
     ids = ids.long().unsqueeze(1) if ids.dim() == 1 else ids.long().flatten(1)
     return ops.embedding_norm_sq(ids, as_tokens(g), padding_idx=layer.padding_idx)
@@ -94,7 +94,7 @@ def _conv(layer: nn.Conv1d | nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
 
 
 def _normalised(normalise: Callable[[Any, Tensor], Tensor], channels_first: bool) -> Sampler:
-    """The sampler of a layer y = x̂ ⊙ w + b; `normalise(layer, x)` gives x̂, in float32 for any narrower type."""
+    """The sampler of a layer y = x̂ ⊙ w + b; `normalise(layer, x)` returns x̂, in float32 for any narrower dtype."""
 
     def weight(layer: Any, x: Tensor, g: Tensor) -> Tensor:
         wide = accumulation_dtype(g)
@@ -121,10 +121,10 @@ SAMPLERS: Mapping[type[nn.Module], Sampler] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Registration:
-    """What one call of `register` installed; a context manager that takes it out again at the end.
+    """The norm samplers that one call of `register` installed; a context manager that removes them at its end.
 
     Attributes:
-        replaced: layer type -> what gave its norms before, in words; only what this call changed.
+        replaced: layer type -> description of the previous source of its norms; only for types that this call changed.
     """
 
     replaced: Mapping[type[nn.Module], str]
@@ -132,11 +132,12 @@ class Registration:
     _table: dict[type[nn.Module], Sampler]
 
     def unregister(self) -> None:
-        """Put back what was there; a sampler that someone registered over ours since then is left, with a warning."""
+        """Restore the previous samplers. A sampler that later replaced ours stays, with a warning."""
         for layer, before in self._before.items():
             if self._table.get(layer) is not SAMPLERS[layer]:
                 logger.warning(
-                    "dpkernels.opacus: the norm sampler of %s is not ours any more; left", layer.__name__
+                    "dpkernels.opacus: the norm sampler of %s is not from dpkernels any more; it stays",
+                    layer.__name__,
                 )
             elif before is None:
                 del self._table[layer]
@@ -153,65 +154,65 @@ class Registration:
 
     def __str__(self) -> str:
         lines = [f"{layer.__name__}: instead of {before}" for layer, before in self.replaced.items()]
-        return "\n".join(lines) or "nothing: dpkernels' norm samplers were registered already"
+        return "\n".join(lines) or "no change: dpkernels' norm samplers were registered already"
 
 
 _registrations: list[Registration] = []
 
 
 def register(layers: Iterable[type[nn.Module]] | None = None) -> Registration:
-    """Have Opacus's ghost clipping take its per-sample norms from this package's ops, in this process, from now on.
+    """Make Opacus's ghost clipping compute its per-sample norms with this package's ops, in this process.
 
-    Of a layer with weight W and bias b, for sample i with input x_i [T,d] and output gradient g_i [T,p] as Opacus
-    hands them over (a mean loss's already multiplied by B):
+    For a layer with weight W and bias b, and sample i with input x_i [T,d] and output gradient g_i [T,p] as Opacus
+    passes them (for a mean loss g_i is already multiplied by B):
 
         nn.Linear     ‖Σ_t g_it x_itᵀ‖, ‖Σ_t g_it‖      `ops.linear_norm_sq`, `ops.bias_norm_sq`
         nn.Embedding  (Σ_v ‖Σ_{t: ids_it = v} g_it‖²)^½   `ops.embedding_norm_sq`; padding_idx counts 0
         nn.Conv1d, nn.Conv2d: depthwise conv1d `ops.depthwise_conv1d_norm_sq`, others a linear layer on windows
         nn.LayerNorm, nn.RMSNorm, nn.GroupNorm  ‖Σ_t x̂_it ⊙ g_it‖, ‖Σ_t g_it‖   `ops.layer_norm_norm_sq`
 
-    Each is [B] float64, in units of the gradient, and not below the exact norm for the x and g (x̂ in float32) given;
-    the one exception is a depthwise convolution with more than one filter a channel, or of images, whose gradients
+    Each is [B] float64, in units of the gradient, and at least the exact norm for the given x and g (x̂ in float32).
+    The only exception is a depthwise convolution with more than one filter per channel, or of images: its gradients
     are materialised in float32. dtypes: bfloat16, float16, float32, float64; inputs of any number of dimensions with
-    the batch first, or second under `batch_first=False`. Models made private before or after this call are served
-    alike. A second call changes nothing.
+    the batch first, or second under `batch_first=False`. The call affects models made private before and after it. A
+    second call changes nothing.
 
     Args:
-        layers: types among SAMPLERS to serve; None: all. A layer that is called twice in a forward is refused by
-            Opacus where its type has a norm sampler, so leave out nn.LayerNorm and such where one is reused.
+        layers: types among SAMPLERS; None: all. Opacus refuses a layer that is called twice in a forward if its type
+            has a norm sampler, so leave out the types of reused layers, such as nn.LayerNorm.
 
     Returns:
-        The registration: `print` it to see what was replaced, `unregister()` or leave its `with` block to undo it.
+        The registration: `print` it to see the replaced samplers, `unregister()` or leave its `with` block to undo it.
 
     Raises:
         ImportError: Opacus is not installed.
-        ValueError: a type that this package has no sampler for.
-        RuntimeError: this Opacus keeps its norm samplers in another way.
-        NotImplementedError: at the backward, an nn.Embedding with max_norm or scale_grad_by_freq.
+        ValueError: this package has no sampler for one of the types.
+        RuntimeError: this version of Opacus stores its norm samplers in another way.
+        NotImplementedError: in the backward of an nn.Embedding with max_norm or scale_grad_by_freq.
 
     Source: Opacus's `register_norm_sampler`; Li et al. 2021, arXiv:2110.05679 (ghost clipping).
     """
-    wanted = list(SAMPLERS) if layers is None else list(layers)
-    for layer in wanted:
+    types = list(SAMPLERS) if layers is None else list(layers)
+    for layer in types:
         if layer not in SAMPLERS:
-            known = ", ".join(one.__name__ for one in SAMPLERS)
-            raise ValueError(f"layers: given {layer}; there are samplers for exactly {known}")
+            known = ", ".join(kind.__name__ for kind in SAMPLERS)
+            raise ValueError(f"register: layers: given {layer}; there are samplers for exactly {known}")
     table, gradients = _tables()
-    before = {layer: table.get(layer) for layer in wanted if table.get(layer) is not SAMPLERS[layer]}
-    replaced = {layer: _in_words(sampler, gradients.get(layer)) for layer, sampler in before.items()}
+    before = {layer: table.get(layer) for layer in types if table.get(layer) is not SAMPLERS[layer]}
+    replaced = {layer: _description(sampler, gradients.get(layer)) for layer, sampler in before.items()}
     table.update({layer: SAMPLERS[layer] for layer in before})
-    made = Registration(MappingProxyType(replaced), MappingProxyType(before), table)
-    _registrations.append(made)
-    return made
+    registration = Registration(MappingProxyType(replaced), MappingProxyType(before), table)
+    _registrations.append(registration)
+    return registration
 
 
 def unregister() -> None:
-    """Undo every `register` of this process, the last first; without one it does nothing."""
-    for made in reversed(list(_registrations)):
-        made.unregister()
+    """Undo every `register` of this process, the last one first; does nothing without one."""
+    for registration in reversed(list(_registrations)):
+        registration.unregister()
 
 
-def _in_words(norms: Sampler | None, gradients: Sampler | None) -> str:
+def _description(norms: Sampler | None, gradients: Sampler | None) -> str:
     if norms is not None:
         return f"the norms of {norms.__module__}.{norms.__qualname__}"
     if gradients is not None:
@@ -220,7 +221,7 @@ def _in_words(norms: Sampler | None, gradients: Sampler | None) -> str:
 
 
 def _tables() -> tuple[dict[type[nn.Module], Sampler], Mapping[type[nn.Module], Sampler]]:
-    """Opacus's norm samplers (the table itself) and grad samplers."""
+    """Opacus's norm samplers (the table itself) and its grad samplers."""
     try:
         opacus = importlib.import_module("opacus")
     except ModuleNotFoundError as error:

@@ -1,9 +1,9 @@
 """PEFT: GhostPeftLoRALinear, PEFT's own LoRA layer with a private path, and the registration of all PEFT methods.
 
 It is a subclass of `peft.tuners.lora.Linear`, so saving, loading, merging, disabling and switching adapters
-are PEFT's. PEFT's adapters are themselves nn.Linear (or convolutions) and are swapped like any other: that
-alone is exact, and serves what the fused path does not (several active adapters, lora_bias, Conv1D bases,
-LoRA on convolutions).
+are PEFT's. PEFT's adapters are themselves nn.Linear (or convolutions), and `swap` converts them like any other. That
+alone is exact, and covers the cases without a fused path (several active adapters, lora_bias, Conv1D bases, LoRA on
+convolutions).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from dpkernels.nn.layers.lora import ghost_lora
 
 
 class GhostPeftLoRALinear(GhostModule, LoraLinear):
-    """`peft.tuners.lora.Linear` with the private path of `dpkernels.nn.layers.lora`: made by `swap`.
+    """`peft.tuners.lora.Linear` with the private path of `dpkernels.nn.layers.lora`; `swap` creates it.
 
-    No `dpkernels.GhostLoRALinear`, though it computes the same: that is an nn.Linear with one adapter, its `lora_A` a
-    parameter and its `scaling` a number, where PEFT has one of each for every adapter, by name, around a `base_layer`.
-    Code written for either would misread the other. Common to both is GhostModule.
+    It is no `dpkernels.GhostLoRALinear`, though it computes the same. That is an nn.Linear with one adapter: its
+    `lora_A` is a parameter and its `scaling` a number. PEFT has one of each for every adapter, by name, around a
+    `base_layer`. Code written for either would misread the other. Both are GhostModules.
 
-    The fused path is taken for one active, unmerged, plain (or rank-stabilised) adapter over an nn.Linear;
-    any other state runs PEFT's own forward over the swapped inner layers.
+    One active, unmerged, plain (or rank-stabilised) adapter over an nn.Linear takes the fused path.
+    Any other state runs PEFT's own forward over the swapped inner layers.
     """
 
     ghost_covers = ()
@@ -51,42 +51,43 @@ class GhostPeftLoRALinear(GhostModule, LoraLinear):
         if not self._ghost_active(weight, bias, a, b):
             return super().forward(x)
         dropped = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-        # PEFT casts before it drops.
+        # PEFT casts before dropout.
         adapter_input = dropout(self._cast_input_dtype(x, a.dtype)) if dropped else None
         return ghost_lora(self, x, adapter_input, weight, bias, a, b, scaling)
 
     def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
-        """Of A and B, where the fused path would be taken now."""
-        found = self._fusable()
-        return {} if found is None else dict.fromkeys((found[1].weight, found[2].weight), "LoRA: ghost norm")
+        """The rule of A and B, if the fused path applies now."""
+        parts = self._fusable_parts()
+        return {} if parts is None else dict.fromkeys((parts[1].weight, parts[2].weight), "LoRA: ghost norm")
 
     def _fused(self) -> tuple[Any, Any, Any, Any, float] | None:
-        """Base, A, B, dropout and scaling of the one adapter that the fused path may serve now, or None.
+        """Base, A, B, dropout and scaling of the adapter for which the fused path applies now, or None.
 
-        Asked in every forward: adapters are switched, and hooks added, between one and the next.
+        Called in every forward, since adapters can be switched and hooks added between forwards.
         """
-        return None if self.ghost_tape is None else self._fusable()
+        return None if self.ghost_tape is None else self._fusable_parts()
 
-    def _fusable(self) -> tuple[Any, Any, Any, Any, float] | None:
+    def _fusable_parts(self) -> tuple[Any, Any, Any, Any, float] | None:
         if self.disable_adapters or self.merged:
             return None
-        # Not by attribute: nn.Module finds its modules last of all, at a microsecond each.
-        own: Any = self._modules
-        active = [name for name in self.active_adapters if name in own["lora_A"]._modules]
+        # Not by attribute: nn.Module looks its modules up last, which takes a microsecond each.
+        children: Any = self._modules
+        active = [name for name in self.active_adapters if name in children["lora_A"]._modules]
         if len(active) != 1 or active[0] in self.lora_variant or not self.cast_input_dtype_enabled:
             return None
         (name,) = active
-        base, a, b, dropout = own["base_layer"], *(own[key]._modules[name] for key in _OF_AN_ADAPTER)
+        adapter = (children[key]._modules[name] for key in _ADAPTER_PARTS)
+        base, a, b, dropout = children["base_layer"], *adapter
         plain = _is_plain(base) and _is_plain(a) and _is_plain(b) and b.bias is None
         known = isinstance(dropout, nn.Dropout | nn.Identity)
         return (base, a, b, dropout, self.scaling[name]) if plain and known else None
 
 
-_OF_AN_ADAPTER = ("lora_A", "lora_B", "lora_dropout")
+_ADAPTER_PARTS = ("lora_A", "lora_B", "lora_dropout")
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether it is a linear layer without hooks: they only run when it is called, which the fused path does not do."""
+    """Whether it is a linear layer without hooks: the fused path does not call the layer, so hooks would not run."""
     if type(layer) not in (nn.Linear, GhostLinear):
         return False
     return not (
@@ -124,7 +125,7 @@ _DORA: dict[type, type[nn.Module]] = {}
 
 
 def register() -> None:
-    """Make PEFT's layers known to `dpkernels.swap` and `dpkernels.nn.uncovered`."""
+    """Register the rules and refusals for PEFT's layers with `dpkernels.swap` and `dpkernels.nn.uncovered`."""
     register_swap(LoraLinear, GhostPeftLoRALinear)
     register_swap(LoraEmbedding, GhostPeftLoRAEmbedding)
     for dictionary in ("lora_embedding_A", "lora_embedding_B"):

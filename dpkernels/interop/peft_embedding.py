@@ -1,4 +1,4 @@
-"""PEFT's adapters of embeddings: LoRA, and trainable tokens. Both are lookups, whose records are an embedding's."""
+"""PEFT's adapters of embeddings: LoRA and trainable tokens. Both are lookups, and record as embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpkernels.nn.layers.linear import ghost_linear
 class GhostPeftLoRAEmbedding(GhostModule, LoraEmbedding):
     """`peft.tuners.lora.Embedding`: y = W[ids] + s·A[:, ids]ᵀ Bᵀ with A [r,V] and B [d,r].
 
-    Of A the columns' ids and the gradient of A[:, ids] are recorded, as of any embedding, and B as a linear layer.
+    A is recorded as an embedding, by the ids of its columns and the gradient of A[:, ids], and B as a linear layer.
     """
 
     ghost_covers = ()
@@ -34,7 +34,7 @@ class GhostPeftLoRAEmbedding(GhostModule, LoraEmbedding):
             return super().forward(x, *args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:
             raise NotImplementedError(
-                f"{self.ghost_label()}: adapter_names mixes adapters within a batch, which has no norm rule; use "
+                f"{self.ghost_label()!r}: adapter_names mixes adapters within a batch, which has no norm rule; use "
                 "set_adapter"
             )
         result = self.base_layer(x, *args, **kwargs)
@@ -52,7 +52,7 @@ class GhostPeftLoRAEmbedding(GhostModule, LoraEmbedding):
     def _up(self, low: Any, b: nn.Parameter) -> Any:
         if not b.requires_grad:
             return F.linear(low, b)
-        if isinstance(low, SharedTensor):  # ids without a batch: so is what was looked up
+        if isinstance(low, SharedTensor):  # the ids have no batch, so the looked-up rows have none either
             assert self.ghost_tape is not None
             return SharedTensor(
                 ghost_linear(self, low.rows, b, None), self.ghost_label(), self.ghost_tape.axes
@@ -60,13 +60,13 @@ class GhostPeftLoRAEmbedding(GhostModule, LoraEmbedding):
         return ghost_linear(self, low, b, None)
 
     def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
-        """Of A and B."""
+        """The rule of A and B."""
         held = [*self.lora_embedding_A.values(), *self.lora_embedding_B.values()]
         return dict.fromkeys(held, "LoRA on an embedding: ghost norm")
 
 
 class GhostPeftTrainableTokens(GhostModule, TrainableTokensLayer):
-    """`peft.tuners.trainable_tokens`: some rows of a frozen table, trained: a lookup in the table of these rows."""
+    """`peft.tuners.trainable_tokens`: trains some rows of a frozen table, as a lookup in a table of these rows."""
 
     ghost_covers = ()
     ghost_asks_axes = True
@@ -87,7 +87,7 @@ class GhostPeftTrainableTokens(GhostModule, TrainableTokensLayer):
             place = places[x]
             trained = (place >= 0).unsqueeze(-1)
             padding = tokens.index(base.padding_idx) if base.padding_idx in tokens else None
-            # The ids that are not trained look up row 0: what comes is not used, so its gradient is zero.
+            # Ids that are not trained look up row 0. The result is not used, so its gradient is zero.
             looked_up = (
                 ghost_embedding(self, place.clamp(min=0), rows, padding)
                 if rows.requires_grad
@@ -97,5 +97,5 @@ class GhostPeftTrainableTokens(GhostModule, TrainableTokensLayer):
         return result if scale is None else result * scale.to(result.dtype)
 
     def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
-        """Of the trained rows."""
+        """The rule of the trained rows."""
         return dict.fromkeys(self.trainable_tokens_delta.values(), "trainable tokens: ghost norm")

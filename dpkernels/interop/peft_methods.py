@@ -1,4 +1,4 @@
-"""Which of PEFT's methods have a norm rule, and why the others have none. docs/peft.md is the table for users."""
+"""PEFT's methods that have a norm rule, and the reasons why the others have none. docs/peft.md has the user's table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "road": (("Linear",), ("road_theta", "road_alpha")),
     "beft": (("Linear",), ("beft_bias",)),
 }
-# package -> classes that work as they are: their parameters are those of layers that have rules
+# package -> classes that need no rule: their parameters belong to layers that have rules
 PLAIN: dict[str, tuple[str, ...]] = {
     "ln_tuning": ("LNTuningLayer",),
     "oft": ("Linear", "OFTRotationModule", "MultiplicativeDropoutLayer"),
@@ -32,52 +32,53 @@ PLAIN: dict[str, tuple[str, ...]] = {
 }
 DORA = ("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant")
 
-_WHOLE = (
-    "its update is made of a whole weight matrix, of which a per-sample gradient is as large as the weight"
+_FULL_SIZE = (
+    "its update is computed from a whole weight matrix, so a per-sample gradient is as large as the weight"
 )
 REASONS: dict[str, str] = {
-    "adalora": "it chooses ranks by gradients that are not private, and its loss has a term that no example owns",
-    "adaption_prompt": "it reads the attention's projections past their layers",
-    "boft": _WHOLE,
-    "cpt": "its loss and its projection after each step are the whole batch's",
-    "hra": _WHOLE,
-    "loha": _WHOLE,
-    "lokr": _WHOLE,
-    "multitask_prompt_tuning": "its rank-one factors are read as parameters of one task for each example",
-    "poly": "its router mixes adapters by parameters of one task for each example",
+    "adalora": "it chooses ranks by gradients that are not private, and its loss has a term outside of the examples",
+    "adaption_prompt": "it reads the weights of the attention's projections without calling the layers",
+    "boft": _FULL_SIZE,
+    "cpt": "its loss, and its projection after each step, depend on the whole batch",
+    "hra": _FULL_SIZE,
+    "loha": _FULL_SIZE,
+    "lokr": _FULL_SIZE,
+    "multitask_prompt_tuning": "it selects its rank-one factors for each example by a task",
+    "poly": "its router mixes adapters by the parameters of a task, which it selects for each example",
     "xlora": "its classifier scales adapters through hooks, in a second forward of the model",
 }
 
 
 def peft_class(package: str, name: str) -> Any:
-    """`name` of peft.tuners.<package>, None where this version of PEFT has none."""
+    """The class `name` of peft.tuners.<package>; None if this version of PEFT does not have it."""
     for module in (f"peft.tuners.{package}.layer", f"peft.tuners.{package}.model"):
         try:
-            found = getattr(importlib.import_module(module), name, None)
+            layer_class = getattr(importlib.import_module(module), name, None)
         except ImportError:
             continue
-        if found is not None:
-            return found
+        if layer_class is not None:
+            return layer_class
     return None
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why nothing below this layer of PEFT's can be trained privately, with the fix; None where it can be."""
-    own = original_class(module)
-    parts = own.__module__.split(".")
+    """Why no parameter below this PEFT layer can be trained privately, with the fix; None if they can be."""
+    layer_class = original_class(module)
+    parts = layer_class.__module__.split(".")
     if parts[:2] != ["peft", "tuners"] or len(parts) < 4:
         return None
     package = parts[2]
     if package == "lora":
         return _lora_refusal(module) if isinstance(module, LoraLayer) else None
     if isinstance(module, BaseTuner) and package != "xlora":
-        return None  # around the whole model
+        return None  # it wraps the whole model
     known = PLAIN.get(package, ()) + SHARED.get(package, ((), ()))[0]
-    if own.__name__ not in known:
+    if layer_class.__name__ not in known:
         if not any(p.requires_grad for p in module.parameters()):
             return None
-        reason = REASONS.get(package, "no rule is written for how it uses its parameters")
-        return f"PEFT's {own.__name__} ({package}) has no norm rule: {reason}; use LoRA, DoRA or (IA)³, or freeze it"
+        reason = REASONS.get(package, "no rule is written for its use of its parameters")
+        name = f"{layer_class.__name__} ({package})"
+        return f"PEFT's {name} has no norm rule: {reason}; use LoRA, DoRA or (IA)³, or freeze it"
     return _tokens_refusal(module) if isinstance(module, TrainableTokensLayer) else None
 
 
@@ -101,15 +102,15 @@ def _lora_refusal(module: Any) -> str | None:
 
 
 def _option_refusal(base: nn.Embedding) -> str | None:
-    """PEFT looks its adapters up with the embedding's own options."""
+    """Refuse options of the base embedding, since PEFT looks its adapters up with the same options."""
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(base, option):
-            return f"{option}={getattr(base, option)} has no norm rule; build the embedding without, or freeze it"
+            return f"{option}={getattr(base, option)} has no norm rule; build the embedding without it, or freeze it"
     return None
 
 
-def _base_refusal(module: Any, what: str) -> str | None:
-    """Methods that read the base layer's parameters themselves, past its rule, need them frozen."""
+def _base_refusal(module: Any, method: str) -> str | None:
+    """Refuse trained parameters of the base layer if `method` reads them itself, without the layer's rule."""
     if any(p.requires_grad for p in module.get_base_layer().parameters()):
-        return f'{what} reads the base layer past its rule, so that it has to be frozen: bias="none", no training of it'
+        return f'{method} reads the base layer without its rule; freeze the base layer (bias="none", no training of it)'
     return None

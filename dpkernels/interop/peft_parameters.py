@@ -1,8 +1,8 @@
-"""PEFT keeps adapters' raw parameters in a ParameterDict that the layer around it reads. These are covered in two ways:
+"""PEFT keeps adapters' raw parameters in a ParameterDict that its parent layer reads. They are covered in two ways:
 
-- *shared*: while the layer computes, it reads SharedTensors, and PEFT's own arithmetic does the rest. Per-sample
+- *shared*: during its forward the layer reads SharedTensors, and runs PEFT's own arithmetic on them. Per-sample
   gradients are kept, so this is for vectors: (IA)³, VeRA, RoAd, BEFT, and DoRA's magnitudes.
-- by a rule of the layer's own, which knows what the parameter is: see `peft_embedding`.
+- by a rule of the parent layer for the parameter: see `peft_embedding`.
 """
 
 from __future__ import annotations
@@ -19,36 +19,33 @@ from dpkernels.nn.layers.expanded import SharedParameters
 
 
 class GhostParameterDict(GhostModule, nn.ParameterDict):
-    """nn.ParameterDict whose parameters the layer around it records by a rule of its own."""
+    """nn.ParameterDict with parameters that its parent layer records by its own rule."""
 
     ghost_asks_axes = True
 
     @property
     def ghost_covers(self) -> tuple[str, ...]:  # type: ignore[override]
-        """All that it holds: adapters come and go."""
+        """All current parameters: adapters can be added and removed."""
         return tuple(self._parameters)
 
 
 class SharingModule(GhostModule):
-    """Mixin: within `shared()` its own parameters are read as SharedTensors, where they are trained privately."""
+    """Mixin: within `shared()` the module reads its privately trained parameters as SharedTensors."""
 
     ghost_asks_axes = True
     _ghost_substitutes: SharedParameters | None = None
 
     def ghost_refusal(self) -> str | None:
-        """Parameters whose per-sample gradients would take too much memory."""
+        """Refuse parameters whose per-sample gradients would take too much memory."""
         assert isinstance(self, nn.Module)
         most = max((p.numel() for p in self.parameters(recurse=False) if p.requires_grad), default=0)
         if most > EXPANSION_LIMIT:
-            return (
-                f"its {most:,} elements are more than the {EXPANSION_LIMIT:,} of which per-sample gradients are kept; "
-                "freeze it"
-            )
+            return f"its {most:,} elements exceed the limit of {EXPANSION_LIMIT:,} for per-sample gradients; freeze it"
         return None
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Raises RuntimeError where the model's forward got no tensor that tells the batch size."""
+        """Replace the trained parameters within this context. Raises RuntimeError if the batch size is unknown."""
         assert isinstance(self, nn.Module)
         trained = {name: p for name, p in self._parameters.items() if p is not None and p.requires_grad}
         if not trained or not self._ghost_records():
@@ -58,7 +55,7 @@ class SharingModule(GhostModule):
         assert tape is not None
         if tape.examples is None:
             raise RuntimeError(
-                f"{label}: the model's forward got no tensor, so the batch size is not known and the per-sample "
+                f"{label!r}: the model's forward got no tensor, so the batch size is unknown and the per-sample "
                 "gradients of its trained parameters cannot be kept; call the model itself, with a tensor whose first "
                 "dimension is the batch, or freeze them"
             )
@@ -71,15 +68,15 @@ class SharingModule(GhostModule):
 
 
 class SharedParameterDict(SharingModule, GhostParameterDict):
-    """nn.ParameterDict whose parameters the layer around it reads as SharedTensors."""
+    """nn.ParameterDict with parameters that its parent layer reads as SharedTensors."""
 
     @property
     def ghost_forms(self) -> tuple[str, ...]:  # type: ignore[override]
-        """All that it holds."""
+        """All current parameters."""
         return tuple(self._parameters)
 
     def __getitem__(self, key: str) -> Any:
-        """The parameter, or what stands for it."""
+        """The parameter, or the SharedTensor that represents it."""
         substitutes, name = self._ghost_substitutes, self._key_to_attr(key)
         if substitutes is not None and name in substitutes:
             return substitutes[name]
@@ -99,7 +96,7 @@ class SharedPeftLayer(GhostModule):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
-        """Of the dictionaries' parameters, under the method's name."""
+        """The rules of the dictionaries' parameters, with the name of the method."""
         method = type(self).__module__.split(".")[-1]
         return {
             parameter: f"PEFT's {method}: per-sample gradient (B × {parameter.numel():,} entries)"
@@ -115,15 +112,15 @@ class SharedPeftLayer(GhostModule):
 class GhostDora(SharingModule):
     """Mixin of PEFT's DoRA layers, which hold the magnitudes m: y = m/‖W + sBA‖ · (W x + sBA x) + b.
 
-    PEFT takes the norm for a constant, as the paper does, so that the gradients of A, B and m are those of two linear
-    layers and of a vector. W and b are read past the base layer: they have to be frozen.
+    PEFT treats the norm as a constant, as the paper does, so the gradients of A, B and m are those of two linear
+    layers and of a vector. PEFT reads W and b without calling the base layer, so they must be frozen.
     """
 
     ghost_covers = ghost_forms = ("weight",)
 
     @property
     def weight(self) -> Any:
-        """The magnitudes, or what stands for them."""
+        """The magnitudes, or the SharedTensor that represents them."""
         assert isinstance(self, nn.Module)
         return (
             self._parameters["weight"]
@@ -138,7 +135,7 @@ class GhostDora(SharingModule):
             return result
 
     def get_lora_weight(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's, for the norm alone: nothing is recorded of it."""
+        """As PEFT's, but without gradients: it is used for the constant norm only, and not recorded."""
         with torch.no_grad():
             weight: Tensor = super().get_lora_weight(*args, **kwargs)  # type: ignore[misc]
             return weight

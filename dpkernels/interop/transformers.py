@@ -1,7 +1,7 @@
-"""transformers: the layers whose class or use is its own.
+"""transformers: rules for its own layer classes, and for torch layers that it uses in a special way.
 
-Every rule is registered when the modelling file that defines the layer is already imported; nothing is
-imported for its sake.
+A rule is registered only if the modelling file that defines the layer is imported already; this module imports no
+modelling file.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ class GhostConv1D(GhostModule, Conv1D):
 
 
 class RelativeKeys:
-    """Wav2Vec2-BERT's distance embeddings, table[ids] with ids [L,R] and so without a batch, before they
-    are looked up.
+    """Represents Wav2Vec2-BERT's distance embeddings, table[ids] with ids [L,R] and so without a batch.
 
-    They are only ever multiplied with the queries: einsum("bhld,lrd->bhlr", query, table[ids]). That is a
-    linear layer, query · tableᵀ, whose output is then gathered at ids: the batch is in it, and it costs R/n
-    times less (n rows). Anything else raises NotImplementedError.
+    The model only multiplies them with the queries: einsum("bhld,lrd->bhlr", query, table[ids]). This equals a
+    linear layer, query · tableᵀ, followed by a gather at ids. The linear layer carries the batch, and costs R/n
+    times less (n rows). Any other use raises NotImplementedError.
     """
 
     _EQUATION = "bhld,lrd->bhlr"
@@ -43,18 +42,20 @@ class RelativeKeys:
         self._layer, self._ids = layer, ids
 
     def to(self, *args: Any, **kwargs: Any) -> RelativeKeys:
-        """A cast to the queries' dtype, which the product does anyway."""
+        """Return self: the product casts to the queries' dtype anyway."""
         return self
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Tensor:
-        """torch.einsum with the one equation."""
+        """Compute torch.einsum for the one equation; raise NotImplementedError for any other function."""
         if func is torch.einsum and len(args) == 3 and args[0] == cls._EQUATION and isinstance(args[2], cls):
             return args[2]._times(args[1])
         use = getattr(func, "__name__", func)
-        raise NotImplementedError(f"distance_embedding: {use} of relative keys has no norm rule; freeze it")
+        raise NotImplementedError(
+            f"distance_embedding: {use} of relative keys has no norm rule; freeze distance_embedding"
+        )
 
     def _times(self, query: Tensor) -> Tensor:
         batch, heads, length, size = query.shape
@@ -71,7 +72,7 @@ class GhostRelativeKeys(GhostModule, nn.Embedding):
     ghost_covers = ("weight",)
 
     def forward(self, input: Tensor) -> Any:
-        """ids [L,R] -> table[ids] [L,R,d], or privately the RelativeKeys that stand for it."""
+        """ids [L,R] -> table[ids] [L,R,d], or privately the RelativeKeys that represent it."""
         if not self._ghost_active(self.weight):
             return super().forward(input)
         return RelativeKeys(self, input)
@@ -79,7 +80,7 @@ class GhostRelativeKeys(GhostModule, nn.Embedding):
 
 def _whisper_positions(original: type[nn.Module]) -> type[nn.Module]:
     class GhostWhisperPositionalEmbedding(GhostModule, original):  # type: ignore[valid-type,misc]
-        """Whisper's learnt decoder positions, which read rows of their table without a layer."""
+        """Whisper's trained decoder positions, which read rows of their table without a layer."""
 
         ghost_covers = ("weight",)
 
@@ -90,7 +91,7 @@ def _whisper_positions(original: type[nn.Module]) -> type[nn.Module]:
             position_ids: Tensor | None = None,
             past_key_values_length: int | None = None,
         ) -> Tensor:
-            """As Whisper's, but [B,T,d] also where Whisper's is [T,d].
+            """As Whisper's, but returns [B,T,d] even if Whisper's returns [T,d].
 
             `cache_length` was called past_key_values_length until transformers 5.24.
             """
@@ -106,20 +107,20 @@ def _whisper_positions(original: type[nn.Module]) -> type[nn.Module]:
     return GhostWhisperPositionalEmbedding
 
 
-_done: set[str] = set()
+_registered: set[str] = set()
 
 
 def register() -> None:
-    """Make the layers of the modelling files imported so far known to `dpkernels.swap`."""
+    """Register the rules for layers of the modelling files imported so far."""
     register_swap(Conv1D, GhostConv1D)
     for name in ("whisper", "wav2vec2_bert"):
         modelling = sys.modules.get(f"transformers.models.{name}.modeling_{name}")
-        if modelling is None or name in _done:
+        if modelling is None or name in _registered:
             continue
-        _done.add(name)
+        _registered.add(name)
         if name == "whisper":
-            own = modelling.WhisperPositionalEmbedding
-            register_swap(own, _whisper_positions(own))
+            positions = modelling.WhisperPositionalEmbedding
+            register_swap(positions, _whisper_positions(positions))
         if name == "wav2vec2_bert":
             attention = modelling.Wav2Vec2BertSelfAttention
             register_child_swap(attention, "distance_embedding", nn.Embedding, GhostRelativeKeys)

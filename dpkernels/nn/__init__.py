@@ -1,4 +1,4 @@
-"""Ghost layers: torch's layers that record what ghost clipping needs, and what makes a model of them."""
+"""Ghost layers: torch's layers that record the tensors for ghost clipping, and the conversion of models to them."""
 
 import warnings as _warnings
 from typing import Any as _Any

@@ -1,8 +1,8 @@
-"""Copies of a private model, by copy.deepcopy, pickle or torch.save: ordinary models, without a tape or a hook of ours.
+"""Copies of a private model (copy.deepcopy, pickle, torch.save) are ordinary models, without our tape and hooks.
 
-`swap` and `attach` change a module's class in place, and a class that is made at run time has no name under which
-pickle would find it. A module that holds a tape, or is of such a class, is copied as the class that it had before: what
-torch.save writes of a private model loads where this package is not installed. `swap` makes ghost layers of it again.
+`swap` and `attach` change a module's class in place, and pickle cannot find a class that is created at run time by its
+name. A module that holds a tape, or has such a class, is copied as the class that it had before. So torch.save of a
+private model writes a file that loads without this package, and `swap` turns the loaded model into ghost layers again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-# ghost class -> the class that it was made of
+# ghost class -> the original class
 ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
 
 HANDLES = "_ghost_root_hooks"
@@ -34,13 +34,13 @@ _HOOKS = (
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before `swap` and `attach`; its own where they did not change it."""
+    """The class that a module had before `swap` and `attach`; its current class if they did not change it."""
     return ORIGINALS.get(type(module), type(module))
 
 
 def ordinary(module: nn.Module, reduced: Any) -> Any:
-    """What `module.__reduce_ex__` said, `reduced`, for the ordinary module: its state without what `attach` put there,
-    and its class before `swap` where it holds a tape or its class has no name to be found by."""
+    """`reduced`, the result of `module.__reduce_ex__`, changed to describe the ordinary module: its state without the
+    attributes of `attach`, and its class before `swap` if it holds a tape or pickle cannot find its class by name."""
     if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
         return reduced
     make, arguments, state, *rest = reduced
@@ -48,7 +48,7 @@ def ordinary(module: nn.Module, reduced: Any) -> Any:
     if state.get("ghost_tape") is not None or not _found_by_name(ghost):
         original = ORIGINALS.get(ghost, ghost)
         if original is not ghost and make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            # pickle lets that make nothing but the object's own class
+            # pickle accepts __newobj__ only with the object's own class
             make, arguments = copyreg._reconstructor, (ghost, object, None)  # type: ignore[attr-defined]
         arguments = tuple(original if argument is ghost else argument for argument in arguments)
     kept = {name: value for name, value in state.items() if not _is_ours(name)}
@@ -60,7 +60,7 @@ def ordinary(module: nn.Module, reduced: Any) -> Any:
 
 
 def reduce_root(model: nn.Module, protocol: Any = pickle.DEFAULT_PROTOCOL) -> Any:
-    """`__reduce_ex__` of an attached model, whatever its class: instances are asked before classes."""
+    """`__reduce_ex__` of an attached model of any class: the instance's attribute takes precedence over the class's."""
     return ordinary(model, type(model).__reduce_ex__(model, protocol))
 
 
@@ -69,7 +69,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _found_by_name(kind: type[nn.Module]) -> bool:
-    """Whether pickle finds this very class under its name."""
+    """Whether pickle finds this class, and no other, under its name."""
     try:
         return attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind
     except (KeyError, AttributeError):

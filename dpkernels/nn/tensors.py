@@ -1,4 +1,4 @@
-"""Dtypes and shapes of what layers are given: autocast's dtype, the dtype of sums, and [B,T,n] of any shape."""
+"""Dtypes and shapes of layers' inputs: autocast's dtype, the dtype of sums, and any shape as [B,T,n]."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast would cast x for a matrix product, or None when it would not."""
+    """The dtype to which autocast would cast x for a matrix product, or None if it would not cast x."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype is torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
 
 
-_AS_IT_IS = nullcontext()
+_NO_CHANGE = nullcontext()
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off: inside, every dtype is already chosen."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IT_IS
+    """Disable autocast within the context, where the code chooses every dtype itself."""
+    return (
+        torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NO_CHANGE
+    )
 
 
 @overload
@@ -35,22 +37,22 @@ def maybe_cast(tensor: None, dtype: torch.dtype | None) -> None: ...
 @overload
 def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None: ...
 def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """`tensor` in `dtype`; None stays None, and a None dtype means: as it is.
+    """`tensor` in `dtype`; a None tensor stays None, and a None dtype means no cast.
 
-    Explicitly rather than through autocast's own cache: a cast made without gradients would be handed by that
-    cache to a later ordinary use of the same weight, which would then get no gradient and say nothing.
+    The cast bypasses autocast's cache. That cache would return a cast without gradients to a later ordinary use of the
+    same weight, which would then silently get no gradient.
     """
-    # `to` would hand back the tensor itself, at five times the cost of asking: a step asks a thousand times.
+    # `to` also returns the tensor itself, at five times the cost of this check, which a step makes a thousand times.
     return tensor if tensor is None or dtype is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 def not_a_view(y: Tensor) -> Tensor:
-    """`y` without the mark of a view: autograd refuses `y *= mask` on a custom function's view."""
+    """`y` without autograd's view flag: autograd refuses `y *= mask` on a view that a custom function returns."""
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def as_tokens(t: Tensor) -> Tensor:
-    """[B,*,n] -> [B,T,n]; [B,n] is T = 1; a lone [n] is one sample of one token."""
+    """[B,*,n] -> [B,T,n]; [B,n] has T = 1; [n] is one sample of one token."""
     if t.dim() == 3:
         return t
     if t.dim() == 1:
@@ -59,7 +61,7 @@ def as_tokens(t: Tensor) -> Tensor:
 
 
 def batch_first(axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with the batch, at `axis`, in front: `Tape.batch_axis` has found where it is."""
+    """The tensors with the batch moved from `axis` (0 or 1, from `Tape.batch_axis`) to the front."""
     return tensors if axis == 0 else tuple(t.transpose(0, axis) for t in tensors)
 
 
@@ -69,7 +71,7 @@ def as_rows(t: Tensor) -> Tensor:
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:
-    """float32 for the narrow types, float64 stays float64."""
+    """float64 for float64, float32 for all narrower dtypes."""
     return torch.float64 if t.dtype is torch.float64 else torch.float32
 
 
@@ -88,13 +90,13 @@ def per_sample_product(g: Tensor, x: Tensor) -> Tensor:
 
 
 def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the narrowest dtype that holds all of them exactly (the ops want one dtype a call)."""
+    """The tensors in the narrowest dtype that holds all of them exactly (the ops take one dtype per call)."""
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     return tuple(t.to(dtype) for t in tensors)
 
 
 def sum_up(parts: Sequence[Tensor]) -> Tensor:
-    """Σ of [B] float32 upper bounds, itself an upper bound: in float64, then rounded up to float32."""
+    """Σ of [B] float32 upper bounds, as an upper bound: added in float64, then rounded up to float32."""
     total = torch.stack([part.double() for part in parts]).sum(0) * (1 + len(parts) * 2.0**-52)
     rounded = total.float()
     above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))

@@ -1,7 +1,7 @@
 """Thin subclasses of torch's layers: their forward changes the torch layer's input or output, and nothing else.
 
-transformers has some seventy: scaled word embeddings, learned positions, layer norms over channels. A class is read,
-not trusted: what it defines, and the code of its forward.
+transformers has some seventy: scaled word embeddings, learned positions, layer norms over channels. The check reads the
+attributes of a class and the bytecode of its forward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-# What a class may add to a torch layer: nothing here takes part in a forward that has begun.
+# Attributes that a class may add to a torch layer: a running forward uses none of them.
 _HARMLESS = {"__init__", "reset_parameters", "extra_repr", "forward", "__module__", "__doc__", "__qualname__"}
 _HARMLESS |= {"__annotations__", "__classcell__", "__parameters__", "__orig_bases__", "__constants__"}
 _FACTS = ("device", "dtype", "shape")
@@ -22,20 +22,20 @@ _ROUNDABOUT = {"getattr", "vars", "parameters", "named_parameters", "_parameters
 _ROUNDABOUT |= {"get_parameter", "_flat_weights", "all_weights"}
 
 
-def is_thin(own_class: type[nn.Module], base: type[nn.Module]) -> bool:
-    """Whether `own_class` is a thin subclass of `base`, a layer of torch.nn.
+def is_thin(subclass: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether `subclass` is a thin subclass of `base`, a layer of torch.nn.
 
-    Thin: each class between the two defines no more than how it is built and a `forward` that calls
-    `super().forward` and reads no parameter but for its device, dtype or shape: it changes the input or the
-    output. Its parameters then do what the torch layer's do. Should the reading of the forward's code miss a
-    use of a parameter, autograd fills that parameter's .grad and the engine raises.
+    In a thin subclass each class between the two defines only its construction and a `forward`. That calls
+    `super().forward` to change the input or the output, and reads nothing of a parameter but its device, dtype or
+    shape. The parameters are then used as in the torch layer. If this check misses another use of a parameter,
+    autograd fills the parameter's .grad, and the engine raises an error.
     """
-    between = own_class.__mro__[: own_class.__mro__.index(base)]
+    between = subclass.__mro__[: subclass.__mro__.index(base)]
     return base.__module__.startswith("torch.nn.") and all(_is_thin(part) for part in between)
 
 
 def _is_thin(part: type) -> bool:
-    """Whether one class adds to the class above it only what `thin_base` says."""
+    """Whether one class adds to its parent class only what `is_thin` allows."""
     helpers = {name: value for name, value in vars(part).items() if name not in _HARMLESS}
     if any(callable(value) or hasattr(value, "__get__") for value in helpers.values()):
         return False
@@ -61,7 +61,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def _reads_only_facts(code: CodeType) -> bool:
-    """Whether `code` reads no parameter by name but for its device, dtype or shape, and none by other ways."""
+    """Whether `code` reads only the device, dtype or shape of a parameter by name, and no parameter in another way."""
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
     names = [
         step.argval if isinstance(step.argval, str) and "CONST" not in step.opname else "" for step in steps

@@ -88,7 +88,7 @@ def test_unregister_leaves_what_another_put_over_ours(caplog: pytest.LogCaptureF
     TABLE[nn.Linear] = theirs
     made.unregister()
     assert TABLE[nn.Linear] is theirs
-    assert "Linear is not ours any more" in caplog.text
+    assert "Linear is not from dpkernels any more" in caplog.text
     TABLE[nn.Linear] = before
     dpkernels.opacus.register([nn.Linear])  # ours again: what is put back is Opacus's
     TABLE[nn.Linear] = made._before[nn.Linear]

@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("config", REFUSED)
-def test_what_has_no_rule_is_named_with_the_mend(config: str) -> None:
+def test_what_has_no_rule_is_named_with_the_fix(config: str) -> None:
     class WithEmbedding(Net):
         def __init__(self) -> None:
             super().__init__()

@@ -79,13 +79,13 @@ def test_vectors_that_would_take_too_much_memory_are_refused() -> None:
         adapted(peft.IA3Config(target_modules=["0", "1"], feedforward_modules=[]), wide)
     )
     assert [row.refusal is None for row in table.rows] == [False, True]
-    assert "65,537 elements are more than the 65,536" in str(table)
+    assert "65,537 elements exceed the limit of 65,536" in str(table)
 
 
 def test_a_forward_without_a_tensor_is_refused_by_name() -> None:
     model = swap(adapted(METHODS["IA3"]()))
     attach(model)
-    with pytest.raises(RuntimeError, match=r"first\.ia3_l: the model's forward got no tensor"):
+    with pytest.raises(RuntimeError, match=r"'first\.ia3_l': the model's forward got no tensor"):
         model.base_model.model.first(torch.randn(3, 6))
 
 

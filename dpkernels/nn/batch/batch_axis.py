@@ -1,14 +1,14 @@
-"""Which axis of a tensor carries the batch: learnt from calls at different batch sizes, never from one size alone.
+"""Which axis of a tensor carries the batch: found from calls at different batch sizes, never from one size alone.
 
-In a forward over n examples a tensor that carries the batch has an axis of size n. So may a tensor that all examples
-share (positions [T], a mask [T,T], prototypes [K,d]), whenever n happens to equal T or K. One call cannot tell the two
-apart; calls at two batch sizes can, since no fixed size equals both. Every place that has to know asks `BatchAxes.of`,
-by *site*: the module, which of its calls in a forward, and which argument. What the calls at a site have in common is
-remembered, and a call that contradicts it raises.
+In a forward over n examples a tensor that carries the batch has an axis of size n. A tensor that all examples share
+(positions [T], a mask [T,T], prototypes [K,d]) may have one, too, if n happens to equal T or K. One call cannot
+distinguish the two cases. Calls at two batch sizes can, since no fixed size equals both. Code that needs the axis calls
+`BatchAxes.of` with a *site*: the module, the number of its call in the forward, and the argument. `BatchAxes` remembers
+the axes that fit all calls at a site, and raises an error for a call that contradicts them.
 
-`ask_at_other_sizes` makes such calls before the first private forward, with a few of the batch's own rows. Where a
-model cannot be asked so, the axis that the first call suggests is an assumption (`BatchAxes.assumed`), and the row
-check (`dpkernels.nn.recording.row_check`) has the last word before anything is summed: it asks the gradients.
+`run_at_other_sizes` makes such calls before the first private forward, with a few rows of the batch. If the model does
+not run at other sizes, the axis that fits the first call is an assumption (`BatchAxes.assumed`). The row check
+(`dpkernels.nn.recording.row_check`) then confirms or refuses it from the gradients, before anything is summed.
 """
 
 from __future__ import annotations
@@ -42,103 +42,107 @@ class Site:
 
 @dataclass
 class _Evidence:
-    """axes: those whose size was the batch's in every call so far. sizes: the batch sizes of two of these calls."""
+    """axes: those with the batch's size in every call so far. sizes: the batch sizes of up to two different calls."""
 
     axes: frozenset[int]
     sizes: set[int]
 
     @property
     def certain(self) -> bool:
-        """Shared for certain, or seen at two batch sizes."""
+        """Whether the tensor is certainly shared, or has been seen at two batch sizes."""
         return not self.axes or len(self.sizes) > 1
 
 
 class BatchAxes:
-    """What the calls of one model have shown so far."""
+    """The evidence from the calls of one model so far."""
 
     def __init__(self) -> None:
-        # By site and number of dimensions: an optional call before it moves a call's number.
+        # By site and number of dimensions: an optional call shifts the numbers of later calls.
         self._evidence: dict[tuple[Site, int], _Evidence] = {}
         self._calls: Counter[str] = Counter()
-        self._usual: dict[str, int] = {}
-        # What the calls of a layer said, where they did not all say the same.
-        self._said: dict[str, set[int | None]] = {}
+        self._usual_calls: dict[str, int] = {}
+        # The different axes that were found in the calls of a layer.
+        self._axes_of_layer: dict[str, set[int | None]] = {}
         self._assumed: set[tuple[Site, frozenset[int]]] = set()
         self._confirmed: set[tuple[Site, frozenset[int]]] = set()
         self._compared: Counter[Site] = Counter()
-        # The forwards under way only ask: over copies of one example, maybe, which no function mixes.
+        # Whether the current forward only gathers evidence. It may then run on copies of one example, which mixing
+        # does not change.
         self.asking = False
 
     def begin_forward(self) -> None:
-        """The calls of each layer are counted from 0 again."""
-        self._usual = dict(self._calls) | self._usual
+        """Begin to count the calls of each layer from 0."""
+        self._usual_calls = dict(self._calls) | self._usual_calls
         self._calls.clear()
         self._assumed.clear()
 
     def next_call(self, layer: str) -> int:
-        """The number of this call of a layer in the forward under way."""
+        """The number of this call of a layer in the current forward."""
         call = self._calls[layer]
         self._calls[layer] += 1
         return call
 
     def to_compare(self, site: Site, size: int) -> bool:
-        """Whether a site's values are to be compared in this call: its 1st, 2nd, 4th, ... of two examples or more."""
+        """Whether this call compares a site's values: the 1st, 2nd, 4th, ... call with two examples or more does."""
         return size > 1 and not (self._compared[site] + 1) & self._compared[site]
 
     def note_compared(self, site: Site) -> None:
-        """A call of two examples or more whose values were right, or were not to be compared."""
+        """Count a call with two examples or more whose values were right, or were not due for comparison."""
         if not self.asking:
             self._compared[site] += 1
 
     @property
     def assumed(self) -> bool:
-        """Whether an axis in the forward under way rests on calls at one batch size only, on which of several axes of
-        that size it was before, or on a call's number where a layer is called another number of times than usual.
+        """Whether an axis in the current forward is an assumption.
+
+        It is one if it rests on calls at one batch size only, on an earlier choice among several axes of that size, or
+        on the number of a call while the layer is called more or less often than usual.
         """
         unusual = (
-            calls != self._usual.get(layer, calls)
+            calls != self._usual_calls.get(layer, calls)
             for layer, calls in self._calls.items()
-            if len(self._said.get(layer, ())) > 1
+            if len(self._axes_of_layer.get(layer, ())) > 1
         )
         return bool(self._assumed) or any(unusual)
 
     def confirm(self) -> None:
-        """The gradients have shown that what was assumed is so."""
+        """Mark the current assumptions as confirmed, after a check of the gradients."""
         self._confirmed |= self._assumed
 
     def of(self, site: Site, shape: tuple[int, ...], size: int) -> int | None:
-        """The axis of a tensor of this shape that carries a batch of `size` examples; None where examples share it.
+        """The axis of a tensor of this shape that carries a batch of `size` examples; None if examples share it.
 
         Raises:
-            ValueError: earlier calls showed an axis that carries the batch, and here its size is another.
+            ValueError: an axis that carried the batch in earlier calls has another size in this call.
         """
         axes = frozenset(axis for axis, length in enumerate(shape) if length == size)
         evidence = self._evidence.setdefault((site, len(shape)), _Evidence(axes, {size}))
         common = evidence.axes & axes
         if evidence.axes and evidence.certain and not common:
             raise ValueError(
-                f"{site.layer}: {site.argument} of shape {tuple(shape)} in a forward of {size} examples; in earlier "
-                f"calls its dimension {min(evidence.axes)} was the batch. Which of its rows belong to which example is "
-                "not known. Give every call the same layout, or freeze the layer (requires_grad_(False))"
+                f"{site.layer!r}: wrong layout of {site.argument} in a forward of {size} examples: the shape is "
+                f"{tuple(shape)}, but in earlier calls dimension {min(evidence.axes)} was the batch, so it is unknown "
+                "which rows belong to which example. Give every call the same layout, or freeze the layer "
+                "(requires_grad_(False))"
             )
         evidence.axes = common
         if len(evidence.sizes) < 2:
             evidence.sizes.add(size)
-        found = min(common) if common else None
-        self._said.setdefault(site.layer, set()).add(found)
+        batch_axis = min(common) if common else None
+        self._axes_of_layer.setdefault(site.layer, set()).add(batch_axis)
         coincides = bool(common) and len(axes) > 1 and (site, axes) not in self._confirmed
         if coincides or not evidence.certain:
             self._assumed.add((site, axes))
-        return found
+        return batch_axis
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether a tensor has values that can be asked: a FakeTensor, with which memory is planned, has none."""
+    """Whether a tensor has values: a FakeTensor, which estimates memory, and a tensor on the meta device have none."""
     return not isinstance(t, FakeTensor) and not t.is_meta
 
 
 def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors within an argument, each with its path: those of mappings, sequences and dataclasses, too."""
+    """The tensors within an argument, including mappings, sequences and dataclasses, each with its path."""
     if isinstance(value, Tensor):
         yield path or "input", value
         return
@@ -154,15 +158,15 @@ def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def batch_size_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Size of the first dimension of the first tensor within the arguments; None when there is none."""
+    """Size of the first dimension of the first tensor within the arguments; None if there is none."""
     return next((len(t) for _, t in tensors_in((args, dict(kwargs))) if t.dim() > 0), None)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `change(tensor)` for each tensor within; containers are copied, everything else is kept."""
+    """`value` with `change(tensor)` in place of each tensor; containers are copied, everything else is kept."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, MutableMapping):  # transformers' outputs among them, which are dataclasses, too
+    if isinstance(value, MutableMapping):  # includes transformers' outputs, which are also dataclasses
         changed = copy.copy(value)
         for key, part in value.items():
             changed[key] = map_tensors(part, change)
@@ -179,7 +183,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def ask_at_other_sizes(
+def run_at_other_sizes(
     model: nn.Module,
     axes: BatchAxes,
     args: tuple[Any, ...],
@@ -187,18 +191,18 @@ def ask_at_other_sizes(
     size: int,
     plainly: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[int]:
-    """Forwards of the model over 2 and 3 (or 4) of the rows of its arguments, so that `axes` sees them at these sizes.
+    """Run the model over 2 and 3 (or 4) rows of its arguments, as evidence for `axes` at these sizes.
 
-    Yields each size before the forward over so many rows. Rows are those of every tensor among the arguments whose
-    first dimension is `size`; where the model does not compute with that, one of these tensors after the other is taken
-    for one that examples share. torch's generators are put back. A model that computes with none (it was built for one
-    batch size, say) teaches nothing, which is logged: its axes are then assumptions until calls of another batch size
-    come, and the row check has to confirm them.
+    Yields each size before the forward over that many rows. The rows are taken from every tensor among the arguments
+    whose first dimension is `size`. If the model raises for them, one of these tensors after another is treated as
+    shared. torch's generators are restored. A model that raises for all of them (it was built for one batch size, for
+    example) gives no evidence, which is logged. Its axes are then assumptions until a call with another batch size, and
+    the row check has to confirm them.
 
-    `plainly`: within it the model is the plain one, with which the private one is compared, in evaluation mode.
+    `plainly`: a context in which the model is the plain one; private and plain outputs are compared in evaluation mode.
 
     Raises:
-        RuntimeError: the plain model, which repeats itself, computes something else.
+        RuntimeError: the plain model computes another function than the private one, and repeats its own outputs.
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     candidates = [path for path, t in tensors_in((args, dict(kwargs))) if t.dim() > 0 and t.shape[0] == size]
@@ -211,35 +215,35 @@ def ask_at_other_sizes(
         try:
             with torch.random.fork_rng(devices=devices):
                 state = torch.get_rng_state()
-                found = tree_flatten(model(*some_args, **some_kwargs))[0]
+                leaves = tree_flatten(model(*some_args, **some_kwargs))[0]
                 draws = not torch.equal(state, torch.get_rng_state())
-                return found
-        except Exception as error:  # noqa: BLE001 (a user's model may raise anything; nothing rests on it)
+                return leaves
+        except Exception as error:  # noqa: BLE001 (a user's model may raise anything; it is only evidence)
             return error
 
     for rows in [n for n in (2, 3, 4) if n != size][:2]:
         reason: Exception | None = None
         for shared in ("", *candidates[1:]):
-            found = copy.deepcopy(axes._evidence)
+            evidence = copy.deepcopy(axes._evidence)
             yield rows
             private = outputs(rows, shared)
             if isinstance(private, Exception):
-                axes._evidence, reason = found, reason or private
+                axes._evidence, reason = evidence, reason or private
                 continue
-            # Its own masks a layer may draw in another order than the plain one.
+            # In evaluation mode, since a layer may draw its masks in another order than the plain layer.
             with _evaluating(model), _in_full_precision(devices):
                 with plainly():
                     before = outputs(rows, shared)
                 private = outputs(rows, shared)
                 with plainly():
                     after = outputs(rows, shared)
-            # One that keeps something from forward to forward, or draws in evaluation too, says nothing here.
+            # A model that keeps state between forwards, or draws random numbers in evaluation, cannot be compared.
             if not draws and _alike(before, after) and not _alike(after, private):
                 raise RuntimeError(
                     "the private model computes another function than the plain one: their outputs for the same "
-                    f"{rows} examples differ. A module's forward may ask what its parameter is (torch.is_tensor, "
-                    "isinstance, is_leaf), where a trained raw parameter is read as something that stands for it. Take "
-                    "the question out, or freeze the parameter (requires_grad_(False)). Nothing was spent"
+                    f"{rows} examples differ. A module's forward may test the type of its parameter (torch.is_tensor, "
+                    "isinstance, is_leaf), but it reads a SharedTensor in place of a trained raw parameter. Remove "
+                    "the test, or freeze the parameter (requires_grad_(False)). Nothing was spent"
                 )
             break
         else:
@@ -248,7 +252,7 @@ def ask_at_other_sizes(
 
 @contextmanager
 def _in_full_precision(devices: Sequence[int]) -> Iterator[None]:
-    """Without autocast, whose rounding is no other function."""
+    """Disable autocast within the context: its rounding would look like another function."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda" if devices else "cpu", enabled=False):
         yield
 
@@ -265,7 +269,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _alike(first: list[Any] | Exception, second: list[Any] | Exception) -> bool:
-    """Whether the floating-point tensors of two outputs agree but for rounding; those that examples share by value."""
+    """Whether the floating-point tensors of two outputs agree up to rounding; SharedTensors count by their values."""
     if isinstance(first, Exception) or isinstance(second, Exception) or len(first) != len(second):
         return False
     for a, b in zip(first, second, strict=True):
@@ -276,7 +280,7 @@ def _alike(first: list[Any] | Exception, second: list[Any] | Exception) -> bool:
             return False
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(
             a.dtype, math.inf
-        )  # half types tell nothing
+        )  # half precision is too coarse to compare
         finite = a.isfinite() & b.isfinite()
         a, b = a[finite].detach().double(), b[finite].detach().double()
         if a.numel() and not float((a - b).abs().max()) <= tolerance * float(a.abs().max()) + 1e-12:

@@ -1,15 +1,15 @@
 """SharedTensor: a tensor that all examples share, held once per example so that each keeps its own gradient.
 
 A raw parameter, or an embedding looked up at ids without a batch, is one tensor for the whole batch. Autograd would add
-up what the examples contribute to its gradient. Here it is [n, *shape], an expanded view of n equal rows, and
-operations act row by row: under `torch.vmap` where only shared tensors and constants meet (the result is shared again),
-and example with example where it meets a tensor that carries the batch (the result is an ordinary tensor). As the rows
-are equal, the values are those of the plain model.
+up the contributions of the examples to its gradient. Here it is [n, *shape], an expanded view of n equal rows, and
+operations act row by row. With only shared tensors and constants they run under `torch.vmap`, and the result is shared.
+With a tensor that carries the batch, row i meets example i, and the result is an ordinary tensor. As the rows are
+equal, the values are those of the plain model.
 
     p.sigmoid(), p @ p.T, p[ids], p.repeat(B, 1, 1)         shared
     x + p, F.linear(x, p), torch.cat((p.expand(B, -1, -1), x), 1)   ordinary, row i of p with example i
 
-Which tensors carry the batch is `BatchAxes`' to say, not a size's.
+`BatchAxes` decides which tensors carry the batch; a size alone does not.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from dpkernels.nn.batch.shared_functions import Shared, apply
 
 
 class SharedTensor(Shared):
-    """Stands for a tensor of `shape` that examples share.
+    """Represents a tensor of `shape` that examples share.
 
     Args:
-        rows: [n, *shape], row i for example i; all rows have the same values.
-        name: for messages: the parameter, or the layer that made it.
-        axes: what is known of the model's tensors.
+        rows: `[n, *shape]`, row i for example i; all rows have the same values.
+        name: the parameter, or the layer that created the tensor, for messages.
+        axes: the batch axes of the model's tensors.
 
-    Whatever torch does with tensors works, or raises NotImplementedError naming `name`: writing in place, what mixes
-    the batch, and what gives another shape than with the plain tensor.
+    Every torch function works on it, or raises NotImplementedError with `name`: functions that write in place, that mix
+    the batch, or whose result has another shape than with the plain tensor.
     """
 
     def dim(self) -> int:
@@ -50,15 +50,15 @@ class SharedTensor(Shared):
         return self.shape.numel()
 
     def detach(self) -> Tensor:
-        """As Tensor.detach: an ordinary tensor, since no example's gradient comes through it."""
+        """As Tensor.detach: an ordinary tensor, since no gradient flows through it."""
         return self.value()
 
     data = property(Shared.value)
 
     def _written(self, result: Any) -> SharedTensor:
-        """What an augmented assignment leaves: this very object, with the result's values."""
+        """Complete an augmented assignment: this object gets the result's rows."""
         if not isinstance(result, SharedTensor) or result.shape != self.shape:
-            raise self.refuse("an augmented assignment, which writes examples' values into it,")
+            raise self.refuse("an augmented assignment, which writes values of single examples,")
         self.rows = result.rows
         return self
 
@@ -90,7 +90,7 @@ class SharedTensor(Shared):
         return int(self.value())
 
     def __repr__(self) -> str:
-        return f"SharedTensor({self.name}, shape={tuple(self.shape)}, dtype={self.rows.dtype})"
+        return f"SharedTensor({self.name!r}, shape={tuple(self.shape)}, dtype={self.rows.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensor:
         raise self.refuse("a copy")
@@ -98,7 +98,7 @@ class SharedTensor(Shared):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(
-                f"{type(self).__name__} (of {self.__dict__.get('name')}) has no attribute {name!r}"
+                f"{type(self).__name__} (of {self.__dict__.get('name')!r}) has no attribute {name!r}"
             )
         if name in _OF_THE_VALUE:
             return getattr(self.value(), name)
@@ -117,22 +117,22 @@ class SharedTensor(Shared):
         return apply(func, args, kwargs or {})
 
     def through(self, layer: Callable[[Tensor], Any], label: str, *, channels_second: bool = False) -> Any:
-        """`layer(self)` for a layer that takes its input's first dimension for the batch and keeps it.
+        """`layer(self)` for a layer that treats the first dimension of its input as the batch and keeps it.
 
-        `channels_second`: and its second for channels, so that [K, C] cannot become [n, K, C].
+        `channels_second`: the layer treats the second dimension as channels, so [K, C] must not become [n, K, C].
         """
-        site = Site(label, "its input, which examples share,", self.axes.next_call(label))
+        site = Site(label, "its shared input", self.axes.next_call(label))
         axis = self.axes.of(site, self.shape, len(self.rows))
         if axis is not None:
             return layer(self.aligned(self.ndim, axis))
         if channels_second and self.shape[:1] != (1,):
-            raise self.refuse(f"an input {tuple(self.shape)} of {label}, without the batch,")
+            raise self.refuse(f"an input {tuple(self.shape)} of {label!r}, without the batch,")
         if self.shape[:1] == (1,):
-            return tree_map(lambda y: self.again(y.unsqueeze(1)), layer(self.rows.squeeze(1)))
-        return tree_map(self.again, layer(self.rows))
+            return tree_map(lambda y: self.with_rows(y.unsqueeze(1)), layer(self.rows.squeeze(1)))
+        return tree_map(self.with_rows, layer(self.rows))
 
 
-# Attributes that depend on values only: of the plain tensor.
+# Attributes that depend on values only: they are read from the plain tensor.
 _OF_THE_VALUE = frozenset(
     {"item", "tolist", "numpy", "cpu_value", "is_floating_point", "is_complex", "element_size"}
 )

@@ -1,4 +1,4 @@
-"""torch's functions on SharedTensors: row by row, or example with example. See `dpkernels.nn.batch.shared`."""
+"""torch's functions on SharedTensors: row by row, or row i with example i. See `dpkernels.nn.batch.shared`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpkernels.nn.batch.batch_axis import BatchAxes, Site, has_values
 
 
 class Shared:
-    """What torch's functions need of a SharedTensor: see `dpkernels.nn.batch.shared`."""
+    """Base of SharedTensor with the parts that torch's functions use: see `dpkernels.nn.batch.shared`."""
 
     def __init__(self, rows: Tensor, name: str, axes: BatchAxes) -> None:
         self.rows, self.name, self.axes = rows, name, axes
@@ -36,45 +36,47 @@ class Shared:
         return self.rows.dtype
 
     def value(self) -> Tensor:
-        """The plain tensor, cut off from gradients."""
+        """The plain tensor, detached."""
         return self.rows[0].detach()
 
     def aligned(self, ndim: int, axis: int) -> Tensor:
         """An ordinary tensor of `ndim` dimensions, broadcastable as self is, with the batch at `axis`.
 
-        self's own dimension there, if it has one, is 1, or the batch: example i takes index i of row i.
+        If self has a dimension there, its size is 1 or the batch's: example i takes index i of row i.
         """
-        n, own = len(self.rows), axis - (ndim - self.ndim)
-        if own < 0:
+        n, dim = len(self.rows), axis - (ndim - self.ndim)
+        if dim < 0:
             return self.rows.reshape(*[1] * axis, n, *[1] * (ndim - self.ndim - axis - 1), *self.shape)
-        if self.shape[own] == 1:
-            rows = self.rows.squeeze(own + 1)
-        elif self.shape[own] == n:
-            rows = self.rows.diagonal(dim1=0, dim2=own + 1).movedim(-1, 0)
+        if self.shape[dim] == 1:
+            rows = self.rows.squeeze(dim + 1)
+        elif self.shape[dim] == n:
+            rows = self.rows.diagonal(dim1=0, dim2=dim + 1).movedim(-1, 0)
         else:
             raise self.refuse(f"broadcasting {tuple(self.shape)} against a batch of {n}")
-        rows = rows.movedim(0, own)
+        rows = rows.movedim(0, dim)
         return rows.reshape(*[1] * (ndim - self.ndim), *rows.shape)
 
-    def again(self, rows: Tensor) -> Shared:
-        """Another shared tensor of the same origin."""
+    def with_rows(self, rows: Tensor) -> Shared:
+        """A shared tensor with these rows, and with the name and axes of this one."""
         return type(self)(rows, self.name, self.axes)
 
     def refuse(self, use: str) -> NotImplementedError:
-        """The error for a use that does not say which example's gradient is which."""
+        """The error for a use in which the gradient cannot be assigned to single examples."""
         return NotImplementedError(
-            f"{self.name}: {use} of a parameter that examples share is not supported, since it does not say which part "
-            "of its gradient is which example's. View it as [1, ...] and broadcast it, or freeze it "
+            f"{self.name!r}: {use} of a parameter that examples share is not supported, since the parts of its "
+            "gradient cannot be assigned to the examples. View it as [1, ...] and broadcast it, or freeze it "
             "(requires_grad_(False))"
         )
 
 
 def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """func(*args, **kwargs), some of whose tensors are shared."""
+    """func(*args, **kwargs), where some of the tensors are shared."""
     leaves, spec = tree_flatten((args, kwargs))
     shared = [leaf for leaf in leaves if isinstance(leaf, Shared)]
     if not shared:
-        raise NotImplementedError(f"{func}: a tensor that examples share is hidden within an argument")
+        raise NotImplementedError(
+            f"{func}: an argument contains a shared tensor in a container that cannot be searched; pass it directly"
+        )
     first = shared[0]
     n = len(first.rows)
     name = getattr(func, "__name__", str(func))
@@ -83,16 +85,16 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _METADATA:
         return func(*tree_unflatten([x.rows[0] if isinstance(x, Shared) else x for x in leaves], spec)[0])
     if func in _CASTS and isinstance(args[0], Shared) and len(args) > 1 and isinstance(args[1], Tensor):
-        return first.again(first.rows.to(args[1]))
+        return first.with_rows(first.rows.to(args[1]))
     _check_grad_mode(first)
     writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
     if writes and (isinstance(args[0], Shared) or name not in _WRITING_BROADCAST):
         raise first.refuse(f"{name}, which writes in place,")
-    carried, site = _carried(first, name, leaves, n)
+    carried, site = _batch_axes(first, name, leaves, n)
     if not carried:
         return _row_by_row(func, leaves, spec, first)
     if name == "__setitem__":
-        return _written(args, carried, first)
+        return _write_by_mask(args, carried, first)
     if func in _BROADCASTING or writes:
         return _with_batch(func, leaves, spec, carried)
     if func is F.scaled_dot_product_attention and not any(isinstance(leaf, Shared) for leaf in leaves[:3]):
@@ -110,8 +112,8 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _check_grad_mode(first: Shared) -> None:
     """Raise within the forward of a custom autograd.Function.
 
-    `Function.apply` takes tensors alone for differentiable: given a SharedTensor it computes without a graph, and its
-    output is an ordinary tensor through which no gradient comes (SEW-D's softmax).
+    `Function.apply` treats only tensors as differentiable. With a SharedTensor it computes without a graph, and no
+    gradient flows through its output, an ordinary tensor (SEW-D's softmax).
     """
     if torch.is_grad_enabled() or not first.rows.requires_grad:
         return
@@ -122,42 +124,42 @@ def _check_grad_mode(first: Shared) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _carried(first: Shared, name: str, leaves: Sequence[Any], n: int) -> tuple[dict[int, int], Site]:
-    """Places of the ordinary tensors that carry the batch, each with its axis; the call's own site."""
+def _batch_axes(first: Shared, name: str, leaves: Sequence[Any], n: int) -> tuple[dict[int, int], Site]:
+    """The places of the ordinary tensors that carry the batch, each with its axis, and the site of the call."""
     axes = first.axes
     carried: dict[int, int] = {}
     tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
     call = axes.next_call(first.name) if tensors else 0
     for place in tensors:
         leaf = leaves[place]
-        if not isinstance(leaf, nn.Parameter):  # never an example's
+        if not isinstance(leaf, nn.Parameter):  # a parameter never carries the batch
             axis = axes.of(Site(first.name, f"a tensor in {name} (argument {place})", call), leaf.shape, n)
             carried |= {} if axis is None else {place: axis}
     return carried, Site(first.name, name, call)
 
 
 def _expanded_to_batch(leaves: Sequence[Any], carried: dict[int, int], site: Site, n: int) -> dict[int, int]:
-    """Places of shared tensors that were expanded to the batch before, as p.expand(B, -1, -1), each with its axis.
+    """The places of shared tensors that were expanded to the batch, as p.expand(B, -1, -1), each with its axis.
 
-    That a parameter [K, d] has as many rows as there are examples says nothing: K may be B.
+    The number of rows alone does not show it: a parameter [K, d] may have K = B.
     """
     batch = next(iter(carried.values()))
     ndim = leaves[next(iter(carried))].dim()
-    found: dict[int, int] = {}
+    expanded: dict[int, int] = {}
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, Shared) and leaf.ndim == ndim:
-            what = f"the shared tensor in {site.argument} (argument {place})"
-            axis = leaf.axes.of(Site(site.layer, what, site.call), leaf.shape, n)
-            found |= {place: axis} if axis == batch else {}
-    return found
+            argument = f"the shared tensor in {site.argument} (argument {place})"
+            axis = leaf.axes.of(Site(site.layer, argument, site.call), leaf.shape, n)
+            expanded |= {place: axis} if axis == batch else {}
+    return expanded
 
 
 def _row_by_row(func: Any, leaves: Sequence[Any], spec: Any, first: Shared) -> Any:
-    """No example's own tensor is among them: the result is shared, too."""
+    """Call a function of shared tensors and constants only, whose result is shared, too."""
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Shared)]
     others: list[Any] = []
 
-    def one(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def of_row(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         inputs = list(leaves)
         for place, row in zip(places, rows, strict=True):
             inputs[place] = row
@@ -168,16 +170,16 @@ def _row_by_row(func: Any, leaves: Sequence[Any], spec: Any, first: Shared) -> A
 
     try:
         # A shared tensor has one mask for all examples, as in the plain model.
-        outputs = iter(torch.vmap(one, randomness="same")([leaves[place].rows for place in places]))
+        outputs = iter(torch.vmap(of_row, randomness="same")([leaves[place].rows for place in places]))
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
         raise first.refuse(f"{getattr(func, '__name__', func)} ({error})") from error
     out_spec, kept = others
-    results = [first.again(next(outputs)) if other is None else other for other in kept]
+    results = [first.with_rows(next(outputs)) if other is None else other for other in kept]
     return tree_unflatten(results, out_spec)
 
 
 def _with_batch(func: Any, leaves: Sequence[Any], spec: Any, carried: dict[int, int]) -> Any:
-    """A broadcasting function: shared tensors are aligned with those that carry the batch, and it is called once."""
+    """Call a broadcasting function once, with the shared tensors aligned with those that carry the batch."""
     ndim = max(leaf.ndim for leaf in leaves if isinstance(leaf, Tensor | Shared))
     from_right = {leaves[place].dim() - axis for place, axis in carried.items()}
     shared = next(leaf for leaf in leaves if isinstance(leaf, Shared))
@@ -191,7 +193,7 @@ def _with_batch(func: Any, leaves: Sequence[Any], spec: Any, carried: dict[int, 
     return func(*args, **kwargs)
 
 
-def _written(args: tuple[Any, ...], carried: dict[int, int], first: Shared) -> None:
+def _write_by_mask(args: tuple[Any, ...], carried: dict[int, int], first: Shared) -> None:
     """x[mask] = p, with a boolean mask over the first dimensions of x."""
     x, mask, p = args
     plain = (
@@ -201,7 +203,7 @@ def _written(args: tuple[Any, ...], carried: dict[int, int], first: Shared) -> N
         and isinstance(p, Shared)
     )
     if not plain or p.ndim > x.dim() - mask.dim() or 0 not in carried:
-        raise first.refuse("writing it by index")
+        raise first.refuse("writing by index")
     x.copy_(
         torch.where(mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())), p.aligned(x.dim(), carried[0]), x)
     )
@@ -210,7 +212,7 @@ def _written(args: tuple[Any, ...], carried: dict[int, int], first: Shared) -> N
 def _joined(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], carried: dict[int, int], first: Shared
 ) -> Any:
-    """torch.cat and torch.stack along another dimension than the batch."""
+    """Call torch.cat or torch.stack along another dimension than the batch."""
     axis = set(carried.values())
     parts = args[0] if args else kwargs["tensors"]
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
@@ -231,7 +233,7 @@ def _example_by_example(
     expanded: dict[int, int],
     first: Shared,
 ) -> Any:
-    """Any other function, of one example at a time: [1, ...] where the plain call has the batch."""
+    """Call any other function for each example under torch.vmap, with [1, ...] where the plain call has the batch."""
     name, leaves = getattr(func, "__name__", str(func)), list(leaves)
     batch = next(iter(carried.values()))
     for place, axis in expanded.items():
@@ -244,7 +246,7 @@ def _example_by_example(
     tensors = [leaves[p].rows if isinstance(leaves[p], Shared) else leaves[p] for p in places]
     in_dims = [carried.get(p, 0) for p in places]
 
-    def one(rows: Sequence[Tensor]) -> Any:
+    def of_example(rows: Sequence[Tensor]) -> Any:
         inputs = list(leaves)
         for place, row in zip(places, rows, strict=True):
             inputs[place] = row.unsqueeze(carried[place]) if place in carried else row
@@ -252,19 +254,19 @@ def _example_by_example(
         return func(*args, **kwargs)
 
     try:
-        out = torch.vmap(one, in_dims=(in_dims,), randomness="different")(tensors)
+        out = torch.vmap(of_example, in_dims=(in_dims,), randomness="different")(tensors)
         expected = _plain_shape(func, leaves, spec) if isinstance(out, Tensor) else torch.Size()
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
         raise first.refuse(f"{name} ({error})") from error
     if not isinstance(out, Tensor):
-        raise first.refuse(f"{name}, which gives several tensors,")
+        raise first.refuse(f"{name}, which returns several tensors,")
     for axis in [batch, *range(out.dim() - 1)]:
         if out.dim() - 1 > axis and out.shape[axis + 1] == 1:
             moved = out.squeeze(axis + 1).movedim(0, axis)
             if moved.shape == expected:
                 return moved
     raise first.refuse(
-        f"{name}, which gives {tuple(out.shape[1:])} an example and {tuple(expected)} for the batch,"
+        f"{name}, whose result has shape {tuple(out.shape[1:])} for an example and {tuple(expected)} for the batch,"
     )
 
 
@@ -277,9 +279,9 @@ def _compare_values(
     expanded: dict[int, int],
     first: Shared,
 ) -> None:
-    """Raise where one example at a time does not give what the plain call gives: it mixes the batch.
+    """Raise if the results for single examples differ from the plain call, which then mixes the batch.
 
-    With other values in the shared tensors: those that start at 0 say nothing.
+    The comparison uses other values in the shared tensors, since values that start at 0 would hide a difference.
     """
     if not has_values(first.rows):
         return
@@ -291,7 +293,7 @@ def _compare_values(
     error = (result.double() - plain)[finite].abs().amax() if bool(finite.any()) else 0
     if not error <= 0.05 * plain[finite].abs().amax():
         raise first.refuse(
-            f"{getattr(func, '__name__', func)}, in which an example's result depends on the others,"
+            f"{getattr(func, '__name__', func)}, in which the result of an example depends on the others,"
         )
 
 
@@ -302,11 +304,11 @@ def _with_other_values(shared: Shared) -> Shared:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
     other = value + noise * (value.abs().mean() + 0.1)
-    return shared.again(other.expand(len(shared.rows), *value.shape))
+    return shared.with_rows(other.expand(len(shared.rows), *value.shape))
 
 
 def _plain_shape(func: Any, leaves: Sequence[Any], spec: Any) -> torch.Size:
-    """The shape that the plain model's call gives."""
+    """The shape of the plain model's result."""
     inputs = [
         torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
         if isinstance(leaf, Tensor | Shared)

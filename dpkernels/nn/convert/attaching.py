@@ -1,4 +1,4 @@
-"""attach, detach, uncovered: from a swapped model to a private one, and back."""
+"""attach, detach and uncovered: convert a swapped model to a private one, and back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dpkernels.nn.recording.tape import Tape
 
 @dataclass(frozen=True)
 class Uncovered:
-    """A trained parameter for which there is no norm rule."""
+    """A trained parameter without a norm rule."""
 
     name: str
     module_type: str
@@ -36,18 +36,18 @@ class Uncovered:
 
 
 def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = None) -> Tape:
-    """Make `model` private: a new tape on every ghost layer, small raw parameters expanded. Call it after
+    """Make `model` private: set a new tape on every ghost layer, and expand small raw parameters. Call it after
     `swap`.
 
-    Parameters that are frozen stay so: to train more of them later, detach, unfreeze and attach again.
-    `mixed`: see `Tape`; `keep_small` is the name that it had.
+    Frozen parameters stay frozen. To train more of them later, detach, unfreeze them and attach again.
+    `mixed`: see `Tape`; `keep_small` is its old name.
 
-    Raises ValueError naming every trained parameter that no rule covers, RuntimeError if a tape is attached.
+    Raises ValueError naming every trained parameter that no rule covers, RuntimeError if a tape is attached already.
     """
     if any(getattr(module, "ghost_tape", None) is not None for module in model.modules()):
         raise RuntimeError(
-            "this model, or a part of it, was made private already (a tape is attached to it): call "
-            "dpkernels.nn.detach(model) first, or build it anew"
+            "attach: the model or a part of it is private already (a tape is attached to it): call "
+            "dpkernels.nn.detach(model) first, or build a new model"
         )
     refused = uncovered(model)
     if refused:
@@ -60,7 +60,7 @@ def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = N
     tape.needs_to_ask = any(parameter.requires_grad for parameter in model.parameters())
     for name, module in model.named_modules():
         if not isinstance(module, GhostModule):
-            raw = tuple(name for name, _ in _own_trained_parameters(module))
+            raw = tuple(name for name, _ in _direct_trained_parameters(module))
             if not raw:
                 continue
             original: Any = type(module)
@@ -80,14 +80,14 @@ def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = N
             tape.before_forward()
         if (
             size
-            and _can_be_asked(args, kwargs)
+            and _inputs_have_values(args, kwargs)
             and tape.needs_to_ask
             and torch.is_grad_enabled()
             and tape.recording
         ):
             tape.ask(model, args, kwargs, size)
             if tape.after_forward is not None and tape.before_forward is not None:
-                tape.after_forward()  # these forwards are watched as any other
+                tape.after_forward()  # these forwards are checked like any other
                 tape.before_forward()
 
     def note_end(module: nn.Module, *_: Any) -> None:
@@ -101,17 +101,17 @@ def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = N
         model.register_forward_pre_hook(note_batch, with_kwargs=True, prepend=True),
         model.register_forward_hook(note_end, always_call=True),
     )
-    model.__dict__["__reduce_ex__"] = partial(reduce_root, model)  # copies are without these hooks
+    model.__dict__["__reduce_ex__"] = partial(reduce_root, model)  # copies do not get these hooks
     return tape
 
 
-def _can_be_asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the inputs have values: those with which memory is planned have none."""
+def _inputs_have_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the inputs have values. The fake tensors that estimate memory have none."""
     return all(has_values(tensor) for _, tensor in tensors_in((args, kwargs)))
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`: ordinary training again. A model that is not attached stays as it is."""
+    """Undo `attach`, so that the model trains ordinarily. Does nothing to a model that is not attached."""
     handles: tuple[RemovableHandle, ...] = model.__dict__.pop(HANDLES, ())
     for handle in handles:
         handle.remove()
@@ -125,10 +125,10 @@ def detach(model: nn.Module) -> None:
 
 def uncovered(model: nn.Module) -> list[Uncovered]:
     """The trained parameters (requires_grad) of a swapped model that no rule covers, each with the reason and the fix.
-    `dpkernels.coverage` says it of any model, with the rules of the others.
+    `dpkernels.coverage` lists them for any model, together with the rules of the other parameters.
 
-    A parameter that several modules hold is named where one of them has no rule for it, unless that one
-    merely holds it beside a ghost layer that uses it.
+    A parameter of several modules is listed if one of them has no rule for it, unless that module has children and a
+    ghost layer uses the parameter.
     """
     load_library_rules()
     refused: dict[nn.Module, str] = {}
@@ -140,27 +140,27 @@ def uncovered(model: nn.Module) -> list[Uncovered]:
         parameter
         for module in model.modules()
         if isinstance(module, GhostModule) and not isinstance(module, ExpandingModule)
-        for name, parameter in _own_trained_parameters(module)
+        for name, parameter in _direct_trained_parameters(module)
         if name in module.ghost_covers
     }
-    found = []
+    without_rule = []
     for prefix, module in model.named_modules():
-        for name, parameter in _own_trained_parameters(module):
+        for name, parameter in _direct_trained_parameters(module):
             reason = refused.get(module) or _refusal(module, name, parameter)
             merely_holds = not isinstance(module, GhostModule) and next(module.children(), None) is not None
             if reason is not None and not (merely_holds and parameter in has_rule):
                 path = f"{prefix}.{name}" if prefix else name
-                found.append(Uncovered(path, type(module).__name__, reason))
-    return found
+                without_rule.append(Uncovered(path, type(module).__name__, reason))
+    return without_rule
 
 
 def coverage(model: nn.Module) -> list[Uncovered]:
-    """The name that `uncovered` had."""
+    """The old name of `uncovered`."""
     warn_renamed("dpkernels.nn.coverage", "uncovered (and dpkernels.coverage(model) is the whole table)")
     return uncovered(model)
 
 
-def _own_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _direct_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad:
             yield name, parameter
@@ -169,22 +169,22 @@ def _own_trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Paramet
 def _refusal(module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
     if isinstance(module, parametrize.ParametrizationList) or parametrize.is_parametrized(module):
         return (
-            "the module is parametrised (weight_norm, spectral_norm, ...): its weight is made of other parameters, "
-            "past any layer; fold them into it (torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')), "
-            "or freeze the module"
+            "the module is parametrised (weight_norm, spectral_norm, ...): its weight is computed from other "
+            "parameters, outside of any layer; fold them into the weight "
+            "(torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')), or freeze the module"
         )
-    made = next((key for key in vars(module) if name.startswith(f"{key}_")), None)
-    if made is not None and isinstance(vars(module)[made], Tensor):
+    computed = next((key for key in vars(module) if name.startswith(f"{key}_")), None)
+    if computed is not None and isinstance(vars(module)[computed], Tensor):
         return (
-            f"a hook makes {made} of it before each forward (weight_norm, spectral_norm, pruning); remove that "
-            "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove), or freeze the module"
+            f"a hook computes {computed!r} from it before each forward (weight_norm, spectral_norm, pruning); remove "
+            "the hook (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove), or freeze the module"
         )
     if isinstance(module, GhostModule):
         if name not in module.ghost_covers:
-            return f"not a parameter that {type(module).__name__} has a rule for; freeze it"
+            return f"{type(module).__name__} has no rule for a parameter of this name; freeze it"
         return module.ghost_refusal()
     if has_ghost_class(module):
-        return "not swapped; call dpkernels.swap(model) first"
+        return "its module is not swapped; call dpkernels.swap(model) first"
     if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNorm):
         return "batch statistics mix the samples; call dpkernels.nn.freeze_batch_norm(model), or freeze it"
     return expansion_refusal(module, parameter)

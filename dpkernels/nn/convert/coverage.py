@@ -1,4 +1,4 @@
-"""coverage(model): before any training, each trained parameter with its rule or its refusal."""
+"""coverage(model): a table, before training, of each trained parameter with its rule or the reason for its refusal."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class CoverageRow:
     """One trained parameter.
 
     Attributes:
-        name: its qualified name, the first where it is tied.
-        entries: how many numbers it holds.
-        module_type: the class of the module that holds it, as the user knows it.
-        rule: how its examples' gradients are bounded, by a ghost norm, or as a per-sample gradient of which size; None
-            where it is refused.
-        refusal: why nothing can bound them, with what to do about it; None where there is a rule.
+        name: its qualified name; the first one if the parameter is tied.
+        entries: its number of elements.
+        module_type: the class, before `swap`, of the module that holds it.
+        rule: how its per-sample gradients are bounded: by a ghost norm, or as per-sample gradients, with their size;
+            None if the parameter is refused.
+        refusal: why no rule can bound them, with the fix; None if there is a rule.
     """
 
     name: str
@@ -42,11 +42,11 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What `coverage` found; `str` of it is a table.
+    """The result of `coverage`; `str` of it is a table.
 
     Attributes:
         rows: the trained parameters, in the model's order.
-        mixing: batch norms in training mode, or without statistics, which make_private refuses whether trained or not.
+        mixing: names of batch norms in training mode or without statistics; make_private refuses these, trained or not.
     """
 
     rows: tuple[CoverageRow, ...]
@@ -59,7 +59,7 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """Whether all that is trained has a rule, and no batch norm mixes samples."""
+        """Whether every trained parameter has a rule, and no batch norm mixes samples."""
         return bool(self.rows) and not self.refused and not self.mixing
 
     def __str__(self) -> str:
@@ -87,23 +87,23 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """How `make_private` would treat each trained parameter of `model`, which stays as it is: `print(coverage(model))`.
+    """The rule that `make_private` would use for each trained parameter of `model`: `print(coverage(model))`.
 
-    A rule is said of the layer that `swap` would make: "Linear: ghost norm" keeps no per-sample gradient, "per-sample
-    gradient (B × n entries)" keeps them, n numbers a sample, and "per-sample expansion" is for small parameters of any
-    module. It needs no values: a model on the meta device will do. Layers may record less than is said, and
-    `strategy="mixed"` may form gradients where that takes less memory.
+    The model stays unchanged. A rule describes the layer after `swap`: "Linear: ghost norm" keeps no per-sample
+    gradient, "per-sample gradient (B × n entries)" keeps them, n numbers per sample, and "per-sample expansion" is for
+    small parameters of any module. The function reads no values, so a model on the meta device is enough. Layers may
+    record less than the table says, and `strategy="mixed"` may materialise gradients where that takes less memory.
 
     Args:
-        model: any module, swapped or not, private or not. While it is looked at, its modules' classes are those of
-            `swap`: let no other thread use it meanwhile.
+        model: any module, swapped or not, private or not. Its modules have the classes of `swap` during the call, so
+            no other thread may use it meanwhile.
 
     Returns:
-        The table. Where `complete`, `make_private` finds a rule for all that is trained; only a forward shows whether a
-        raw parameter is used in a way that can be expanded (`engine.self_check`).
+        The table. If it is `complete`, `make_private` finds a rule for every trained parameter. Only a forward shows
+        whether each use of a raw parameter can be expanded (`engine.self_check`).
 
     Raises:
-        TypeError: for what is no module.
+        TypeError: `model` is not a module.
     """
     with _swapped(model):
         refusals = {item.name: item.reason for item in uncovered(model)}
@@ -140,8 +140,8 @@ def _row(
     elif parameter in fused:
         rule = fused[parameter]
     else:
-        said = [_rule(module, name, parameter) for _, module, name in holders if _has_rule(module, name)]
-        rule = " + ".join(dict.fromkeys(said)) or _rule(module, holders[0][2], parameter)
+        rules = [_rule(module, name, parameter) for _, module, name in holders if _has_rule(module, name)]
+        rule = " + ".join(dict.fromkeys(rules)) or _rule(module, holders[0][2], parameter)
     return CoverageRow(path, parameter.numel(), original_class(module).__name__, rule, refusal)
 
 
@@ -164,7 +164,7 @@ def _rule(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 @contextmanager
 def _swapped(model: nn.Module) -> Iterator[None]:
-    """Within it the model's classes are those of `swap`, which changes nothing else."""
+    """Swap the model within this context, and restore its classes at the end; `swap` changes nothing else."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"coverage: model must be a torch.nn.Module, got {type(model).__name__}")
     before = [(module, type(module)) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""fix(model): replace what `make_private` would refuse, as Opacus's ModuleValidator.fix does for Opacus."""
+"""fix(model): replace the modules that `make_private` would refuse, as Opacus's ModuleValidator.fix does for Opacus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpkernels.nn.recording.module import GhostModule
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_GROUPS = 32  # of Wu and He 2018, "Group Normalization"
+_GROUPS = 32  # the default of Wu and He 2018, "Group Normalization"
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Change:
 
     Attributes:
         name: its qualified name; empty for the model itself.
-        was, now: what it was and what it is.
-        effect: what computes otherwise than before, and what does not.
-        new_parameters: whether it has other parameters than before, so that an optimizer has to be made after `fix`.
+        was, now: descriptions of the module before and after the change.
+        effect: which computations change, and which do not.
+        new_parameters: whether it has other parameters than before, so that the optimizer must be created after `fix`.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Change:
 
 @dataclass(frozen=True)
 class FixReport:
-    """What `fix` did; `str` of it is for people.
+    """The result of `fix`; `str` of it is a readable report.
 
     Attributes:
         changes: the modules that were changed.
-        refused: (name, reason) of what make_private would still refuse: trained parameters, and batch norms.
+        refused: (name, reason) of each trained parameter or batch norm that make_private would still refuse.
     """
 
     changes: tuple[Change, ...]
@@ -56,14 +56,14 @@ class FixReport:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left that `coverage` would name."""
+        """Whether `coverage` would refuse nothing any more."""
         return not self.refused
 
     def __str__(self) -> str:
         lines = [f"{len(self.changes)} modules changed" + (":" if self.changes else "")]
         lines += [f"  {change}" for change in self.changes]
         if any(change.new_parameters for change in self.changes):
-            lines.append("  Make the optimizer now: parameters were replaced.")
+            lines.append("  Create the optimizer after this call: parameters were replaced.")
         if self.refused:
             lines.append(f"{len(self.refused)} cannot be replaced:")
             lines += [f"  {name or '(the model)'}: {reason}" for name, reason in self.refused]
@@ -71,38 +71,43 @@ class FixReport:
 
 
 def fix(model: nn.Module, *, batch_norm: str = "freeze", num_groups: int | None = None) -> FixReport:
-    """Replace what `make_private` would refuse, in place, and say what was done, what it changes and what is left.
+    """Replace the modules that `make_private` would refuse, in place, and report the changes and what is still refused.
 
-    | what | becomes | what changes |
-    |---|---|---|
-    | BatchNorm1d/2d/3d, subclasses | FrozenBatchNorm (`batch_norm="freeze"`) | training normalises as evaluation does |
-    | … and SyncBatchNorm | GroupNorm (`batch_norm="group"`) | the function, in training and evaluation |
-    | InstanceNorm with running statistics | InstanceNorm without | evaluation normalises as training does |
-    | Embedding(sparse=True) | sparse=False | nothing: gradients are dense |
-    | Embedding(scale_grad_by_freq=True) | scale_grad_by_freq=False | gradients, which the rest of the batch scaled |
-    | weight_norm, in either form | the weight itself | what is trained, not what is computed |
+    ==================================  =======================================  =======================================
+    module                              becomes                                  change
+    ==================================  =======================================  =======================================
+    BatchNorm1d/2d/3d, subclasses       FrozenBatchNorm (`batch_norm="freeze"`)  training normalises as evaluation does
+    … and SyncBatchNorm                 GroupNorm (`batch_norm="group"`)         function, in training and evaluation
+    InstanceNorm, running statistics    InstanceNorm without                     evaluation normalises as training does
+    Embedding(sparse=True)              sparse=False                             nothing: gradients are dense
+    Embedding(scale_grad_by_freq=True)  scale_grad_by_freq=False                 gradients: the batch scaled them before
+    weight_norm, in either form         the weight itself                        trained parameters, not the function
+    ==================================  =======================================  =======================================
 
-    All else stays as it is: activations in place, for one, need no replacement. Weight and bias of norms are kept, as
-    the parameters that they are. Call it before the optimizer is made.
+    All other modules stay unchanged; in-place activations, for example, need no replacement. Norms keep their weight
+    and bias, as the same parameters. Call `fix` before you create the optimizer.
 
     Args:
         model: the model, before `make_private`.
         batch_norm: "freeze" or "group".
-        num_groups: of GroupNorm; None: the largest divisor of 32 that divides the channels, and half of it where a
-            group of a BatchNorm1d would be one channel.
+        num_groups: of GroupNorm; None: the largest divisor of 32 that divides the channels, or half of it if a group
+            of a BatchNorm1d would be one channel.
 
     Returns:
-        The report. It raises for nothing that it cannot replace: see `FixReport.refused`; make_private refuses that.
+        The report. `fix` does not raise for a module that it cannot replace: `FixReport.refused` lists it, and
+        make_private refuses it.
 
     Raises:
         ValueError: another `batch_norm`; `num_groups` without batch_norm="group".
-        RuntimeError: a model that is private already.
-        TypeError: for what is no module.
+        RuntimeError: the model is private already.
+        TypeError: `model` is not a module.
     """
     if batch_norm not in ("freeze", "group"):
         raise ValueError(f'fix: batch_norm must be "freeze" or "group", got {batch_norm!r}')
     if num_groups is not None and batch_norm != "group":
-        raise ValueError(f'fix: num_groups={num_groups} is for batch_norm="group"')
+        raise ValueError(
+            f'fix: num_groups={num_groups} is for batch_norm="group"; pass that, or leave it out'
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"fix: model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(m, GhostModule) and m.ghost_tape is not None for m in model.modules()):
@@ -139,26 +144,26 @@ def _fix_norms(
         elif isinstance(module, _InstanceNorm) and module.running_mean is not None:
             if type(module) not in _INSTANCE_NORMS:
                 refused[name] = (
-                    f"{kind}: running statistics of the data in a class of its own; replace it by nn.InstanceNorm*d"
+                    f"{kind}: running statistics of the data in a subclass; replace it by nn.InstanceNorm*d"
                 )
                 continue
             for buffer in ("running_mean", "running_var", "num_batches_tracked"):
                 module._buffers[buffer] = None
             module.track_running_stats = False
-            effect = "In evaluation it normalises with the sample's own statistics, as in training."
+            effect = "In evaluation it normalises with the statistics of each sample, as in training."
             yield Change(
                 name, f"{kind}(track_running_stats=True)", f"{kind}(track_running_stats=False)", effect
             )
 
 
 _EFFECTS = {
-    "freeze": "In training it normalises with its running statistics, which stay as they are; evaluation is as before.",
-    "group": "The function changes: it normalises each sample by itself, in training and evaluation.",
+    "freeze": "In training it normalises with its running statistics, which stay unchanged; evaluation is as before.",
+    "group": "The function changes: it normalises each sample separately, in training and evaluation.",
 }
 
 
 def _freeze(module: Any, _num_groups: int | None) -> str | None:
-    """Freeze a batch norm, or say why it cannot be."""
+    """Freeze a batch norm, or return the reason why it cannot be frozen."""
     reason = freezing_refusal(module)
     if reason is None:
         freeze_batch_norm(module)
@@ -168,25 +173,27 @@ def _freeze(module: Any, _num_groups: int | None) -> str | None:
 
 
 def _warning(module: nn.Module) -> str:
-    seen = getattr(module, "num_batches_tracked", None)
-    if seen is None or seen.is_meta or int(seen) > 0:
+    batches = getattr(module, "num_batches_tracked", None)
+    if batches is None or batches.is_meta or int(batches) > 0:
         return ""
     return (
-        " It has seen no batch: its statistics are mean 0 and variance 1, so that it normalises nothing; load a "
+        " It has seen no batch: its statistics are mean 0 and variance 1, so it does not normalise; load a "
         'checkpoint, or use batch_norm="group".'
     )
 
 
 def _group(module: Any, num_groups: int | None) -> str | None:
-    """Make a GroupNorm of a batch norm, in place, or say why it cannot be."""
+    """Turn a batch norm into a GroupNorm, in place, or return the reason why it cannot be replaced."""
     if type(module) not in _BATCH_NORMS:
-        return "a class of its own, which may compute something else; replace it by nn.BatchNorm*d"
+        return "a subclass, which may compute something else; replace it by nn.BatchNorm*d"
     channels = module.num_features
     groups = math.gcd(_GROUPS, channels) if num_groups is None else num_groups
     if num_groups is None and isinstance(module, nn.BatchNorm1d) and groups == channels:
-        groups //= 2  # of [B,C] a group of one channel would be a constant
+        groups //= 2  # for [B,C] the output of a group of one channel would be constant
     if groups < 1 or channels % groups:
-        return f"its {channels} channels do not make {max(groups, 2)} groups; replace it by a norm of your choice"
+        return (
+            f"its {channels} channels do not split into {max(groups, 2)} groups; replace it by another norm"
+        )
     for buffer in ("running_mean", "running_var", "num_batches_tracked"):
         del module._buffers[buffer]
     for attribute in ("num_features", "momentum", "track_running_stats", "process_group"):
@@ -197,7 +204,7 @@ def _group(module: Any, num_groups: int | None) -> str | None:
 
 
 def _fix_layers(model: nn.Module, refused: tuple[CoverageRow, ...]) -> Iterator[Change]:
-    """What of the modules that hold these parameters can be replaced."""
+    """Replace those of the modules that hold these parameters which can be replaced."""
     holders = {row.name.rpartition(".")[0].partition(".parametrizations")[0] for row in refused}
     for name, module in model.named_modules():
         if name not in holders:
@@ -206,25 +213,27 @@ def _fix_layers(model: nn.Module, refused: tuple[CoverageRow, ...]) -> Iterator[
             yield from _fix_embedding(name, module)
         was = _remove_weight_norm(module)
         if was is not None:
-            effect = (
-                "It computes what it did; the weight itself is trained in place of its direction and length."
-            )
+            effect = "Its function stays the same; the weight itself is trained in place of its direction and length."
             yield Change(name, f"{type(module).__name__} under {was}", type(module).__name__, effect, True)
 
 
 def _fix_embedding(name: str, module: nn.Embedding) -> Iterator[Change]:
     if module.sparse:
         module.sparse = False
-        yield Change(name, "Embedding(sparse=True)", "Embedding(sparse=False)", "It computes what it did.")
+        yield Change(
+            name, "Embedding(sparse=True)", "Embedding(sparse=False)", "Its function stays the same."
+        )
     if module.scale_grad_by_freq:
         module.scale_grad_by_freq = False
-        effect = "It computes what it did; gradients are not divided by how often an id is in the batch."
-        was, now = (f"Embedding(scale_grad_by_freq={given})" for given in (True, False))
+        effect = (
+            "Its function stays the same; gradients are not divided by the frequency of an id in the batch."
+        )
+        was, now = (f"Embedding(scale_grad_by_freq={value})" for value in (True, False))
         yield Change(name, was, now, effect)
 
 
 def _remove_weight_norm(module: Any) -> str | None:
-    """Take weight_norm off, in either of its forms; what it was, or None where there is none."""
+    """Remove weight_norm, in either of its forms; return its name, or None if the module has none."""
     hooks = [h for h in module._forward_pre_hooks.values() if type(h).__name__ == "WeightNorm"]
     for hook in hooks:
         remove_weight_norm(module, hook.name)

@@ -1,7 +1,7 @@
 """GhostMultiheadAttention: nn.MultiheadAttention that records instead of filling `.grad`.
 
-torch's is one function that reads the projections' weights itself. Here its two ends are linear layers, the packed
-projection of q, k and v with one record, and `out_proj`; between them it is torch's arithmetic, call by call.
+torch's layer is one function that reads the weights of the projections itself. Here the projection of q, k and v (one
+packed weight, one record) and `out_proj` are linear layers. The arithmetic between them repeats torch's, call by call.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class GhostOutProjection(GhostLinear, NonDynamicallyQuantizableLinear):
-    """`nn.MultiheadAttention.out_proj`, an nn.Linear of another name."""
+    """`nn.MultiheadAttention.out_proj`, a subclass of nn.Linear that computes the same."""
 
 
 class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
     """nn.MultiheadAttention: same constructor, same state_dict, same arguments and results.
 
     query [B,T,E], key [B,S,kdim], value [B,S,vdim] (batch_first), or [T,B,E] and so on, or without a batch [T,E], which
-    is one sample. Every option of torch's: `kdim`, `vdim`, `bias`, `add_bias_kv`, `add_zero_attn`, `dropout`, and in
-    the forward key_padding_mask [B,S], attn_mask [T,S] or [B·heads,T,S], `is_causal`, `need_weights` and
-    `average_attn_weights`. Attention is `scaled_dot_product_attention` without weights, a softmax with them.
+    is one sample. All of torch's options are covered: `kdim`, `vdim`, `bias`, `add_bias_kv`, `add_zero_attn`,
+    `dropout`, and in the forward key_padding_mask [B,S], attn_mask [T,S] or [B·heads,T,S], `is_causal`, `need_weights`
+    and `average_attn_weights`. Attention is a softmax if `need_weights`, else `scaled_dot_product_attention`.
 
-    Privately the packed weight has one record, of one linear layer where query, key and value are the same tensor, else
-    of its blocks of rows (PackedLinearRecord); separate ones (`kdim`, `vdim`) have one each. `out_proj` records as the
-    linear layer it is, past its hooks, which torch does not run either. Dropout draws the masks that torch would.
+    Privately a packed weight has one record: of one linear layer if query, key and value are the same tensor, else of
+    its blocks of rows (PackedLinearRecord). Separate weights (`kdim`, `vdim`) have a record each. `out_proj` records as
+    a linear layer and runs no hooks, as in torch. Dropout draws the same masks as torch's layer.
 
-    Raises ValueError for tensors of different batches, TypeError for nested tensors, and what torch's raises for masks.
+    Raises ValueError for different batch sizes, TypeError for nested tensors, and torch's errors for masks.
     """
 
     ghost_covers = (*_PROJECTIONS, "in_proj_weight", "in_proj_bias", "bias_k", "bias_v")
@@ -79,8 +79,8 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
             )
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError(
-                f"{self.ghost_label()}: got nested tensors, which cannot be trained privately; give padded tensors and "
-                "key_padding_mask (in an nn.TransformerEncoder: enable_nested_tensor=False)"
+                f"{self.ghost_label()!r}: got nested tensors, which cannot be trained privately; give padded tensors "
+                "and key_padding_mask (in an nn.TransformerEncoder: enable_nested_tensor=False)"
             )
         masks = (key_padding_mask, attn_mask)
         batched = F._mha_shape_check(query, key, value, *masks, self.num_heads)  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         self._check_shapes(query, key, value)
         causal = is_causal and attn_mask is not None and key_padding_mask is None and not need_weights
-        # torch then takes the hint for the mask
+        # torch then uses the hint in place of the mask
         mask = None if causal else self._mask(query, key, attn_mask, key_padding_mask, is_causal)
         q, k, v = self._project(query, key, value)
         k, v = self._with_added_frames(k, "bias_k"), self._with_added_frames(v, "bias_v")
@@ -100,21 +100,21 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
             weights = weights.mean(1)
         if axis is None:
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
-        # contiguous, as torch's: the caller may view it
+        # contiguous like torch's output, so that the caller can view it
         return y if axis == 0 else y.transpose(0, 1).contiguous(), weights
 
     def _private(self) -> bool:
-        own = self._ghost_active(*(getattr(self, name) for name in self.ghost_covers))
-        out = self.out_proj  # it counts its use itself
-        return own or (isinstance(out, GhostModule) and bool(out._ghost_trained(*out.parameters())))
+        active = self._ghost_active(*(getattr(self, name) for name in self.ghost_covers))
+        out = self.out_proj  # counts its use itself
+        return active or (isinstance(out, GhostModule) and bool(out._ghost_trained(*out.parameters())))
 
     def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """torch's own conditions: without them a key of batch 1, say, would be broadcast."""
+        """Check torch's own conditions; otherwise a key of batch size 1, for example, would be broadcast."""
         packed = self.in_proj_weight is not None
         alike = key.shape == value.shape if packed else key.shape[:2] == value.shape[:2]
         if not alike or query.shape[0] != key.shape[0]:
             raise ValueError(
-                f"{self.ghost_label()}: query {tuple(query.shape)}, key {tuple(key.shape)} and value "
+                f"{self.ghost_label()!r}: query {tuple(query.shape)}, key {tuple(key.shape)} and value "
                 f"{tuple(value.shape)} (batch first) do not fit: give all three the same batch, and key and value the "
                 f"same length{' and width' if packed else ''}"
             )
@@ -127,27 +127,29 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor | None:
-        """Both masks as one that is added to the scores, [B or 1, heads or 1, T or 1, S + added keys]."""
+        """Both masks as one to add to the scores, [B or 1, heads or 1, T or 1, S + added keys]."""
         if is_causal and attn_mask is None:
-            raise RuntimeError(f"{self.ghost_label()}: is_causal is a hint about attn_mask; give that, too")
+            raise RuntimeError(
+                f"{self.ghost_label()!r}: is_causal is a hint about attn_mask; pass attn_mask, too"
+            )
         batch, frames, source = *query.shape[:2], key.shape[1]
-        found: list[Tensor] = []
+        masks: list[Tensor] = []
         canonical: Any = F._canonical_mask
         if key_padding_mask is not None:
             other = None if attn_mask is None else attn_mask.dtype
             _check_mask(self, "key_padding_mask", key_padding_mask, (batch, source))
             padding = canonical(key_padding_mask, "key_padding_mask", other, "attn_mask", query.dtype)
-            found.append(padding.view(batch, 1, 1, source))
+            masks.append(padding.view(batch, 1, 1, source))
         if attn_mask is not None:
             shared = attn_mask.dim() == 2
             heads = 1 if shared else self.num_heads
             lead = () if shared else (batch * heads,)
             _check_mask(self, "attn_mask", attn_mask, (*lead, frames, source))
             attn_mask = canonical(attn_mask, "attn_mask", None, "", query.dtype, False)
-            found.append(attn_mask.view(1 if shared else batch, heads, frames, source))
+            masks.append(attn_mask.view(1 if shared else batch, heads, frames, source))
         added = (self.bias_k is not None) + self.add_zero_attn
-        found = [F.pad(mask, (0, added)) if added else mask for mask in found]
-        return None if not found else found[0] if len(found) == 1 else found[1] + found[0]
+        masks = [F.pad(mask, (0, added)) if added else mask for mask in masks]
+        return None if not masks else masks[0] if len(masks) == 1 else masks[1] + masks[0]
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q [B,T,E], k and v [B,S,E]."""
@@ -159,13 +161,13 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
         elif key is value:
             inputs, sizes = ((query,), (3 * e,)) if query is key else ((query, key), (e, 2 * e))
         dtype = autocast_dtype(query)
-        # The casts are outside of the function, so that autograd casts dx back as it does for the torch layer.
+        # The inputs are cast outside of the function, so that autograd casts dx back as it does for the torch layer.
         cast = [maybe_cast(x, dtype) for x in inputs]
-        found = _Projections.apply(self, sizes, dtype, self.in_proj_bias, *cast, *weights)
-        return [part for y in found for part in y.split(e, 2)]
+        projected = _Projections.apply(self, sizes, dtype, self.in_proj_bias, *cast, *weights)
+        return [part for y in projected for part in y.split(e, 2)]
 
     def _with_added_frames(self, t: Tensor, name: str) -> Tensor:
-        """Keys or values [B,S,E] and, after them, the trained one (add_bias_kv) and the zero one (add_zero_attn)."""
+        """Keys or values [B,S,E], followed by the trained frame (add_bias_kv) and the zero frame (add_zero_attn)."""
         row: Tensor | None = getattr(self, name)
         if row is not None:
             batch = t.shape[0]
@@ -177,7 +179,7 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Context [B,T,E], and where asked for the weights [B,heads,T,S]."""
+        """Context [B,T,E], and if `need_weights` the weights [B,heads,T,S]."""
         heads, dropout = self.num_heads, self.dropout if self.training else 0.0
         q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
         if not need_weights:
@@ -198,43 +200,43 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
 
 
 def attention_refusal(module: nn.Module) -> str | None:
-    """Why nothing of an attention layer can be trained privately: its forward is not ours, or reads past a layer."""
+    """Why no part of an attention layer can be trained privately: it has its own forward, or a replaced out_proj."""
     if not isinstance(module, nn.MultiheadAttention) or type(module) is nn.MultiheadAttention:
         return None
-    own = type(module).__name__
+    name = type(module).__name__
     if not isinstance(module, GhostMultiheadAttention):
         return (
-            f"{own} is a subclass of nn.MultiheadAttention with a forward of its own; where that calls super().forward "
-            f"and reads no parameter itself, dpkernels.nn.register_swap({own}, dpkernels.nn.ghost_subclass({own}, "
+            f"{name} is a subclass of nn.MultiheadAttention with its own forward. If that calls super().forward and "
+            f"reads no parameter itself, call dpkernels.nn.register_swap({name}, dpkernels.nn.ghost_subclass({name}, "
             "dpkernels.nn.GhostMultiheadAttention)); else freeze it"
         )
     out = module.out_proj
     if type(out) is not GhostOutProjection:
         return (
-            f"its out_proj is a {type(out).__name__}, whose weight nn.MultiheadAttention reads without calling it; "
-            "leave out_proj as nn.MultiheadAttention makes it, or freeze the whole layer"
+            f"its out_proj is a {type(out).__name__}, but nn.MultiheadAttention reads the weight of out_proj without "
+            "calling it; leave out_proj as nn.MultiheadAttention builds it, or freeze the whole layer"
         )
     return None
 
 
 def _batch_first(inputs: tuple[Tensor, ...], axis: int | None) -> list[Tensor]:
-    """[B,T,*] of each; the same tensor again stays the same tensor. axis: the batch's; None: there is none."""
-    found: dict[int, Tensor] = {}
+    """Each input as [B,T,*]; equal inputs stay one tensor. axis: the batch's axis, or None without a batch."""
+    views: dict[int, Tensor] = {}
     for t in inputs:
-        if id(t) not in found:
-            found[id(t)] = t.unsqueeze(0) if axis is None else t.transpose(0, axis) if axis else t
-    return [found[id(t)] for t in inputs]
+        if id(t) not in views:
+            views[id(t)] = t.unsqueeze(0) if axis is None else t.transpose(0, axis) if axis else t
+    return [views[id(t)] for t in inputs]
 
 
 def _check_mask(layer: GhostModule, name: str, mask: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(mask.shape) != expected:
         raise RuntimeError(
-            f"{layer.ghost_label()}: {name} has shape {tuple(mask.shape)}, but should have {expected}"
+            f"{layer.ghost_label()!r}: {name} has shape {tuple(mask.shape)}, but should have {expected}"
         )
 
 
 class _Projections(torch.autograd.Function):
-    """y_i = x_i W_iᵀ + b_i. The W_i are weights of their own, or row blocks, of `sizes` rows, of one; so the b_i."""
+    """y_i = x_i W_iᵀ + b_i. The W_i are separate weights, or blocks of `sizes` rows of one weight. Likewise the b_i."""
 
     @staticmethod
     def forward(
@@ -266,7 +268,7 @@ class _Projections(torch.autograd.Function):
         n = len(ctx.sizes)
         dxs: list[Tensor | None] = [None] * n
         given = [(i, g) for i, g in enumerate(gs) if g is not None]
-        saved = ctx.saved_tensors  # once: a checkpoint hands each out once
+        saved = ctx.saved_tensors  # read only once: a checkpoint returns each tensor once
         inputs, weights = saved[:n], saved[n:]
         if given:
             with no_autocast(given[0][1].device.type):
@@ -296,12 +298,12 @@ def _record_projections(ctx: Any, inputs: tuple[Tensor, ...], given: list[tuple[
 
 
 def _blocks(weights: Any, sizes: tuple[int, ...]) -> Any:
-    """One weight for each projection: those given, or the blocks of the one that is."""
+    """One weight for each projection: the given weights, or the blocks of a single one."""
     return weights if len(weights) == len(sizes) else weights[0].split(sizes)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of x [B,T,d]; of a view of [T,B,d] without a copy of it."""
+    """F.linear of x [B,T,d]; a view of a contiguous [T,B,d] is not copied."""
     if x.is_contiguous() or not x.transpose(0, 1).is_contiguous():
         return F.linear(x, weight, bias)
     return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)

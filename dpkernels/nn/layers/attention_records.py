@@ -35,10 +35,10 @@ class RowBlock:
 
 @dataclass(eq=False)
 class PackedLinearRecord(Record):
-    """Weight [p, d] whose blocks of rows are linear layers with inputs of their own.
+    """Weight [p, d] with blocks of rows that are linear layers with different inputs.
 
-    The blocks are disjoint, so the squared norm is the sum of theirs. Rows that no block names have no gradient. T may
-    differ from block to block: in cross-attention q reads the target, k and v the source.
+    The blocks are disjoint, so the squared norm is the sum of theirs. Rows outside of all blocks have no gradient. T
+    may differ between blocks: in cross-attention q reads the target, k and v read the source.
     """
 
     layer: str
@@ -47,13 +47,13 @@ class PackedLinearRecord(Record):
 
     @property
     def batch_size(self) -> int:
-        """B, as the blocks' output gradients say."""
+        """B, the first dimension of the blocks' output gradients."""
         (size,) = {block.g.shape[0] for block in self.blocks}
         return size
 
     @property
     def output_gradient(self) -> Tensor:
-        """[B, Σ T·n]: the blocks' side by side."""
+        """[B, Σ T·n]: the blocks' output gradients side by side."""
         return torch.cat([block.g.flatten(1) for block in self.blocks], 1)
 
     @property
@@ -76,11 +76,11 @@ class PackedLinearRecord(Record):
         return sum(t.numel() * t.element_size() for block in self.blocks for t in (block.x, block.g))
 
     def entries(self) -> int:
-        """The weight's, p·d."""
+        """p·d, the size of the weight."""
         return self.weight.numel()
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
-        """g_iᵀ x_i of each block at its rows, zeros elsewhere."""
+        """g_iᵀ x_i of each block at the block's rows, zeros elsewhere."""
         dtype = accumulation_dtype(self.blocks[0].g)
         gradients = self.blocks[0].g.new_zeros(self.batch_size, *self.weight.shape, dtype=dtype)
         for block in self.blocks:
@@ -88,26 +88,26 @@ class PackedLinearRecord(Record):
         return (materialised_gradient(self.layer, self.weight, gradients),)
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
-        """One linear layer over the blocks' frames one after the other, whose g is 0 in the others' rows."""
+        """One linear layer over the concatenated frames of the blocks, with g = 0 in the rows of other blocks."""
         gs = [_at_rows(block, self.weight.shape[0]) for block in self.blocks]
         return LinearRecord(
             self.layer, self.weight, cat_time(*(block.x for block in self.blocks)), cat_time(*gs)
         )
 
     def merge(self, *others: Record) -> Record:
-        """Block by block along T where all have the same blocks, else as linear records."""
+        """Concatenates each block along T if all uses have the same blocks, else merges them as linear records."""
         alike = [o for o in others if isinstance(o, PackedLinearRecord) and o.weight is self.weight]
         alike = [o for o in alike if o.rows == self.rows]
         if len(alike) < len(others):
             return self.as_linear(self.blocks[0].x.dtype).merge(*others)
         uses = (self, *alike)
         blocks = [
-            RowBlock(of_one[0].first, cat_time(*(b.x for b in of_one)), cat_time(*(b.g for b in of_one)))
-            for of_one in zip(*(use.blocks for use in uses), strict=True)
+            RowBlock(same[0].first, cat_time(*(b.x for b in same)), cat_time(*(b.g for b in same)))
+            for same in zip(*(use.blocks for use in uses), strict=True)
         ]
         return PackedLinearRecord(join_names(*uses), self.weight, tuple(blocks))
 
 
 def _at_rows(block: RowBlock, rows: int) -> Tensor:
-    """The block's g [B,T,n] as [B,T,rows], zeros outside of its rows."""
+    """The block's g [B,T,n] as [B,T,rows], with zeros outside of the block's rows."""
     return nn.functional.pad(block.g, (block.first, rows - block.rows.stop))

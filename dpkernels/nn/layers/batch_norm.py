@@ -1,6 +1,6 @@
-"""Frozen batch norms: torch's three, and classes of their own that call torch's batch norm (timm's BatchNormAct2d).
+"""Frozen batch norms: torch's three, and subclasses that call torch's batch norm (timm's BatchNormAct2d).
 
-The gradients of weight and bias are summed over time when the backward runs, as those of the other norms.
+As in the other norms, the backward sums the gradients of weight and bias over time.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
     """Batch norm that always normalises with its running statistics, in training mode too, and never
     updates them.
 
-    y = (x − mean)/√(var + ε)·weight + bias, so that one sample's output does not depend on the rest of its batch.
-    The weight and bias can be trained. Same state_dict as the batch norm that it replaces; made by
-    `freeze_batch_norm`.
+    y = (x − mean)/√(var + ε)·weight + bias, so a sample's output does not depend on the rest of its batch.
+    The weight and bias can be trained. The state_dict is that of the batch norm that it replaces;
+    `freeze_batch_norm` creates it.
 
-    Raises ValueError at the forward when there are no running statistics (track_running_stats=False).
+    The forward raises ValueError without running statistics (track_running_stats=False).
     """
 
     ghost_channels_second = True
@@ -40,7 +40,7 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
         """input [B,C,*] (or [B,C]) -> the same shape."""
         if self.running_mean is None or self.running_var is None:
             raise ValueError(
-                f"{self.ghost_label()}: a batch norm without running statistics cannot be frozen; "
+                f"{self.ghost_label()!r}: a batch norm without running statistics cannot be frozen; "
                 "use track_running_stats=True, or another norm"
             )
         self._check_input_dim(input)
@@ -65,29 +65,29 @@ class FrozenBatchNorm3d(FrozenBatchNorm, nn.BatchNorm3d):
 
 
 class FrozenOwnBatchNorm(FrozenBatchNorm):
-    """A batch norm with a forward of its own, frozen: that forward as it is in evaluation mode, always.
+    """A frozen batch norm with its own forward, which always runs as in evaluation mode.
 
-    Its call of torch.nn.functional.batch_norm with its statistics is the layer that is recorded; what it does before
-    and after (an activation, another layout) is its own. `freeze_batch_norm` makes the classes.
+    The layer records that forward's call of torch.nn.functional.batch_norm with the module's statistics. The code
+    before and after it (an activation, another layout) runs unchanged. `freeze_batch_norm` creates these classes.
 
-    Raises RuntimeError at the forward when that call has another weight, bias, ε or mode than the module's.
+    The forward raises RuntimeError if that call has another weight, bias, ε or mode than the module's.
     """
 
     own_class: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the own class's in evaluation mode."""
+        """As the original class's in evaluation mode."""
         training, self.training = self.training, False
         try:
             if not self._ghost_active(self.weight, self.bias):
                 return self.own_class.forward(self, *args, **kwargs)
-            with _InItsPlace(self, lambda x: _FrozenBatchNorm.apply(x, self.weight, self.bias, self)):
+            with _ReplacedCall(self, lambda x: _FrozenBatchNorm.apply(x, self.weight, self.bias, self)):
                 return self.own_class.forward(self, *args, **kwargs)
         finally:
             self.training = training
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As any module's; the class is made again where the copy is made, as it has no name to be found by."""
+        """As nn.Module's, but the copy creates the class again, which cannot be found by name."""
         _, _, *state = super().__reduce_ex__(protocol)
         return _new, (self.own_class,), *state
 
@@ -97,12 +97,12 @@ def _new(own_class: type[nn.Module]) -> nn.Module:
     return frozen.__new__(frozen)
 
 
-class _InItsPlace(TorchFunctionMode):
-    """Within it, `layer`'s own call of F.batch_norm is answered by `instead`; all other calls are as they were."""
+class _ReplacedCall(TorchFunctionMode):
+    """Within this context `replacement` replaces `layer`'s call of F.batch_norm; other calls stay unchanged."""
 
-    def __init__(self, layer: _BatchNorm, instead: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, layer: _BatchNorm, replacement: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layer, self.instead, self.calls = layer, instead, 0
+        self.layer, self.replacement, self.calls = layer, replacement, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,7 +120,7 @@ class _InItsPlace(TorchFunctionMode):
                 "its forward calls batch_norm in training mode or with another eps while it evaluates"
             )
         self.calls += 1
-        return self.instead(x)
+        return self.replacement(x)
 
 
 _FROZEN: dict[type[nn.Module], type[FrozenBatchNorm]] = {
@@ -128,46 +128,46 @@ _FROZEN: dict[type[nn.Module], type[FrozenBatchNorm]] = {
     nn.BatchNorm2d: FrozenBatchNorm2d,
     nn.BatchNorm3d: FrozenBatchNorm3d,
 }
-# a class of its own -> the frozen class made for it
+# subclass of a batch norm -> the frozen class created for it
 _FROZEN_OWN: dict[type[nn.Module], type[FrozenBatchNorm]] = {}
 
 
 def freeze_batch_norm(model: nn.Module) -> nn.Module:
     """BatchNorm1d/2d/3d -> FrozenBatchNorm1d/2d/3d, and subclasses -> FrozenOwnBatchNorm, in place; returns `model`.
 
-    A subclass keeps its forward, which is then run as in evaluation mode also in training (timm's BatchNormAct2d).
+    A subclass keeps its forward, which then also runs in training as in evaluation mode (timm's BatchNormAct2d).
 
-    Raises ValueError naming a batch norm that cannot be frozen: no running statistics, a class that is none of these
-    (SyncBatchNorm: convert it first; it has no meaning with frozen statistics), or a subclass whose forward does not
-    normalise by torch.nn.functional.batch_norm, uses its weight elsewhere or mixes the samples.
+    Raises ValueError naming a batch norm that cannot be frozen: it has no running statistics, it belongs to another
+    class (SyncBatchNorm has no meaning with frozen statistics: convert it first), or it is a subclass whose forward
+    does not normalise by torch.nn.functional.batch_norm, uses its weight elsewhere or mixes the samples.
     """
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or isinstance(module, FrozenBatchNorm):
             continue
         reason = freezing_refusal(module)
         if reason is not None:
-            raise ValueError(f"freeze_batch_norm: {name} ({type(module).__name__}): {reason}")
+            raise ValueError(f"freeze_batch_norm: {name!r} ({type(module).__name__}): {reason}")
         module.__class__ = _FROZEN.get(type(module)) or _frozen_class(type(module))
     return model
 
 
 def _frozen_class(own_class: type[nn.Module]) -> type[FrozenBatchNorm]:
     if own_class not in _FROZEN_OWN:
-        facts = {"__module__": own_class.__module__, "own_class": own_class}
+        body = {"__module__": own_class.__module__, "own_class": own_class}
         name = f"Frozen{own_class.__name__}"
-        _FROZEN_OWN[own_class] = type(name, (FrozenOwnBatchNorm, own_class), facts)
+        _FROZEN_OWN[own_class] = type(name, (FrozenOwnBatchNorm, own_class), body)
     return _FROZEN_OWN[own_class]
 
 
 def freezing_refusal(module: _BatchNorm) -> str | None:
-    """Why this batch norm cannot be frozen, with the fix; None where it can."""
+    """Why this batch norm cannot be frozen, with the fix; None if it can."""
     base = next((c for c in type(module).__mro__ if c in _FROZEN), None)
     if base is None:
-        return "a class of its own; replace it by nn.BatchNorm*d"
+        return "not a subclass of nn.BatchNorm1d, 2d or 3d; replace it by nn.BatchNorm*d"
     if module.running_mean is None:
         return "no running statistics (track_running_stats=False); use track_running_stats=True"
-    found = _of_its_forward(module, _SPACE[base], is_thin(type(module), base))
-    return found and f"a class of its own, whose forward {found}; replace it by nn.BatchNorm*d"
+    obstacle = _forward_obstacle(module, _SPACE[base], is_thin(type(module), base))
+    return obstacle and f"a subclass whose forward {obstacle}; replace it by nn.BatchNorm*d"
 
 
 _SPACE: dict[type[nn.Module], tuple[int, ...]] = {
@@ -177,31 +177,33 @@ _SPACE: dict[type[nn.Module], tuple[int, ...]] = {
 }
 
 
-def _of_its_forward(module: _BatchNorm, space: tuple[int, ...], thin: bool) -> str | None:
-    """What keeps the forward of a class of its own from being frozen; None for nothing: it is tried on noise.
+def _forward_obstacle(module: _BatchNorm, space: tuple[int, ...], thin: bool) -> str | None:
+    """Why the forward of a subclass cannot be frozen, from a run on noise; None if it can be.
 
-    Copies of its tensors take part, so that nothing of the module changes. A thin subclass may want another layout than
-    torch's, and so refuse the noise: of it enough is known.
+    The run uses copies of the module's tensors, so the module does not change. A thin subclass may take another layout
+    than torch's and raise for the noise; that is accepted, since its code was checked.
     """
     assert module.running_mean is not None
     state = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
     before = {name: t.clone() for name, t in state.items()}
-    own = [state[name].requires_grad_() for name in ("weight", "bias") if getattr(module, name) is not None]
+    affine = [
+        state[name].requires_grad_() for name in ("weight", "bias") if getattr(module, name) is not None
+    ]
     x = torch.rand(2, module.num_features, *space).to(module.running_mean).requires_grad_()
     modes = [(part, part.training) for part in module.modules()]
-    place = _InItsPlace(module, lambda x: x * 1.0)
+    replaced = _ReplacedCall(module, lambda x: x * 1.0)
     module.eval()
     try:
-        with torch.enable_grad(), place:
+        with torch.enable_grad(), replaced:
             y = functional_call(module, state, (x,))
-    except Exception as error:  # noqa: BLE001  whatever it raises is the reason
+    except Exception as error:  # noqa: BLE001  any error is the reason
         return None if thin else f"raises for an input of {list(x.shape)}: {error}"
     finally:
         for part, training in modes:
             part.training = training
-    if not place.calls or not isinstance(y, Tensor):
+    if not replaced.calls or not isinstance(y, Tensor):
         return "does not normalise by torch.nn.functional.batch_norm with its own statistics"
-    others = torch.autograd.grad(y.sum(), own, allow_unused=True, retain_graph=True) if own else ()
+    others = torch.autograd.grad(y.sum(), affine, allow_unused=True, retain_graph=True) if affine else ()
     if any(gradient is not None for gradient in others):
         return "uses its weight or bias for more than batch_norm"
     if y.is_meta:
@@ -220,7 +222,7 @@ def batch_norms_in_training(model: nn.Module) -> list[str]:
 
 
 def mixes_samples(module: nn.Module) -> bool:
-    """Whether it is a batch norm in training mode, or without statistics."""
+    """Whether the module is a batch norm in training mode, or without statistics."""
     return (
         isinstance(module, _BatchNorm)
         and not isinstance(module, FrozenBatchNorm)

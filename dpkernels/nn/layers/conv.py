@@ -1,11 +1,11 @@
-"""torch's convolutions, and transposed ones, of 1 to 3 dimensions, that record instead of filling `.grad`.
+"""torch's convolutions and transposed convolutions of 1 to 3 dimensions, which record instead of filling `.grad`.
 
 A 1×1 convolution is a linear layer on the transposed layout; a depthwise one has a rule of its own; any
 other is a linear layer on unfolded windows, group by group.
 
-A transposed convolution is the input gradient of a convolution with the same weight. So its weight's gradient is that
-convolution's, with x and g exchanged: what it was given is that one's output gradient, and its own output gradient is
-that one's input.
+A transposed convolution computes the input gradient of a convolution with the same weight. So the gradient of its
+weight is that convolution's, with x and g exchanged: the transposed one's input serves as output gradient, and its
+output gradient as input.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dpkernels.nn.tensors import accumulation_dtype, autocast_dtype, maybe_cast,
 
 
 class _GhostConv(GhostModule, _ConvNd):
-    """What the three share; `forward` is in the layers, next to their torch class."""
+    """Base of the three convolutions; each defines `forward` itself, next to its torch class."""
 
     ghost_channels_second = True
 
@@ -48,8 +48,8 @@ class GhostConv1d(_GhostConv, nn.Conv1d):
     """nn.Conv1d: same constructor, same state_dict, same results; x [B,C,T], the first dimension is the
     batch.
 
-    All strides, paddings (padding modes too), dilations and groups. Privately the backward returns dx and
-    records x and g [B,p,T'] for the weight, Σ_t g for the bias, where these are trained.
+    All strides, paddings, padding modes, dilations and groups are covered. Privately the backward returns dx. It
+    records x and g [B,p,T'] if the weight is trained, and Σ_t g if the bias is trained.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class GhostConv3d(_GhostConv, nn.Conv3d):
 
 
 class _GhostConvTranspose(GhostModule, _ConvTransposeNd):
-    """What the three share; `forward` is in the layers, next to their torch class."""
+    """Base of the three transposed convolutions; each defines `forward` itself, next to its torch class."""
 
     ghost_channels_second = True
 
@@ -98,8 +98,8 @@ class _GhostConvTranspose(GhostModule, _ConvTransposeNd):
 class GhostConvTranspose1d(_GhostConvTranspose, nn.ConvTranspose1d):
     """nn.ConvTranspose1d: same constructor, same state_dict, same results; x [B,C,T], the first dimension is the batch.
 
-    All strides, paddings, output paddings (`output_size` too), dilations and groups. Privately the backward returns dx
-    and records g [B,p,T'] and x, exchanged, for the weight, Σ_t g for the bias, where these are trained.
+    All strides, paddings, output paddings (`output_size` too), dilations and groups are covered. Privately the backward
+    returns dx. It records g [B,p,T'] and x, exchanged, if the weight is trained, and Σ_t g if the bias is trained.
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -130,7 +130,7 @@ class GhostConvTranspose3d(_GhostConvTranspose, nn.ConvTranspose3d):
 
 
 class _Conv(torch.autograd.Function):
-    """A convolution, or where `output_padding` is given a transposed one."""
+    """A convolution, or a transposed one if `output_padding` is given."""
 
     @staticmethod
     def forward(
@@ -176,29 +176,29 @@ class _Conv(torch.autograd.Function):
         layer, dx = ctx.layer, None
         with no_autocast(g.device.type):
             if ctx.needs_input_grad[0]:
-                # Only the shape of the input matters for dx.
+                # dx depends on the shape of the input only.
                 like = g.new_empty(1).expand(ctx.shape) if x is None else x
                 dx, _, _ = torch.ops.aten.convolution_backward(
                     g, like, weight.to(g.dtype), None, *ctx.geometry, [True, False, False]
                 )
             if ctx.needs_input_grad[1]:
-                of_conv, exchanged = (x, g, ctx.padding), ctx.output_padding is not None
+                operands, exchanged = (x, g, ctx.padding), ctx.output_padding is not None
                 if exchanged:
-                    of_conv = _exchanged(x, g, ctx.padding, ctx.output_padding)
-                ctx.tape.add(weight_record(layer, layer.ghost_label(), *of_conv, exchanged=exchanged))
+                    operands = _exchanged_operands(x, g, ctx.padding, ctx.output_padding)
+                ctx.tape.add(weight_record(layer, layer.ghost_label(), *operands, exchanged=exchanged))
             if ctx.bias is not None and ctx.needs_input_grad[2]:
                 total = g.flatten(2).sum(2, dtype=accumulation_dtype(g))
                 ctx.tape.add(BiasRecord(layer.ghost_label(), ctx.bias, total))
         return dx, None, None, None, None, None, None
 
 
-def _exchanged(
+def _exchanged_operands(
     x: Tensor, g: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """(input, output gradient, padding) of the convolution with a transposed one's weight.
+    """(input, output gradient, padding) of the convolution whose weight a transposed convolution shares.
 
-    Its input is g. Output padding π' makes g longer at its end, which leaves π − π' zeros to be put there; where that
-    is negative, so many frames at the end are read by no window, and are cut off.
+    The input is g. Output padding π' lengthens g at its end, so only π − π' zeros are appended there. If that number is
+    negative, no window reads so many frames at the end, and they are cut off.
     """
     if not any(output_padding):
         return g, x, padding
@@ -207,7 +207,7 @@ def _exchanged(
 
 
 def zero_padding(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """(x, π): what the layer pads beyond π zeros on both sides of each dimension of x [B,C,*] is put on x."""
+    """(x, π): x [B,C,*] with all padding of the layer except π zeros on both sides of each dimension."""
     n = len(layer.kernel_size)
     none = (0,) * n
     if layer.padding_mode != "zeros":
@@ -225,7 +225,7 @@ def weight_record(
 ) -> Record:
     """The weight's record for x [B,C,*], padded by `padding` zeros, and output gradient g [B,p,*].
 
-    `exchanged`: x and g are those of the convolution that a transposed one's weight has, as `_exchanged` gives them.
+    `exchanged`: the layer is a transposed convolution, and x and g are those of `_exchanged_operands`.
     """
     groups, weight = layer.groups, layer.weight
     ones = (1,) * len(padding)
@@ -250,16 +250,16 @@ def _as_sequence(t: Tensor) -> Tensor:
 def _depthwise_gradients(layer: Any, x: Tensor, g: Tensor, padding: tuple[int, ...]) -> Tensor:
     """Per-sample gradients [B, *weight.shape] of a depthwise weight, accumulated in float32.
 
-    Σ_t g[b,c,t] x[b,c, t·stride + tap·dilation]; they have p·∏k entries a sample, far fewer than x and g. Every
-    channel is a group of its own, so the samples of a batch are more channels of one convolution: its weight
-    gradient holds theirs side by side, at the price of the batch's own weight gradient.
+    Σ_t g[b,c,t] x[b,c, t·stride + tap·dilation], with p·∏k entries per sample, far fewer than x and g. Every channel
+    is a separate group, so the samples of a batch can be further channels of one convolution. Its weight gradient
+    holds theirs side by side, and costs as much as the plain weight gradient of the batch.
     """
     dtype, batch = accumulation_dtype(g), g.shape[0]
     shape = layer.weight.shape
     if 0 in (*x.shape, *g.shape):
         return g.new_zeros(batch, *shape, dtype=dtype)
     x, g = (t.to(dtype).reshape(1, -1, *t.shape[2:]) for t in (x, g))
-    like = g.new_empty(1).expand(batch * shape[0], *shape[1:])  # only the shape of the weight matters
+    like = g.new_empty(1).expand(batch * shape[0], *shape[1:])  # only the shape of the weight is read
     zeros = [0] * len(padding)
     geometry = (layer.stride, padding, layer.dilation, False, zeros, batch * layer.groups)
     _, gradients, _ = torch.ops.aten.convolution_backward(g, x, like, None, *geometry, [False, True, False])

@@ -22,14 +22,14 @@ from dpkernels.nn.tensors import common_dtype, per_sample_product, sum_up
 from dpkernels.ops import GroupedLayer
 
 WINDOW_BYTES = 2**28
-"""Of the unfolded windows of a convolution that are made at a time."""
+"""Largest memory of the unfolded windows of a convolution that are held at a time."""
 
 
 @dataclass(eq=False)
 class DepthwiseConv1dRecord(Record):
     """Weight [C,1,k] of a depthwise convolution: x [B,C,T], g [B,C,T'].
 
-    `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
+    `exchanged`: the layer is a transposed one, its output gradient is in `x` and its input in `g`.
     """
 
     layer: str
@@ -43,7 +43,7 @@ class DepthwiseConv1dRecord(Record):
 
     @property
     def output_gradient(self) -> Tensor:
-        """Of the layer."""
+        """The layer's output gradient."""
         return self.x if self.exchanged else self.g
 
     def norm_sq(self) -> Tensor:
@@ -84,7 +84,7 @@ class DepthwiseConv1dRecord(Record):
         return GroupedLayer("depthwise_conv1d", (self.x, self.g), options)
 
     def merge(self, *others: Record) -> Record:
-        """One after the other, with gaps in which g is 0: no window of one reads the next."""
+        """Concatenates the uses along T, with gaps in which g is 0, so that no window of one use reads the next."""
         uses = [self._padded()]
         for other in others:
             if (
@@ -96,7 +96,7 @@ class DepthwiseConv1dRecord(Record):
             uses.append(other._padded())
         xs, gs = [], []
         for use in uses[:-1]:
-            windows = -(-use.x.shape[2] // self.stride)  # after so many, the first window of the next
+            windows = -(-use.x.shape[2] // self.stride)  # the next use's first window comes after this many
             xs.append(_pad_end(use.x, windows * self.stride))
             gs.append(_pad_end(use.g, windows))
         x, g = (torch.cat(common_dtype(*parts), 2) for parts in ((*xs, uses[-1].x), (*gs, uses[-1].g)))
@@ -108,13 +108,13 @@ class DepthwiseConv1dRecord(Record):
 
 @dataclass(eq=False)
 class ConvRecord(Record):
-    """Weight [p, d/groups, *k] of a general convolution: x [B,d,*space], g [B,p,*space'].
+    """Weight `[p, d/groups, *k]` of a general convolution: x `[B, d, *space]`, g `[B, p, *space']`.
 
-    It is a linear layer on unfolded windows. They are ∏k times larger than x, so they are made when asked for, of as
-    many samples at a time as `WINDOW_BYTES` allows, and not kept: once where the gradients are materialised, twice
-    where norm and sum each ask.
+    It is a linear layer on unfolded windows. The windows are ∏k times larger than x. So they are unfolded when needed,
+    for as many samples at a time as `WINDOW_BYTES` allows, and not kept: once to materialise the gradients, or twice
+    for norm and sum.
 
-    `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
+    `exchanged`: the layer is a transposed one, its output gradient is in `x` and its input in `g`.
     """
 
     materialises_by_default: ClassVar[bool] = True
@@ -131,7 +131,7 @@ class ConvRecord(Record):
 
     @property
     def output_gradient(self) -> Tensor:
-        """Of the layer."""
+        """The layer's output gradient."""
         return self.x if self.exchanged else self.g
 
     def _group(self, index: int, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -144,8 +144,8 @@ class ConvRecord(Record):
 
     def _parts(self) -> list[slice]:
         """Ranges of samples whose windows of one group take at most WINDOW_BYTES, or of one sample."""
-        each = math.prod(self.g.shape[2:]) * self.weight[0].numel() * self.x.element_size()
-        step = max(1, WINDOW_BYTES // max(each, 1))
+        sample_bytes = math.prod(self.g.shape[2:]) * self.weight[0].numel() * self.x.element_size()
+        step = max(1, WINDOW_BYTES // max(sample_bytes, 1))
         return [slice(first, first + step) for first in range(0, max(self.batch_size, 1), step)]
 
     def norm_sq(self) -> Tensor:
@@ -164,24 +164,24 @@ class ConvRecord(Record):
                 ops.linear_weighted_sum(x, g, factors[part], rows[i])
 
     def entries(self) -> int:
-        """The weight's, p·d/groups·∏k."""
+        """p·d/groups·∏k, the size of the weight."""
         return self.weight.numel()
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
-        """gᵀ windows, the groups one after the other."""
-        gradients = torch.cat([self._formed(part) for part in self._parts()])
+        """gᵀ windows, with the groups concatenated."""
+        gradients = torch.cat([self._gradients(part) for part in self._parts()])
         return (materialised_gradient(self.layer, self.weight, gradients),)
 
-    def _formed(self, part: slice) -> Tensor:
+    def _gradients(self, part: slice) -> Tensor:
         groups = [per_sample_product(g, x) for x, g in (self._group(i, part) for i in range(self.groups))]
         return torch.cat(groups, 1)
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord | None:
-        """Its windows' layer; None where groups > 1."""
+        """The linear layer on the windows; None if groups > 1."""
         return LinearRecord(self.layer, self.weight, *self._group(0)) if self.groups == 1 else None
 
     def merge(self, *others: Record) -> Record:
-        """As linear records, unfolded; grouped ones materialised."""
+        """Merges the uses as linear records on unfolded windows, or materialises them if groups > 1."""
         known = all(isinstance(other, LinearRecord | ConvRecord) for other in others)
         linear = self.as_linear(self.x.dtype) if known else None
         return super().merge(*others) if linear is None else linear.merge(*others)
@@ -219,7 +219,7 @@ def unfold(
 ) -> Tensor:
     """Windows of x [B,C,*space] as [B, ∏output, C·∏kernel], in the order of a convolution weight's entries.
 
-    A strided view is taken first (no copy), then one copy lays the windows out.
+    The windows are a strided view first (no copy), then one copy lays them out.
     """
     batch, channels = x.shape[:2]
     strides = x.stride()

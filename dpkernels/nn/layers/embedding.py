@@ -20,23 +20,24 @@ from dpkernels.nn.tensors import as_tokens, batch_first
 class GhostEmbedding(GhostModule, nn.Embedding):
     """nn.Embedding: same constructor, same state_dict, same results; ids [B,*] int64 or int32, batch first.
 
-    `padding_idx` is honoured. `max_norm`, `sparse` and `scale_grad_by_freq` cannot be trained privately and
-    are named by `uncovered`: the first changes the table in the forward, the others change what a sample's
-    gradient is.
+    `padding_idx` is honoured. A table with `max_norm`, `sparse` or `scale_grad_by_freq` cannot be trained privately,
+    and `uncovered` lists it: the first option changes the table in the forward, the others change a sample's gradient.
 
     Privately, ids that all examples share (positions [1,T] or [T], relative positions [T,T]) are looked up once per
-    example, and a SharedTensor of the plain lookup's shape comes back: the same values, and each example keeps its own
-    gradient.
+    example. The result is a SharedTensor with the shape and values of the plain lookup, in which each example keeps
+    its own gradient.
     """
 
     ghost_covers = ("weight",)
     ghost_asks_axes = True
 
     def ghost_refusal(self) -> str | None:
-        """max_norm, sparse and scale_grad_by_freq."""
+        """Refuse max_norm, sparse and scale_grad_by_freq."""
         for name in ("max_norm", "sparse", "scale_grad_by_freq"):
             if getattr(self, name):
-                return f"{name}={getattr(self, name)} has no norm rule; build it without, or freeze it"
+                return (
+                    f"{name}={getattr(self, name)} has no norm rule; build the layer without it, or freeze it"
+                )
         return None
 
     def forward(self, input: Tensor) -> Any:
@@ -56,8 +57,7 @@ def ghost_embedding(
 ) -> Any:
     """F.embedding(ids, table, padding_idx), recorded on `layer`'s tape. `transposed`: the table is [d,V].
 
-    Ids that all examples share ([1,T], [T], [T,T]) are looked up once per example; what comes is the SharedTensor that
-    stands for the plain one.
+    Ids that all examples share ([1,T], [T], [T,T]) are looked up once per example. The result is then a SharedTensor.
     """
     if padding_idx is not None and padding_idx < 0:  # counted from the end, as F.embedding reads it
         padding_idx += table.shape[0]
@@ -100,5 +100,5 @@ class _Embedding(torch.autograd.Function):
 
 
 def _ids_as_tokens(ids: Tensor) -> Tensor:
-    """[B,*] -> [B,T] int64; [B] is T = 1; a lone id is one sample of one token. g: by `as_tokens`."""
+    """[B,*] -> [B,T] int64, as `as_tokens` reshapes g: [B] has T = 1; a scalar id is one sample of one token."""
     return ids.long().flatten(1) if ids.dim() > 1 else ids.long().view(-1, 1)

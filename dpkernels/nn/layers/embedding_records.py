@@ -1,4 +1,4 @@
-"""The record of a table that is held the other way round: [d, V], as PEFT's lora_embedding_A is."""
+"""The record of a transposed table [d, V], such as PEFT's lora_embedding_A."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpkernels.ops import GroupedLayer
 
 @dataclass(eq=False)
 class TransposedEmbeddingRecord(EmbeddingRecord):
-    """Table [d, V] whose columns were looked up at ids [B,T] (int64): g [B,T,d]. Column `padding_idx` gets none."""
+    """Table [d, V] with columns looked up at ids [B,T] (int64): g [B,T,d]. Column `padding_idx` gets no gradient."""
 
     def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
         """Add c_i g_t to column id_t."""
@@ -38,7 +38,7 @@ class TransposedEmbeddingRecord(EmbeddingRecord):
         return LinearRecord(self.layer, self.weight, x=onehot, g=self.g)
 
     def merge(self, *others: Record) -> Record:
-        """Concatenated along T; as linear records where one of the others is one, or pads differently."""
+        """Concatenates the uses along T; as linear records if another is one or has another `padding_idx`."""
         lookups = [o for o in others if isinstance(o, TransposedEmbeddingRecord) and o.weight is self.weight]
         lookups = [o for o in lookups if o.padding_idx == self.padding_idx]
         if len(lookups) < len(others):

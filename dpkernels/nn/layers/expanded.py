@@ -1,14 +1,15 @@
-"""Small raw parameters by per-sample expansion: any parameter that is not a ghost layer's, if it is small.
+"""Small raw parameters by per-sample expansion: every small parameter that belongs to no ghost layer.
 
-Its gradients are materialised, B times the parameter, which is why only small ones are taken. Two ways:
+The per-sample gradients are materialised and take B times the parameter's memory, so large parameters are refused.
+There are two ways:
 
-- a module without children whose inputs carry the batch (a norm of someone's own, a gain, a small layer) runs as it is,
-  and its backward is asked example by example (`dpkernels.nn.layers.leaf_calls`);
-- a module with children (Parakeet's attention with `bias_u`), or one whose inputs are not the batch's (a table of
-  positions), finds a `SharedTensor` where it reads `self.bias_u`.
+- A module without children whose inputs carry the batch (a user's norm, a gain, a small layer) runs unchanged. Its
+  backward computes per-sample gradients (`dpkernels.nn.layers.leaf_calls`).
+- A module with children (Parakeet's attention with `bias_u`), or one whose inputs do not carry the batch (a table of
+  positions), reads a `SharedTensor` as `self.bias_u`.
 
-Attached modules are re-classed to a subclass with properties, so that `named_parameters`, `state_dict` and
-optimizers never see anything but the parameter itself.
+`attach` changes the class of such a module to a subclass with properties, so `named_parameters`, `state_dict` and
+optimizers still see the parameter itself.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from dpkernels.nn.recording.tape import Tape
 from dpkernels.nn.tensors import not_a_view
 
 EXPANSION_LIMIT = 65_536
-"""Largest parameter, in elements, that is expanded: its per-sample gradients take B times its size, in
-float32 256 KiB a sample at most."""
+"""Largest parameter, in elements, that is expanded. Its per-sample gradients take B times its size: at most 256 KiB
+per sample in float32."""
 
 
 class _Expand(torch.autograd.Function):
@@ -42,7 +43,7 @@ class _Expand(torch.autograd.Function):
     def forward(ctx: Any, parameter: Tensor, batch_size: int, tape: Tape, name: str) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.parameter, ctx.tape, ctx.name = parameter, tape, name
-        # A copy, and no view of it: an in-place use must not write to the parameter itself.
+        # A copy and not a view, so that an in-place use does not write to the parameter itself.
         copy = parameter.detach().clone()
         return not_a_view(copy.unsqueeze(0).expand(batch_size, *parameter.shape))
 
@@ -55,7 +56,7 @@ class _Expand(torch.autograd.Function):
 
 
 class ExpandingModule(GhostModule):
-    """Mixin of the classes of `expanding_class`; `_ghost_substitutes` is what their properties hand out."""
+    """Mixin of the classes of `expanding_class`; their properties return the values of `_ghost_substitutes`."""
 
     ghost_original: type[nn.Module]
     _ghost_substitutes: Mapping[str, Any] | None = None
@@ -71,7 +72,7 @@ class ExpandingModule(GhostModule):
             self.__dict__["_ghost_substitutes"] = before
 
     def get_parameter(self, target: str) -> Any:
-        """As nn.Module's; of its own parameters what its forward reads."""
+        """As nn.Module's; an expanded parameter of this module is returned as its forward reads it."""
         if target in self.ghost_covers:
             return getattr(self, target)
         return nn.Module.get_parameter(cast(nn.Module, self), target)
@@ -105,30 +106,30 @@ class ExpandingModule(GhostModule):
             size = batch_size_of(args, kwargs)
         if size is None:
             raise RuntimeError(
-                f"{label}: neither the model's forward nor this module's got a tensor, so the batch size is not known "
-                f"and its trained parameters ({', '.join(trained)}) cannot be expanded per sample; pass the model a "
-                "tensor whose first dimension is the batch, or freeze them (requires_grad_(False))"
+                f"{label!r}: neither the model's forward nor this module's got a tensor, so the batch size is unknown "
+                f"and the trained parameters ({', '.join(map(repr, trained))}) cannot be expanded per sample; pass the "
+                "model a tensor whose first dimension is the batch, or freeze them (requires_grad_(False))"
             )
         with self._substituted(SharedParameters(trained, label, size, tape)):
             return forward(*args, **kwargs)
 
 
 class SharedParameters(Mapping[str, SharedTensor]):
-    """A module's trained parameters in one forward, each expanded when it is first read."""
+    """A module's trained parameters in one forward; each is expanded on its first read."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], label: str, size: int, tape: Tape) -> None:
         self._parameters, self._label, self._size, self._tape = parameters, label, size, tape
-        self._made: dict[str, SharedTensor] = {}
+        self._expanded: dict[str, SharedTensor] = {}
 
     def __getitem__(self, name: str) -> SharedTensor:
-        if name not in self._made:
+        if name not in self._expanded:
             parameter, full = self._parameters[name], f"{self._label}.{name}"
             self._tape.note_use((parameter,))
-            # The first read may be under no_grad: the next one's gradient must not be lost.
+            # The first read may be under no_grad; the gradient of a later read must not be lost.
             with torch.enable_grad():
                 rows = _Expand.apply(parameter, self._size, self._tape, full)
-            self._made[name] = SharedTensor(rows, full, self._tape.axes)
-        return self._made[name]
+            self._expanded[name] = SharedTensor(rows, full, self._tape.axes)
+        return self._expanded[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -138,13 +139,13 @@ class SharedParameters(Mapping[str, SharedTensor]):
 
 
 def _carries_batch(label: str, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a tensor among a module's inputs carries the batch, and none is one that examples share."""
+    """Whether one of a module's input tensors carries the batch, and none is a SharedTensor."""
     leaves, _ = tree_flatten((args, kwargs))
     if any(isinstance(leaf, SharedTensor) for leaf in leaves):
         return False
     tensors = [(path, t) for path, t in tensors_in((args, kwargs)) if t.dim() > 0]
     size = tape.examples
-    if size is None:  # entered past the root's forward
+    if size is None:  # called outside of the root module's forward
         return bool(tensors)
     call = tape.axes.next_call(label)
     axes = [tape.axes.of(Site(label, f"its argument {path}", call), t.shape, size) for path, t in tensors]
@@ -155,7 +156,7 @@ def _property(name: str) -> property:
     def read(self: Any) -> Any:
         substitutes, parameter = self._ghost_substitutes, self._parameters[name]
         if substitutes is None and parameter.requires_grad and self._ghost_records():
-            # From outside of its module's own forward: a ParameterList's, or a child's that its parent reads.
+            # Read outside of the module's own forward: from a ParameterList, or by the parent of the module.
             size = self.ghost_tape.examples
             if size is not None:
                 return SharedParameters({name: parameter}, self.ghost_label(), size, self.ghost_tape)[name]
@@ -168,12 +169,12 @@ def _property(name: str) -> property:
 
 @cache
 def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass of `original` that expands its own parameters `names`."""
+    """The subclass of `original` that expands its parameters `names`."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._expanded_forward(original.forward.__get__(self), args, kwargs)
 
-    forward.__wrapped__ = original.forward  # type: ignore[attr-defined] # its signature is the original's
+    forward.__wrapped__ = original.forward  # type: ignore[attr-defined] # the original's signature
     body: dict[str, Any] = {name: _property(name) for name in names}
     body |= {
         "forward": forward,
@@ -189,25 +190,25 @@ def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[n
 
 
 def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
-    """Why `parameter`, a raw parameter of `module`, cannot be expanded; None when it can."""
+    """Why `parameter`, a raw parameter of `module`, cannot be expanded; None if it can."""
     if isinstance(module, nn.RNNBase):
         return (
-            "a subclass with a forward of its own around one fused function; use nn.LSTM, nn.GRU or nn.RNN itself, or "
-            "register a ghost class (dpkernels.nn.ghost_subclass), or freeze it"
+            "the module is a subclass with its own forward around one fused function; use nn.LSTM, nn.GRU or nn.RNN "
+            "itself, or register a ghost class (dpkernels.nn.ghost_subclass), or freeze the module"
         )
     if isinstance(module, nn.Embedding):
-        # Under vmap a lookup is an index, whose backward knows none of them.
+        # Under vmap a lookup is an index, whose backward ignores these options.
         for option in ("padding_idx", "max_norm", "sparse", "scale_grad_by_freq"):
             value = getattr(module, option)
             if value is not None and value is not False:  # padding_idx=0 is a value
                 return (
-                    f"a subclass of nn.Embedding with a forward of its own and {option}={value}, "
-                    "which per-sample expansion would not heed; build it without, write a rule "
+                    f"the module is a subclass of nn.Embedding with its own forward and {option}={value}, "
+                    "which per-sample expansion would ignore; build it without that option, write a rule "
                     "(dpkernels.nn.ghost_subclass), or freeze it"
                 )
     if parameter.numel() > EXPANSION_LIMIT:
         return (
-            f"no rule for it, and its {parameter.numel():,} elements are more than the {EXPANSION_LIMIT:,} "
-            "that are expanded per sample; freeze it, or write a rule (dpkernels.nn.register_swap)"
+            f"it has no rule, and its {parameter.numel():,} elements exceed the limit of {EXPANSION_LIMIT:,} for "
+            "per-sample expansion; freeze it, or write a rule (dpkernels.nn.register_swap)"
         )
     return None

@@ -1,7 +1,7 @@
-"""GhostGroupNorm and the ghosts of the instance norms: norms over groups of channels of one example.
+"""GhostGroupNorm and the ghost instance norms: norms over groups of channels of one example.
 
-As for the layer norms, the gradients of weight and bias, Σ_t x̂_ct g_ct and Σ_t g_ct a channel, are summed over space in
-float32 when the backward runs, and kept as [B,C].
+The gradients of weight and bias are Σ_t x̂_ct g_ct and Σ_t g_ct for channel c. As in the layer norms, the backward sums
+them over space in float32 and keeps them as [B,C].
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class GhostGroupNorm(GhostModule, nn.GroupNorm):
 
 
 class _GhostInstanceNorm(GhostModule, _InstanceNorm):
-    """What the three share. An instance norm is a group norm whose groups are the channels."""
+    """Base of the three instance norms: an instance norm is a group norm whose groups are the channels."""
 
     ghost_channels_second = True
 
     def ghost_refusal(self) -> str | None:
-        """track_running_stats."""
+        """Refuse track_running_stats."""
         if self.track_running_stats:
             return (
-                "track_running_stats=True keeps means over the batch; build it with track_running_stats=False, or "
-                "freeze it and leave it in evaluation mode"
+                "track_running_stats=True keeps means over the batch; build the layer with track_running_stats=False, "
+                "or freeze it and leave it in evaluation mode"
             )
         return None
 
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
-        """What torch's forward calls once the input has a batch."""
+        """torch's forward calls this with an input that has a batch dimension."""
         if not self._ghost_active(self.weight, self.bias):
             return super()._apply_instance_norm(input)
         return _GroupNorm.apply(input, self.weight, self.bias, self, input.shape[1])

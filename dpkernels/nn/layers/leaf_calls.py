@@ -1,16 +1,16 @@
-"""Per-sample gradients of a module of one's own: its forward runs as it is; its backward is asked for each example.
+"""Per-sample gradients of a user's module without children: the forward runs unchanged, the backward is split.
 
-The forward is the plain module's, on the whole batch: nothing that decides its values is guessed. Its parameters p are
-read through `_Tap`, whose backward is called with the plain gradient Σ_i J_iᵀ g_i once autograd has it, and makes the
-parts J_iᵀ g_i, where g_i is what its outputs' gradients hold for example i:
+The forward is the plain module's, on the whole batch, so its values rest on no assumption. It reads the parameters p
+through `_Tap`. Autograd calls the backward of `_Tap` with the plain gradient Σ_i J_iᵀ g_i, where g_i is the part of the
+output gradients that belongs to example i. That backward computes the parts J_iᵀ g_i in one of two ways:
 
-- *sliced*: of row i of the inputs that have the batch's size, under torch.vmap: as cheap as the plain backward;
-- *masked*: of all inputs, with the outputs' gradients zeroed but for row i. It assumes nothing of the inputs, and costs
-  B backwards of the module.
+- *sliced*: from row i of the inputs that have the batch's size, under torch.vmap; as cheap as the plain backward.
+- *masked*: from all inputs, with the output gradients set to zero except in row i. This assumes nothing about the
+  inputs, and costs B backwards of the module.
 
-The sliced way is taken where it has been seen to give what the module's own backward gives, for random signs of the
-rows, since a tensor that examples share may have as many rows as there are examples. In every backward the parts must
-add up to the plain gradient. That the outputs' rows are the examples' is the row check's to say.
+A tensor that examples share may have as many rows as there are examples. So the sliced way is used only after its
+result has agreed with the module's own backward, for random signs of the rows. In every backward the parts must add up
+to the plain gradient. The row check verifies that the outputs' rows belong to the examples.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ Run = Callable[[Sequence[Tensor], tuple[Any, ...], dict[str, Any]], Any]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-2}
 _HALF_TOLERANCE = 0.1
-"""Of the norms that are added up: rounding, in half precision within the module too, and not a layout that was misread.
-What is summed is what was measured, whichever it is."""
+"""Relative to the sum of the norms. It allows for rounding, also in half precision within the module, but not for a
+wrong layout. Norms and sums use the same parts, so a deviation within it does not affect privacy."""
 
 
 class LeafCall:
     """One call of a module without children.
 
     Args:
-        label: the module, for messages.
-        names: of its trained parameters.
-        parameters: these.
+        label: name of the module, for messages.
+        names: names of its trained parameters.
+        parameters: its trained parameters.
         run: its forward.
-        tape: the model's.
-        ways: what was found out in earlier calls: whether slicing is right, by which inputs have the batch's size.
+        tape: the model's tape.
+        ways: results of earlier calls: whether slicing is right, by the set of inputs that have the batch's size.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LeafCall:
         self._gradients: dict[int, Tensor] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's outputs; their gradients are noted on their way back."""
+        """Run the module's forward and return its outputs, with hooks that note their gradients."""
         self._inputs = args, kwargs
         devices = {t.device for _, t in tensors_in(self._inputs) if t.device.type == "cuda"}
         self._devices = sorted(device.index or 0 for device in devices)
@@ -79,12 +79,12 @@ class LeafCall:
         ]
         tapped = _Tap.apply(self, *self._parameters)
         for tensor in tapped:
-            tensor._is_param = True  # what isinstance(p, nn.Parameter) asks
+            tensor._is_param = True  # isinstance(p, nn.Parameter) reads this
         output = self._run(tapped, args, kwargs)
         self._is_random = any(
             not torch.equal(a, b) for a, b in zip(self._draws, self._generators(), strict=True)
         )
-        # Aliases: the gradient of one has nothing of what comes back through the module's other outputs.
+        # Aliases: the gradient of one output must not include gradients that flow back through the other outputs.
         output = map_tensors(output, lambda t: torch.ops.aten.alias(t) if t.is_floating_point() else t)
         for place, tensor in enumerate(_floating(output)):
             if tensor.requires_grad:
@@ -103,15 +103,15 @@ class LeafCall:
         return note
 
     def record(self, plain: Sequence[Tensor | None]) -> None:
-        """Put the per-sample gradients on the tape; `plain` are the module's own, summed over the batch."""
+        """Add the per-sample gradients to the tape. `plain`: the module's gradients, summed over the batch."""
         gradients, batch = dict(self._gradients), self._tape.batch_size
         self._gradients.clear()
         if batch is None:
             raise RuntimeError(outside_message(self._label))
         if not gradients:
             raise RuntimeError(
-                f"{self._label}: its outputs are not among what its forward returned as tensors, or within tuples, "
-                "lists, mappings and dataclasses of them, so that its gradient cannot be told apart by sample. Return "
+                f"{self._label!r}: its forward returned no tensor that leads to the loss, alone or within tuples, "
+                "lists, mappings and dataclasses, so its gradient cannot be split by example. Return "
                 "the tensors themselves, or freeze it (requires_grad_(False))"
             )
         first = next(iter(gradients.values()))
@@ -119,8 +119,8 @@ class LeafCall:
         if any(g.dim() <= axis or g.shape[axis] != batch for g in gradients.values()):
             shapes = [tuple(g.shape) for g in gradients.values()]
             raise ValueError(
-                f"{self._label}: its outputs have shapes {shapes}, and the losses {batch} examples: no dimension of "
-                "them is the batch, so that its gradient cannot be told apart by sample. Give it an input whose first "
+                f"{self._label!r}: its outputs have shapes {shapes}, but there are {batch} losses: no dimension of the "
+                "outputs is the batch, so its gradient cannot be split by example. Give it an input whose first "
                 f"dimension is the batch ({batch}), or freeze it (requires_grad_(False))"
             )
         for part, parameter, name in zip(
@@ -137,9 +137,9 @@ class LeafCall:
             and not isinstance(x, nn.Parameter)
             and x.dim() > axis
             and x.shape[axis] == batch
-            for x in tree_flatten(self._cut_off())[0]
+            for x in tree_flatten(self._detached_inputs())[0]
         )
-        # Of one example every tensor of one row is right; that says nothing of other sizes.
+        # With one example slicing any tensor of one row is right, which proves nothing for other batch sizes.
         way = (self._number, rows, axis, tuple(sorted(gradients)), batch == 1)
         if not self._is_random and any(rows) and self._ways.get(way, True):
             sliced = self._sliced(gradients, rows, axis)
@@ -156,58 +156,61 @@ class LeafCall:
         parts = self._masked(gradients, axis, batch)
         if not self._add_up(parts, plain):
             raise RuntimeError(
-                f"{self._label}: the per-sample gradients of {', '.join(self._names)} do not add up to their gradient. "
-                "Its forward does not repeat itself: it reads something that changes between forward and backward, or "
-                "its inputs were changed in place. Freeze it, or write a rule (dpkernels.nn.register_swap)"
+                f"{self._label!r}: the per-sample gradients of {', '.join(map(repr, self._names))} do not add up to "
+                "their gradient: the recomputed forward differs from the first, because it reads a value that changed "
+                "meanwhile, or because its inputs were changed in place. Freeze it, or write a rule "
+                "(dpkernels.nn.register_swap)"
             )
         return parts
 
     def _add_up(self, parts: Sequence[Tensor], plain: Sequence[Tensor | None]) -> bool:
         ones = torch.ones(len(parts[0]), device=parts[0].device)
-        wholes = (torch.zeros_like(p[0]) if w is None else w for p, w in zip(parts, plain, strict=True))
-        return all(_adds_up(part, whole, ones) for part, whole in zip(parts, wholes, strict=True))
+        totals = (torch.zeros_like(p[0]) if t is None else t for p, t in zip(parts, plain, strict=True))
+        return all(_adds_up(part, total, ones) for part, total in zip(parts, totals, strict=True))
 
-    def _cut_off(self) -> Any:
-        """The inputs with their tensors cut off from the graph, dataclasses as they are."""
+    def _detached_inputs(self) -> Any:
+        """The inputs with their tensors detached from the graph, and parameters as they are."""
         return map_tensors(self._inputs, lambda t: t.detach() if not isinstance(t, nn.Parameter) else t)
 
     def _sliced(self, gradients: dict[int, Tensor], rows: Sequence[bool], axis: int) -> list[Tensor] | None:
-        """By torch.vmap over the inputs' rows; None where it cannot run the module: it branches on values, say."""
-        leaves, spec = tree_flatten(self._cut_off())
+        """The parts by torch.vmap over the inputs' rows; None if vmap cannot run the module (it branches on values)."""
+        leaves, spec = tree_flatten(self._detached_inputs())
         places = sorted(gradients)
 
-        def one(parameters: list[Tensor], inputs: list[Tensor], gs: list[Tensor]) -> Any:
-            each = iter(inputs)
-            mine = [next(each).unsqueeze(axis) if row else x for x, row in zip(leaves, rows, strict=True)]
+        def example_gradients(parameters: list[Tensor], inputs: list[Tensor], gs: list[Tensor]) -> Any:
+            next_row = iter(inputs)
+            example = [
+                next(next_row).unsqueeze(axis) if row else x for x, row in zip(leaves, rows, strict=True)
+            ]
 
             def outputs(*values: Tensor) -> tuple[Tensor, ...]:
                 for value in values:
                     value._is_param = True
-                args, kwargs = tree_unflatten(mine, spec)
+                args, kwargs = tree_unflatten(example, spec)
                 tensors = _floating(self._run(values, args, kwargs))
                 return tuple(tensors[place] for place in places)
 
-            found, pull_back = torch.func.vjp(outputs, *parameters)[:2]
-            if any(y.shape != g.unsqueeze(axis).shape for y, g in zip(found, gs, strict=True)):
+            ys, pull_back = torch.func.vjp(outputs, *parameters)[:2]
+            if any(y.shape != g.unsqueeze(axis).shape for y, g in zip(ys, gs, strict=True)):
                 raise ValueError("an example alone has outputs of another shape")
-            return pull_back(tuple(g.unsqueeze(axis).to(y.dtype) for y, g in zip(found, gs, strict=True)))
+            return pull_back(tuple(g.unsqueeze(axis).to(y.dtype) for y, g in zip(ys, gs, strict=True)))
 
         with torch.enable_grad(), self._as_in_forward():
             values = [p.detach() for p in self._parameters]
             inputs = [x for x, row in zip(leaves, rows, strict=True) if row]
             gs = [gradients[place] for place in places]
             try:
-                return list(torch.vmap(one, in_dims=(None, axis, axis))(values, inputs, gs))
+                return list(torch.vmap(example_gradients, in_dims=(None, axis, axis))(values, inputs, gs))
             except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
                 logger.info(
-                    "%s: its gradients are asked one example at a time: slower. %s",
+                    "'%s': its gradients are computed one example at a time, which is slower: %s",
                     self._label,
                     error,
                 )
                 return None
 
     def _masked(self, gradients: dict[int, Tensor], axis: int, batch: int) -> list[Tensor]:
-        values, outputs = self._again(gradients)
+        values, outputs = self._recomputed(gradients)
         parts = []
         for row in range(batch):
             masked = []
@@ -216,11 +219,11 @@ class LeafCall:
                 g.select(axis, row).copy_(gradients[place].select(axis, row))
                 masked.append(g)
             parts.append(_pull_back(outputs, values, masked))
-        return [torch.stack(of_one) for of_one in zip(*parts, strict=True)]
+        return [torch.stack(rows) for rows in zip(*parts, strict=True)]
 
-    def _again(self, gradients: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The forward once more, with the random draws that it had: its parameters, and its outputs with a gradient."""
-        args, kwargs = self._cut_off()
+    def _recomputed(self, gradients: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Repeat the forward with the same random draws; return its parameters, and its outputs with a gradient."""
+        args, kwargs = self._detached_inputs()
         with torch.random.fork_rng(devices=self._devices), torch.enable_grad(), self._as_in_forward():
             torch.set_rng_state(self._draws[0])
             for index, state in zip(self._devices, self._draws[1:], strict=True):
@@ -228,22 +231,22 @@ class LeafCall:
             values: list[Tensor] = [p.detach().requires_grad_() for p in self._parameters]
             for value in values:
                 value._is_param = True
-            found = _floating(self._run(values, args, kwargs))
-        return values, [found[place] for place in sorted(gradients)]
+            outputs = _floating(self._run(values, args, kwargs))
+        return values, [outputs[place] for place in sorted(gradients)]
 
     def _agree(self, sliced: Sequence[Tensor], gradients: dict[int, Tensor], axis: int, batch: int) -> bool:
-        """Whether the parts are those of the module's own backward, for rows of random signs."""
+        """Whether the parts agree with the module's own backward, for rows with random signs."""
         generator = torch.Generator().manual_seed(secrets.randbits(63))
         signs = torch.randint(0, 2, (batch,), generator=generator, dtype=torch.int8).mul(2).sub(1)
-        values, outputs = self._again(gradients)
+        values, outputs = self._recomputed(gradients)
         signed = []
         for place in sorted(gradients):
             g = gradients[place]
             shape = [1] * g.dim()
             shape[axis] = batch
             signed.append(g * signs.to(g).view(shape))
-        wholes = _pull_back(outputs, values, signed)
-        return all(_adds_up(part, whole, signs) for part, whole in zip(sliced, wholes, strict=True))
+        totals = _pull_back(outputs, values, signed)
+        return all(_adds_up(part, total, signs) for part, total in zip(sliced, totals, strict=True))
 
     def _as_in_forward(self) -> AbstractContextManager[Any]:
         if not self._autocast:
@@ -253,12 +256,12 @@ class LeafCall:
 
 
 class _Tap(torch.autograd.Function):
-    """The parameters as they are; their gradient ends here."""
+    """Copies of the parameters; the backward records per-sample gradients and returns none."""
 
     @staticmethod
     def forward(ctx: Any, call: LeafCall, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
-        # Copies: an in-place use must not write to the parameter itself.
+        # Copies, so that an in-place use does not write to the parameter itself.
         return tuple(p.detach().clone() for p in parameters)
 
     @staticmethod
@@ -269,25 +272,25 @@ class _Tap(torch.autograd.Function):
 
 
 def _floating(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, in order: a gradient is known by its place among them."""
+    """The floating-point tensors of an output, in order: a gradient is identified by its place among them."""
     return [t for _, t in tensors_in(output) if t.is_floating_point()]
 
 
 def _pull_back(outputs: Sequence[Tensor], values: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
-    """Σ over the outputs of Jᵀ g, for each of the values; zeros where an output does not depend on it."""
+    """Σ over the outputs of Jᵀ g, for each of the values; zeros if no output depends on the value."""
     with_graph = [(y, g.to(y.dtype)) for y, g in zip(outputs, gs, strict=True) if y.requires_grad]
     ys, cotangents = zip(*with_graph, strict=True) if with_graph else ((), ())
-    found = torch.autograd.grad(ys, values, cotangents, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(v) if f is None else f for v, f in zip(values, found, strict=True)]
+    gradients = torch.autograd.grad(ys, values, cotangents, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g for v, g in zip(values, gradients, strict=True)]
 
 
-def _adds_up(part: Tensor, whole: Tensor, weights: Tensor) -> bool:
-    """Whether Σ_i w_i·part_i is `whole`, but for rounding; one that is not finite cannot say."""
+def _adds_up(part: Tensor, total: Tensor, weights: Tensor) -> bool:
+    """Whether Σ_i w_i·part_i equals `total` up to rounding; True if a part is not finite, which cannot be compared."""
     if not has_values(part):
         return True
     wide = part.double().reshape(len(part), -1)
-    total = (wide * weights.to(wide).unsqueeze(1)).sum(0)
-    error = (total - whole.double().reshape(-1)).norm()
+    weighted = (wide * weights.to(wide).unsqueeze(1)).sum(0)
+    error = (weighted - total.double().reshape(-1)).norm()
     scale = wide.norm(dim=1).sum()
     tolerance = _TOLERANCE.get(part.dtype, _HALF_TOLERANCE)
     return not bool(torch.isfinite(scale) & (error > tolerance * scale + 1e-30))

@@ -1,4 +1,4 @@
-"""GhostLinear: nn.Linear that tells the tape (x, g) instead of filling `.grad`."""
+"""GhostLinear: nn.Linear that records x and the output gradient g instead of filling `.grad`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from dpkernels.nn.tensors import (
 class GhostLinear(GhostModule, nn.Linear):
     """nn.Linear: same constructor, same state_dict, same results.
 
-    Privately: y = x Wᵀ + b with x [B,*,d], [B,d] or [T,B,d] (`Tape.batch_axis`); the backward returns dx =
-    g W, and records x and g [B,T,p] for W, Σ_t g for b, where these are trained. dtypes are nn.Linear's,
-    autocast included.
+    Privately: y = x Wᵀ + b with x [B,*,d], [B,d] or [T,B,d] (`Tape.batch_axis`). The backward returns dx = g W. It
+    records x and g [B,T,p] if W is trained, and Σ_t g if b is trained. dtypes are nn.Linear's, autocast included.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -49,10 +48,10 @@ def ghost_linear(
 ) -> Tensor:
     """F.linear(x, weight, bias) that records on `layer`'s tape.
 
-    `transposed`: the weight is [d,p], y = x W + b. `dtype`: compute in it (None: x's, or autocast's).
+    `transposed`: the weight is [d,p], y = x W + b. `dtype`: of the computation (None: x's, or autocast's).
     """
     dtype = autocast_dtype(x) or dtype
-    # The cast of x is outside of the function, so that autograd casts dx back as it does for the torch layer.
+    # x is cast outside of the function, so that autograd casts dx back as it does for the torch layer.
     y: Tensor = _Linear.apply(maybe_cast(x, dtype), weight, bias, layer, transposed, dtype)
     return y
 

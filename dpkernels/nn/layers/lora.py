@@ -1,8 +1,8 @@
 """GhostLoRALinear: a linear layer with a low-rank update, y = x Wᵀ + b + s·(dropout(x) Aᵀ)Bᵀ.
 
 `ghost_lora` is the private path of this layer and of PEFT's (dpkernels.interop.peft). It accumulates the
-update into the base product (`addmm` on the output), and in the backward into dx, so that no [B,T,p] or
-[B,T,d] temporary is written for the adapter's sake.
+update into the base product (`addmm` on the output), and in the backward into dx, so the adapter needs no [B,T,p] or
+[B,T,d] temporary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GhostLoRALinear(GhostModule, nn.Linear):
     """nn.Linear with a frozen weight and bias, and a trained update of rank r.
 
     y = x Wᵀ + b + s·(dropout(x) Aᵀ)Bᵀ with s = alpha / r; x [B,*,d] or [B,d]. A is initialised as
-    nn.Linear's weight, B to zeros, so that a new layer computes what its base does.
+    nn.Linear's weight and B to zeros, so a new layer computes the same as its base layer.
 
     state_dict: `weight` [p,d] and `bias` [p] as nn.Linear's (a linear layer's state loads with
     strict=False), `lora_A` [r,d], `lora_B` [p,r]. Freezing `lora_A` gives DP-RP; `bias.requires_grad_()`
@@ -72,14 +72,14 @@ class GhostLoRALinear(GhostModule, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, r: int = 8, alpha: float = 8.0, dropout: float = 0.0
     ) -> GhostLoRALinear:
-        """An adapted layer in place of `linear`, without PEFT: `model.proj = GhostLoRALinear.from_linear(model.proj)`.
+        """An adapted layer to replace `linear`, without PEFT: `model.proj = GhostLoRALinear.from_linear(model.proj)`.
 
         Args:
             linear: W [p,d] and bias [p], which the new layer shares and freezes; A and B get their dtype and device.
             r, alpha, dropout: as the constructor's.
 
         Returns:
-            A layer that computes what `linear` does until B is trained; `merged` makes it an nn.Linear again.
+            A layer that computes the same as `linear` until B is trained; `merged` converts it to an nn.Linear.
 
         Raises:
             ValueError: r < 1, or a dropout outside [0, 1).
@@ -122,7 +122,7 @@ class GhostLoRALinear(GhostModule, nn.Linear):
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [B,*,d] -> [B,*,p], in the dtype that nn.Linear would give."""
+        """input [B,*,d] -> [B,*,p], in the dtype of nn.Linear's output."""
         dropped = self.training and self.dropout > 0
         adapter_input = F.dropout(input, self.dropout) if dropped else None
         parameters = (self.weight, self.bias, self.lora_A, self.lora_B)
@@ -147,11 +147,11 @@ def ghost_lora(
     b: Tensor,
     scaling: float,
 ) -> Tensor:
-    """x Wᵀ + bias + scaling·(adapter_input Aᵀ)Bᵀ, recording on `layer`'s tape what is trained of W, bias, A
+    """x Wᵀ + bias + scaling·(adapter_input Aᵀ)Bᵀ, with a record on `layer`'s tape for the trained ones of W, bias, A
     and B.
 
-    `adapter_input` None means x itself (no dropout). Outside autocast the adapter is computed in A's dtype
-    and the result has the base product's, as in PEFT.
+    `adapter_input` None means x itself (no dropout). Outside autocast the adapter is computed in A's dtype, and the
+    result has the dtype of the base product, as in PEFT.
     """
     dtype = autocast_dtype(x)
     return _LoRA.apply(
@@ -214,7 +214,7 @@ class _LoRA(torch.autograd.Function):
             compute = ctx.a.dtype if ctx.dtype is None else ctx.dtype
             rows = as_rows(g)
             if b is not None:
-                # scaled within the product: a launch less, a rounding less
+                # scaled within the product, which saves a launch and a rounding
                 dh = rows.new_empty(rows.shape[0], b.shape[1], dtype=compute)
                 dh.addmm_(maybe_cast(rows, compute), maybe_cast(b, compute), beta=0, alpha=ctx.scaling)
             if needs_x:
@@ -229,7 +229,7 @@ class _LoRA(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, in total's dtype, in place where the dtypes agree."""
+    """total + left @ right, in total's dtype; in place if the dtypes agree."""
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
     wide = torch.promote_types(total.dtype, left.dtype)

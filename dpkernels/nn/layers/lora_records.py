@@ -1,4 +1,4 @@
-"""The record of a low-rank update: the gradients of both factors from one pair of tensors each."""
+"""The record of a low-rank update: a pair of tensors for the gradient of each factor."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class LoRARecord(Record):
         return GroupedLayer("lora", (self.x, self.h, self.g, self.dh), {"scaling": self.scaling})
 
     def entries(self) -> int:
-        """r·(d + p)."""
+        """r·(d + p), the size of A and B."""
         return self.a.numel() + self.b.numel()
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
-        """dh_iᵀ x_i of A and s·g_iᵀ h_i of B."""
+        """dh_iᵀ x_i for A and s·g_iᵀ h_i for B."""
         x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
         of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)
         return ExpandedRecord(self.layer, self.a, of_a), ExpandedRecord(self.layer, self.b, of_b)
 
     def merge(self, *others: Record) -> Record:
-        """Concatenated along T."""
+        """Concatenates the uses along T."""
         uses = [self]
         for other in others:
             if (
@@ -66,5 +66,5 @@ class LoRARecord(Record):
                 return super().merge(other)
             uses.append(other)
         tensors = zip(*((use.x, use.h, use.g, use.dh) for use in uses), strict=True)
-        x, h, g, dh = (cat_time(*each) for each in tensors)
+        x, h, g, dh = (cat_time(*parts) for parts in tensors)
         return LoRARecord(join_names(*uses), self.a, self.b, x, h, g, dh, self.scaling)

@@ -1,8 +1,7 @@
 """GhostLayerNorm and GhostRMSNorm.
 
-The gradients of a norm's weight and bias are vectors: Σ_t x̂_t ⊙ g_t and Σ_t g_t. They are summed over time
-in float32 when the backward runs, and kept as [B,d]: T times less than x̂ and g, which need not be held for
-them.
+The gradients of a norm's weight and bias are vectors: Σ_t x̂_t ⊙ g_t and Σ_t g_t. The backward sums them over time
+in float32 and keeps them as [B,d]. This takes T times less memory than x̂ and g, which need not be kept.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def _record_affine(
     weight: nn.Parameter,
     bias: nn.Parameter | None,
 ) -> None:
-    """Put a layer or RMS norm's per-sample gradients on the tape; g and x_hat in the accumulation dtype."""
+    """Record the per-sample gradients of a layer or RMS norm; g and x_hat are in the accumulation dtype."""
     trained = tuple(p for p in (weight if x_hat is not None else None, bias) if p is not None)
     if not trained:
         return
@@ -125,7 +124,7 @@ class _RMSNorm(torch.autograd.Function):
             layer.normalized_shape,
             weight,
         )
-        # torch's default is the machine ε of the type it computes in, not of x's; given, so that the two agree
+        # torch's default is the machine ε of the dtype it computes in, not of x's. Passed, so that both agree.
         ctx.eps = torch.finfo(accumulation_dtype(x)).eps if layer.eps is None else layer.eps
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         return F.rms_norm(x, layer.normalized_shape, weight, ctx.eps)

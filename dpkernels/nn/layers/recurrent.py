@@ -42,14 +42,14 @@ class _Recurrent(GhostModule):
 
     @property
     def ghost_covers(self) -> tuple[str, ...]:  # type: ignore[override]
-        """All that torch's class makes: weight_ih_l0, weight_hh_l0, bias_ih_l0, ..."""
+        """All parameters of torch's class: weight_ih_l0, weight_hh_l0, bias_ih_l0, ..."""
         assert isinstance(self, nn.RNNBase)
         return tuple(self._flat_weights_names)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As torch's: input [T,B,d], [B,T,d] with batch_first, or a PackedSequence; hx [layers·directions, B, P].
 
-        Raises ValueError for an input without a batch, when private.
+        A private forward raises ValueError for an input without a batch.
         """
         assert isinstance(self, nn.RNNBase)
         if not self._ghost_active(*(getattr(self, name) for name in self._flat_weights_names)):
@@ -59,8 +59,8 @@ class _Recurrent(GhostModule):
         batch_sizes = None if packed is None else packed.batch_sizes
         if packed is None and data.dim() != 3:
             raise ValueError(
-                f"{self.ghost_label()}: its input is {list(data.shape)}, without a batch dimension, so that no "
-                "example's gradient can be told apart; give it 3 dimensions, "
+                f"{self.ghost_label()!r}: its input has shape {list(data.shape)}, without a batch dimension, so its "
+                "gradient cannot be split by example; give it 3 dimensions, "
                 f"{'[B, T, d]' if self.batch_first else '[T, B, d]'}"
             )
         if hx is None:
@@ -85,10 +85,10 @@ class _Recurrent(GhostModule):
         assert isinstance(self, nn.RNNBase)
         directions = 2 if self.bidirectional else 1
         names, last = self._flat_weights_names, []
-        each = len(names) // self.num_layers
+        per_layer = len(names) // self.num_layers
         for index in range(self.num_layers):
             first = [state[index * directions : (index + 1) * directions] for state in states]
-            weights = [getattr(self, name) for name in names[index * each : (index + 1) * each]]
+            weights = [getattr(self, name) for name in names[index * per_layer : (index + 1) * per_layer]]
             data, *ends = _Layer.apply(
                 data, first[0], first[1] if len(first) > 1 else None, layout, self, *weights
             )
@@ -101,20 +101,20 @@ class _Recurrent(GhostModule):
 class GhostLSTM(_Recurrent, nn.LSTM):
     """nn.LSTM: same constructor (projections too), same state_dict, same results.
 
-    Privately: with a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh and α_t its gradient [B, 4H], W_ih is recorded as a
-    linear layer of x_t and α_t, W_hh of h_{t-1} and α_t, each over all steps at once, the biases by Σ_t α_t, and W_hr
-    as a linear layer of o_t ⊙ tanh(c_t). No sample's gradient is materialised. A padded step of a PackedSequence adds
-    nothing, and row i of the records is example i, also where the sequence was sorted. Its dropout masks are drawn for
-    an example and a step, not for a place in the packed rows, which the other examples' lengths would move. dtypes are
-    nn.LSTM's, autocast included. Raises ValueError, when private, for an input without a batch.
+    Privately: let α_t [B, 4H] be the gradient of a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh. W_ih is recorded as a
+    linear layer of x_t and α_t, and W_hh of h_{t-1} and α_t, each over all steps at once. The biases are recorded by
+    Σ_t α_t, and W_hr as a linear layer of o_t ⊙ tanh(c_t). No sample's gradient is materialised. A padded step of a
+    PackedSequence adds nothing, and row i of the records is example i even if the sequence was sorted. Each dropout
+    mask belongs to an example and a step; a place in the packed rows would depend on the lengths of other examples.
+    dtypes are nn.LSTM's, autocast included. A private forward raises ValueError for an input without a batch.
     """
 
 
 class GhostGRU(_Recurrent, nn.GRU):
     """nn.GRU: same constructor, same state_dict, same results.
 
-    Privately as GhostLSTM, with gates' gradients [B, 3H]: those of W_hh h_{t-1} + b_hh hold r_t in the new gate's part,
-    where the reset gate comes after the product.
+    Privately as GhostLSTM, with gradients of the gates [B, 3H]. The gradient of W_hh h_{t-1} + b_hh contains the factor
+    r_t in the part of the new gate, since the reset gate is applied after the product.
     """
 
 
@@ -124,7 +124,7 @@ class GhostRNN(_Recurrent, nn.RNN):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How data lies: [T,B,n] where `batch_sizes` is None, else a PackedSequence's rows."""
+    """Layout of the data: [T,B,n] if `batch_sizes` is None, else the rows of a PackedSequence."""
 
     batch_sizes: Tensor | None
     sorted_indices: Tensor | None
@@ -135,7 +135,7 @@ class _Layout:
         return [data.shape[1]] * data.shape[0] if self.batch_sizes is None else self.batch_sizes.tolist()
 
     def dropout(self, data: Tensor, p: float) -> Tensor:
-        """Dropout whose masks belong to examples: in a packed batch they do not move with the others' lengths."""
+        """Dropout with a mask per example and step: in a packed batch it does not depend on the others' lengths."""
         if self.batch_sizes is None:
             return F.dropout(data, p)
         sizes = self.batch_sizes.tolist()
@@ -145,7 +145,7 @@ class _Layout:
         return data * torch.cat([step[:n] for step, n in zip(mask, sizes, strict=True)])
 
     def by_sample(self, rows: Tensor, steps: int, batch: int) -> Tensor:
-        """Rows [N,n] as [B,T,n], example i at i, zeros where it is padded."""
+        """Rows [N,n] as [B,T,n], with example i at index i and zeros at padding."""
         if self.batch_sizes is None:
             return rows.view(steps, batch, rows.shape[1]).transpose(0, 1).contiguous()
         packed = PackedSequence(rows, self.batch_sizes, self.sorted_indices, self.unsorted_indices)
@@ -153,7 +153,7 @@ class _Layout:
 
 
 class _Parts(NamedTuple):
-    """One value for each of a direction's parameters; None where it has none."""
+    """One value for each parameter of a direction; None for a parameter that it does not have."""
 
     w_ih: Any
     w_hh: Any
@@ -163,14 +163,14 @@ class _Parts(NamedTuple):
 
 
 def _parts(values: Sequence[Any], bias: bool) -> _Parts:
-    """From a direction's values, in the order of torch's flat weights."""
+    """Assign a direction's values, given in the order of torch's flat weights."""
     w_ih, w_hh, *rest = values
     b_ih, b_hh = (rest.pop(0), rest.pop(0)) if bias else (None, None)
     return _Parts(w_ih, w_hh, b_ih, b_hh, rest[0] if rest else None)
 
 
 class _Layer(torch.autograd.Function):
-    """One layer in all its directions. weights: of each direction W_ih, W_hh, b_ih, b_hh, W_hr, where there are."""
+    """One layer in all its directions. weights: for each direction W_ih, W_hh, b_ih, b_hh, W_hr, those that exist."""
 
     @staticmethod
     def forward(
@@ -190,7 +190,8 @@ class _Layer(torch.autograd.Function):
         sizes = () if layout.batch_sizes is None else (layout.batch_sizes,)
         options = (layer.bias, 1, 0.0, layer.training, layer.bidirectional)
         batch_first = (False,) if layout.batch_sizes is None else ()
-        # Not kept by autocast: see `maybe_cast`. Not detached: torch's products round in another order for what is.
+        # Without autocast's cache: see `maybe_cast`. Not detached: torch's products of detached tensors round in
+        # another order.
         with _no_autocast_cache(data.device.type):
             state = h if c is None else (h, c)
             out, *last = _FUSED[layer.mode](data, *sizes, state, weights, *options, *batch_first)
@@ -207,11 +208,11 @@ class _Layer(torch.autograd.Function):
             x = as_rows(data).to(ctx.dtype)
             states, douts = (_by_direction(t, ctx.directions) for t in (out, dout))
             by_sample = partial(ctx.layout.by_sample, steps=len(sizes), batch=h.shape[1])
-            read = by_sample(x) if any(needs) else None
+            inputs = by_sample(x) if any(needs) else None
             dx: Tensor | None = None
             dh, dc = torch.empty_like(h), None if c is None else torch.empty_like(c)
             for k in range(ctx.directions):
-                w, named, asked = (
+                w, parameters, needed = (
                     _parts(values[k * count : (k + 1) * count], ctx.bias)
                     for values in (weights, ctx.weights, needs)
                 )
@@ -228,8 +229,8 @@ class _Layer(torch.autograd.Function):
                 dh[k] = back.h
                 if dc is not None and back.c is not None:
                     dc[k] = back.c
-                if read is not None:
-                    for record in _records(ctx.label, named, asked, read, before, gates, by_sample):
+                if inputs is not None:
+                    for record in _records(ctx.label, parameters, needed, inputs, before, gates, by_sample):
                         ctx.tape.add(record)
         dx = None if dx is None else dx.view_as(data).to(data.dtype)
         return dx, dh if needs_h else None, dc if needs_c else None, *(None,) * (2 + len(weights))
@@ -242,12 +243,12 @@ def _no_autocast_cache(device_type: str) -> AbstractContextManager[object]:
 
 
 def _by_direction(t: Tensor | None, directions: int) -> Sequence[Any]:
-    """[T,B,directions·P], or rows of it, as [N,P] of each direction."""
+    """[T,B,directions·P], or its rows, as one [N,P] per direction."""
     return (None,) * directions if t is None else as_rows(t).chunk(directions, 1)
 
 
 def _start(last: Tensor | None, first: Tensor, direction: int) -> Tensor:
-    """What comes back to a direction's last state [B,n], to be written to."""
+    """The gradient of a direction's last state [B,n], as a tensor to write to."""
     start = torch.zeros(first.shape[1:], dtype=accumulation_dtype(first), device=first.device)
     return start if last is None else start.copy_(last[direction])
 
@@ -255,7 +256,7 @@ def _start(last: Tensor | None, first: Tensor, direction: int) -> Tensor:
 def _gates(
     mode: str, steps: Steps, x: Tensor, before: Tensor, h: Tensor, c: Tensor | None, w: _Parts, back: Back
 ) -> Gates:
-    """A direction's gates' gradients; the gates themselves are computed again, in x's dtype, as torch does."""
+    """The gradients of a direction's gates. The gates are recomputed in x's dtype, as in torch."""
     wide = accumulation_dtype(x)
     w_hh = w.w_hh.to(wide)
     if mode.startswith("RNN"):
@@ -274,25 +275,25 @@ def _gates(
 
 def _records(
     label: str,
-    named: _Parts,
-    asked: _Parts,
-    read: Tensor,
+    parameters: _Parts,
+    needed: _Parts,
+    inputs: Tensor,
     before: Tensor,
     gates: Gates,
     by_sample: Callable[[Tensor], Tensor],
 ) -> Iterator[Record]:
-    """Of the trained among a direction's parameters. read: x [B,T,d]; before: h_{t-1}, in rows."""
+    """Records of a direction's trained parameters. inputs: x [B,T,d]; before: the rows of h_{t-1}."""
     ih = by_sample(gates.ih)
     hh = ih if gates.hh is gates.ih else by_sample(gates.hh)
-    if asked.w_ih:
-        yield LinearRecord(label, named.w_ih, read, ih)
-    if asked.w_hh:
-        yield LinearRecord(label, named.w_hh, by_sample(before), hh)
-    if asked.b_ih:
-        yield BiasRecord(label, named.b_ih, sum_over_time(ih))
-    if asked.b_hh:
-        yield BiasRecord(label, named.b_hh, sum_over_time(hh))
-    if asked.w_hr:
+    if needed.w_ih:
+        yield LinearRecord(label, parameters.w_ih, inputs, ih)
+    if needed.w_hh:
+        yield LinearRecord(label, parameters.w_hh, by_sample(before), hh)
+    if needed.b_ih:
+        yield BiasRecord(label, parameters.b_ih, sum_over_time(ih))
+    if needed.b_hh:
+        yield BiasRecord(label, parameters.b_hh, sum_over_time(hh))
+    if needed.w_hr:
         assert gates.projected is not None
-        of_state, of_projection = map(by_sample, gates.projected)
-        yield LinearRecord(label, named.w_hr, of_state, of_projection)
+        state, projection_gradient = map(by_sample, gates.projected)
+        yield LinearRecord(label, parameters.w_hr, state, projection_gradient)

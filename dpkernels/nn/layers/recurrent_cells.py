@@ -1,6 +1,6 @@
-"""GhostLSTMCell, GhostGRUCell and GhostRNNCell: one step of a recurrence, for loops of one's own.
+"""GhostLSTMCell, GhostGRUCell and GhostRNNCell: one step of a recurrence, for loops in user code.
 
-A loop calls a cell T times; its T records of each weight are stacked when the backward is over (`Record.merge`).
+A loop calls a cell T times. The T records of each weight are stacked after the backward (`Record.merge`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Cell(GhostModule):
     ghost_covers: ClassVar[tuple[str, ...]] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """As torch's: input [B,d], hx [B,H]. Raises ValueError for an input without a batch, when private."""
+        """As torch's: input [B,d], hx [B,H]. A private forward raises ValueError for an input without a batch."""
         assert isinstance(self, nn.RNNCellBase)
         if not self._ghost_active(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh):
             return super().forward(input, hx)  # type: ignore[misc]
@@ -28,8 +28,8 @@ class _Cell(GhostModule):
         for name, t in (("input", input), *(("hx", state) for state in states if state is not None)):
             if t.dim() != 2 or len(t) != len(input):
                 raise ValueError(
-                    f"{self.ghost_label()}: its {name} is {list(t.shape)}, not a batch of vectors, so that no "
-                    "example's gradient can be told apart; give it an input [B, d], and hx [B, H]"
+                    f"{self.ghost_label()!r}: its {name} has shape {list(t.shape)}, not that of a batch of vectors, so "
+                    "its gradient cannot be split by example; give it an input [B, d], and hx [B, H]"
                 )
         zeros = None if hx is not None else input.new_zeros(len(input), self.hidden_size)
         h = states[0] if zeros is None else zeros
@@ -41,7 +41,7 @@ class _Cell(GhostModule):
         return ghost_linear(self, x, weight, bias)
 
     def _step(self, ih: Tensor, hh: Tensor, h: Tensor, c: Tensor) -> Any:
-        """The new state from W_ih x + b_ih, W_hh h + b_hh and the state before (c is h where there is none)."""
+        """The new state from W_ih x + b_ih, W_hh h + b_hh and the previous state (without a cell state, c is h)."""
         raise NotImplementedError
 
 

@@ -1,12 +1,12 @@
-"""The gradients of a recurrent layer's gates, from what its forward read and gave.
+"""The gradients of a recurrent layer's gates, from the inputs and outputs of its forward.
 
-The forward is torch's own fused function, which hands out the states h_t and nothing else. As all of them are known in
-the backward, the gates of all steps are two matrix products again, not T small ones; what is left to a loop over the
-steps is what has to be: c_t (one elementwise call a step), and the way back through h_t (one product with W_hh).
+The forward is torch's own fused function, which returns the states h_t and nothing else. All of them are known in the
+backward, so the gates of all steps are recomputed by two matrix products instead of T small ones. A loop over the steps
+remains only for c_t (one elementwise call per step) and for the gradient through h_t (one product with W_hh per step).
 
-Rows are packed as in a PackedSequence, step after step, a step's rows those of the examples that are that long; a
-batch without padding is the case in which all steps have B rows. N is the number of rows, H the hidden size, P the
-size of h (H, or the LSTM's proj_size). All is computed in float32 (float64 for float64).
+Rows are packed as in a PackedSequence, step after step: a step has one row for each example that is long enough. In a
+batch without padding every step has B rows. N is the number of rows, H the hidden size, P the size of h (H, or the
+LSTM's proj_size). Everything is computed in float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Steps:
-    """In which order a direction goes through the steps. sizes: rows of each step, never growing with t."""
+    """The order of a direction's steps. sizes: number of rows of each step, never growing with t."""
 
     sizes: Sequence[int]
     reverse: bool
@@ -31,7 +31,7 @@ class Steps:
         return views[::-1] if self.reverse else views
 
     def before(self, states: Tensor, initial: Tensor) -> Tensor:
-        """The state that each row starts from, [N, n]: of the step before, or `initial` [B, n]."""
+        """The previous state of each row, [N, n]: from the previous step, or `initial` [B, n]."""
         views = states.split(list(self.sizes))
         if not self.reverse:
             return torch.cat([initial, *(view[:n] for view, n in zip(views, self.sizes[1:], strict=False))])
@@ -44,11 +44,12 @@ class Steps:
 
 @dataclass
 class Back:
-    """What comes back to one direction of a layer: gradients of its outputs.
+    """The gradients of the outputs of one direction of a layer.
 
     Attributes:
-        rows: of h_t, [N, P], or None where no output was used.
-        h, c: of the last states, [B, P] and, an LSTM's, [B, H]: they become those of the first ones, in place.
+        rows: gradient of h_t, [N, P], or None if no output was used.
+        h, c: gradients of the last states, [B, P] and for an LSTM [B, H]. The functions below replace them, in place,
+            by the gradients of the initial states.
     """
 
     rows: Tensor | None
@@ -56,7 +57,7 @@ class Back:
     c: Tensor | None = None
 
     def split(self, steps: Steps) -> Sequence[Tensor | None]:
-        """`rows`, step by step, in the direction's order."""
+        """`rows` split by step, in the direction's order."""
         return [None] * len(steps.sizes) if self.rows is None else steps.split(self.rows)
 
 
@@ -65,8 +66,8 @@ class Gates:
     """The gradients of a direction's products, [N, gates·H].
 
     Attributes:
-        ih, hh: of W_ih x_t + b_ih and of W_hh h_{t-1} + b_hh. One tensor where they are the same.
-        projected: of an LSTM with a projection, its input o ⊙ tanh(c) [N, H] and its output's gradient [N, P].
+        ih, hh: gradients of W_ih x_t + b_ih and of W_hh h_{t-1} + b_hh. One tensor if they are equal.
+        projected: for an LSTM with a projection, its input o ⊙ tanh(c) [N, H] and its output gradient [N, P].
     """
 
     ih: Tensor
@@ -74,7 +75,7 @@ class Gates:
     projected: tuple[Tensor, Tensor] | None = None
 
     def to(self, dtype: torch.dtype) -> Gates:
-        """All of it in this dtype."""
+        """All tensors in this dtype."""
         ih = self.ih.to(dtype)
         hh = ih if self.hh is self.ih else self.hh.to(dtype)
         projected = self.projected and (self.projected[0].to(dtype), self.projected[1].to(dtype))
@@ -84,8 +85,8 @@ class Gates:
 def rnn_gates(steps: Steps, h: Tensor, w_hh: Tensor, back: Back, *, relu: bool) -> Gates:
     """h_t = tanh(a_t) or relu(a_t), a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh. h: [N, H]."""
     grads = (h > 0).to(w_hh.dtype) if relu else 1 - h.square()
-    each = zip(steps.split(grads), back.split(steps), strict=True)
-    for g, dout in reversed(list(each)):
+    per_step = zip(steps.split(grads), back.split(steps), strict=True)
+    for g, dout in reversed(list(per_step)):
         dh = back.h[: len(g)]
         if dout is not None:
             dh += dout
@@ -104,7 +105,7 @@ def gru_gates(steps: Steps, ih: Tensor, hh: Tensor, h_before: Tensor, w_hh: Tens
     r, z = (ih[:, : 2 * size] + hh[:, : 2 * size]).sigmoid_().chunk(2, 1)
     hidden = hh[:, 2 * size :]
     n = torch.addcmul(ih[:, 2 * size :], r, hidden).tanh_()
-    # dh times these is: r's and z's gradient, the new gate's hidden and its input part.
+    # dh times these gives the gradients of r, of z, and of the new gate's hidden part and input part.
     grads = torch.empty(len(ih), 4, size, dtype=ih.dtype, device=ih.device)
     of_n = torch.mul(1 - z, 1 - n.square(), out=grads[:, 3])
     of_hidden = torch.mul(of_n, r, out=grads[:, 2])
@@ -112,8 +113,8 @@ def gru_gates(steps: Steps, ih: Tensor, hh: Tensor, h_before: Tensor, w_hh: Tens
     torch.mul((h_before - n) * z, 1 - z, out=grads[:, 1])
     flat = grads.view(len(ih), 4 * size)
     hh_grads = flat[:, : 3 * size]
-    each = zip(steps.split(grads), steps.split(hh_grads), steps.split(z), back.split(steps), strict=True)
-    for g, g_hh, z_t, dout in reversed(list(each)):
+    per_step = zip(steps.split(grads), steps.split(hh_grads), steps.split(z), back.split(steps), strict=True)
+    for g, g_hh, z_t, dout in reversed(list(per_step)):
         dh = back.h[: len(g)]
         if dout is not None:
             dh += dout
@@ -143,8 +144,9 @@ def lstm_gates(
         c_t.addcmul_(f_t, state[: len(c_t)])
         state[: len(c_t)] = c_t
     tanh_c = c.tanh()
-    read = None if w_hr is None else o * tanh_c
-    # dh times the first is what c_t gets from h_t; c_t's gradient times i, f and g, and dh times o, are the gates'.
+    unprojected = None if w_hr is None else o * tanh_c
+    # dh times of_c is the gradient that c_t gets from h_t. The gates' gradients are that of c_t times the slots of i, f
+    # and g, and dh times the slot of o.
     of_c = (1 - tanh_c.square()).mul_(o)
     of_i = (1 - i).mul_(i).mul_(g)
     grads[:, 2] = (1 - g.square()).mul_(i)
@@ -154,7 +156,7 @@ def lstm_gates(
     out_grads = (
         None if w_hr is None else torch.empty(len(gates), w_hr.shape[0], dtype=c.dtype, device=c.device)
     )
-    each = zip(
+    per_step = zip(
         steps.split(gates),
         steps.split(grads[:, :3]),
         steps.split(grads[:, 3]),
@@ -164,18 +166,18 @@ def lstm_gates(
         [None] * len(steps.sizes) if out_grads is None else steps.split(out_grads),
         strict=True,
     )
-    for whole, ifg_t, o_t, f_t, c_t, dout, kept in reversed(list(each)):
-        dh, dc = back.h[: len(whole)], back.c[: len(whole)]
+    for gates_t, ifg_t, o_t, f_t, c_t, dout, out_grad in reversed(list(per_step)):
+        dh, dc = back.h[: len(gates_t)], back.c[: len(gates_t)]
         if dout is not None:
             dh += dout
         inner = dh
-        if w_hr is not None and kept is not None:
-            kept.copy_(dh)
+        if w_hr is not None and out_grad is not None:
+            out_grad.copy_(dh)
             inner = dh @ w_hr
         dc.addcmul_(inner, c_t)
         ifg_t *= dc.unsqueeze(1)
         o_t *= inner
         dc *= f_t
-        torch.mm(whole, w_hh, out=dh)
-    projected = None if read is None or out_grads is None else (read, out_grads)
+        torch.mm(gates_t, w_hh, out=dh)
+    projected = None if unprojected is None or out_grads is None else (unprojected, out_grads)
     return Gates(gates, gates, projected)

@@ -1,9 +1,9 @@
-"""The ghosts of nn.TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder and TransformerDecoder.
+"""The ghost classes of nn.TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder and TransformerDecoder.
 
-Their children (attention, linear layers, norms) record, and what they compute is torch's own forward. What the ghosts
-add is where the batch is: torch's default layout is [T,B,d], and children record with the batch first. A layer swaps
-the two at its boundary, and back around its attention, which knows `batch_first` itself. So whatever stands in a
-child's place (an adapter, another norm, an activation with parameters) sees the batch first.
+They run torch's own forward, and their children (attention, linear layers, norms) record. The ghost classes only move
+the batch to the front, since torch's default layout is [T,B,d] and children record with the batch first. A layer
+transposes its sequences at its boundary, and transposes them back around its attention, which handles `batch_first`
+itself. So every other child (an adapter, another norm, an activation with parameters) gets the batch first.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class _BatchFirst:
         return mask.unsqueeze(0) if self._single and mask is not None else mask
 
     def back(self, t: Tensor) -> Tensor:
-        """[B,T,d] -> [T,B,d] or [T,d], contiguous as torch's: the caller may view it."""
+        """[B,T,d] -> [T,B,d] or [T,d], contiguous like torch's output, so that the caller can view it."""
         return t.squeeze(0) if self._single else t.transpose(0, 1).contiguous()
 
 
 class _GhostLayer(GhostModule):
-    """What the encoder's and the decoder's layer share. They hold no parameters themselves."""
+    """Base of the encoder layer and the decoder layer, which hold no parameters themselves."""
 
     ghost_covers = ()
     ghost_container = True
     self_attn: nn.MultiheadAttention
 
     def _change(self, x: Tensor) -> _BatchFirst | None:
-        """How a private forward's sequences come to be batch first; None where they are, or it is not private."""
+        """The change of layout for a private forward; None if the sequences are batch first or it is not private."""
         assert isinstance(self, nn.Module)
         single = x.dim() == 2
         if not (single or self._is_time_first()) or not self._ghost_trained(*self.parameters()):
@@ -57,7 +57,7 @@ class _GhostLayer(GhostModule):
     def _around(
         self, attention: Callable[..., Tensor], sequences: tuple[Tensor, ...], *rest: object
     ) -> Tensor:
-        """torch's attention block, which wants the layer's own layout."""
+        """Call torch's attention block, which takes the layer's own layout."""
         assert isinstance(self, nn.Module)
         if not self._is_time_first() or not self._ghost_trained(*self.parameters()):
             return attention(*sequences, *rest)
@@ -67,8 +67,8 @@ class _GhostLayer(GhostModule):
 class GhostTransformerEncoderLayer(_GhostLayer, nn.TransformerEncoderLayer):
     """nn.TransformerEncoderLayer: same constructor, same state_dict, same results, in both layouts.
 
-    src [B,T,d] (batch_first) or [T,B,d], or [T,d], which is one example. torch takes its fused fast path only where
-    none of the layer's own parameters is trained. Dropout's masks are drawn in the order of [B,T,d].
+    src [B,T,d] (batch_first) or [T,B,d], or [T,d], which is one example. torch takes its fused fast path only if no
+    parameter of the layer is trained. Dropout masks are drawn in the order of [B,T,d].
     """
 
     def forward(
@@ -92,7 +92,7 @@ class GhostTransformerEncoderLayer(_GhostLayer, nn.TransformerEncoderLayer):
 
 
 class GhostTransformerDecoderLayer(_GhostLayer, nn.TransformerDecoderLayer):
-    """nn.TransformerDecoderLayer: same constructor, same state_dict, same results; layouts as the encoder layer's."""
+    """nn.TransformerDecoderLayer: same constructor, same state_dict, same results; layouts as the encoder layer."""
 
     def forward(
         self,
@@ -132,7 +132,7 @@ class GhostTransformerDecoderLayer(_GhostLayer, nn.TransformerDecoderLayer):
 
 
 class _GhostStack(GhostModule):
-    """What encoder and decoder share: the norm behind the layers gets the batch first, too."""
+    """Base of encoder and decoder: it passes the batch first to the norm after the layers."""
 
     ghost_covers = ()
     ghost_container = True
@@ -154,7 +154,7 @@ class _GhostStack(GhostModule):
 
 
 class GhostTransformerEncoder(_GhostStack, nn.TransformerEncoder):
-    """nn.TransformerEncoder: same constructor, same state_dict, same results; layouts as its layers'."""
+    """nn.TransformerEncoder: same constructor, same state_dict, same results; same layouts as its layers."""
 
     def forward(
         self,
@@ -168,7 +168,7 @@ class GhostTransformerEncoder(_GhostStack, nn.TransformerEncoder):
 
 
 class GhostTransformerDecoder(_GhostStack, nn.TransformerDecoder):
-    """nn.TransformerDecoder: same constructor, same state_dict, same results; layouts as its layers'."""
+    """nn.TransformerDecoder: same constructor, same state_dict, same results; same layouts as its layers."""
 
     def forward(
         self,
@@ -192,29 +192,29 @@ _STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
 
 def transformer_refusal(module: nn.Module) -> str | None:
-    """Why nothing of a Transformer layer or stack can be trained: a subclass whose children see [T,B,d]."""
+    """Why no part of a Transformer layer or stack can be trained: it is a subclass whose children get [T,B,d]."""
     if not isinstance(module, (*_LAYERS, *_STACKS)) or isinstance(module, _GhostLayer | _GhostStack):
         return None
     if type(module) in (*_LAYERS, *_STACKS) or _is_batch_first(module):
         return None
-    own = type(module).__name__
+    name = type(module).__name__
     torch_class = next(c for c in (*_LAYERS, *_STACKS) if isinstance(module, c)).__name__
     return (
-        f"{own} is a subclass of nn.{torch_class} and batch_first=False: its layers see the batch as their second "
-        f"dimension; build it with batch_first=True, or where its forward calls super().forward, "
-        f"dpkernels.nn.register_swap({own}, dpkernels.nn.ghost_subclass({own}, dpkernels.nn.Ghost{torch_class}))"
+        f"{name} is a subclass of nn.{torch_class} with batch_first=False, so its layers get the batch as their second "
+        f"dimension; build it with batch_first=True, or if its forward calls super().forward, call "
+        f"dpkernels.nn.register_swap({name}, dpkernels.nn.ghost_subclass({name}, dpkernels.nn.Ghost{torch_class}))"
     )
 
 
 def _is_batch_first(module: nn.Module) -> bool:
-    """Of a layer, or of a stack's first layer, as torch's own stacks ask."""
+    """Whether a layer, or the first layer of a stack, is batch_first; torch's stacks check the same."""
     layers: Any = module.layers if isinstance(module, _STACKS) else [module]
     return bool(layers[0].self_attn.batch_first)
 
 
 @contextmanager
 def _without(module: nn.Module, name: str) -> Iterator[None]:
-    """Within it the child `name` of `module` is None."""
+    """Set the child `name` of `module` to None within this context."""
     child = module._modules[name]
     module._modules[name] = None
     try:

@@ -1,4 +1,4 @@
-"""What every ghost layer shares: the mixin, and the small rules of dtype, shape and autocast."""
+"""GhostModule, the mixin of every ghost layer, and two walks over a model's modules."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from dpkernels.nn.recording.tape import Tape
 class GhostModule:
     """Mixin of the layers that record instead of filling `.grad`.
 
-    With `ghost_tape` None (the default) the layer is exactly its torch class. `dpkernels.nn.attach` sets
-    the tape.
+    While `ghost_tape` is None (the default) the layer behaves exactly as its torch class. `dpkernels.nn.attach`
+    sets the tape.
     """
 
     ghost_tape: Tape | None = None
     ghost_name: str = ""
     # Names of the parameters that the layer's rule covers.
     ghost_covers: ClassVar[tuple[str, ...]] = ("weight", "bias")
-    # Whether it only calls its children, on one path whatever hooks they have: checks look at their outputs then.
+    # Whether the layer only calls its children, by the same path with or without hooks on them. Checks then look at
+    # the outputs of the children.
     ghost_container: ClassVar[bool] = False
-    # Those of them whose per-sample gradients, being vectors, are kept themselves.
+    # The covered parameters whose per-sample gradients are materialised, since they are vectors.
     ghost_forms: ClassVar[tuple[str, ...]] = ("bias",)
 
-    # Whether dimension 1 of its input is its channels: it cannot take what examples share, [K, C], for [B, K, C].
+    # Whether dimension 1 of the input holds the channels, so that a shared tensor [K, C] must not become [B, K, C].
     ghost_channels_second: ClassVar[bool] = False
 
-    # Whether its forward has to know which of its tensors carry the batch (`Tape.axes`).
+    # Whether the forward itself finds out which of its tensors carry the batch (`Tape.axes`).
     ghost_asks_axes: ClassVar[bool] = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's; an input that examples share is computed for each of them."""
+        """As nn.Module's; a shared input is processed once for each example."""
         if (kwargs or len(args) > 1) and not self.ghost_asks_axes:
             args, kwargs = self._ghost_with_batch(args, kwargs)
         if args and not self.ghost_asks_axes and (shared := self._ghost_shared(args[0])) is not None:
@@ -49,8 +50,10 @@ class GhostModule:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _ghost_with_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The arguments of a layer of several (attention, a first state), where what examples share has the batch's
-        dimension, as p.expand(B, -1, -1): with example i's row there.
+        """The arguments of a layer that takes several (attention, an initial state), without SharedTensors.
+
+        A shared tensor with the batch's dimension, as p.expand(B, -1, -1), becomes an ordinary one: index i of that
+        dimension is taken from example i's row.
         """
         leaves, spec = tree_flatten((args, kwargs))
         if not any(isinstance(leaf, SharedTensor) for leaf in leaves):
@@ -59,21 +62,21 @@ class GhostModule:
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, SharedTensor):
                 call = leaf.axes.next_call(self.ghost_label()) if call is None else call
-                site = Site(self.ghost_label(), f"its tensor {place}, which examples share,", call)
+                site = Site(self.ghost_label(), f"its shared tensor (argument {place})", call)
                 axis = leaf.axes.of(site, leaf.shape, len(leaf.rows))
                 if axis is None:
                     raise leaf.refuse(
-                        f"an argument {tuple(leaf.shape)} of {self.ghost_label()}, without the batch,"
+                        f"an argument {tuple(leaf.shape)} of {self.ghost_label()!r}, without the batch,"
                     )
                 leaves[place] = leaf.aligned(leaf.ndim, axis)
-        found: tuple[Any, Any] = tree_unflatten(leaves, spec)
-        return found
+        arguments: tuple[Any, Any] = tree_unflatten(leaves, spec)
+        return arguments
 
     def _ghost_shared(self, x: Any) -> SharedTensor | None:
-        """The first input where examples share it; None where it carries the batch.
+        """The first input as a SharedTensor if the examples share it; None if it carries the batch.
 
-        A constant (coordinates, a buffer of frames) may. What requires grad comes from a layer before, which has given
-        it the batch, or is a SharedTensor already.
+        A constant (coordinates, a buffer of frames) may be shared. An input that requires grad comes from an earlier
+        layer: it carries the batch, or is a SharedTensor already.
         """
         if isinstance(x, SharedTensor):
             return x
@@ -90,15 +93,15 @@ class GhostModule:
         return SharedTensor(x.unsqueeze(0).expand(size, *x.shape), self.ghost_label(), tape.axes)
 
     def ghost_refusal(self) -> str | None:
-        """Why this layer, as configured, cannot be trained privately, with the fix; None when it can."""
+        """Why this layer, as configured, cannot be trained privately, with the fix; None if it can."""
         return None
 
     def ghost_fused_rules(self) -> dict[nn.Parameter, str]:
-        """The rules, in words, of parameters that this layer records though layers within it hold them (LoRA's)."""
+        """Descriptions of the rules of parameters that child modules hold and this layer records (LoRA's)."""
         return {}
 
     def _ghost_active(self, *parameters: Tensor | None) -> bool:
-        """Whether this forward is a private one, which is then counted as a use of what is trained here."""
+        """Whether this forward is private; if it is, count it as a use of the trained ones among `parameters`."""
         trained = self._ghost_trained(*parameters)
         if trained:
             assert self.ghost_tape is not None
@@ -106,19 +109,19 @@ class GhostModule:
         return bool(trained)
 
     def _ghost_trained(self, *parameters: Tensor | None) -> list[Tensor]:
-        """Those that are trained, of a forward that is a private one: a tape, and gradients wanted. Counts nothing."""
-        # First: a frozen layer never looks at the tape, so that torch.compile of frozen blocks depends on none of its
-        # state.
+        """The trained ones among `parameters` if this forward is private, else none. Counts no use."""
+        # Checked first: a frozen layer never reads the tape, so torch.compile of frozen blocks does not depend on the
+        # tape's state.
         trained = [p for p in parameters if p is not None and p.requires_grad]
         return trained if trained and self._ghost_records() else []
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As any module's, for copies and pickles that are ordinary modules: see `dpkernels.nn.copying`."""
+        """As nn.Module's, but copies and pickles are ordinary modules: see `dpkernels.nn.copying`."""
         assert isinstance(self, nn.Module)
         return ordinary(self, super().__reduce_ex__(protocol))
 
     def _ghost_records(self) -> bool:
-        """Whether a forward now is a private one."""
+        """Whether a forward now is private: there is a tape that records, and gradients are enabled."""
         return self.ghost_tape is not None and self.ghost_tape.recording and torch.is_grad_enabled()
 
     def ghost_label(self) -> str:
@@ -127,23 +130,23 @@ class GhostModule:
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module once, the same order on every call of the same model; a fifth of the time of named_modules."""
-    found, seen = [model], {model}
-    for module in found:  # which grows
-        yield module  # while it is in the cache
+    """Every module once, in the same order on every call for a model; takes a fifth of the time of named_modules."""
+    modules, seen = [model], {model}
+    for module in modules:  # the list grows
+        yield module  # while it is in the processor's cache
         if not module._modules:
             continue
         for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
-                found.append(child)
+                modules.append(child)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As nn.Module.named_modules: names and modules, parents first, each once; in a loop.
+    """As nn.Module.named_modules (names and modules, parents first, each once), but in a loop.
 
-    torch's own recursion passes every module through as many generators as it is deep. Checks of every step walk the
-    model; that took 1 % of a LoRA step on two cores.
+    torch's recursion passes a module at depth n through n generators. The checks of every step walk the model, and
+    the recursion took 1 % of a LoRA step on two cores.
     """
     seen: set[nn.Module] = set()
     stack = [("", model)]

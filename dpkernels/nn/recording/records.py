@@ -1,14 +1,14 @@
-"""Records: how a layer tells the engine what one backward saw.
+"""Records: the tensors that one use of a layer leaves behind for its per-sample gradients.
 
-A record is one use of one norm rule. It holds the tensors from which the per-sample gradient of its
-parameters *could* be materialised, and answers two questions without materialising it: ‖gradient of sample i‖² (rounded
+A record belongs to one use of one norm rule. It holds the tensors from which the per-sample gradient of its
+parameters *could* be materialised, and computes two results without materialising it: ‖gradient of sample i‖² (rounded
 up), and Σ_i c_i · gradient of sample i.
 
-The layers put no lengths on a record: a padded frame has a zero output gradient, and adds nothing.
+A record holds no lengths: the output gradient of a padded frame is zero, so the frame adds nothing.
 
-Where a sample has many frames and the parameter few entries, its gradient is smaller than what it is made of, and
-`materialised` makes it once instead of twice (for the norm and for the sum). Which records are materialised is the
-tape's choice.
+Where a sample has many frames and the parameter has few entries, the gradient is smaller than the tensors it is
+computed from. `materialised` then computes it once instead of twice (for the norm and for the sum). The tape decides
+which records are materialised.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dpkernels.deprecation import warn_renamed
 from dpkernels.nn.tensors import accumulation_dtype, cat_time, common_dtype, per_sample_product
 from dpkernels.ops import GroupedLayer
 
-# Names that a rule of one's own may still define.
+# Old names that a user's rule may still define.
 _OLD_NAMES = {"formed": "materialised", "forms_by_default": "materialises_by_default"}
 
 
@@ -38,7 +38,7 @@ class Record(ABC):
     g: Tensor
     # names of the fields that hold parameters
     parameter_fields: ClassVar[tuple[str, ...]] = ("weight",)
-    # whether materialising is the default where it is smaller, for rules that pay twice for not doing so
+    # whether to materialise by default where that is smaller: for rules that otherwise repeat work in norm and sum
     materialises_by_default: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -50,17 +50,17 @@ class Record(ABC):
 
     @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The trained parameters that this record speaks for."""
+        """The trained parameters whose gradients this record covers."""
         return tuple(getattr(self, name) for name in self.parameter_fields)
 
     @property
     def batch_size(self) -> int:
-        """B, as the output gradient's first dimension says."""
+        """B, the first dimension of the output gradient."""
         return self.g.shape[0]
 
     @property
     def output_gradient(self) -> Tensor:
-        """[B,*], linear in the losses' gradients, example by example: g, unless a layer's rule exchanges it with x."""
+        """[B,*], linear in the losses' gradients, row i for example i: g, unless the layer's rule exchanges x and g."""
         return self.g
 
     @abstractmethod
@@ -87,44 +87,43 @@ class Record(ABC):
         return tuple(sums[parameter] for parameter in self.parameters)
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors that it keeps alive, over the whole batch."""
+        """Bytes of the tensors that the record keeps alive, for all samples together."""
         tensors = (
             t for t in vars(self).values() if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)
         )
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def entries(self) -> int | None:
-        """Entries of one sample's gradients, or None where this rule does not form them."""
+        """Entries of one sample's gradients, or None if this rule does not materialise them."""
         return None
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
-        """The same gradients, [B, *parameter.shape] in float32 (float64 for float64), one record a parameter.
+        """The same gradients, `[B, *parameter.shape]` in float32 (float64 for float64), one record per parameter.
 
-        Their norms and sums are those of the materialised values, so that how they were rounded is no matter for
-        privacy.
+        Norms and sums are both computed from the materialised values, so their rounding does not affect privacy.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not form per-sample gradients")
+        raise NotImplementedError(f"{type(self).__name__} does not materialise per-sample gradients")
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord | None:
-        """The same gradient as a linear layer's, for `merge`; None where it is none.
+        """The same gradient as the record of a linear layer, for `merge`; None if the rule has no such form.
 
-        dtype: of what has to be made up for it (an embedding's one-hot ids).
+        dtype: of the tensors that have to be created for it (an embedding's one-hot ids).
         """
         return None
 
     def absorb(self, other: Record) -> bool:
-        """Take in another use of the same parameters as it comes, where no more is held for it.
+        """Add another use of the same parameters to this record, if that takes no additional memory.
 
-        False, and nothing changed, where more would be: that use is then kept for `merge`.
+        Returns False and changes nothing otherwise: `merge` then gets the other use.
         """
         return False
 
     def merge(self, *others: Record) -> Record:
-        """One record for several uses of the same parameters (tied, reused): the exact sum, cross terms too.
+        """One record for several uses of the same parameters (tied or reused): the exact sum, with its cross terms.
 
         Uses of one rule are stacked once: a layer that is called n times costs n calls' tensors, one norm and one sum.
 
-        Raises TypeError naming two of the layers when their rules cannot be combined.
+        Raises TypeError naming two of the layers if their rules cannot be combined.
         """
         materialised = _as_materialised(self)
         if materialised is None or materialised is self:
@@ -136,7 +135,7 @@ class Record(ABC):
 class LinearRecord(Record):
     """Weight [p, d] (or one that reshapes to it) of y = x Wᵀ: x [B,T,d], g [B,T,p].
 
-    `exchanged`: of y = x W, whose output gradient stands in x, and input in g.
+    `exchanged`: the layer is y = x W, its output gradient is in `x` and its input in `g`.
     """
 
     layer: str
@@ -147,7 +146,7 @@ class LinearRecord(Record):
 
     @property
     def output_gradient(self) -> Tensor:
-        """Of the layer."""
+        """The layer's output gradient."""
         return self.x if self.exchanged else self.g
 
     def norm_sq(self) -> Tensor:
@@ -169,7 +168,7 @@ class LinearRecord(Record):
         return (sums[self.weight].view(self.g.shape[-1], self.x.shape[-1]),)
 
     def entries(self) -> int:
-        """The weight's, p·d."""
+        """p·d, the size of the weight."""
         return self.weight.numel()
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
@@ -177,7 +176,7 @@ class LinearRecord(Record):
         return (materialised_gradient(self.layer, self.weight, per_sample_product(self.g, self.x)),)
 
     def merge(self, *others: Record) -> Record:
-        """Concatenated along T, the others as linear layers'."""
+        """Concatenates the uses along T, the others as records of linear layers."""
         linear = [use for o in others if (use := o.as_linear(self.x.dtype)) and use.weight is self.weight]
         if len(linear) < len(others):
             return super().merge(*others)
@@ -186,7 +185,7 @@ class LinearRecord(Record):
         return LinearRecord(join_names(*uses), self.weight, x, g)
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
-        """Itself."""
+        """The record itself."""
         return self
 
 
@@ -201,7 +200,7 @@ class EmbeddingRecord(Record):
     padding_idx: int | None = None
 
     def norm_sq(self) -> Tensor:
-        """Σ over the ids of ‖Σ of g where that id stands‖²."""
+        """Σ over the ids v of ‖Σ_{t: id_t = v} g_t‖²."""
         return ops.embedding_norm_sq(self.ids, self.g, padding_idx=self.padding_idx)
 
     def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
@@ -222,7 +221,7 @@ class EmbeddingRecord(Record):
         return LinearRecord(self.layer, self.weight, x=self.g, g=onehot)
 
     def merge(self, *others: Record) -> Record:
-        """Concatenated along T; as linear records where one of the others is one, or pads differently."""
+        """Concatenates the uses along T; as linear records if another is one or has another `padding_idx`."""
         known = [
             o for o in others if isinstance(o, EmbeddingRecord | LinearRecord) and o.weight is self.weight
         ]
@@ -238,14 +237,14 @@ class EmbeddingRecord(Record):
 
 @dataclass(eq=False)
 class ExpandedRecord(Record):
-    """The per-sample gradients themselves, g [B, *parameter.shape], where these are the least memory."""
+    """The per-sample gradients themselves, g `[B, *parameter.shape]`, where these take the least memory."""
 
     layer: str
     parameter: nn.Parameter
     g: Tensor
     parameter_fields: ClassVar[tuple[str, ...]] = ("parameter",)
-    # whether g is a sum that this record made, and may add to in place
-    _own: bool = field(default=False, init=False, repr=False)
+    # whether this record created g, as a sum, and may add to it in place
+    _owns_g: bool = field(default=False, init=False, repr=False)
 
     def _flat(self) -> Tensor:
         return self.g.reshape(self.g.shape[0], 1, self.parameter.numel())
@@ -267,19 +266,19 @@ class ExpandedRecord(Record):
         return (sums[self.parameter].view(-1),)
 
     def absorb(self, other: Record) -> bool:
-        """Added, sample by sample, in float32 (float64 for float64): in place from the second on."""
+        """Adds g sample by sample, in float32 (float64 for float64), in place from the second addition on."""
         if not isinstance(other, ExpandedRecord) or other.parameter is not self.parameter:
             return False
         dtype = torch.promote_types(accumulation_dtype(self.g), other.g.dtype)
-        if self._own and self.g.dtype is dtype:
+        if self._owns_g and self.g.dtype is dtype:
             self.g += other.g
         else:
-            self.g, self._own = self.g.to(dtype) + other.g, True
+            self.g, self._owns_g = self.g.to(dtype) + other.g, True
         self.layer = join_names(self, other)
         return True
 
     def merge(self, *others: Record) -> Record:
-        """Added, sample by sample, each of the others materialised when its turn comes."""
+        """Adds the uses sample by sample, and materialises each of the others just before it is added."""
         total = type(self)(self.layer, self.parameter, self.g)
         for other in others:
             materialised = _as_materialised(other)
@@ -291,17 +290,17 @@ class ExpandedRecord(Record):
 class BiasRecord(ExpandedRecord):
     """A bias [p]: g [B,p] = Σ_t of the output gradient.
 
-    The sum over time is taken when the record is made: it is T times smaller than the output gradient, which
-    then need not be kept for the bias's sake (all that BitFit trains), and is read once rather than twice.
+    The backward sums over time, which makes g T times smaller than the output gradient. The output gradient is then
+    read once rather than twice, and need not be kept for the bias (the only trained parameters of BitFit).
     """
 
 
 class NormRecord(ExpandedRecord):
-    """The weight [d] of a LayerNorm, RMSNorm or frozen BatchNorm: g [B,d] = Σ_t x̂_t ⊙ g_t, summed at once."""
+    """The weight [d] of a LayerNorm, RMSNorm or frozen BatchNorm: g [B,d] = Σ_t x̂_t ⊙ g_t, summed in the backward."""
 
 
 def _as_materialised(record: Record) -> ExpandedRecord | None:
-    """The record of one parameter's per-sample gradients, or None where its rule does not form them."""
+    """The record of one parameter's per-sample gradients, or None if its rule does not materialise them."""
     if isinstance(record, ExpandedRecord):
         return record
     return None if record.entries() is None or len(record.parameters) > 1 else record.materialised()[0]
@@ -309,16 +308,16 @@ def _as_materialised(record: Record) -> ExpandedRecord | None:
 
 def _not_combined(first: Record, second: Record) -> TypeError:
     return TypeError(
-        f"{first.layer} ({type(first).__name__}) and {second.layer} ({type(second).__name__}) use the same "
-        "trained parameter in ways that cannot be combined; untie them or freeze the parameter"
+        f"{first.layer!r} ({type(first).__name__}) and {second.layer!r} ({type(second).__name__}) use the same "
+        "trained parameter in ways that cannot be combined; untie them, or freeze it (requires_grad_(False))"
     )
 
 
 def materialised_gradient(layer: str, parameter: nn.Parameter, gradients: Tensor) -> ExpandedRecord:
-    """A record of per-sample gradients [B, ...] of a parameter's number of entries."""
+    """The record of per-sample gradients [B, ...], reshaped to the parameter's shape."""
     return ExpandedRecord(layer, parameter, gradients.view(len(gradients), *parameter.shape))
 
 
 def join_names(*records: Record) -> str:
-    """The name of a merged record: each layer's, once."""
+    """The name of a merged record: each layer's name once."""
     return " + ".join(dict.fromkeys(name for record in records for name in record.layer.split(" + ")))

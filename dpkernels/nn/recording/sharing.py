@@ -1,10 +1,9 @@
 """Linear layers that read the same tensor (query, key and value; gate and up) share its Gram matrix.
-
-Σ_l ‖g_lᵀ x‖² is the square of one layer with all their outputs side by side, g = [g_1 … g_k]: its Gram form
-computes the T×T products of x once, T²(Σp + d) operations in place of T²(Σp + k·d), and is one launch in place
+Σ_l ‖g_lᵀ x‖² is the squared norm of one layer with all their outputs side by side, g = [g_1 … g_k]. Its Gram form
+computes the T×T products of x once: T²(Σp + d) operations instead of T²(Σp + k·d), and one launch instead
 of k (measured on two cores: q, k and v of 256×256 at B = 8, T = 150 take 0.77 of the time). Its rounding bound
-covers the parts' sums too: by Minkowski Σ_t ‖x_t‖‖g_t‖ ≥ √(Σ_l (Σ_t ‖x_t‖‖g_lt‖)²), what their errors can add
-up to.
+also covers the sums of the parts: by Minkowski Σ_t ‖x_t‖‖g_t‖ ≥ √(Σ_l (Σ_t ‖x_t‖‖g_lt‖)²), the largest total of
+their errors.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from dpkernels.nn.recording.records import LinearRecord, Record
 
 
 def sharing_inputs(records: Sequence[Record]) -> list[Record]:
-    """The records to ask for norms in place of `records`: the sum of their squared norms is the same.
+    """The records to compute norms from in place of `records`: the sum of their squared norms is the same.
 
-    Only for norms: a record that stands for several has the first one's weight. Layers are joined where the joint one
-    is cheaper by Gram, which is the form that has something to share.
+    Use them for norms only: a joint record has the weight of its first layer. Layers are joined if the joint layer
+    is cheaper in Gram form, the only form with a shared part.
     """
     if len(records) < 2:
         return list(records)

@@ -109,8 +109,8 @@ def test_the_table() -> None:
         "2.gain                   4  Gain: per-sample expansion (B × 4 entries)",
         "2.layer.weight          16  Linear: ghost norm",
         "2.layer.bias             4  Linear: per-sample gradient (B × 4 entries)",
-        "3.table             90,000  REFUSED: no rule for it, and its 90,000 elements are more than the 65,536 that "
-        "are expanded per sample; freeze it, or write a rule (dpkernels.nn.register_swap)",
+        "3.table             90,000  REFUSED: it has no rule, and its 90,000 elements exceed the limit of 65,536 for "
+        "per-sample expansion; freeze it, or write a rule (dpkernels.nn.register_swap)",
         "7 of 8 trained parameters have a rule; 90,000 of 92,168 entries are refused",
         "4: batch norm in training mode mixes the samples of a batch",
         "dpkernels.fix(model) freezes the batch norms' statistics, or replaces them",

@@ -85,7 +85,7 @@ def test_a_group_of_vectors_is_never_a_single_channel() -> None:
     assert model(torch.randn(3, 4)).std() > 0.1
     report = dpkernels.fix(nn.Sequential(nn.BatchNorm1d(1)), batch_norm="group")
     assert report.changes == ()
-    assert "1 channels do not make" in str(report)
+    assert "1 channels do not split" in str(report)
 
 
 class OwnNorm(nn.BatchNorm2d):
@@ -100,12 +100,16 @@ class OwnInstanceNorm(nn.InstanceNorm2d):
 @pytest.mark.parametrize(
     ("make", "keywords", "says"),
     [
-        (lambda: OwnNorm(8), {}, "OwnNorm: a class of its own"),
-        (lambda: OwnNorm(8), {"batch_norm": "group"}, "OwnNorm: a class of its own"),
+        (lambda: OwnNorm(8), {}, "OwnNorm: a subclass"),
+        (lambda: OwnNorm(8), {"batch_norm": "group"}, "OwnNorm: a subclass"),
         (lambda: OwnInstanceNorm(8, track_running_stats=True), {}, "OwnInstanceNorm: running statistics"),
         (lambda: nn.BatchNorm2d(8, track_running_stats=False), {}, 'batch_norm="group"'),
         (lambda: nn.SyncBatchNorm(8), {}, 'batch_norm="group"'),
-        (lambda: nn.BatchNorm2d(8), {"batch_norm": "group", "num_groups": 3}, "8 channels do not make 3"),
+        (
+            lambda: nn.BatchNorm2d(8),
+            {"batch_norm": "group", "num_groups": 3},
+            "8 channels do not split into 3",
+        ),
     ],
 )
 def test_norms_that_cannot_be_replaced_are_named_with_the_reason(make: Any, keywords: Any, says: str) -> None:
@@ -133,7 +137,7 @@ def test_instance_norm_drops_its_running_statistics() -> None:
     model = images(nn.InstanceNorm2d(8, affine=True, track_running_stats=True))
     want = copy.deepcopy(model).train()(X)
     report = dpkernels.fix(model)
-    assert "In evaluation it normalises with the sample's own" in str(report)
+    assert "In evaluation it normalises with the statistics of each sample" in str(report)
     assert torch.equal(model(X), want)
     assert torch.equal(model.eval()(X), want)
     assert not list(model.buffers())
@@ -165,7 +169,7 @@ def test_weight_norm_is_taken_off_where_it_has_no_rule(form: Any) -> None:
     report = dpkernels.fix(model)
     assert report.complete
     assert [(c.name, c.was, c.now) for c in report.changes] == [("0", "Conv1d under weight_norm", "Conv1d")]
-    assert "Make the optimizer now" in str(report)
+    assert "Create the optimizer after this call" in str(report)
     assert list(model[0].state_dict()) == ["bias", "weight"]
     assert type(model[2]) is frozen  # not trained: not touched
     torch.testing.assert_close(model(x), want)
@@ -180,7 +184,7 @@ def test_the_rest_is_refused_by_name_and_the_model_without_it_is_private() -> No
     table = dpkernels.coverage(model)
     assert [name for name, _ in report.refused] == [row.name for row in table.refused]
     assert [reason for _, reason in report.refused] == [row.refusal for row in table.refused]
-    assert "1.table: no rule for it" in str(report)
+    assert "1.table: it has no rule" in str(report)
     model[1:].requires_grad_(False)
     assert dpkernels.fix(model).complete
     attach(swap(model))

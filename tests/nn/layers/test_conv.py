@@ -27,7 +27,7 @@ from tests.nn.per_sample import assert_same_module, check_private
 
 
 @pytest.fixture(autouse=True)
-def never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+def never_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are about the ghost rules; test_materialised.py forms the same layers' gradients."""
     monkeypatch.setattr(Tape, "_is_smaller_materialised", lambda *_: False)
 
@@ -183,7 +183,7 @@ def test_a_record_without_geometry_is_of_torchs_defaults(
         torch.testing.assert_close(materialised.g[i], want)
 
 
-def test_reused_grouped_convolution_is_formed() -> None:
+def test_reused_grouped_convolution_is_materialised() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -28,10 +28,10 @@ from dpkernels.nn import (
 )
 from dpkernels.nn.convert.swapping import _ORIGINALS, _SWAPS
 from dpkernels.nn.layers import conv_records
-from tests.nn.layers.test_conv import check, never_formed, squares
+from tests.nn.layers.test_conv import check, never_materialised, squares
 from tests.nn.per_sample import check_private, run_private
 
-__all__ = ["never_formed"]  # a fixture that is used by all tests
+__all__ = ["never_materialised"]  # a fixture that is used by all tests
 
 SPACE = {1: (7,), 2: (5, 4), 3: (3, 4, 3)}
 CONV3D: list[tuple[tuple[Any, ...], dict[str, Any], type]] = [

@@ -177,7 +177,7 @@ def test_uses_of_a_raw_parameter_of_a_module_with_children(use: Any, batch: int)
     ],
 )
 def test_other_uses_of_a_raw_parameter_are_refused_by_name(use: Any, says: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"Using.raw: .*{says}.*freeze"):
+    with pytest.raises(NotImplementedError, match=f"'Using.raw': .*{says}.*freeze"):
         run_private(swap(Using(use)), squares, (torch.randn(5, 3, 4),))
 
 
@@ -312,7 +312,7 @@ REFUSED: list[Any] = [
 
 @pytest.mark.parametrize(("make", "name", "hint"), REFUSED)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-def test_what_has_no_rule_is_named_with_the_mend(make: Any, name: str, hint: str) -> None:
+def test_what_has_no_rule_is_named_with_the_fix(make: Any, name: str, hint: str) -> None:
     model = nn.Sequential(make())
     found = {u.name: u.reason for u in uncovered(swap(model))}
     assert hint in found[f"0.{name}"]

@@ -156,7 +156,7 @@ def test_layers_that_share_their_factors_keep_their_scalings(alphas: tuple[float
     if alphas[0] == alphas[1]:
         check_private(Shared(), squares, (torch.randn(4, 3, 6),))
     else:  # right, or refused by name
-        with pytest.raises(TypeError, match=r"two .* and one .* cannot be combined"):
+        with pytest.raises(TypeError, match=r"'two' .* and 'one' .* cannot be combined"):
             check_private(Shared(), squares, (torch.randn(4, 3, 6),))
 
 

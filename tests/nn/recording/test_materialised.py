@@ -32,16 +32,16 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
-def always_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+def always_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tape, "_is_smaller_materialised", lambda _, record: record.entries() is not None)
 
 
-def formed_only(records: list[Record]) -> bool:
+def only_materialised(records: list[Record]) -> bool:
     rest = {type(r) for r in records} - {ExpandedRecord, BiasRecord, DepthwiseConv1dRecord, EmbeddingRecord}
     return not rest and any(type(r) is ExpandedRecord for r in records)
 
 
-@pytest.mark.usefixtures("always_formed")
+@pytest.mark.usefixtures("always_materialised")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("args", "kwargs", "kind"), CONV1D + CONV2D)
 def test_convolutions(args: Any, kwargs: Any, kind: type, dtype: torch.dtype) -> None:
@@ -49,10 +49,10 @@ def test_convolutions(args: Any, kwargs: Any, kind: type, dtype: torch.dtype) ->
     layer = (nn.Conv2d if two_d else nn.Conv1d)(*args, **kwargs, dtype=dtype)
     x = torch.randn(3, args[0], *((7, 8) if two_d else (9,))).to(dtype)
     private = check_private(nn.Sequential(nn.Tanh(), layer, nn.Tanh()), squares, (x,))
-    assert kind is DepthwiseConv1dRecord or formed_only(private.records)
+    assert kind is DepthwiseConv1dRecord or only_materialised(private.records)
 
 
-@pytest.mark.usefixtures("always_formed")
+@pytest.mark.usefixtures("always_materialised")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (1, 5, 6), (4, 2, 3, 6)])
 def test_linear_and_lora(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -61,12 +61,12 @@ def test_linear_and_lora(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     nn.init.normal_(adapted.lora_B)
     model = nn.Sequential(nn.Linear(6, 5, dtype=dtype), nn.Tanh(), adapted)
     private = check_private(model, squares, (torch.randn(shape).to(dtype),))
-    assert formed_only(private.records)
+    assert only_materialised(private.records)
     assert len(private.records) == 4  # weight, bias, A, B
 
 
 @pytest.mark.parametrize("materialised_first", [True, False])
-def test_formed_and_kept_records_of_one_weight_add_up(materialised_first: bool) -> None:
+def test_materialised_and_kept_records_of_one_weight_add_up(materialised_first: bool) -> None:
     weight = nn.Parameter(torch.randn(3, 4))
     kept = LinearRecord("layer", weight, torch.randn(2, 5, 4), torch.randn(2, 5, 3))
     (materialised,) = kept.materialised()
@@ -79,13 +79,13 @@ def test_an_embedding_does_not_form() -> None:
     weight = nn.Parameter(torch.randn(7, 4))
     table = EmbeddingRecord("table", weight, torch.zeros(2, 5, dtype=torch.int64), torch.randn(2, 5, 4))
     (materialised,) = LinearRecord("head", weight, torch.randn(2, 5, 4), torch.randn(2, 5, 7)).materialised()
-    with pytest.raises(TypeError, match=r"table .* and head .* cannot be combined"):
+    with pytest.raises(TypeError, match=r"'table' .* and 'head' .* cannot be combined"):
         table.merge(materialised)
     with pytest.raises(NotImplementedError, match="EmbeddingRecord"):
         table.materialised()
 
 
-def test_a_weight_used_twice_is_not_formed() -> None:
+def test_a_weight_used_twice_is_not_materialised() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -117,7 +117,7 @@ CHOICES: list[tuple[nn.Module, tuple[int, ...], bool, type]] = [
 
 
 @pytest.mark.parametrize(("layer", "shape", "mixed", "kind"), CHOICES)
-def test_formed_when_at_most_half_as_large(
+def test_materialised_when_at_most_half_as_large(
     layer: nn.Module, shape: tuple[int, ...], mixed: bool, kind: type
 ) -> None:
     model = swap(nn.Sequential(copy.deepcopy(layer)))
@@ -129,7 +129,7 @@ def test_formed_when_at_most_half_as_large(
     detach(model)
 
 
-def test_what_is_formed_holds_less() -> None:
+def test_a_materialised_record_holds_less() -> None:
     layer = GhostLoRALinear(64, 64, r=4)
     held = {}
     for mixed in (False, True):
@@ -143,7 +143,7 @@ def test_what_is_formed_holds_less() -> None:
     assert held[False] == 4 * 2 * 100 * (64 + 64 + 4 + 4)
 
 
-def test_catches_a_formed_gradient_without_its_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catches_a_materialised_gradient_without_its_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tape, "_is_smaller_materialised", lambda _, record: record.entries() is not None)
     honest = LoRARecord.materialised
 
