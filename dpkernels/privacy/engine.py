@@ -30,7 +30,7 @@ from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
 from dpkernels.privacy.self_check.batch_independence import check_batch_independence
 from dpkernels.privacy.self_check.findings import SelfCheckReport
 from dpkernels.privacy.self_check.whole import whole_check
-from dpkernels.privacy.setup import Setup, resolve_setup, run_settings
+from dpkernels.privacy.setup import RunArguments, Setup, resolve_setup, run_settings
 from dpkernels.privacy.step.optimizer import DPOptimizer
 from dpkernels.privacy.step.strategies import strategy_of
 
@@ -63,11 +63,7 @@ class PrivacyEngine:
         secure_mode: bool = True,
     ) -> None:
         check_accountant(accountant)
-        if not secure_mode:
-            raise ValueError(
-                "secure_mode=False is refused: noise always comes from a cryptographic generator here, at no cost that "
-                "a weaker one would spare; leave the argument out"
-            )
+        check_opacus_keywords(secure_mode=secure_mode)
         self.accountant: str = AccountantName(accountant)
         self._ledger_path = ledger
         self._noise_stream = SecretStream(noise_key)
@@ -220,11 +216,10 @@ class PrivacyEngine:
             wrap_model=wrap_model,
             rand_on_empty=rand_on_empty,
         )
-        setup = resolve_setup(
-            module,
-            optimizer,
-            data_loader,
-            accountant=self.accountant,
+        run = RunArguments(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
             strategy=strategy,
@@ -239,30 +234,30 @@ class PrivacyEngine:
             target_epsilon=target_epsilon,
             target_delta=target_delta,
         )
-        return self._build(setup, module, optimizer, data_loader)
+        return self._build(resolve_setup(run, self.accountant))
 
-    def _build(
-        self, setup: Setup, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader
-    ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
+    def _build(self, setup: Setup) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
         """Attach the model, open the ledger and make the three; after a failure model and ledger are free again."""
+        run = setup.arguments
+        module = run.module
         # Outside of the try: where it raises it attached nothing, and what another engine holds stays its.
-        tape = attach(module, mixed=setup.strategy == "mixed")
+        tape = attach(module, mixed=run.strategy == "mixed")
         budget: Budget | None = None
         try:
             budget = Budget(
                 setup.sampling,
                 setup.mechanism,
                 self.accountant,
-                target_epsilon=setup.target_epsilon,
-                target_delta=setup.target_delta,
-                planned_steps=setup.steps,
+                target_epsilon=run.target_epsilon,
+                target_delta=run.target_delta,
+                planned_steps=run.steps,
                 ledger=self._ledger_path,
-                settings=run_settings(setup, module),
+                settings=run_settings(setup),
             )
             private = DPOptimizer(
-                optimizer,
+                run.optimizer,
                 model=module,
-                strategy=strategy_of(setup.strategy, tape, setup.norm, setup.layers),
+                strategy=strategy_of(run.strategy, tape, setup.norm, setup.layers),
                 noise_multiplier=setup.mechanism.noise_multiplier,
                 max_grad_norm=setup.norm,
                 sensitivity=setup.sensitivity,
@@ -273,20 +268,20 @@ class PrivacyEngine:
                 seeds=None if self._noise_stream.fixed else SecretSeeds(),
             )
             loader = DPDataLoader(
-                data_loader,
-                sampler_of(setup.sampling, setup.speakers, self._sampling_stream),
+                run.data_loader,
+                sampler_of(setup.sampling, run.speakers, self._sampling_stream),
                 physical_batch_size=setup.physical_batch_size,
                 epoch_steps=setup.sampling.epoch_steps,
-                total_steps=setup.steps,
-                lengths=setup.lengths,
-                physical_frames=setup.physical_frames,
+                total_steps=run.steps,
+                lengths=run.lengths,
+                physical_frames=run.physical_frames,
                 before_pass=private.begin_pass,
                 on_batch=private.begin_logical_batch,
                 steps_taken=lambda: self.steps,
                 attempt=lambda: private.attempt,
             )
-            logger.info("strategy %s: %s", setup.strategy, STRATEGIES[setup.strategy])
-            self._report_steps_before(budget.steps, setup.steps)
+            logger.info("strategy %s: %s", run.strategy, STRATEGIES[run.strategy])
+            self._report_steps_before(budget.steps, run.steps)
         except BaseException:
             detach(module)
             if budget is not None:

@@ -1,8 +1,8 @@
 """Keywords of Opacus's `make_private`: accepted where the meaning is the same here, refused with the reason
 elsewhere."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from dpkernels.deprecation import warn_renamed
 from dpkernels.privacy.step.clipping import check_norm, is_per_layer
@@ -70,59 +70,72 @@ def check_clipping(
     check_norm(max_grad_norm)
 
 
-def check_opacus_keywords(
-    *,
-    poisson_sampling: bool,
-    noise_generator: Any,
-    loss_reduction: str,
-    criterion: Any,
-    batch_first: bool,
-    grad_sample_mode: str | None,
-    wrap_model: bool,
-    rand_on_empty: bool,
-) -> None:
+class Refusal(NamedTuple):
+    """The values of one of Opacus's keywords that mean the same here, and the message for every other value.
+
+    accepts: whether a value is accepted. message: reason and hint; "{value!r}" stands for the value given.
+    """
+
+    accepts: Callable[[Any], bool]
+    message: str
+
+
+REFUSALS = {
+    "secure_mode": Refusal(
+        bool,
+        "secure_mode=False is refused: noise always comes from a cryptographic generator here, at no cost that "
+        "a weaker one would spare; leave the argument out",
+    ),
+    "poisson_sampling": Refusal(
+        bool,
+        "poisson_sampling=False is refused: shuffled batches are not Poisson-sampled, and ε for Poisson "
+        "sampling would be wrong for them (honest accounting of shuffling needs about four times the "
+        "noise). Leave it out: the returned loader samples for you; for batches of bounded size use "
+        "max_batch_size (truncated Poisson).",
+    ),
+    "noise_generator": Refusal(
+        lambda value: value is None,
+        "noise_generator is refused: torch's generators are not cryptographic and a seeded one lets its "
+        "holder remove the noise. Leave it out; tests can fix the noise with "
+        "PrivacyEngine(noise_key=...).",
+    ),
+    "loss_reduction": Refusal(
+        lambda value: value == "mean",
+        "loss_reduction={value!r} is refused: optimizer.backward takes unreduced losses [B], "
+        "and the noised sum is always divided by the expected batch size ('mean'). For Opacus's 'sum', "
+        "multiply the learning rate by the batch size.",
+    ),
+    "criterion": Refusal(
+        lambda value: value is None,
+        "criterion is refused: nothing wraps the loss here, and three objects are returned, not four. "
+        "Compute losses of shape [B] (reduction='none') and call optimizer.backward(losses).",
+    ),
+    "batch_first": Refusal(
+        bool,
+        "batch_first=False is refused: the layers take the first dimension of their input for the "
+        "batch; transpose inside the model",
+    ),
+    "grad_sample_mode": Refusal(
+        lambda value: value in (None, "ghost"),
+        "grad_sample_mode={value!r} is refused: norms are computed by ghost clipping, "
+        "per-sample gradients are never materialised; leave it out",
+    ),
+    "wrap_model": Refusal(
+        lambda value: not value,
+        "wrap_model=True is refused: the module is not wrapped, its layers change class in place, so "
+        "names, hooks and state_dict stay as they are; leave it out",
+    ),
+    "rand_on_empty": Refusal(
+        lambda value: not value,
+        "rand_on_empty=True is refused: an empty logical batch has no micro-batches, and step() adds "
+        "its noise; leave it out",
+    ),
+}
+"""Keywords of Opacus that are accepted for compatibility and take one meaning only."""
+
+
+def check_opacus_keywords(**keywords: Any) -> None:
     """Raise ValueError, with reason and hint, for a keyword whose Opacus meaning does not hold here."""
-    if not poisson_sampling:
-        raise ValueError(
-            "poisson_sampling=False is refused: shuffled batches are not Poisson-sampled, and ε for Poisson "
-            "sampling would be wrong for them (honest accounting of shuffling needs about four times the "
-            "noise). Leave it out: the returned loader samples for you; for batches of bounded size use "
-            "max_batch_size (truncated Poisson)."
-        )
-    if noise_generator is not None:
-        raise ValueError(
-            "noise_generator is refused: torch's generators are not cryptographic and a seeded one lets its "
-            "holder remove the noise. Leave it out; tests can fix the noise with "
-            "PrivacyEngine(noise_key=...)."
-        )
-    if loss_reduction != "mean":
-        raise ValueError(
-            f"loss_reduction={loss_reduction!r} is refused: optimizer.backward takes unreduced losses [B], "
-            "and the noised sum is always divided by the expected batch size ('mean'). For Opacus's 'sum', "
-            "multiply the learning rate by the batch size."
-        )
-    if criterion is not None:
-        raise ValueError(
-            "criterion is refused: nothing wraps the loss here, and three objects are returned, not four. "
-            "Compute losses of shape [B] (reduction='none') and call optimizer.backward(losses)."
-        )
-    if not batch_first:
-        raise ValueError(
-            "batch_first=False is refused: the layers take the first dimension of their input for the "
-            "batch; transpose inside the model"
-        )
-    if grad_sample_mode not in (None, "ghost"):
-        raise ValueError(
-            f"grad_sample_mode={grad_sample_mode!r} is refused: norms are computed by ghost clipping, "
-            "per-sample gradients are never materialised; leave it out"
-        )
-    if wrap_model:
-        raise ValueError(
-            "wrap_model=True is refused: the module is not wrapped, its layers change class in place, so "
-            "names, hooks and state_dict stay as they are; leave it out"
-        )
-    if rand_on_empty:
-        raise ValueError(
-            "rand_on_empty=True is refused: an empty logical batch has no micro-batches, and step() adds "
-            "its noise; leave it out"
-        )
+    for name, value in keywords.items():
+        if not REFUSALS[name].accepts(value):
+            raise ValueError(REFUSALS[name].message.format(value=value))
