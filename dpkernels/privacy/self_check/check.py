@@ -26,7 +26,8 @@ from dpkernels.nn import Tape
 from dpkernels.nn.batch.batch_axis import batch_size_of
 from dpkernels.privacy.guards.preconditions import check_losses, trained_parameters
 from dpkernels.privacy.rng.model_draws import same_draws, secret_seed
-from dpkernels.privacy.sampling.loader import DPDataLoader, LogicalBatch
+from dpkernels.privacy.sampling.loader import DPDataLoader
+from dpkernels.privacy.sampling.logical_batch import LogicalBatch
 from dpkernels.privacy.sampling.own_batch import size_of
 from dpkernels.privacy.sampling.rows import Rows, rows_of
 from dpkernels.privacy.self_check.draws import DrawsOfRow, DrawsUnlike, KeptDraws

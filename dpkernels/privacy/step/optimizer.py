@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -15,42 +14,19 @@ from dpkernels.privacy.guards.preconditions import check_losses
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, grid_of
 from dpkernels.privacy.step.fused import Release, narrow_states, restore_wide_states, take_step, uncovered
+from dpkernels.privacy.step.statistics import StepStats, statistics
 from dpkernels.privacy.step.strategies import Clipped, Strategy
 from dpkernels.privacy.step.sums import BatchSums
+from dpkernels.privacy.step.wrapped import WrappedOptimizer
 
 logger = logging.getLogger("dpkernels")
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """What the last applied step saw. NOT PRIVATE: for the trainer's eyes, never for a report meant for
-    others.
-
-    Attributes:
-        examples: examples in the logical batch.
-        clip_rate: share of them that were clipped (0 for an empty batch); clipped by layers: in any layer.
-        mean_norm: mean norm of their whole gradients before clipping, over those with a finite norm.
-        non_finite: how many had a non-finite norm; they contributed exactly 0 (clipped by layers: in the layers
-            where it was).
-    """
-
-    examples: int
-    clip_rate: float
-    mean_norm: float
-    non_finite: int
-
-    def __repr__(self) -> str:
-        return (
-            f"StepStats(NOT PRIVATE: examples={self.examples}, clip_rate={self.clip_rate:.3f}, "
-            f"mean_norm={self.mean_norm:.4g}, non_finite={self.non_finite})"
-        )
 
 
 # What the accounting rests on, set once.
 _FIXED = frozenset({"noise_multiplier", "max_grad_norm", "sensitivity", "expected_batch_size"})
 
 
-class DPOptimizer(torch.optim.Optimizer):
+class DPOptimizer(WrappedOptimizer):
     """A torch optimizer that steps on clipped, summed and noised gradients.
 
     The step it takes is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
@@ -102,8 +78,7 @@ class DPOptimizer(torch.optim.Optimizer):
         spend: Callable[[], None],
         seeds: SecretSeeds | None = None,
     ) -> None:
-        # Optimizer.__init__ is not called: groups and state live in the wrapped optimizer, once.
-        self.original_optimizer = optimizer
+        super().__init__(optimizer)
         self.noise_multiplier = noise_multiplier
         self.max_grad_norm = max_grad_norm
         self.sensitivity = sensitivity
@@ -137,33 +112,6 @@ class DPOptimizer(torch.optim.Optimizer):
             "parameters in float32, give optimizer.backward the losses as they are, and call optimizer.step() itself"
         )
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's."""
-        return self.original_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.original_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's."""
-        return self.original_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.original_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's."""
-        return self.original_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.original_optimizer.defaults = defaults
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
             raise AttributeError(
@@ -172,11 +120,6 @@ class DPOptimizer(torch.optim.Optimizer):
                 "ledger."
             )
         super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "original_optimizer":  # not set yet
-            raise AttributeError(name)
-        return getattr(self.original_optimizer, name)
 
     def __repr__(self) -> str:
         return (
@@ -208,7 +151,7 @@ class DPOptimizer(torch.optim.Optimizer):
     @property
     def last_step(self) -> StepStats | None:
         """Statistics of the last applied step, or None before it. NOT PRIVATE."""
-        return None if self._last_seen is None else _statistics(self._last_seen)
+        return None if self._last_seen is None else statistics(self._last_seen)
 
     @property
     def attempt(self) -> int:
@@ -394,14 +337,3 @@ class DPOptimizer(torch.optim.Optimizer):
             noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
             total.div_(unit).add_(noise.mul_(release.noise_scale / unit)).round_()
         return total.mul_(unit / release.divisor).to(parameter.dtype, copy=True)
-
-
-def _statistics(seen: list[Clipped]) -> StepStats:
-    if not seen:
-        return StepStats(0, 0.0, 0.0, 0)
-    norm_sq = torch.cat([part.norm_sq.cpu() for part in seen])
-    factors = torch.cat([part.factors.cpu() for part in seen])
-    finite = torch.isfinite(norm_sq)
-    mean = norm_sq[finite].sqrt().mean().item() if bool(finite.any()) else 0.0
-    clipped = ((factors < 1) & finite).sum().item()
-    return StepStats(len(norm_sq), clipped / len(norm_sq), mean, int((~finite).sum().item()))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkernels.privacy.sampling.loader import LogicalBatch
+from dpkernels.privacy.sampling.logical_batch import LogicalBatch
 from dpkernels.privacy.step.optimizer import DPOptimizer
 
 logger = logging.getLogger("dpkernels")

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpkernels.nn import Record, Tape
 from dpkernels.nn.recording.row_check import _Weighted
 from dpkernels.privacy import back_propagate, read_ledger
-from dpkernels.privacy.sampling.loader import LogicalBatch
+from dpkernels.privacy.sampling.logical_batch import LogicalBatch
 from dpkernels.privacy.step.optimizer import DPOptimizer
 from dpkernels.privacy.step.strategies import Strategy
 from dpkernels.privacy.step.sums import BatchSums
