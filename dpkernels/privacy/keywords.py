@@ -1,5 +1,5 @@
-"""Keywords of Opacus's `make_private`: accepted where the meaning is the same here, refused with the reason
-elsewhere."""
+"""Strategy and clipping names, and Opacus's keywords: accepted if they mean the same here, else refused with the
+reason."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -13,28 +13,28 @@ STRATEGIES = {
     "two_pass": "keeps no trained layer's x and g: one backward for the norms, a second for the sums",
     "per_layer": "clips each layer on its own within one backward and keeps nothing; not flat clipping",
 }
-"""Ways to hold what the weighted sums need, and what each does."""
+"""Strategies by name: the tensors that each holds until the weighted sums."""
 
 
 class AccountantName(str):
-    """The name that `engine.accountant` is; asked what Opacus's accountant is asked, it says where that is."""
+    """The value of `engine.accountant`. Attributes of Opacus's accountant raise an error that names the replacement."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"engine.accountant is the name {str(self)!r} and has no {name!r}: call engine.get_epsilon(delta), and see "
-            "engine.history for what was spent"
+            f"engine.accountant is the name {str(self)!r} and has no {name!r}: call engine.get_epsilon(delta); "
+            "engine.history has the steps spent"
         )
 
 
 OLD_STRATEGIES = {"keep_small": "mixed"}
-"""Names that strategies had."""
+"""Deprecated names of strategies."""
 
 
 def strategy_called(strategy: str) -> str:
-    """The strategy of this name or old name.
+    """The present name of a strategy.
 
     Raises:
-        ValueError: there is none; the message names what is available.
+        ValueError: an unknown name; the message lists the known ones.
     """
     if strategy in OLD_STRATEGIES:
         warn_renamed(f"strategy={strategy!r}", f"strategy={OLD_STRATEGIES[strategy]!r}", stacklevel=4)
@@ -42,7 +42,7 @@ def strategy_called(strategy: str) -> str:
     if strategy not in STRATEGIES:
         raise ValueError(
             f"strategy={strategy!r} is not available; available: "
-            f"{'; '.join(f'{name!r} ({what})' for name, what in STRATEGIES.items())}. Use a smaller "
+            f"{'; '.join(f'{name!r} ({summary})' for name, summary in STRATEGIES.items())}. Use a smaller "
             "physical_batch_size for less memory."
         )
     return strategy
@@ -51,20 +51,20 @@ def strategy_called(strategy: str) -> str:
 def check_clipping(
     clipping: str, max_grad_norm: float | Sequence[float] | Mapping[str, float], strategy: str
 ) -> None:
-    """Raise ValueError or TypeError for anything but flat clipping with one finite C > 0, and, under
-    strategy="per_layer", per-layer clipping (whose norms `clipping.per_layer_clip_norms` checks)."""
+    """Raise ValueError or TypeError unless clipping is flat with one finite C > 0, or per-layer under
+    strategy="per_layer" (`clipping.per_layer_clip_norms` checks its norms)."""
     if clipping != "flat" and (clipping, strategy) != ("per_layer", "per_layer"):
         raise ValueError(
-            f"clipping={clipping!r} is refused: per-layer clipping has sensitivity √ΣC_l² and is asked for by "
-            "strategy='per_layer'; automatic and adaptive clipping spend budget of their own, which is not "
+            f"clipping={clipping!r} is refused: per-layer clipping has sensitivity √ΣC_l² and needs "
+            "strategy='per_layer'; automatic and adaptive clipping spend privacy budget of their own, which is not "
             "accounted here. Use clipping='flat'."
         )
     if strategy == "per_layer":
         return
     if is_per_layer(max_grad_norm):
         raise TypeError(
-            f"max_grad_norm={max_grad_norm!r}: one number is expected with strategy={strategy!r}. Several mean "
-            "per-layer clipping, whose sensitivity is √ΣC_l²: use strategy='per_layer' for that, or give the norm "
+            f"max_grad_norm={max_grad_norm!r}: strategy={strategy!r} takes one number. Several norms mean "
+            "per-layer clipping, whose sensitivity is √ΣC_l²: use strategy='per_layer' for it, or give the norm "
             "of the whole gradient."
         )
     check_norm(max_grad_norm)

@@ -1,4 +1,4 @@
-"""A private run as make_private was asked for it: checked, and worked out to the constants it rests on."""
+"""A private run's arguments, checked, and the constants that follow from them."""
 
 import time
 import warnings
@@ -52,7 +52,7 @@ class Setup:
 
     Attributes:
         arguments: the run's, with speakers as plain values.
-        sampling: who is sampled, with what probability.
+        sampling: the sampled units and their probability.
         mechanism: the mechanism of each step, for the accountant.
         layers: clipping norms by parameter under "per_layer", else None.
         norm: C, or √ΣC_l² by layers.
@@ -133,7 +133,7 @@ def resolve_setup(run: RunArguments, accountant: str) -> Setup:
 
 
 def run_settings(setup: Setup) -> dict[str, Any]:
-    """What the ledger's run line says beside the mechanism: public constants, the date, versions."""
+    """Entries of the ledger's run line beside the mechanism: public constants, the date, versions."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "max_grad_norm": setup.norm,
@@ -149,7 +149,7 @@ def run_settings(setup: Setup) -> dict[str, Any]:
 def _check_target(target_epsilon: float | None, target_delta: float | None, units: int) -> None:
     if target_epsilon is not None and target_delta is None:
         raise ValueError(
-            f"target_epsilon={target_epsilon} needs target_delta, got None: an ε says nothing without its δ; "
+            f"target_epsilon={target_epsilon} needs target_delta, got None: an ε has no meaning without its δ; "
             f"give one well below 1/N = {1 / units:.3g}"
         )
     if target_epsilon is not None and not target_epsilon > 0:

@@ -552,7 +552,7 @@ def test_a_ledger_that_is_full_is_said(tmp_path: Path) -> None:
     first = private_run(ledger=path, steps=2)
     assert train(first) == 2
     first.engine.close()
-    with pytest.warns(UserWarning, match=r"holds 2 steps already, and steps=2: the loader is empty"):
+    with pytest.warns(UserWarning, match=r"already holds 2 steps, and steps=2: the loader is empty"):
         again = private_run(ledger=path, steps=2)
     assert train(again) == 0
     again.engine.close()
