@@ -122,7 +122,7 @@ class SecretStream:
             shape
         )
 
-    def sweep_secrets(self, indices: Sequence[int], *, draw: int, rounding: bool) -> dict[str, Any]:
+    def step_secrets(self, indices: Sequence[int], *, draw: int, rounding: bool) -> dict[str, Any]:
         """`key`, `nonces` and `rounding_nonces` of `dpkernels.ops.noise_adamw` for the parameters of these indices.
 
         The nonces are those of `normal`, so that the noise is the same; rounding has streams of its own purpose.

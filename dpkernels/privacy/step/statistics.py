@@ -10,15 +10,15 @@ from dpkernels.privacy.step.strategies import Clipped
 
 @dataclass(frozen=True)
 class StepStats:
-    """What the last applied step saw. NOT PRIVATE: for the trainer's eyes, never for a report meant for
-    others.
+    """Statistics of the last applied step. NOT PRIVATE: for whoever trains, never for a report to others.
 
     Attributes:
         examples: examples in the logical batch.
-        clip_rate: share of them that were clipped (0 for an empty batch); clipped by layers: in any layer.
-        mean_norm: mean norm of their whole gradients before clipping, over those with a finite norm.
-        non_finite: how many had a non-finite norm; they contributed exactly 0 (clipped by layers: in the layers
-            where it was).
+        clip_rate: share of the examples that were clipped (0 for an empty batch); under per-layer clipping, in any
+            layer.
+        mean_norm: mean norm of their whole gradients before clipping, over the finite norms.
+        non_finite: number of examples with a non-finite norm, which contributed exactly 0 (under per-layer clipping:
+            in the layers where the norm was not finite).
     """
 
     examples: int
