@@ -51,8 +51,8 @@ def back_propagate(
     for planned, batch in zip(list(logical_batch.parts), logical_batch, strict=True):
         todo: list[tuple[Part, Any]] = [(planned, batch)]
         while todo:
-            part, batch = todo.pop(0)
-            losses = _attempt(optimizer, losses_of, logical_batch.collate(part) if batch is None else batch)
+            part, loaded = todo.pop(0)
+            losses = _attempt(optimizer, losses_of, logical_batch.collate(part) if loaded is None else loaded)
             if isinstance(losses, Tensor):
                 done.append((part, losses))
                 continue

@@ -279,7 +279,8 @@ def test_a_halving_is_logged_as_not_private(caplog: pytest.LogCaptureFixture) ->
     with short_of_memory("backward"), caplog.at_level("WARNING", logger="dpkernels"):
         back_propagate(run.optimizer, logical, lambda b: run.loss_fn(run.model, b))
     assert (
-        "NOT PRIVATE: a micro-batch of 40 examples ran out of memory; continuing with at most 20" in caplog.text
+        "NOT PRIVATE: a micro-batch of 40 examples ran out of memory; continuing with at most 20"
+        in caplog.text
     )
 
 
