@@ -1,4 +1,4 @@
-"""A logical batch: the micro-batches that it is split into, and reading them."""
+"""A logical batch: splitting it into micro-batches, and reading these."""
 
 import dis
 import math
@@ -17,18 +17,17 @@ def micro_batches(
     lengths: np.ndarray | None = None,
     physical_frames: int | None = None,
 ) -> list[list[int]]:
-    """Split a logical batch into micro-batches of at most `physical_batch_size`, of like lengths where these
-    are known.
+    """Split a logical batch into micro-batches of at most `physical_batch_size`, of similar lengths if these are known.
 
-    Longest first: what runs out of memory does so at once. With `physical_frames` a micro-batch also holds at most
-    that many frames, padding included (examples × the longest's length), but always one example: short examples go
-    together in larger numbers.
+    The longest examples come first, so that a lack of memory shows at once. With `physical_frames` a micro-batch also
+    holds at most that many frames, padding included (number of examples × length of the longest), but at least one
+    example: a micro-batch of short examples holds more of them.
 
-    It sees the batch that was drawn and nothing else, puts every example of it into exactly one micro-batch, and is a
-    function of the two: what is sampled, and what each example adds to the sum, do not depend on it.
+    The split depends only on the drawn batch and the lengths, and puts every example into exactly one micro-batch. It
+    changes neither the sampling nor the contribution of an example to the sum.
     """
     if lengths is not None:
-        # as float64: minus an unsigned number is a large one
+        # As float64, since the negative of an unsigned number is a large positive one.
         indices = indices[np.argsort(-lengths[indices].astype(np.float64), kind="stable")]
     parts, start = [], 0
     while start < len(indices):
@@ -43,14 +42,16 @@ def micro_batches(
 class LogicalBatch:
     """One Poisson-sampled batch: `len()` micro-batches, possibly 0, read once by iterating.
 
-    How many examples it holds is not private: see `PrivacyEngine`.
+    Its number of examples is NOT PRIVATE.
 
     Attributes:
         parts: the examples of each micro-batch by their index in the data set, in order. NOT PRIVATE.
 
     Args:
-        parts, fetch, collate: the next micro-batch as the workers made it; one as this process makes it.
-        attempt: which attempt at the batch this is; optimizer.recover() and zero_grad() begin another.
+        parts: as above.
+        fetch: returns the next micro-batch from the workers.
+        collate: collates the examples of these indices in this process.
+        attempt: returns the number of the attempt at the batch; optimizer.recover() and zero_grad() change it.
     """
 
     def __init__(
@@ -74,56 +75,58 @@ class LogicalBatch:
 
     def __getitem__(self, index: Any) -> NoReturn:
         raise TypeError(
-            f"logical_batch[{index!r}]: the private loader gives logical batches, each made of micro-batches: write "
-            "`for logical_batch in loader: for batch in logical_batch: ...`, and optimizer.step() after the inner loop"
+            f"logical_batch[{index!r}]: the private loader yields logical batches, which consist of micro-batches: "
+            "write `for logical_batch in loader: for batch in logical_batch: ...`, and call optimizer.step() after the "
+            "inner loop"
         )
 
     def collate(self, part: list[int]) -> Any:
-        """These examples of the batch as a micro-batch of their own, read anew in this process.
+        """A micro-batch of these examples of the logical batch, read again in this process.
 
-        For parts whose backward failed (see `dpkernels.privacy.back_propagate`): back-propagated beside the one that
-        iterating gave, an example would count twice.
+        Use it for parts whose backward failed (see `dpkernels.privacy.back_propagate`). An example that is
+        back-propagated both from here and from iterating would count twice.
 
         Raises:
-            ValueError: indices that this logical batch does not hold; or one that is given twice, or was given before,
-                by this or by iterating, and neither optimizer.recover() nor zero_grad() was called since.
+            ValueError: an index that is not in this logical batch; an index given twice, or returned before by this
+                method or by iterating without a call of optimizer.recover() or zero_grad() since.
         """
-        strange = set(part).difference(*self.parts)
-        if strange:
+        unknown = set(part).difference(*self.parts)
+        if unknown:
             raise ValueError(
-                f"LogicalBatch.collate: {sorted(strange)[:5]} are not among this logical batch's examples; only "
-                "what was sampled can be processed"
+                f"LogicalBatch.collate: {sorted(unknown)[:5]} are not among this logical batch's examples; only "
+                "sampled examples can be processed"
             )
         if len(set(part)) < len(part):
             raise ValueError(
-                "LogicalBatch.collate: an example is given twice; it would count twice in the sum, and be accounted "
-                "once; give each once"
+                "LogicalBatch.collate: an example is given twice; it would count twice in the sum and once in ε; "
+                "give each once"
             )
         repeated = self._given_now().intersection(part)
         if repeated:
             raise ValueError(
                 f"LogicalBatch.collate: {sorted(repeated)[:5]} were given already, by collate or by iterating; "
-                "back-propagated again, they would count twice in the sum, and be accounted once. After a failure call "
-                "optimizer.recover(), which says what is to be done again, or optimizer.zero_grad() and do all parts"
+                "back-propagated again, they would count twice in the sum and once in ε. After a failure call "
+                "optimizer.recover(), which returns whether all parts are to be repeated, or optimizer.zero_grad() "
+                "and repeat all parts"
             )
         self._given.update(part)
         return self._collate(part)
 
     def _given_now(self) -> set[int]:
-        """The examples that were given in this attempt."""
+        """The examples that were handed out in this attempt."""
         if self._attempt() != self._given_in:
             self._given, self._given_in = set(), self._attempt()
         return self._given
 
     def __iter__(self) -> Iterator[Any]:
         caller = sys._getframe(1)
-        if caller.f_code.co_code[caller.f_lasti] in _UNPACKS:  # for the message's sake
+        if caller.f_code.co_code[caller.f_lasti] in _UNPACKS:  # only for a clearer message
             raise TypeError(
-                "`x, y = logical_batch`, or `for x, y in loader`: the private loader gives logical batches, each made "
-                "of micro-batches, possibly none, and those are what collate_fn makes. Write\n"
+                "`x, y = logical_batch`, or `for x, y in loader`: the private loader yields logical batches, which "
+                "consist of micro-batches, possibly none; collate_fn makes the micro-batches. Write\n"
                 "    for logical_batch in loader:\n"
                 "        for x, y in logical_batch:\n"
-                "            optimizer.backward(losses)  # [B], one loss an example\n"
+                "            optimizer.backward(losses)  # [B], one loss for each example\n"
                 "        optimizer.step()\n"
                 "        optimizer.zero_grad()"
             )
@@ -132,8 +135,8 @@ class LogicalBatch:
     def _read(self) -> Iterator[Any]:
         if self._started:
             raise RuntimeError(
-                "a logical batch is read once: processing its examples a second time in the same step would "
-                "double their contribution. Keep list(logical_batch) if it is needed for anything else."
+                "a logical batch can only be read once: processing its examples a second time in the same step would "
+                "double their contribution. Keep list(logical_batch) if you need it for anything else."
             )
         self._started = True
         while self._left:
@@ -144,7 +147,7 @@ class LogicalBatch:
             yield batch
 
     def skip_rest(self) -> None:
-        """Read and drop what was not read, so that the workers' queue stays in step."""
+        """Read and drop the remaining micro-batches, so that the workers' queue stays aligned."""
         self._started = True
         while self._left:
             self._left -= 1

@@ -138,7 +138,9 @@ def test_a_batch_of_another_form_than_the_loaders_says_what_was_not_asked() -> N
     with closing(PrivacyEngine()) as engine:
         private(engine, Classifier(masked=False))
         x, lengths, labels = given_batch()
-        with pytest.warns(UserWarning, match="could not ask: .*what padding does: .* of another form"):
+        with pytest.warns(
+            UserWarning, match="could not check: .*the effect of padding: .* have another form"
+        ):
             report = engine.self_check(
                 lambda model, batch: losses(model, (batch["x"], batch["lengths"], batch["labels"])),
                 {"x": x, "lengths": lengths, "labels": labels},
@@ -154,7 +156,7 @@ def test_a_random_collate_fn_says_what_was_not_asked() -> None:
 
     with closing(PrivacyEngine()) as engine:
         private(engine, Classifier(), collate_fn=noisy)
-        with pytest.warns(UserWarning, match="collate_fn gives another batch for the same examples"):
+        with pytest.warns(UserWarning, match="collate_fn return different batches for the same examples"):
             engine.self_check(losses, given_batch())
         with pytest.raises(ValueError, match=r"second time.*; give a batch"):
             engine.self_check(losses)
@@ -276,7 +278,7 @@ def test_draws_that_cannot_be_told_apart_are_said(draw: Callable[[Tensor], Tenso
     with closing(PrivacyEngine()) as engine:
         private(engine, Draws())
         with pytest.warns(
-            UserWarning, match=f"could not ask: gradients alone and in a batch, in eval mode: .*{said}"
+            UserWarning, match=f"could not check: gradients alone and in a batch, in eval mode: .*{said}"
         ):
             report = engine.self_check(losses)
     assert report.modes == set()
