@@ -47,7 +47,9 @@ def whole_check(
     if not batches:
         raise ValueError(f"self_check cannot check {unchecked[0]}; give a batch")
     reports = [
-        self_check(model, tape, loss_fn, given, singles=alone, rows=rows, samples=samples, tolerance=tolerance)
+        self_check(
+            model, tape, loss_fn, given, singles=alone, rows=rows, samples=samples, tolerance=tolerance
+        )
         for given, alone in batches
     ]
     with torch.enable_grad(), tape.paused():
