@@ -82,7 +82,7 @@ def test_batch_norm_switched_to_training_later_is_refused_too() -> None:
 
 def test_a_trained_parameter_outside_the_optimizer_is_refused_by_name() -> None:
     model = Net()
-    with pytest.raises(ValueError, match=r"last\.weight, last\.bias"):
+    with pytest.raises(ValueError, match=r"'last\.weight', 'last\.bias'"):
         PrivacyEngine().make_private(
             **parts(
                 module=model,
