@@ -258,11 +258,11 @@ def test_a_model_that_draws_and_leaks_is_found(model: nn.Module) -> None:
     ("draw", "said"),
     [
         (lambda h: torch.from_numpy(np.random.rand(*h.shape)).float(), "Python's or numpy's generator"),
-        (lambda h: torch.bernoulli(torch.sigmoid(h)), r"by the values of a tensor \(bernoulli\)"),
-        (lambda h: torch.randn(h.numel()).view_as(h), r"it draws \(\d+,\) for a batch of 3 and"),
+        (lambda h: torch.bernoulli(torch.sigmoid(h)), r"on the values of a tensor \(bernoulli\)"),
+        (lambda h: torch.randn(h.numel()).view_as(h), r"draws \(\d+,\) for a batch of 3 and"),
         (
             lambda h: torch.tensor([float(torch.rand(())) for _ in h])[:, None, None],
-            "it draws 2 times more for a batch of 3 than for an example alone",
+            "makes 2 more draws for a batch of 3 than for an example alone",
         ),
         (
             lambda h: torch.randint(h.shape[1], (len(h),))[:, None, None] / 9,
@@ -380,7 +380,7 @@ def test_rows_that_were_guessed_are_said() -> None:
             private(engine, Classifier())
             if passes:
                 with pytest.warns(
-                    UserWarning, match=r"which parts .*: That x, n, y\.0 are the examples' was taken"
+                    UserWarning, match=r"which parts .*: x, n, y\.0 were taken to hold one row"
                 ):
                     engine.self_check(loss_fn, batch)
             else:
