@@ -85,8 +85,8 @@ class DrawsOfRow(TorchDispatchMode):
             raise SelfCheckError(
                 f"self-check: the model draws whole numbers below the number of examples (torch.{name}, "
                 f"{self._size} in this batch, 1 for an example alone): indices of other examples, as mixup and "
-                "shuffled negatives do. An example's loss and gradient would depend on the rest of its batch. Mix within "
-                "an example, or remove the mixing",
+                "shuffled negatives do. An example's loss and gradient would depend on the rest of its batch. Mix "
+                "within an example, or remove the mixing",
                 SelfCheckReport(),
             )
         raise DrawsUnlike(

@@ -386,7 +386,7 @@ def test_rows_that_were_guessed_are_said() -> None:
             else:
                 with pytest.raises(
                     SelfCheckError,
-                    match=r"(?s)alone loss_fn raised.*That x, n, weights, y\.0 are the examples'",
+                    match=r"(?s)alone loss_fn raised.*x, n, weights, y\.0 were taken to hold",
                 ):
                     engine.self_check(loss_fn, batch)
 
