@@ -124,7 +124,7 @@ def _read(data: bytes, name: str) -> LedgerContents:
         contents.hashes.add(contents.last_hash)
         _apply(contents, entry, f"ledger {name}, line {number}")
     if unfinished and not _complete(contents, unfinished, name):
-        if not _opens_like_one(unfinished):
+        if not _begins_like_a_line(unfinished):
             raise LedgerError(
                 f"ledger {name}: the last line is not a ledger's; is this another kind of file?"
             )
@@ -132,7 +132,7 @@ def _read(data: bytes, name: str) -> LedgerContents:
     return contents
 
 
-def _opens_like_one(line: bytes) -> bool:
+def _begins_like_a_line(line: bytes) -> bool:
     """Whether a line begins like a ledger's line; after a crash the file system may have left zeros in it."""
     start = line.strip(b"\0")[: len(_OPENING)]
     return start == _OPENING[: len(start)]
@@ -163,7 +163,7 @@ def _half_sealed(line: bytes, following: bytes, previous: str) -> bool:
         seal, _ = _line(previous, _seal_of(line))
         # A line with its end and its newline was written completely: it is damaged, not torn.
         complete = b'"sha256"' in line and line.endswith(b'"}')
-        return _opens_like_one(line) and not complete and seal.startswith(following.rstrip(b"\0"))
+        return _begins_like_a_line(line) and not complete and seal.startswith(following.rstrip(b"\0"))
     return False
 
 

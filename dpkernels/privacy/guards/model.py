@@ -95,7 +95,7 @@ class ModelGuard:
         self._parameter_watch = ParameterWatch(model)
         tape.before_forward, tape.after_forward = self._parameter_watch.begin, self._after_forward
         modules = list(modules_of(model))
-        self._then = snapshot(modules)
+        self._initial = snapshot(modules)
         # The modules that have buffers or are batch norms: a snapshot before a backward reads only these.
         self._stateful = [m for m in modules if m._buffers or isinstance(m, _BatchNorm)]
         self._published: Mapping[nn.Parameter, Tensor] = {}
@@ -228,7 +228,7 @@ class ModelGuard:
             raise RuntimeError(batch_norm_message(batch_norms_in_training(self._model)))
 
     def _check_buffers(self, now: Snapshot) -> None:
-        if now.buffers != self._then.buffers:
+        if now.buffers != self._initial.buffers:
             changed = changed_buffers(self._buffers, buffer_marks(self._model))
             raise RuntimeError(
                 f"buffers of the model changed since make_private: {quoted(changed)}. Running statistics, "
@@ -238,9 +238,9 @@ class ModelGuard:
             )
 
     def _check_parameters(self, now: Snapshot) -> None:
-        if now.trained != self._then.trained:
+        if now.trained != self._initial.trained:
             _check_trained(trained_parameters(self._model), self.trained)
-        if now.frozen != self._then.frozen:
+        if now.frozen != self._initial.frozen:
             _check_frozen(_frozen(self._model), self._frozen)
         parameters = self._parameters()
         trained, held = {id(p) for p in self.trained.values()}, {id(p) for p in parameters}

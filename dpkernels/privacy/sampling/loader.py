@@ -38,13 +38,13 @@ class _Plan:
     ) -> None:
         self._sampler = sampler
         self._split = split
-        self._left_over = list(unread)
+        self._leftover = list(unread)
         self._to_draw = steps - len(unread)
         self._unread = unread
 
     def feed(self) -> Iterator[list[int]]:
         """All micro-batches of the pass in order. torch's DataLoader reads them ahead of the training loop."""
-        for parts in self._left_over:
+        for parts in self._leftover:
             yield from parts
         while self._to_draw > 0:
             yield from self._draw()

@@ -62,12 +62,12 @@ class LogicalBatch:
         attempt: Callable[[], int] = lambda: 0,
     ) -> None:
         self.parts = parts
-        self._left = len(parts)
+        self._remaining = len(parts)
         self._fetch = fetch
         self._collate = collate
         self._attempt = attempt
-        self._given: set[int] = set()  # in the attempt `_given_in`
-        self._given_in = attempt()
+        self._given: set[int] = set()  # in the attempt `_given_attempt`
+        self._given_attempt = attempt()
         self._started = False
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class LogicalBatch:
                 "LogicalBatch.collate: an example is given twice; it would count twice in the sum and once in ε; "
                 "give each once"
             )
-        repeated = self._given_now().intersection(part)
+        repeated = self._given_in_attempt().intersection(part)
         if repeated:
             raise ValueError(
                 f"LogicalBatch.collate: {sorted(repeated)[:5]} were given already, by collate or by iterating; "
@@ -112,10 +112,10 @@ class LogicalBatch:
         self._given.update(part)
         return self._collate(part)
 
-    def _given_now(self) -> set[int]:
+    def _given_in_attempt(self) -> set[int]:
         """The examples that were handed out in this attempt."""
-        if self._attempt() != self._given_in:
-            self._given, self._given_in = set(), self._attempt()
+        if self._attempt() != self._given_attempt:
+            self._given, self._given_attempt = set(), self._attempt()
         return self._given
 
     def __iter__(self) -> Iterator[Any]:
@@ -139,16 +139,16 @@ class LogicalBatch:
                 "double their contribution. Keep list(logical_batch) if you need it for anything else."
             )
         self._started = True
-        while self._left:
-            part = self.parts[len(self.parts) - self._left]
-            self._left -= 1
+        while self._remaining:
+            part = self.parts[len(self.parts) - self._remaining]
+            self._remaining -= 1
             batch = self._fetch()
-            self._given_now().update(part)
+            self._given_in_attempt().update(part)
             yield batch
 
     def skip_rest(self) -> None:
         """Read and drop the remaining micro-batches, so that the workers' queue stays aligned."""
         self._started = True
-        while self._left:
-            self._left -= 1
+        while self._remaining:
+            self._remaining -= 1
             self._fetch()

@@ -19,7 +19,7 @@ from dpkernels.nn.batch.batch_axis import map_tensors, tensors_in
 from dpkernels.privacy.rng.model_draws import same_draws, secret_seed
 from dpkernels.privacy.sampling.rows import Rows, rows_of
 
-_LOOKED_AT = 32
+_MEASURED = 32
 """Number of examples that are read to find two of different sizes, if the sizes are not known."""
 
 
@@ -66,7 +66,7 @@ def own_batch(
         order = np.argsort(np.asarray(lengths), kind="stable")
         items = _read(dataset, [int(order[place]) for place in _spread(len(order), count)])
     else:
-        items = _unlike(dataset, collate, count)
+        items = _of_different_sizes(dataset, collate, count)
     items = [*items[1:-1], items[0], items[-1]] if len(items) > 2 else items[::-1]
     batch, repeated = (_collated(collate, items) for _ in range(2))
     if not _equal(batch, repeated):
@@ -122,9 +122,9 @@ def _spread(size: int, count: int) -> list[int]:
     return [math.floor(place) for place in np.linspace(0, size - 1, count)]
 
 
-def _unlike(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -> list[Any]:
-    """`count` examples of the first `_LOOKED_AT` or so, from the smallest to the largest."""
-    items = _read(dataset, _spread(len(dataset), min(len(dataset), max(_LOOKED_AT, count))))
+def _of_different_sizes(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -> list[Any]:
+    """`count` of about `_MEASURED` examples spread over the data set, from the smallest to the largest."""
+    items = _read(dataset, _spread(len(dataset), min(len(dataset), max(_MEASURED, count))))
     sizes = [size_of(_collated(collate, [item])) for item in items]
     order = sorted(range(len(items)), key=sizes.__getitem__)
     return [items[order[place]] for place in _spread(len(order), count)]

@@ -68,7 +68,7 @@ class Rows:
             {
                 place
                 for place, row in enumerate(rows)
-                if all(_holds(a, b) for a, (b, _) in zip(row, parts, strict=True))
+                if all(_matches(a, b) for a, (b, _) in zip(row, parts, strict=True))
             }
             for parts in alone
         ]
@@ -90,11 +90,11 @@ def rows_of(batch: Any, size: int, *, singles: Sequence[Any] | None = None, like
     if like is not None:
         return dataclasses.replace(like, size=size)
     axes: dict[Path, int] = {}
-    _look((), batch, size, singles or None, axes)
+    _find_axes((), batch, size, singles or None, axes)
     return Rows(size, axes, guessed=not singles)
 
 
-def _look(path: Path, value: Any, size: int, alone: Sequence[Any] | None, axes: dict[Path, int]) -> None:
+def _find_axes(path: Path, value: Any, size: int, alone: Sequence[Any] | None, axes: dict[Path, int]) -> None:
     """Add to `axes` the parts of `value` that have `size` rows, and 1 row in each of their counterparts in `alone`, the
     batches of one example. Without these (None), add the parts that have `size` rows in their first dimension."""
     if isinstance(value, Tensor):
@@ -114,7 +114,7 @@ def _look(path: Path, value: Any, size: int, alone: Sequence[Any] | None, axes: 
     for key, part in _parts(value):
         if parts is None or all(key in others for others in parts):
             below = None if parts is None else [others[key] for others in parts]
-            _look((*path, key), part, size, below, axes)
+            _find_axes((*path, key), part, size, below, axes)
 
 
 def _length(single: Any, value: Any, axis: int) -> int | None:
@@ -154,10 +154,10 @@ def _rebuilt(value: Any, change: Callable[[Any, Any], Any]) -> Any:
     return value
 
 
-def _holds(row: Any, single: Any) -> bool:
+def _matches(row: Any, single: Any) -> bool:
     """Whether a row equals a single, padded at one end or not at all; True for values that cannot be compared."""
     if isinstance(row, list | tuple):
-        return len(row) == len(single) and all(_holds(a, b) for a, b in zip(row, single, strict=True))
+        return len(row) == len(single) and all(_matches(a, b) for a, b in zip(row, single, strict=True))
     if not isinstance(row, Tensor):
         return row == single if isinstance(row, str | int | float) else True
     if any(there < alone for there, alone in zip(row.shape, single.shape, strict=True)):

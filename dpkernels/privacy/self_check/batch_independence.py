@@ -28,8 +28,8 @@ from dpkernels.privacy.self_check.findings import Difference, SelfCheckError, Se
 from dpkernels.privacy.self_check.probing import (
     IN_ANOTHER_ORDER,
     LossFunction,
-    as_it_is,
     explained,
+    in_own_modes,
     private_backward,
     private_gradient,
     settle_axes,
@@ -74,7 +74,7 @@ def check_batch_independence(
         ValueError: fewer than two examples, or a batch whose examples cannot be exchanged.
     """
     probe = _Probe(model, tape, loss_fn, trained_parameters(model), secret_seed())
-    with as_it_is(model):
+    with in_own_modes(model):
         with same_draws(probe.seed):
             settle_axes(model, tape, loss_fn, batch)
         mode = "train" if model.training else "eval"

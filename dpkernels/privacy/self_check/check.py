@@ -44,13 +44,13 @@ from dpkernels.privacy.self_check.probing import (
     IN_ANOTHER_ORDER,
     Behaviour,
     LossFunction,
-    as_it_is,
     behaviour_of,
     compiled,
     draws_past_torch,
     evaluating,
     explained,
     has_compiled,
+    in_own_modes,
     private_backward,
     private_gradient,
     repeatable,
@@ -69,7 +69,7 @@ _FLOOR = 1e-3
 # Norms are rounded up, so the dtype needs no tolerance; this one is for the rounding of the comparison.
 _SHORTFALL = 1e-3
 # Number of forwards after a difference, to distinguish a dependence between examples from random draws.
-_LOOKED_AT = 50
+_REPETITIONS = 50
 
 
 def self_check(
@@ -114,7 +114,7 @@ def self_check(
     check = _Check(model, tape, trained_parameters(model), loss_fn, batch, singles, rows, samples)
     total, unchecked, first_module = Compared(), [], None
     accepted = math.inf if tolerance is None else tolerance
-    with as_it_is(model), same_draws(secret_seed()):
+    with in_own_modes(model), same_draws(secret_seed()):
         misplaced = row_error(model, tape, loss_fn, batch)
     for mode, entered in (("eval", evaluating), ("train", training_without_dropout)):
         with entered(model):
@@ -138,7 +138,7 @@ def self_check(
         accepted,
         first_module,
         total.shortfall,
-        padded=singles is not None and any(size_of(one) * total.size < size_of(batch) for one in singles),
+        padded=singles is not None and any(size_of(alone) * total.size < size_of(batch) for alone in singles),
         unchecked=tuple(unchecked),
     )
     if report.failures:
@@ -181,7 +181,7 @@ class _Check:
             compared = self.compare(mode)
             limit = max(_TOLERANCES[dtype] for dtype in compared.dtypes) if tolerance is None else tolerance
             if not SelfCheckReport(compared.differences, limit).failures or repeatable(
-                self.model, self.tape, self.loss_fn, self.batch, _LOOKED_AT
+                self.model, self.tape, self.loss_fn, self.batch, _REPETITIONS
             ):
                 return compared, ""
             # The model draws masks that seldom mask anything, and masked nothing in the first two forwards.

@@ -53,7 +53,7 @@ class DrawsOfRow(TorchDispatchMode):
 
     def __init__(self, kept: KeptDraws, sample: int, size: int) -> None:
         super().__init__()
-        self._left = iter(kept.draws)
+        self._remaining = iter(kept.draws)
         self._sample = sample
         self._size = size
 
@@ -63,7 +63,7 @@ class DrawsOfRow(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return result
-        name, bounds, drawn = next(self._left, ("nothing", [], result))
+        name, bounds, drawn = next(self._remaining, ("nothing", [], result))
         if name != _checked(func, args):
             raise DrawsUnlike(f"the model draws {_name(func)} for an example alone but {name} for a batch")
         self._compare(name, bounds, _bounds(func, args))
@@ -71,10 +71,10 @@ class DrawsOfRow(TorchDispatchMode):
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         super().__exit__(exc_type, exc_val, exc_tb)
-        left = sum(1 for _ in self._left)
-        if exc_type is None and left:
+        surplus = sum(1 for _ in self._remaining)
+        if exc_type is None and surplus:
             raise DrawsUnlike(
-                f"the model makes {left} more draws for a batch of {self._size} than for an example alone"
+                f"the model makes {surplus} more draws for a batch of {self._size} than for an example alone"
             )
 
     def _compare(self, name: str, in_batch: list[int], alone: list[int]) -> None:

@@ -106,7 +106,7 @@ def private_gradient(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """All modules in evaluation mode."""
-    with _put_back(model):
+    with _restored(model):
         model.eval()
         yield
 
@@ -114,19 +114,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def training_without_dropout(model: nn.Module) -> Iterator[None]:
     """The modules' own modes, and dropout off: also functional dropout, unless parts of the model are compiled."""
-    with _put_back(model), without_dropout(model, functional=not has_compiled(model)):
+    with _restored(model), without_dropout(model, functional=not has_compiled(model)):
         yield
 
 
 @contextmanager
-def as_it_is(model: nn.Module) -> Iterator[None]:
+def in_own_modes(model: nn.Module) -> Iterator[None]:
     """The modules' own modes, dropout included."""
-    with _put_back(model):
+    with _restored(model):
         yield
 
 
 @contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
+def _restored(model: nn.Module) -> Iterator[None]:
     """Enable autograd with empty .grad; restore modes and .grad at the end."""
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}

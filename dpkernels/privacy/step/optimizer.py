@@ -184,7 +184,7 @@ class DPOptimizer(WrappedOptimizer):
         """Back-propagate losses.sum(), clip each example's gradient and add it to the sums.
 
         Args:
-            losses: [B], floating, one loss an example, each depending on its own example only.
+            losses: [B], floating-point, one loss for each example, which depends on that example only.
 
         Raises:
             TypeError, ValueError: losses of another shape or kind.
