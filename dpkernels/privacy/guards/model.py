@@ -151,7 +151,7 @@ class ModelGuard:
                 continue
             if parameter.grad is not self._published.get(parameter):
                 raise RuntimeError(
-                    f"'{name}'.grad is set, but not by a private step: a gradient computed elsewhere would "
+                    f"'{name}.grad' is set, but not by a private step: a gradient computed elsewhere would "
                     "mix with the private one. Use optimizer.backward(losses) only, and call "
                     "optimizer.zero_grad() first."
                 )

@@ -216,7 +216,7 @@ def test_other_failures_do_not_name_the_batchs_size() -> None:
         private(engine, Classifier(masked=False))
         with pytest.raises(SelfCheckError) as caught:
             engine.self_check(losses)
-    assert "it is its loss alone" not in str(caught.value)
+    assert "it is the loss alone" not in str(caught.value)
 
 
 # --- models that draw at random, in evaluation too
@@ -449,7 +449,7 @@ def test_a_model_that_takes_sorted_rows_only_is_told_so() -> None:
 
     with closing(PrivacyEngine()) as engine:
         model = private(engine, Packs(), collate_fn=sorting)
-        said = r"takes rows in one order only.*enforce_sorted=False"
+        said = r"accepts only one order of rows.*enforce_sorted=False"
         with pytest.raises(SelfCheckError, match=said):
             engine.self_check(losses)
         assert model.training

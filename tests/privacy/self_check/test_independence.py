@@ -315,7 +315,7 @@ def test_a_logical_batch_taken_for_a_batch_says_how_it_is_read() -> None:
     logical = next(iter(run.loader))
     with pytest.raises(TypeError, match=r"logical_batch\[0\]: .*for batch in logical_batch"):
         logical[0]
-    with pytest.raises(RuntimeError, match=r"Was step\(\) called after a micro-batch"):
+    with pytest.raises(RuntimeError, match=r"Was step\(\) called after each micro-batch"):
         run.optimizer.step()
 
 
