@@ -145,7 +145,7 @@ class DPOptimizer(WrappedOptimizer):
         """Refused: the trained parameters are fixed when the model is made private."""
         raise RuntimeError(
             "add_param_group after make_private is refused: clipping, noise and the ledger cover only the "
-            "parameters that were trained at make_private. Add them before it."
+            "parameters that were trained at that time. Add them before make_private."
         )
 
     @property
