@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from dpkernels.privacy import engine as engine_module
 from dpkernels.privacy.accounting import budget as budget_module
 from dpkernels.privacy.accounting import ledger as ledger_module
 from dpkernels.privacy.guards.model import ModelGuard
+from dpkernels.privacy.keywords import REFUSALS
+from dpkernels.privacy.setup import RunArguments
 from dpkernels.privacy.step import strategies as strategies_module
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
@@ -152,7 +156,6 @@ def test_keywords_of_the_same_meaning_are_accepted() -> None:
 
 def test_every_keyword_of_opacus_is_known_and_documented() -> None:
     opacus = pytest.importorskip("opacus", reason="opacus is installed with the [bench] extra only")
-    import inspect
 
     theirs = set(inspect.signature(opacus.PrivacyEngine.make_private).parameters) - {"self", "kwargs"}
     ours = set(inspect.signature(PrivacyEngine.make_private).parameters)
@@ -161,6 +164,15 @@ def test_every_keyword_of_opacus_is_known_and_documented() -> None:
     assert set(inspect.signature(opacus.PrivacyEngine.__init__).parameters) <= set(
         inspect.signature(PrivacyEngine.__init__).parameters
     )
+
+
+def test_every_argument_is_carried_or_checked() -> None:
+    """make_private's arguments are those of the run, Opacus's that take one value, and clipping."""
+    carried = {field.name for field in dataclasses.fields(RunArguments)}
+    checked = REFUSALS.keys() - {"secure_mode"}
+    assert carried.isdisjoint(checked)
+    given = set(inspect.signature(PrivacyEngine.make_private).parameters) - {"self"}
+    assert given == carried | checked | {"clipping"}
 
 
 def test_other_engine_arguments_are_refused() -> None:
