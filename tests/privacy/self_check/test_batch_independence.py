@@ -378,7 +378,7 @@ def test_a_half_parameter_that_nothing_is_computed_in_loosens_nothing(share: flo
 
     with closing(PrivacyEngine()) as engine:
         made(engine, Idle())
-        with pytest.raises(SelfCheckError, match=r"beyond 0\.002"):
+        with pytest.raises(SelfCheckError, match=r"more than 0\.002"):
             engine.self_check(losses, batch())
 
 

@@ -123,7 +123,7 @@ def test_leaks_are_found_and_the_layer_named(model: type[nn.Module], alone: bool
     assert report.failures
     assert "inner.weight" in str(caught.value)
     assert report.first_module == named
-    assert f": {named}." in str(caught.value)
+    assert f": '{named}'." in str(caught.value)
 
 
 def test_a_loss_that_mixes_examples_is_found() -> None:
