@@ -1,4 +1,4 @@
-"""PrivacyEngine: makes a model, its optimizer and its data loader private, and says what that cost."""
+"""PrivacyEngine: makes a model, its optimizer and its data loader private, and reports the ε that was spent."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
 from dpkernels.privacy.self_check.batch_independence import check_batch_independence
 from dpkernels.privacy.self_check.findings import SelfCheckReport
 from dpkernels.privacy.self_check.whole import whole_check
-from dpkernels.privacy.setup import Setup, resolve_setup, run_settings
+from dpkernels.privacy.setup import RunArguments, Setup, resolve_setup, run_settings
 from dpkernels.privacy.step.optimizer import DPOptimizer
 from dpkernels.privacy.step.strategies import strategy_of
 
@@ -44,11 +44,10 @@ class PrivacyEngine:
 
     Args:
         accountant: "pld" (default, tight) or "rdp".
-        ledger: path of the ledger file: what is spent is on disk before a step is applied, and a run that
-            resumes with the same path counts everything in it. None keeps the count in memory (and in
-            `state_dict`) only.
+        ledger: path of the ledger file. Each step is on disk before it is applied, and a run that resumes with the
+            same path counts all steps in the file. None keeps the count in memory (and in `state_dict`) only.
         noise_key: 32 bytes that fix noise and sampling. For tests only; warns.
-        secure_mode: Opacus's keyword; True is what always holds here, so False is refused.
+        secure_mode: Opacus's keyword. False is refused: noise here is always cryptographic.
 
     Raises:
         ValueError: an unknown accountant, secure_mode=False.
@@ -63,16 +62,12 @@ class PrivacyEngine:
         secure_mode: bool = True,
     ) -> None:
         check_accountant(accountant)
-        if not secure_mode:
-            raise ValueError(
-                "secure_mode=False is refused: noise always comes from a cryptographic generator here, at no cost that "
-                "a weaker one would spare; leave the argument out"
-            )
+        check_opacus_keywords(secure_mode=secure_mode)
         self.accountant: str = AccountantName(accountant)
         self._ledger_path = ledger
         self._noise_stream = SecretStream(noise_key)
-        # Its own key: sampling and noise never share a stream. A test's fixed key fixes both, told apart by
-        # purpose.
+        # Sampling has a key of its own and never shares a stream with the noise. A test's fixed key serves both; the
+        # nonce's purpose byte separates them.
         self._sampling_stream = self._noise_stream if noise_key is not None else SecretStream()
         self._budget: Budget | None = None
         self._module: nn.Module | None = None
@@ -110,7 +105,7 @@ class PrivacyEngine:
 
     @property
     def target_epsilon(self) -> float | None:
-        """ε that step() does not pass, or None."""
+        """The ε that step() never exceeds, or None."""
         return self._require_budget().target_epsilon
 
     @property
@@ -147,65 +142,64 @@ class PrivacyEngine:
         wrap_model: bool = False,
         rand_on_empty: bool = False,
     ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
-        """Make model, optimizer and data loader private. Returns always these three.
+        """Make model, optimizer and data loader private, and return the three.
 
         The model is changed in place (`dpkernels.swap`) and returned; the optimizer is wrapped; the loader
         yields Poisson-sampled logical batches, each an iterable of micro-batches. The global generators of
-        torch, numpy and Python are seeded anew from the operating system: dropout under a known seed is not
-        private (see `SecretSeeds`), and seeded again
-        before each pass and logical batch.
+        torch, numpy and Python are seeded from the operating system, and again before each pass and logical
+        batch: dropout under a known seed is not private (see `SecretSeeds`).
 
         Args:
-            module: the model; its layers with trained parameters need a norm rule, or the parameters
-                freezing.
+            module: the model. Each trained parameter needs a norm rule; freeze the others.
             optimizer: any torch optimizer over the trained parameters that steps without a closure.
             data_loader: map-style dataset; its batch_size is the expected batch size, q = batch_size/N. Its
-                collate_fn, num_workers, pin_memory, prefetch_factor and worker_init_fn are kept; its generator is
-                not, since its workers' random augmentation would have a seed that is known.
-            noise_multiplier: σ: noise of standard deviation σ × sensitivity on the sum. 0 is not private: ε =
-                ∞, warns.
-            max_grad_norm: C, flat clipping of the gradient over all trained parameters. With
-                strategy="per_layer" C is the root of the sum of the layers' squared norms, C/√P for each of the P
-                trained parameters; or give those norms, by name or in the order of named_parameters().
-            strategy: "bookkeeping": one backward, keeping x and g of trained layers until the norms are
-                known. "mixed": the same, but where a layer's per-sample gradients take at most half the
-                memory of its x and g (LoRA with r well below T, long inputs to narrow layers) these are materialised
-                in the backward and kept instead: less memory, and x and g are read once, not twice.
-                "two_pass": one backward for the norms, a second for the sums; no x and g is kept, which is what
-                goes with activation checkpointing (use_reentrant=False). Refuses a second backward unlike the
-                first. "per_layer": each layer is clipped on its own within one backward, and nothing is kept; its
+                collate_fn, num_workers, pin_memory, prefetch_factor and worker_init_fn are kept. Its generator is
+                replaced, since a known seed would make the workers' random augmentation predictable.
+            noise_multiplier: σ; the noise on the sum has standard deviation σ × sensitivity. 0 is not private (ε =
+                ∞) and warns.
+            max_grad_norm: C, the clipping norm of the whole gradient (flat clipping). With strategy="per_layer" C is
+                the root of the sum of the layers' squared norms, and each of the P trained parameters has norm C/√P;
+                or give these norms, by name or in the order of named_parameters().
+            strategy: "bookkeeping": one backward that keeps x and g of trained layers until the norms are
+                known. "mixed": the same, but a layer whose per-sample gradients take at most half the memory of its
+                x and g (LoRA with r well below T, long inputs to narrow layers) materialises and keeps those
+                instead: less memory, and x and g are read once, not twice.
+                "two_pass": one backward for the norms and a second for the sums. It keeps no x and g, which suits
+                activation checkpointing (use_reentrant=False), and refuses a second backward that differs from the
+                first. "per_layer": clips each layer on its own within one backward and keeps nothing; its
                 gradients are not those of flat clipping. Both keep x and g of tied and reused parameters.
             physical_batch_size: largest micro-batch; default the DataLoader's batch_size.
             poisson_sampling: must stay True.
             max_batch_size: capacity in examples: truncated Poisson sampling, with its own accounting ("pld"
                 only).
-            unit: what ε protects: "example", or "speaker": speakers are sampled and at most
+            unit: the unit that ε protects: "example" or "speaker". With "speaker", speakers are sampled and at most
                 max_examples_per_speaker = k examples of each join a step; sensitivity and noise are k times
                 larger, q = batch_size/(k × speakers).
             speakers: the speaker of every example (unit="speaker").
             max_examples_per_speaker: k (unit="speaker").
-            lengths: sizes of all examples; micro-batches are then made of examples of like sizes.
-            physical_frames: with lengths: the largest micro-batch counted in them, padding included (examples × the
-                longest's length). Short examples then go together in larger numbers, physical_batch_size at most.
-            steps: total steps of the run: the loader then ends after them (those in the ledger included).
-            target_epsilon, target_delta: step() raises BudgetExhausted rather than pass this ε.
-            clipping: "flat" only (strategy="per_layer" may say "per_layer"). loss_reduction: "mean" only: the sum is
-                divided by the expected batch size.
+            lengths: sizes of all examples; a micro-batch then holds examples of similar sizes.
+            physical_frames: with lengths: the largest micro-batch in the same unit, padding included (number of
+                examples × length of the longest). A micro-batch of short examples then holds more of them, at most
+                physical_batch_size.
+            steps: total steps of the run, those in the ledger included; the loader ends after them.
+            target_epsilon, target_delta: step() raises BudgetExhausted instead of exceeding this ε.
+            clipping: "flat" only ("per_layer" is accepted with strategy="per_layer"). loss_reduction: "mean" only:
+                the sum is divided by the expected batch size.
             noise_generator, criterion: must stay None. batch_first: must stay True.
             grad_sample_mode: None or "ghost". wrap_model, rand_on_empty: must stay False.
-                (Opacus's keywords: each refusal says why.)
+                (Opacus's keywords: each error message has the reason.)
 
         Raises:
             ValueError: an argument out of range or refused, BatchNorm in training, trained parameters without
                 a rule, an optimizer that does not hold exactly the model's parameters.
             TypeError: an argument of the wrong kind.
             RuntimeError: more than one process; a second make_private on one engine.
-            LedgerError: the ledger is damaged, locked, or another data set's.
+            LedgerError: the ledger is damaged, locked, or belongs to another data set.
         """
         if self._optimizer is not None:
             raise RuntimeError(
-                "make_private: this engine made a run private already; use a new PrivacyEngine (with the "
-                "same ledger, if both runs spend one budget)"
+                "make_private: this engine already serves a run; use a new PrivacyEngine (with the same ledger, if "
+                "both runs spend one budget)"
             )
         check_single_process()
         strategy = strategy_called(strategy)
@@ -220,11 +214,10 @@ class PrivacyEngine:
             wrap_model=wrap_model,
             rand_on_empty=rand_on_empty,
         )
-        setup = resolve_setup(
-            module,
-            optimizer,
-            data_loader,
-            accountant=self.accountant,
+        run = RunArguments(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
             strategy=strategy,
@@ -239,30 +232,33 @@ class PrivacyEngine:
             target_epsilon=target_epsilon,
             target_delta=target_delta,
         )
-        return self._build(setup, module, optimizer, data_loader)
+        return self._build(resolve_setup(run, self.accountant))
 
-    def _build(
-        self, setup: Setup, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader
-    ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
-        """Attach the model, open the ledger and make the three; after a failure model and ledger are free again."""
-        # Outside of the try: where it raises it attached nothing, and what another engine holds stays its.
-        tape = attach(module, mixed=setup.strategy == "mixed")
+    def _build(self, setup: Setup) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
+        """Attach the model, open the ledger, and return model, optimizer and loader.
+
+        A failure detaches the model and closes the ledger.
+        """
+        run = setup.arguments
+        module = run.module
+        # Outside of the try: if attach raises, nothing was attached, and another engine's tape must stay.
+        tape = attach(module, mixed=run.strategy == "mixed")
         budget: Budget | None = None
         try:
             budget = Budget(
                 setup.sampling,
                 setup.mechanism,
                 self.accountant,
-                target_epsilon=setup.target_epsilon,
-                target_delta=setup.target_delta,
-                planned_steps=setup.steps,
+                target_epsilon=run.target_epsilon,
+                target_delta=run.target_delta,
+                planned_steps=run.steps,
                 ledger=self._ledger_path,
-                settings=run_settings(setup, module),
+                settings=run_settings(setup),
             )
             private = DPOptimizer(
-                optimizer,
+                run.optimizer,
                 model=module,
-                strategy=strategy_of(setup.strategy, tape, setup.norm, setup.layers),
+                strategy=strategy_of(run.strategy, tape, setup.norm, setup.layers),
                 noise_multiplier=setup.mechanism.noise_multiplier,
                 max_grad_norm=setup.norm,
                 sensitivity=setup.sensitivity,
@@ -273,20 +269,20 @@ class PrivacyEngine:
                 seeds=None if self._noise_stream.fixed else SecretSeeds(),
             )
             loader = DPDataLoader(
-                data_loader,
-                sampler_of(setup.sampling, setup.speakers, self._sampling_stream),
+                run.data_loader,
+                sampler_of(setup.sampling, run.speakers, self._sampling_stream),
                 physical_batch_size=setup.physical_batch_size,
                 epoch_steps=setup.sampling.epoch_steps,
-                total_steps=setup.steps,
-                lengths=setup.lengths,
-                physical_frames=setup.physical_frames,
+                total_steps=run.steps,
+                lengths=run.lengths,
+                physical_frames=run.physical_frames,
                 before_pass=private.begin_pass,
                 on_batch=private.begin_logical_batch,
                 steps_taken=lambda: self.steps,
                 attempt=lambda: private.attempt,
             )
-            logger.info("strategy %s: %s", setup.strategy, STRATEGIES[setup.strategy])
-            self._report_steps_before(budget.steps, setup.steps)
+            logger.info("strategy %s: %s", run.strategy, STRATEGIES[run.strategy])
+            self._report_steps_before(budget.steps, run.steps)
         except BaseException:
             detach(module)
             if budget is not None:
@@ -296,15 +292,15 @@ class PrivacyEngine:
         return module, private, loader
 
     def _report_steps_before(self, spent: int, planned: int | None) -> None:
-        """Say what the ledger holds already: a loader that is at its end would train nothing, and say nothing."""
+        """Log the steps that the ledger already holds; warn if the step budget is already spent."""
         if planned is not None and spent >= planned:
             warnings.warn(
-                f"ledger={str(self._ledger_path)!r} holds {spent} steps already, and steps={planned}: the loader is "
-                "empty and nothing will be trained. To go on, give more steps; for another run, another ledger.",
+                f"ledger={str(self._ledger_path)!r} already holds {spent} steps, and steps={planned}: the loader is "
+                "empty and nothing will be trained. To go on, give more steps; for another run, use another ledger.",
                 stacklevel=4,
             )
         elif spent:
-            logger.info("the ledger holds %d steps already; they count", spent)
+            logger.info("the ledger already holds %d steps; they count towards ε", spent)
 
     def make_private_with_epsilon(
         self,
@@ -322,19 +318,19 @@ class PrivacyEngine:
         """`make_private` with the smallest σ (rounded up) that keeps the whole run within target_epsilon.
 
         Args:
-            target_epsilon: ε > 0 at the end of the run; step() raises BudgetExhausted rather than pass it.
-            target_delta: δ in (0, 1); warns where δ >= 1/N.
-            epochs: passes over the loader, of round(1/q) steps each; or
-            steps: the run's steps, at whose end the loader ends too. Exactly one of the two.
+            target_epsilon: ε > 0 at the end of the run; step() raises BudgetExhausted instead of exceeding it.
+            target_delta: δ in (0, 1); warns if δ >= 1/N.
+            epochs: passes over the loader, of round(1/q) steps each.
+            steps: the run's steps; the loader ends after them. Give exactly one of epochs and steps.
             module, optimizer, data_loader, max_grad_norm, arguments: as in `make_private`.
 
         Raises:
-            ValueError: both or neither of epochs and steps; and what `make_private` raises.
+            ValueError: both or neither of epochs and steps; the errors of `make_private`.
             TypeError: noise_multiplier given as well.
         """
         if "noise_multiplier" in arguments:
             raise TypeError(
-                "noise_multiplier is what make_private_with_epsilon finds; use make_private to set it"
+                "make_private_with_epsilon computes noise_multiplier and does not accept it; use make_private to set it"
             )
         if (epochs is None) == (steps is None):
             raise ValueError(f"give exactly one of epochs and steps, got epochs={epochs}, steps={steps}")
@@ -353,7 +349,7 @@ class PrivacyEngine:
             dataset_size=sampling.units,
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="delta=")  # said once above
+            warnings.filterwarnings("ignore", message="delta=")  # warned of above
             return self.make_private(
                 module=module,
                 optimizer=optimizer,
@@ -367,16 +363,16 @@ class PrivacyEngine:
             )
 
     def get_epsilon(self, delta: float | None = None, *, accountant: str | None = None) -> float:
-        """ε spent so far at δ: of every step in the ledger and of this run; ∞ after a step without noise.
+        """The ε spent so far at δ, over all steps in the ledger and in this run; ∞ after a step without noise.
 
         Args:
-            delta: δ in (0, 1), default target_delta; warns where δ >= 1/N.
+            delta: δ in (0, 1), default target_delta; warns if δ >= 1/N.
             accountant: "pld" or "rdp", default the engine's.
 
         Raises:
             ValueError: no δ; "rdp" with truncated Poisson sampling.
-            LedgerError: an ε that was not reported before cannot be written to the ledger: it is closed, say.
-            RuntimeError: a buffer of the model is not as make_private found it: what it holds no ε covers.
+            LedgerError: a new ε cannot be written to the ledger, for example because the ledger is closed.
+            RuntimeError: a buffer of the model changed after make_private; no ε covers its content.
         """
         budget = self._require_budget()
         self._check_model()
@@ -394,27 +390,26 @@ class PrivacyEngine:
         samples: int = 3,
         tolerance: float | None = None,
     ) -> SelfCheckReport:
-        """Check that every example's gradient is its own: alone, beside others and beside longer ones, with the rows
-        in another order, and (`check_batch_independence`) with other examples beside it.
+        """Check that every example's gradient is independent of its batch: alone, beside others and beside longer
+        examples, with the rows in another order, and (`check_batch_independence`) beside other examples.
 
-        Examples of the data set, of unlike sizes where there are such, are collated by the loader's collate_fn together
-        and each alone: only so does it show whether an example's gradient depends on the padding that others bring.
+        The loader's collate_fn collates examples of the data set, of different sizes if there are any, together and
+        each alone. Only this comparison shows whether an example's gradient depends on padding to longer examples.
 
         Args:
-            loss_fn: loss_fn(model, batch) -> [B], as the training loop computes the losses that it gives to
-                `optimizer.backward`.
-            batch: another batch to ask the same of, of which an example alone is a slice, padding included. Without it
-                loss_fn takes what the loader yields; with it, a batch of the same form.
+            loss_fn: loss_fn(model, batch) -> [B], the losses that the training loop gives to `optimizer.backward`.
+            batch: a further batch to check. An example alone is then a slice of it, padding included. Without it
+                loss_fn takes the batches that the loader yields; with it, batches of the same form.
             singles: one-example batches of the batch's first examples, each collated alone; then nothing else is
                 collated.
             samples: how many examples to compare.
-            tolerance: as of `dpkernels.privacy.self_check.check.self_check`.
+            tolerance: as in `dpkernels.privacy.self_check.check.self_check`.
 
-        Spends nothing and releases nothing; its numbers are NOT PRIVATE. Warns, and says in the report's `unchecked`,
-        what could not be asked.
+        Spends nothing and releases nothing; its numbers are NOT PRIVATE. Warns of every check that was not possible;
+        the report lists them in `unchecked`.
 
         Raises:
-            SelfCheckError: a gradient is not its own; the message names the layers.
+            SelfCheckError: a gradient depends on the rest of its batch; the message names the layers.
             ValueError, TypeError: losses of another shape than [B]; a batch without examples.
         """
         self._require_budget()
@@ -438,11 +433,11 @@ class PrivacyEngine:
     def check_batch_independence(
         self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, samples: int = 3
     ) -> None:
-        """Check that an example adds the same beside other examples, in the arithmetic that `loss_fn` computes in.
+        """Check that an example's contribution does not change with the other examples, in the dtype of `loss_fn`.
 
-        `self_check` asks it too; alone it serves where that is done in float32 and training is not. Arguments as of
-        `dpkernels.privacy.self_check.batch_independence.check_batch_independence`. Spends nothing and releases
-        nothing. Raises SelfCheckError.
+        `self_check` includes this check. Call it on its own when `self_check` runs in float32 and training does not.
+        Arguments as in `dpkernels.privacy.self_check.batch_independence.check_batch_independence`. Spends nothing and
+        releases nothing. Raises SelfCheckError.
         """
         self._require_budget()
         assert self._module is not None
@@ -452,30 +447,29 @@ class PrivacyEngine:
     def check_mates(
         self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, samples: int = 3
     ) -> None:
-        """The name that `check_batch_independence` had."""
+        """Deprecated name of `check_batch_independence`."""
         warn_renamed("PrivacyEngine.check_mates", "check_batch_independence")
         self.check_batch_independence(loss_fn, batch, samples=samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, for a checkpoint: plain values, no keys. Raises RuntimeError as get_epsilon does."""
+        """The spent budget as plain values, without keys, for a checkpoint. Raises RuntimeError as get_epsilon does."""
         spent = self._require_budget().state_dict()
         self._check_model()
         return spent
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add what a checkpoint says was spent, after make_private. Steps counted already stay counted.
+        """Add the steps that a checkpoint has spent. Call it after make_private. Steps already counted stay counted.
 
         Raises:
             RuntimeError: before make_private.
-            LedgerError: the ledger does not hold the line the checkpoint was written after (lines were cut
-                off its end, or it is another ledger).
+            LedgerError: the ledger lacks the line after which the checkpoint was written (its last lines were
+                removed, or it is another ledger).
             ValueError: the checkpoint is of another data set or unit.
         """
         self._require_budget().load_state_dict(state)
 
     def close(self) -> None:
-        """Close the ledger and give up its lock. An engine that had one can neither step nor note an ε afterwards:
-        step() and get_epsilon() raise LedgerError."""
+        """Close the ledger and release its lock. With a ledger, step() and get_epsilon() then raise LedgerError."""
         if self._budget is not None:
             self._budget.close()
 
@@ -484,8 +478,8 @@ class PrivacyEngine:
         if self._warns_unchecked and self.noise_multiplier > 0:
             self._warns_unchecked = False  # once
             warnings.warn(
-                "no self_check has passed in this run, so nothing has shown that an example's gradient is its "
-                "own, which the privacy claim rests on: call engine.self_check(loss_fn, batch) before training",
+                "no self_check has passed in this run. The privacy claim rests on each example's gradient being "
+                "independent of its batch: call engine.self_check(loss_fn, batch) before training",
                 stacklevel=4,
             )
         self._require_budget().spend()

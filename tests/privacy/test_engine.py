@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from dpkernels.privacy import engine as engine_module
 from dpkernels.privacy.accounting import budget as budget_module
 from dpkernels.privacy.accounting import ledger as ledger_module
 from dpkernels.privacy.guards.model import ModelGuard
+from dpkernels.privacy.keywords import REFUSALS
+from dpkernels.privacy.setup import RunArguments
 from dpkernels.privacy.step import strategies as strategies_module
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
@@ -47,7 +51,7 @@ FORTY = DataLoader(TensorDataset(torch.randn(40, 4, 6), torch.zeros(40, dtype=to
 
 def test_batch_norm_in_training_is_refused_by_name_with_the_mend() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match=r": 1\..*freeze_batch_norm"):
+    with pytest.raises(ValueError, match=r": '1'\..*freeze_batch_norm"):
         PrivacyEngine().make_private(**parts(module=model))
     frozen = dpkernels.nn.freeze_batch_norm(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
     PrivacyEngine().make_private(**parts(module=frozen))
@@ -82,7 +86,7 @@ def test_batch_norm_switched_to_training_later_is_refused_too() -> None:
 
 def test_a_trained_parameter_outside_the_optimizer_is_refused_by_name() -> None:
     model = Net()
-    with pytest.raises(ValueError, match=r"last\.weight, last\.bias"):
+    with pytest.raises(ValueError, match=r"'last\.weight', 'last\.bias'"):
         PrivacyEngine().make_private(
             **parts(
                 module=model,
@@ -152,7 +156,6 @@ def test_keywords_of_the_same_meaning_are_accepted() -> None:
 
 def test_every_keyword_of_opacus_is_known_and_documented() -> None:
     opacus = pytest.importorskip("opacus", reason="opacus is installed with the [bench] extra only")
-    import inspect
 
     theirs = set(inspect.signature(opacus.PrivacyEngine.make_private).parameters) - {"self", "kwargs"}
     ours = set(inspect.signature(PrivacyEngine.make_private).parameters)
@@ -161,6 +164,15 @@ def test_every_keyword_of_opacus_is_known_and_documented() -> None:
     assert set(inspect.signature(opacus.PrivacyEngine.__init__).parameters) <= set(
         inspect.signature(PrivacyEngine.__init__).parameters
     )
+
+
+def test_every_argument_is_carried_or_checked() -> None:
+    """make_private's arguments are those of the run, Opacus's that take one value, and clipping."""
+    carried = {field.name for field in dataclasses.fields(RunArguments)}
+    checked = REFUSALS.keys() - {"secure_mode"}
+    assert carried.isdisjoint(checked)
+    given = set(inspect.signature(PrivacyEngine.make_private).parameters) - {"self"}
+    assert given == carried | checked | {"clipping"}
 
 
 def test_other_engine_arguments_are_refused() -> None:
@@ -552,7 +564,7 @@ def test_a_ledger_that_is_full_is_said(tmp_path: Path) -> None:
     first = private_run(ledger=path, steps=2)
     assert train(first) == 2
     first.engine.close()
-    with pytest.warns(UserWarning, match=r"holds 2 steps already, and steps=2: the loader is empty"):
+    with pytest.warns(UserWarning, match=r"already holds 2 steps, and steps=2: the loader is empty"):
         again = private_run(ledger=path, steps=2)
     assert train(again) == 0
     again.engine.close()

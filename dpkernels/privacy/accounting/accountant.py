@@ -1,10 +1,9 @@
 """Privacy accounting: a thin, cached layer over Google's dp-accounting.
 
-No rule of composition is our own. One step of training is one `dp_accounting` event under add-or-remove-one
-adjacency: `PoissonSampledDpEvent(q, GaussianDpEvent(σ))`, or `TruncatedSubsampledGaussianDpEvent` where
-batches have a capacity. The default accountant composes privacy loss distributions (PLD, a pessimistic
-discretisation: an upper bound on ε); Rényi DP (RDP) is the second opinion where it has a rule, which
-truncated Poisson has not.
+All composition rules are dp-accounting's. One step of training is one `dp_accounting` event under add-or-remove-one
+adjacency: `PoissonSampledDpEvent(q, GaussianDpEvent(σ))`, or `TruncatedSubsampledGaussianDpEvent` if batches have a
+capacity. The default accountant composes privacy loss distributions (PLD, a pessimistic discretisation: an upper
+bound on ε). Rényi DP (RDP) is the second accountant; it has no rule for truncated Poisson sampling.
 """
 
 import logging
@@ -24,16 +23,15 @@ from dp_accounting.rdp import RdpAccountant
 
 ADJACENCY = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 ACCOUNTANTS = ("pld", "rdp")
-# dp-accounting's own default: whoever recomputes ε from the ledger with it finds the same figure.
+# dp-accounting's default: recomputing ε from the ledger with dp-accounting gives the same value.
 DISCRETIZATION = 1e-4
-# Used while searching for σ only: eight times faster, still an upper bound on ε; the result is refined at
-# DISCRETIZATION.
+# For the search of σ only: eight times faster, still an upper bound on ε; the result is refined at DISCRETIZATION.
 SEARCH_DISCRETIZATION = 1e-3
-# Below it a step of any use is not private in any useful sense, and the loss distributions outgrow memory.
+# A smaller σ gives no useful privacy, and its loss distributions exceed memory.
 SMALLEST_SIGMA = 0.05
-# A σ that is searched for is a multiple of 1/1000.
+# The search returns multiples of 1/1000.
 _PER_ONE = 1000
-# Fractional Rényi orders are slow series: left out where RDP only says where to look.
+# Fractional Rényi orders are slow series. They are left out where RDP only gives the start of the PLD search.
 INTEGER_ORDERS = (*range(2, 65), 128, 256, 512, 1024)
 
 
@@ -43,13 +41,13 @@ class Mechanism:
     the sum.
 
     Args:
-        sample_rate: q, the probability of a unit (example or speaker) to join a step, 0 < q <= 1.
+        sample_rate: q, the probability that a unit (example or speaker) joins a step, 0 < q <= 1.
         noise_multiplier: σ, the noise's standard deviation over the L2 sensitivity of the sum, >= 0.
         dataset_size: N, the number of units. Needed with `max_batch_size`.
         max_batch_size: capacity of truncated Poisson sampling, or None for Poisson sampling.
 
     Raises:
-        ValueError: an argument out of range, named, with the value given.
+        ValueError: an argument out of range; the message has its name and value.
     """
 
     sample_rate: float
@@ -67,23 +65,23 @@ class Mechanism:
                 raise ValueError(f"max_batch_size must be >= 1, got {self.max_batch_size}")
             if self.dataset_size is None:
                 raise ValueError(
-                    "max_batch_size needs dataset_size: truncated Poisson's event depends on both"
+                    "max_batch_size needs dataset_size: truncated Poisson sampling depends on both"
                 )
 
     @property
     def truncated(self) -> bool:
-        """Whether the batch has a capacity that sampling can exceed."""
+        """Whether batches have a capacity (truncated Poisson sampling)."""
         return self.max_batch_size is not None
 
     @property
     def sampling(self) -> str:
-        """Name of the sampling scheme, as the ledger and reports write it."""
+        """Name of the sampling scheme in the ledger and in reports."""
         return "truncated_poisson" if self.truncated else "poisson"
 
     @property
     def with_one_added(self) -> int | None:
-        """N + 1: dp-accounting's truncated event counts the unit in question among its data set, so that of N covers
-        removing a unit from N, and that of N + 1, which spends more, adding one, too."""
+        """N + 1. dp-accounting's truncated event counts the added or removed unit in its data set: the event for N
+        covers removing a unit from N, and the event for N + 1, which spends more, also covers adding one."""
         return None if self.dataset_size is None else self.dataset_size + 1
 
     def event(self) -> dp_accounting.DpEvent:
@@ -99,13 +97,12 @@ class Mechanism:
         return dp_accounting.PoissonSampledDpEvent(self.sample_rate, gaussian)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the ledger and for checkpoints."""
+        """The fields as plain values, for the ledger and for checkpoints."""
         return asdict(self)
 
 
 def check_accountant(accountant: str, *, truncated: bool = False) -> None:
-    """Raise ValueError, with the reason, for an accountant that does not exist or has no rule for the
-    sampling."""
+    """Raise ValueError, with the reason, if an accountant does not exist or has no rule for the sampling."""
     if accountant not in ACCOUNTANTS:
         reasons = {
             "prv": "PRV composes the same privacy loss distributions numerically: use 'pld'",
@@ -121,7 +118,7 @@ def check_accountant(accountant: str, *, truncated: bool = False) -> None:
 
 
 def check_delta(delta: float, dataset_size: int | None = None) -> float:
-    """δ in (0, 1), with a warning where δ >= 1/N.
+    """Return δ in (0, 1); warn if δ >= 1/N.
 
     Raises:
         ValueError: δ outside (0, 1).
@@ -139,8 +136,7 @@ def check_delta(delta: float, dataset_size: int | None = None) -> float:
 
 @lru_cache(maxsize=16)
 def _single_step(mechanism: Mechanism, interval: float) -> pld_library.PrivacyLossDistribution:
-    """Privacy loss distribution of one step: what dp-accounting's PLDAccountant builds for
-    `mechanism.event()`."""
+    """Privacy loss distribution of one step, as dp-accounting's PLDAccountant builds it for `mechanism.event()`."""
     if mechanism.max_batch_size is not None and mechanism.with_one_added is not None:
         return pld_library.from_truncated_subsampled_gaussian_mechanism(
             dataset_size=mechanism.with_one_added,
@@ -160,7 +156,7 @@ def _single_step(mechanism: Mechanism, interval: float) -> pld_library.PrivacyLo
 
 @contextmanager
 def _quiet_orders() -> Iterator[None]:
-    """Hold back dp-accounting's line for every Rényi order it leaves out: fewer orders only make ε larger."""
+    """Suppress dp-accounting's log line for every Rényi order it leaves out: fewer orders only make ε larger."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "Excluding this order" not in record.getMessage()
@@ -202,10 +198,10 @@ def composed_epsilon(
     accountant: str = "pld",
     interval: float = DISCRETIZATION,
 ) -> float:
-    """ε of a history of steps at δ; ∞ when any step was without noise.
+    """ε of a history of steps at δ; ∞ if any step had no noise.
 
-    The distribution of one step is cached by its mechanism and self-composed by the count, so asking again
-    after more steps costs one FFT (measured on two shared CPU cores: 0.05 s at σ = 2, 0.9 s at σ = 0.694).
+    The distribution of one step is cached by its mechanism and self-composed by the count, so a call after more steps
+    costs one FFT (measured on two shared CPU cores: 0.05 s at σ = 2, 0.9 s at σ = 0.694).
 
     Args:
         history: (mechanism, number of steps), in any order.
@@ -267,7 +263,7 @@ def epsilon(
         noise_multiplier: σ; 0 gives ∞.
         sample_rate: q in (0, 1].
         steps: a number of steps, or several (the curve).
-        delta: δ in (0, 1); warns where δ >= 1/dataset_size.
+        delta: δ in (0, 1); warns if δ >= 1/dataset_size.
         accountant: "pld" or "rdp".
         max_batch_size: capacity of truncated Poisson sampling (needs `dataset_size`).
         dataset_size: N.
@@ -295,11 +291,11 @@ def noise_multiplier(
     """The smallest σ, rounded up to three decimals, with ε(σ, q, steps, δ) <= target_epsilon.
 
     `dp_accounting.calibrate_dp_mechanism` searches on a coarse grid of the privacy loss (an upper bound on
-    ε); its σ is rounded up and then lowered, 0.001 at a time, as far as the reporting accountant agrees.
+    ε). Its σ is rounded up and then lowered, in steps of 0.001, while the reporting accountant's ε fits the target.
 
     Args:
         target_epsilon: ε > 0.
-        target_delta: δ in (0, 1); warns where δ >= 1/dataset_size.
+        target_delta: δ in (0, 1); warns if δ >= 1/dataset_size.
         sample_rate: q in (0, 1].
         steps: number of steps >= 1.
         accountant: "pld" or "rdp".
@@ -307,8 +303,8 @@ def noise_multiplier(
         dataset_size: N.
 
     Raises:
-        TypeError: a target_epsilon that is no number.
-        ValueError: an argument out of range, or a target that dp-accounting finds no σ for.
+        TypeError: a target_epsilon that is not a number.
+        ValueError: an argument out of range, or a target for which dp-accounting finds no σ.
     """
     if not isinstance(target_epsilon, Real):
         raise TypeError(f"target_epsilon must be a number, got {target_epsilon!r}")
@@ -326,12 +322,12 @@ def noise_multiplier(
         history = [(mechanism(units / _PER_ONE), steps)]
         return composed_epsilon(history, target_delta, accountant=accountant) <= target_epsilon
 
-    found = _calibrate(mechanism, target_epsilon, target_delta, steps, accountant)
-    high = math.ceil(found * _PER_ONE)
-    while not fits(high):  # the two grids may disagree in the last place
+    coarse = _calibrate(mechanism, target_epsilon, target_delta, steps, accountant)
+    high = math.ceil(coarse * _PER_ONE)
+    while not fits(high):  # the two grids may differ in the last place
         high += 1
     stride, low = 1, max(high - 1, 0)
-    while low > 0 and fits(low):  # gallop down, then bisect between what fails and what fits
+    while low > 0 and fits(low):  # descend in doubling strides, then bisect between a failing and a fitting σ
         high, stride = low, 2 * stride
         low = max(low - stride, 0)
     while high - low > 1:
@@ -358,12 +354,12 @@ def _calibrate(
                 step = Mechanism(step.sample_rate, sigma)
             return dp_accounting.SelfComposedDpEvent(step.event(), steps)
 
-        found = dp_accounting.calibrate_dp_mechanism(
+        sigma = dp_accounting.calibrate_dp_mechanism(
             make_accountant, event, target_epsilon, target_delta, bracket_interval=bracket, tol=1e-4
         )
-        return float(found)
+        return float(sigma)
 
-    # RDP is cheap and its ε larger than PLD's: its σ (without the capacity) tells where to look.
+    # RDP is cheap and its ε is larger than PLD's: its σ (without the capacity) starts the search.
     start = dp_accounting.LowerEndpointAndGuess(SMALLEST_SIGMA, 1.0)
     with _quiet_orders():
         orders = None if accountant == "rdp" else INTEGER_ORDERS

@@ -1,4 +1,4 @@
-"""The budget: which steps were spent, on disk before they are applied, and whether the next one may be."""
+"""The privacy budget: the steps spent, each on disk before it is applied, and the check of the next one."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from dpkernels.privacy.accounting.accountant import Mechanism, check_delta, comp
 from dpkernels.privacy.accounting.ledger import Ledger, LedgerError
 from dpkernels.privacy.sampling.plan import Sampling
 
-# How many steps ahead ε is tried against the target at once: one composition then serves many steps.
+# ε is compared with the target this many steps ahead: one composition then serves many steps.
 _LOOK_AHEAD = 64
 
 
@@ -18,23 +18,23 @@ class BudgetExhausted(RuntimeError):
 
 
 class Budget:
-    """Steps spent by this run and by those before it, and the target they must stay within.
+    """The steps spent by this run and by earlier ones, and the target that limits them.
 
-    Every run has a random name, so that a ledger and a checkpoint that both know of it count it once: whichever
-    knows of more steps is believed.
+    Every run has a random name, so that a run in both a ledger and a checkpoint counts once, with the larger number of
+    steps.
 
     Args:
         sampling: the run's public constants.
-        mechanism: what each of its steps is.
+        mechanism: the mechanism of each of its steps.
         accountant: "pld" or "rdp".
-        target_epsilon: ε > 0 never to be passed, or None.
-        target_delta: its δ in (0, 1); not None where there is a target.
-        planned_steps: total steps, where known: the first thing that is tried against the target.
+        target_epsilon: ε > 0 that is never exceeded, or None.
+        target_delta: its δ in (0, 1); not None if there is a target.
+        planned_steps: total steps, if known; the first number that is compared with the target.
         ledger: path of the ledger, or None to count in memory.
-        settings: what the ledger's run line says besides.
+        settings: further entries of the ledger's run line.
 
     Raises:
-        LedgerError: the ledger is damaged, locked, or another data set's.
+        LedgerError: the ledger is damaged, locked, or belongs to another data set.
     """
 
     def __init__(
@@ -86,16 +86,16 @@ class Budget:
 
     @property
     def steps(self) -> int:
-        """Steps spent so far, those of earlier runs included."""
+        """Steps spent so far, including earlier runs."""
         return sum(steps for _, steps in self._runs.values())
 
     @property
     def history(self) -> list[tuple[Mechanism, int]]:
-        """Every run's mechanism and how many steps it spent."""
+        """The mechanism and the number of spent steps of every run."""
         return list(self._runs.values())
 
     def epsilon(self, delta: float, accountant: str | None = None) -> float:
-        """ε spent so far at δ; noted in the ledger, once for each number of steps. Warns where δ >= 1/N."""
+        """ε spent so far at δ. Written to the ledger, once for each number of steps. Warns if δ >= 1/N."""
         check_delta(delta, self.sampling.units)
         name = self.accountant if accountant is None else accountant
         value = composed_epsilon(self.history, delta, accountant=name)
@@ -105,31 +105,31 @@ class Budget:
         return value
 
     def spend(self) -> None:
-        """Count one step, on disk where there is a ledger.
+        """Count one step, on disk if there is a ledger.
 
         Raises:
-            BudgetExhausted: the step would pass the target; nothing is spent.
-            LedgerError: the step could not be written to the ledger: it is closed, say.
+            BudgetExhausted: the step would exceed the target; nothing is spent.
+            LedgerError: the step could not be written to the ledger, for example because it is closed.
             RuntimeError: in a forked process.
         """
         if os.getpid() != self._pid:
             raise RuntimeError(
-                "this process was forked from the one that made the model private: the two would each count "
-                "half of the steps. Train in one of them, and call make_private there."
+                "this process was forked from the one that called make_private: each of the two would count only "
+                "its own steps. Train in one of them, and call make_private there."
             )
         taken = self._runs[self._run][1]
         if self.target_epsilon is not None and not self._fits(taken + 1):
             raise BudgetExhausted(
                 f"the next step would exceed target_epsilon={self.target_epsilon} at "
-                f"delta={self.target_delta} after {self.steps} steps (earlier runs included). The model is "
-                "as private as it was; stop here."
+                f"delta={self.target_delta} after {self.steps} steps (earlier runs included). Nothing was spent or "
+                "changed; stop training here."
             )
         if self._ledger is not None:
             self._ledger.spend_step()
         self._runs[self._run] = (self.mechanism, taken + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, for a checkpoint: plain values, no keys."""
+        """The spent steps as plain values, without keys, for a checkpoint."""
         runs = {
             run: {"mechanism": step.to_dict(), "steps": count} for run, (step, count) in self._runs.items()
         }
@@ -141,29 +141,29 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add what a checkpoint says was spent. Steps counted already stay counted.
+        """Add the steps that a checkpoint has spent. Steps already counted stay counted.
 
         Raises:
-            LedgerError: the ledger lacks the line that the checkpoint was written after.
+            LedgerError: the ledger lacks the line after which the checkpoint was written.
             ValueError: the checkpoint is of another data set or unit.
         """
-        for key, mine in (("unit", self.sampling.unit), ("dataset_size", self.sampling.units)):
-            if state[key] != mine:
+        for key, expected in (("unit", self.sampling.unit), ("dataset_size", self.sampling.units)):
+            if state[key] != expected:
                 raise ValueError(
-                    f"load_state_dict: the checkpoint has {key}={state[key]!r}, this run {mine!r}; it is "
-                    "another run's"
+                    f"load_state_dict: the checkpoint has {key}={state[key]!r}, this run has {expected!r}; load the "
+                    "checkpoint of this run"
                 )
         digest = state["ledger_sha256"]
         if digest is not None and self._ledger is None:
             warnings.warn(
-                "load_state_dict: the checkpoint's run kept a ledger and this one has none: steps applied "
+                "load_state_dict: the checkpoint's run kept a ledger and this run has none: steps applied "
                 "after the checkpoint was written are not counted. Give PrivacyEngine the same ledger.",
                 stacklevel=3,
             )
         elif digest is not None and self._ledger is not None and not self._ledger.holds(digest):
             raise LedgerError(
-                f"ledger {self._ledger.path} lacks the line that the checkpoint was written after: lines "
-                "were cut off its end, or it is another run's. Resume with the ledger that belongs to the "
+                f"ledger {self._ledger.path} lacks the line after which the checkpoint was written: its last lines "
+                "were removed, or it belongs to another run. Resume with the ledger that belongs to the "
                 "checkpoint."
             )
         for run, saved in state["runs"].items():
@@ -171,19 +171,19 @@ class Budget:
             counted, saved_steps = self._runs.get(run, (mechanism, 0))[1], int(saved["steps"])
             if saved_steps <= counted:
                 continue
-            if self._ledger is not None:  # or the next run, which may have the ledger only, would forget them
+            if self._ledger is not None:  # the next run may have only the ledger, and must count these steps
                 self._ledger.carry(run, mechanism, saved_steps - counted)
             self._runs[run] = (mechanism, saved_steps)
         self._safe_steps = 0
         self._look_ahead = _LOOK_AHEAD
 
     def close(self) -> None:
-        """Close the ledger and give up its lock."""
+        """Close the ledger and release its lock."""
         if self._ledger is not None:
             self._ledger.close()
 
     def _fits(self, steps: int) -> bool:
-        """Whether this run may have `steps` steps within the target; asks for many at once and remembers."""
+        """Whether `steps` steps of this run fit the target; looks ahead and caches the result."""
         if steps <= self._safe_steps:
             return True
         if self._safe_steps == 0 and self._planned_steps is not None:
@@ -202,7 +202,7 @@ class Budget:
         return False
 
     def _epsilon_after(self, steps: int) -> float:
-        assert self.target_delta is not None  # where there is a target there is a δ
+        assert self.target_delta is not None  # a target always has a δ
         others = [spent for run, spent in self._runs.items() if run != self._run]
         return composed_epsilon(
             [*others, (self.mechanism, steps)], self.target_delta, accountant=self.accountant

@@ -1,14 +1,13 @@
-"""The ledger: what was spent, on disk before it is spent.
+"""The ledger: the spent steps, each on disk before it is applied.
 
-JSON lines, appended and fsynced; each carries a SHA-256 over its own text and the line before, so that an
-edit, a removed or an inserted line is noticed when the file is read. A "run" line states the mechanism; the
-"step" lines after it each spend one step of it; an "epsilon" line records an ε that was reported. Nothing in
-it depends on the data: no batch sizes, losses, norms, times of steps, and no keys. A "carried" line counts
-steps that only a checkpoint knew of.
+The ledger has JSON lines, appended and fsynced. Each carries a SHA-256 over its own text and the previous line, so
+that reading finds every edited, removed or inserted line. A "run" line states the mechanism; each "step" line after it
+spends one step; an "epsilon" line records an ε that was reported; a "carried" line counts steps that only a checkpoint
+had recorded. Nothing depends on the data: the ledger has no batch sizes, losses, norms, times of steps or keys.
 
-A line cut short by a crash can only be the last one. It is counted as a spent step (over-counting is safe),
-and the next run seals it with a "torn" line. A seal that is cut short in its turn is known by its text, which follows
-from the torn line, and is written anew.
+Only the last line can be torn, by a crash. It counts as a spent step (over-counting is safe), and the next run adds a
+"torn" line as its seal. A seal that is torn, too, is recognised by its text, which the torn line determines, and is
+written again.
 """
 
 import fcntl
@@ -24,11 +23,11 @@ from dpkernels.privacy.accounting.accountant import Mechanism
 FORMAT = 1
 _START = "0" * 64
 _OPENING = b'{"entry": '
-_SAME = ("unit", "dataset_size", "adjacency")  # what the runs of one ledger have in common
+_SAME = ("unit", "dataset_size", "adjacency")  # settings that all runs of one ledger share
 
 
 class LedgerError(ValueError):
-    """A ledger that cannot be trusted or does not belong to this run."""
+    """The ledger cannot be trusted or does not belong to this run."""
 
 
 @dataclass
@@ -45,19 +44,19 @@ class Run:
 
     @property
     def mechanism(self) -> Mechanism:
-        """What each of its steps is."""
+        """The mechanism of each of its steps."""
         return Mechanism(**self.settings["mechanism"])
 
 
 @dataclass
 class LedgerContents:
-    """What a ledger holds: its runs, its lines' hashes, and how its last line ends."""
+    """The contents of a ledger: its runs, the hashes of its lines, and the state of its last line."""
 
     runs: list[Run] = field(default_factory=list)
     last_hash: str = _START
     hashes: set[str] = field(default_factory=set)
     torn: bytes = b""
-    torn_end: int = 0  # where the torn line ends in the file; what follows it is part of its seal
+    torn_end: int = 0  # end of the torn line in the file; any bytes after it belong to its seal
     lacks_newline: bool = False
 
     @property
@@ -79,12 +78,12 @@ def _line(previous: str, entry: dict[str, Any]) -> tuple[bytes, str]:
 
 
 def _parse(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
-    """(entry, hash) of one line; ValueError when it is not a whole line of a ledger."""
+    """(entry, hash) of one line. Raises ValueError if it is not a complete line of a ledger."""
     record = json.loads(line.decode())
     entry, digest = record["entry"], record["sha256"]
     body = json.dumps(entry, ensure_ascii=False, sort_keys=True, allow_nan=False)
     if digest != _hash(previous, body):
-        raise ValueError("the hash does not match the line and those before it")
+        raise ValueError("the hash does not match this line and the lines before it")
     return entry, digest
 
 
@@ -93,7 +92,7 @@ def read_ledger(path: str | os.PathLike[str]) -> LedgerContents:
 
     Raises:
         FileNotFoundError: no such file.
-        LedgerError: a line was edited, removed or inserted, named by its number.
+        LedgerError: a line was edited, removed or inserted; the message has its number.
     """
     return _read(Path(path).read_bytes(), os.fspath(path))
 
@@ -117,28 +116,30 @@ def _read(data: bytes, name: str) -> LedgerContents:
             if seal is None:
                 raise LedgerError(
                     f"ledger {name}, line {number}: {error}. A line was edited, removed or inserted, so "
-                    "what was spent cannot be known. Restore the file from a backup; a new ledger would "
-                    "forget that budget."
+                    "the spent budget is unknown. Restore the file from a backup; a new ledger would "
+                    "not count the steps in this one."
                 ) from error
             entry, contents.last_hash = seal
             skip = True
         contents.hashes.add(contents.last_hash)
         _apply(contents, entry, f"ledger {name}, line {number}")
     if unfinished and not _complete(contents, unfinished, name):
-        if not _opens_like_one(unfinished):
-            raise LedgerError(f"ledger {name}: its last line is not a ledger's; is it another kind of file?")
+        if not _begins_like_a_line(unfinished):
+            raise LedgerError(
+                f"ledger {name}: the last line is not a ledger's; is this another kind of file?"
+            )
         contents.torn, contents.torn_end = unfinished, len(data)
     return contents
 
 
-def _opens_like_one(line: bytes) -> bool:
-    """Whether a line begins as a ledger's do; a file system may leave zeros where a crash cut it."""
+def _begins_like_a_line(line: bytes) -> bool:
+    """Whether a line begins like a ledger's line; after a crash the file system may have left zeros in it."""
     start = line.strip(b"\0")[: len(_OPENING)]
     return start == _OPENING[: len(start)]
 
 
 def _complete(contents: LedgerContents, line: bytes, name: str) -> bool:
-    """Take a last line that lacks nothing but its newline. False for any other."""
+    """Apply a last line that is complete except for its newline. Returns False for any other line."""
     try:
         entry, contents.last_hash = _parse(line, contents.last_hash)
     except (ValueError, KeyError, TypeError):
@@ -150,24 +151,24 @@ def _complete(contents: LedgerContents, line: bytes, name: str) -> bool:
 
 
 def _seal_of(torn: bytes) -> dict[str, Any]:
-    """The entry that vouches for a torn line."""
+    """The "torn" entry that seals a torn line."""
     return {"kind": "torn", "bytes_sha256": hashlib.sha256(torn).hexdigest()}
 
 
 def _half_sealed(line: bytes, following: bytes, previous: str) -> bool:
-    """Whether a line was torn, and so was the seal after it: what an edit leaves is JSON, or not a seal's beginning."""
+    """Whether a line and the seal after it are both torn. An edit leaves valid JSON, or not the beginning of a seal."""
     try:
         json.loads(line.decode())
     except ValueError:
         seal, _ = _line(previous, _seal_of(line))
-        # One that has its end, and its newline, was written whole: it is damaged, not torn.
-        whole = b'"sha256"' in line and line.endswith(b'"}')
-        return _opens_like_one(line) and not whole and seal.startswith(following.rstrip(b"\0"))
+        # A line with its end and its newline was written completely: it is damaged, not torn.
+        complete = b'"sha256"' in line and line.endswith(b'"}')
+        return _begins_like_a_line(line) and not complete and seal.startswith(following.rstrip(b"\0"))
     return False
 
 
 def _torn_seal(line: bytes, following: bytes, previous: str) -> tuple[dict[str, Any], str] | None:
-    """The "torn" entry that vouches for an unreadable line, or None."""
+    """The "torn" entry that seals an unreadable line, or None."""
     try:
         entry, digest = _parse(following, previous)
     except (ValueError, KeyError, TypeError):
@@ -182,7 +183,7 @@ def _apply(contents: LedgerContents, entry: dict[str, Any], where: str) -> None:
             raise LedgerError(f"{where}: format {entry.get('format')!r}; this version reads format {FORMAT}")
         contents.runs.append(Run(entry))
         if entry.get("torn_before"):
-            contents.runs[-1].steps += 1  # a torn first line has no run of its own to be charged to
+            contents.runs[-1].steps += 1  # a torn first line has no earlier run, so this run counts it
     elif kind in ("step", "torn"):
         if contents.runs:
             contents.runs[-1].steps += 1
@@ -190,7 +191,7 @@ def _apply(contents: LedgerContents, entry: dict[str, Any], where: str) -> None:
             raise LedgerError(f"{where}: a step before any run line")
     elif kind == "carried":
         known = next((run for run in contents.runs if run.id == entry["run"]), None)
-        if known is None:  # before the run that carried it, to which the step lines below belong
+        if known is None:  # inserted before the run that carried it: the next step lines belong to that run
             known = Run(entry)
             contents.runs.insert(len(contents.runs) - 1, known)
         known.steps += int(entry["steps"])
@@ -202,8 +203,8 @@ class Ledger:
     """An open ledger, locked to this process.
 
     Args:
-        path: the file; made where it does not exist, continued where it does.
-        settings: the run line's contents; must hold "run", "mechanism", "unit" and "dataset_size".
+        path: the file; created if it does not exist, else continued.
+        settings: the run line's contents; must have "run", "mechanism", "unit" and "dataset_size".
 
     Raises:
         LedgerError: the file is damaged, in use by another process, or was written for another data set or
@@ -214,8 +215,10 @@ class Ledger:
         self.path = Path(path)
         self._broken = False
         if not self.path.parent.is_dir():
-            raise LedgerError(f"ledger={str(path)!r}: its folder does not exist; create it, or name another")
-        # Open and locked as long as the run lasts.
+            raise LedgerError(
+                f"ledger={str(path)!r}: its folder does not exist; create it, or give another path"
+            )
+        # The file stays open and locked as long as the run lasts.
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         try:
             self._lock()
@@ -242,7 +245,7 @@ class Ledger:
 
     @property
     def last_hash(self) -> str:
-        """Hash of the last line: a checkpoint keeps it, so that lines cut from the end are noticed too."""
+        """Hash of the last line. Checkpoints store it, so that removed last lines are found, too."""
         return self._last_hash
 
     def holds(self, digest: str) -> bool:
@@ -250,7 +253,7 @@ class Ledger:
         return digest in self._hashes or digest == _START
 
     def spend_step(self) -> None:
-        """Write one step, on disk when this returns. Call it before the step changes anything.
+        """Write one step; it is on disk on return. Call it before the step changes anything.
 
         Raises:
             LedgerError: the ledger is closed, was replaced, or an earlier write failed.
@@ -266,13 +269,13 @@ class Ledger:
         )
 
     def carry(self, run: str, mechanism: Mechanism, steps: int) -> None:
-        """Write steps of another run that this ledger does not hold: a checkpoint knew of them."""
+        """Write steps of another run that are in a checkpoint but not in this ledger."""
         shared = {key: self.run.settings[key] for key in _SAME}
         entry = {"kind": "carried", "run": run, "mechanism": mechanism.to_dict(), "steps": steps}
         self._append(entry | shared)
 
     def close(self) -> None:
-        """Close the file and give up the lock."""
+        """Close the file and release the lock."""
         self._file.close()
 
     def _lock(self) -> None:
@@ -281,7 +284,7 @@ class Ledger:
         except BlockingIOError as error:
             raise LedgerError(
                 f"ledger={str(self.path)!r} is in use by another run (or by an engine of this process that "
-                "was not closed): two runs would each see half of what is spent. Wait for it, or call "
+                "was not closed): each of the two would count only its own steps. Wait for the other run, or call "
                 "engine.close()."
             ) from error
 
@@ -290,35 +293,33 @@ class Ledger:
             if old[key] != new[key]:
                 raise LedgerError(
                     f"ledger={str(self.path)!r} was written for {key}={old[key]!r}, this run has "
-                    f"{new[key]!r}: their spendings do not add up to one ε. Use another ledger for another "
+                    f"{new[key]!r}: their steps do not add up to one ε. Use another ledger for another "
                     "data set or unit."
                 )
 
     def _seal(self, contents: LedgerContents) -> None:
-        os.ftruncate(
-            self._file.fileno(), contents.torn_end
-        )  # a seal that was cut short: nothing was spent by it
+        os.ftruncate(self._file.fileno(), contents.torn_end)  # removes a torn seal, which spent nothing
         self._append(_seal_of(contents.torn), before=b"\n")
         if contents.runs:
             contents.runs[-1].steps += 1
 
     def _check_in_place(self) -> None:
-        """Raise where the path no longer names the open file: what is written would be lost with it."""
-        mine = os.fstat(self._file.fileno())
+        """Raise LedgerError if the path no longer names the open file: written lines would be lost."""
+        opened = os.fstat(self._file.fileno())
         try:
             named = os.stat(self.path)
         except FileNotFoundError:
             named = None
-        if named is None or (named.st_dev, named.st_ino) != (mine.st_dev, mine.st_ino):
+        if named is None or (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino):
             raise LedgerError(
                 f"ledger {self.path} was deleted, moved or replaced while in use: steps written now would be "
-                "forgotten. Put the file of this run back, and resume from the last checkpoint."
+                "lost. Put the file of this run back, and resume from the last checkpoint."
             )
 
     def _append(self, entry: dict[str, Any], before: bytes = b"") -> None:
         if self._file.closed:
             raise LedgerError(
-                f"ledger {self.path} is closed, so that no step and no ε can be written to it; read epsilon before "
+                f"ledger {self.path} is closed: no step and no ε can be written to it; call get_epsilon before "
                 "engine.close(), or read_ledger(path)"
             )
         line, digest = _line(self._last_hash, entry)
@@ -328,7 +329,7 @@ class Ledger:
                 f"ledger {self.path}: an earlier write failed; start again from the last checkpoint"
             )
         self._check_in_place()
-        self._broken = True  # until the whole line is known to be on disk
+        self._broken = True  # until the complete line is on disk
         written = os.write(self._file.fileno(), data)
         if written != len(data):
             raise OSError(f"ledger {self.path}: wrote {written} of {len(data)} bytes; is the disk full?")
@@ -339,7 +340,7 @@ class Ledger:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the file's own name durable."""
+    """Make the file's directory entry durable."""
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Buffers are watched: what a model keeps of the data in them is released with it, or steers what others add."""
+"""The watch of buffers: data kept in them is released with the model, or changes other examples' contributions."""
 
 import hashlib
 import io
@@ -24,24 +24,24 @@ def buffer_marks(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def changed_buffers(then: dict[str, tuple[int, int]], now: dict[str, tuple[int, int]]) -> list[str]:
-    """Names of the buffers that were written, replaced, added or removed in between."""
+    """Names of the buffers that were written, replaced, added or removed between two `buffer_marks`."""
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
 
 class BufferWatch:
-    """The values of a model's buffers, and its modules' extra state, at make_private.
+    """Compares a model's buffers, and its modules' extra state, with their values at make_private.
 
-    The guard's other check compares identities and autograd's version counters of the buffers that `state_dict()`
-    would release, before every backward. It rests on this one: a buffer that was replaced leaves its identity to a
-    later tensor, unless someone holds it; and writes through `.data` (code books that are moving averages are often
-    written so) or numpy count nowhere.
+    Before every backward the guard's other check compares identities and autograd's version counters of the buffers
+    that `state_dict()` would release. It depends on this watch in two ways. The watch holds the buffers, so that no
+    later tensor can get the identity of a replaced one. It also detects writes through `.data` (often used for code
+    books that are moving averages) or numpy, which no counter records.
 
-    Buffers that are not saved are watched too: a queue, or a running mean that later forwards read, lets one example
-    change what others add in steps that it is not in. They may take another shape: a table of positions that grows is
-    kept anew.
+    Unsaved buffers are watched, too: through a queue, or a running mean that later forwards read, one example can
+    change the contributions of others in steps without it. They may change their shape: a position table that grows
+    is recorded again.
 
-    Values are compared at the 1st, 2nd, 4th, 8th, ... call and every 256th, since each waits for the device (a module
-    that records the data mostly does so from the first forward on), and whenever `compare` is called.
+    Values are compared at the 1st, 2nd, 4th, 8th, ... call and every 256th, since each comparison waits for the device
+    (a module that records the data mostly does so from the first forward on), and whenever `compare` is called.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,56 +49,56 @@ class BufferWatch:
         self._released = {
             name: (buffer, buffer.detach().clone()) for name, buffer in released_buffers(model).items()
         }
-        self._passing = {
+        self._unsaved = {
             name: buffer.detach().clone() for name, buffer, saved in _buffers(model) if not saved
         }
         self._extra = _extra_states(model)
         self._calls = 0
 
     def check(self) -> None:
-        """Raise RuntimeError, by name, where a value has changed; does nothing in most calls."""
+        """Raise RuntimeError, by name, if a value has changed; does nothing in most calls."""
         self._calls += 1
         if not self._calls & (self._calls - 1) or self._calls % _AT_LEAST_EVERY == 0:
             self.compare()
 
     @torch.no_grad()
     def compare(self) -> None:
-        """Raise RuntimeError, by name, where a value has changed."""
+        """Raise RuntimeError, by name, if a value has changed."""
         written = [name for name, (buffer, was) in self._released.items() if not _same(buffer, was)]
         if written:
             raise RuntimeError(
                 f"buffers of the model were written past autograd (.data, numpy): {some_of(written)}. Running "
-                "statistics, code books and the like would carry data of the examples into the saved model without "
-                "noise. Put their modules into eval(), or take them out of the model."
+                "statistics, code books and similar buffers would carry data of the examples into the saved model "
+                "without noise. Put their modules into eval(), or take them out of the model."
             )
         now = {name: buffer for name, buffer, saved in _buffers(self._model) if not saved}
         kept = [
             name
-            for name, was in self._passing.items()
+            for name, was in self._unsaved.items()
             if name in now and not _same(now[name], was, grown=True)
         ]
         if kept:
             raise RuntimeError(
-                f"buffers of the model changed, though they are not saved: {some_of(kept)}. What one forward leaves "
-                "for later ones (a queue, a running mean) lets an example change what others add in steps that it "
-                "is not in, beyond the clipping bound. Put their modules into eval(), or take them out of the model. "
-                "Where it is a table that the longest input makes (of positions), make it before make_private: one "
-                "forward of that length."
+                f"buffers of the model that are not saved changed: {some_of(kept)}. Through values kept for later "
+                "forwards (a queue, a running mean) an example can change the contributions of others in steps without "
+                "it, beyond the clipping bound. Put their modules into eval(), or take them out of the model. "
+                "If the buffer is a position table that grows with the longest input, run one forward of that length "
+                "before make_private."
             )
         for name, buffer in now.items():
-            if name not in self._passing or self._passing[name].shape != buffer.shape:
-                self._passing[name] = buffer.detach().clone()
+            if name not in self._unsaved or self._unsaved[name].shape != buffer.shape:
+                self._unsaved[name] = buffer.detach().clone()
         states = _extra_states(self._model)
         changed = [name for name in states if states[name] != self._extra.get(name)]
         if changed:
             raise RuntimeError(
-                f"extra state of modules changed: {some_of(changed)}. state_dict() saves what their "
-                "get_extra_state() gives, without noise. Put them into eval(), or take them out of the model."
+                f"extra state of modules changed: {some_of(changed)}. state_dict() saves the result of their "
+                "get_extra_state() without noise. Put them into eval(), or take them out of the model."
             )
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, buffer, and whether `state_dict()` would release it."""
+    """Name and value of each buffer, and whether `state_dict()` would release it."""
     for prefix, module in named_modules(model):
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -107,20 +107,20 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _extra_states(model: nn.Module) -> dict[str, str]:
-    """A digest of what `get_extra_state` gives, for the modules that have one."""
-    found = {}
+    """A digest of `get_extra_state()` for each module that defines it, by name."""
+    digests = {}
     for name, module in named_modules(model):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             written = io.BytesIO()
             torch.save(module.get_extra_state(), written)
-            found[name or type(module).__name__] = hashlib.sha256(written.getvalue()).hexdigest()
-    return found
+            digests[name or type(module).__name__] = hashlib.sha256(written.getvalue()).hexdigest()
+    return digests
 
 
 def _same(buffer: Tensor, was: Tensor, *, grown: bool = False) -> bool:
-    """Equal values; a NaN equals a NaN. `grown`: one of another form may be anything."""
+    """Whether values are equal; a NaN equals a NaN. `grown`: the result for another shape, dtype or device."""
     if any(t.is_meta or isinstance(t, torch._subclasses.FakeTensor) for t in (buffer, was)):
-        return True  # a rehearsal: there are no values
+        return True  # fake tensors have no values
     if buffer.shape != was.shape or buffer.dtype != was.dtype or buffer.device != was.device:
         return grown
     return bool(((buffer == was) | ((buffer != buffer) & (was != was))).all())

@@ -1,4 +1,4 @@
-"""The model's own random draws during a check: dropout off, and one draw for every forward."""
+"""Control of the model's own random draws during a check: without dropout, and with the same draws in every forward."""
 
 import os
 import random
@@ -29,12 +29,12 @@ _CHECKS = threading.local()
 
 @contextmanager
 def without_dropout(model: nn.Module, *, functional: bool) -> Iterator[None]:
-    """The model's dropout layers in evaluation mode; where `functional`, `torch.nn.functional`'s dropouts and
-    attention's drop nothing either.
+    """Put the model's dropout layers into evaluation mode; with `functional`, also disable the dropouts of
+    `torch.nn.functional` and of attention.
 
-    The functions are replaced where modules look them up, for all threads: a mode for torch functions would not be
-    there where CUDA's backward computes a checkpointed block again. Compiled code would be compiled anew for it.
-    One check at a time: two would take each other's functions for torch's own.
+    The functions are replaced in `torch.nn.functional`, for all threads: a torch function mode would not be active in
+    the thread in which CUDA's backward recomputes a checkpointed block, and would make compiled code compile again.
+    Only one check runs at a time, since two would take each other's replacements for torch's functions.
     """
     with _ONE_AT_A_TIME if functional else nullcontext():
         yield from _without_dropout(model, functional)
@@ -48,9 +48,9 @@ def _without_dropout(model: nn.Module, functional: bool) -> Iterator[None]:
         layer.training = False
     try:
         for name in replaced:
-            setattr(F, name, _kept)
+            setattr(F, name, _identity)
         if functional:
-            F.scaled_dot_product_attention = _undropped(attention)
+            F.scaled_dot_product_attention = _without_attention_dropout(attention)
         yield
     finally:
         for name, function in replaced.items():
@@ -60,31 +60,31 @@ def _without_dropout(model: nn.Module, functional: bool) -> Iterator[None]:
             layer.training = True
 
 
-def _kept(input: Tensor, *_: Any, **__: Any) -> Tensor:
+def _identity(input: Tensor, *_: Any, **__: Any) -> Tensor:
     return input
 
 
-def _undropped(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def with_all(
+def _without_attention_dropout(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def undropped(
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
-        is_causal: bool = False,  # by position in nn.MultiheadAttention
+        is_causal: bool = False,  # nn.MultiheadAttention gives it by position
         **options: Any,
     ) -> Tensor:
         return attention(query, key, value, attn_mask, is_causal=is_causal, **options)
 
-    return with_all
+    return undropped
 
 
 @contextmanager
 def same_draws(seed: int) -> Iterator[None]:
-    """torch's, numpy's and Python's global generators begin at `seed`, and go on afterwards where they were.
+    """Seed torch's, numpy's and Python's global generators with `seed`, and restore their states at the end.
 
-    Masks of dropout are drawn by shape, so batches of one shape get the same ones. The seed must be secret, as the
-    generators' own is in a private run, so that `SecretSeeds` says nothing of it.
+    Dropout masks depend on the shape only, so batches of one shape get the same masks. The seed must be secret, like
+    the generators' own seeds in a private run: `SecretSeeds` does not report seeds set here.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     numpys, pythons = np.random.get_state(), random.getstate()
@@ -103,41 +103,42 @@ def same_draws(seed: int) -> Iterator[None]:
 
 
 def generator_states() -> list[bytes]:
-    """Of the global generators: torch's, the current GPU's, numpy's and Python's."""
-    found = [torch.get_rng_state().numpy().tobytes(), *foreign_generator_states()]
+    """States of the global generators: torch's, the current GPU's, numpy's and Python's."""
+    states = [torch.get_rng_state().numpy().tobytes(), *foreign_generator_states()]
     if torch.cuda.is_initialized():
-        found.append(torch.cuda.get_rng_state().numpy().tobytes())
-    return found
+        states.append(torch.cuda.get_rng_state().numpy().tobytes())
+    return states
 
 
 def foreign_generator_states() -> list[bytes]:
-    """Of Python's and numpy's global generators."""
+    """States of Python's and numpy's global generators."""
     _, numbers, place, *_ = np.random.get_state()
     return [repr(random.getstate()).encode(), np.asarray(numbers).tobytes(), repr(place).encode()]
 
 
 class SecretSeeds:
-    """torch's, numpy's and Python's global generators, seeded from the operating system, and seen to stay so.
+    """Seeds torch's, numpy's and Python's global generators from the operating system, and detects other seeds.
 
-    Dropout masks are drawn by place in the batch: under a known seed one more example shifts the masks of all the
-    others, and changes the sum by far more than C. Secret masks, drawn independently of the data, do not.
+    Dropout masks depend on an example's position in the batch. Under a known seed one more example shifts the masks of
+    all the others, and changes the sum by far more than C. With secret masks, drawn independently of the data, the sum
+    changes by at most C.
 
-    torch's generators tell the seed that they began at. numpy's and Python's do not, and may have any state for good
-    reasons: `renew` seeds them anew wherever it is called.
+    Only torch's generators report their initial seed. numpy's and Python's do not, and may legitimately be in any
+    state, so every call of `renew` seeds them again.
     """
 
     def __init__(self) -> None:
         self.renew()
 
     def renew(self) -> None:
-        """Seed all of them anew from the operating system."""
+        """Seed all generators again from the operating system."""
         self._seed = secret_seed()
         torch.manual_seed(self._seed)
         np.random.seed(int.from_bytes(os.urandom(4), "little"))
         random.seed(os.urandom(32))
 
     def replaced(self) -> list[str]:
-        """Names of torch's generators that have been seeded since, other than by `same_draws` around this call."""
+        """Names of torch's generators that were seeded since `renew`, except by a `same_draws` around this call."""
         if getattr(_CHECKS, "depth", 0):
             return []
         generators = {"torch's": torch.default_generator}

@@ -1,9 +1,9 @@
 """Secret randomness: ChaCha20 streams under a key of this process, for Gaussian noise and for sampling.
 
-A key is 256 bits from the operating system, drawn afresh in every process (after a fork too) and never written
-anywhere: these objects refuse to be pickled or copied, and their repr does not show it. The 12-byte nonce holds the
-purpose, a rank, the parameter's index and a draw counter that only ever grows inside the process, so no two draws
-share a stream, also when a checkpoint sets the number of steps back.
+A key is 256 bits from the operating system, drawn in every process (also after a fork) and never written anywhere:
+these objects cannot be pickled or copied, and their repr does not show the key. The 12-byte nonce holds the purpose, a
+rank, the parameter's index and a draw counter that only grows within the process, so no two draws share a stream, also
+after a checkpoint has reset the number of steps.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 from dpkernels.ops.chacha20 import chacha20_keystream
 
 KEY_BYTES = 32
-# Values of the nonce's first byte: one stream is never used for two things.
+# Values of the nonce's first byte: no stream is used for two purposes.
 PURPOSE_NOISE = 1
 PURPOSE_INCLUSION = 2
 PURPOSE_SUBSET = 3
@@ -27,23 +27,22 @@ _BLOCK_BYTES = 64
 _MAX_BLOCKS = 2**32  # ChaCha20's block counter (RFC 8439)
 
 
-# The noised sum is rounded to multiples of a power of two: this many binary places below the noise's deviation.
+# The noised sum is rounded to multiples of a power of two, this many binary places below the noise's deviation.
 GRID_BITS = 12
 
 
 def grid_of(noise_scale: float) -> float:
     """The public grid of a release: 2^(⌊log₂ noise_scale⌋ - 12), and 0 (no grid) without noise.
 
-    A double's own spacing depends on its size, so that the last bits of sum + noise tell of the sum (Mironov 2012).
-    Rounded to one grid for all sizes, what remains of the noise under each released value is some 2⁴⁰ of its doubles,
-    whichever sum it was added to. It costs 2⁻²⁴/12 of the noise's variance.
+    The spacing of doubles depends on their size, so the last bits of sum + noise reveal information about the sum
+    (Mironov 2012). After rounding to one grid for all sizes, each released value covers some 2⁴⁰ doubles of the noise,
+    for every sum. The rounding adds 2⁻²⁴/12 of the noise's variance.
     """
     return 0.0 if noise_scale == 0 else 2.0 ** (math.frexp(noise_scale)[1] - 1 - GRID_BITS)
 
 
 def nonce(purpose: int, index: int, draw: int, rank: int = 0) -> bytes:
-    """12 bytes: purpose (1), rank (1), index (4), draw (6), little-endian. Raises ValueError where one does
-    not fit."""
+    """12 bytes: purpose (1), rank (1), index (4), draw (6), little-endian. Raises ValueError if one does not fit."""
     if not (0 <= purpose < 2**8 and 0 <= rank < 2**8 and 0 <= index < 2**32 and 0 <= draw < 2**48):
         limits = {"purpose": (purpose, 8), "rank": (rank, 8), "index": (index, 32), "draw": (draw, 48)}
         for name, (value, bits) in limits.items():
@@ -73,7 +72,7 @@ class SecretStream:
                 )
             warnings.warn(
                 "noise_key fixes the noise and the sampling: whoever knows the key can remove the noise. It "
-                "is for tests; leave it out to protect anything.",
+                "is for tests only; leave it out to protect data.",
                 stacklevel=3,
             )
         self._fixed = key is not None
@@ -93,7 +92,7 @@ class SecretStream:
 
     @property
     def fixed(self) -> bool:
-        """Whether the key was given, for a test."""
+        """Whether the key was given (for a test)."""
         return self._fixed
 
     def next_draw(self) -> int:
@@ -101,7 +100,8 @@ class SecretStream:
         if self._pid != os.getpid():
             if self._fixed:
                 raise RuntimeError(
-                    "this process was forked and would repeat its parent's noise (noise_key is fixed)"
+                    "this process was forked and would repeat its parent's noise, since noise_key is fixed; leave "
+                    "noise_key out"
                 )
             self._key, self._draw, self._pid = os.urandom(KEY_BYTES), 0, os.getpid()
         self._draw += 1
@@ -111,10 +111,10 @@ class SecretStream:
         """`key` and `nonces` of `dpkernels.ops.noise_sums` for the parameters of these indices in draw `draw`."""
         return {"key": self._key, "nonces": [nonce(PURPOSE_NOISE, index, draw) for index in indices]}
 
-    def sweep_secrets(self, indices: Sequence[int], *, draw: int, rounding: bool) -> dict[str, Any]:
+    def step_secrets(self, indices: Sequence[int], *, draw: int, rounding: bool) -> dict[str, Any]:
         """`key`, `nonces` and `rounding_nonces` of `dpkernels.ops.noise_adamw` for the parameters of these indices.
 
-        The nonces are those of `noise_secrets`, so that the noise is the same; rounding has streams of its own purpose.
+        The nonces are those of `noise_secrets`, so that the noise is the same. Rounding has streams of another purpose.
         """
         rounded = indices if rounding else ()
         return {
@@ -126,6 +126,6 @@ class SecretStream:
         """`count` independent uniform 64-bit words (numpy uint64)."""
         blocks = -(-count * 8 // _BLOCK_BYTES)
         if blocks > _MAX_BLOCKS:
-            raise ValueError(f"{count} words outgrow one ChaCha20 stream (2^35 words)")
+            raise ValueError(f"{count} words exceed one ChaCha20 stream (2^35 words)")
         stream = chacha20_keystream(self._key, 0, nonce(purpose, index, draw), blocks)
         return stream.numpy().view("<u8")[:count].astype(np.uint64, copy=False)

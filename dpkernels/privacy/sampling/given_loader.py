@@ -1,4 +1,4 @@
-"""The user's DataLoader: whether Poisson sampling can take the place of its batches."""
+"""Checks of the user's DataLoader: whether Poisson sampling can replace its batches."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +20,8 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
 
     Raises:
         TypeError: not a DataLoader.
-        ValueError: an iterable dataset, a sampler or batch sampler of the user's own, drop_last, no batch
-            size, or an empty dataset; each with the reason and the fix.
+        ValueError: an iterable dataset, a custom sampler or batch sampler, drop_last, no batch size, or an empty
+            dataset; each message has the reason and the fix.
     """
     if not isinstance(data_loader, DataLoader):
         raise TypeError(
@@ -50,14 +50,14 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
         )
     size = len(data_loader.dataset)  # type: ignore[arg-type]
     if size == 0:
-        raise ValueError("data_loader: its dataset is empty")
+        raise ValueError("data_loader: its dataset is empty; give a dataset with at least one example")
     if isinstance(data_loader.dataset, Subset | ConcatDataset):
         repeats = size - len(set(_sources(data_loader.dataset)))
         if repeats:
             raise ValueError(
-                f"data_loader: {repeats} of its {size} examples are repetitions (Subset or ConcatDataset name "
-                "them again): a repeated example would count several times in a step, and be accounted once. "
-                "Leave each in once, or use unit='speaker' with one id for its copies"
+                f"data_loader: {repeats} of its {size} examples are repetitions (Subset or ConcatDataset lists "
+                "them again): a repeated example would count several times in a step and once in ε. "
+                "Keep each once, or use unit='speaker' with one id for its copies"
             )
     if data_loader.batch_size > size:
         raise ValueError(
@@ -68,7 +68,7 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
 
 
 def _sources(dataset: Any) -> Iterator[tuple[object, ...]]:
-    """Where each example of a Subset or ConcatDataset comes from: underlying data set and index, or rows in memory."""
+    """The source of each example of a Subset or ConcatDataset: underlying data set and index, or rows in memory."""
     if isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
             yield from _sources(part)
@@ -76,7 +76,7 @@ def _sources(dataset: Any) -> Iterator[tuple[object, ...]]:
         inner = list(_sources(dataset.dataset))
         yield from (inner[index] for index in dataset.indices)
     elif type(dataset) is TensorDataset and all(t.numel() for t in dataset.tensors):
-        # two data sets may hold the same tensors, or slices of one that overlap
+        # Two data sets may hold the same tensors, or overlapping slices of one tensor.
         rows = [(t.device, t.data_ptr(), t.stride(0) * t.element_size()) for t in dataset.tensors]
         for index in range(len(dataset)):
             yield tuple((device, start + index * step) for device, start, step in rows)

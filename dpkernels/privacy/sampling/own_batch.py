@@ -1,7 +1,7 @@
-"""The self-check's own batch: examples of the data set together and each alone, as the loader's collate_fn makes them.
+"""The self-check's batch: examples of the data set, collated by the loader's collate_fn together and each alone.
 
-What the rest of a batch does to an example, padding above all, only collate_fn knows: a batch that was padded already
-has no trace of it. So examples of unlike sizes are collated, a shorter one beside longer ones, and each alone.
+Only collate_fn shows how the rest of a batch changes an example, above all by padding: an already padded batch has no
+trace of it. So examples of different sizes are collated, shorter ones beside longer ones, and each alone.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dpkernels.nn.batch.batch_axis import map_tensors, tensors_in
 from dpkernels.privacy.rng.model_draws import same_draws, secret_seed
 from dpkernels.privacy.sampling.rows import Rows, rows_of
 
-_LOOKED_AT = 32
-"""Examples that are read to find two of unlike sizes, where the sizes are not known."""
+_MEASURED = 32
+"""Number of examples that are read to find two of different sizes, if the sizes are not known."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class OwnBatch:
     """A batch of the data set's examples, and each of them alone. NOT PRIVATE.
 
     Attributes:
-        batch: what collate_fn makes of them together.
-        singles: what it makes of each, in the order of the batch's rows.
-        rows: which parts of the batch have one row an example: known from the two.
-        padded: whether one of them is larger in the batch than alone.
+        batch: all examples, collated together.
+        singles: each example, collated alone, in the order of the batch's rows.
+        rows: the parts of the batch with one row for each example, found by comparing batch and singles.
+        padded: whether an example is larger in the batch than alone.
     """
 
     batch: Any
@@ -47,43 +47,41 @@ def own_batch(
     lengths: Sequence[int] | np.ndarray | None = None,
     examples: int = 3,
 ) -> OwnBatch | str:
-    """Examples of a data set as a batch and alone; or, in words, why collate_fn cannot be asked that.
+    """Examples of a data set as a batch and alone; or the reason, as a sentence, why collate_fn cannot be checked.
 
-    The examples are of unlike sizes where there are such: the order of rows is neither from the shortest to the longest
-    nor the other way round, so that a model which sorts them shows.
+    The examples have different sizes if there are any. Their rows are in neither ascending nor descending order of
+    size, so that the check finds a model that sorts its rows.
 
     Args:
         dataset: map-style.
         collate: the loader's collate_fn.
-        lengths: sizes of all examples, where known; else some examples are read and collated to find out.
-        examples: how many, at least two.
+        lengths: sizes of all examples, if known; else some examples are read and collated to measure them.
+        examples: number of examples, at least two.
 
     Raises:
-        Whatever dataset and collate raise.
+        Any error of dataset and collate.
     """
     count = min(examples, len(dataset))
     if lengths is not None:
         order = np.argsort(np.asarray(lengths), kind="stable")
         items = _read(dataset, [int(order[place]) for place in _spread(len(order), count)])
     else:
-        items = _unlike(dataset, collate, count)
+        items = _of_different_sizes(dataset, collate, count)
     items = [*items[1:-1], items[0], items[-1]] if len(items) > 2 else items[::-1]
-    batch, again = (_collated(collate, items) for _ in range(2))
-    if not _equal(batch, again):
+    batch, repeated = (_collated(collate, items) for _ in range(2))
+    if not _equal(batch, repeated):
         return (
-            "what padding does: collate_fn gives another batch for the same examples the second time, so that an "
-            "example alone cannot be compared with it in a batch"
+            "the effect of padding: two calls of collate_fn return different batches for the same examples, so an "
+            "example alone cannot be compared with the same example in a batch"
         )
     singles = [_collated(collate, [item]) for item in items]
     rows = rows_of(batch, len(items), singles=singles)
     places = rows.order_in(batch, singles)
     if places is None and _equal(_collated(collate, items[::-1]), rows.taken(batch, range(len(items))[::-1])):
-        places = list(
-            range(len(items))
-        )  # what it pads or changes is no matter: its rows are in the order of the items
+        places = list(range(len(items)))  # the rows are in the order of the items, padded or changed
     if places is None:
         return (
-            "what padding does: which row of the batch collate_fn makes of which example is not known, as it gives "
+            "the effect of padding: the rows of the batch cannot be matched to the examples, since collate_fn returns "
             "them in another order (does it sort?) and an example alone is not found in its row"
         )
     singles = [singles[place] for place in places]
@@ -92,7 +90,7 @@ def own_batch(
 
 
 def form_of(batch: Any) -> Any:
-    """What a batch is made of: tensors with their number of dimensions, in dicts, tuples, lists and dataclasses."""
+    """The structure of a batch: tensors with their number of dimensions, in dicts, tuples, lists and dataclasses."""
     if isinstance(batch, Tensor):
         return "Tensor", batch.dim(), batch.is_floating_point()
     if isinstance(batch, Mapping):
@@ -105,7 +103,7 @@ def form_of(batch: Any) -> Any:
 
 
 def on_devices_of(batch: Any, model_batch: Any) -> Any:
-    """`batch`, each tensor on the device of its counterpart in `model_batch`, which has the same form."""
+    """`batch` with each tensor on the device of its counterpart in `model_batch`, which has the same form."""
     devices = iter([tensor.device for _, tensor in tensors_in(model_batch)])
     return map_tensors(batch, lambda tensor: tensor.to(next(devices)))
 
@@ -115,30 +113,30 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def size_of(batch: Any) -> int:
-    """Entries of all tensors of a batch."""
+    """Number of entries of all tensors of a batch."""
     return sum(tensor.numel() for _, tensor in tensors_in(batch))
 
 
 def _spread(size: int, count: int) -> list[int]:
-    """`count` different places of 0 ... size − 1, the first and the last among them."""
+    """`count` different indices in 0 ... size − 1, the first and the last among them."""
     return [math.floor(place) for place in np.linspace(0, size - 1, count)]
 
 
-def _unlike(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -> list[Any]:
-    """`count` examples from the smallest to the largest of those that were looked at."""
-    items = _read(dataset, _spread(len(dataset), min(len(dataset), max(_LOOKED_AT, count))))
+def _of_different_sizes(dataset: Any, collate: Callable[[list[Any]], Any], count: int) -> list[Any]:
+    """`count` of about `_MEASURED` examples spread over the data set, from the smallest to the largest."""
+    items = _read(dataset, _spread(len(dataset), min(len(dataset), max(_MEASURED, count))))
     sizes = [size_of(_collated(collate, [item])) for item in items]
     order = sorted(range(len(items)), key=sizes.__getitem__)
     return [items[order[place]] for place in _spread(len(order), count)]
 
 
 def _read(dataset: Any, places: list[int]) -> list[Any]:
-    together = getattr(dataset, "__getitems__", None)  # as torch's own fetcher does
-    return list(together(places)) if together else [dataset[place] for place in places]
+    get_items = getattr(dataset, "__getitems__", None)  # torch's own fetcher does the same
+    return list(get_items(places)) if get_items else [dataset[place] for place in places]
 
 
 def _collated(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
-    with same_draws(secret_seed()):  # and the run's own generators stay where they are
+    with same_draws(secret_seed()):  # the global generators keep their states
         return collate(items)
 
 

@@ -1,5 +1,4 @@
-"""Who is sampled, with what probability: the public constants of a run, worked out from what make_private is
-given."""
+"""The public constants of a run's sampling (unit, N, q), computed from the arguments of make_private."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,15 @@ UNITS = ("example", "speaker")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Public constants of the sampling: who is sampled, how many there are, with what probability.
+    """Public constants of the sampling: the sampled units, their number and their probability.
 
     Attributes:
-        unit: what is protected, "example" or "speaker".
-        units: N, how many of them.
-        sample_rate: q. Of examples: batch_size/N. Of speakers: batch_size/(k·N), so that batch_size bounds
+        unit: the protected unit, "example" or "speaker".
+        units: N, the number of units.
+        sample_rate: q. For examples: batch_size/N. For speakers: batch_size/(k·N), so that batch_size bounds
             the expected number of examples.
         expected_batch_size: the DataLoader's batch_size, in examples: the noised sum's divisor.
-        per_unit: most examples of one unit in a step: 1, or k = max_examples_per_speaker.
+        per_unit: largest number of examples of one unit in a step: 1, or k = max_examples_per_speaker.
         max_batch_size: capacity of truncated Poisson sampling, or None.
     """
 
@@ -42,7 +41,7 @@ class Sampling:
 
 
 def speaker_ids(speakers: Sequence[Hashable]) -> list[Hashable]:
-    """The ids as plain values that compare by value: a tensor's elements would each be a speaker of its own.
+    """The ids as plain values that compare by value. Elements of a tensor would each be a different speaker.
 
     Raises:
         TypeError: an id that is a tensor.
@@ -52,11 +51,11 @@ def speaker_ids(speakers: Sequence[Hashable]) -> list[Hashable]:
     for index, speaker in enumerate(ids):
         if isinstance(speaker, torch.Tensor):
             raise TypeError(
-                f"speakers[{index}] is a tensor, which equals no other; give plain ids: speakers.tolist()"
+                f"speakers[{index}] is a tensor, and no two tensors are equal; give plain ids: speakers.tolist()"
             )
         if speaker is None or speaker != speaker:
             raise ValueError(
-                f"speakers[{index}] is {speaker}: every example needs a speaker; name it, or drop it"
+                f"speakers[{index}] is {speaker}: every example needs a speaker; give an id, or drop the example"
             )
     return ids
 
@@ -117,11 +116,11 @@ def plan_sampling(
 def sampler_of(
     sampling: Sampling, speakers: Sequence[Hashable] | None, stream: SecretStream
 ) -> ExampleSampler | SpeakerSampler:
-    """What draws the logical batches of this sampling, from `stream`.
+    """The sampler that draws the logical batches of this sampling from `stream`.
 
     Args:
         sampling: from `plan_sampling`.
-        speakers: those it was planned for, as `speaker_ids` gives them; None where examples are sampled.
+        speakers: the same as in `plan_sampling`, from `speaker_ids`; None if examples are sampled.
         stream: the secret stream.
     """
     if speakers is not None:

@@ -1,4 +1,4 @@
-"""Who joins a step: Poisson sampling over examples or speakers, by 64-bit words of a cryptographic stream.
+"""The samplers: Poisson sampling over examples or speakers, by 64-bit words of a cryptographic stream.
 
 Inclusion: a unit joins when its word < ⌊q·2⁶⁴⌋, so its probability is at most q and less than 2⁻⁶⁴ below it.
 ε grows with q, so accounting with q itself is an upper bound.
@@ -20,7 +20,7 @@ def inclusion_threshold(sample_rate: float) -> int:
 
 
 def poisson(count: int, sample_rate: float, stream: SecretStream) -> np.ndarray:
-    """Indices (int64, ascending) of the units that join: each of `count` on its own with probability q."""
+    """Indices (int64, ascending) of the units that join: each of `count` independently with probability q."""
     threshold = inclusion_threshold(sample_rate)
     if threshold == 2**64:
         return np.arange(count)
@@ -29,10 +29,10 @@ def poisson(count: int, sample_rate: float, stream: SecretStream) -> np.ndarray:
 
 
 def uniform_subset(items: np.ndarray, size: int, stream: SecretStream) -> np.ndarray:
-    """A uniformly random subset of `size` items (all of them when there are no more), in their order.
+    """A uniformly random subset of `size` items (all items if there are at most `size`), in their order.
 
-    Every item draws a 64-bit word and the smallest words win; equal words would favour an order, so then all
-    draw again.
+    Every item gets a 64-bit word, and the items with the smallest words are kept. Equal words would favour one order,
+    so all words are then drawn again.
     """
     if len(items) <= size:
         return items
@@ -43,8 +43,7 @@ def uniform_subset(items: np.ndarray, size: int, stream: SecretStream) -> np.nda
 
 
 class ExampleSampler:
-    """Poisson sampling over examples; truncated to a capacity by a uniformly random subset where one is
-    given.
+    """Poisson sampling over examples. A capacity, if given, truncates a batch to a uniformly random subset.
 
     Args:
         dataset_size: N.
@@ -62,7 +61,7 @@ class ExampleSampler:
         self._stream = stream
 
     def draw(self) -> np.ndarray:
-        """Indices of one logical batch, possibly none."""
+        """Indices of one logical batch, possibly empty."""
         chosen = poisson(self.dataset_size, self.sample_rate, self._stream)
         if self.max_batch_size is None:
             return chosen
@@ -70,7 +69,7 @@ class ExampleSampler:
 
 
 class SpeakerSampler:
-    """Poisson sampling over speakers; of each chosen speaker at most k uniformly random examples join.
+    """Poisson sampling over speakers. At most k uniformly random examples of each chosen speaker join.
 
     A speaker then contributes a sum of at most k clipped gradients: the sensitivity is k·C.
 
@@ -102,7 +101,7 @@ class SpeakerSampler:
         return len(self._examples)
 
     def draw(self) -> np.ndarray:
-        """Indices of one logical batch, possibly none."""
+        """Indices of one logical batch, possibly empty."""
         chosen = poisson(len(self._examples), self.sample_rate, self._stream)
         parts = [
             uniform_subset(self._examples[speaker], self.max_examples_per_speaker, self._stream)

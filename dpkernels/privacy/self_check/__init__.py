@@ -1,4 +1,4 @@
-"""The self-check: whether a private step adds what each example alone would add, whatever is beside it in the batch.
+"""The self-check: whether each example's contribution to a private step is the same alone and in any batch.
 
 This folder imports `rng`, `guards`, `sampling` and `step`; only the engine imports it.
 """

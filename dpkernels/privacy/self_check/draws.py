@@ -1,8 +1,8 @@
-"""A batch's random draws given to its examples alone: what a model drew for row i is drawn again for example i.
+"""Replays a batch's random draws for its examples alone: example i gets row i of each draw.
 
-Under one seed a batch and an example alone draw different numbers, as their shapes differ, and a model that is random
-in what it computes (a VAE, a diffusion model) gives the example another gradient. Here the draws of the batch are kept
-in order, and each example alone is handed its own row of each, cut to its own size.
+Under one seed a batch and an example alone draw different numbers, since their shapes differ, and a model whose output
+is random (a VAE, a diffusion model) then gives the example another gradient. This module records the draws of the batch
+in order, and gives each example alone its own row of each draw, cut to its own size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpkernels.privacy.self_check.findings import SelfCheckError, SelfCheckReport
 
-# Of shapes and numbers only. What is drawn by the values of a tensor (multinomial, native_dropout) is not handed on: it
-# would hide that those values depend on the rest of the batch.
+# Operations whose draws depend on shapes and numbers only. Draws that depend on a tensor's values (multinomial,
+# native_dropout) are not replayed: this would hide a dependence of the values on the rest of the batch.
 _BY_SHAPE = frozenset(
     {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal_", "uniform_"}
     | {"random_", "exponential_", "cauchy_", "log_normal_", "geometric_", "bernoulli_"}
@@ -24,11 +24,11 @@ _BY_SHAPE = frozenset(
 
 
 class DrawsUnlike(RuntimeError):
-    """Draws that cannot be told apart by example; the message says which."""
+    """Draws cannot be separated by example; the message names them."""
 
 
 class KeptDraws(TorchDispatchMode):
-    """Keeps what torch's random operations give within it, in order."""
+    """Records the results of torch's random operations, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,60 +37,60 @@ class KeptDraws(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self.draws.append((_checked(func, args), _bounds(func, args), found.detach().clone()))
-        return found
+            self.draws.append((_checked(func, args), _bounds(func, args), result.detach().clone()))
+        return result
 
 
 class DrawsOfRow(TorchDispatchMode):
-    """Within it torch's random operations give row `sample` of what they gave a batch of `size` examples.
+    """Makes torch's random operations return row `sample` of the draws recorded for a batch of `size` examples.
 
-    That a draw's first dimension is the batch is known from two runs: it is `size` in the batch and 1 alone. One that
-    has the batch's shape alone, too, is shared by all examples. Raises DrawsUnlike, at the end also where the batch
-    drew more often (once an example, say, in a loop), and SelfCheckError where places among the examples are drawn.
+    A draw has one row for each example if its first dimension is `size` in the batch and 1 for an example alone. A draw
+    of the same shape in both is shared by all examples. Raises DrawsUnlike for other draws, and at the end if the batch
+    drew more often (for example in a loop over examples). Raises SelfCheckError if indices of examples are drawn.
     """
 
     def __init__(self, kept: KeptDraws, sample: int, size: int) -> None:
         super().__init__()
-        self._left = iter(kept.draws)
+        self._remaining = iter(kept.draws)
         self._sample = sample
         self._size = size
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            return found
-        name, bounds, drawn = next(self._left, ("nothing", [], found))
+            return result
+        name, bounds, drawn = next(self._remaining, ("nothing", [], result))
         if name != _checked(func, args):
-            raise DrawsUnlike(f"it draws {_name(func)} for an example alone where it drew {name} for a batch")
+            raise DrawsUnlike(f"the model draws {_name(func)} for an example alone but {name} for a batch")
         self._compare(name, bounds, _bounds(func, args))
-        return found.copy_(self._row(drawn, found.shape))
+        return result.copy_(self._row(drawn, result.shape))
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         super().__exit__(exc_type, exc_val, exc_tb)
-        left = sum(1 for _ in self._left)
-        if exc_type is None and left:
+        surplus = sum(1 for _ in self._remaining)
+        if exc_type is None and surplus:
             raise DrawsUnlike(
-                f"it draws {left} times more for a batch of {self._size} than for an example alone"
+                f"the model makes {surplus} more draws for a batch of {self._size} than for an example alone"
             )
 
     def _compare(self, name: str, in_batch: list[int], alone: list[int]) -> None:
-        """Whole numbers below the number of examples are places among them: of mates."""
+        """Raise SelfCheckError if whole numbers below the number of examples are drawn: indices of other examples."""
         if in_batch == alone:
             return
         if any(there == self._size and here == 1 for there, here in zip(in_batch, alone, strict=True)):
             raise SelfCheckError(
                 f"self-check: the model draws whole numbers below the number of examples (torch.{name}, "
-                f"{self._size} in this batch, 1 for an example alone): places in the batch, as mixup and shuffled "
-                "negatives do. An example's loss would depend on its batch too, and its gradient would not be its "
-                "own. Mix within an example, or take it out",
+                f"{self._size} in this batch, 1 for an example alone): indices of other examples, as mixup and "
+                "shuffled negatives do. An example's loss and gradient would depend on the rest of its batch. Mix "
+                "within an example, or remove the mixing",
                 SelfCheckReport(),
             )
         raise DrawsUnlike(
-            f"it draws whole numbers within {in_batch} for a batch and {alone} for an example alone"
+            f"the model draws whole numbers within {in_batch} for a batch and {alone} for an example alone"
         )
 
     def _row(self, drawn: Tensor, shape: torch.Size) -> Tensor:
@@ -99,7 +99,8 @@ class DrawsOfRow(TorchDispatchMode):
         by_row = drawn.dim() == len(shape) and drawn.shape[:1] == (self._size,) and shape[:1] == (1,)
         if not by_row or any(alone > there for alone, there in zip(shape[1:], drawn.shape[1:], strict=True)):
             raise DrawsUnlike(
-                f"it draws {tuple(drawn.shape)} for a batch of {self._size} and {tuple(shape)} for an example alone"
+                f"the model draws {tuple(drawn.shape)} for a batch of {self._size} and {tuple(shape)} for an example "
+                "alone"
             )
         rest = tuple(slice(0, length) for length in shape[1:])
         return drawn[(slice(self._sample, self._sample + 1), *rest)]
@@ -110,14 +111,14 @@ def _name(func: Any) -> str:
 
 
 def _bounds(func: Any, args: tuple[Any, ...]) -> list[int]:
-    """Between which whole numbers are drawn, and randperm's number; empty for other draws."""
-    whole = _name(func) in ("randint", "randint_like", "randperm", "random_")
-    return [value for value in args if isinstance(value, int)] if whole else []
+    """The bounds of drawn whole numbers, or the length of a randperm; empty for other draws."""
+    integral = _name(func) in ("randint", "randint_like", "randperm", "random_")
+    return [value for value in args if isinstance(value, int)] if integral else []
 
 
 def _checked(func: Any, args: tuple[Any, ...]) -> str:
     name = _name(func)
     in_place = name.endswith("_") and any(isinstance(value, Tensor) for value in args[1:])
     if name not in _BY_SHAPE or in_place:  # bernoulli_(p) of a tensor p
-        raise DrawsUnlike(f"it draws by the values of a tensor ({name})")
+        raise DrawsUnlike(f"the model's draws depend on the values of a tensor ({name})")
     return name

@@ -1,4 +1,4 @@
-"""What a self-check found: the numbers, what was not asked, and the message that says which layers differ."""
+"""Results of a self-check: the numbers, the checks that were skipped, and the message that names the layers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 
 import torch
 
-# An example's loss alone over n times its loss in a batch of n, off from 1 by less: divided by n, says the message.
+# If an example's loss alone and n times its loss in a batch of n differ by less, the losses are divided by n.
 _DIVIDED = 1e-3
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one parameter's gradient is off. NOT PRIVATE.
+    """The error of one parameter's gradient. NOT PRIVATE.
 
     Attributes:
         parameter: qualified name. From the batch-independence check: "all trained parameters", or "the loss".
         sample: index in the batch.
-        error: ‖private − one by one‖ over the larger of ‖one by one‖ and 10⁻³ of the example's whole
+        error: ‖private − one-by-one‖ over the larger of ‖one-by-one‖ and 10⁻³ of the norm of the example's whole
             gradient. From the batch-independence check: the change over `norm`.
-        norm: ‖one by one‖. From the batch-independence check: of the private gradient, or of the loss.
+        norm: ‖one-by-one‖. From the batch-independence check: the norm of the private gradient, or the loss.
         mode: "eval" or "train".
-        place: "" in the batch as it came; ", rows reversed" with its rows in the reverse order.
+        place: "" for the batch's own order; ", rows reversed" for the reverse order.
     """
 
     parameter: str
@@ -36,18 +36,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class SelfCheckReport:
-    """What was compared. NOT PRIVATE.
+    """The comparisons of a self-check. NOT PRIVATE.
 
     Attributes:
-        differences: every parameter × sample × mode, worst first.
-        tolerance: largest error accepted.
-        first_module: where a gradient differs, in order of execution the first module whose output does; None
-            where no gradient or no output does.
-        norm_shortfall: largest factor by which a norm fell below the gradient's (<= 1 where norms are upper
-            bounds).
-        padded: whether an example was compared that is larger in its batch than alone. Where the data set has none,
-            collate_fn pads nothing, or what it made was not asked: see `unchecked`.
-        unchecked: what was not asked, each with the reason.
+        differences: one for every parameter × sample × mode, worst first.
+        tolerance: largest accepted error.
+        first_module: if a gradient differs, the first module in order of execution whose output differs; None if no
+            gradient or no output differs.
+        norm_shortfall: largest factor by which a norm fell below the gradient's (<= 1 if norms are upper bounds).
+        padded: whether an example was compared that is larger in its batch than alone. It is False if the data set has
+            no such examples, if collate_fn pads nothing, or if its batches were not checked: see `unchecked`.
+        unchecked: the checks that were not possible, each with the reason.
     """
 
     differences: list[Difference] = field(default_factory=list)
@@ -59,7 +58,7 @@ class SelfCheckReport:
 
     @property
     def modes(self) -> set[str]:
-        """ "eval" and "train", each where the model repeats itself with dropout off."""
+        """The modes that were compared, of "eval" and "train": those in which the model repeats with dropout off."""
         return {item.mode for item in self.differences}
 
     @property
@@ -69,7 +68,7 @@ class SelfCheckReport:
 
 
 class SelfCheckError(RuntimeError):
-    """The self-check failed; `report` has the numbers, the message names the layers."""
+    """The self-check failed. `report` has the numbers, and the message names the layers."""
 
     def __init__(self, message: str, report: SelfCheckReport) -> None:
         super().__init__(message)
@@ -78,15 +77,15 @@ class SelfCheckError(RuntimeError):
 
 @dataclass
 class Compared:
-    """What comparisons gave.
+    """The results of comparisons.
 
     Attributes:
         differences: by parameter and example.
         shortfall: largest factor by which a norm fell below the gradient's.
-        dtypes: that the model computes in.
-        losses: (in the batch, alone) of the examples.
-        size: of the batch.
-        guessed: parts of the batch that were taken for the examples' by their size.
+        dtypes: the dtypes that the model computes in.
+        losses: (in the batch, alone) for each example.
+        size: number of examples in the batch.
+        guessed: parts of the batch whose rows were found from their number only.
     """
 
     differences: list[Difference] = field(default_factory=list)
@@ -97,7 +96,7 @@ class Compared:
     guessed: tuple[str, ...] = ()
 
     def take(self, other: Compared) -> None:
-        """Join another's."""
+        """Add the results of other comparisons."""
         self.differences += other.differences
         self.shortfall = max(self.shortfall, other.shortfall)
         self.dtypes |= other.dtypes
@@ -106,30 +105,30 @@ class Compared:
         self.guessed = self.guessed or other.guessed
 
     def hint(self) -> str:
-        """Words for rows that were guessed, and for a loss that is divided by the number of examples. They decide
-        nothing."""
+        """Sentences for guessed rows, and for a loss that is divided by the number of examples. The outcome of the
+        check does not depend on them."""
         doubt = "\n" + guess_message(self.guessed, self.size) if len(self.guessed) > 1 else ""
         if not self.losses or not all(
             alone and abs(together * self.size / alone - 1) < _DIVIDED for together, alone in self.losses
         ):
             return doubt
         return (
-            f"{doubt}\nThe loss of an example changes with the batch's size: in a batch of {self.size} it is its loss "
-            f"alone, divided by {self.size}. Was it divided by len(batch)? Give the losses as they are: step() divides "
-            "their gradients' sum by the expected batch size."
+            f"{doubt}\nThe loss of an example changes with the batch's size: in a batch of {self.size} it is the loss "
+            f"alone, divided by {self.size}. Was it divided by len(batch)? Give the undivided losses: step() divides "
+            "the sum of their gradients by the expected batch size."
         )
 
 
 def guess_message(parts: Sequence[str], size: int) -> str:
-    """That these parts of a batch have rows is a guess, and what to do where it is wrong."""
+    """The sentence that the rows of these parts of a batch are guessed, and the fix if the guess is wrong."""
     return (
-        f"That {', '.join(parts)} are the examples' was taken from their {size} rows. Where one of them is shared by "
-        "all examples, leave the batch out, or give singles"
+        f"{', '.join(parts)} were taken to hold one row for each example, because they have {size} rows. If all "
+        "examples share one of them, leave the batch out, or give singles"
     )
 
 
 def merged(reports: Sequence[SelfCheckReport], unchecked: Sequence[str]) -> SelfCheckReport:
-    """One report of several batches, worst difference first, with what was not asked of them."""
+    """One report of several batches, worst difference first, with the checks that were not possible."""
     differences = [item for report in reports for item in report.differences]
     return SelfCheckReport(
         worst_first(differences),
@@ -137,7 +136,7 @@ def merged(reports: Sequence[SelfCheckReport], unchecked: Sequence[str]) -> Self
         next((report.first_module for report in reports if report.first_module is not None), None),
         max(report.norm_shortfall for report in reports),
         any(report.padded for report in reports),
-        tuple(dict.fromkeys([*(said for report in reports for said in report.unchecked), *unchecked])),
+        tuple(dict.fromkeys([*(check for report in reports for check in report.unchecked), *unchecked])),
     )
 
 
@@ -147,23 +146,25 @@ def worst_first(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def explain(report: SelfCheckReport, hint: str = "") -> str:
-    """The message of a failed check: parameters, the first module that differs, likely causes."""
+    """The message of a failed check: the parameters, the first module that differs, and likely causes."""
     worst: dict[str, Difference] = {}
     for item in report.failures:
         worst.setdefault(item.parameter, item)
     lines = "".join(
-        f"\n  {item.parameter}: off by {item.error:.3g} of its norm "
+        f"\n  '{item.parameter}': off by {item.error:.3g} of its norm "
         f"(example {item.sample}, {item.mode} mode{item.place})"
         for item in list(worst.values())[:12]
     )
     where = ""
     if report.first_module is not None:
-        where = f"\nThe first module whose output for an example depends on its batch: {report.first_module}."
+        where = (
+            f"\nThe first module whose output for an example depends on its batch: '{report.first_module}'."
+        )
     return (
-        "self-check: the gradient of an example in its batch is not its gradient alone, beyond "
-        f"{report.tolerance:g}, for {len(worst)} parameters:{lines}{where}{hint}\nLikely causes: normalisation "
+        "self-check: the gradient of an example in its batch is not its gradient alone; it differs by more than "
+        f"{report.tolerance:g} for {len(worst)} parameters:{lines}{where}{hint}\nLikely causes: normalisation "
         "over the batch, padding that is not masked, a layer whose first dimension is not the batch, rows that the "
-        "model sorts, a loss that mixes examples or is divided by their number, or, where errors are below 0.01 and on "
-        "a GPU, convolutions in TF32, torch's default (torch.backends.cudnn.allow_tf32 = False). (These numbers are "
+        "model sorts, a loss that mixes examples or is divided by their number, or, for errors below 0.01 on a GPU, "
+        "convolutions in TF32, torch's default (set torch.backends.cudnn.allow_tf32 = False). (These numbers are "
         "NOT PRIVATE.)"
     )

@@ -1,4 +1,4 @@
-"""How the checks look into a model: its modes, one private backward, its modules' outputs."""
+"""Tools of the checks: modes of a model, one private backward, random behaviour, and outputs of its modules."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,14 +36,14 @@ def private_backward(tape: Tape, losses: Tensor) -> list[Record]:
 
 
 def settle_axes(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> None:
-    """Have the tape's axes asked for now where they were not, by a forward: before hooks are placed that see it."""
+    """Let the tape find its batch axes by a forward now, if it has not: later forwards have hooks that would see it."""
     if tape.needs_to_ask:
         loss_fn(model, batch)
         tape.discard()
 
 
 def row_error(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> RowError | None:
-    """What the row check says of a batch, None where all rows are the examples'; the tape learns its axes from it."""
+    """The row check's error for a batch, or None if every row belongs to one example; also sets the tape's axes."""
     losses = loss_fn(model, batch)
     check_losses(losses)
     if len(losses) < 2:
@@ -60,29 +60,29 @@ def row_error(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -
 
 IN_ANOTHER_ORDER = (
     "with the batch's rows in another order",
-    "As the batch came it did not, so the model takes rows in one order only, as packed sequences that have to be "
-    "sorted do. pack_padded_sequence(..., enforce_sorted=False) computes the same, and takes any order",
+    "For the batch in its own order it did not, so the model accepts only one order of rows, as packed sequences that "
+    "must be sorted do. pack_padded_sequence(..., enforce_sorted=False) computes the same for every order",
 )
 
 
 ALONE = (
     "for an example alone",
-    "In the batch it did not. Statistics over the batch (batch_norm(training=True)) cannot be of one example, and mix "
-    "those of a batch: take them out, or those of evaluation",
+    "For the batch it did not. Statistics over the batch (batch_norm(training=True)) are not defined for one example, "
+    "and mix the examples of a batch: remove them, or use the running statistics of evaluation",
 )
 
 
 @contextmanager
-def explained(mode: str, said: tuple[str, str]) -> Iterator[None]:
-    """What loss_fn raises for rows that the check made is said to come of them: `said` is what they are, and why."""
+def explained(mode: str, texts: tuple[str, str]) -> Iterator[None]:
+    """Convert loss_fn's error for a changed batch to a SelfCheckError. `texts`: the change and the likely cause."""
     try:
         yield
     except (torch.OutOfMemoryError, SelfCheckError, DrawsUnlike):
         raise
     except Exception as error:
-        made, cause = said
+        change, cause = texts
         raise SelfCheckError(
-            f"self-check ({mode} mode): {made} loss_fn raised {type(error).__name__}: {error}\n{cause}",
+            f"self-check ({mode} mode): {change} loss_fn raised {type(error).__name__}: {error}\n{cause}",
             SelfCheckReport(),
         ) from error
 
@@ -91,13 +91,13 @@ def explained(mode: str, said: tuple[str, str]) -> Iterator[None]:
 def private_gradient(
     records: list[Record], trained: dict[str, nn.Parameter], sample: int, batch_size: int
 ) -> dict[str, Tensor]:
-    """What the private path adds for one sample at factor 1: float64, by name. Zero without a record."""
+    """The contribution of one sample in the private path at factor 1: float64, by name. Zero without a record."""
     sums = {p: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in trained.values()}
     factors = torch.zeros(batch_size)
     factors[sample] = 1
     add_weighted_sums(records, factors, sums)  # as the optimizer does
-    # What autograd filled past the layers' rules is part of the sum's gradient, not of a sample's: shown by
-    # its absence.
+    # A .grad that autograd filled past the layers' rules is the whole batch's. It is dropped, so that the sample's
+    # gradient lacks it and the comparison fails.
     for parameter in trained.values():
         parameter.grad = None
     return {name: sums[parameter] for name, parameter in trained.items()}
@@ -106,7 +106,7 @@ def private_gradient(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """All modules in evaluation mode."""
-    with _put_back(model):
+    with _restored(model):
         model.eval()
         yield
 
@@ -114,20 +114,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def training_without_dropout(model: nn.Module) -> Iterator[None]:
     """The modules' own modes, and dropout off: also functional dropout, unless parts of the model are compiled."""
-    with _put_back(model), without_dropout(model, functional=not has_compiled(model)):
+    with _restored(model), without_dropout(model, functional=not has_compiled(model)):
         yield
 
 
 @contextmanager
-def as_it_is(model: nn.Module) -> Iterator[None]:
+def in_own_modes(model: nn.Module) -> Iterator[None]:
     """The modules' own modes, dropout included."""
-    with _put_back(model):
+    with _restored(model):
         yield
 
 
 @contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Gradients are recorded, and empty; modes and gradients are as before afterwards."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Enable autograd with empty .grad; restore modes and .grad at the end."""
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     for parameter in gradients:
@@ -143,27 +143,27 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 
 
 def repeatable(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any, times: int = 2) -> bool:
-    """Whether forwards in the present mode agree to the last bit: nothing kept, and no random draws that matter.
+    """Whether forwards in the present mode agree to the last bit: no values are kept, and no draw changes the losses.
 
-    `times`: forwards where the model draws; where it draws nothing, two tell.
+    times: number of forwards if the model draws at random; two are enough if it does not.
     """
     with torch.no_grad(), tape.paused():
         first, before = loss_fn(model, batch), generator_states()
-        again = torch.equal(loss_fn(model, batch), first)
+        equal = torch.equal(loss_fn(model, batch), first)
         drawn = generator_states() != before
-        return again and all(torch.equal(loss_fn(model, batch), first) for _ in range(2, times) if drawn)
+        return equal and all(torch.equal(loss_fn(model, batch), first) for _ in range(2, times) if drawn)
 
 
 class Behaviour(Enum):
-    """What a second forward of the same batch gives."""
+    """The result of a second forward of the same batch."""
 
     REPEATS = "the same losses"
     DRAWS = "the same losses under the same random draws"
-    KEEPS = "other losses also then: something is kept from forward to forward, or drawn elsewhere"
+    KEEPS = "other losses also under the same draws: the model keeps values, or has a generator of its own"
 
 
 def behaviour_of(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> Behaviour:
-    """How the model behaves in its present mode."""
+    """The model's behaviour in its present mode."""
     if repeatable(model, tape, loss_fn, batch):
         return Behaviour.REPEATS
     seed = secret_seed()
@@ -171,8 +171,8 @@ def behaviour_of(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any
         with same_draws(seed):
             first = loss_fn(model, batch)
         with same_draws(seed):
-            again = loss_fn(model, batch)
-    return Behaviour.DRAWS if torch.equal(first, again) else Behaviour.KEEPS
+            second = loss_fn(model, batch)
+    return Behaviour.DRAWS if torch.equal(first, second) else Behaviour.KEEPS
 
 
 def draws_past_torch(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch: Any) -> bool:
@@ -185,8 +185,8 @@ def draws_past_torch(model: nn.Module, tape: Tape, loss_fn: LossFunction, batch:
 
 @contextmanager
 def watched(model: nn.Module, see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """`see(name, output)` of the floating-point tensors that the innermost modules return, in order of execution; of
-    those within a tuple, too (attention and its weights).
+    """Call `see(name, output)` for each floating-point tensor that an innermost module returns, in order of execution,
+    also for those within a tuple (attention and its weights).
     """
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -206,14 +206,14 @@ def watched(model: nn.Module, see: Callable[[str, Tensor], object]) -> Iterator[
 
 
 def innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules without children, and ghost layers that have some, by name.
+    """The modules without children, and the ghost layers that have children, by name.
 
-    Nothing within a ghost layer that is no mere container: it may compute as one with its children (LoRA), and with a
-    hook on one of them would take another path than in training, and than where checkpointing computes it again without
-    the hook. Nothing of a compiled module: torch.compile would make the hook part of the code that training runs, and
-    does not look whether hooks came or went.
+    Modules within a ghost layer that is no plain container are left out. Such a layer may compute as one with its
+    children (LoRA). With a hook on a child it would take another path than in training, and than in a checkpoint's
+    recomputation without the hook. Modules within a compiled module are left out, too: torch.compile would make the
+    hook part of the compiled code of training, and does not notice added or removed hooks.
     """
-    # All of them first: a module that is shared has another name, and may be met elsewhere before.
+    # The whole set comes first: a shared module has several names, and may occur elsewhere before.
     within = {inner for module in compiled(model) for inner in module.modules()}
     ghosts = {
         module
@@ -229,12 +229,12 @@ def innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def has_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has the model or a part of it. No module is asked for its truth, which is its length."""
+    """Whether the model or a part of it is compiled. A module's truth value is not used, since it may be its length."""
     return next(compiled(model), None) is not None
 
 
 def compiled(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that torch.compile has, by whichever of its ways."""
+    """The modules compiled with torch.compile, in any of its ways."""
     for module in model.modules():
         forward = vars(module).get("forward")
         if (

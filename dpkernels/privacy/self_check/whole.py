@@ -1,4 +1,4 @@
-"""All that a self-check asks: of the batch that was given, and of one that the loader's own collate_fn makes."""
+"""The complete self-check: of the given batch, and of a batch that the loader's collate_fn makes."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,33 +28,35 @@ def whole_check(
     samples: int,
     tolerance: float | None,
 ) -> SelfCheckReport:
-    """What `PrivacyEngine.self_check` does; arguments, errors and warnings as there. `note` is told of the losses.
+    """Implements `PrivacyEngine.self_check`, with its arguments, errors and warnings. `note` is called with the losses.
 
-    Batch independence is checked last: what fails alone says more about where.
+    Batch independence is checked last, since the messages of the other checks locate a fault better.
     """
     if batch is None and singles is not None:
-        raise TypeError("self_check: singles are a batch's examples alone; give the batch, too")
-    asked: list[tuple[Any, Sequence[Any] | None]] = [] if batch is None else [(batch, singles)]
+        raise TypeError("self_check: singles are the examples of a batch, each alone; give the batch, too")
+    batches: list[tuple[Any, Sequence[Any] | None]] = [] if batch is None else [(batch, singles)]
     unchecked: list[str] = []
     rows: Rows | None = None
     if singles is None:
-        own = loader.own_batch(like=batch, examples=samples)
-        if isinstance(own, str):
-            unchecked.append(own)
+        collated = loader.own_batch(like=batch, examples=samples)
+        if isinstance(collated, str):
+            unchecked.append(collated)
         else:
-            asked.append((own.batch, own.singles))
-            rows = own.rows
-    if not asked:
-        raise ValueError(f"self_check cannot ask {unchecked[0]}; give a batch")
+            batches.append((collated.batch, collated.singles))
+            rows = collated.rows
+    if not batches:
+        raise ValueError(f"self_check cannot check {unchecked[0]}; give a batch")
     reports = [
-        self_check(model, tape, loss_fn, one, singles=alone, rows=rows, samples=samples, tolerance=tolerance)
-        for one, alone in asked
+        self_check(
+            model, tape, loss_fn, given, singles=alone, rows=rows, samples=samples, tolerance=tolerance
+        )
+        for given, alone in batches
     ]
     with torch.enable_grad(), tape.paused():
-        note(loss_fn(model, asked[0][0]))
-    for one, alone in asked:
-        check_batch_independence(model, tape, loss_fn, one, singles=alone, rows=rows, samples=samples)
+        note(loss_fn(model, batches[0][0]))
+    for given, alone in batches:
+        check_batch_independence(model, tape, loss_fn, given, singles=alone, rows=rows, samples=samples)
     report = merged(reports, unchecked)
     if report.unchecked:
-        warnings.warn("self_check passed, and could not ask: " + "; ".join(report.unchecked), stacklevel=3)
+        warnings.warn("self_check passed, but could not check: " + "; ".join(report.unchecked), stacklevel=3)
     return report

@@ -1,4 +1,4 @@
-"""Clipping norms, of the whole gradient or of each layer, and what one sample can change in the sum."""
+"""Clipping norms, of the whole gradient or of each layer, and the sensitivity of the sum."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +25,8 @@ def total_norm_sq(records: Sequence[Record], batch_size: int, device: torch.devi
 def add_up(norms: Iterable[Tensor], batch_size: int, device: torch.device) -> Tensor:
     """Σ of [B] upper bounds: [B] float64, an upper bound itself.
 
-    R additions in float64 lose at most R·2⁻⁵³ of the sum, which the factor 1 + (R + 1)·2⁻⁵² more than gives
-    back. NaN and infinity stay what they are.
+    R additions in float64 lose at most R·2⁻⁵³ of the sum; the factor 1 + (R + 1)·2⁻⁵² more than compensates it.
+    NaN and infinity stay.
     """
     total, count = torch.zeros(batch_size, dtype=torch.float64, device=device), 0
     for norm_sq in norms:
@@ -39,13 +39,13 @@ def add_up(norms: Iterable[Tensor], batch_size: int, device: torch.device) -> Te
 class PerLayerClipNorms:
     """The clipping norms of per-layer clipping: a public constant C_p for every trained parameter.
 
-    Parameters that one record speaks for (LoRA's A and B, a tied weight) are clipped together, at √ΣC_p². However
-    the layers group their parameters, Σ over the groups of their squared norms is ΣC_p² = total²: the sensitivity.
+    The parameters of one record (LoRA's A and B, a tied weight) are clipped together, at √ΣC_p². For every grouping of
+    parameters by layers, the sum of the groups' squared norms is ΣC_p² = total²: the sensitivity.
 
     Attributes:
         total: C = √ΣC_p², rounded up.
         of: C_p by parameter.
-        given: C_p by name as the user gave them; None for C/√P each.
+        given: C_p by name as the user gave them; None if each is C/√P.
     """
 
     total: float
@@ -53,11 +53,11 @@ class PerLayerClipNorms:
     given: Mapping[str, float] | None = None
 
     def together(self, parameters: Sequence[nn.Parameter]) -> float:
-        """√Σ C_p² over these, rounded down. Raises RuntimeError for one that was not trained at make_private."""
-        strange = [tuple(p.shape) for p in parameters if p not in self.of]
-        if strange:
+        """√Σ C_p² over these parameters, rounded down. Raises RuntimeError if one was frozen at make_private."""
+        unknown = [tuple(p.shape) for p in parameters if p not in self.of]
+        if unknown:
             raise RuntimeError(
-                f"parameters of shapes {strange} have no clipping norm: they were frozen at make_private. Unfreeze "
+                f"parameters of shapes {unknown} have no clipping norm: they were frozen at make_private. Unfreeze "
                 "them before make_private"
             )
         if len(parameters) == 1:
@@ -65,21 +65,21 @@ class PerLayerClipNorms:
         return math.sqrt(math.fsum(self.of[p] ** 2 for p in parameters)) * _DOWN
 
 
-# A few roundings of a float64: one way, and the other.
+# Factors for a few float64 roundings, downwards and upwards.
 _DOWN, _UP = 1 - 2.0**-50, 1 + 2.0**-50
 
 
 def per_layer_clip_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]) -> PerLayerClipNorms:
-    """The norms that `max_grad_norm` stands for under strategy="per_layer".
+    """The norms that `max_grad_norm` means under strategy="per_layer".
 
     Args:
-        max_grad_norm: a number C: C/√P for each of the P trained parameters. A sequence: one norm a trained
-            parameter, in the order of model.named_parameters(). A mapping: the norm of each by name.
+        max_grad_norm: a number C gives C/√P to each of the P trained parameters. A sequence has one norm for each
+            trained parameter, in the order of model.named_parameters(). A mapping has one for each by name.
         trained: the trained parameters by name.
 
     Raises:
-        ValueError: names or numbers of norms that are not the trained parameters'; a norm that is not finite or not
-            above 0.
+        ValueError: names or a number of norms that do not match the trained parameters; a norm that is not finite
+            or not above 0.
         TypeError: a norm that is not a number.
     """
     if not is_per_layer(max_grad_norm):
@@ -89,8 +89,8 @@ def per_layer_clip_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]
     if not isinstance(max_grad_norm, Mapping):
         if len(max_grad_norm) != len(trained):
             raise ValueError(
-                f"max_grad_norm: {len(max_grad_norm)} norms were given for {len(trained)} trained parameters; give "
-                "one each, in the order of model.named_parameters(), or a mapping by name, or one number for all"
+                f"max_grad_norm has {len(max_grad_norm)} norms for {len(trained)} trained parameters; give one for "
+                "each, in the order of model.named_parameters(), or a mapping by name, or one number for all"
             )
         max_grad_norm = dict(zip(trained, max_grad_norm, strict=True))
     missing, unknown = trained.keys() - max_grad_norm.keys(), max_grad_norm.keys() - trained.keys()
@@ -105,25 +105,25 @@ def per_layer_clip_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]
 
 
 def is_per_layer(max_grad_norm: Any) -> bool:
-    """Whether it is a sequence or mapping of norms."""
+    """Whether `max_grad_norm` is a sequence or mapping of norms."""
     return isinstance(max_grad_norm, Mapping | Sequence) and not isinstance(max_grad_norm, str)
 
 
 def check_norm(norm: Any, name: str = "max_grad_norm") -> float:
-    """A clipping norm as a float; TypeError unless a number, ValueError unless finite and > 0."""
+    """A clipping norm as a float. Raises TypeError unless it is a number, ValueError unless finite and > 0."""
     if isinstance(norm, bool) or not isinstance(norm, int | float):
-        raise TypeError(f"{name}={norm!r}: one number is expected, the norm that a gradient is clipped to")
+        raise TypeError(f"{name}={norm!r} must be one number, the norm that a gradient is clipped to")
     if not (math.isfinite(norm) and norm > 0):
         raise ValueError(f"{name} must be finite and > 0, got {norm}")
     return float(norm)
 
 
 def batch_bound(units: int, sample_rate: float, *, per_unit: int = 1, capacity: int | None = None) -> int:
-    """A public bound on the examples of a logical batch.
+    """A public bound on the number of examples in a logical batch.
 
-    The capacity or the whole data set where these are smaller; else m = q·N + 30·√(q·N) + 500 units, which
-    Poisson sampling exceeds with probability below e⁻⁴⁰⁰ (Chernoff: exp(−t²/(2(μ + t/3))), t = 30√μ + 500),
-    less than any δ in float64 can tell from 0. The optimizer refuses a larger batch.
+    It is the smallest of the capacity, the data set's size and m = q·N + 30·√(q·N) + 500 units. Poisson sampling
+    exceeds m with probability below e⁻⁴⁰⁰ (Chernoff: exp(−t²/(2(μ + t/3))), t = 30√μ + 500), less than any δ in
+    float64 can distinguish from 0. The optimizer refuses a larger batch.
     """
     mean = units * sample_rate
     bound = min(units, math.ceil(mean + 30 * math.sqrt(mean) + 500))
@@ -133,26 +133,26 @@ def batch_bound(units: int, sample_rate: float, *, per_unit: int = 1, capacity: 
 
 
 def rounding_slack(examples: int) -> float:
-    """s with: one example more or less changes the float64 sum of clipped gradients by at most (1 + s)·C.
+    """The slack s: one example more or less changes the float64 sum of clipped gradients by at most (1 + s)·C.
 
-    The example's own contribution is at most C: clip_factors and the ops see to that. Beyond it, the example
-    can change how the others' additions round: each addition rounds by at most 2⁻⁵³ of the partial sum.
+    The example's own contribution is at most C: clip_factors and the ops guarantee it. In addition, the example
+    can change how the additions of the others round: each addition rounds by at most 2⁻⁵³ of the partial sum.
 
     A long example is added in pieces (of at least 64 frames, or a token of an embedding), at most P of them to
-    an entry, and they may cancel: a piece can be far above C. How far is bounded by the ops' own rounding
-    bounds: a norm is stated as at least e ≥ (2κ + 1)·2⁻²⁴·S, S = Σ_t ‖x_t‖‖g_t‖ (csrc/cpu/bounds.h), so that
-    c·S ≤ C/(e/S) = K·C with K ≤ 2¹⁷ where there are two pieces of 64 frames or more (κ ≥ 66), and P·K ≤ 2²³
-    for an embedding. (On a GPU an example is added whole, times its factor: its piece is at most C.) A partial
-    sum is then below (n + K)·C, a sum of n·P additions within n·P·(n + K)·2⁻⁵³·C of the exact one, and two
-    neighbouring sums differ by twice that more than exact ones; 2⁻⁵¹ in place of 2⁻⁵² leaves a factor of two for
-    terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens.
+    an entry. The pieces may cancel, so one can be far above C. The ops' own rounding bounds limit its size:
+    a norm is stated as at least e ≥ (2κ + 1)·2⁻²⁴·S, S = Σ_t ‖x_t‖‖g_t‖ (csrc/cpu/bounds.h), so that
+    c·S ≤ C/(e/S) = K·C with K ≤ 2¹⁷ for two pieces of 64 frames or more (κ ≥ 66), and P·K ≤ 2²³
+    for an embedding. (On a GPU an example is added as one piece, times its factor, which is at most C.) A partial
+    sum is then below (n + K)·C, a sum of n·P additions lies within n·P·(n + K)·2⁻⁵³·C of the exact one, and two
+    neighbouring sums differ by at most twice that more than exact sums do. The factor 2⁻⁵¹ instead of 2⁻⁵² leaves a
+    factor of two for terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens.
 
-    Clipped by layers, all of this holds in each layer with C_l in place of C, and √Σ(1 + s)²C_l² = (1 + s)·C.
+    Under per-layer clipping this holds in each layer with C_l in place of C, and √Σ(1 + s)²C_l² = (1 + s)·C.
 
-    It holds for gradients of float32 and narrower; float64 models (for tests) have no such K. What it does
-    not count: an example that changes the *shape* of a batch can change how the others' forward and backward
-    (and gradients materialised there by batched products) round (docs/privacy.md says how much that was measured to
-    be).
+    The bound holds for gradients of float32 and narrower; float64 models (for tests) have no such K. It does not
+    count the rounding of the forward and backward: an example that changes the *shape* of a batch can change how
+    those of the others (and gradients materialised there by batched products) round. docs/privacy.md has the
+    measured size of this effect.
     """
     return max(LEAST_SLACK, examples * _PIECES * (examples + _CANCELLATION) * 2.0**-51)
 

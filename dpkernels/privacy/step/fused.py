@@ -1,7 +1,7 @@
-"""The private step in one sweep over memory, for the optimizers that it covers, and why it does not cover others.
+"""The fused noise-and-optimizer step: one pass over memory, for torch's AdamW, Adam and SGD.
 
-Noise, division and update go through `dpkernels.ops.noise_adamw` and `noise_sgd`. The optimizer's state stays where
-torch keeps it and as torch lays it out, so that a `state_dict` goes from one path to the other, and to plain torch.
+`dpkernels.ops.noise_adamw` and `noise_sgd` add the noise, divide and update. The optimizer's state stays in torch's
+place and layout, so that a `state_dict` is valid for the fused step, the unfused step and plain torch.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's step without the wrapper that torch puts around it when the first instance is made."""
+    """A class's step without the wrapper that torch puts around it when it creates the first instance."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
-# As this module found them: a step that someone replaced since is one that has to be called.
+# The steps at import time: a step that was replaced since then has to be called.
 _STEPS = {kind: _unhooked(kind.step) for kind in (AdamW, Adam, SGD)}
 
 
 def uncovered(optimizer: Optimizer, trained: Sequence[nn.Parameter]) -> str:
-    """Why one sweep cannot take the optimizer's place; "" where it can.
+    """The reason why the fused step cannot replace the optimizer's own step; "" if it can.
 
     Args:
         optimizer: the wrapped optimizer.
-        trained: the parameters it is to update.
+        trained: the parameters that the step updates.
     """
     kind = type(optimizer)
     if kind not in _STEPS:
         return f"{kind.__name__} is not one of torch's AdamW, Adam and SGD"
-    own = vars(optimizer).get("step")
-    # A scheduler puts a wrapper around it that notes the call, which take_step does in its place.
-    own = getattr(own, "__wrapped__", own) if hasattr(own, "_wrapped_by_lr_sched") else own
-    if _unhooked(kind.step) is not _STEPS[kind] or own not in (None, kind.step):
+    step = vars(optimizer).get("step")
+    # A scheduler's wrapper around the step only records the call; take_step records it instead.
+    step = getattr(step, "__wrapped__", step) if hasattr(step, "_wrapped_by_lr_sched") else step
+    if _unhooked(kind.step) is not _STEPS[kind] or step not in (None, kind.step):
         return f"{kind.__name__}.step was replaced"
     hooks = (
         optimizer._optimizer_step_pre_hooks,
@@ -55,10 +55,10 @@ def uncovered(optimizer: Optimizer, trained: Sequence[nn.Parameter]) -> str:
     if any(hooks):
         return "hooks are registered on the optimizer's step"
     if getattr(optimizer, "grad_scale", None) is not None:
-        return "a gradient scaler is at work"
-    mine = {id(parameter) for parameter in trained}
+        return "a gradient scaler is in use"
+    trained_ids = {id(parameter) for parameter in trained}
     for number, group in enumerate(optimizer.param_groups):
-        if any(id(parameter) in mine for parameter in group["params"]):
+        if any(id(parameter) in trained_ids for parameter in group["params"]):
             reason = _uncovered_group(group)
             if reason:
                 return f"parameter group {number}: {reason}"
@@ -110,7 +110,7 @@ class Release:
 
 @dataclass
 class _Part:
-    """The parameters of one group on one device, and all that their op needs."""
+    """The parameters of one group on one device, and the arguments of their op."""
 
     group: Mapping[str, Any]
     params: list[nn.Parameter]
@@ -132,23 +132,23 @@ def take_step(
     keep_gradients: bool,
     stochastic_rounding: bool,
 ) -> dict[nn.Parameter, Tensor]:
-    """Noise the sums and step, for an optimizer of which `uncovered` says "". The sums are 0 afterwards.
+    """Noise the sums and step, for an optimizer that `uncovered` returns "" for. The sums are 0 afterwards.
 
-    Everything is allocated before anything is changed. What an exception in the middle leaves is a part of the
-    parameters stepped on, each noised once: less than was counted was released.
+    Everything is allocated before anything is changed. After an exception in the middle, some of the parameters are
+    updated, each with noise added once: less was released than was counted.
 
     Args:
-        optimizer: the wrapped optimizer; its state is updated, in torch's layout but float32 throughout.
-        trained: the trained parameters; their place in this list is their stream's index.
-        sums: of every trained parameter, float64.
+        optimizer: the wrapped optimizer; its state is updated, in torch's layout and in float32.
+        trained: the trained parameters; their position in this list is their stream's index.
+        sums: the sum of every trained parameter, float64.
         release: the noise's constants.
-        stream: where the noise comes from.
+        stream: the source of the noise.
         draw: this step's number in the stream.
-        keep_gradients: also return what was applied.
+        keep_gradients: also return the noised gradients.
         stochastic_rounding: round bfloat16 parameters at random.
 
     Returns:
-        The noised gradients by parameter where they are kept, else nothing.
+        The noised gradients by parameter if keep_gradients, else an empty dictionary.
     """
     parts = [
         _prepare(optimizer, group, params, trained, keep_gradients)
@@ -158,17 +158,17 @@ def take_step(
     for part in parts:
         _run(optimizer, part, sums, release, stream, draw, stochastic_rounding)
     if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what its wrapper would have noted
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper records it
     return {p: grad for part in parts for p, grad in zip(part.params, part.grads, strict=False)}
 
 
 def _by_device(params: Sequence[nn.Parameter], trained: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    mine = {id(parameter) for parameter in trained}
-    found: dict[torch.device, list[nn.Parameter]] = {}
+    trained_ids = {id(parameter) for parameter in trained}
+    by_device: dict[torch.device, list[nn.Parameter]] = {}
     for parameter in params:
-        if id(parameter) in mine:
-            found.setdefault(parameter.device, []).append(parameter)
-    return list(found.values())
+        if id(parameter) in trained_ids:
+            by_device.setdefault(parameter.device, []).append(parameter)
+    return list(by_device.values())
 
 
 def _prepare(
@@ -198,10 +198,10 @@ def _prepare(
         state = optimizer.state[p]
         kind = torch_optimizer._get_scalar_dtype(group["fused"])
         if not state:
-            # As Adam lays it out: the counter lives on the host unless the group is fused.
+            # Adam's layout: the counter is on the host unless the group is fused.
             place_of_step = p.device if group["fused"] else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=kind, device=place_of_step)
-        elif state["step"].dtype != kind:  # of another optimizer's state: all are counted on together
+        elif state["step"].dtype != kind:  # from another optimizer; one call increments all counters
             state["step"] = state["step"].to(kind)
         for name in ADAM_STATES:
             kept_state = state.get(name)
@@ -211,7 +211,7 @@ def _prepare(
                 state[name] = kept_state.float().contiguous()
             part.states.setdefault(name, []).append(state[name])
         part.counters.append(state["step"])
-    # One transfer for all counters that live on a GPU.
+    # One transfer for all counters on a GPU.
     part.steps = [count + 1.0 for count in torch.stack(part.counters).tolist()]
     return part
 
@@ -227,7 +227,7 @@ def _run(
 ) -> None:
     group = part.group
     common: dict[str, Any] = {
-        **stream.sweep_secrets(part.indices, draw=draw, rounding=stochastic_rounding),
+        **stream.step_secrets(part.indices, draw=draw, rounding=stochastic_rounding),
         "noise_scale": release.noise_scale,
         "grid": release.grid,
         "divisor": release.divisor,
@@ -265,12 +265,12 @@ def _run(
         decoupled=bool(group["decoupled_weight_decay"]),
         **common,
     )
-    # A number would be made a tensor anew for each of the counters that are on the host.
+    # torch would convert a number to a tensor again for each counter on the host.
     torch._foreach_add_(part.counters, torch.ones_like(part.counters[0]))
 
 
 def narrow_states(optimizer: Optimizer, trained: Sequence[nn.Parameter]) -> None:
-    """Put the states into their parameters' dtypes, as torch's own step expects them: for a step it takes."""
+    """Convert the states to their parameters' dtypes, which torch's own step expects."""
     for parameter in trained:
         state = optimizer.state.get(parameter, {})
         for name in (*ADAM_STATES, "momentum_buffer"):
@@ -279,11 +279,11 @@ def narrow_states(optimizer: Optimizer, trained: Sequence[nn.Parameter]) -> None
 
 
 def restore_wide_states(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """After `optimizer.load_state_dict(saved)`, which casts states to their parameters' dtypes: float32 ones again.
+    """Restore the float32 states that `optimizer.load_state_dict(saved)` has cast to their parameters' dtypes.
 
     Args:
         optimizer: the wrapped optimizer, loaded.
-        saved: what it was loaded from.
+        saved: the state_dict that it was loaded from.
     """
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]

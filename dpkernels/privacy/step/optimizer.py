@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -16,76 +15,53 @@ from dpkernels.privacy.guards.preconditions import check_losses
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, grid_of
 from dpkernels.privacy.step.fused import Release, narrow_states, restore_wide_states, take_step, uncovered
+from dpkernels.privacy.step.statistics import StepStats, statistics
 from dpkernels.privacy.step.strategies import Clipped, Strategy
 from dpkernels.privacy.step.sums import BatchSums
+from dpkernels.privacy.step.wrapped import WrappedOptimizer
 
 logger = logging.getLogger("dpkernels")
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """What the last applied step saw. NOT PRIVATE: for the trainer's eyes, never for a report meant for
-    others.
-
-    Attributes:
-        examples: examples in the logical batch.
-        clip_rate: share of them that were clipped (0 for an empty batch); clipped by layers: in any layer.
-        mean_norm: mean norm of their whole gradients before clipping, over those with a finite norm.
-        non_finite: how many had a non-finite norm; they contributed exactly 0 (clipped by layers: in the layers
-            where it was).
-    """
-
-    examples: int
-    clip_rate: float
-    mean_norm: float
-    non_finite: int
-
-    def __repr__(self) -> str:
-        return (
-            f"StepStats(NOT PRIVATE: examples={self.examples}, clip_rate={self.clip_rate:.3f}, "
-            f"mean_norm={self.mean_norm:.4g}, non_finite={self.non_finite})"
-        )
-
-
-# What the accounting rests on, set once.
+# Attributes that the accounting depends on: they can be set once.
 _FIXED = frozenset({"noise_multiplier", "max_grad_norm", "sensitivity", "expected_batch_size"})
 
 
-class DPOptimizer(torch.optim.Optimizer):
+class DPOptimizer(WrappedOptimizer):
     """A torch optimizer that steps on clipped, summed and noised gradients.
 
-    The step it takes is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
-    of the sum (clipped by layers: C_l and ‖g_il‖ in each layer l): float64, the noised sum rounded to a public
-    grid, then once to float32, or, where the wrapped optimizer's own step is called, to the parameter's dtype;
-    everything after it is post-processing. `param_groups`, `state` and `defaults` are the wrapped optimizer's, so that
-    learning-rate schedulers and `state_dict` work.
+    The gradient of a step is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
+    of the sum (per-layer clipping: C_l and ‖g_il‖ in each layer l). It is computed in float64. The noised sum is
+    rounded to a public grid, and then once to float32, or to the parameter's dtype if the wrapped optimizer's own step
+    is called; everything after it is post-processing. `param_groups`, `state` and `defaults` are the wrapped
+    optimizer's, so learning-rate schedulers and `state_dict` work.
 
-    torch's AdamW, Adam and SGD are not called: noise, division and their update are one sweep over memory
-    (`dpkernels.ops.noise_adamw`, `noise_sgd`), with float32 state also for bfloat16 parameters. Any other optimizer,
-    and what `dpkernels.privacy.step.fused.uncovered` names (amsgrad, hooks on its step, ...), gets the noised
-    gradients in `.grad` and its own step is called; that is logged once, with the reason.
+    torch's AdamW, Adam and SGD are not called: a fused noise-and-optimizer step (`dpkernels.ops.noise_adamw`,
+    `noise_sgd`) adds the noise, divides and updates in one pass over memory, with float32 state also for bfloat16
+    parameters. Any other optimizer, and every case that `dpkernels.privacy.step.fused.uncovered` names (amsgrad, hooks
+    on its step, ...), gets the noised gradients in `.grad`, and its own step is called. The log has the reason, once.
 
-    Made by `PrivacyEngine.make_private`.
+    `PrivacyEngine.make_private` returns it.
 
     Attributes:
         keep_gradients: after a step, `.grad` of every trained parameter holds the noised gradient that was applied.
-            False by default: it costs memory and time, and nothing here reads it. Where the wrapped optimizer's own
-            step is called, they are there in any case.
-        stochastic_rounding: bfloat16 parameters are rounded at random, so that small updates are not lost; False by
-            default. step() raises where the sweep cannot be used.
+            False by default: it costs memory and time, and nothing here reads it. If the wrapped optimizer's own
+            step is called, `.grad` holds them in any case.
+        stochastic_rounding: round bfloat16 parameters at random, so that small updates are not lost; False by
+            default. step() raises if the fused step cannot be used.
 
     Args:
         optimizer: the wrapped optimizer.
         model: the private model.
-        strategy: how a micro-batch is clipped and summed, over the model's tape.
+        strategy: clips and sums a micro-batch, over the model's tape.
         noise_multiplier: σ.
-        max_grad_norm: C, or √ΣC_l² where layers are clipped each on its own.
+        max_grad_norm: C, or √ΣC_l² under per-layer clipping.
         sensitivity: S, a little more than C (or k·C): see `dpkernels.privacy.step.clipping`.
         expected_batch_size: the public constant the noised sum is divided by.
         batch_bound: largest logical batch that the sensitivity is stated for.
-        stream: where the noise comes from.
-        spend: counts a step, durably, or raises; called before a step changes anything.
-        seeds: the global generators' secret seeds; None in tests, where they are fixed.
+        stream: the source of the noise.
+        spend: counts a step durably, or raises; called before a step changes anything.
+        seeds: the global generators' secret seeds; None in tests with fixed seeds.
     """
 
     def __init__(
@@ -103,8 +79,7 @@ class DPOptimizer(torch.optim.Optimizer):
         spend: Callable[[], None],
         seeds: SecretSeeds | None = None,
     ) -> None:
-        # Optimizer.__init__ is not called: groups and state live in the wrapped optimizer, once.
-        self.original_optimizer = optimizer
+        super().__init__(optimizer)
         self.noise_multiplier = noise_multiplier
         self.max_grad_norm = max_grad_norm
         self.sensitivity = sensitivity
@@ -115,7 +90,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._guard = ModelGuard(model, strategy.tape, optimizer, seeds if noise_multiplier > 0 else None)
         self._rows = RowCheck(strategy.tape)
         self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0)
-        # A parameter's place is its stream's index.
+        # A parameter's position is its stream's index.
         self._trained = list(self._guard.trained.values())
         self.keep_gradients = False
         self.stochastic_rounding = False
@@ -131,39 +106,12 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> NoReturn:
-        """What torch's GradScaler asks of an optimizer before it steps it."""
+        """torch's GradScaler reads this attribute before it steps an optimizer; the error refuses it."""
         raise RuntimeError(
-            "GradScaler.step(optimizer): losses of a private run are not scaled. Clipping looks at gradients as they "
-            "are, and float16's range is too small for them unscaled: take bfloat16 under torch.autocast, with "
-            "parameters in float32, give optimizer.backward the losses as they are, and call optimizer.step() itself"
+            "GradScaler.step(optimizer): losses of a private run must not be scaled. Clipping needs unscaled "
+            "gradients, and float16's range is too small for these: use bfloat16 under torch.autocast, with "
+            "parameters in float32, give optimizer.backward the unscaled losses, and call optimizer.step() itself"
         )
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's."""
-        return self.original_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.original_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's."""
-        return self.original_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.original_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's."""
-        return self.original_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.original_optimizer.defaults = defaults
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -173,11 +121,6 @@ class DPOptimizer(torch.optim.Optimizer):
                 "ledger."
             )
         super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "original_optimizer":  # not set yet
-            raise AttributeError(name)
-        return getattr(self.original_optimizer, name)
 
     def __repr__(self) -> str:
         return (
@@ -191,7 +134,7 @@ class DPOptimizer(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state; sums of an unfinished logical batch and keys are not in it."""
+        """The wrapped optimizer's state, without the sums of an unfinished logical batch and without keys."""
         return self.original_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -202,25 +145,25 @@ class DPOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
         """Refused: the trained parameters are fixed when the model is made private."""
         raise RuntimeError(
-            "add_param_group after make_private is refused: clipping, noise and the ledger cover the "
-            "parameters that were trained then. Add them before make_private."
+            "add_param_group after make_private is refused: clipping, noise and the ledger cover only the "
+            "parameters that were trained at that time. Add them before make_private."
         )
 
     @property
     def last_step(self) -> StepStats | None:
         """Statistics of the last applied step, or None before it. NOT PRIVATE."""
-        return None if self._last_seen is None else _statistics(self._last_seen)
+        return None if self._last_seen is None else statistics(self._last_seen)
 
     @property
     def attempt(self) -> int:
-        """Another number after each `recover` and `zero_grad`: examples may then be given again."""
+        """A counter that changes with each `recover` and `zero_grad`: examples may then be processed again."""
         return self._batch.attempt
 
     def begin_pass(self) -> None:
         """Called by the private loader when a pass over it begins.
 
         Raises:
-            RuntimeError: a logical batch that was handed out got no step().
+            RuntimeError: step() was not called for a logical batch that was handed out.
         """
         self._batch.check_closed()
         self._guard.before_pass()
@@ -229,32 +172,33 @@ class DPOptimizer(torch.optim.Optimizer):
         """Called by the private loader before it hands out a logical batch of `examples` examples.
 
         Raises:
-            RuntimeError: the logical batch before it got no step().
+            RuntimeError: step() was not called for the previous logical batch.
         """
         self._batch.open(examples)
         self._guard.before_logical_batch()
 
     def note_checked(self, losses: Tensor) -> None:
-        """Called by a self-check with its loss_fn's losses; `backward` warns of a scale that they have not."""
+        """Called by a self-check with its loss_fn's losses; `backward` warns of a scaling that these do not have."""
         self._guard.note_checked(losses)
 
     def backward(self, losses: Tensor) -> None:
         """Back-propagate losses.sum(), clip each example's gradient and add it to the sums.
 
         Args:
-            losses: [B], floating, one loss an example, each depending on its own example only.
+            losses: [B], floating-point, one loss for each example, which depends on that example only.
 
         Raises:
             TypeError, ValueError: losses of another shape or kind.
             RuntimeError: more examples than the logical batch holds; a trained parameter used past its
-                layer's rule; a second backward unlike the first (strategy="two_pass").
-            RowError: a layer's output gradient has rows that are not one example's each. It is asked in the 1st, 2nd,
-                4th, 8th, ... backward and for every parameter that was not seen before, by one more backward
-                (`dpkernels.nn.recording.row_check`).
+                layer's rule; a second backward that differs from the first (strategy="two_pass").
+            RowError: a layer's output gradient has rows that do not belong to one example each. The check takes one
+                more backward; it runs in the 1st, 2nd, 4th, 8th, ... backward and for every parameter that it has not
+                seen before (`dpkernels.nn.recording.row_check`).
 
-        A backward that fails (torch.OutOfMemoryError, say) leaves the sums as they were before it, or, where it had
-        begun to add to them, invalidates the logical batch, of which nothing is then released. `recover` says which.
-        "per_layer" adds from the beginning, "two_pass" in its second backward, the others once it is over.
+        A backward that fails (for example with torch.OutOfMemoryError) leaves the sums unchanged if it had not begun
+        to add to them. Otherwise it invalidates the logical batch, and nothing is released from it. `recover` returns
+        which of the two happened. "per_layer" adds from the start of the backward, "two_pass" in its second backward,
+        and the other strategies after the backward.
         """
         check_losses(losses)
         batch_size = losses.shape[0]
@@ -275,15 +219,15 @@ class DPOptimizer(torch.optim.Optimizer):
         self._batch.count(batch_size, clipped)
 
     def recover(self) -> bool:
-        """Make ready to try again after the forward or backward of a micro-batch raised.
+        """Prepare to repeat a micro-batch whose forward or backward raised.
 
-        Forgets that forward. Nothing is released or counted, and the sampling is not drawn again: the examples of
-        the logical batch stay those that were drawn, and step() refuses unless each was back-propagated.
+        Discards that forward. Nothing is released or counted, and nothing is sampled again: the logical batch keeps
+        the examples that were drawn, and step() raises unless each was back-propagated.
 
         Returns:
             True: the sums were invalidated and have been dropped; back-propagate *all* micro-batches of the logical
-            batch again, in parts of any size. False: they are as they were before the failure; only the
-            micro-batch that failed is to be done again.
+            batch again, in parts of any size. False: the sums are unchanged; back-propagate only the micro-batch that
+            failed again.
         """
         self.tape.discard()
         invalidated = self._batch.invalidated
@@ -292,28 +236,28 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> Any:  # type: ignore[override]
-        """End the logical batch: count it, add the noise, divide, and step as the wrapped optimizer does.
+        """End the logical batch: count it, add the noise, divide, and update as the wrapped optimizer does.
 
-        Without a backward before it, it is the step of an empty batch: noise alone, and counted all the same.
-        An exception after the count leaves a batch that is gone, and parameters of which a part may have been stepped
-        on, each with its noise.
+        Without a backward before it, this is the step of an empty batch: noise alone, and it counts like any other.
+        After an exception that follows the count, the batch is lost, and some parameters may have been updated, each
+        with its noise.
 
         Raises:
             BudgetExhausted: this step would exceed target_epsilon; nothing was spent.
-            RuntimeError: the trained parameters or the buffers are no longer those of make_private, part of the
-                logical batch was not back-propagated, or stochastic_rounding is set where the sweep does not cover
-                the optimizer; nothing was spent.
+            RuntimeError: the trained parameters or the buffers changed after make_private, part of the logical batch
+                was not back-propagated, or stochastic_rounding is set and the fused step does not cover the
+                optimizer; nothing was spent.
             TypeError: a closure was given.
         """
         if closure is not None:
             raise TypeError(
-                "step(closure) is refused: a closure evaluates the loss within the step, outside of "
-                "clipping and noise. Call optimizer.backward(losses), then step()."
+                "step(closure) is refused: a closure evaluates the loss within the step, without clipping and noise. "
+                "Call optimizer.backward(losses), then step()."
             )
         self._batch.check_whole()
         self._guard.before_step()
         self._batch.check_complete()
-        fused = self._can_sweep()
+        fused = self._can_fuse()
         self._spend()
         self._guard.at_step()
         try:
@@ -321,45 +265,45 @@ class DPOptimizer(torch.optim.Optimizer):
             self._last_seen = self._batch.seen
             if not fused:
                 return self._unfused_step(draw)
-            self._sweep(draw)
+            self._fused_step(draw)
             return None
         finally:
-            # Never a second release of the same batch: not even when the wrapped step failed.
+            # The same batch is never released twice, also if the wrapped step failed.
             self._batch.close()
             self._rows.note_step()
 
     def check_model(self) -> None:
-        """Raise RuntimeError where a buffer of the model is not as make_private found it.
+        """Raise RuntimeError if a buffer of the model changed after make_private.
 
-        Steps look at values now and then only; `engine.get_epsilon` and `engine.state_dict` look here.
+        step() compares values only now and then; `engine.get_epsilon` and `engine.state_dict` call this check.
         """
         self._guard.before_release()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and drop what an unfinished logical batch had summed up.
+        """Clear gradients, and drop the sums of an unfinished logical batch.
 
-        set_to_none: torch's keyword; either value sets them to None, since backward refuses a .grad that no private
-        step put there, zeros too.
+        set_to_none: torch's keyword. Either value sets .grad to None, since backward refuses every .grad that no
+        private step has set, zeros included.
         """
         self._batch.forget()
         self._guard.publish({})
         self.original_optimizer.zero_grad(set_to_none=True)
 
-    def _can_sweep(self) -> bool:
+    def _can_fuse(self) -> bool:
         reason = uncovered(self.original_optimizer, self._trained)
         if reason and self.stochastic_rounding:
             raise RuntimeError(
-                f"stochastic_rounding=True needs the fused sweep, which cannot be used here: {reason}. Set it to "
-                "False, or use torch's AdamW, Adam or SGD without what is named."
+                f"stochastic_rounding=True needs the fused noise-and-optimizer step, which cannot be used here: "
+                f"{reason}. Set it to False, or use torch's AdamW, Adam or SGD without this option."
             )
         if reason and reason not in self._logged:
             self._logged.add(reason)
             logger.warning("noise and the optimizer's step are separate passes, which is slower: %s", reason)
         return not reason
 
-    def _sweep(self, draw: int) -> None:
-        """Noise, division, the optimizer's update and clearing the sums, in one pass over memory."""
-        kept = take_step(
+    def _fused_step(self, draw: int) -> None:
+        """Add noise, divide, update and clear the sums, in one pass over memory."""
+        gradients = take_step(
             self.original_optimizer,
             self._trained,
             {parameter: self._batch.of(parameter) for parameter in self._trained},
@@ -369,8 +313,8 @@ class DPOptimizer(torch.optim.Optimizer):
             keep_gradients=self.keep_gradients,
             stochastic_rounding=self.stochastic_rounding,
         )
-        self._batch.dirty = False  # the sweep has cleared them
-        self._guard.publish(kept)
+        self._batch.dirty = False  # take_step has cleared the sums
+        self._guard.publish(gradients)
 
     def _unfused_step(self, draw: int) -> Any:
         """The noised gradients first, then the wrapped optimizer's own step."""
@@ -399,14 +343,3 @@ class DPOptimizer(torch.optim.Optimizer):
                 divisor=release.divisor,
             )
         return {p: self._batch.of(p).to(p.dtype, copy=True) for p in self._trained}
-
-
-def _statistics(seen: list[Clipped]) -> StepStats:
-    if not seen:
-        return StepStats(0, 0.0, 0.0, 0)
-    norm_sq = torch.cat([part.norm_sq.cpu() for part in seen])
-    factors = torch.cat([part.factors.cpu() for part in seen])
-    finite = torch.isfinite(norm_sq)
-    mean = norm_sq[finite].sqrt().mean().item() if bool(finite.any()) else 0.0
-    clipped = ((factors < 1) & finite).sum().item()
-    return StepStats(len(norm_sq), clipped / len(norm_sq), mean, int((~finite).sum().item()))

@@ -1,12 +1,12 @@
-"""Strategies: in which order the gradients of a micro-batch are measured, clipped and summed, and what is held.
+"""Strategies: the order in which a micro-batch's gradients are measured, clipped and summed, and the tensors held.
 
-| strategy | backwards | holds until it is done | clipping |
+| strategy | backwards | holds until it ends | clipping |
 |---|---|---|---|
 | bookkeeping, mixed | 1 | every record of the backward | flat |
-| two_pass | 2 | the graph; [B] numbers a layer | flat |
+| two_pass | 2 | the graph; [B] numbers for each layer | flat |
 | per_layer | 1 | nothing | each layer on its own |
 
-Records of tied and reused parameters are held to the end of a backward in every strategy: they must be merged.
+Every strategy holds the records of tied and reused parameters to the end of a backward, since they must be merged.
 """
 
 from abc import ABC, abstractmethod
@@ -21,21 +21,21 @@ from dpkernels.nn import Record, Tape, norms_sq
 from dpkernels.privacy.step.clipping import PerLayerClipNorms, add_up, total_norm_sq
 
 Add = Callable[[Sequence[Record], Tensor], None]
-"""add(records, factors [B]): the weighted sums of the records into the logical batch's."""
+"""add(records, factors [B]) adds the weighted sums of the records to the logical batch's sums."""
 
 Check = Callable[[], None]
-"""Raises where the backward that is over reached a trained parameter past its layer's rule."""
+"""Raises if the last backward reached a trained parameter past its layer's rule."""
 
 REPEAT_TOLERANCE = 2.0**-6
-"""How far a layer's norm may move between the two backwards, relative to the example's whole norm. Atomic additions on
-a GPU move it by rounding; other dropout masks, or a forward that reads something new, by tens of per cent."""
+"""Largest accepted change of a layer's norm between the two backwards, relative to the example's whole norm. Atomic
+additions on a GPU change it by rounding; other dropout masks, or changed inputs of the forward, by tens of per cent."""
 
 
 class Clipped(NamedTuple):
-    """What was done to each example of a micro-batch. NOT PRIVATE.
+    """Norms and clipping factors of a micro-batch's examples. NOT PRIVATE.
 
-    norm_sq: [B] float64, of its whole gradient before clipping, rounded up. factors: [B] float32, the factor it was
-    summed with, 0 where left out; clipped by layers, the smallest of its factors.
+    norm_sq: [B] float64, the squared norm of the whole gradient before clipping, rounded up. factors: [B] float32,
+    the factor in the sum, 0 for an example that was left out; under per-layer clipping, the smallest of its factors.
     """
 
     norm_sq: Tensor
@@ -43,22 +43,22 @@ class Clipped(NamedTuple):
 
 
 class Strategy(ABC):
-    """Clips and sums one micro-batch; `tape` is the model's."""
+    """Clips and sums one micro-batch. `tape` is the model's."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
     @abstractmethod
     def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
-        """Back-propagate losses.sum() [B] and `add` what each example contributes.
+        """Back-propagate losses.sum() (losses: [B]) and `add` each example's contribution.
 
-        Raises whatever the backward, `add` and `check` do; the tape may then be open.
+        Raises the errors of the backward, `add` and `check`; the tape may then be open.
         """
 
     def _stream(self, losses: Tensor, take: Callable[[Record], None], *, again: bool = False) -> None:
-        """One backward, every record handed to `take` as soon as it is complete.
+        """Run one backward and pass every record to `take` as soon as it is complete.
 
-        again: another backward over the same graph follows.
+        again: whether another backward over the same graph follows.
         """
         self.tape.open(losses.shape[0], sink=take)
         losses.sum().backward(retain_graph=again)
@@ -77,7 +77,7 @@ class BookKeeping(Strategy):
         self._max_grad_norm = max_grad_norm
 
     def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
-        """Norms, then factors, then sums."""
+        """Compute norms, then factors, then sums."""
         batch_size = losses.shape[0]
         self.tape.open(batch_size)
         losses.sum().backward()
@@ -93,15 +93,15 @@ class BookKeeping(Strategy):
 class TwoPass(Strategy):
     """A backward for the norms, then another of the same losses for the sums.
 
-    The second backward back-propagates the unscaled sum again, and factors enter in the weighted sums: what scaling the
-    losses by c_i would add is rounded, in half precision by far more than the norms' bounds allow for.
+    The second backward back-propagates the unscaled sum again, and the factors enter in the weighted sums. Scaling the
+    losses by c_i instead would add rounding, which in half precision is far above the norms' bounds.
 
-    **That the second backward repeats the first is not assumed.** Let n_il be the bound of the first backward on
-    example i's norm in layer l, N_i² = Σ_l n_il², c_i ≤ C/N_i, and n'_il the bound of the second, of the very tensors
-    that are summed. The layer is summed with c_i·min(1, n_il/n'_il), so the example adds at most
-    √Σ_l (c_i·n_il)² = c_i·N_i ≤ C, whatever the second backward was. Where it has the same bits the factor is c_i.
-    A second backward that differs by more than rounding sums another gradient than was measured: it is refused
-    (`REPEAT_TOLERANCE`), for the sake of the training.
+    **The bound does not assume that the second backward repeats the first.** Let n_il be the first backward's bound on
+    example i's norm in layer l, N_i² = Σ_l n_il², c_i ≤ C/N_i, and n'_il the second backward's bound, of the same
+    tensors that are summed. The layer is summed with c_i·min(1, n_il/n'_il), so the example adds at most
+    √Σ_l (c_i·n_il)² = c_i·N_i ≤ C for any second backward. If the two have the same bits the factor is c_i.
+    A second backward that differs by more than rounding would sum a gradient that was not measured. It is refused
+    (`REPEAT_TOLERANCE`) to protect the training result.
 
     Source: Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679 (ghost clipping in two passes).
     """
@@ -111,9 +111,9 @@ class TwoPass(Strategy):
         self._max_grad_norm = max_grad_norm
 
     def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
-        """Norms, factors, then sums from a second backward.
+        """Compute norms and factors, then the sums from a second backward.
 
-        Raises RuntimeError where the second backward differs from the first by more than rounding.
+        Raises RuntimeError if the second backward differs from the first by more than rounding.
         """
         batch_size, device = losses.shape[0], losses.device
         first: dict[tuple[nn.Parameter, ...], Tensor] = {}
@@ -139,23 +139,23 @@ class TwoPass(Strategy):
 
         self._stream(losses, weigh)
         check()
-        moved.logical_and_(factors > 0)  # one that is left out adds 0 in either case
+        moved.logical_and_(factors > 0)  # an example with factor 0 adds 0 in either case
         if first or int(moved.sum()):
             raise RuntimeError(
-                "strategy='two_pass': the second backward of a micro-batch gave other gradients than the first. Its "
-                "forward is recomputed with other random numbers (checkpoint with preserve_rng_state=False?), or "
-                "reads something that changes. This logical batch is dropped: make the recomputation repeat the "
+                "strategy='two_pass': the second backward of a micro-batch gave other gradients than the first. The "
+                "recomputed forward uses other random numbers (checkpoint with preserve_rng_state=False?), or "
+                "reads values that change. This logical batch is dropped: make the recomputation repeat the "
                 "forward, or use strategy='bookkeeping'"
             )
         return Clipped(norm_sq, factors)
 
 
 class PerLayer(Strategy):
-    """One backward in which each record is clipped to its own norm and summed as soon as it is made.
+    """One backward in which each record is clipped to its own norm and summed as soon as it is complete.
 
-    Example i adds min(1, C_l/‖g_il‖)·g_il in layer l, at most C_l in norm for whatever g_il, so at most √ΣC_l² = C in
-    all. A layer where its norm is not finite gets exactly 0 of it, and the other layers what they get in any case: some
-    were summed before that one was seen, and the bound needs no more.
+    Example i adds min(1, C_l/‖g_il‖)·g_il in layer l, at most C_l in norm for every g_il, so at most √ΣC_l² = C in
+    all. It adds exactly 0 to a layer in which its norm is not finite; its contributions to the other layers stay. Some
+    of these are summed before the non-finite norm is known, and the bound holds with them.
 
     Source: McMahan et al. 2018, arXiv:1710.06963 (per-layer clipping); He et al. 2023, arXiv:2212.01539 (within the
     backward).
@@ -166,7 +166,7 @@ class PerLayer(Strategy):
         self._norms = norms
 
     def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
-        """Norm, factor and sum, record by record."""
+        """Compute norm, factor and sum, record by record."""
         batch_size, device = losses.shape[0], losses.device
         norms: list[Tensor] = []
         least = torch.ones(batch_size, device=device)
@@ -186,14 +186,14 @@ class PerLayer(Strategy):
 
 
 def strategy_of(name: str, tape: Tape, max_grad_norm: float, layers: PerLayerClipNorms | None) -> Strategy:
-    """The strategy of a name that `keywords.check_strategy` accepts; `layers` for "per_layer" only."""
+    """The strategy of a name that `keywords.strategy_called` returns; `layers` for "per_layer" only."""
     if layers is not None:
         return PerLayer(tape, layers)
     return TwoPass(tape, max_grad_norm) if name == "two_pass" else BookKeeping(tape, max_grad_norm)
 
 
 def _norm_sq(record: Record, device: torch.device) -> Tensor:
-    """[B] float64, rounded up: what bounds what `add_weighted_sums` of this record adds."""
+    """[B] float64, rounded up: a bound on each example's part in `add_weighted_sums` of this record."""
     (norm_sq,) = norms_sq([record])
     return norm_sq.to(device=device, dtype=torch.float64)
 
@@ -203,7 +203,7 @@ def _within(factors: Tensor, before: Tensor, again: Tensor) -> Tensor:
 
     factors: [B] float32. before, again: [B] float64, squared norms. [B] float32. 0 where `again` is not finite.
     """
-    # Division, root and product are below one part in 2⁵⁰ together; to float32 it is rounded down, subnormals too.
+    # Division, root and product together lose less than 2⁻⁵⁰. The result is rounded down to float32, also subnormals.
     reduced = factors.double() * (before / again).sqrt() * (1 - 2.0**-50)
     exact = torch.where(again.isfinite(), reduced, 0.0)
     nearest = exact.float()

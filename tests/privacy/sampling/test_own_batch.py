@@ -138,7 +138,9 @@ def test_a_batch_of_another_form_than_the_loaders_says_what_was_not_asked() -> N
     with closing(PrivacyEngine()) as engine:
         private(engine, Classifier(masked=False))
         x, lengths, labels = given_batch()
-        with pytest.warns(UserWarning, match="could not ask: .*what padding does: .* of another form"):
+        with pytest.warns(
+            UserWarning, match="could not check: .*the effect of padding: .* have another form"
+        ):
             report = engine.self_check(
                 lambda model, batch: losses(model, (batch["x"], batch["lengths"], batch["labels"])),
                 {"x": x, "lengths": lengths, "labels": labels},
@@ -154,9 +156,9 @@ def test_a_random_collate_fn_says_what_was_not_asked() -> None:
 
     with closing(PrivacyEngine()) as engine:
         private(engine, Classifier(), collate_fn=noisy)
-        with pytest.warns(UserWarning, match="collate_fn gives another batch for the same examples"):
+        with pytest.warns(UserWarning, match="collate_fn return different batches for the same examples"):
             engine.self_check(losses, given_batch())
-        with pytest.raises(ValueError, match=r"second time.*; give a batch"):
+        with pytest.raises(ValueError, match=r"two calls of collate_fn.*; give a batch"):
             engine.self_check(losses)
 
 
@@ -214,7 +216,7 @@ def test_other_failures_do_not_name_the_batchs_size() -> None:
         private(engine, Classifier(masked=False))
         with pytest.raises(SelfCheckError) as caught:
             engine.self_check(losses)
-    assert "it is its loss alone" not in str(caught.value)
+    assert "it is the loss alone" not in str(caught.value)
 
 
 # --- models that draw at random, in evaluation too
@@ -256,11 +258,11 @@ def test_a_model_that_draws_and_leaks_is_found(model: nn.Module) -> None:
     ("draw", "said"),
     [
         (lambda h: torch.from_numpy(np.random.rand(*h.shape)).float(), "Python's or numpy's generator"),
-        (lambda h: torch.bernoulli(torch.sigmoid(h)), r"by the values of a tensor \(bernoulli\)"),
-        (lambda h: torch.randn(h.numel()).view_as(h), r"it draws \(\d+,\) for a batch of 3 and"),
+        (lambda h: torch.bernoulli(torch.sigmoid(h)), r"on the values of a tensor \(bernoulli\)"),
+        (lambda h: torch.randn(h.numel()).view_as(h), r"draws \(\d+,\) for a batch of 3 and"),
         (
             lambda h: torch.tensor([float(torch.rand(())) for _ in h])[:, None, None],
-            "it draws 2 times more for a batch of 3 than for an example alone",
+            "makes 2 more draws for a batch of 3 than for an example alone",
         ),
         (
             lambda h: torch.randint(h.shape[1], (len(h),))[:, None, None] / 9,
@@ -276,7 +278,7 @@ def test_draws_that_cannot_be_told_apart_are_said(draw: Callable[[Tensor], Tenso
     with closing(PrivacyEngine()) as engine:
         private(engine, Draws())
         with pytest.warns(
-            UserWarning, match=f"could not ask: gradients alone and in a batch, in eval mode: .*{said}"
+            UserWarning, match=f"could not check: gradients alone and in a batch, in eval mode: .*{said}"
         ):
             report = engine.self_check(losses)
     assert report.modes == set()
@@ -378,13 +380,13 @@ def test_rows_that_were_guessed_are_said() -> None:
             private(engine, Classifier())
             if passes:
                 with pytest.warns(
-                    UserWarning, match=r"which parts .*: That x, n, y\.0 are the examples' was taken"
+                    UserWarning, match=r"which parts .*: x, n, y\.0 were taken to hold one row"
                 ):
                     engine.self_check(loss_fn, batch)
             else:
                 with pytest.raises(
                     SelfCheckError,
-                    match=r"(?s)alone loss_fn raised.*That x, n, weights, y\.0 are the examples'",
+                    match=r"(?s)alone loss_fn raised.*x, n, weights, y\.0 were taken to hold",
                 ):
                     engine.self_check(loss_fn, batch)
 
@@ -434,7 +436,7 @@ def test_examples_stand_in_the_order_of_their_rows(collate_fn: Any) -> None:
 def test_rows_that_cannot_be_matched_are_said() -> None:
     with closing(PrivacyEngine()) as engine:
         private(engine, Classifier(), collate_fn=sorted_and_unlike)
-        with pytest.warns(UserWarning, match="which row of the batch .*does it sort"):
+        with pytest.warns(UserWarning, match="cannot be matched .*does it sort"):
             engine.self_check(losses, given_batch())
 
 
@@ -447,7 +449,7 @@ def test_a_model_that_takes_sorted_rows_only_is_told_so() -> None:
 
     with closing(PrivacyEngine()) as engine:
         model = private(engine, Packs(), collate_fn=sorting)
-        said = r"takes rows in one order only.*enforce_sorted=False"
+        said = r"accepts only one order of rows.*enforce_sorted=False"
         with pytest.raises(SelfCheckError, match=said):
             engine.self_check(losses)
         assert model.training

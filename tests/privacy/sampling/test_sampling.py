@@ -22,7 +22,7 @@ from torch.utils.data import (
 from dpkernels.privacy import plan_sampling
 from dpkernels.privacy.rng.streams import SecretStream
 from dpkernels.privacy.sampling import samplers as sampling
-from dpkernels.privacy.sampling.loader import micro_batches
+from dpkernels.privacy.sampling.logical_batch import micro_batches
 from dpkernels.privacy.sampling.samplers import (
     ExampleSampler,
     SpeakerSampler,

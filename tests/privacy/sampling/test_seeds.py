@@ -43,7 +43,7 @@ def test_a_seed_set_within_a_batch_is_refused_and_costs_nothing() -> None:
     logical = next(iter(run.loader))
     (part,) = logical.parts
     torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match="within a logical batch: what this forward drew is known"):
+    with pytest.raises(RuntimeError, match="within a logical batch: the draws of this forward are known"):
         do(run, logical)
     assert run.engine.steps == 0
     run.optimizer.zero_grad()

@@ -172,7 +172,7 @@ class Keeps(nn.Module):
 def test_what_is_kept_from_forward_to_forward_is_found() -> None:
     with closing(PrivacyEngine()) as engine:
         made(engine, Keeps())
-        with pytest.raises(SelfCheckError, match=r"asked again with the same batch.*train mode.*is kept"):
+        with pytest.raises(SelfCheckError, match=r"repetition with the same batch.*train mode.*keeps values"):
             engine.self_check(losses, batch())
 
 
@@ -189,7 +189,7 @@ def test_what_only_other_examples_leave_is_found() -> None:
     with closing(PrivacyEngine()) as engine:
         model: Any = made(engine, Last())
         model.mixing.seen = model.first(batch()).mean((0, 1)).detach()  # as after a forward of this batch
-        with pytest.raises(SelfCheckError, match="asked again with the same batch"):
+        with pytest.raises(SelfCheckError, match="repetition with the same batch"):
             engine.check_batch_independence(losses, batch(), samples=1)
 
 
@@ -255,7 +255,7 @@ def test_a_batch_in_which_nothing_can_be_exchanged_is_refused() -> None:
 
     with closing(PrivacyEngine()) as engine:
         made(engine, Mixes(0.1))
-        with pytest.raises(ValueError, match="a Own in which nothing has 3 rows"):
+        with pytest.raises(ValueError, match="no part of this Own has 3 rows"):
             engine.check_batch_independence(lambda model, own: losses(model, own.x), Own(batch()))
 
 
@@ -378,7 +378,7 @@ def test_a_half_parameter_that_nothing_is_computed_in_loosens_nothing(share: flo
 
     with closing(PrivacyEngine()) as engine:
         made(engine, Idle())
-        with pytest.raises(SelfCheckError, match=r"beyond 0\.002"):
+        with pytest.raises(SelfCheckError, match=r"more than 0\.002"):
             engine.self_check(losses, batch())
 
 

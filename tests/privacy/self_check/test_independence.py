@@ -123,7 +123,7 @@ def test_leaks_are_found_and_the_layer_named(model: type[nn.Module], alone: bool
     assert report.failures
     assert "inner.weight" in str(caught.value)
     assert report.first_module == named
-    assert f": {named}." in str(caught.value)
+    assert f": '{named}'." in str(caught.value)
 
 
 def test_a_loss_that_mixes_examples_is_found() -> None:
@@ -315,7 +315,7 @@ def test_a_logical_batch_taken_for_a_batch_says_how_it_is_read() -> None:
     logical = next(iter(run.loader))
     with pytest.raises(TypeError, match=r"logical_batch\[0\]: .*for batch in logical_batch"):
         logical[0]
-    with pytest.raises(RuntimeError, match=r"Was step\(\) called after a micro-batch"):
+    with pytest.raises(RuntimeError, match=r"Was step\(\) called after each micro-batch"):
         run.optimizer.step()
 
 

@@ -75,7 +75,7 @@ def test_the_second_backward_of_two_passes_is_looked_at_too() -> None:
 
     run = private_run(model=Penalised(), strategy="two_pass")
     run.begin(2)
-    with pytest.raises(RuntimeError, match=r"used past their layers' rules: last\.weight"):
+    with pytest.raises(RuntimeError, match=r"used past their layers' rules: 'last\.weight"):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     assert Late.backwards == 2
 

@@ -48,7 +48,7 @@ def test_an_empty_batch_that_is_skipped_is_noticed(again: bool) -> None:
                     break
                 do(run, logical)
 
-    with pytest.raises(RuntimeError, match="Skipping a step because a batch is empty"):
+    with pytest.raises(RuntimeError, match="A skipped step reveals that its batch is empty"):
         skipping()
 
 

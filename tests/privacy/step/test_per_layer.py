@@ -89,7 +89,7 @@ def test_layer_norms_can_be_given_by_name_and_in_order() -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ([1.0, 2.0], ValueError, r"2 norms were given for 8 trained parameters.*by name"),
+        ([1.0, 2.0], ValueError, r"has 2 norms for 8 trained parameters.*by name"),
         (
             {"last.weight": 1.0},
             ValueError,

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpkernels.nn import Record, Tape
 from dpkernels.nn.recording.row_check import _Weighted
 from dpkernels.privacy import back_propagate, read_ledger
-from dpkernels.privacy.sampling.loader import LogicalBatch
+from dpkernels.privacy.sampling.logical_batch import LogicalBatch
 from dpkernels.privacy.step.optimizer import DPOptimizer
 from dpkernels.privacy.step.strategies import Strategy
 from dpkernels.privacy.step.sums import BatchSums
@@ -279,7 +279,8 @@ def test_a_halving_is_logged_as_not_private(caplog: pytest.LogCaptureFixture) ->
     with short_of_memory("backward"), caplog.at_level("WARNING", logger="dpkernels"):
         back_propagate(run.optimizer, logical, lambda b: run.loss_fn(run.model, b))
     assert (
-        "NOT PRIVATE: a micro-batch of 40 examples ran out of memory; going on with at most 20" in caplog.text
+        "NOT PRIVATE: a micro-batch of 40 examples ran out of memory; continuing with at most 20"
+        in caplog.text
     )
 
 

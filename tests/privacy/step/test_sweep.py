@@ -229,12 +229,12 @@ def test_a_step_is_on_disk_before_the_sweep(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_planted_line_after_the_sweep_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(self: DPOptimizer, draw: int, original: Callable = DPOptimizer._sweep) -> None:
+    def late(self: DPOptimizer, draw: int, original: Callable = DPOptimizer._fused_step) -> None:
         original(self, draw)
         spend()
 
     with monkeypatch.context() as outer:
-        outer.setattr(DPOptimizer, "_sweep", late)
+        outer.setattr(DPOptimizer, "_fused_step", late)
         run = private_run(ledger=tmp_path / "ledger.jsonl")
         spend, run.optimizer._spend = run.optimizer._spend, lambda: None
         outer.setitem(check_line_before_the_sweep.__globals__, "private_run", lambda **_: run)
@@ -374,7 +374,7 @@ def test_a_step_patched_on_the_class_is_called(monkeypatch: pytest.MonkeyPatch) 
 def test_stochastic_rounding_without_the_sweep_is_refused_and_costs_nothing() -> None:
     run = a_run(UNCOVERED["amsgrad"][0])
     run.optimizer.stochastic_rounding = True
-    with pytest.raises(RuntimeError, match=r"needs the fused sweep.*amsgrad"):
+    with pytest.raises(RuntimeError, match=r"needs the fused noise-and-optimizer step.*amsgrad"):
         run.optimizer.step()
     assert run.engine.steps == 0
 
@@ -480,13 +480,13 @@ def test_planted_noise_faults_are_caught(
 def test_planted_dependence_on_the_batch_is_caught(
     change: Callable, batch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = DPOptimizer._sweep
+    original = DPOptimizer._fused_step
 
     def faulty(self: DPOptimizer, draw: int) -> None:
         self._release = dataclasses.replace(self._release, **change(self))
         original(self, draw)
 
-    monkeypatch.setattr(DPOptimizer, "_sweep", faulty)
+    monkeypatch.setattr(DPOptimizer, "_fused_step", faulty)
     with pytest.raises(AssertionError):
         check_noise(a_fixed_run(), *BATCHES[batch])
 
@@ -533,7 +533,7 @@ def test_planted_stream_repeated_by_the_next_step_is_caught(monkeypatch: pytest.
 def test_planted_rounding_from_the_noises_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever knew the rounding would know the noise."""
     with pytest.warns(UserWarning, match="tests"):
-        secrets = SecretStream(KEY).sweep_secrets([0, 1], draw=5, rounding=True)
+        secrets = SecretStream(KEY).step_secrets([0, 1], draw=5, rounding=True)
     assert not set(secrets["nonces"]) & set(secrets["rounding_nonces"])
     assert secrets["rounding_nonces"] == [nonce(PURPOSE_ROUNDING, i, 5) for i in (0, 1)]
     monkeypatch.setattr(noise_module, "PURPOSE_ROUNDING", PURPOSE_NOISE)
