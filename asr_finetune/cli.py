@@ -16,7 +16,8 @@ from rich.console import Console
 
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.config.yaml_io import load_yaml, overridden, template
-from asr_finetune.messages import expected, show_warning, tell
+from asr_finetune.console import Reporter, expected, show_warning, tell
+from asr_finetune.files import write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -288,8 +289,6 @@ def evaluate(
     flags = {"model.name": model or str(adapter), "model.device": device, "data.train": data, "output": "."}
     loaded = Config.from_dict(overridden({}, flags, settings or ()))
     from asr_finetune.models.loading import load_recognizer, load_with_adapter
-    from asr_finetune.progress import Reporter
-    from asr_finetune.training import checkpoint
     from asr_finetune.training.evaluate import evaluate as run_evaluation
     from asr_finetune.training.setup import load
 
@@ -302,7 +301,7 @@ def evaluate(
     result = run_evaluation(recognizer, corpus, loaded.evaluate, reporter=reporter)
     reporter.say(str(result))
     if out is not None:
-        checkpoint.write_json(out, result.to_dict(hypotheses=True))
+        write_json(out, result.to_dict(hypotheses=True))
         reporter.say(f"written to {out}")
 
 

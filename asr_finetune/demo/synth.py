@@ -23,7 +23,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from asr_finetune.training.checkpoint import write_text
+from asr_finetune.files import write_text
 
 SAMPLING_RATE = 16_000
 

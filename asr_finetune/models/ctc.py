@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,11 +16,9 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
+from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.recognizer import Recognizer, pad_rows
 from dpkernels.losses import IGNORED, ctc_loss_per_example
-
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Utterance
 
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
 # Public and fixed: a vocabulary read off the private transcripts would tell what is in them.

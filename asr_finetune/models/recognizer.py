@@ -8,19 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.parameters import total_parameters, trained_parameters
 from asr_finetune.models.precision import arithmetic, widened, widened_state
 from dpkernels.losses import IGNORED
-
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Utterance
 
 SETTINGS = "recognizer.json"
 
@@ -267,6 +266,23 @@ class Recognizer(ABC):
     def samples(self, utterance: Utterance) -> int:
         """Samples of an utterance at the model's rate."""
         return math.floor(utterance.seconds * self.sampling_rate)
+
+
+def fit(corpus: Corpus, recognizer: Recognizer, *, training: bool = True) -> Corpus:
+    """A corpus without what the recogniser cannot take, which joins the problems.
+
+    Longer than Whisper's window; too short for one frame; and, for training, transcripts outside the
+    vocabulary or with no CTC alignment in that many frames.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+
+    def problem(utterance: Utterance) -> str | None:
+        reason = recognizer.audio_problem(utterance)
+        return recognizer.text_problem(utterance) if reason is None and training else reason
+
+    return corpus.without(map(problem, corpus.utterances))
 
 
 def quiet_transformers() -> None:

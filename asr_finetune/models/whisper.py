@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
+from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.precision import arithmetic
 from asr_finetune.models.recognizer import Recognizer, pad_rows, to_device
 from dpkernels.losses import IGNORED, cross_entropy_per_example
-
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Utterance
 
 START = "<|startoftranscript|>"
 FRAMES_PER_POSITION = 2  # conv2 has stride 2

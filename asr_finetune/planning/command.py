@@ -109,11 +109,12 @@ def _check_given(config: Config, given: Mapping[str, Any], examples: int | None)
 def _subject(config: Config) -> tuple[Recognizer, Corpus]:
     """The recogniser, and the training data without what it cannot take."""
     from asr_finetune.data.sources import load_corpus
+    from asr_finetune.models.recognizer import fit
     from asr_finetune.training.setup import recognizer_of
 
     recognizer = recognizer_of(config)
     corpus = load_corpus(config.data.train, split=config.data.train_split, data=config.data)
-    return recognizer, corpus.fit(recognizer)
+    return recognizer, fit(corpus, recognizer)
 
 
 def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> Plan:

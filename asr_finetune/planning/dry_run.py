@@ -19,17 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.console import Reporter, expected
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import shared_recordings
 from asr_finetune.data.sources import load_corpus
-from asr_finetune.messages import expected
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.parameters import trained_parameters
-from asr_finetune.models.recognizer import Recognizer
+from asr_finetune.models.recognizer import Recognizer, fit
 from asr_finetune.planning.memory import MARGIN, Rehearsal, losses_of
 from asr_finetune.planning.tables import size
 from asr_finetune.planning.workload import typical_speech
-from asr_finetune.progress import Reporter
 from asr_finetune.training import record
 from asr_finetune.training.run_folder import RunFolder
 from asr_finetune.training.sampling import sampling_of, sigma_of
@@ -176,9 +175,8 @@ class _Checks:
         return found
 
     def _corpus(self, source: str, split: str | None, *, training: bool) -> tuple[Corpus, str]:
-        corpus = load_corpus(source, split=split, data=self.config.data).fit(
-            self.recognizer, training=training
-        )
+        corpus = load_corpus(source, split=split, data=self.config.data)
+        corpus = fit(corpus, self.recognizer, training=training)
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
         sample = Corpus([corpus.utterances[place] for place in places], source=corpus.source)
         broken = sample.decoded(self.reporter, "decoding a sample").problems

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from asr_finetune.console import duration
 from asr_finetune.planning.noise import Plan
-from asr_finetune.progress import duration
 
 if TYPE_CHECKING:  # they load transformers, which a plan without a model does without
     from asr_finetune.planning.memory import Fit, MemoryPlan

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from asr_finetune.config.schema import Config
+from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.parameters import total_parameters, trained_parameters
 from asr_finetune.models.recognizer import Recognizer, to_device
 from asr_finetune.planning.workload import Speech, typical_speech
-from asr_finetune.progress import Reporter
 from asr_finetune.training.sampling import expected_utterances
 from asr_finetune.training.setup import make_optimizer, prepare_blocks
 from dpkernels import PrivacyEngine

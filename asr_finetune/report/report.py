@@ -16,9 +16,9 @@ from typing import Any
 
 import jinja2
 
-from asr_finetune.progress import duration
+from asr_finetune.console import duration
+from asr_finetune.files import write_text
 from asr_finetune.report import plots
-from asr_finetune.training.checkpoint import write_text
 from asr_finetune.training.run_folder import RunFolder
 from dpkernels.privacy import epsilon as compute_epsilon
 from dpkernels.privacy import read_ledger

@@ -12,9 +12,9 @@ import numpy as np
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from asr_finetune.config.schema import EvaluateConfig
+from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
-from asr_finetune.progress import Reporter
 from asr_finetune.training.dataset import SpeechDataset
 
 # The interval is part of a result that others recompute, so its draws are always the same.

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from asr_finetune.config.schema import Config, TrainConfig
-from asr_finetune.data.corpus import Corpus, Problem
+from asr_finetune.console import Reporter
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.utterance import Problem
 from asr_finetune.models.recognizer import Recognizer, to_device
-from asr_finetune.progress import Reporter
 from asr_finetune.training import checkpoint
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.evaluate import evaluate

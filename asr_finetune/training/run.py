@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from asr_finetune.config.schema import Config
+from asr_finetune.console import Reporter, duration
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import shared_recordings
+from asr_finetune.files import write_json, write_text
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.parameters import total_parameters, trained_parameters
 from asr_finetune.models.recognizer import Recognizer
-from asr_finetune.progress import Reporter, duration
 from asr_finetune.training import checkpoint, record
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.evaluate import Evaluation, evaluate
@@ -120,7 +121,7 @@ class _Session:
         )
         self.reporter.say(f"{name}: {result}")
         lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
-        checkpoint.write_text(self.folder.not_private / f"transcripts_{name}.tsv", lines)
+        write_text(self.folder.not_private / f"transcripts_{name}.tsv", lines)
         return result
 
 
@@ -294,7 +295,7 @@ def _finish(
     run.recognizer.save(folder.path / ("adapter" if adapters else "model"))
     epsilon = epsilon_spent(run)
     values = record.run_record(run, data, evaluation, epsilon)
-    checkpoint.write_json(folder.run, values)
+    write_json(folder.run, values)
     if run.engine is None:
         reporter.say("this model is NOT PRIVATE", style="bold red")
     elif epsilon is None:

@@ -21,9 +21,10 @@ import yaml
 
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.config.yaml_io import changed_keys
-from asr_finetune.data.corpus import Corpus, Problem
+from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import figures, fingerprint
-from asr_finetune.training.checkpoint import write_json, write_text
+from asr_finetune.data.utterance import Problem
+from asr_finetune.files import write_json, write_text
 from dpkernels.privacy import read_ledger
 
 # They change where and how fast a run goes, and neither what is learnt in expectation nor what is spent.

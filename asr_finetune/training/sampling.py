@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.data.corpus import Corpus
 from dpkernels.privacy import Sampling, noise_multiplier, plan_sampling
-
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Corpus
 
 
 def units(config: Config, corpus: Corpus) -> int:

@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import Config, ConfigError, DataConfig, TrainConfig
+from asr_finetune.console import Reporter, duration
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import of_speakers, shared_recordings
 from asr_finetune.data.sources import load_corpus
 from asr_finetune.models.checkpointing import checkpoint_blocks
 from asr_finetune.models.compiling import compile_frozen_blocks
 from asr_finetune.models.loading import load_recognizer
-from asr_finetune.models.recognizer import Recognizer, to_device
-from asr_finetune.progress import Reporter, duration
+from asr_finetune.models.recognizer import Recognizer, fit, to_device
 from asr_finetune.training.augment import SpecAugment
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.plain import micro_batch_limits
@@ -57,7 +57,7 @@ def load(
     Raises:
         ConfigError: no such corpus, or nothing usable in it.
     """
-    corpus = load_corpus(source, split=split, data=data).fit(recognizer, training=name == "train")
+    corpus = fit(load_corpus(source, split=split, data=data), recognizer, training=name == "train")
     if data.check_audio:
         corpus = corpus.decoded(reporter, f"{name}: reading audio")
     reporter.say(f"{name}: {corpus.summary()}")

@@ -36,12 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asr_finetune.config.schema import Config
 from asr_finetune.config.yaml_io import load_yaml
+from asr_finetune.console import Reporter
 from asr_finetune.models.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.parameters import trained_parameters
 from asr_finetune.models.precision import DTYPES, no_tf32
 from asr_finetune.planning.memory import Rehearsal, losses_of
-from asr_finetune.progress import Reporter
 from asr_finetune.training.setup import make_optimizer, make_private, prepare_blocks
 from bench.asr.data import LONGEST, MEAN_SECONDS, librispeech_like_seconds
 from bench.harness.machine import about

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import ConfigError, MethodConfig, TrainConfig
+from asr_finetune.console import Reporter
 from asr_finetune.models.checkpointing import checkpoint_blocks
 from asr_finetune.models.compiling import compile_frozen_blocks, frozen_blocks
 from asr_finetune.models.loading import Recognizer
 from asr_finetune.models.methods import apply_method
 from asr_finetune.planning.memory import Rehearsal, losses_of
-from asr_finetune.progress import Reporter
 from asr_finetune.training.setup import prepare_blocks
 from dpkernels import PrivacyEngine
 from dpkernels.nn import detach

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import MethodConfig
+from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.loading import Recognizer
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.precision import HalfLayerNorm, hold_frozen, widened_state
-from asr_finetune.progress import Reporter
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.setup import self_check
 from dpkernels import PrivacyEngine, ops

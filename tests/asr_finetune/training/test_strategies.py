@@ -167,7 +167,7 @@ def run_of(folder: Path, name: str, strategy: str, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patched, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="noise_key")
         patched.setattr(PrivacyEngine, "__init__", with_key)
-        patched.setattr("asr_finetune.progress.Reporter.say", lambda self, line, *a, **k: said.append(line))
+        patched.setattr("asr_finetune.console.Reporter.say", lambda self, line, *a, **k: said.append(line))
         config = {
             "method__kind": "full",
             "privacy__epsilon": None,
