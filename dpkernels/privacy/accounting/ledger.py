@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import Mechanism
 
 FORMAT = 1
@@ -27,7 +28,7 @@ _OPENING = b'{"entry": '
 _SAME = ("unit", "dataset_size", "adjacency")  # what the runs of one ledger have in common
 
 
-class LedgerError(ValueError):
+class LedgerError(UserError, ValueError):
     """A ledger that cannot be trusted or does not belong to this run."""
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dpkernels.errors import UserError
+
 # An example's loss alone over n times its loss in a batch of n, off from 1 by less: divided by n, says the message.
 _DIVIDED = 1e-3
 
@@ -68,7 +70,7 @@ class SelfCheckReport:
         return [item for item in self.differences if not item.error <= self.tolerance]
 
 
-class SelfCheckError(RuntimeError):
+class SelfCheckError(UserError, RuntimeError):
     """The self-check failed; `report` has the numbers, the message names the layers."""
 
     def __init__(self, message: str, report: SelfCheckReport) -> None:
