@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.utterance import Utterance
-from asr_finetune.models.parameters import total_parameters, trained_parameters
-from asr_finetune.models.precision import arithmetic, widened, widened_state
+from dpkernels.blocks import base_model
 from dpkernels.losses import IGNORED
+from dpkernels.precision import arithmetic, widened, widened_state
 
 SETTINGS = "recognizer.json"
 
@@ -290,12 +290,6 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def base_model(model: nn.Module) -> Any:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap is not None else model
-
-
 def switch_off_shared_randomness(model: nn.Module) -> None:
     """LayerDrop and the model's own SpecAugment off, in the configuration and in the modules.
 
@@ -320,6 +314,16 @@ def switch_off_shared_randomness(model: nn.Module) -> None:
         embed = getattr(module, "masked_spec_embed", None)
         if isinstance(embed, nn.Parameter):
             embed.requires_grad_(False)  # of the masks: unused from here on
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of trained values; a tensor that two modules share counts once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Number of values; a tensor that two modules share counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def pad_rows(rows: Sequence[Tensor], value: float) -> Tensor:

@@ -57,7 +57,9 @@ def test_live_bytes_are_predicted(strategy: str) -> None:
 
 def test_the_largest_micro_batch_is_the_largest() -> None:
     with MemoryEstimator(network(), target="cpu") as estimator:
-        limit = estimator.peak(losses, 11).total + 1000  # one example alone takes a little less than its share
+        limit = (
+            estimator.peak(losses, 11).total + 1000
+        )  # one example alone takes a little less than its share
         found = estimator.largest(losses, limit, 100)
         assert found is not None
         assert (found.size, found.total) == (11, limit - 1000)

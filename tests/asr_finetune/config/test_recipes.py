@@ -21,7 +21,7 @@ from asr_finetune.config.yaml_io import RECIPES, load_yaml, overridden, recipes
 from asr_finetune.models.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.methods import apply_method
-from asr_finetune.models.parameters import trained_parameters
+from asr_finetune.models.recognizer import trained_parameters
 from asr_finetune.planning.dry_run import check_run
 from asr_finetune.training.run import train
 from dpkernels.privacy import noise_multiplier
