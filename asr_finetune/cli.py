@@ -5,18 +5,23 @@ Modules that load torch are imported when a command runs.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.schema import SECTIONS, Config, ConfigError
+from asr_finetune.config.values import fields_of, help_of, types_within
 from asr_finetune.config.yaml_io import load_yaml, overridden, template
-from asr_finetune.messages import expected, show_warning, tell
+from asr_finetune.console import Reporter, show_warning, tell
+from asr_finetune.files import write_json
+from dpkernels.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,42 +60,63 @@ _Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the configuration; may be repeated."),
 ]
-_Model = Annotated[
-    str | None, typer.Option("--model", help="Folder or hub id of the recogniser.", show_default=False)
-]
-_Method = Annotated[str | None, typer.Option(help="full, lora, bitfit, dp_rp or head.", show_default=False)]
-_Epsilon = Annotated[float | None, typer.Option(help="Target ε.", show_default=False)]
-_Delta = Annotated[
-    float | None, typer.Option(help="δ, well below 1 / number of examples.", show_default=False)
-]
-_Noise = Annotated[float | None, typer.Option("--noise-multiplier", help="σ by hand.", show_default=False)]
-_Batch = Annotated[
-    int | None, typer.Option("--batch-size", help="Expected logical batch.", show_default=False)
-]
-_Physical = Annotated[
-    int | None, typer.Option("--physical-batch-size", help="Utterances in one forward.", show_default=False)
-]
-_Steps = Annotated[int | None, typer.Option(help="Logical steps.", show_default=False)]
-_Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", show_default=False)]
+# Keys whose flag is not called as the key is.
+_CALLED = {
+    "model.name": ("--model",),
+    "data.train": ("--data", "--train"),
+    "method.kind": ("--method",),
+    "output": ("--output", "-o"),
+}
+
+
+def _configured(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each of these keys, with its type and help, in the place of its argument `flags`.
+
+    The command gets them as {key: value}, None where a flag is not given.
+    """
+
+    def option(key: str) -> inspect.Parameter:
+        section, _, name = key.rpartition(".")
+        field = fields_of(SECTIONS[section] if section else Config)[name]
+        called = _CALLED.get(key, (f"--{name.replace('_', '-')}",))
+        hint: Any = next((kind for kind in (int, float) if kind in types_within(field.annotation)), str)
+        shown = typer.Option(*called, help=help_of(field), show_default=False)
+        return inspect.Parameter(
+            key.replace(".", "_"),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[hint | None, shown],
+        )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        options = {key: option(key) for key in keys}
+        parameters: list[inspect.Parameter] = []
+        for name, own in inspect.signature(command, eval_str=True).parameters.items():
+            parameters += options.values() if name == "flags" else [own.replace(kind=own.KEYWORD_ONLY)]
+
+        def run(**given: Any) -> None:
+            flags = {key: given.pop(parameter.name) for key, parameter in options.items()}
+            command(flags=flags, **given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        vars(run)["__signature__"] = inspect.Signature(parameters)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
 
 
 @app.command()
+@_configured(
+    *("privacy.epsilon", "privacy.delta", "privacy.noise_multiplier", "privacy.max_batch_size"),
+    *("train.batch_size", "train.steps", "train.physical_batch_size", "model.name", "method.kind"),
+)
 def plan(
+    flags: dict[str, Any],
     examples: Annotated[
         int | None, typer.Option(help="Number of training examples (or speakers).", show_default=False)
     ] = None,
-    epsilon: _Epsilon = None,
-    delta: _Delta = None,
-    batch_size: _Batch = None,
-    steps: _Steps = None,
-    noise_multiplier: _Noise = None,
-    max_batch_size: Annotated[
-        int | None, typer.Option(help="Capacity of truncated Poisson batches.", show_default=False)
-    ] = None,
     config: _Configuration = None,
-    model: _Model = None,
-    method: _Method = None,
-    physical_batch_size: _Physical = None,
     seconds: Annotated[
         float | None,
         typer.Option(
@@ -124,17 +150,6 @@ def plan(
     """
     from asr_finetune.planning import command as planning
 
-    flags = {
-        "privacy.epsilon": epsilon,
-        "privacy.delta": delta,
-        "privacy.noise_multiplier": noise_multiplier,
-        "privacy.max_batch_size": max_batch_size,
-        "train.batch_size": batch_size,
-        "train.steps": steps,
-        "train.physical_batch_size": physical_batch_size,
-        "model.name": model,
-        "method.kind": method,
-    }
     values = load_yaml(config) if config is not None else None
     tables = planning.run(
         values, flags, settings or (), examples=examples, seconds=seconds, gpu_memory=gpu_memory
@@ -144,42 +159,21 @@ def plan(
 
 
 @app.command()
+@_configured(
+    *("model.name", "data.train", "data.test", "data.valid", "output", "method.kind", "method.rank"),
+    *(
+        "privacy.epsilon",
+        "privacy.delta",
+        "privacy.noise_multiplier",
+        "privacy.max_grad_norm",
+        "privacy.unit",
+    ),
+    *("train.batch_size", "train.physical_batch_size", "train.steps", "train.learning_rate", "train.seed"),
+    "model.device",
+)
 def train(
+    flags: dict[str, Any],
     config: _Configuration = None,
-    model: _Model = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data", "--train", help="Training data: folder, manifest or `datasets` id.", show_default=False
-        ),
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option(help="Data for error rates before and after.", show_default=False)
-    ] = None,
-    valid: Annotated[str | None, typer.Option(help="Public data for the curve.", show_default=False)] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", help="Folder that everything is written to.", show_default=False),
-    ] = None,
-    method: _Method = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of LoRA.", show_default=False)] = None,
-    epsilon: _Epsilon = None,
-    delta: _Delta = None,
-    noise_multiplier: _Noise = None,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Clipping bound C.", show_default=False)] = None,
-    unit: Annotated[
-        str | None, typer.Option(help="What is protected: example or speaker.", show_default=False)
-    ] = None,
-    batch_size: _Batch = None,
-    physical_batch_size: _Physical = None,
-    steps: _Steps = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", show_default=False)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Initialisation; never noise or sampling.", show_default=False)
-    ] = None,
-    device: _Device = None,
     not_private: Annotated[
         bool, typer.Option("--not-private", help="Ordinary training, for comparison. No guarantee.")
     ] = False,
@@ -215,29 +209,8 @@ def train(
     - `asr-finetune train --config run.yaml --set train.steps=60 --set data.speakers=[anna,ben]`
     - `asr-finetune train --config wav2vec2_bert_lora --train LIBRISPEECH --test LIBRISPEECH --dry-run`
     """
-    flags = {
-        "model.name": model,
-        "model.device": device,
-        "data.train": data,
-        "data.test": test,
-        "data.valid": valid,
-        "method.kind": method,
-        "method.rank": rank,
-        "privacy.epsilon": epsilon,
-        "privacy.delta": delta,
-        "privacy.noise_multiplier": noise_multiplier,
-        "privacy.max_grad_norm": max_grad_norm,
-        "privacy.unit": unit,
-        "privacy.enabled": False if not_private else None,
-        "train.batch_size": batch_size,
-        "train.physical_batch_size": physical_batch_size,
-        "train.steps": steps,
-        "train.learning_rate": learning_rate,
-        "train.seed": seed,
-        "output": output,
-    }
     values = load_yaml(config) if config is not None else {}
-    given = overridden(values, flags, settings or ())
+    given = overridden(values, flags | {"privacy.enabled": False if not_private else None}, settings or ())
     if print_config:
         typer.echo(template(given), nl=False)
         return
@@ -255,9 +228,10 @@ def train(
 
 
 @app.command()
+@_configured("model.name", "model.device")
 def evaluate(
     data: Annotated[str, typer.Option(help="Folder, manifest or `datasets` id.")],
-    model: _Model = None,
+    flags: dict[str, Any],
     adapter: Annotated[
         Path | None,
         typer.Option(help="Folder of an adapter; alone: on the model it was trained on.", show_default=False),
@@ -265,7 +239,6 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Split, subset, or a manifest's `split` value.", show_default=False)
     ] = None,
-    device: _Device = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the result and all transcripts as JSON.", show_default=False)
     ] = None,
@@ -283,13 +256,12 @@ def evaluate(
     - `asr-finetune evaluate --model runs/first/model --data LibriSpeech --split test-clean --set`
     evaluate.batch_size=8
     """
+    model = flags["model.name"]
     if model is None and adapter is None:
         raise ConfigError("evaluate: give --model, --adapter, or both")
-    flags = {"model.name": model or str(adapter), "model.device": device, "data.train": data, "output": "."}
+    flags |= {"model.name": model or str(adapter), "data.train": data, "output": "."}
     loaded = Config.from_dict(overridden({}, flags, settings or ()))
     from asr_finetune.models.loading import load_recognizer, load_with_adapter
-    from asr_finetune.progress import Reporter
-    from asr_finetune.training import checkpoint
     from asr_finetune.training.evaluate import evaluate as run_evaluation
     from asr_finetune.training.setup import load
 
@@ -302,7 +274,7 @@ def evaluate(
     result = run_evaluation(recognizer, corpus, loaded.evaluate, reporter=reporter)
     reporter.say(str(result))
     if out is not None:
-        checkpoint.write_json(out, result.to_dict(hypotheses=True))
+        write_json(out, result.to_dict(hypotheses=True))
         reporter.say(f"written to {out}")
 
 
@@ -380,8 +352,6 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can fix
     try:
         app()
-    except Exception as error:
-        if not expected(error):
-            raise
+    except UserError as error:
         tell(f"error: {error}", "red")
-        sys.exit(130 if type(error).__name__ == "Interrupted" else 2)
+        sys.exit(getattr(error, "exit_code", 2))

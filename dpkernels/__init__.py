@@ -31,7 +31,10 @@ _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
     "coverage": "dpkernels.nn.convert.coverage",
     "fix": "dpkernels.nn.convert.fix",
 }
-_SUBMODULES = ("nn", "ops", "privacy", "interop", "backends", "opacus")
+_SUBMODULES = (
+    *("nn", "ops", "privacy", "interop", "backends", "opacus"),
+    *("memory", "blocks", "precision", "plain", "errors", "files", "checkpoint"),
+)
 
 __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "swap",

@@ -1,144 +1,105 @@
-"""The configuration of a run: frozen dataclasses, one a YAML section, that check themselves.
+"""The configuration of a run: frozen pydantic dataclasses, one a YAML section, that check themselves.
 
-A field's type, default, help and limits are written once, on the field. How single values are checked is in
-`values.py`; the YAML reader, the overrides and the commented configuration that `asr-finetune train
---print-config` prints are derived from the fields in `config_file.py`. Every error names the key, the value
-given and the fix.
+A field's type, limits, default and help (the text under it) are written once, here; the YAML reader, the overrides, the
+command line's flags and the commented configuration of `asr-finetune train --print-config` are derived from them.
 """
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from dataclasses import asdict, field, replace
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator, StrictBool
+from pydantic.dataclasses import dataclass
 
-from asr_finetune.config.values import PLACEHOLDER, ConfigError, about, check_limits, coerce, unknown_key
-
-
-class _Section:
-    """What every section does: check its values, and read itself from a mapping."""
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for item in fields(self):  # type: ignore[arg-type]
-            key = f"{section_name(type(self))}.{item.name}"
-            value = coerce(key, getattr(self, item.name), hints[item.name])
-            check_limits(key, value, item)
-            object.__setattr__(self, item.name, value)  # frozen: only here, only to normalise
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The section from plain values, as YAML gives them.
-
-        Raises:
-            ConfigError: an unknown key (with the nearest name), a missing one, a value of the wrong type or
-                range.
-        """
-        name = section_name(cls)
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"{name}: expected a section, got {values!r}; write `{name}:` and indented keys under it"
-            )
-        known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
-        for key in values:
-            if key not in known:
-                raise ConfigError(unknown_key(f"{name}.{key}", str(key), known, prefix=f"{name}."))
-        for item in fields(cls):  # type: ignore[arg-type]
-            if item.default is MISSING and item.name not in values:
-                raise ConfigError(f"{name}.{item.name} is missing ({item.metadata['help']}): set it")
-        return cls(**values)
+from asr_finetune.config.values import (
+    CHECKS,
+    PLACEHOLDER,
+    ConfigError,
+    Count,
+    Delta,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    Text,
+    explained,
+    fields_of,
+    help_of,
+)
 
 
-@dataclass(frozen=True)
-class ModelConfig(_Section):
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class ModelConfig:
     """Which recogniser, and how it is loaded."""
 
-    name: str = field(
-        metadata=about("folder or hub id of a CTC or Whisper checkpoint in Hugging Face format")
-    )
-    window_seconds: float | None = field(
-        default=None,
-        metadata=about("Whisper: trim the encoder to that many seconds (faster); CTC: leave null", above=0),
-    )
-    language: str | None = field(
-        default=None,
-        metadata=about("multilingual Whisper: de, German, ...; null: the checkpoint's own, else English"),
-    )
-    task: Literal["transcribe", "translate"] | None = field(
-        default=None, metadata=about("multilingual Whisper: null: the checkpoint's own, else transcribe")
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32",
-        metadata=about(
-            "of matrix products and frozen weights (autocast); what is trained is float32. Half types: see "
-            "docs/privacy.md, Rounding"
-        ),
-    )
-    device: str = field(
-        default="auto", metadata=about("auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    )
-    revision: str | None = field(
-        default=None, metadata=about("revision of a hub id: pin it for a run that can be repeated")
-    )
-    new_head: bool = field(
-        default=False, metadata=about("CTC: train a new output layer on `vocabulary`, drop the old one")
-    )
-    vocabulary: Literal["keep", "own", "characters", "words"] = field(
-        default="keep",
-        metadata=about(
-            "keep; for a new output layer: own (the checkpoint's) or characters; words: a model made for them"
-        ),
-    )
+    name: Text
+    """folder or hub id of a CTC or Whisper checkpoint in Hugging Face format"""
+    window_seconds: Positive | None = None
+    """Whisper: trim the encoder to that many seconds (faster); CTC: leave null"""
+    language: Text | None = None
+    """multilingual Whisper: de, German, ...; null: the checkpoint's own, else English"""
+    task: Literal["transcribe", "translate"] | None = None
+    """multilingual Whisper: null: the checkpoint's own, else transcribe"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of matrix products and frozen weights (autocast); what is trained is float32. Half types: see
+    docs/privacy.md, Rounding"""
+    device: Text = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    revision: Text | None = None
+    """revision of a hub id: pin it for a run that can be repeated"""
+    new_head: StrictBool = False
+    """CTC: train a new output layer on `vocabulary`, drop the old one"""
+    vocabulary: Literal["keep", "own", "characters", "words"] = "keep"
+    """keep; for a new output layer: own (the checkpoint's) or characters; words: a model made for them"""
 
 
-@dataclass(frozen=True)
-class DataConfig(_Section):
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class DataConfig:
     """The recordings: a LibriSpeech tree, a JSON-lines manifest, or a `datasets` id."""
 
-    train: str = field(
-        metadata=about("private training data: LibriSpeech folder, manifest .jsonl, or `datasets` id")
-    )
-    test: str | None = field(
-        default=None, metadata=about("data for the before/after error rates; null: no evaluation")
-    )
-    valid: str | None = field(
-        default=None, metadata=about("*public* data for the curve over training; null: no curve")
-    )
-    train_split: str | None = field(
-        default=None, metadata=about("value of `split` (manifest), split (datasets) or subset (LibriSpeech)")
-    )
-    test_split: str | None = field(default=None, metadata=about("the same for data.test"))
-    valid_split: str | None = field(default=None, metadata=about("the same for data.valid"))
-    corpus: str | None = field(default=None, metadata=about("manifest: keep lines with this `corpus` only"))
-    speakers: list[str] | None = field(default=None, metadata=about("keep these speakers only"))
-    exclude_speakers: list[str] | None = field(default=None, metadata=about("leave these speakers out"))
-    min_seconds: float = field(
-        default=0.05, metadata=about("shorter recordings are left out, and listed as problems", least=0)
-    )
-    max_seconds: float = field(
-        default=30.0, metadata=about("longer recordings are left out, and listed as problems", above=0)
-    )
-    text_case: Literal["keep", "lower", "upper"] = field(
-        default="keep", metadata=about("case of the transcripts that are learnt")
-    )
-    strip_punctuation: bool = field(
-        default=False, metadata=about("remove punctuation from the transcripts that are learnt")
-    )
-    check_audio: bool = field(
-        default=True, metadata=about("read every file to its end first, and leave out what does not decode")
-    )
-    target_prefix: str = field(
-        default="", metadata=about('seq2seq: put before each transcript (" " for Whisper)')
-    )
-    audio_column: str = field(default="audio", metadata=about("`datasets`: column with the audio"))
-    text_column: str = field(default="text", metadata=about("`datasets`: column with the transcript"))
-    speaker_column: str = field(default="speaker", metadata=about("`datasets`: column with the speaker"))
+    train: Text
+    """private training data: LibriSpeech folder, manifest .jsonl, or `datasets` id"""
+    test: Text | None = None
+    """data for the before/after error rates; null: no evaluation"""
+    valid: Text | None = None
+    """*public* data for the curve over training; null: no curve"""
+    train_split: Text | None = None
+    """value of `split` (manifest), split (datasets) or subset (LibriSpeech)"""
+    test_split: Text | None = None
+    """the same for data.test"""
+    valid_split: Text | None = None
+    """the same for data.valid"""
+    corpus: Text | None = None
+    """manifest: keep lines with this `corpus` only"""
+    speakers: list[Text] | None = None
+    """keep these speakers only"""
+    exclude_speakers: list[Text] | None = None
+    """leave these speakers out"""
+    min_seconds: NonNegative = 0.05
+    """shorter recordings are left out, and listed as problems"""
+    max_seconds: Positive = 30.0
+    """longer recordings are left out, and listed as problems"""
+    text_case: Literal["keep", "lower", "upper"] = "keep"
+    """case of the transcripts that are learnt"""
+    strip_punctuation: StrictBool = False
+    """remove punctuation from the transcripts that are learnt"""
+    check_audio: StrictBool = True
+    """read every file to its end first, and leave out what does not decode"""
+    target_prefix: Text = ""
+    """seq2seq: put before each transcript (" " for Whisper)"""
+    audio_column: Text = "audio"
+    """`datasets`: column with the audio"""
+    text_column: Text = "text"
+    """`datasets`: column with the transcript"""
+    speaker_column: Text = "speaker"
+    """`datasets`: column with the speaker"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.min_seconds >= self.max_seconds:
             raise ConfigError(
                 f"data.min_seconds={self.min_seconds:g} leaves nothing below "
@@ -146,70 +107,53 @@ class DataConfig(_Section):
             )
 
 
-@dataclass(frozen=True)
-class MethodConfig(_Section):
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class MethodConfig:
     """What is trained."""
 
-    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = field(
-        default="full",
-        metadata=about(
-            "full, lora, bitfit (biases), dp_rp (lora, one factor frozen at random), head (output layer)"
-        ),
-    )
-    rank: int = field(default=8, metadata=about("lora, dp_rp: rank of the adapters", least=1))
-    alpha: float = field(
-        default=16, metadata=about("lora, dp_rp: the adapter is scaled by alpha / rank", above=0)
-    )
-    dropout: float = field(default=0.0, metadata=about("lora: dropout before the adapter", least=0, below=1))
-    targets: list[str] | None = field(
-        default=None, metadata=about("lora, dp_rp: endings of module names; null: the model's default")
-    )
-    train_head: bool = field(
-        default=False,
-        metadata=about("CTC: train the output layer along with any method; a new one is trained anyway"),
-    )
-    layers: Literal["all", "encoder", "decoder"] = field(
-        default="all", metadata=about("which half of a seq2seq model is trained")
-    )
+    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "full"
+    """full, lora, bitfit (biases), dp_rp (lora, one factor frozen at random), head (output layer)"""
+    rank: Count = 8
+    """lora, dp_rp: rank of the adapters"""
+    alpha: Positive = 16.0
+    """lora, dp_rp: the adapter is scaled by alpha / rank"""
+    dropout: Share = 0.0
+    """lora: dropout before the adapter"""
+    targets: list[Text] | None = None
+    """lora, dp_rp: endings of module names; null: the model's default"""
+    train_head: StrictBool = False
+    """CTC: train the output layer along with any method; a new one is trained anyway"""
+    layers: Literal["all", "encoder", "decoder"] = "all"
+    """which half of a seq2seq model is trained"""
 
 
-@dataclass(frozen=True)
-class PrivacyConfig(_Section):
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class PrivacyConfig:
     """The guarantee: (epsilon, delta) and what it protects."""
 
-    epsilon: float | None = field(
-        default=None,
-        metadata=about("target: training stops before it is exceeded; chooses the noise", above=0),
-    )
-    delta: float | None = field(
-        default=None, metadata=about("required; well below 1 / number of training units", above=0, below=1)
-    )
-    noise_multiplier: float | None = field(
-        default=None, metadata=about("noise by hand; null: calibrated to epsilon and steps", least=0)
-    )
-    max_grad_norm: float = field(
-        default=1.0, metadata=about("clipping bound C on one utterance's gradient", above=0)
-    )
-    unit: Literal["example", "speaker"] = field(
-        default="example", metadata=about("what is protected: one utterance, or all of a speaker's")
-    )
-    max_examples_per_speaker: int | None = field(
-        default=None, metadata=about("unit speaker: utterances of one speaker in a step", least=1)
-    )
-    max_batch_size: int | None = field(
-        default=None, metadata=about("truncated Poisson: a batch never exceeds it; null: no limit", least=1)
-    )
-    accountant: Literal["pld", "rdp"] = field(default="pld", metadata=about("pld (tight) or rdp"))
-    strategy: Literal["bookkeeping", "mixed", "two_pass", "per_layer"] = field(
-        default="bookkeeping",
-        metadata=about(
-            "what is kept until norms are known: inputs; per-sample gradients where smaller; nothing (a second "
-            "backward); nothing (each layer clipped on its own: other gradients)"
-        ),
-    )
-    enabled: bool = field(
-        default=True, metadata=about("false: ordinary training, for comparison; nothing is private then")
-    )
+    epsilon: Positive | None = None
+    """target: training stops before it is exceeded; chooses the noise"""
+    delta: Delta | None = None
+    """required; well below 1 / number of training units"""
+    noise_multiplier: NonNegative | None = None
+    """noise by hand; null: calibrated to epsilon and steps"""
+    max_grad_norm: Positive = 1.0
+    """clipping bound C on one utterance's gradient"""
+    unit: Literal["example", "speaker"] = "example"
+    """what is protected: one utterance, or all of a speaker's"""
+    max_examples_per_speaker: Count | None = None
+    """unit speaker: utterances of one speaker in a step"""
+    max_batch_size: Count | None = None
+    """truncated Poisson: a batch never exceeds it; null: no limit"""
+    accountant: Literal["pld", "rdp"] = "pld"
+    """pld (tight) or rdp"""
+    strategy: Literal["bookkeeping", "mixed", "two_pass", "per_layer"] = "bookkeeping"
+    """what is kept until norms are known: inputs; per-sample gradients where smaller; nothing (a second
+    backward); nothing (each layer clipped on its own: other gradients)"""
+    enabled: StrictBool = True
+    """false: ordinary training, for comparison; nothing is private then"""
 
     def check(self) -> None:
         """Whether it says what a private run needs to know; a section that is not enabled always does.
@@ -246,105 +190,94 @@ class PrivacyConfig(_Section):
             )
 
 
-@dataclass(frozen=True)
-class TrainConfig(_Section):
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class TrainConfig:
     """The training loop."""
 
-    batch_size: int = field(
-        default=256,
-        metadata=about(
-            "expected logical batch, in utterances: each joins with probability batch_size / N; unit speaker: each "
-            "speaker with batch_size / (max_examples_per_speaker · N)",
-            least=1,
-        ),
-    )
-    physical_batch_size: int = field(
-        default=16,
-        metadata=about("utterances in one forward; changes speed and memory, not the result", least=1),
-    )
-    checkpointing: bool = field(
-        default=False,
-        metadata=about("recompute each block's activations in the backward: less memory, more time"),
-    )
-    compile_frozen: bool = field(
-        default=False,
-        metadata=about("torch.compile the blocks without trained parameters: minutes to start; for a GPU"),
-    )
-    fill_micro_batches: bool = field(
-        default=False,
-        metadata=about("physical_batch_size counts utterances of the longest length; more of shorter ones"),
-    )
-    steps: int = field(default=100, metadata=about("logical steps", least=1))
-    optimizer: Literal["adam", "adamw", "sgd"] = field(default="adam", metadata=about("torch.optim class"))
-    learning_rate: float = field(default=1e-3, metadata=about("peak learning rate", above=0))
-    lr_schedule: Literal["constant", "cosine", "linear"] = field(
-        default="constant", metadata=about("after warm-up; the last two fall to 0")
-    )
-    warmup_steps: int = field(default=0, metadata=about("steps of linear warm-up", least=0))
-    weight_decay: float = field(default=0.0, metadata=about("the optimizer's weight decay", least=0))
-    spec_augment: bool = field(
-        default=False, metadata=about("mask bands of time and frequency, drawn for each utterance")
-    )
-    seed: int = field(
-        default=0,
-        metadata=about(
-            "initialisation and public data only: sampling and noise always use fresh keys", least=0
-        ),
-    )
-    checkpoint_every: int = field(default=10, metadata=about("steps between checkpoints", least=1))
-    eval_every: int = field(
-        default=0, metadata=about("steps between evaluations on data.valid; 0: none", least=0)
-    )
-    num_workers: int = field(default=0, metadata=about("processes that read audio", least=0))
-    cache_features: bool = field(
-        default=True, metadata=about("keep the features in memory after the first pass")
-    )
+    batch_size: Count = 256
+    """expected logical batch, in utterances: each joins with probability batch_size / N; unit speaker: each
+    speaker with batch_size / (max_examples_per_speaker · N)"""
+    physical_batch_size: Count = 16
+    """utterances in one forward; changes speed and memory, not the result"""
+    checkpointing: StrictBool = False
+    """recompute each block's activations in the backward: less memory, more time"""
+    compile_frozen: StrictBool = False
+    """torch.compile the blocks without trained parameters: minutes to start; for a GPU"""
+    fill_micro_batches: StrictBool = False
+    """physical_batch_size counts utterances of the longest length; more of shorter ones"""
+    steps: Count = 100
+    """logical steps"""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """torch.optim class"""
+    learning_rate: Positive = 0.001
+    """peak learning rate"""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """after warm-up; the last two fall to 0"""
+    warmup_steps: Natural = 0
+    """steps of linear warm-up"""
+    weight_decay: NonNegative = 0.0
+    """the optimizer's weight decay"""
+    spec_augment: StrictBool = False
+    """mask bands of time and frequency, drawn for each utterance"""
+    seed: Natural = 0
+    """initialisation and public data only: sampling and noise always use fresh keys"""
+    checkpoint_every: Count = 10
+    """steps between checkpoints"""
+    eval_every: Natural = 0
+    """steps between evaluations on data.valid; 0: none"""
+    num_workers: Natural = 0
+    """processes that read audio"""
+    cache_features: StrictBool = True
+    """keep the features in memory after the first pass"""
 
 
-@dataclass(frozen=True)
-class EvaluateConfig(_Section):
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class EvaluateConfig:
     """Error rates before and after."""
 
-    before: bool = field(
-        default=True, metadata=about("error rates of the checkpoint before training too, with its own window")
-    )
-    batch_size: int = field(default=32, metadata=about("utterances decoded at once", least=1))
-    restrict_to: list[str] | None = field(
-        default=None, metadata=about("decode to one of these texts only; null: free decoding")
-    )
-    bootstrap: int = field(
-        default=1000, metadata=about("resamples of the confidence interval over utterances; 0: none", least=0)
-    )
-    normalize: Literal["basic", "english", "none"] = field(
-        default="basic",
-        metadata=about(
-            "basic: lower case, no punctuation, single spaces; english: Whisper's own, numbers as digits"
-        ),
-    )
+    before: StrictBool = True
+    """error rates of the checkpoint before training too, with its own window"""
+    batch_size: Count = 32
+    """utterances decoded at once"""
+    restrict_to: list[Text] | None = None
+    """decode to one of these texts only; null: free decoding"""
+    bootstrap: Natural = 1000
+    """resamples of the confidence interval over utterances; 0: none"""
+    normalize: Literal["basic", "english", "none"] = "basic"
+    """basic: lower case, no punctuation, single spaces; english: Whisper's own, numbers as digits"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.restrict_to is not None and not self.restrict_to:
             raise ConfigError("evaluate.restrict_to=[]: give at least one text, or null for free decoding")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _folder(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"output: expected a folder, got {value!r}; write e.g. `output: runs/first`")
+    return value
+
+
+@explained
+@dataclass(frozen=True, kw_only=True, config=CHECKS)
 class Config:
-    """A whole run. `output` is the folder that everything is written to."""
+    """A whole run."""
 
     model: ModelConfig
+    """which recogniser"""
     data: DataConfig
+    """the recordings"""
     method: MethodConfig = field(default_factory=MethodConfig)
+    """what is trained"""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """the guarantee"""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """the training loop"""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    output: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.output, str) or not self.output:
-            raise ConfigError(
-                f"output: expected a folder, got {self.output!r}; write e.g. `output: runs/first`"
-            )
+    """error rates"""
+    output: Annotated[str, BeforeValidator(_folder)]
+    """the folder that everything is written to"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what `from_dict` reads and what is written as YAML."""
@@ -360,18 +293,8 @@ class Config:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration is a mapping of sections, got {type(values).__name__}")
-        known = [*SECTIONS, "output"]
-        for key in values:
-            if key not in known:
-                raise ConfigError(unknown_key(str(key), str(key), known))
-        if values.get("output") is None:
-            raise ConfigError(
-                "output is missing (the folder that everything is written to): set it, or give --output"
-            )
-        built: dict[str, Any] = {
-            name: section.from_dict(values.get(name) or {}) for name, section in SECTIONS.items()
-        }
-        return cls(output=values["output"], **built)
+        given = {str(key): value for key, value in values.items() if value is not None}
+        return cls(**{**{name: {} for name in SECTIONS}, **given})
 
     def to_yaml(self) -> str:
         """YAML without comments."""
@@ -388,10 +311,10 @@ class Config:
             ConfigError: naming those that were not.
         """
         left = [
-            f"{name}.{item.name} ({item.metadata['help']})"
+            f"{name}.{key} ({help_of(item)})"
             for name, section in SECTIONS.items()
-            for item in fields(section)  # type: ignore[arg-type]
-            if getattr(getattr(self, name), item.name) == PLACEHOLDER
+            for key, item in fields_of(section).items()
+            if getattr(getattr(self, name), key) == PLACEHOLDER
         ]
         if left:
             raise ConfigError(
@@ -426,7 +349,7 @@ class Config:
             )
 
 
-SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "method": MethodConfig,
@@ -434,8 +357,3 @@ SECTIONS: dict[str, type[_Section]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
 }
-
-
-def section_name(section: type) -> str:
-    """`privacy` for PrivacyConfig: the name of its YAML section."""
-    return section.__name__.removesuffix("Config").lower()

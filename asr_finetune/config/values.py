@@ -1,99 +1,156 @@
-"""Single values of a configuration: their documentation and limits, and what is said about a wrong one."""
+"""The types of a configuration's values, and what is said about a wrong one.
+
+pydantic reads and checks the values; here its findings become messages that name the key, what was given and the fix.
+"""
 
 from __future__ import annotations
 
 import difflib
-import math
-import types
+import functools
 import typing
-from collections.abc import Sequence
-from dataclasses import Field
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from dpkernels.errors import UserError
 
 PLACEHOLDER = "..."  # what a printed configuration holds where only its user knows the value
+# Of every section: the text under a field is its help, shown by `--print-config`.
+CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be used: the message names the key, what was given, and the fix."""
 
 
-def about(
-    help: str, *, above: float | None = None, least: float | None = None, below: float | None = None
-) -> dict[str, Any]:
-    """A field's metadata: its documentation and limits.
+@contextmanager
+def told_to_user() -> Iterator[None]:
+    """Within it, an argument that dpkernels refuses is a ConfigError: it came from the configuration."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise ConfigError(str(error)) from error
 
-    Args:
-        help: one line, shown by `--print-config`.
-        above: the value must be > above.
-        least: the value must be >= least.
-        below: the value must be < below.
-    """
-    return {"help": help, "above": above, "least": least, "below": below}
+
+def _number(value: Any) -> Any:
+    """YAML gives "1e-3" as text, and true is no number."""
+    if isinstance(value, bool):
+        raise ValueError("a truth value")
+    return float(value) if isinstance(value, str) else value
+
+
+def _text(value: Any) -> Any:
+    """YAML gives 19 for a speaker's name."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+_Int = Annotated[int, BeforeValidator(_number)]
+_Float = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[_Int, Field(ge=1)]
+Natural = Annotated[_Int, Field(ge=0)]
+Positive = Annotated[_Float, Field(gt=0)]
+NonNegative = Annotated[_Float, Field(ge=0)]
+Share = Annotated[_Float, Field(ge=0, lt=1)]
+Delta = Annotated[_Float, Field(gt=0, lt=1)]
+
+_Section = TypeVar("_Section", bound=type)
+# pydantic's name of an error -> what is said after the key and the value
+_SAID = {
+    "list_type": "expected a list, e.g. [a, b]",
+    "bool_type": "expected true or false",
+    "string_type": "expected text; quote it",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+}
+_UNKNOWN = "unexpected_keyword_argument"
+
+
+def section_name(section: type) -> str:
+    """`privacy` for PrivacyConfig: the name of its YAML section; "" for Config itself."""
+    return section.__name__.removesuffix("Config").lower()
+
+
+def fields_of(section: type) -> dict[str, FieldInfo]:
+    """The fields of a section by name, with type, default and help (`description`)."""
+    return typing.cast(Any, section).__pydantic_fields__
+
+
+def help_of(field: FieldInfo) -> str:
+    """The help of a field, on one line."""
+    return " ".join((field.description or "").split())
+
+
+def choices(hint: Any) -> list[str]:
+    """The values that a Literal allows, also one that may be null; of any other type none."""
+    if typing.get_origin(hint) is Literal:
+        return list(map(str, typing.get_args(hint)))
+    return [choice for part in typing.get_args(hint) for choice in choices(part)]
+
+
+def explained(section: _Section) -> _Section:
+    """A pydantic dataclass whose constructor raises ConfigError, in the words of this package."""
+    build = section.__init__  # type: ignore[misc]
+
+    @functools.wraps(build)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            build(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ConfigError(_said(section, error)) from None
+
+    section.__init__ = init  # type: ignore[misc]
+    return section
 
 
 def unknown_key(key: str, name: str, known: Sequence[str], prefix: str = "") -> str:
     """What is said about a key that there is not, with the nearest name."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-    return f"{key}: unknown key; {hint}"
+    fix = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+    return f"{key}: unknown key; {fix}"
 
 
-def coerce(key: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it: YAML gives 1 for a float, "1e-3" as text, 19 for a speaker's name."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = [argument for argument in arguments if argument is not type(None)]
-        return coerce(key, value, inner)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        near = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
+def _said(section: type, error: ValidationError) -> str:
+    """The message about the first error: keys that there are not come first, then those that are missing."""
+    order = {_UNKNOWN: 0, "missing": 1}
+    found = error.errors(include_url=False)
+    first = min(found, key=lambda one: (order.get(one["type"], 2), len(one["loc"])))
+    kind, place, value, context = first["type"], first["loc"], first["input"], first.get("ctx", {})
+    names = [name for name in place if isinstance(name, str)]
+    for name in names[:-1]:
+        section = typing.cast(type, fields_of(section)[name].annotation)
+    prefix = f"{section_name(section)}." if section_name(section) else ""
+    if kind == _UNKNOWN:
+        return unknown_key(f"{prefix}{names[-1]}", names[-1], list(fields_of(section)), prefix)
+    field = fields_of(section)[names[-1]]
+    key = prefix + names[-1] + "".join(f"[{name}]" for name in place if isinstance(name, int))
+    if kind == "missing":
+        return f"{key} is missing ({help_of(field)}): set it{'' if prefix else f', or give --{key}'}"
+    if isinstance(context.get("error"), ConfigError):
+        return str(context["error"])
+    if kind == "dataclass_type":
+        return f"{key}: expected a section, got {value!r}; write `{key}:` and indented keys under it"
+    return f"{key}={value!r}: {_wanted(kind, value, context, field.annotation)}"
+
+
+def _wanted(kind: str, value: Any, context: dict[str, Any], hint: Any) -> str:
+    if kind in _SAID:
+        return _SAID[kind].format(**context)
+    if kind == "literal_error":
+        near = difflib.get_close_matches(str(value), choices(hint), n=1)
         guess = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{key}={value!r}: expected one of {', '.join(map(str, arguments))}{guess}")
-    if origin is list:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ConfigError(f"{key}={value!r}: expected a list, e.g. [a, b]")
-        return [coerce(f"{key}[{index}]", entry, arguments[0]) for index, entry in enumerate(value)]
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        raise ConfigError(f"{key}={value!r}: expected true or false")
-    if hint is str:
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        raise ConfigError(f"{key}={value!r}: expected text; quote it")
-    return _number(key, value, hint)
+        return f"expected one of {', '.join(choices(hint))}{guess}"
+    return f"expected {'a whole number' if int in types_within(hint) else 'a number'}"
 
 
-def _number(key: str, value: Any, hint: type) -> int | float:
-    expected = "a whole number" if hint is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ConfigError(f"{key}={value!r}: expected {expected}")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ConfigError(f"{key}={value!r}: expected {expected}") from None
-    if not math.isfinite(number) or (hint is int and number != int(number)):
-        raise ConfigError(f"{key}={value!r}: expected {expected}")
-    return int(number) if hint is int else number
-
-
-def check_limits(key: str, value: Any, item: Field[Any]) -> None:
-    """Hold a value against the limits of its field.
-
-    Raises:
-        ConfigError: it is outside.
-    """
-    if value is None:
-        return
-    above, least, below = (item.metadata.get(name) for name in ("above", "least", "below"))
-    if above is not None and not value > above:
-        raise ConfigError(f"{key}={value!r}: must be above {above:g}")
-    if least is not None and not value >= least:
-        raise ConfigError(f"{key}={value!r}: must be at least {least:g}")
-    if below is not None and not value < below:
-        raise ConfigError(f"{key}={value!r}: must be below {below:g}")
+def types_within(hint: Any) -> Iterator[Any]:
+    """A type and those that it is made of."""
+    yield hint
+    for part in typing.get_args(hint):
+        yield from types_within(part)

@@ -7,16 +7,22 @@ or a recipe's name) gives every key that the file does not.
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from asr_finetune.config.schema import SECTIONS, Config
-from asr_finetune.config.values import PLACEHOLDER, ConfigError, unknown_key
+from asr_finetune.config.values import (
+    PLACEHOLDER,
+    ConfigError,
+    choices,
+    fields_of,
+    help_of,
+    unknown_key,
+)
+from asr_finetune.files import MissingFile
 
 RECIPES = Path(__file__).with_name("recipes")
 _COMMENT_COLUMN = 44
@@ -42,7 +48,7 @@ def find(path: str | Path) -> Path:
             return recipe
     near = difflib.get_close_matches(path.name.removesuffix(".yaml"), recipes(), n=1)
     meant = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipes())}"
-    raise FileNotFoundError(
+    raise MissingFile(
         f"--config {path}: no such file; `asr-finetune train --print-config > {path}` writes one. {meant}"
     )
 
@@ -119,7 +125,7 @@ def overridden(
         section, _, name = key.partition(".")
         if section not in SECTIONS:
             raise ConfigError(unknown_key(key, section, [*SECTIONS, "output"]))
-        known = [item.name for item in fields(SECTIONS[section])]  # type: ignore[arg-type]
+        known = list(fields_of(SECTIONS[section]))
         if name not in known:
             raise ConfigError(unknown_key(key, name, known, prefix=f"{section}."))
         result[section] = {**(result.get(section) or {}), name: value}
@@ -164,7 +170,7 @@ def template(given: Mapping[str, Any] | None = None) -> str:
     given = given or {}
     values: dict[str, Any] = {"output": given.get("output") or "runs/first"}
     for name, section in SECTIONS.items():
-        required = {item.name: PLACEHOLDER for item in fields(section) if item.default is MISSING}  # type: ignore[arg-type]
+        required = {key: PLACEHOLDER for key, item in fields_of(section).items() if item.is_required()}
         found = given.get(name) or {}
         values[name] = {**required, **found} if isinstance(found, Mapping) else found
     unknown = {key: value for key, value in given.items() if key not in values}
@@ -180,21 +186,16 @@ def _commented_lines(values: Mapping[str, Any]) -> Iterator[str]:
     for name, section in SECTIONS.items():
         summary = (section.__doc__ or "").strip()
         yield f"{name}:  # {summary}"
-        for item in fields(section):  # type: ignore[arg-type]
+        for key, item in fields_of(section).items():
             dumped = yaml.safe_dump(
-                values[name][item.name], default_flow_style=True, width=10**6, allow_unicode=True
+                values[name][key], default_flow_style=True, width=10**6, allow_unicode=True
             )
-            line = f"  {item.name}: {dumped.removesuffix('...' + chr(10)).strip()}"
-            hint = typing.get_type_hints(section)[item.name]
-            yield f"{line.ljust(_COMMENT_COLUMN)}  # {_describe(item, hint)}"
+            line = f"  {key}: {dumped.removesuffix('...' + chr(10)).strip()}"
+            listed, text = choices(item.annotation), help_of(item)
+            if any(choice not in text for choice in listed):
+                text += f" ({' | '.join(listed)})"
+            yield f"{line.ljust(_COMMENT_COLUMN)}  # {text}"
         yield ""
     yield (
         f"output: {values['output']}".ljust(_COMMENT_COLUMN) + "  # the folder that everything is written to"
     )
-
-
-def _describe(item: Field[Any], hint: Any) -> str:
-    choices = [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
-    text = str(item.metadata["help"])
-    missing = [choice for choice in choices if choice not in text]
-    return f"{text} ({' | '.join(choices)})" if missing else text

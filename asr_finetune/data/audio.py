@@ -3,57 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import soundfile
 import soxr
 
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Utterance
-
+from asr_finetune.data.utterance import AudioError, Utterance
 
 HEADER_TOLERANCE = 0.1  # seconds: an MP3's header counts padding that its decoder drops
-
-
-class AudioError(ValueError):
-    """A recording that cannot be used; the message is the reason, for a list of problems."""
-
-
-class Encoded(Protocol):
-    """An audio file that is not on disk by itself: a row of a dataset."""
-
-    def read(self) -> bytes:
-        """The file's bytes (WAV, FLAC, OGG, MP3)."""
-
-
-@dataclass(frozen=True)
-class DatasetRow:
-    """The audio of one row of a `datasets` table, read when it is needed: the table stays memory-mapped on
-    disk.
-    """
-
-    table: Any
-    index: int
-    column: str
-
-    def read(self) -> bytes:
-        """The file's bytes.
-
-        Raises:
-            AudioError: the row holds neither bytes nor a readable path.
-        """
-        audio = self.table[self.index][self.column]
-        if audio is None:
-            raise AudioError("no audio in this row")
-        if audio.get("bytes") is not None:
-            return bytes(audio["bytes"])
-        path = audio.get("path")
-        if not path or not Path(path).is_file():
-            raise AudioError(f"no audio in this row: no bytes, and no file at {path!r}")
-        return Path(path).read_bytes()
 
 
 def duration(source: Path | bytes) -> float:

@@ -15,80 +15,15 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from asr_finetune.config.schema import ConfigError
-from asr_finetune.data.audio import AudioError, Encoded, decode
+from asr_finetune.console import Reporter
+from asr_finetune.data.audio import decode
 from asr_finetune.data.repeats import first_listed
-from asr_finetune.progress import Reporter
-
-if TYPE_CHECKING:
-    from asr_finetune.models.recognizer import Recognizer
+from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
 _SHOWN = 5  # names in a message
 _CHECKED_AT_ONCE = 256  # recordings handed to the threads that decode them
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One recording and its transcript: one example.
-
-    Attributes:
-        id: its name, for messages.
-        path: the audio file, or None.
-        array: samples [n] or [n, channels] instead of a file, or None.
-        sampling_rate: of `array`, Hz.
-        text: the transcript as it is learnt.
-        speaker: who speaks, or None where that is not known.
-        seconds: duration, from the file's header.
-        encoded: an audio file's bytes held elsewhere, instead of `path`.
-        place: "file:line" where a manifest lists it, or "".
-        digest: of `encoded`, by which repeats are found; see `repeats.digest`.
-    """
-
-    id: str
-    path: Path | None
-    array: np.ndarray | None = field(compare=False)
-    sampling_rate: int | None
-    text: str
-    speaker: str | None
-    seconds: float
-    encoded: Encoded | None = field(default=None, compare=False, repr=False)
-    place: str = field(default="", compare=False)
-    digest: bytes | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def name(self) -> str:
-        """The id, with the place: ids may collide."""
-        return _name(self.id, self.place)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An utterance that was left out, and why.
-
-    Attributes:
-        id: its name.
-        reason: why; up to its first colon the same for all problems of one kind.
-        place: "file:line" where a manifest lists it, or "".
-    """
-
-    id: str
-    reason: str
-    place: str = ""
-
-    @property
-    def name(self) -> str:
-        """The id, with the place: ids may collide."""
-        return _name(self.id, self.place)
-
-    @property
-    def kind(self) -> str:
-        """The reason without what is this utterance's own."""
-        return self.reason.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -145,8 +80,12 @@ class Corpus:
             lines.append(f"{len(self.problems)} left out: {most}")
         return "\n".join([*lines, *self.notes])
 
-    def _without(self, reasons: Iterable[str | None]) -> Corpus:
-        """Without the utterances that have a reason, which become problems."""
+    def without(self, reasons: Iterable[str | None]) -> Corpus:
+        """Without the utterances that have a reason, which become problems.
+
+        Raises:
+            ConfigError: nothing is left.
+        """
         kept, problems = [], list(self.problems)
         for utterance, reason in zip(self.utterances, reasons, strict=True):
             if reason is None:
@@ -167,23 +106,7 @@ class Corpus:
             reasons.append(None if place == first else repeat)
             if item.speaker != kept.speaker:
                 disputed[kept.name] = None
-        return replace(self._without(reasons), disputed=tuple(disputed))
-
-    def fit(self, recognizer: Recognizer, *, training: bool = True) -> Corpus:
-        """Without what the recogniser cannot take, which joins the problems.
-
-        Longer than Whisper's window; too short for one frame; and, for training, transcripts outside the
-        vocabulary or with no CTC alignment in that many frames.
-
-        Raises:
-            ConfigError: nothing is left.
-        """
-
-        def problem(utterance: Utterance) -> str | None:
-            reason = recognizer.audio_problem(utterance)
-            return recognizer.text_problem(utterance) if reason is None and training else reason
-
-        return self._without(map(problem, self.utterances))
+        return replace(self.without(reasons), disputed=tuple(disputed))
 
     def decoded(self, reporter: Reporter, name: str) -> Corpus:
         """Without what does not decode: every file is read to its end once, as its header alone does not show.
@@ -209,7 +132,7 @@ class Corpus:
             for start in range(0, len(self), _CHECKED_AT_ONCE):
                 reasons += threads.map(problem, self.utterances[start : start + _CHECKED_AT_ONCE])
                 bar.update(len(reasons))
-        return self._without(reasons)
+        return self.without(reasons)
 
 
 def require_utterances(corpus: Corpus) -> Corpus:
@@ -228,10 +151,6 @@ def require_utterances(corpus: Corpus) -> Corpus:
         f"{corpus.source}: no usable utterance: {found}; check the split, data.corpus, data.speakers, "
         f"data.exclude_speakers, data.min_seconds and data.max_seconds{listed}"
     )
-
-
-def _name(identity: str, place: str) -> str:
-    return f"{identity} ({place})" if place else identity
 
 
 def _some(names: list[str]) -> str:

@@ -8,9 +8,9 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from asr_finetune.data.audio import AudioError
-from asr_finetune.data.corpus import Corpus, Utterance
+from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.repeats import digest
+from asr_finetune.data.utterance import AudioError, Utterance
 
 
 def fingerprint(corpus: Corpus, key: bytes) -> str:

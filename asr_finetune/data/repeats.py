@@ -11,10 +11,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Utterance
+from asr_finetune.data.utterance import Utterance
 
 _PIECE = 16 * 1024  # bytes: past headers and the silence that recordings begin with
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from asr_finetune.config.schema import ConfigError, DataConfig
-from asr_finetune.data.audio import AudioError, DatasetRow, Encoded, duration
-from asr_finetune.data.corpus import Corpus, Problem, Utterance, require_utterances
+from asr_finetune.data.audio import duration
+from asr_finetune.data.corpus import Corpus, require_utterances
 from asr_finetune.data.repeats import digest
+from asr_finetune.data.utterance import AudioError, DatasetRow, Encoded, Problem, Utterance
 from asr_finetune.hub import hub_answers, unreachable
 
 _AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")

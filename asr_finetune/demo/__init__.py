@@ -1,1 +1,4 @@
-"""TODO"""
+"""The demo on synthetic speech, and the synthesiser.
+
+It may import from every folder; only `cli` imports from it.
+"""

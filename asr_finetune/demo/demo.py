@@ -33,16 +33,16 @@ from asr_finetune.config.schema import (
     PrivacyConfig,
     TrainConfig,
 )
-from asr_finetune.data.sources import load_corpus
+from asr_finetune.console import Reporter, duration
 from asr_finetune.demo.synth import PUBLIC_VOICES, Voice, synthesise, write_wav
+from asr_finetune.files import write_text
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.recognizer import Recognizer
-from asr_finetune.progress import Reporter, duration
 from asr_finetune.report.report import write_report
-from asr_finetune.training.checkpoint import write_text
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.run import train
 from asr_finetune.training.run_folder import RunFolder
+from asr_finetune.training.setup import fitted_corpus
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LONGEST = 3  # digits in an utterance
@@ -214,7 +214,7 @@ def train_public(folder: Path, manifest: Path, recipe: Recipe, reporter: Reporte
     torch.manual_seed(0)
     recognizer = tiny_parakeet(DIGITS, hidden=96, layers=2, channels=16, intermediate_size=256)
     data = DataConfig(train=str(manifest))
-    corpus = load_corpus(data.train, split="public", data=data).fit(recognizer, training=True)
+    corpus = fitted_corpus(data.train, "public", data, recognizer)
     _fit(recognizer, SpeechDataset(corpus, recognizer, cache=True), recipe.public_epochs, reporter)
     recognizer.save(folder)
     write_text(finished, "")

@@ -23,7 +23,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from asr_finetune.training.checkpoint import write_text
+from asr_finetune.config.values import ConfigError
+from asr_finetune.files import MissingFile, write_text
+from dpkernels.errors import UserError
 
 SAMPLING_RATE = 16_000
 
@@ -39,7 +41,7 @@ _SPOKEN_AT_ONCE = 100  # sentences whose samples are in memory together
 _LOCK = threading.Lock()
 
 
-class SynthesisError(RuntimeError):
+class SynthesisError(UserError, RuntimeError):
     """espeak-ng is not installed, or did not do what it was asked."""
 
 
@@ -145,15 +147,15 @@ def speak(texts: Path, folder: Path, voices: int) -> tuple[Path, int]:
     """
     manifest = folder / "manifest.jsonl"
     if not texts.is_file():
-        raise FileNotFoundError(f"--texts {texts}: no such file: give public sentences, one a line")
+        raise MissingFile(f"--texts {texts}: no such file: give public sentences, one a line")
     lines = [" ".join(line.split()) for line in texts.read_text(encoding="utf-8").split("\n")]
     lines = [line for line in lines if line]
     if not lines:
-        raise ValueError(f"--texts {texts}: no sentence in it")
+        raise ConfigError(f"--texts {texts}: no sentence in it")
     if not 0 < voices <= len(PUBLIC_VOICES):
-        raise ValueError(f"--voices {voices}: there are {len(PUBLIC_VOICES)}")
+        raise ConfigError(f"--voices {voices}: there are {len(PUBLIC_VOICES)}")
     if manifest.exists():
-        raise ValueError(f"{manifest} is there already: give another --output")
+        raise ConfigError(f"{manifest} is there already: give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, voice in enumerate(PUBLIC_VOICES[:voices]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
+from asr_finetune.config.values import ConfigError
+from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.recognizer import Recognizer, pad_rows
 from dpkernels.losses import IGNORED, ctc_loss_per_example
-
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Utterance
 
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
 # Public and fixed: a vocabulary read off the private transcripts would tell what is in them.
@@ -70,7 +69,7 @@ class CTCRecognizer(Recognizer):
         rows = [item[self.input_name] for item in items]
         lengths = torch.tensor([len(row) for row in rows])
         if self.equal_lengths_only and int(lengths.min()) != int(lengths.max()):
-            raise ValueError(
+            raise ConfigError(
                 f"{self.name}: a batch of unequal lengths ({int(lengths.min())} to {int(lengths.max())}) would "
                 f"change utterances' gradients: {self.equal_lengths_only}. Set train.physical_batch_size=1 and "
                 "evaluate.batch_size=1, or use a model that masks its padding (Parakeet, Wav2Vec2-BERT)"
@@ -182,30 +181,30 @@ def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"
         unit: what one label is.
 
     Raises:
-        ValueError: an empty vocabulary, a repeated or reserved entry, a character of several letters, or a word with
+        ConfigError: an empty vocabulary, a repeated or reserved entry, a character of several letters, or a word with
             white space; the entry is named.
     """
     if not vocabulary:
-        raise ValueError("vocabulary=[]: give the words or characters to recognise")
+        raise ConfigError("vocabulary=[]: give the words or characters to recognise")
     repeated = [entry for entry, count in Counter(vocabulary).items() if count > 1]
     if repeated:
-        raise ValueError(
+        raise ConfigError(
             f"vocabulary: {_named(repeated)} more than once: a class each, so leave the others out"
         )
     reserved = [entry for entry in vocabulary if entry in (BLANK, UNKNOWN, "")]
     if reserved:
-        raise ValueError(
+        raise ConfigError(
             f"vocabulary: {_named(reserved)} is reserved (as {BLANK!r}, {UNKNOWN!r} and '' are): leave it out"
         )
     long = [entry for entry in vocabulary if len(entry) > 1]
     if unit == "characters" and long:
-        raise ValueError(
+        raise ConfigError(
             f"vocabulary: {_named(long)} of several letters, where characters are single ones: leave it out, or give "
             "unit='words'"
         )
     spaced = [entry for entry in vocabulary if entry.split() != [entry]]
     if unit == "words" and spaced:
-        raise ValueError(
+        raise ConfigError(
             f"vocabulary: {_named(spaced)} with white space, which ends a word: give its words one by one"
         )
     entries = [BLANK, UNKNOWN, *vocabulary]
@@ -247,10 +246,10 @@ def tiny_parakeet(
         encoder: more fields of transformers' ParakeetEncoderConfig.
 
     Raises:
-        ValueError: a vocabulary that `ctc_tokenizer` refuses, or a width that the heads do not divide.
+        ConfigError: a vocabulary that `ctc_tokenizer` refuses, or a width that the heads do not divide.
     """
     if hidden % heads:
-        raise ValueError(f"tiny_parakeet: hidden={hidden} is not a multiple of heads={heads}")
+        raise ConfigError(f"tiny_parakeet: hidden={hidden} is not a multiple of heads={heads}")
     unit = unit or ("characters" if all(len(entry) == 1 for entry in vocabulary) else "words")
     tokenizer = ctc_tokenizer(vocabulary, unit)
     config = transformers.ParakeetCTCConfig(

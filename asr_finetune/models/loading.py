@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from asr_finetune.config.schema import ConfigError, ModelConfig
+from asr_finetune.files import MissingFile
 from asr_finetune.hub import hub_answers, unreachable
 from asr_finetune.models.checkpoint_fit import (
     check_adapter,
@@ -28,9 +29,9 @@ from asr_finetune.models.checkpoint_fit import (
 )
 from asr_finetune.models.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer, tiny_parakeet
 from asr_finetune.models.methods import head_name
-from asr_finetune.models.precision import DTYPES, no_tf32
 from asr_finetune.models.recognizer import SETTINGS, Recognizer, quiet_transformers
 from asr_finetune.models.whisper import START, WhisperRecognizer, trim_encoder
+from dpkernels.precision import DTYPES, no_tf32
 
 __all__ = [
     "CTCRecognizer",
@@ -94,10 +95,7 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
         constants="encoder.embed_positions.weight",
     )
     if config.window_seconds is not None:
-        try:
-            trim_encoder(model, config.window_seconds)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        trim_encoder(model, config.window_seconds)
     processor = _read(transformers.WhisperProcessor, config)
     # Without its files transformers makes an empty tokenizer: every transcript would be the end token alone.
     if processor.tokenizer.convert_tokens_to_ids(START) != model.config.decoder_start_token_id:
@@ -111,12 +109,9 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
         model.config.vocab_size,
         fix="enlarge the token table (resize_token_embeddings) and save it",
     )
-    try:
-        return WhisperRecognizer(
-            _placed(model, config), processor, language=config.language, task=config.task, **options
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return WhisperRecognizer(
+        _placed(model, config), processor, language=config.language, task=config.task, **options
+    )
 
 
 def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recognizer:
@@ -196,7 +191,7 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
         ConfigError: see `load_recognizer`.
     """
     if not (folder / _ADAPTER).is_file():
-        raise FileNotFoundError(f"--adapter {folder}: no {_ADAPTER} there; give a run's adapter folder")
+        raise MissingFile(f"--adapter {folder}: no {_ADAPTER} there; give a run's adapter folder")
     settings = folder / SETTINGS
     saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     config = _as_saved(config, saved, "window_seconds", "language", "task")

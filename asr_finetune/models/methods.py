@@ -22,9 +22,8 @@ from torch.nn.utils import parametrize
 
 import dpkernels.nn
 from asr_finetune.config.schema import ConfigError, MethodConfig
-from asr_finetune.models.parameters import trained_parameters
-from asr_finetune.models.precision import hold_frozen
-from asr_finetune.models.recognizer import Recognizer, switch_off_shared_randomness
+from asr_finetune.models.recognizer import Recognizer, switch_off_shared_randomness, trained_parameters
+from dpkernels.precision import hold_frozen
 
 _HEADS = ("ctc_head", "lm_head", "proj_out")
 # Whisper's sinusoids are constants; the embedding of the model's own masks, switched off here, is never read.

@@ -8,19 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
-from asr_finetune.models.parameters import total_parameters, trained_parameters
-from asr_finetune.models.precision import arithmetic, widened, widened_state
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.utterance import Utterance
+from dpkernels.blocks import base_model
 from dpkernels.losses import IGNORED
-
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Utterance
+from dpkernels.precision import arithmetic, widened, widened_state
 
 SETTINGS = "recognizer.json"
 
@@ -269,15 +268,26 @@ class Recognizer(ABC):
         return math.floor(utterance.seconds * self.sampling_rate)
 
 
+def fit(corpus: Corpus, recognizer: Recognizer, *, training: bool = True) -> Corpus:
+    """A corpus without what the recogniser cannot take, which joins the problems.
+
+    Longer than Whisper's window; too short for one frame; and, for training, transcripts outside the
+    vocabulary or with no CTC alignment in that many frames.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+
+    def problem(utterance: Utterance) -> str | None:
+        reason = recognizer.audio_problem(utterance)
+        return recognizer.text_problem(utterance) if reason is None and training else reason
+
+    return corpus.without(map(problem, corpus.utterances))
+
+
 def quiet_transformers() -> None:
     """Turn off transformers' own progress bars, of weights read and written: they break ours."""
     transformers.utils.logging.disable_progress_bar()
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap is not None else model
 
 
 def switch_off_shared_randomness(model: nn.Module) -> None:
@@ -304,6 +314,16 @@ def switch_off_shared_randomness(model: nn.Module) -> None:
         embed = getattr(module, "masked_spec_embed", None)
         if isinstance(embed, nn.Parameter):
             embed.requires_grad_(False)  # of the masks: unused from here on
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of trained values; a tensor that two modules share counts once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Number of values; a tensor that two modules share counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def pad_rows(rows: Sequence[Tensor], value: float) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from asr_finetune.models.precision import arithmetic
+from asr_finetune.config.values import ConfigError
+from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.recognizer import Recognizer, pad_rows, to_device
 from dpkernels.losses import IGNORED, cross_entropy_per_example
-
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Utterance
+from dpkernels.precision import arithmetic
 
 START = "<|startoftranscript|>"
 FRAMES_PER_POSITION = 2  # conv2 has stride 2
@@ -68,7 +67,7 @@ class WhisperRecognizer(Recognizer):
         generation = self.base.generation_config
         if not self.multilingual:
             if language_code(language or "en") != "en" or task not in (None, "transcribe"):
-                raise ValueError(
+                raise ConfigError(
                     f"model.language={language!r}, model.task={task!r}: {self.name} is English-only (its generation "
                     "configuration does not say is_multilingual): leave both null, or take a multilingual checkpoint"
                 )
@@ -77,9 +76,9 @@ class WhisperRecognizer(Recognizer):
         task = task or getattr(generation, "task", None) or "transcribe"
         known, tasks = generation.lang_to_id, generation.task_to_id
         if f"<|{language_code(language)}|>" not in known:
-            raise ValueError(f"model.language={language!r}: {self.name} knows {', '.join(sorted(known))}")
+            raise ConfigError(f"model.language={language!r}: {self.name} knows {', '.join(sorted(known))}")
         if task not in tasks:
-            raise ValueError(f"model.task={task!r}: {self.name} knows {', '.join(sorted(tasks))}")
+            raise ConfigError(f"model.task={task!r}: {self.name} knows {', '.join(sorted(tasks))}")
         # Saved with a whole model: transformers' own generation then does the same.
         generation.language, generation.task = language_code(language), task
         return language_code(language), task
@@ -115,7 +114,7 @@ class WhisperRecognizer(Recognizer):
     def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
         """See Recognizer; silence fills the window."""
         if len(array) > self._window_samples:
-            raise ValueError(self._too_long(len(array) / self.sampling_rate))
+            raise ConfigError(self._too_long(len(array) / self.sampling_rate))
         features = self.feature_extractor(
             array,
             sampling_rate=self.sampling_rate,
@@ -290,14 +289,14 @@ def trim_encoder(model: Any, seconds: float, hop_seconds: float = 0.01) -> None:
     reloads.
 
     Raises:
-        ValueError: a window that is not above 0, or longer than the model's.
+        ConfigError: a window that is not above 0, or longer than the model's.
     """
     positions = math.ceil(round(seconds / (hop_seconds * FRAMES_PER_POSITION), 6))
     encoder = model.model.encoder
     table = encoder.embed_positions
     if not 0 < positions <= table.num_embeddings:
         longest = table.num_embeddings * hop_seconds * FRAMES_PER_POSITION
-        raise ValueError(f"model.window_seconds={seconds:g}: expected more than 0 and at most {longest:g} s")
+        raise ConfigError(f"model.window_seconds={seconds:g}: expected more than 0 and at most {longest:g} s")
     kept = nn.Embedding.from_pretrained(table.weight.detach()[:positions].clone(), freeze=True)
     encoder.embed_positions = kept
     encoder.max_source_positions = positions

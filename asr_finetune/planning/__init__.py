@@ -1,1 +1,4 @@
-"""TODO"""
+"""What a run will need before it begins: noise, memory, time, and a dry run of its start.
+
+It may import from `training`, `models`, `data` and `config`.
+"""

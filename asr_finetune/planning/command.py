@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from asr_finetune.config.schema import Config, ConfigError
-from asr_finetune.config.values import PLACEHOLDER
+from asr_finetune.config.values import PLACEHOLDER, told_to_user
 from asr_finetune.config.yaml_io import overridden, typed
-from asr_finetune.planning.noise import Plan, plan
 from asr_finetune.planning.tables import memory_table, plan_table, probe_table
 from asr_finetune.training.sampling import assumed_sampling, sampling_of
+from dpkernels.privacy import NoisePlan, plan_noise
 
 if TYPE_CHECKING:
     from asr_finetune.data.corpus import Corpus
@@ -53,7 +53,10 @@ def run(
     config.privacy.check()
     recognizer = corpus = None
     if config.data.train != _ABSENT:
-        recognizer, corpus = _subject(config)
+        from asr_finetune.training.setup import fitted_corpus, recognizer_of
+
+        recognizer = recognizer_of(config)
+        corpus = fitted_corpus(config.data.train, config.data.train_split, config.data, recognizer)
     yield plan_table(_noise(config, corpus, examples))
     if config.model.name == _ABSENT:
         return
@@ -106,17 +109,8 @@ def _check_given(config: Config, given: Mapping[str, Any], examples: int | None)
         raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
 
 
-def _subject(config: Config) -> tuple[Recognizer, Corpus]:
-    """The recogniser, and the training data without what it cannot take."""
-    from asr_finetune.data.sources import load_corpus
-    from asr_finetune.training.setup import recognizer_of
-
-    recognizer = recognizer_of(config)
-    corpus = load_corpus(config.data.train, split=config.data.train_split, data=config.data)
-    return recognizer, corpus.fit(recognizer)
-
-
-def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> Plan:
+@told_to_user()
+def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> NoisePlan:
     """Noise by hand, where there is some, as in a run; else for the target."""
     privacy = config.privacy
     if examples is not None:
@@ -125,7 +119,9 @@ def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> Plan:
         assert corpus is not None  # else _check_given asked for examples
         sampling = sampling_of(config, corpus)
     assert privacy.delta is not None
-    return plan(
+    if privacy.noise_multiplier == 0:
+        raise ConfigError("plan: --noise-multiplier 0 must be above 0: without noise epsilon is infinite")
+    return plan_noise(
         sampling,
         delta=privacy.delta,
         steps=config.train.steps,
@@ -139,9 +135,9 @@ def _fits(
     config: Config, recognizer: Recognizer, corpus: Corpus | None, seconds: float | None, gpu_memory: float
 ) -> MemoryPlan:
     """The micro-batches that so many GiB take, with and without checkpointing where the model has it."""
-    from asr_finetune.models.checkpointing import has_checkpointing
     from asr_finetune.models.methods import apply_method
     from asr_finetune.planning.memory import plan_memory
+    from dpkernels.blocks import has_checkpointing
 
     apply_method(recognizer, config.method)
     both = (False, True) if has_checkpointing(recognizer.model) else (False,)

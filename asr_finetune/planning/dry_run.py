@@ -7,11 +7,9 @@ are not there. Of the recordings, every header is read, and a sample is decoded.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,30 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.values import told_to_user
+from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
-from asr_finetune.data.provenance import shared_recordings
-from asr_finetune.data.sources import load_corpus
-from asr_finetune.messages import expected
-from asr_finetune.models.methods import apply_method
-from asr_finetune.models.parameters import trained_parameters
-from asr_finetune.models.recognizer import Recognizer
-from asr_finetune.planning.memory import MARGIN, Rehearsal, losses_of
+from asr_finetune.planning.memory import MARGIN, losses_of
 from asr_finetune.planning.tables import size
 from asr_finetune.planning.workload import typical_speech
-from asr_finetune.progress import Reporter
-from asr_finetune.training import record
-from asr_finetune.training.run_folder import RunFolder
 from asr_finetune.training.sampling import sampling_of, sigma_of
-from asr_finetune.training.setup import (
-    check_data,
-    check_public,
-    make_optimizer,
-    make_private,
-    prepare_blocks,
-    recognizer_of,
-    self_check,
-    training_dataset,
-)
+from asr_finetune.training.setup import fitted_corpus, make_private
+from asr_finetune.training.start import STAGES, Run
+from dpkernels.errors import UserError
+from dpkernels.memory import MemoryEstimator
 from dpkernels.privacy import epsilon, read_ledger
 
 _NAMED = 3  # of the recordings that are left out
@@ -77,30 +62,18 @@ def check_run(
     Returns:
         The checks, in order; those that need one that failed are failed too, and say so.
     """
-    run = _Checks(config, Reporter(progress))
-    steps: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
-        ("output", lambda: run.output(resume, compare), ()),
-        ("model", run.model, ()),
-        ("training data", run.training_data, ("model",)),
-        ("test data", run.test_data, ("model", "training data")),
-        ("validation data", run.validation_data, ("model", "training data")),
-        ("method", run.method, ("model",)),
-        ("privacy", run.privacy, ("output", "training data")),
-        ("memory", run.memory, ("training data", "method")),
-        ("gradients", run.gradients, ("privacy", "method", "memory")),
-    ]
+    run = _DryRun(config, Reporter(False), resume=resume, compare=compare, progress=Reporter(progress))
     checks: list[Check] = []
-    for what, step, needs in steps:
-        missing = [check.what for check in checks if check.what in needs and not check.passed]
-        if missing:
-            checks.append(Check(what, False, f"{_NOT_CHECKED}: needs {', '.join(missing)}"))
-            continue
-        try:
-            checks.append(Check(what, True, step()))
-        except Exception as error:
-            if not expected(error):
-                raise
-            checks.append(Check(what, False, str(error)))
+    with closing(run):
+        for what, needs in STAGES.items():
+            missing = [check.what for check in checks if check.what in needs and not check.passed]
+            if missing:
+                checks.append(Check(what, False, f"{_NOT_CHECKED}: needs {', '.join(missing)}"))
+                continue
+            try:
+                checks.append(Check(what, True, run.stage(what)))
+            except UserError as error:
+                checks.append(Check(what, False, str(error)))
     return checks
 
 
@@ -122,66 +95,40 @@ def check_table(checks: list[Check]) -> Table:
 
 
 @dataclass
-class _Checks:
-    """The steps, and what they leave for later ones."""
+class _DryRun(Run):
+    """The start of a run that writes nothing; every stage says what it found."""
 
-    config: Config
-    reporter: Reporter
-    recognizer: Any = None
-    corpus: Any = None
+    progress: Reporter = field(default_factory=Reporter)
     sigma: float | None = None
 
-    def output(self, resume: bool, compare: str | Path | None) -> str:
-        folder = RunFolder(Path(self.config.output))
-        record.read_comparison(compare)
-        if folder.run.is_file():
-            raise ConfigError(
-                f"{folder.run} is there: this run is finished. Another run needs another --output"
-            )
-        if folder.check(self.config, resume=resume):
-            spent = read_ledger(folder.ledger).steps if folder.ledger.exists() else 0
-            return f"{folder.path}: holds this run, which would be continued; its ledger counts {spent} steps"
-        return f"{folder.path}: free"
+    def _claim(self) -> bool:
+        return self.folder.check(self.config, resume=self.resume)
+
+    def _note_data(self) -> None:
+        """Nothing is written."""
+
+    def output(self) -> str:
+        folder = super().output()
+        if not self.resuming:
+            return f"{folder}: free"
+        ledger = self.folder.ledger
+        spent = read_ledger(ledger).steps if ledger.exists() else 0
+        return f"{folder}: holds this run, which would be continued; its ledger counts {spent} steps"
 
     def model(self) -> str:
-        self.recognizer = recognizer_of(self.config)
+        super().model()
         facts = self.recognizer.describe()
         return (
             f"{facts['name']}: {facts['class']}, {facts['total_parameters']:,} parameters in {facts['dtype']} on "
             f"{self.recognizer.device}, {facts['vocabulary']} classes{' (new)' if facts['new_head'] else ''}"
         )
 
-    def training_data(self) -> str:
-        config = self.config
-        self.corpus, found = self._corpus(config.data.train, config.data.train_split, training=True)
-        check_data(config, self.corpus, self.recognizer)
-        return found
-
-    def test_data(self) -> str:
-        source = self.config.data.test
-        if source is None:
-            return "data.test is not set: no error rates before and after"
-        corpus, found = self._corpus(source, self.config.data.test_split, training=False)
-        shared = len(shared_recordings(self.corpus, corpus))
-        if shared:
-            found += f"\nWARNING: {shared} of them are training recordings too: no epsilon covers error rates on them"
-        return found
-
-    def validation_data(self) -> str:
-        if not self.config.train.eval_every:
-            return "train.eval_every is 0: no curve"
-        assert self.config.data.valid is not None  # check_trainable saw to it
-        corpus, found = self._corpus(self.config.data.valid, self.config.data.valid_split, training=False)
-        check_public(corpus, self.corpus, self.config.privacy.unit)
-        return found
-
-    def _corpus(self, source: str, split: str | None, *, training: bool) -> tuple[Corpus, str]:
-        corpus = load_corpus(source, split=split, data=self.config.data).fit(
-            self.recognizer, training=training
-        )
+    def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
+        """A corpus, of which a sample is decoded."""
+        corpus = fitted_corpus(source, split, self.config.data, self.recognizer, training=name == "train")
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
         sample = Corpus([corpus.utterances[place] for place in places], source=corpus.source)
-        broken = sample.decoded(self.reporter, "decoding a sample").problems
+        broken = sample.decoded(self.progress, "decoding a sample").problems
         found = corpus.summary()
         if corpus.problems:
             named = [f"{problem.name}: {problem.reason}" for problem in corpus.problems[:_NAMED]]
@@ -193,13 +140,7 @@ class _Checks:
             )
         return corpus, found
 
-    def method(self) -> str:
-        torch.manual_seed(self.config.train.seed)
-        recognizer: Recognizer = self.recognizer
-        apply_method(recognizer, self.config.method)
-        trained = trained_parameters(recognizer.model)
-        return f"{self.config.method.kind}: {trained:,} parameters are trained"
-
+    @told_to_user()
     def privacy(self) -> str:
         config = self.config
         privacy, steps = config.privacy, config.train.steps
@@ -207,7 +148,7 @@ class _Checks:
             return "NOT PRIVATE: privacy.enabled is false. Such a run has no epsilon"
         assert privacy.delta is not None  # check_trainable saw to it
         sampling = sampling_of(config, self.corpus)
-        ledger = RunFolder(Path(config.output)).ledger
+        ledger = self.folder.ledger
         begun = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
         self.sigma = begun[0].mechanism.noise_multiplier if begun else sigma_of(config, sampling)
         found = (
@@ -236,6 +177,7 @@ class _Checks:
             )
         return found
 
+    @told_to_user()
     def memory(self) -> str:
         """The predicted peak with a micro-batch of the longest utterances, against what there is."""
         config, recognizer = self.config, self.recognizer
@@ -245,7 +187,7 @@ class _Checks:
         speech = typical_speech(recognizer, self.corpus)
         losses = losses_of(recognizer, speech.item(recognizer, speech.longest))
         device: torch.device = recognizer.device
-        with Rehearsal(
+        with MemoryEstimator(
             recognizer.model,
             strategy=config.privacy.strategy,
             optimizer=config.train.optimizer,
@@ -271,23 +213,21 @@ class _Checks:
         return found
 
     def gradients(self) -> str:
-        config, recognizer = self.config, self.recognizer
-        dataset = training_dataset(config, self.corpus, recognizer)
-        lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
-        recognizer.model.train()
-        quiet = Reporter(False)
-        prepare_blocks(config.train, recognizer, quiet)
-        if not config.privacy.enabled:
-            recognizer.loss_per_example(recognizer.model, recognizer.collate([dataset[0]])).sum().backward()
+        super().gradients()
+        if not self.config.privacy.enabled:
             return "one utterance went forward and backward"
-        config = config.with_values("privacy", noise_multiplier=self.sigma)
-        optimizer = make_optimizer(config.train, recognizer.model)
-        engine, _, _ = make_private(
-            config, recognizer, optimizer, dataset, lengths, quiet, None, config.train.steps
-        )
-        with closing(engine):
-            self_check(engine, recognizer, dataset, lengths, config.train.physical_batch_size, quiet)
         return "every trained parameter has a norm rule; an utterance's gradient is the same in a batch and alone"
+
+    def _make_plain(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
+        recognizer = self.recognizer
+        recognizer.loss_per_example(recognizer.model, recognizer.collate([self.dataset[0]])).sum().backward()
+
+    def _make_private(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
+        """With the noise that was found, and no ledger."""
+        config, recognizer = self.config.with_values("privacy", noise_multiplier=self.sigma), self.recognizer
+        self.engine, self.optimizer, self.loader = make_private(
+            config, recognizer, plain, self.dataset, lengths, self.reporter, None, config.train.steps
+        )
 
 
 def _capacity(device: torch.device) -> int:

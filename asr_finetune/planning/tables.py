@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from asr_finetune.planning.noise import Plan
-from asr_finetune.progress import duration
+from asr_finetune.console import duration
+from dpkernels.privacy import NoisePlan
 
 if TYPE_CHECKING:  # they load transformers, which a plan without a model does without
     from asr_finetune.planning.memory import Fit, MemoryPlan
     from asr_finetune.planning.timing import Probe
 
 
-def plan_table(made: Plan) -> Table:
+def plan_table(made: NoisePlan) -> Table:
     """The noise, the sampling, and ε on the way."""
     target = "" if made.target_epsilon is None else f"target {made.target_epsilon:g}, "
     table = Table(

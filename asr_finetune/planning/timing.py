@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
 import warnings
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from asr_finetune.config.schema import Config
+from asr_finetune.config.values import told_to_user
+from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.methods import apply_method
-from asr_finetune.models.parameters import total_parameters, trained_parameters
-from asr_finetune.models.recognizer import Recognizer, to_device
+from asr_finetune.models.recognizer import Recognizer, to_device, total_parameters, trained_parameters
 from asr_finetune.planning.workload import Speech, typical_speech
-from asr_finetune.progress import Reporter
 from asr_finetune.training.sampling import expected_utterances
 from asr_finetune.training.setup import make_optimizer, prepare_blocks
 from dpkernels import PrivacyEngine
+from dpkernels.memory import measure_step
 
 MICRO_BATCHES = 3
 
@@ -63,11 +62,8 @@ class Probe:
     trained_parameters: int
     total_parameters: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
-
+@told_to_user()
 def probe(
     config: Config, recognizer: Recognizer, corpus: Corpus | None = None, *, seconds: float | None = None
 ) -> Probe:
@@ -87,7 +83,6 @@ def probe(
         ValueError: a method or a layer that cannot be trained.
     """
     speech = typical_speech(recognizer, corpus, seconds)
-    mean, longest = speech.mean, speech.longest
     apply_method(recognizer, config.method)
     model = recognizer.model.train()
     prepare_blocks(config.train, recognizer, Reporter(False))
@@ -113,58 +108,31 @@ def probe(
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="no self_check")  # the data is noise
-            return _measure(
-                config,
-                recognizer,
-                device,
-                private,
-                loader,
-                (mean, longest, width),
-                expected_utterances(config, corpus),
-            )
-
-
-def _measure(
-    config: Config,
-    recognizer: Recognizer,
-    device: torch.device,
-    private: Any,
-    loader: Any,
-    sizes: tuple[float, float, int],
-    utterances: float,
-) -> Probe:
-    mean, longest, width = sizes
-    model, times = recognizer.model, []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for logical_batch in loader:
-        for batch in logical_batch:
-            began = _clock(device)
-            private.backward(recognizer.loss_per_example(model, to_device(batch, device)))
-            times.append(_clock(device) - began)
-        began = _clock(device)
-        private.step()
-        step = _clock(device) - began
-        private.zero_grad()
-    # The first micro-batch is the longest's, the second warms up the ordinary length.
-    per_example = float(np.median(times[2:])) / width
-    total = config.train.steps * (utterances * per_example + step)
+            losses = partial(_losses, recognizer)
+            taken = measure_step(private, next(iter(loader)), losses, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # The first micro-batch is the longest's, the second warms up the ordinary length.
+    per_example = float(np.median(taken.micro_batches[2:])) / width
+    steps, utterances = config.train.steps, expected_utterances(config, corpus)
     return Probe(
         device=str(device),
-        seconds_of_audio=mean,
-        longest_seconds=longest,
+        seconds_of_audio=speech.mean,
+        longest_seconds=speech.longest,
         physical_batch_size=width,
         seconds_per_example=per_example,
-        seconds_per_step=step,
-        total_seconds=total,
+        seconds_per_step=taken.step,
+        total_seconds=steps * (utterances * per_example + taken.step),
         parameters=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        optimizer=_state_bytes(private.state),
+        optimizer=taken.optimizer,
         sums=sum(8 * parameter.numel() for parameter in trained),
-        peak=_peak_bytes(device),
+        peak=taken.peak,
         trained_parameters=trained_parameters(model),
         total_parameters=total_parameters(model),
     )
+
+
+def _losses(recognizer: Recognizer, batch: dict[str, Any]) -> torch.Tensor:
+    return recognizer.loss_per_example(recognizer.model, to_device(batch, recognizer.device))
 
 
 class _Synthetic(torch.utils.data.Dataset[dict[str, Any]]):
@@ -182,23 +150,3 @@ class _Synthetic(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self._kinds[0 if index < self._width else 1], "index": index}
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _state_bytes(state: Any) -> int:
-    tensors = (
-        value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)
-    )
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: KiB on Linux
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,51 +7,26 @@ for N, the number of privacy units, which ε's own derivation states and which i
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from asr_finetune.progress import duration
+from asr_finetune.console import duration
+from asr_finetune.files import write_text
 from asr_finetune.report import plots
-from asr_finetune.training.checkpoint import write_text
 from asr_finetune.training.run_folder import RunFolder
-from dpkernels.privacy import epsilon as compute_epsilon
-from dpkernels.privacy import read_ledger
+from dpkernels.errors import UserError
+from dpkernels.privacy import DELTAS, ClaimError, audit_ledger, claimed_epsilon, detection_bounds
 
-# Steps at which the plot of ε is computed, and values of δ that the attacker's bound is taken over.
+# Steps at which the plot of ε is computed.
 _POINTS = 8
-_DELTAS = (0.5, 0.3, 0.1, 0.03, 0.01, 0.001)
-_FALSE_ALARMS = (0.001, 0.01, 0.1)
+_RATES = ("wer", "cer", "wer_ci", "utterances", "words")
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """A run folder that no honest report can be made from; the message says what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class LedgerCheck:
-    """What the ledger says, once its chain of hashes was verified.
-
-    Attributes:
-        path: of the ledger.
-        runs: starts of the training, resumptions included.
-        steps: steps it counts.
-        head: hash of its last line.
-        epsilon: ε recomputed from it, at the run's δ; None where a run used no noise.
-        sensitivity: L2 sensitivity of the clipped sum that the noise is scaled to.
-    """
-
-    path: Path
-    runs: int
-    steps: int
-    head: str
-    epsilon: float | None
-    sensitivity: float | None
 
 
 def write_report(run_folder: Path | str, out: Path | str) -> Path:
@@ -76,6 +51,8 @@ def write_report(run_folder: Path | str, out: Path | str) -> Path:
         )
     try:
         page = _render(_context(folder, run))
+    except ClaimError as error:
+        raise ReportError(f"{error}: no report is made") from error
     except (KeyError, jinja2.UndefinedError) as error:
         raise ReportError(
             f"{folder.run} lacks a value ({error}); another version may have written it"
@@ -86,95 +63,14 @@ def write_report(run_folder: Path | str, out: Path | str) -> Path:
     return out
 
 
-def check_ledger(folder: RunFolder, privacy: Mapping[str, Any]) -> LedgerCheck:
-    """Verify the ledger and hold the record against it.
-
-    Raises:
-        ReportError: there is none, or the record says less was spent than the ledger does.
-        dpkernels.privacy.LedgerError: a line was edited, removed or inserted.
-    """
-    if not folder.ledger.is_file():
-        raise ReportError(f"{folder.ledger} is missing: without it nothing shows what was spent")
-    ledger = read_ledger(folder.ledger)
-    mechanisms = {run.mechanism for run in ledger.runs if run.steps}
-    if len(mechanisms) != 1:
-        raise ReportError(f"{folder.ledger}: {len(mechanisms)} different mechanisms; a run has one")
-    (mechanism,) = mechanisms
-    runs = [run for run in ledger.runs if run.steps]  # the others are starts that failed before a step
-    claims = {
-        "steps": ledger.steps,
-        "noise_multiplier": mechanism.noise_multiplier,
-        "sample_rate": mechanism.sample_rate,
-        "dataset_size": runs[0].settings["dataset_size"],
-        "max_batch_size": mechanism.max_batch_size,
-        "unit": runs[0].settings["unit"],
-    }
-    for key, found in claims.items():
-        if privacy[key] != found:
-            raise ReportError(
-                f"run.json says privacy.{key}={privacy[key]!r}, the ledger {found!r}: no report is made"
-            )
-    spent = None
-    if mechanism.noise_multiplier > 0:
-        spent = _epsilon(privacy, ledger.steps, privacy["delta"], privacy["accountant"])
-        if privacy["epsilon"] is None or privacy["epsilon"] < spent * (1 - 1e-6):
-            raise ReportError(
-                f"run.json says epsilon={privacy['epsilon']}, the ledger's steps spend {spent:.4f} at "
-                f"delta={privacy['delta']:g}: no report is made"
-                + (
-                    ". Before this version truncated sampling (privacy.max_batch_size) was accounted for removing a "
-                    "unit, not for adding one: a run of then spent what the ledger says"
-                    if privacy["max_batch_size"] is not None
-                    else ""
-                )
-            )
-    sensitivities = {run.settings.get("sensitivity") for run in runs}
-    sensitivity = sensitivities.pop() if len(sensitivities) == 1 else None
-    return LedgerCheck(folder.ledger, len(ledger.runs), ledger.steps, ledger.last_hash, spent, sensitivity)
-
-
-def detection_bounds(privacy: Mapping[str, Any], steps: int) -> list[tuple[float, float]]:
-    """How well an attacker can do: (false alarms, most detections) for a few rates of false alarms.
-
-    The attacker decides from the finished model whether one unit was in the training data, and knows all
-    else. (ε, δ)-DP bounds the rate of detections β at a rate of false alarms α by β ≤ e^ε·α + δ and by
-    β ≤ 1 − e^−ε·(1 − δ − α) (Kairouz, Oh and Viswanath 2015). A mechanism has an ε for every δ: the smallest
-    bound over several is taken.
-    """
-    deltas = (privacy["delta"], *_DELTAS)
-    pairs = [(_epsilon(privacy, steps, delta, "pld"), delta) for delta in deltas]
-    bounds = []
-    for alarms in _FALSE_ALARMS:
-        first = min(math.exp(eps) * alarms + delta for eps, delta in pairs)
-        second = min(1 - math.exp(-eps) * (1 - delta - alarms) for eps, delta in pairs)
-        bounds.append((alarms, min(first, second, 1.0)))
-    return bounds
-
-
-def _epsilon(privacy: Mapping[str, Any], steps: int, delta: float, accountant: str) -> float:
-    with warnings.catch_warnings():
-        # δ against 1/N is said in the report itself, and `detection_bounds` has reasons of its own for large ones.
-        warnings.filterwarnings("ignore", message="delta=")
-        return compute_epsilon(
-            privacy["noise_multiplier"],
-            privacy["sample_rate"],
-            steps,
-            delta,
-            accountant=accountant,
-            max_batch_size=privacy["max_batch_size"],
-            # N matters to the accountant for truncated batches only.
-            dataset_size=privacy["dataset_size"] if privacy["max_batch_size"] is not None else None,
-        )
-
-
 def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
     """What the template is given: every value is read by name."""
     privacy, data, model = run["privacy"], run["data"], run["model"]
-    ledger = check_ledger(folder, privacy) if privacy["enabled"] else None
+    ledger = audit_ledger(folder.ledger, privacy, folder.run.name) if privacy["enabled"] else None
     private = ledger is not None and ledger.epsilon is not None
     evaluation = run["evaluation"]
     rows = [
-        _evaluation_row(label, evaluation.get(key))
+        {"label": label, **{name: evaluation[key][name] for name in _RATES}}
         for key, label in (
             ("before", "before fine-tuning"),
             ("after", "after, with differential privacy" if private else "after, NOT private"),
@@ -217,20 +113,16 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         "scoring": _settings(run["scoring"], ("normalize", "restrict_to")),
         "machine": run["machine"],
         "versions": run["versions"],
-        "bounds": detection_bounds(privacy, privacy["steps"]) if private else [],
+        "bounds": detection_bounds(
+            [
+                (claimed_epsilon(privacy, privacy["steps"], delta, "pld"), delta)
+                for delta in (privacy["delta"], *DELTAS)
+            ]
+        )
+        if private
+        else [],
         "epsilon_plot": _epsilon_plot(privacy) if private else "",
         "wer_plot": _wer_plot(run["curve"], run["curve_start"]),
-    }
-
-
-def _evaluation_row(label: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "label": label,
-        "wer": values["wer"],
-        "cer": values["cer"],
-        "wer_ci": values["wer_ci"],
-        "utterances": values["utterances"],
-        "words": values["words"],
     }
 
 
@@ -272,7 +164,9 @@ def _epsilon_plot(privacy: Mapping[str, Any]) -> str:
     """ε over the steps that the ledger counts: known from σ, q and the steps alone."""
     total = privacy["steps"]
     steps = sorted({max(1, round(total * part / _POINTS)) for part in range(1, _POINTS + 1)} | {1})
-    points = [(step, _epsilon(privacy, step, privacy["delta"], privacy["accountant"])) for step in steps]
+    points = [
+        (step, claimed_epsilon(privacy, step, privacy["delta"], privacy["accountant"])) for step in steps
+    ]
     figure = plots.epsilon_over_steps(points, target=privacy["target_epsilon"])
     return plots.svg(figure, "Epsilon spent over the training steps")
 

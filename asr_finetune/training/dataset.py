@@ -10,7 +10,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from asr_finetune.config.schema import ConfigError
 from asr_finetune.data.audio import read_audio
-from asr_finetune.data.corpus import Corpus, Problem, Utterance
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.utterance import Problem, Utterance
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.training.augment import SpecAugment
 

@@ -11,10 +11,10 @@ import jiwer
 import numpy as np
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from asr_finetune.config.schema import EvaluateConfig
+from asr_finetune.config.schema import ConfigError, EvaluateConfig
+from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
-from asr_finetune.progress import Reporter
 from asr_finetune.training.dataset import SpeechDataset
 
 # The interval is part of a result that others recompute, so its draws are always the same.
@@ -75,14 +75,14 @@ def normalise(text: str, how: str = "basic") -> str:
     "none": as given, but for outer spaces.
 
     Raises:
-        ValueError: another value of `how`.
+        ConfigError: another value of `how`.
     """
     if how == "none":
         return text.strip()
     if how == "english":
         return str(_ENGLISH(text)).strip()
     if how != "basic":
-        raise ValueError(f"normalize={how!r}: expected 'basic', 'english' or 'none'")
+        raise ConfigError(f"normalize={how!r}: expected 'basic', 'english' or 'none'")
     text = unicodedata.normalize("NFKC", text).lower()
     kept = (
         "" if char in _APOSTROPHES else " " if unicodedata.category(char).startswith("P") else char
@@ -97,10 +97,10 @@ def score(entries: Sequence[tuple[str, str, str]], config: EvaluateConfig) -> Ev
     An empty reference counts no words, and every word of its hypothesis as an insertion.
 
     Raises:
-        ValueError: no entries, or no reference word in any of them (the rate would be 0/0).
+        ConfigError: no entries, or no reference word in any of them (the rate would be 0/0).
     """
     if not entries:
-        raise ValueError("evaluation: the corpus holds no utterances; check data.test and its filters")
+        raise ConfigError("evaluation: the corpus holds no utterances; check data.test and its filters")
     texts = [
         (name, normalise(ref, config.normalize), normalise(hyp, config.normalize))
         for name, ref, hyp in entries
@@ -108,7 +108,7 @@ def score(entries: Sequence[tuple[str, str, str]], config: EvaluateConfig) -> Ev
     words = np.array([_word_counts(reference, hypothesis) for _, reference, hypothesis in texts])
     chars = np.array([_character_counts(reference, hypothesis) for _, reference, hypothesis in texts])
     if words[:, 1].sum() == 0:
-        raise ValueError(
+        raise ConfigError(
             "evaluation: every reference is empty, so there is no error rate; check the transcripts"
         )
     return Evaluation(
@@ -173,7 +173,7 @@ def evaluate(
         name: of the progress bar.
 
     Raises:
-        ValueError: an empty corpus, or one with empty references only.
+        ConfigError: an empty corpus, or one with empty references only.
     """
     reporter = reporter or Reporter(enabled=False)
     utterances = corpus.utterances

@@ -7,48 +7,28 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-from asr_finetune.config.schema import Config, TrainConfig
-from asr_finetune.data.corpus import Corpus, Problem
-from asr_finetune.models.recognizer import Recognizer, to_device
-from asr_finetune.progress import Reporter
-from asr_finetune.training import checkpoint
-from asr_finetune.training.dataset import SpeechDataset
+from asr_finetune.config.schema import TrainConfig
+from asr_finetune.console import Reporter
+from asr_finetune.models.recognizer import to_device
 from asr_finetune.training.evaluate import evaluate
-from asr_finetune.training.run_folder import RunFolder
-from dpkernels import PrivacyEngine
+from asr_finetune.training.start import Run
+from dpkernels import checkpoint
+from dpkernels.errors import UserError
 from dpkernels.privacy import BudgetExhausted, LogicalBatch, back_propagate
 
 # Composing ε can take a second: it is refreshed at most this share of the time.
 EPSILON_TIME_SHARE = 0.02
 
 
-class Interrupted(RuntimeError):
+class Interrupted(UserError, RuntimeError):
     """Ctrl-C or SIGTERM: a checkpoint was written, and the same command continues from it."""
 
-
-@dataclass
-class Run:
-    """What the loop works on."""
-
-    config: Config
-    folder: RunFolder
-    reporter: Reporter
-    recognizer: Recognizer
-    optimizer: Any
-    loader: Iterable[Any]
-    engine: PrivacyEngine | None
-    step: int = 0
-    seconds: float = 0.0
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    valid: tuple[Corpus, SpeechDataset] | None = None
-    lost: list[Problem] = field(default_factory=list)  # found while training, by this process
-    told_of_impossible: bool = False
+    exit_code = 130  # as of a program that SIGINT ended
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -6,7 +6,6 @@ and a keyed fingerprint; nothing else in it was computed from that data without 
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 
-from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.schema import Config
 from asr_finetune.data.corpus import Corpus
-from asr_finetune.training.loop import Run
 from asr_finetune.training.sampling import units
+from asr_finetune.training.start import Run
 from dpkernels import PrivacyEngine, __version__
 
 _PACKAGES = (
@@ -142,23 +141,3 @@ def machine(device: torch.device) -> dict[str, str]:
     """What the run was trained on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device} ({name})", "os": f"{platform.system()} {platform.release()}"}
-
-
-def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
-    """The error rates after training of a finished run without privacy; None for no folder.
-
-    Raises:
-        FileNotFoundError: no finished run there.
-        ConfigError: it is a private run, or one without an evaluation.
-    """
-    if folder is None:
-        return None
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"--compare {folder}: no run.json, so no finished run there")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values["privacy"]["enabled"]:
-        raise ConfigError(f"--compare {folder}: that run is private; give one made with --not-private")
-    if values["evaluation"]["after"] is None:
-        raise ConfigError(f"--compare {folder}: that run was not evaluated (data.test was not set)")
-    return dict(values["evaluation"]["after"])

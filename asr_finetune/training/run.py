@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from asr_finetune.config.schema import Config
-from asr_finetune.data.corpus import Corpus
-from asr_finetune.data.provenance import shared_recordings
-from asr_finetune.models.methods import apply_method
-from asr_finetune.models.parameters import total_parameters, trained_parameters
-from asr_finetune.models.recognizer import Recognizer
-from asr_finetune.progress import Reporter, duration
-from asr_finetune.training import checkpoint, record
+from asr_finetune.console import Reporter, duration
+from asr_finetune.files import write_json, write_text
+from asr_finetune.training import record
 from asr_finetune.training.dataset import SpeechDataset
-from asr_finetune.training.evaluate import Evaluation, evaluate
-from asr_finetune.training.loop import Interrupted, Run, epsilon_spent, run_steps
-from asr_finetune.training.plain import PlainLoader, PlainOptimizer
+from asr_finetune.training.evaluate import evaluate
+from asr_finetune.training.loop import Interrupted, epsilon_spent, run_steps
 from asr_finetune.training.run_folder import RunFolder
-from asr_finetune.training.setup import (
-    check_data,
-    check_public,
-    load,
-    make_optimizer,
-    make_private,
-    prepare_blocks,
-    recognizer_of,
-    self_check,
-    training_dataset,
-)
-from dpkernels import PrivacyEngine
+from asr_finetune.training.setup import recognizer_of
+from asr_finetune.training.start import Finished, Kept, Run
+from dpkernels import checkpoint
+from dpkernels.plain import PlainLoader
 
 __all__ = ["Interrupted", "TrainResult", "train"]
 
@@ -62,68 +46,6 @@ class TrainResult:
     history: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Session:
-    """What every part of a run needs."""
-
-    config: Config
-    folder: RunFolder
-    reporter: Reporter
-    recognizer: Recognizer
-
-    def load(self, name: str, source: str, split: str | None) -> Corpus:
-        """A corpus; the names of what was left out go to the folder of what is not for others."""
-        corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
-        self.folder.note_problems(name, corpus.problems)
-        return corpus
-
-    def dataset(self, corpus: Corpus) -> SpeechDataset:
-        """A corpus's features, kept for several evaluations."""
-        return SpeechDataset(corpus, self.recognizer, cache=self.config.train.cache_features)
-
-    def tests(self, train: Corpus) -> tuple[tuple[Corpus, SpeechDataset] | None, bool | None]:
-        """The test data, and whether it holds training recordings; None where no source is set."""
-        source = self.config.data.test
-        if source is None:
-            self.reporter.say("data.test is not set: no error rates before and after")
-            return None, None
-        corpus = self.load("test", source, self.config.data.test_split)
-        shared = len(shared_recordings(train, corpus))
-        if shared:
-            self.reporter.say(
-                f"WARNING: {shared} of {len(corpus)} test recordings are training recordings too. Error rates on "
-                "them say nothing about other recordings, and are figures of private data without noise: no "
-                "epsilon covers them. The report says so",
-                style="bold red",
-            )
-        return (corpus, self.dataset(corpus)), shared > 0
-
-    def valid(self, train: Corpus) -> tuple[Corpus, SpeechDataset] | None:
-        """The public validation data, where there is to be a curve."""
-        if not self.config.train.eval_every:
-            return None
-        assert self.config.data.valid is not None  # check_trainable saw to it
-        corpus = self.load("valid", self.config.data.valid, self.config.data.valid_split)
-        check_public(corpus, train, self.config.privacy.unit)
-        return corpus, self.dataset(corpus)
-
-    def evaluate(self, name: str, data: tuple[Corpus, SpeechDataset]) -> Evaluation:
-        """Error rates, said on the screen; transcripts go to the folder of what is not for others."""
-        corpus, dataset = data
-        result = evaluate(
-            self.recognizer,
-            corpus,
-            self.config.evaluate,
-            dataset=dataset,
-            reporter=self.reporter,
-            name=name,
-        )
-        self.reporter.say(f"{name}: {result}")
-        lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
-        checkpoint.write_text(self.folder.not_private / f"transcripts_{name}.tsv", lines)
-        return result
-
-
 def train(
     config: Config, *, progress: bool = True, resume: bool = True, compare: str | Path | None = None
 ) -> TrainResult:
@@ -147,99 +69,50 @@ def train(
         dpkernels.privacy.SelfCheckError: an utterance's gradient depends on its batch.
     """
     config.check_trainable()
-    reporter = Reporter(progress)
-    folder = RunFolder(Path(config.output))
-    non_private = record.read_comparison(compare)
-    resuming = folder.prepare(config, resume=resume)
-    finished = folder.read_json(folder.run)
-    if finished is not None:
-        reporter.say(f"{folder.run} is there: this run is finished. Another run needs another --output.")
-        return _result(folder, finished)
-    if not config.privacy.enabled:
-        reporter.say("NOT PRIVATE: privacy.enabled is false. This run has no epsilon.", style="bold red")
-
-    torch.manual_seed(config.train.seed)
-    session = _Session(config, folder, reporter, recognizer_of(config))
-    recognizer = session.recognizer
-    corpus = session.load("train", config.data.train, config.data.train_split)
-    check_data(config, corpus, recognizer)
-    fingerprint = folder.note_data(corpus, resuming=resuming)
-    tests, shares_training = session.tests(corpus)
-    valid = session.valid(corpus)
-    torch.manual_seed(config.train.seed)  # adapters start the same, whatever was drawn before
-    apply_method(recognizer, config.method)
-    with ExitStack() as stack:
-        # Before the first evaluation: what cannot be trained is found in seconds.
-        run = _prepare(session, corpus, valid, stack)
-        before = _evaluate_before(session, tests)
-        if resuming:
+    run = Run(config, Reporter(progress), resume=resume, compare=compare)
+    with closing(run):
+        try:
+            run.walk()  # before the first evaluation: what cannot be trained is found in seconds
+        except Finished as reason:
+            run.reporter.say(str(reason))
+            return _result(run.folder, run.folder.read_json(run.folder.run))
+        before = _evaluate_before(run)
+        if run.resuming:
             _restore(run)
         run_steps(run)
-        data = record.data_record(config, corpus, fingerprint)
+        data = record.data_record(config, run.corpus, run.fingerprint)
         if config.privacy.enabled:  # exact, and of who is in the data: not for others
-            folder.note_test_data(shares_training)
+            run.folder.note_test_data(run.shares_training)
         else:
-            data["test_shares_training"] = shares_training
-        return _finish(run, session, data, tests, {"before": before, "non_private": non_private})
+            data["test_shares_training"] = run.shares_training
+        return _finish(run, data, {"before": before, "non_private": run.non_private})
 
 
-def _evaluate_before(session: _Session, tests: tuple[Corpus, SpeechDataset] | None) -> dict[str, Any] | None:
+def _evaluate(run: Run, name: str, data: Kept) -> dict[str, Any]:
+    """Error rates, said on the screen; transcripts go to the folder of what is not for others."""
+    corpus, dataset = data
+    recognizer, config = dataset.recognizer, run.config
+    result = evaluate(recognizer, corpus, config.evaluate, dataset=dataset, reporter=run.reporter, name=name)
+    run.reporter.say(f"{name}: {result}")
+    lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
+    write_text(run.folder.not_private / f"transcripts_{name}.tsv", lines)
+    run.folder.note_metrics(private=config.privacy.enabled, **{name: result.to_dict()})
+    return result.to_dict()
+
+
+def _evaluate_before(run: Run) -> dict[str, Any] | None:
     """Error rates of the checkpoint as it was published; read back on resume.
 
     A Whisper cut to a short window repeats itself until it is trained for it (WER above 1000 % was seen): what
     a user has before is the checkpoint with its own window, so that is what is measured.
     """
-    noted = session.folder.read_json(session.folder.metrics) or {}
-    if tests is None or "before" in noted or not session.config.evaluate.before:
+    noted, tests = run.folder.read_json(run.folder.metrics) or {}, run.tests
+    if tests is None or "before" in noted or not run.config.evaluate.before:
         return noted.get("before")
-    if session.config.model.window_seconds is not None:
-        whole = replace(session.config, model=replace(session.config.model, window_seconds=None))
-        session = replace(session, recognizer=recognizer_of(whole))
-        tests = tests[0], SpeechDataset(tests[0], session.recognizer, cache=False)
-    result = session.evaluate("before", tests).to_dict()
-    session.folder.note_metrics(private=session.config.privacy.enabled, before=result)
-    return result
-
-
-def _prepare(
-    session: _Session, corpus: Corpus, valid: tuple[Corpus, SpeechDataset] | None, stack: ExitStack
-) -> Run:
-    """Model, optimizer and loader, private or not, checked and ready."""
-    config, recognizer, reporter = session.config, session.recognizer, session.reporter
-    model = recognizer.model
-    trained, total = trained_parameters(model), total_parameters(model)
-    reporter.say(f"{recognizer.name}: {trained:,} of {total:,} parameters are trained ({config.method.kind})")
-    dataset = training_dataset(config, corpus, recognizer)
-    lengths = [recognizer.length(utterance) for utterance in corpus.utterances]
-    model.train()
-    prepare_blocks(config.train, recognizer, reporter)
-    plain = make_optimizer(config.train, model)
-    optimizer: Any
-    loader: Iterable[Any]
-    engine: PrivacyEngine | None = None
-    if config.privacy.enabled:
-        # Where a run was here before, its ledger holds σ and what was spent, the checkpoint the model's step.
-        saved = checkpoint.load(session.folder.checkpoint)
-        remaining = config.train.steps - (saved.step if saved else 0)
-        engine, optimizer, loader = make_private(
-            config, recognizer, plain, dataset, lengths, reporter, session.folder.ledger, remaining
-        )
-        stack.callback(engine.close)
-        self_check(engine, recognizer, dataset, lengths, config.train.physical_batch_size, reporter)
-    else:
-        optimizer = PlainOptimizer(plain, config.train.batch_size)
-        loader = PlainLoader(config.train, dataset, recognizer, lengths)
-    return Run(
-        config,
-        session.folder,
-        reporter,
-        recognizer,
-        optimizer,
-        loader,
-        engine,
-        valid=valid,
-        lost=dataset.problems,
-    )
+    if run.config.model.window_seconds is not None:
+        whole = recognizer_of(run.config.with_values("model", window_seconds=None))
+        tests = tests[0], SpeechDataset(tests[0], whole, cache=False)
+    return _evaluate(run, "before", tests)
 
 
 def _restore(run: Run) -> None:
@@ -270,31 +143,24 @@ def _restore(run: Run) -> None:
     run.reporter.say(message)
 
 
-def _finish(
-    run: Run,
-    session: _Session,
-    data: dict[str, Any],
-    tests: tuple[Corpus, SpeechDataset] | None,
-    evaluation: dict[str, Any],
-) -> TrainResult:
+def _finish(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> TrainResult:
     """Evaluate and save the recogniser; run.json comes last: its presence says the run is finished."""
     config, folder, reporter = run.config, run.folder, run.reporter
-    if run.lost:
-        folder.note_problems("train_later", run.lost)
+    if run.dataset.problems:
+        folder.note_problems("train_later", run.dataset.problems)
         reporter.say(
-            f"{len(run.lost)} recordings could not be read while training: they are counted in N, and contributed "
-            "nothing (not_private/problems_train_later.tsv)",
+            f"{len(run.dataset.problems)} recordings could not be read while training: they are counted in N, and "
+            "contributed nothing (not_private/problems_train_later.tsv)",
             style="bold red",
         )
     evaluation["after"] = None
-    if tests is not None:
-        evaluation["after"] = session.evaluate("after", tests).to_dict()
-        folder.note_metrics(private=config.privacy.enabled, after=evaluation["after"])
+    if run.tests is not None:
+        evaluation["after"] = _evaluate(run, "after", run.tests)
     adapters = config.method.kind in ("lora", "dp_rp")
     run.recognizer.save(folder.path / ("adapter" if adapters else "model"))
     epsilon = epsilon_spent(run)
     values = record.run_record(run, data, evaluation, epsilon)
-    checkpoint.write_json(folder.run, values)
+    write_json(folder.run, values)
     if run.engine is None:
         reporter.say("this model is NOT PRIVATE", style="bold red")
     elif epsilon is None:

@@ -21,9 +21,11 @@ import yaml
 
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.config.yaml_io import changed_keys
-from asr_finetune.data.corpus import Corpus, Problem
+from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import figures, fingerprint
-from asr_finetune.training.checkpoint import write_json, write_text
+from asr_finetune.data.utterance import Problem
+from asr_finetune.files import MissingFile, write_json, write_text
+from dpkernels.errors import UserError
 from dpkernels.privacy import read_ledger
 
 # They change where and how fast a run goes, and neither what is learnt in expectation nor what is spent.
@@ -53,8 +55,13 @@ _NOTICE = (
 )
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError, ValueError):
     """An output folder that this run cannot use: the message says why and what to do."""
+
+
+def _within(name: str, doc: str) -> Any:
+    """A property of RunFolder: the path of something in it."""
+    return property(lambda folder: folder.path / name, doc=doc)
 
 
 @dataclass(frozen=True)
@@ -63,45 +70,16 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def ledger(self) -> Path:
-        """The privacy ledger."""
-        return self.path / "ledger.jsonl"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Folder of the checkpoint."""
-        return self.path / "checkpoint"
-
-    @property
-    def metrics(self) -> Path:
-        """Error rates before and after."""
-        return self.path / "metrics.json"
-
-    @property
-    def run(self) -> Path:
-        """The record of the finished run."""
-        return self.path / "run.json"
-
-    @property
-    def not_private(self) -> Path:
-        """Folder of what must not be passed on."""
-        return self.path / "not_private"
-
-    @property
-    def speakers(self) -> Path:
-        """The values of data.speakers and data.exclude_speakers, where they were given: not for others."""
-        return self.not_private / "speakers.yaml"
-
-    @property
-    def data(self) -> Path:
-        """Figures and fingerprint of the training data: not for others."""
-        return self.not_private / "data.json"
+    config = _within("config.yaml", "The configuration.")
+    ledger = _within("ledger.jsonl", "The privacy ledger.")
+    checkpoint = _within("checkpoint", "Folder of the checkpoint.")
+    metrics = _within("metrics.json", "Error rates before and after.")
+    run = _within("run.json", "The record of the finished run.")
+    not_private = _within("not_private", "Folder of what must not be passed on.")
+    speakers = _within(
+        "not_private/speakers.yaml", "data.speakers and data.exclude_speakers, where given: not for others."
+    )
+    data = _within("not_private/data.json", "Figures and fingerprint of the training data: not for others.")
 
     @property
     def begun(self) -> bool:
@@ -235,3 +213,23 @@ class RunFolder:
         """Drop the lines after `step`: those steps are taken again."""
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history() if entry["step"] <= step)
         write_text(self.not_private / "history.jsonl", lines)
+
+
+def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
+    """The error rates after training of a finished run without privacy; None for no folder.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+        ConfigError: it is a private run, or one without an evaluation.
+    """
+    if folder is None:
+        return None
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise MissingFile(f"--compare {folder}: no run.json, so no finished run there")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values["privacy"]["enabled"]:
+        raise ConfigError(f"--compare {folder}: that run is private; give one made with --not-private")
+    if values["evaluation"]["after"] is None:
+        raise ConfigError(f"--compare {folder}: that run was not evaluated (data.test was not set)")
+    return dict(values["evaluation"]["after"])

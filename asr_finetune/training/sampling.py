@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 
-from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.schema import Config, ConfigError, TrainConfig
+from asr_finetune.config.values import told_to_user
+from asr_finetune.data.corpus import Corpus
 from dpkernels.privacy import Sampling, noise_multiplier, plan_sampling
-
-if TYPE_CHECKING:
-    from asr_finetune.data.corpus import Corpus
 
 
 def units(config: Config, corpus: Corpus) -> int:
@@ -79,6 +79,7 @@ def assumed_sampling(config: Config, count: int) -> Sampling:
     return _planned(config, each * count, _arguments(config, np.repeat(np.arange(count), each)))
 
 
+@told_to_user()
 def _planned(config: Config, utterances: int, unit: dict[str, Any]) -> Sampling:
     # The engine's own rule, so that it is written once; it asks the loader for its sizes only.
     loader: Any = DataLoader(range(utterances), batch_size=config.train.batch_size)  # type: ignore[arg-type]
@@ -133,6 +134,7 @@ def expected_utterances(config: Config, corpus: Corpus | None) -> float:
     return batch * sum(min(count, each) for count in counts) / (each * len(counts))
 
 
+@told_to_user()
 def sigma_of(config: Config, sampling: Sampling) -> float:
     """σ of a run from its start: by hand, else the smallest for the target ε over `train.steps` steps."""
     privacy = config.privacy
@@ -149,3 +151,14 @@ def sigma_of(config: Config, sampling: Sampling) -> float:
         max_batch_size=privacy.max_batch_size,
         dataset_size=sampling.units,
     )
+
+
+def micro_batch_limits(config: TrainConfig, lengths: Sequence[int] | np.ndarray) -> tuple[int, int | None]:
+    """The largest micro-batch: (utterances, frames with padding, or None for no such limit).
+
+    With `fill_micro_batches` it is as many frames as `physical_batch_size` of the longest utterances have: what fits of
+    those fits of shorter ones in larger numbers.
+    """
+    if not config.fill_micro_batches:
+        return config.physical_batch_size, None
+    return config.batch_size, config.physical_batch_size * int(np.max(lengths))

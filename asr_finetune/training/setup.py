@@ -13,19 +13,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import Config, ConfigError, DataConfig, TrainConfig
+from asr_finetune.config.values import told_to_user
+from asr_finetune.console import Reporter, duration
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import of_speakers, shared_recordings
 from asr_finetune.data.sources import load_corpus
-from asr_finetune.models.checkpointing import checkpoint_blocks
-from asr_finetune.models.compiling import compile_frozen_blocks
 from asr_finetune.models.loading import load_recognizer
-from asr_finetune.models.recognizer import Recognizer, to_device
-from asr_finetune.progress import Reporter, duration
+from asr_finetune.models.recognizer import Recognizer, fit, to_device
 from asr_finetune.training.augment import SpecAugment
 from asr_finetune.training.dataset import SpeechDataset
-from asr_finetune.training.plain import micro_batch_limits
-from asr_finetune.training.sampling import check_batch, sigma_of, unit_arguments, units
+from asr_finetune.training.sampling import check_batch, micro_batch_limits, sigma_of, unit_arguments, units
 from dpkernels import PrivacyEngine
+from dpkernels.blocks import CompilerError, checkpoint_blocks, compile_frozen_blocks, has_checkpointing
 from dpkernels.privacy import plan_sampling, read_ledger
 
 SELF_CHECK_EXAMPLES = 3
@@ -39,6 +38,13 @@ def recognizer_of(config: Config) -> Recognizer:
     recognizer = load_recognizer(config.model)
     recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
     return recognizer
+
+
+def fitted_corpus(
+    source: str, split: str | None, data: DataConfig, recognizer: Recognizer, *, training: bool = True
+) -> Corpus:
+    """What the recogniser can take of a corpus; see `sources.load_corpus` and `recognizer.fit`."""
+    return fit(load_corpus(source, split=split, data=data), recognizer, training=training)
 
 
 def load(
@@ -57,7 +63,7 @@ def load(
     Raises:
         ConfigError: no such corpus, or nothing usable in it.
     """
-    corpus = load_corpus(source, split=split, data=data).fit(recognizer, training=name == "train")
+    corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
     if data.check_audio:
         corpus = corpus.decoded(reporter, f"{name}: reading audio")
     reporter.say(f"{name}: {corpus.summary()}")
@@ -92,9 +98,17 @@ def prepare_blocks(config: TrainConfig, recognizer: Recognizer, reporter: Report
         ConfigError: the model has no such blocks, or torch.compile does not work; the message names the key.
     """
     if config.checkpointing:
+        if not has_checkpointing(recognizer.model):
+            raise ConfigError(
+                f"train.checkpointing=true: {type(recognizer.base).__name__} has no activation checkpointing: set it "
+                "to false, and lower train.physical_batch_size where memory is short"
+            )
         checkpoint_blocks(recognizer.model)
     if config.compile_frozen:
-        names = compile_frozen_blocks(recognizer.model)
+        try:
+            names = compile_frozen_blocks(recognizer.model)
+        except CompilerError as error:
+            raise ConfigError(f"train.compile_frozen=true: {error}: set it to false") from error
         if not names:
             raise ConfigError(
                 f"train.compile_frozen=true: every block of {recognizer.name} holds a trained parameter, so that there "
@@ -103,6 +117,7 @@ def prepare_blocks(config: TrainConfig, recognizer: Recognizer, reporter: Report
         reporter.say(f"{len(names)} frozen blocks are compiled when they are first called")
 
 
+@told_to_user()
 def make_private(
     config: Config,
     recognizer: Recognizer,

@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import DataConfig
 from asr_finetune.data.audio import read_audio
-from asr_finetune.data.corpus import Corpus, Utterance
+from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.sources import load_corpus
+from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.ctc import CHARACTERS
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.recognizer import Recognizer

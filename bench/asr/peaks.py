@@ -5,7 +5,7 @@
     python -m bench.asr.peaks --predict-only --output predicted.json       on any machine; then, with a GPU,
     python -m bench.asr.peaks --device cuda --predicted predicted.json --output peaks.json
 
-Predicted: `asr_finetune.planning.memory.Rehearsal`. Measured on a GPU: `torch.cuda.max_memory_allocated` over the
+Predicted: `dpkernels.memory.MemoryEstimator`. Measured on a GPU: `torch.cuda.max_memory_allocated` over the
 second step (the first makes sums and optimizer state); on a CPU: the live bytes of the same step with real tensors,
 and with --rss the peak resident memory of a fresh process (bench.harness.memory), which knows nothing of tensors.
 """
@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dpkernels
-from asr_finetune.planning.live_memory import LiveMemory, cuda_size
-from asr_finetune.planning.memory import Rehearsal, held_bytes
 from bench.cases.models import CASES, Batch, Case, forward, trained, working_copy
 from bench.contenders.rows import Rows
 from bench.harness.machine import about
 from bench.harness.memory import Job, Server
 from bench.names import ours
+from dpkernels.memory import LiveMemory, MemoryEstimator, cuda_size, held_bytes
 from dpkernels.privacy import DPDataLoader, DPOptimizer
 from dpkernels.privacy.keywords import STRATEGIES
 
@@ -56,7 +55,9 @@ def predict(
         batch = {name: torch.empty((size, *t.shape[1:]), dtype=t.dtype) for name, t in like.items()}
         return case.losses(forward(copy, batch), batch["labels"])
 
-    with Rehearsal(model, strategy=strategy, target="cuda" if device.startswith("cuda") else "cpu") as stage:
+    with MemoryEstimator(
+        model, strategy=strategy, target="cuda" if device.startswith("cuda") else "cpu"
+    ) as stage:
         found = [stage.peak(losses, size) for size in sizes]
     return [
         {

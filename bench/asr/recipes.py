@@ -37,17 +37,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asr_finetune.config.schema import Config
 from asr_finetune.config.yaml_io import load_yaml
+from asr_finetune.console import Reporter
 from asr_finetune.models.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.models.methods import apply_method
-from asr_finetune.models.parameters import trained_parameters
-from asr_finetune.models.precision import DTYPES, no_tf32
-from asr_finetune.planning.memory import Rehearsal, losses_of
-from asr_finetune.progress import Reporter
+from asr_finetune.models.recognizer import trained_parameters
+from asr_finetune.planning.memory import losses_of
 from asr_finetune.training.setup import make_optimizer, make_private, prepare_blocks
 from bench.asr.data import LONGEST, MEAN_SECONDS, librispeech_like_seconds
 from bench.harness.machine import about
 from bench.harness.results import FOLDER
 from dpkernels import PrivacyEngine
+from dpkernels.memory import MemoryEstimator
+from dpkernels.precision import DTYPES, no_tf32
 
 RECIPES = [
     f"{model}_{kind}"
@@ -129,7 +130,7 @@ def recogniser(config: Config, device: str) -> CTCRecognizer:
 def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
     """The planner's peak of a micro-batch of the longest utterances; the model's own FLOPs for one of mean length."""
     longest, typical = Noise(made.base.config.model_type, np.array([LONGEST, MEAN_SECONDS]))
-    with Rehearsal(
+    with MemoryEstimator(
         made.model,
         strategy=config.privacy.strategy,
         optimizer=config.train.optimizer,

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from asr_finetune.models.checkpointing import checkpoint_blocks
 from bench.asr import peaks
 from bench.cases.models import CASES, Batch, Case, forward, working_copy
 from bench.harness.machine import about
 from bench.harness.results import FOLDER
+from dpkernels.blocks import checkpoint_blocks
 from dpkernels.privacy.keywords import STRATEGIES
 
 Way = tuple[str, bool]

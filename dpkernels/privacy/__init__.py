@@ -1,8 +1,10 @@
 """The privacy engine: clipping, noise, Poisson sampling, accounting and the ledger."""
 
 from dpkernels.privacy.accounting.accountant import epsilon, noise_multiplier
+from dpkernels.privacy.accounting.audit import AuditedLedger, ClaimError, audit_ledger, claimed_epsilon
 from dpkernels.privacy.accounting.budget import BudgetExhausted
 from dpkernels.privacy.accounting.ledger import LedgerError, read_ledger
+from dpkernels.privacy.accounting.plan import DELTAS, NoisePlan, detection_bounds, plan_noise
 from dpkernels.privacy.engine import PrivacyEngine
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
@@ -13,20 +15,28 @@ from dpkernels.privacy.step.recovery import back_propagate
 from dpkernels.privacy.step.statistics import StepStats
 
 __all__ = [
+    "DELTAS",
+    "AuditedLedger",
     "BudgetExhausted",
+    "ClaimError",
     "DPDataLoader",
     "DPOptimizer",
     "LedgerError",
     "LogicalBatch",
+    "NoisePlan",
     "PrivacyEngine",
     "Sampling",
     "SelfCheckError",
     "SelfCheckReport",
     "StepStats",
+    "audit_ledger",
     "back_propagate",
+    "claimed_epsilon",
+    "detection_bounds",
     "epsilon",
     "micro_batches",
     "noise_multiplier",
+    "plan_noise",
     "plan_sampling",
     "read_ledger",
 ]

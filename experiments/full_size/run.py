@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from asr_finetune.config.schema import MethodConfig
 from asr_finetune.models.loading import CTCRecognizer
 from asr_finetune.models.methods import apply_method
-from asr_finetune.models.parameters import trained_parameters
+from asr_finetune.models.recognizer import trained_parameters
 from dpkernels import __version__, ops
 from dpkernels.nn import Record, attach, detach, swap, unswap
 from dpkernels.privacy.step.clipping import total_norm_sq

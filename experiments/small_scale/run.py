@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asr_finetune.training.checkpoint import write_json
+from asr_finetune.files import write_json
 from experiments.runs import asr_finetune, trained
 from experiments.small_scale.public import public_parakeet
 

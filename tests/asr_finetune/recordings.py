@@ -12,8 +12,9 @@ import numpy as np
 import soundfile
 
 from asr_finetune.config.schema import DataConfig
-from asr_finetune.data.corpus import Corpus, Utterance
+from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.sources import load_corpus
+from asr_finetune.data.utterance import Utterance
 
 RATE = 16000
 

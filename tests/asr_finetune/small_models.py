@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from asr_finetune.config.schema import ModelConfig
-from asr_finetune.data.corpus import Utterance
+from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.loading import (
     CTCRecognizer,
     Recognizer,

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from asr_finetune import cli, messages
+from asr_finetune import cli, console
 from asr_finetune.config.schema import Config, ConfigError
 from tests.asr_finetune import tones
 
@@ -228,7 +228,7 @@ def test_a_warning_is_said_once(
     }  # else half a minute at such a delta
     values = tones.settings(tmp_path, method__kind="head", train__steps=1, privacy__delta=0.2, **by_hand)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.setattr(messages, "_said", set())
+    monkeypatch.setattr(console, "_said", set())
     monkeypatch.setattr(sys, "argv", ["asr-finetune", "train", "-q", "--config", str(tmp_path / "run.yaml")])
     with warnings.catch_warnings(), contextlib.suppress(SystemExit):
         cli.main()

@@ -5,6 +5,7 @@ import os
 import warnings
 from typing import Any
 
+from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import Mechanism, check_delta, composed_epsilon
 from dpkernels.privacy.accounting.ledger import Ledger, LedgerError
 from dpkernels.privacy.sampling.plan import Sampling
@@ -13,7 +14,7 @@ from dpkernels.privacy.sampling.plan import Sampling
 _LOOK_AHEAD = 64
 
 
-class BudgetExhausted(RuntimeError):
+class BudgetExhausted(UserError, RuntimeError):
     """The next step would exceed target_epsilon. Nothing was spent by the step that raised it."""
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import Mechanism
 
 FORMAT = 1
@@ -26,7 +27,7 @@ _OPENING = b'{"entry": '
 _SAME = ("unit", "dataset_size", "adjacency")  # settings that all runs of one ledger share
 
 
-class LedgerError(ValueError):
+class LedgerError(UserError, ValueError):
     """The ledger cannot be trusted or does not belong to this run."""
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dpkernels.errors import UserError
+
 # If an example's loss alone and n times its loss in a batch of n differ by less, the losses are divided by n.
 _DIVIDED = 1e-3
 
@@ -67,7 +69,7 @@ class SelfCheckReport:
         return [item for item in self.differences if not item.error <= self.tolerance]
 
 
-class SelfCheckError(RuntimeError):
+class SelfCheckError(UserError, RuntimeError):
     """The self-check failed. `report` has the numbers, and the message names the layers."""
 
     def __init__(self, message: str, report: SelfCheckReport) -> None:

@@ -21,14 +21,14 @@ from asr_finetune.config.yaml_io import RECIPES, load_yaml, overridden, recipes
 from asr_finetune.models.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.methods import apply_method
-from asr_finetune.models.parameters import trained_parameters
+from asr_finetune.models.recognizer import trained_parameters
 from asr_finetune.planning.dry_run import check_run
 from asr_finetune.training.run import train
 from dpkernels.privacy import noise_multiplier
 from tests.asr_finetune import small_models, tones
 from tests.asr_finetune.recordings import write
 
-DOCS = RECIPES.parents[1] / "docs" / "recipes.md"
+DOCS = RECIPES.parents[2] / "docs" / "recipes.md"
 MODELS = ("parakeet", "wav2vec2_bert")
 LIBRISPEECH = [f"{model}_{kind}" for model in MODELS for kind in ("lora", "bitfit", "dp_rp", "full")]
 WARM = [f"{model}_warm_start" for model in MODELS]
@@ -238,7 +238,7 @@ def test_the_table_in_the_docs_is_the_recipes(name: str) -> None:
 
 
 def test_every_file_is_in_the_package() -> None:
-    package = RECIPES.parent
+    package = RECIPES.parents[1]
     listed = tomllib.loads((package.parent / "pyproject.toml").read_text())
     patterns = listed["tool"]["setuptools"]["package-data"]["asr_finetune"]
     shipped = {path for pattern in patterns for path in package.glob(pattern)}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from asr_finetune.data.audio import AudioError, DatasetRow, duration, read_audio
-from asr_finetune.data.corpus import Utterance
+from asr_finetune.data.audio import duration, read_audio
+from asr_finetune.data.utterance import AudioError, DatasetRow, Utterance
 
 RATE = 16000
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from asr_finetune.config.schema import ConfigError
-from asr_finetune.data.corpus import Corpus, Problem
+from asr_finetune.console import Reporter
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.utterance import Problem
 from asr_finetune.models.loading import Recognizer
+from asr_finetune.models.recognizer import fit
 from asr_finetune.models.whisper import WhisperRecognizer
-from asr_finetune.progress import Reporter
 from asr_finetune.training.setup import load as load_for
 from tests.asr_finetune import small_models
 from tests.asr_finetune.recordings import manifest, options, read, reasons, utterance, write
@@ -80,7 +82,7 @@ def test_what_the_recognizer_cannot_take_is_left_out_by_name(parakeet: Recognize
         ],
         [Problem("before", "no such file")],
     )
-    fitted = corpus.fit(parakeet)
+    fitted = fit(corpus, parakeet)
     assert [item.id for item in fitted.utterances] == ["good"]
     found = reasons(fitted)
     assert list(found) == ["before", "brief", "unknown", "crowded"]
@@ -88,7 +90,7 @@ def test_what_the_recognizer_cannot_take_is_left_out_by_name(parakeet: Recognize
     assert "not in the vocabulary: 'WARP'" in found["unknown"]
     assert "no CTC alignment" in found["crowded"]
     # A test set keeps the transcripts that cannot be learnt: they are errors of the recogniser.
-    tested = corpus.fit(parakeet, training=False)
+    tested = fit(corpus, parakeet, training=False)
     assert [item.id for item in tested.utterances] == ["good", "unknown", "crowded"]
 
 
@@ -108,7 +110,7 @@ def test_literal_special_tokens_are_left_out_by_name(
 ) -> None:
     recognizer = small_models.load(folders[family])
     corpus = Corpus([utterance("good", seconds=1.0), utterance("odd", text, seconds=1.0)])
-    found = reasons(corpus.fit(recognizer))
+    found = reasons(fit(corpus, recognizer))
     assert list(found) == ["odd"]
     assert found["odd"].startswith(reason)
 
@@ -147,14 +149,14 @@ def test_other_texts_have_the_labels_that_they_had(
 
 def test_whisper_leaves_out_what_its_window_does_not_hold(folders: dict[str, Path]) -> None:
     recognizer = small_models.load(folders["whisper"])
-    fitted = Corpus([utterance("fits", seconds=1.0), utterance("long", seconds=1.01)]).fit(recognizer)
+    fitted = fit(Corpus([utterance("fits", seconds=1.0), utterance("long", seconds=1.01)]), recognizer)
     assert [item.id for item in fitted.utterances] == ["fits"]
     assert "raise model.window_seconds" in reasons(fitted)["long"]
 
 
 def test_nothing_left_is_refused_with_names(parakeet: Recognizer) -> None:
     with pytest.raises(ConfigError, match=r"all 1 recordings were left out(.|\n)*unknown: not in the vocab"):
-        Corpus([utterance("unknown", "WARP")], source="here").fit(parakeet)
+        fit(Corpus([utterance("unknown", "WARP")], source="here"), parakeet)
 
 
 def test_what_does_not_decode_is_found_by_reading_it(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from asr_finetune.config.schema import Config, ConfigError
-from asr_finetune.data.corpus import Corpus, Utterance
+from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import fingerprint, shared_recordings
+from asr_finetune.data.utterance import Utterance
 from asr_finetune.report.report import write_report
 from asr_finetune.training.run import train
 from asr_finetune.training.run_folder import RunFolderError

@@ -11,11 +11,11 @@ from rich.console import Console
 from torch import nn
 
 from asr_finetune.config.schema import DataConfig
+from asr_finetune.console import Reporter
 from asr_finetune.data.sources import load_corpus
 from asr_finetune.demo import demo
 from asr_finetune.demo.demo import DIGITS, PRIVATE_VOICES, PUBLIC_VOICES, VALID_VOICES, DemoResult, Recipe
 from asr_finetune.models.loading import tiny_parakeet
-from asr_finetune.progress import Reporter
 from asr_finetune.training.dataset import SpeechDataset
 from dpkernels.privacy import read_ledger
 from tests.asr_finetune import tones

@@ -9,9 +9,9 @@ import pytest
 import soundfile
 
 from asr_finetune.config.schema import DataConfig
+from asr_finetune.console import Reporter
 from asr_finetune.data.sources import load_corpus
 from asr_finetune.demo.synth import SAMPLING_RATE, SynthesisError, Voice, speak, synthesise, write_wav
-from asr_finetune.progress import Reporter
 
 # Noise-based voices are where espeak-ng's hidden state shows most.
 VOICES = [Voice("en-us"), Voice("en+f3", rate=260, pitch=80), Voice("en-us+whisper"), Voice("en+klatt4")]

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from asr_finetune.config.schema import Config, ConfigError, TrainConfig
-from asr_finetune.models.checkpointing import checkpoint_blocks, has_checkpointing
+from asr_finetune.console import Reporter
 from asr_finetune.models.loading import Recognizer
 from asr_finetune.planning.dry_run import check_run
-from asr_finetune.progress import Reporter
 from asr_finetune.training.run import train
 from asr_finetune.training.setup import prepare_blocks
+from dpkernels.blocks import checkpoint_blocks, has_checkpointing
 from tests.asr_finetune import small_models, tones
 from tests.asr_finetune.training.test_strategies import prepared, summed
 

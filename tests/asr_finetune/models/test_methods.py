@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from asr_finetune.config.schema import ConfigError, MethodConfig, ModelConfig
 from asr_finetune.models.loading import Recognizer, load_with_adapter
 from asr_finetune.models.methods import apply_method
-from asr_finetune.models.parameters import trained_parameters
+from asr_finetune.models.recognizer import trained_parameters
 from dpkernels import PrivacyEngine
 from tests.asr_finetune import small_models
 from tests.slow import in_turns

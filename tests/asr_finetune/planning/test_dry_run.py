@@ -16,7 +16,7 @@ from asr_finetune import cli
 from asr_finetune.config.schema import Config
 from asr_finetune.planning import dry_run as module
 from asr_finetune.planning.dry_run import Check, check_run
-from asr_finetune.training import sampling
+from asr_finetune.training import sampling, start
 from asr_finetune.training.run import train
 from dpkernels.privacy import SelfCheckError, SelfCheckReport, read_ledger
 from dpkernels.privacy.rng.streams import SecretStream
@@ -180,7 +180,7 @@ def mixed_examples(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     def differs(*_: object) -> None:
         raise SelfCheckError("layer 3 mixes examples", SelfCheckReport())
 
-    patch.setattr(module, "self_check", differs)
+    patch.setattr(start, "self_check", differs)
     return {}
 
 
@@ -245,7 +245,7 @@ def test_a_fault_is_not_a_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     def fault(*_: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr(module, "recognizer_of", fault)
+    monkeypatch.setattr(start, "recognizer_of", fault)
     with pytest.raises(KeyError):
         checks(folder)
 

@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 
 from asr_finetune.cli import app
 from asr_finetune.config.schema import Config, MethodConfig
-from asr_finetune.models.checkpointing import checkpoint_blocks
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import Recognizer
-from asr_finetune.planning.live_memory import LiveMemory
-from asr_finetune.planning.memory import Fit, MemoryPlan, Peak, Rehearsal, losses_of, plan_memory, strategies
+from asr_finetune.planning.memory import Fit, MemoryPlan, losses_of, plan_memory, strategies
 from asr_finetune.planning.tables import memory_table
 from asr_finetune.planning.workload import Speech
 from dpkernels import PrivacyEngine
+from dpkernels.blocks import checkpoint_blocks
+from dpkernels.memory import LiveMemory, MemoryEstimator, Peak
 from tests.asr_finetune import small_models, tones
 from tests.slow import slow_unless
 
@@ -81,7 +81,7 @@ def prepared(folder: Path, kind: Any) -> Recognizer:
 def test_live_bytes_are_predicted(folders: dict[str, Path], name: str, kind: str, strategy: str) -> None:
     recognizer = prepared(folders[name], kind)
     item = SPEECH.item(recognizer, 1.0)
-    with Rehearsal(recognizer.model, strategy=strategy, target="cpu") as stage:
+    with MemoryEstimator(recognizer.model, strategy=strategy, target="cpu") as stage:
         predicted = stage.peak(losses_of(recognizer, item), 3)
     assert predicted.total == pytest.approx(measured(recognizer, item, 3, strategy), rel=0.1)
 
@@ -92,7 +92,7 @@ def test_live_bytes_with_checkpointing_are_predicted(
 ) -> None:
     recognizer = prepared(folders["parakeet"], kind)
     item = SPEECH.item(recognizer, 4.0)
-    with Rehearsal(recognizer.model, strategy=strategy, target="cpu", checkpointing=True) as stage:
+    with MemoryEstimator(recognizer.model, strategy=strategy, target="cpu", checkpointing=True) as stage:
         predicted = stage.peak(losses_of(recognizer, item), 4)
     checkpoint_blocks(recognizer.model)
     assert predicted.total == pytest.approx(measured(recognizer, item, 4, strategy), rel=0.1)
@@ -104,7 +104,7 @@ def test_a_rehearsal_leaves_the_model_as_it_is(folders: dict[str, Path]) -> None
     kinds = [type(module) for module in recognizer.model.modules()]
     state = torch.get_rng_state()
     losses = losses_of(recognizer, SPEECH.item(recognizer, 1.0))
-    with Rehearsal(recognizer.model) as stage:
+    with MemoryEstimator(recognizer.model) as stage:
         stage.peak(losses, 2)
     assert [type(module) for module in recognizer.model.modules()] == kinds
     assert all(torch.equal(before[name], value) for name, value in recognizer.model.state_dict().items())
@@ -131,7 +131,7 @@ def test_checkpointing_holds_less() -> None:
     peaks = {}
     for target in ("cpu", "cuda"):
         for checkpointing in (False, True):
-            with Rehearsal(
+            with MemoryEstimator(
                 blocks.model,
                 strategy="mixed",
                 target=target,  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_checkpointing_holds_less() -> None:
 
 def test_the_largest_micro_batch_is_the_largest(blocks: Recognizer) -> None:
     losses = losses_of(blocks, SPEECH.item(blocks, 1.0))
-    with Rehearsal(blocks.model, target="cpu") as stage:
+    with MemoryEstimator(blocks.model, target="cpu") as stage:
         for size in (1, 11):
             limit = stage.peak(losses, size).total
             found = stage.largest(losses, limit, 100)
@@ -164,7 +164,7 @@ def a_plan(blocks: Recognizer, folder: Path, memory: int, **options: Any) -> Mem
 
 def test_the_fastest_strategy_with_enough_is_chosen(blocks: Recognizer, tmp_path: Path) -> None:
     losses = losses_of(blocks, SPEECH.item(blocks, 2.0))
-    with Rehearsal(blocks.model, target="cpu") as stage:
+    with MemoryEstimator(blocks.model, target="cpu") as stage:
         eight = stage.peak(losses, 8).total
     roomy = a_plan(blocks, tmp_path, round(eight / 0.9) + 1)
     assert [fit.strategy for fit in roomy.fits] == strategies()

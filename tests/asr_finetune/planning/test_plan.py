@@ -11,12 +11,16 @@ import pytest
 
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.data.sources import load_corpus
-from asr_finetune.planning.noise import plan
 from asr_finetune.planning.tables import plan_table, size
-from asr_finetune.training.plain import micro_batch_limits
 from asr_finetune.training.run import train
-from asr_finetune.training.sampling import assumed_sampling, expected_utterances, sampling_of, units
-from dpkernels.privacy import Sampling
+from asr_finetune.training.sampling import (
+    assumed_sampling,
+    expected_utterances,
+    micro_batch_limits,
+    sampling_of,
+    units,
+)
+from dpkernels.privacy import Sampling, plan_noise
 from tests.asr_finetune import tones
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,46 +35,6 @@ def _one_thread() -> Iterator[None]:
 def sampled(count: int, batch_size: int, **privacy: Any) -> Sampling:
     values = {"model": {"name": "m"}, "data": {"train": "d"}, "output": "o", "privacy": privacy}
     return assumed_sampling(Config.from_dict({**values, "train": {"batch_size": batch_size}}), count)
-
-
-@pytest.mark.slow  # its σ is that of tests/privacy/accounting/test_accounting.py
-def test_noise_for_the_papers_setting() -> None:
-    """σ = 0.694 (dp-accounting's PLD) for ε = 10, δ = 3.52e-6, N = 281,241, batch 4096, 2000 steps."""
-    made = plan(sampled(281241, 4096), epsilon=10, delta=3.52e-6, steps=2000)
-    assert made.noise_multiplier == 0.694
-    assert made.noise_multiplier_other is not None
-    assert made.epsilon_other is not None
-    assert made.noise_multiplier_other > made.noise_multiplier
-    assert made.epsilon <= 10 < made.epsilon_other
-    assert made.sample_rate == pytest.approx(4096 / 281241)
-    assert made.epochs == pytest.approx(29.13, abs=0.01)
-    steps, curve = zip(*made.epsilon_at, strict=True)
-    assert steps == (200, 500, 1000, 1500, 2000)
-    assert list(curve) == sorted(curve)
-    assert curve[-1] == made.epsilon
-
-
-def test_epsilon_for_given_noise_and_truncated_sampling() -> None:
-    given: dict[str, Any] = {"noise_multiplier": 4.0, "delta": 1e-3, "steps": 20}
-    by_hand = plan(sampled(200, 10), **given)
-    cut = plan(sampled(200, 10, max_batch_size=29), **given)
-    assert by_hand.noise_multiplier_other is None
-    assert cut.epsilon_other is None  # RDP has no rule for it
-    assert cut.epsilon == pytest.approx(by_hand.epsilon, rel=0.05)
-    assert by_hand.to_dict()["steps"] == 20
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "exactly one of"),
-        ({"epsilon": 1.0, "noise_multiplier": 1.0}, "exactly one of"),
-        ({"noise_multiplier": 0.0}, "epsilon is infinite"),
-    ],
-)
-def test_refusals(values: dict[str, float], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        plan(sampled(1000, 50), delta=1e-4, steps=20, **values)  # type: ignore[arg-type]
 
 
 SPEAKERS = {"unit": "speaker", "max_examples_per_speaker": 3}
@@ -108,7 +72,10 @@ LENGTH: dict[str, Any] = {"delta": 1e-4, "steps": 20}
 
 def test_the_accountant_of_the_configuration() -> None:
     sampling = sampled(1000, 50)
-    pld, rdp = (plan(sampling, **LENGTH, epsilon=0.5, accountant=name) for name in ("pld", "rdp"))
+    pld, rdp = (
+        plan_noise(sampling, **LENGTH, epsilon=0.5),
+        plan_noise(sampling, **LENGTH, epsilon=0.5, accountant="rdp"),
+    )
     assert rdp.noise_multiplier == pld.noise_multiplier_other
     assert rdp.noise_multiplier_other == pld.noise_multiplier
     assert rdp.epsilon_other is not None
@@ -119,7 +86,7 @@ def test_the_accountant_of_the_configuration() -> None:
 
 
 def test_speakers_are_called_so_and_counted_so(tmp_path: Path) -> None:
-    made = plan(sampled(1000, 60, **SPEAKERS), **LENGTH, noise_multiplier=1.0)
+    made = plan_noise(sampled(1000, 60, **SPEAKERS), **LENGTH, noise_multiplier=1.0)
     assert (made.units, made.sample_rate, made.per_unit) == (1000, 60 / 3000, 3)
     said = [str(cell) for cell in plan_table(made).columns[1]._cells]
     assert any("rate 0.02000 (of 1,000 speakers; of one at most 3 utterances" in cell for cell in said)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from asr_finetune.config.schema import Config, ConfigError, MethodConfig
+from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.loading import Recognizer
 from asr_finetune.models.methods import apply_method
-from asr_finetune.progress import Reporter
 from asr_finetune.training import dataset as module
 from asr_finetune.training.augment import SpecAugment
 from asr_finetune.training.dataset import SpeechDataset

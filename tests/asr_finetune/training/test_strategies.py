@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import Config, MethodConfig
-from asr_finetune.models.checkpointing import checkpoint_blocks
 from asr_finetune.models.loading import Recognizer
 from asr_finetune.models.methods import apply_method
-from asr_finetune.planning.memory import Rehearsal
 from asr_finetune.training import loop
 from asr_finetune.training.run import train
 from dpkernels import PrivacyEngine, privacy
+from dpkernels.blocks import checkpoint_blocks
+from dpkernels.memory import MemoryEstimator
 from dpkernels.nn import Tape
 from dpkernels.nn.recording.row_check import _Weighted
 from dpkernels.privacy import read_ledger
@@ -131,7 +131,7 @@ def rehearsed(recognizer: Recognizer, strategy: str) -> int:
             model(input_features=torch.empty(size, 400, 16), attention_mask=mask).logits.square().mean((1, 2))
         )
 
-    with Rehearsal(recognizer.model, strategy=strategy, target="cpu") as stage:
+    with MemoryEstimator(recognizer.model, strategy=strategy, target="cpu") as stage:
         return stage.peak(losses, 8).micro_batch
 
 
@@ -167,7 +167,7 @@ def run_of(folder: Path, name: str, strategy: str, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patched, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="noise_key")
         patched.setattr(PrivacyEngine, "__init__", with_key)
-        patched.setattr("asr_finetune.progress.Reporter.say", lambda self, line, *a, **k: said.append(line))
+        patched.setattr("asr_finetune.console.Reporter.say", lambda self, line, *a, **k: said.append(line))
         config = {
             "method__kind": "full",
             "privacy__epsilon": None,

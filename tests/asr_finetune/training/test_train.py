@@ -16,12 +16,12 @@ import torch
 from asr_finetune.config.schema import Config, ConfigError, ModelConfig, TrainConfig
 from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.loading import load_with_adapter
-from asr_finetune.training import checkpoint, run_folder
+from asr_finetune.training import run_folder
 from asr_finetune.training import setup as prepare
 from asr_finetune.training.loop import learning_rate
 from asr_finetune.training.run import Interrupted, TrainResult, train
 from asr_finetune.training.run_folder import RunFolder, RunFolderError
-from dpkernels import PrivacyEngine
+from dpkernels import PrivacyEngine, checkpoint
 from dpkernels.privacy import LedgerError, SelfCheckError, epsilon, read_ledger
 from tests.asr_finetune import tones
 

@@ -1,22 +1,26 @@
-"""Checkpoints and other files that are either the old or the new version, never half of one."""
+"""Checkpoints of a private run, written atomically: what is trained, the optimizer, and the engine's state.
+
+A checkpoint holds no key and no state of the noise or sampling generators, so that no noise is drawn twice after it is
+read back; what was spent is in the ledger, whatever the checkpoint says.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
+
+from dpkernels.errors import UserError
+from dpkernels.files import write_atomically
 
 FILE = "state.pt"
 FORMAT = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that does not belong to this run, or is not one."""
 
 
@@ -33,7 +37,7 @@ class Checkpoint:
         privacy: the engine's state (mechanism, where its ledger stood), or None without privacy.
         random: torch's generator states, of a run without privacy; None with it, where dropout is secret.
         seconds: training time so far.
-        curve: evaluations on public data so far.
+        curve: evaluations on public data so far, one dict each.
     """
 
     step: int
@@ -61,7 +65,7 @@ def restore_parameters(model: nn.Module, saved: dict[str, torch.Tensor]) -> None
     if missing or unknown:
         raise CheckpointError(
             f"checkpoint: it lacks {missing[:3]} and has {unknown[:3]}, which this model does not train; "
-            "it was written by another model or method. Use another --output."
+            "it was written by another model or method. Use another --output, or folder."
         )
     with torch.no_grad():
         for name, parameter in current.items():
@@ -110,42 +114,10 @@ def load(folder: Path) -> Checkpoint | None:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
         raise CheckpointError(
-            f"checkpoint {path}: damaged, or not a checkpoint; use another --output"
+            f"checkpoint {path}: damaged, or not a checkpoint; use another --output, or folder"
         ) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: not a checkpoint of format {FORMAT}; use another --output")
+        raise CheckpointError(
+            f"checkpoint {path}: not a checkpoint of format {FORMAT}; use another --output, or folder"
+        )
     return Checkpoint(**values)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file through a temporary neighbour: fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically. Raises ValueError for NaN and infinities, which JSON has not."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in the folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

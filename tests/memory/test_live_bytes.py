@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asr_finetune.planning.live_memory import LiveMemory, Target, cuda_size, hollow, rehearsal
+from dpkernels.memory import LiveMemory, Target, cuda_size, fake_model, fake_tensors
 
 
 def test_a_storage_counts_once_and_until_it_is_freed() -> None:
@@ -76,8 +76,8 @@ def test_a_rehearsal_counts_what_the_real_run_counts() -> None:
     with LiveMemory() as real:
         _step(model, torch.zeros(4, 8, 32))
     model.zero_grad()
-    with rehearsal("cpu"):
-        copy = hollow(model)
+    with fake_tensors("cpu"):
+        copy = fake_model(model)
         with LiveMemory() as fake:
             _step(copy, torch.zeros(4, 8, 32))
     assert fake.peak == real.peak > 0
@@ -89,8 +89,8 @@ def test_a_hollow_model_holds_nothing_and_leaves_the_model_alone() -> None:
         model = nn.Linear(10, 10)
     model.table = torch.zeros(3)  # neither parameter nor buffer
     model.bias.requires_grad_(False)
-    with rehearsal("cpu"):
-        copy = hollow(model)
+    with fake_tensors("cpu"):
+        copy = fake_model(model)
         assert copy.weight.shape == (10, 10)
         assert copy.weight.requires_grad
         assert not copy.bias.requires_grad
@@ -100,7 +100,7 @@ def test_a_hollow_model_holds_nothing_and_leaves_the_model_alone() -> None:
 
 
 def test_fake_tensors_have_addresses_that_tell_them_apart() -> None:
-    with rehearsal("cpu"):
+    with fake_tensors("cpu"):
         x, y = torch.zeros(8), torch.zeros(8)
         assert x.data_ptr() == x.view(2, 4).data_ptr() == x[1:].data_ptr() - 4
         assert not x.data_ptr() <= y.data_ptr() < x.data_ptr() + x.nbytes
@@ -110,7 +110,7 @@ def test_cuda_s_attention_keeps_no_scores_but_a_padded_mask() -> None:
     shape, scores = (2, 4, 30, 16), 2 * 4 * 30 * 30 * 4
 
     def peak(target: str, masked: bool) -> int:
-        with rehearsal(target):  # type: ignore[arg-type]
+        with fake_tensors(target):  # type: ignore[arg-type]
             q = torch.zeros(shape, requires_grad=True)
             mask = torch.zeros(2, 4, 30, 30, requires_grad=True) if masked else None
             with LiveMemory() as memory:
@@ -123,7 +123,7 @@ def test_cuda_s_attention_keeps_no_scores_but_a_padded_mask() -> None:
 
 def test_ctc_saves_its_forward_variables() -> None:
     frames, labels = 40, 7
-    with rehearsal("cpu"), LiveMemory() as memory:
+    with fake_tensors("cpu"), LiveMemory() as memory:
         log_probs = torch.zeros(frames, 3, 20, requires_grad=True)
         lengths = torch.full((3,), frames), torch.full((3,), labels)
         before = memory.live
@@ -137,16 +137,16 @@ def test_ctc_saves_its_forward_variables() -> None:
 
 @pytest.mark.parametrize(("target", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16)])
 def test_autocast_takes_a_softmax_in_float32_on_cuda_only(target: Target, dtype: torch.dtype) -> None:
-    with rehearsal(target), torch.autocast("cpu", torch.bfloat16):
+    with fake_tensors(target), torch.autocast("cpu", torch.bfloat16):
         x = torch.empty(4, 8, dtype=torch.bfloat16)
         assert {x.softmax(-1).dtype, F.layer_norm(x, (8,)).dtype} == {dtype}
-    with rehearsal(target):
+    with fake_tensors(target):
         assert torch.empty(4, 8, dtype=torch.bfloat16).softmax(-1).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("target", "kept"), [("cuda", 1), ("cpu", 4)])
 def test_dropout_keeps_a_byte_an_entry_on_cuda(target: Target, kept: int) -> None:
-    with rehearsal(target), LiveMemory() as memory:
+    with fake_tensors(target), LiveMemory() as memory:
         x = torch.empty(1000, requires_grad=True)
         before = memory.live
         y = nn.Dropout(0.1)(x)

@@ -1,20 +1,24 @@
-"""The noise that a target ε needs, or the ε that a noise spends, by both accountants."""
+"""The noise that a target ε needs, or the ε that a noise spends, by both accountants; what an attacker can then do."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from asr_finetune.config.schema import ConfigError
-from dpkernels.privacy import Sampling
-from dpkernels.privacy import epsilon as epsilon_of
-from dpkernels.privacy import noise_multiplier as sigma_for
+from dpkernels.privacy.accounting.accountant import epsilon as epsilon_of
+from dpkernels.privacy.accounting.accountant import noise_multiplier as sigma_for
+from dpkernels.privacy.sampling.plan import Sampling
 
 CHECKPOINTS = (0.1, 0.25, 0.5, 0.75, 1.0)
+DELTAS = (0.5, 0.3, 0.1, 0.03, 0.01, 0.001)
+"""Values of δ that a bound on an attacker is worth taking over, besides the claim's own."""
+FALSE_ALARMS = (0.001, 0.01, 0.1)
 
 
 @dataclass(frozen=True)
-class Plan:
+class NoisePlan:
     """What a run would spend.
 
     Attributes:
@@ -23,15 +27,15 @@ class Plan:
         epsilon: what the noise spends, by `accountant`.
         target_epsilon: the target; None when σ was given.
         delta: δ.
-        batch_size: expected logical batch, in utterances; of speakers, its bound.
-        per_unit: most utterances of one unit in a step.
+        batch_size: expected logical batch, in examples; of speakers, its bound.
+        per_unit: most examples of one unit in a step.
         steps: logical steps.
         max_batch_size: capacity of truncated Poisson sampling, or None.
         accountant: "pld" or "rdp".
         noise_multiplier: σ by it (the one to train with).
         noise_multiplier_other: σ by the other accountant for the same target; None with truncated sampling or when
             σ was given.
-        sample_rate: q: of utterances batch_size / N, of speakers batch_size / (per_unit · N).
+        sample_rate: q: of examples batch_size / N, of speakers batch_size / (per_unit · N).
         epochs: expected times that each unit is drawn, q × steps.
         epsilon_at: (step, ε) on the way.
         epsilon_other: ε at the end with `noise_multiplier` by the other accountant; None with truncated sampling.
@@ -64,7 +68,7 @@ class Plan:
         return asdict(self)
 
 
-def plan(
+def plan_noise(
     sampling: Sampling,
     *,
     delta: float,
@@ -72,11 +76,11 @@ def plan(
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
     accountant: Literal["pld", "rdp"] = "pld",
-) -> Plan:
+) -> NoisePlan:
     """σ for a target ε (or ε for a given σ), by PLD and by RDP.
 
     Args:
-        sampling: who is drawn, with what probability: `sampling.sampling_of` a run, or `sampling.assumed_sampling`.
+        sampling: who is drawn, with what probability: see `plan_sampling`.
         delta: δ in (0, 1).
         steps: logical steps.
         epsilon: target ε; or
@@ -87,13 +91,12 @@ def plan(
         ValueError: an argument out of range, named.
     """
     if (epsilon is None) == (noise_multiplier is None):
-        raise ConfigError(
-            f"plan: give exactly one of --epsilon and --noise-multiplier, got {epsilon} and "
-            f"{noise_multiplier}"
+        raise ValueError(
+            f"plan: give exactly one of epsilon and noise_multiplier, got {epsilon} and {noise_multiplier}"
         )
     if noise_multiplier is not None and not noise_multiplier > 0:
-        raise ConfigError(
-            f"plan: --noise-multiplier {noise_multiplier} must be above 0: without noise epsilon is infinite"
+        raise ValueError(
+            f"plan: noise_multiplier={noise_multiplier} must be above 0: without noise epsilon is infinite"
         )
     rate, capacity, count = sampling.sample_rate, sampling.max_batch_size, sampling.units
     sampled: dict[str, Any] = {"max_batch_size": capacity, "dataset_size": count}
@@ -111,7 +114,7 @@ def plan(
     by_other = None
     if capacity is None:
         by_other = epsilon_of(sigma, rate, steps, delta, accountant=other, dataset_size=count)
-    return Plan(
+    return NoisePlan(
         units=count,
         unit=sampling.unit,
         epsilon=curve[-1],
@@ -129,3 +132,25 @@ def plan(
         epsilon_at=list(zip(marks, curve, strict=True)),
         epsilon_other=by_other,
     )
+
+
+def detection_bounds(
+    pairs: Sequence[tuple[float, float]], false_alarms: Sequence[float] = FALSE_ALARMS
+) -> list[tuple[float, float]]:
+    """How well an attacker can do: (false alarms, most detections) for a few rates of false alarms.
+
+    The attacker decides from the finished model whether one unit was in the training data, and knows all
+    else. (ε, δ)-DP bounds the rate of detections β at a rate of false alarms α by β ≤ e^ε·α + δ and by
+    β ≤ 1 − e^−ε·(1 − δ − α) (Kairouz, Oh and Viswanath 2015). A mechanism has an ε for every δ: the smallest
+    bound over several is taken.
+
+    Args:
+        pairs: (ε, δ) that hold of one mechanism, such as its ε at each of `DELTAS`; at least one.
+        false_alarms: values of α.
+    """
+    bounds = []
+    for alarms in false_alarms:
+        first = min(math.exp(eps) * alarms + delta for eps, delta in pairs)
+        second = min(1 - math.exp(-eps) * (1 - delta - alarms) for eps, delta in pairs)
+        bounds.append((alarms, min(first, second, 1.0)))
+    return bounds

@@ -1,16 +1,8 @@
-"""What tensors take while code runs: bytes that are alive, and their peak, without a GPU or the memory itself.
-
-`LiveMemory` watches every operation, also those in a backward and in autograd functions of one's own, and counts a
-storage from the operation that returned it until nothing holds it. In `rehearsal()` tensors are fake: they have shapes,
-dtypes and lifetimes but no data, so that a step of a 608.8 M-parameter model is rehearsed in seconds on a laptop.
-
-What is not seen: memory that a kernel takes and gives back within one operation.
-"""
+"""Tensors with shapes, dtypes and lifetimes but no data: a step of a large model takes seconds on a laptop."""
 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -20,86 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Target = Literal["cpu", "cuda"]
 
-# torch's CUDA allocator, in bytes: every tensor is rounded up to a multiple of the first; from the second on, memory
-# comes from CUDA in multiples of the third, and what is left over is not cut off where it is at most the fourth.
-_BLOCK, _LARGE, _SEGMENT, _NOT_CUT = 512, 10 * 2**20, 2 * 2**20, 2**20
 # What autocast computes in float32 on CUDA and not on a CPU, of what the models here do to large tensors.
 _CUDA_FLOAT32 = {F.layer_norm, torch.softmax, Tensor.softmax, torch.log_softmax, Tensor.log_softmax}
 _ATTENTION_ALIGNMENT = 8  # entries: the fused attention of CUDA pads the last axis of its mask to a multiple
 
 
-def cuda_size(nbytes: int) -> int:
-    """What torch's CUDA allocator counts as allocated for a tensor of so many bytes, in a block that CUDA just gave."""
-    block = -(-nbytes // _BLOCK) * _BLOCK
-    segment = -(-block // _SEGMENT) * _SEGMENT
-    return segment if block >= _LARGE and segment - block <= _NOT_CUT else block
-
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors made within it that are still alive, and their highest sum.
-
-    A storage counts once, however many views share it. What existed before does not count, until `count` is told of it.
-
-    Args:
-        size_of: bytes of a storage -> bytes that count for it, as `cuda_size`; None: as they are.
-
-    Attributes:
-        live: bytes alive now.
-        peak: their maximum since the beginning, or since `restart`.
-    """
-
-    def __init__(self, size_of: Callable[[int], int] | None = None) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._size_of = size_of or int
-        self._counted: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operation and count what it returned."""
-        result = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not self._knows(t)]
-        if made:
-            given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            for tensor in made:
-                if id(tensor.untyped_storage()) not in given:
-                    self.count(tensor)
-        return result
-
-    def _knows(self, tensor: Tensor) -> bool:
-        storage = tensor.untyped_storage()
-        known = self._counted.get(id(storage))
-        return known is not None and known() is storage
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, if it is not counted yet, until it is freed."""
-        if self._knows(tensor):
-            return
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        size = self._size_of(storage.nbytes())
-
-        def freed(_: Any) -> None:
-            self.live -= size
-            del self._counted[key]
-
-        self._counted[key] = weakref.ref(storage, freed)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def restart(self) -> None:
-        """Begin the peak anew, from what is alive now."""
-        self.peak = self.live
-
-
 @contextmanager
-def rehearsal(target: Target) -> Iterator[FakeTensorMode]:
+def fake_tensors(target: Target) -> Iterator[FakeTensorMode]:
     """Within it every tensor is fake. All of them say that they are on the CPU, whatever the target.
 
     Args:
@@ -107,12 +29,12 @@ def rehearsal(target: Target) -> Iterator[FakeTensorMode]:
     """
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(Valueless(target))
+        stack.enter_context(FakeOps(target))
         yield mode
 
 
-def hollow(model: nn.Module) -> nn.Module:
-    """A copy of the model with fake parameters and buffers; call it within `rehearsal()`. The model stays as it is.
+def fake_model(model: nn.Module) -> nn.Module:
+    """A copy of the model with fake parameters and buffers; call it within `fake_tensors()`. The model stays as it is.
 
     Parameters on the meta device will do: neither their values nor their memory is needed.
     """
@@ -126,7 +48,7 @@ def hollow(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, made)
 
 
-class Valueless(TorchFunctionMode):
+class FakeOps(TorchFunctionMode):
     """Gives code that asks fake tensors for values something to go on with, without changing what it allocates.
 
     A number read from a tensor is 0, a truth value is False; addresses are made up, and tell tensors apart as real
@@ -135,8 +57,8 @@ class Valueless(TorchFunctionMode):
 
     Tensors say that they are on the CPU, so autocast is the CPU's; what CUDA's computes in float32 is so here too.
 
-    `rehearsal` enters it. torch takes it off for the time of a backward: forwards that run within one (checkpointing)
-    need it anew.
+    `fake_tensors` enters it. torch takes it off for the time of a backward: forwards that run within one
+    (checkpointing) need it anew.
     """
 
     def __init__(self, target: Target) -> None:

@@ -1,9 +1,13 @@
-"""torch.compile of the blocks that are frozen.
+"""What is done with whole blocks of a model: recomputed activations, and torch.compile of those that are frozen.
 
-Only of those: a trained layer puts records on the private model's tape, which is Python that torch.compile would break
-its graphs at, or make part of them. A frozen block has no part in clipping: it passes activations and their gradients
-on. What is checked of it is checked as ever: its parameters, buffers and modules are the same objects, a buffer that it
-writes is seen to change, and the self-check's gradients go through the compiled code.
+Activation checkpointing is torch's non-reentrant kind: the reentrant one gives a block whose input needs no gradient,
+as the first one above frozen layers, none at all, and refuses the `torch.autograd.grad` that the self-check uses.
+
+Only frozen blocks are compiled: a trained layer puts records on the private model's tape, which is Python that
+torch.compile would break its graphs at, or make part of them. A frozen block has no part in clipping: it passes
+activations and their gradients on. What is checked of it is checked as ever: its parameters, buffers and modules are
+the same objects, a buffer that it writes is seen to change, and the self-check's gradients go through the compiled
+code.
 """
 
 from __future__ import annotations
@@ -17,13 +21,46 @@ import torch._dynamo
 import torch._functorch.config
 from torch import Tensor, nn
 
-from asr_finetune.config.values import ConfigError
-
 Backend = str | Callable[..., Any]
 
 # Compiled forms of one block: one utterance or several, in training and not, with gradients or without, and shapes that
 # an operation treats differently. Whisper's encoder was seen to have 7; beyond torch's 8 a block runs uncompiled.
 _FORMS = 64
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
+
+
+def has_checkpointing(model: nn.Module) -> bool:
+    """Whether the transformers model, under any PEFT wrapper, can recompute its blocks."""
+    return bool(getattr(base_model(model), "supports_gradient_checkpointing", False))
+
+
+def checkpoint_blocks(model: nn.Module, **options: Any) -> None:
+    """Have every block of the model recomputed in the backward, in place; in training mode only.
+
+    Dropout masks are those of the forward: torch's `preserve_rng_state` stays True, unless `options` say otherwise.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        options: further arguments of `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        ValueError: a model that has no such blocks.
+    """
+    base = base_model(model)
+    if not has_checkpointing(model):
+        raise ValueError(f"{type(base).__name__} has no activation checkpointing: train it without")
+    # The second name is of transformers before 5.24, which calls it deprecated.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **options})
+
+
+class CompilerError(ValueError):
+    """torch.compile does not work on this machine; the message says why."""
 
 
 def compile_frozen_blocks(model: nn.Module, *, backend: Backend = "inductor") -> list[str]:
@@ -41,7 +78,7 @@ def compile_frozen_blocks(model: nn.Module, *, backend: Backend = "inductor") ->
         Names of the blocks: `frozen_blocks`.
 
     Raises:
-        ConfigError: the backend does not work on this machine; says why.
+        CompilerError: the backend does not work on this machine; says why.
     """
     blocks = list(frozen_blocks(model))
     if blocks and isinstance(backend, str):
@@ -85,9 +122,9 @@ def _check(backend: str, device: torch.device) -> None:
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
-        raise ConfigError(
-            f"train.compile_frozen=true: torch.compile (backend {backend!r}) does not work here on {device}: {reason}. "
-            "It needs a C++ compiler (g++ or clang++), and on a GPU Triton: install what is missing, or set it to false"
+        raise CompilerError(
+            f"torch.compile (backend {backend!r}) does not work here on {device}: {reason}. It needs a C++ compiler "
+            "(g++ or clang++), and on a GPU Triton: install what is missing, or train without"
         ) from error
 
 

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from asr_finetune.config.schema import TrainConfig
-from asr_finetune.models.recognizer import Recognizer
 from dpkernels.privacy import micro_batches
 
 
@@ -45,44 +43,48 @@ class PlainOptimizer:
 
 
 class PlainLoader:
-    """Logical batches of Poisson size from an ordinary seeded generator, split as private ones are."""
+    """Logical batches of Poisson size from an ordinary seeded generator, split as private ones are.
+
+    Each iteration gives a logical batch for every step from `first_step` on: an iterator of its micro-batches.
+
+    Args:
+        dataset: of examples.
+        lengths: of each, by which examples that share a micro-batch are alike.
+        batch_size: expected logical batch: each example joins with probability batch_size / N.
+        steps: logical batches in all.
+        physical_batch_size: examples in a micro-batch.
+        physical_frames: see `dpkernels.privacy.micro_batches`.
+        seed: of the sampling, with the step's number.
+        options: more arguments of `torch.utils.data.DataLoader`: collate_fn, num_workers.
+    """
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset[Any], recognizer: Recognizer, lengths: Sequence[int]
+        self,
+        dataset: Dataset[Any],
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        steps: int,
+        physical_batch_size: int,
+        physical_frames: int | None = None,
+        seed: int = 0,
+        **options: Any,
     ) -> None:
-        self._config = config
         self._dataset = dataset
-        self._collate = recognizer.collate
         self._lengths = np.asarray(lengths)
+        self._rate, self._steps, self._seed = batch_size / len(lengths), steps, seed
+        self._size, self._frames = physical_batch_size, physical_frames
+        self._options = options
         self.first_step = 0
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
-        parts = [self._draw(step) for step in range(self.first_step, self._config.steps)]
-        batches = iter(
-            DataLoader(
-                self._dataset,
-                batch_sampler=[part for step in parts for part in step],
-                collate_fn=self._collate,
-                num_workers=self._config.num_workers,
-            )
-        )
+        parts = [self._draw(step) for step in range(self.first_step, self._steps)]
+        sampler = [part for step in parts for part in step]
+        batches = iter(DataLoader(self._dataset, batch_sampler=sampler, **self._options))
         for step in parts:
             yield (next(batches) for _ in step)
 
     def _draw(self, step: int) -> list[list[int]]:
-        size = len(self._lengths)
-        generator = np.random.default_rng([self._config.seed, step])
-        chosen = np.flatnonzero(generator.random(size) < self._config.batch_size / size)
-        size, frames = micro_batch_limits(self._config, self._lengths)
-        return micro_batches(chosen, size, self._lengths, frames)
-
-
-def micro_batch_limits(config: TrainConfig, lengths: Sequence[int] | np.ndarray) -> tuple[int, int | None]:
-    """The largest micro-batch: (utterances, frames with padding, or None for no such limit).
-
-    With `fill_micro_batches` it is as many frames as `physical_batch_size` of the longest utterances have: what fits of
-    those fits of shorter ones in larger numbers.
-    """
-    if not config.fill_micro_batches:
-        return config.physical_batch_size, None
-    return config.batch_size, config.physical_batch_size * int(np.max(lengths))
+        generator = np.random.default_rng([self._seed, step])
+        chosen = np.flatnonzero(generator.random(len(self._lengths)) < self._rate)
+        return micro_batches(chosen, self._size, self._lengths, self._frames)

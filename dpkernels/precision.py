@@ -1,7 +1,7 @@
 """Mixed precision: matrix products and frozen weights in a half type, what is trained and summed in float32.
 
-`model.dtype` names the half type. Products are taken in it by autocast, which also keeps softmaxes, losses and trained
-norms in float32. What a run does not train is held in it once a method has said what that is (`hold_frozen`); what it
+Products are taken in the half type by autocast, which also keeps softmaxes, losses and trained
+norms in float32. What a run does not train is held in it once it is frozen (`hold_frozen`); what it
 trains is float32, so that an update smaller than a step of the half type is not lost.
 """
 

@@ -1,0 +1,107 @@
+"""What a run says: lines and progress bars, and each warning once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# In a log, a line more often than this only hides the others.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Bar:
+    """One thing under way: a rich bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, progress: Progress, name: str, total: int, start: int) -> None:
+        self._progress, self._start = progress, start
+        task = progress.add_task(name, total=total, completed=start, facts="")
+        self._task = progress.tasks[task]
+        self._said = time.monotonic()
+
+    def update(self, done: int, facts: str = "") -> None:
+        """Say that `done` units are done; `facts` is shown beside them."""
+        self._progress.update(self._task.id, completed=done, facts=facts)
+        total, now = int(self._task.total or 0), time.monotonic()
+        if not self._progress.disable or (done < total and now - self._said < SECONDS_BETWEEN_LINES):
+            return
+        self._said = now
+        left = (self._task.elapsed or 0) / max(done - self._start, 1) * (total - done)
+        rest = f", about {duration(left)} left" if done < total else ""
+        line = f"{self._task.description} {done}/{total}  {facts}{rest}"
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Reporter:
+    """Prints lines and bars.
+
+    Args:
+        enabled: False prints nothing at all.
+        console: where to; standard output when None.
+    """
+
+    def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
+        self.console = console if console is not None and enabled else Console(quiet=not enabled)
+
+    def say(self, text: str, *, style: str | None = None) -> None:
+        """One line (or paragraph), plain text."""
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, name: str, total: int, *, start: int = 0) -> Iterator[Bar]:
+        """A bar (terminal) or lines (log) for `total` units, of which `start` were done earlier."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}", markup=False),
+        )
+        shown = self.console.is_terminal and not self.console.quiet
+        with Progress(*columns, console=self.console, disable=not shown) as progress:
+            yield Bar(progress, name, total, start)
+
+
+def duration(seconds: float) -> str:
+    """`95` as `1 min 35 s`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+_said: set[str] = set()
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning, the same one once in a run wherever it arises."""
+    if str(message) in _said:
+        return
+    _said.add(str(message))
+    tell(f"warning: {message}", "yellow")
+
+
+def tell(text: str, style: str) -> None:
+    """A line on standard error."""
+    Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)

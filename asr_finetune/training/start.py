@@ -1,0 +1,243 @@
+"""The start of a run, stage by stage: what `train` does before its first step, and what a dry run goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asr_finetune.config.schema import Config
+from asr_finetune.console import Reporter
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.provenance import shared_recordings
+from asr_finetune.models.methods import apply_method
+from asr_finetune.models.recognizer import Recognizer, total_parameters, trained_parameters
+from asr_finetune.training.dataset import SpeechDataset
+from asr_finetune.training.run_folder import RunFolder, read_comparison
+from asr_finetune.training.sampling import micro_batch_limits
+from asr_finetune.training.setup import (
+    check_data,
+    check_public,
+    load,
+    make_optimizer,
+    make_private,
+    prepare_blocks,
+    recognizer_of,
+    self_check,
+    training_dataset,
+)
+from dpkernels import PrivacyEngine, checkpoint
+from dpkernels.errors import UserError
+from dpkernels.plain import PlainLoader, PlainOptimizer
+
+# what is done, in order -> the stages that it needs; each is the method of `Run` of that name
+STAGES: dict[str, tuple[str, ...]] = {
+    "output": (),
+    "model": (),
+    "training data": ("model",),
+    "test data": ("model", "training data"),
+    "validation data": ("model", "training data"),
+    "method": ("model",),
+    "privacy": ("output", "training data"),
+    "memory": ("training data", "method"),
+    "gradients": ("privacy", "method", "memory"),
+}
+
+
+class Finished(UserError):
+    """The output folder holds a finished run."""
+
+
+# a corpus with its features, kept for several evaluations
+Kept = tuple[Corpus, SpeechDataset]
+
+
+@dataclass
+class Run:
+    """A run: every stage of its start leaves here what later ones and the loop need; then, how far it is."""
+
+    config: Config
+    reporter: Reporter
+    resume: bool = True
+    compare: str | Path | None = None
+    resuming: bool = False
+    non_private: dict[str, Any] | None = None
+    recognizer: Recognizer = field(init=False)
+    corpus: Corpus = field(init=False)
+    fingerprint: str = ""
+    tests: Kept | None = None
+    shares_training: bool | None = None
+    valid: Kept | None = None
+    dataset: SpeechDataset = field(init=False)
+    engine: PrivacyEngine | None = None
+    optimizer: Any = None
+    loader: Iterable[Any] = ()
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    told_of_impossible: bool = False
+
+    @property
+    def folder(self) -> RunFolder:
+        """The output folder."""
+        return RunFolder(Path(self.config.output))
+
+    def walk(self) -> None:
+        """Go through STAGES."""
+        for name in STAGES:
+            self.stage(name)
+
+    def stage(self, name: str) -> str:
+        """Do one of STAGES, all that it needs being done. Returns what was found, for a dry run's table."""
+        return str(getattr(self, name.replace(" ", "_"))())
+
+    def output(self) -> str:
+        """The folder is this run's, or free.
+
+        Raises:
+            Finished: it holds a finished run.
+        """
+        self.non_private = read_comparison(self.compare)
+        self.resuming = self._claim()
+        if self.folder.run.is_file():
+            raise Finished(
+                f"{self.folder.run} is there: this run is finished. Another run needs another --output."
+            )
+        return str(self.folder.path)
+
+    def _claim(self) -> bool:
+        """Take the folder. Returns whether a run in it is to be continued."""
+        if not self.config.privacy.enabled:
+            said = "NOT PRIVATE: privacy.enabled is false. This run has no epsilon."
+            self.reporter.say(said, style="bold red")
+        return self.folder.prepare(self.config, resume=self.resume)
+
+    def model(self) -> str:
+        """The recogniser."""
+        torch.manual_seed(self.config.train.seed)
+        self.recognizer = recognizer_of(self.config)
+        return self.recognizer.name
+
+    def training_data(self) -> str:
+        """The training data, which fits the rest of the configuration."""
+        data = self.config.data
+        self.corpus, found = self._read("train", data.train, data.train_split)
+        check_data(self.config, self.corpus, self.recognizer)
+        self._note_data()
+        return found
+
+    def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
+        """A corpus; the names of what was left out go to the folder of what is not for others."""
+        corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
+        self.folder.note_problems(name, corpus.problems)
+        return corpus, corpus.summary()
+
+    def _features(self, corpus: Corpus) -> SpeechDataset:
+        return SpeechDataset(corpus, self.recognizer, cache=self.config.train.cache_features)
+
+    def _note_data(self) -> None:
+        self.fingerprint = self.folder.note_data(self.corpus, resuming=self.resuming)
+
+    def test_data(self) -> str:
+        """The test data, and whether it holds training recordings."""
+        source = self.config.data.test
+        if source is None:
+            found = "data.test is not set: no error rates before and after"
+            self.reporter.say(found)
+            return found
+        corpus, found = self._read("test", source, self.config.data.test_split)
+        self.tests = corpus, self._features(corpus)
+        shared = len(shared_recordings(self.corpus, corpus))
+        self.shares_training = shared > 0
+        if shared:
+            self.reporter.say(
+                f"WARNING: {shared} of {len(corpus)} test recordings are training recordings too. Error rates on "
+                "them say nothing about other recordings, and are figures of private data without noise: no "
+                "epsilon covers them. The report says so",
+                style="bold red",
+            )
+            found += f"\nWARNING: {shared} of them are training recordings too: no epsilon covers error rates on them"
+        return found
+
+    def validation_data(self) -> str:
+        """The public validation data, where there is to be a curve."""
+        if not self.config.train.eval_every:
+            return "train.eval_every is 0: no curve"
+        assert self.config.data.valid is not None  # check_trainable saw to it
+        corpus, found = self._read("valid", self.config.data.valid, self.config.data.valid_split)
+        check_public(corpus, self.corpus, self.config.privacy.unit)
+        self.valid = corpus, self._features(corpus)
+        return found
+
+    def method(self) -> str:
+        """What is trained is chosen."""
+        torch.manual_seed(self.config.train.seed)  # adapters start the same, whatever was drawn before
+        apply_method(self.recognizer, self.config.method)
+        name, kind, model = self.recognizer.name, self.config.method.kind, self.recognizer.model
+        trained, total = trained_parameters(model), total_parameters(model)
+        self.reporter.say(f"{name}: {trained:,} of {total:,} parameters are trained ({kind})")
+        return f"{kind}: {trained:,} parameters are trained"
+
+    def privacy(self) -> str:
+        """What the run will spend: a run finds it with its engine, a dry run beforehand."""
+        return ""
+
+    def memory(self) -> str:
+        """What the run will take: for a dry run; a run takes it."""
+        return ""
+
+    def gradients(self) -> str:
+        """Optimizer and loader, private or not; of a private run every gradient is an utterance's own."""
+        config, recognizer = self.config, self.recognizer
+        self.dataset = training_dataset(config, self.corpus, recognizer)
+        lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
+        recognizer.model.train()
+        prepare_blocks(config.train, recognizer, self.reporter)
+        plain = make_optimizer(config.train, recognizer.model)
+        if config.privacy.enabled:
+            self._make_private(plain, lengths)
+            assert self.engine is not None
+            size = config.train.physical_batch_size
+            self_check(self.engine, recognizer, self.dataset, lengths, size, self.reporter)
+        else:
+            self._make_plain(plain, lengths)
+        return ""
+
+    def _make_private(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
+        # Where a run was here before, its ledger holds σ and what was spent, the checkpoint the model's step.
+        saved = checkpoint.load(self.folder.checkpoint)
+        remaining = self.config.train.steps - (saved.step if saved else 0)
+        self.engine, self.optimizer, self.loader = make_private(
+            self.config,
+            self.recognizer,
+            plain,
+            self.dataset,
+            lengths,
+            self.reporter,
+            self.folder.ledger,
+            remaining,
+        )
+
+    def _make_plain(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
+        train = self.config.train
+        self.optimizer = PlainOptimizer(plain, train.batch_size)
+        size, frames = micro_batch_limits(train, lengths)
+        self.loader = PlainLoader(
+            self.dataset,
+            lengths,
+            batch_size=train.batch_size,
+            steps=train.steps,
+            physical_batch_size=size,
+            physical_frames=frames,
+            seed=train.seed,
+            num_workers=train.num_workers,
+            collate_fn=self.recognizer.collate,
+        )
+
+    def close(self) -> None:
+        """Close the engine, where there is one."""
+        if self.engine is not None:
+            self.engine.close()
