@@ -96,8 +96,8 @@ def cross_entropy_per_example(
     """−ln p(target), averaged or summed over an example's own positions; in nats.
 
     Args:
-        logits: [B, *, V], classes last, any float type; log-probabilities are taken in float32 (float64 for float64).
-        targets: [B, *] int, 0 ≤ target < V, −100 where a position is not learnt.
+        logits: `[B, *, V]`, classes last, any float type; log-probabilities are taken in float32 (float64 for float64).
+        targets: `[B, *]` int, 0 ≤ target < V, −100 where a position is not learnt.
         reduction: "mean" or "sum" over the positions that are not −100. Nothing is reduced over the batch.
 
     Returns:

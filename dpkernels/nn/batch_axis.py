@@ -278,7 +278,7 @@ def _alike(first: list[Any] | Exception, second: list[Any] | Exception) -> bool:
             a.dtype, math.inf
         )  # half types tell nothing
         finite = a.isfinite() & b.isfinite()
-        a, b = a[finite].double(), b[finite].double()
+        a, b = a[finite].detach().double(), b[finite].detach().double()
         if a.numel() and not float((a - b).abs().max()) <= tolerance * float(a.abs().max()) + 1e-12:
             return False
     return True

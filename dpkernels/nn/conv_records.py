@@ -110,7 +110,7 @@ class DepthwiseConv1dRecord(Record):
 
 @dataclass(eq=False)
 class ConvRecord(Record):
-    """Weight [p, d/groups, *k] of a general convolution: x [B,d,*space], g [B,p,*space'].
+    """Weight `[p, d/groups, *k]` of a general convolution: x `[B, d, *space]`, g `[B, p, *space']`.
 
     It is a linear layer on unfolded windows. They are ∏k times larger than x, so they are made when asked for, of as
     many samples at a time as `WINDOW_BYTES` allows, and not kept: once where the gradients are formed, twice where norm

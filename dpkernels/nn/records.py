@@ -104,7 +104,7 @@ class Record(ABC):
         return None
 
     def formed(self) -> tuple[ExpandedRecord, ...]:
-        """The same gradients, [B, *parameter.shape] in float32 (float64 for float64), one record a parameter.
+        """The same gradients, `[B, *parameter.shape]` in float32 (float64 for float64), one record a parameter.
 
         Their norms and sums are those of the formed values, so that how they were rounded is no matter for privacy.
         """
@@ -243,7 +243,7 @@ class EmbeddingRecord(Record):
 
 @dataclass(eq=False)
 class ExpandedRecord(Record):
-    """The per-sample gradients themselves, g [B, *parameter.shape], where these are the least memory."""
+    """The per-sample gradients themselves, g `[B, *parameter.shape]`, where these are the least memory."""
 
     layer: str
     parameter: nn.Parameter

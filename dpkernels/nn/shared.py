@@ -29,7 +29,7 @@ class SharedTensor(Shared):
     """Stands for a tensor of `shape` that examples share.
 
     Args:
-        rows: [n, *shape], row i for example i; all rows have the same values.
+        rows: `[n, *shape]`, row i for example i; all rows have the same values.
         name: for messages: the parameter, or the layer that made it.
         axes: what is known of the model's tensors.
 
