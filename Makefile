@@ -36,9 +36,9 @@ help:
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "error: $(PYTHON) is missing or older than 3.11; mend: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
+	  || { echo "error: $(PYTHON) is missing or older than 3.11; fix: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
-	  || { echo "error: $(PYTHON) cannot create virtual environments; mend: apt-get install python3-venv, or python3.N-venv for PYTHON=python3.N (Debian, Ubuntu)" >&2; exit 1; }
+	  || { echo "error: $(PYTHON) cannot create virtual environments; fix: apt-get install python3-venv, or python3.N-venv for PYTHON=python3.N (Debian, Ubuntu)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(TORCH_STAMP): | $(VENV)/bin/python
@@ -78,7 +78,7 @@ bench: $(STAMP)
 
 # A GPU machine has its own torch and no package registry, so this does not go through the set-up above.
 gpu:
-	WHEELS='$(WHEELS)' OUT='$(OUT)' $(PYTHON) -m bench.gpu $(PARTS)
+	WHEELS='$(WHEELS)' OUT='$(OUT)' $(PYTHON) -m bench.gpu.run $(PARTS)
 
 # --no-deps: torch and triton stay what the GPU machine has.
 wheels: | $(VENV)/bin/python

@@ -2,7 +2,7 @@
 
 DPKERNELS_BUILD=auto  (default) the CPU library where a C++ compiler is found, the CUDA library where nvcc is
 DPKERNELS_BUILD=none  no library: a py3-none-any wheel, PyTorch code serves every op
-DPKERNELS_BUILD=cpu   the CPU library; stops with the mend named if it cannot be built
+DPKERNELS_BUILD=cpu   the CPU library; stops with the fix named if it cannot be built
 DPKERNELS_BUILD=cuda  both libraries; stops likewise
 """
 
@@ -29,17 +29,17 @@ def find_program(*names: str) -> str | None:
 
 
 def missing_tool() -> str | None:
-    """What a native build lacks on this machine, with the mend; None when it lacks nothing."""
+    """What a native build lacks on this machine, with the fix; None when it lacks nothing."""
     compiler = os.environ.get("CXX", "").split()
     if not find_program(*compiler[:1] or ("c++", "g++", "clang++")):
         if compiler:
-            return f"the C++ compiler CXX={compiler[0]} was not found; mend: unset CXX or name another one"
+            return f"the C++ compiler CXX={compiler[0]} was not found; fix: unset CXX or name another one"
         return (
-            "no C++ compiler (c++, g++, clang++) was found on the PATH; mend: apt-get install g++ (Debian, "
+            "no C++ compiler (c++, g++, clang++) was found on the PATH; fix: apt-get install g++ (Debian, "
             "Ubuntu), dnf install gcc-c++ (Fedora), or set CXX"
         )
     if not find_program("cmake"):
-        return "cmake was not found; mend: pip install 'cmake>=3.24', or build without --no-build-isolation"
+        return "cmake was not found; fix: pip install 'cmake>=3.24', or build without --no-build-isolation"
     return None
 
 
@@ -47,7 +47,7 @@ def chosen_build() -> str:
     """`DPKERNELS_BUILD`; auto becomes none where nothing can be compiled, other requests stop there."""
     choice = os.environ.get("DPKERNELS_BUILD", "auto")
     if choice not in ("auto", "none", "cpu", "cuda"):
-        raise SystemExit(f"error: DPKERNELS_BUILD={choice!r}; mend: set it to auto, none, cpu or cuda")
+        raise SystemExit(f"error: DPKERNELS_BUILD={choice!r}; fix: set it to auto, none, cpu or cuda")
     lack = None if choice == "none" else missing_tool()
     if lack and choice == "auto":
         rule = "*" * 100
@@ -85,7 +85,7 @@ class CMakeBuild(build_ext):
         for command in (configure, [cmake, "--build", self.build_temp, "--parallel", jobs]):
             if subprocess.run(command).returncode:
                 raise SystemExit(
-                    "error: the native build failed, the messages above say why; mend that, or set "
+                    "error: the native build failed, the messages above say why; fix that, or set "
                     "DPKERNELS_BUILD=cpu (no CUDA library) or none (no library at all)"
                 )
 

@@ -14,8 +14,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from asr_finetune.config import Config, ConfigError
-from asr_finetune.config_file import load_yaml, overridden, template
+from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.yaml_io import load_yaml, overridden, template
 from asr_finetune.messages import expected, show_warning, tell
 
 app = typer.Typer(
@@ -122,7 +122,7 @@ def plan(
       openai/whisper-tiny.en`
     - `asr-finetune plan --config run.yaml --gpu-memory 80`
     """
-    from asr_finetune import planning
+    from asr_finetune.planning import command as planning
 
     flags = {
         "privacy.epsilon": epsilon,
@@ -244,12 +244,12 @@ def train(
     loaded = Config.from_dict(given)
     loaded.check_trainable()
     if dry_run:
-        from asr_finetune.dry_run import check_run, check_table
+        from asr_finetune.planning.dry_run import check_run, check_table
 
         checks = check_run(loaded, resume=resume, compare=compare, progress=not quiet)
         Console().print(check_table(checks))
         raise typer.Exit(0 if all(check.passed for check in checks) else 1)
-    from asr_finetune.train import train as run_training
+    from asr_finetune.training.run import train as run_training
 
     run_training(loaded, progress=not quiet, resume=resume, compare=compare)
 
@@ -287,11 +287,11 @@ def evaluate(
         raise ConfigError("evaluate: give --model, --adapter, or both")
     flags = {"model.name": model or str(adapter), "model.device": device, "data.train": data, "output": "."}
     loaded = Config.from_dict(overridden({}, flags, settings or ()))
-    from asr_finetune import checkpoint
-    from asr_finetune.evaluate import evaluate as run_evaluation
-    from asr_finetune.models import load_recognizer, load_with_adapter
-    from asr_finetune.prepare import load
+    from asr_finetune.models.loading import load_recognizer, load_with_adapter
     from asr_finetune.progress import Reporter
+    from asr_finetune.training import checkpoint
+    from asr_finetune.training.evaluate import evaluate as run_evaluation
+    from asr_finetune.training.setup import load
 
     reporter = Reporter()
     if model is not None and adapter is not None:
@@ -323,7 +323,7 @@ def report(
 
     - `asr-finetune report runs/first`
     """
-    from asr_finetune.report import write_report
+    from asr_finetune.report.report import write_report
 
     written = write_report(run, out if out is not None else run / "report.html")
     typer.echo(f"written to {written}")
@@ -341,7 +341,7 @@ def synthesise(
 
     - `asr-finetune synthesise --texts sentences.txt --output speech`
     """
-    from asr_finetune.synth import speak
+    from asr_finetune.demo.synth import speak
 
     written, count = speak(texts, output, voices)
     typer.echo(f"{count} recordings, listed in {written}")
@@ -362,7 +362,7 @@ def demo(
 
     - `asr-finetune demo --output runs/demo`
     """
-    from asr_finetune.demo import run
+    from asr_finetune.demo.demo import run
 
     result = run(output)
     if result.private > 0.75 * result.before:
@@ -377,7 +377,7 @@ def demo(
 def main() -> None:
     """Entry point. Expected errors are printed as a message, exit code 2 (130 after an interruption)."""
     warnings.showwarning = show_warning
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can mend
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can fix
     try:
         app()
     except Exception as error:

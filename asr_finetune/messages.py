@@ -10,8 +10,8 @@ from rich.console import Console
 
 # Errors that are messages to the user whatever their base class, by the module that defines them.
 _EXPECTED = {
-    "asr_finetune.loop": ("Interrupted",),
-    "asr_finetune.synth": ("SynthesisError",),
+    "asr_finetune.training.loop": ("Interrupted",),
+    "asr_finetune.demo.synth": ("SynthesisError",),
     "dpkernels.privacy": ("BudgetExhausted", "SelfCheckError"),
 }
 _said: set[str] = set()

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import ROOT
+from bench.harness.machine import ROOT
 
 WORKING = "working"
 LEVEL = 0.05

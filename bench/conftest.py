@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench.results import FOLDER, Results
-from bench.session import Bench
-from bench.table import show
+from bench.harness.results import FOLDER, Results
+from bench.harness.session import Bench
+from bench.harness.table import show
 
 _KEY = pytest.StashKey[Bench]()
 
@@ -69,4 +69,4 @@ def _where(config: pytest.Config, results: list[Results]) -> str:
         return "--benchmark-quick: figures mean nothing, and none were written"
     folder = config.getoption("--benchmark-output") or "bench/results"
     files = ", ".join(f"{r.about['slug']}/{r.group}.json" for r in results)
-    return f"written to {folder}: {files}; python -m bench.report makes the pages and the plots"
+    return f"written to {folder}: {files}; python -m bench.reports.report makes the pages and the plots"

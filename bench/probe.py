@@ -13,9 +13,9 @@ import warnings
 
 import torch
 
-from bench.cases import CASES
+from bench.cases.models import CASES
 from bench.contenders import Settings, registry
-from bench.timer import interleave, stopwatch
+from bench.harness.timer import interleave, stopwatch
 
 
 def main() -> None:

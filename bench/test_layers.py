@@ -6,17 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cases import CASES
-from bench.contenders import (
-    NON_PRIVATE,
-    OPACUS_GHOST,
-    OPACUS_HOOKS,
-    OWN_LAYERS,
-    TIMED_STRATEGIES,
-    Settings,
-    ours,
-)
-from bench.session import Bench
+from bench.cases.models import CASES
+from bench.contenders import Settings
+from bench.harness.session import Bench
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, OWN_LAYERS, TIMED_STRATEGIES, ours
 
 SETTINGS = Settings(noise=0.0, optimizer="sgd")
 

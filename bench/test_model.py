@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cases import CASES, Case
-from bench.checker import check
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours, registry
-from bench.session import Bench
+from bench.cases.models import CASES, Case
+from bench.contenders import registry
+from bench.harness.checker import check
+from bench.harness.session import Bench
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours
 
 CASE = CASES["parakeet-600m-lora"]
 MIXED = CASES["parakeet-600m-lora-mixed"]
 FRAMES = 188  # 15 s
-SHOWN = (NON_PRIVATE, ours("bookkeeping"), ours("keep_small"), OPACUS_HOOKS, OPACUS_GHOST)
+SHOWN = (NON_PRIVATE, ours("bookkeeping"), ours("mixed"), OPACUS_HOOKS, OPACUS_GHOST)
 ON_GPU = (
     (64, SHOWN),
     (128, SHOWN[:3]),  # where the GPU, and no longer the host that feeds it, sets the pace

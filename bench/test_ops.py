@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import native_bench, sweep_cases
-from bench.checker import CANNOT, OK, WRONG
-from bench.op_cases import PLAIN, Maker, OpCase
-from bench.results import Row, compare_rows
-from bench.session import Bench
-from bench.timer import Call, interleave, stopwatch
+from bench.cases import native as native_bench
+from bench.cases import optim as sweep_cases
+from bench.cases.ops import PLAIN, Maker, OpCase
+from bench.harness.checker import CANNOT, OK, WRONG
+from bench.harness.results import Row, compare_rows
+from bench.harness.session import Bench
+from bench.harness.timer import Call, interleave, stopwatch
 from dpkernels import ops
 
 # (B, T, d, p); the first of each width also runs the ops that know only one width.

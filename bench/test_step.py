@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from bench import memory
-from bench.cases import CASES, Case
-from bench.checker import OK
-from bench.results import Row
-from bench.session import Bench
+from bench.cases.models import CASES, Case
+from bench.harness import memory
+from bench.harness.checker import OK
+from bench.harness.results import Row
+from bench.harness.session import Bench
 
 MODELS = ("parakeet-lora", "parakeet-full", "whisper-lora", "whisper-full")
 SIZE, FRAMES = 8, 150

@@ -10,14 +10,14 @@
 //   sample i only frames
 //     t < lengths[i] are read, and 0 <= lengths[i] <= T.
 //   - `threads` >= 1. Results have the same bits for every thread count, and a sample's norm the same bits
-//   whatever its batch-mates.
+//   whatever the rest of its batch.
 //   - Every norm: out[i] is a float32 not below the exact square of sample i's gradient norm, nor below the
 //   square of what the weighted sum
 //     of this library adds for that sample, divided by its factor (csrc/cpu/bounds.h). A NaN or infinity
 //     among what is read makes it NaN or infinity, never finite.
 //   - Every weighted sum: `out`, dense, F64 or F32, is added to. factors[i] == 0 means that sample i is not
 //   read. Each sample's sum is
-//     formed in float32 in an order of its own and added in float64; an F32 `out` is rounded when it is
+//     materialised in float32 in an order of its own and added in float64; an F32 `out` is rounded when it is
 //     written.
 //   - Each function returns DPK_OK or a status whose message dpk_last_error() holds.
 #ifndef DPK_CPU_KERNELS_H

@@ -28,8 +28,8 @@ _LAYER_NAMES = (
 )
 _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
     "PrivacyEngine": "dpkernels.privacy",
-    "coverage": "dpkernels.nn.coverage_table",
-    "fix": "dpkernels.nn.fixing",
+    "coverage": "dpkernels.nn.convert.coverage",
+    "fix": "dpkernels.nn.convert.fix",
 }
 _SUBMODULES = ("nn", "ops", "privacy", "interop", "backends", "opacus")
 
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
         GhostRNN,
         swap,
     )
-    from dpkernels.nn.coverage_table import coverage
-    from dpkernels.nn.fixing import fix
+    from dpkernels.nn.convert.coverage import coverage
+    from dpkernels.nn.convert.fix import fix
     from dpkernels.privacy import PrivacyEngine
 
 

@@ -56,7 +56,7 @@ def _libraries() -> list[str]:
 
 def _backends() -> list[str]:
     if _version("torch") == "not installed":
-        return ["Backends", "  none: torch is not installed; mend: pip install torch"]
+        return ["Backends", "  none: torch is not installed; fix: pip install torch"]
     importlib.import_module("dpkernels.ops")  # hands its definitions to the registry
     registry = importlib.import_module("dpkernels.backends.registry")
     try:
@@ -68,8 +68,8 @@ def _backends() -> list[str]:
     for row in registry.explain():
         note = f"({notes.setdefault(row.reason, len(notes) + 1)})" if row.reason else ""
         rows.append((row.op, row.device, row.backend, note))
-    mend = "" if forced == "auto" else " forces this; unset it to use native code where that serves an op"
-    lines = [f"Backends ({registry.ENVIRONMENT_VARIABLE}={forced}{mend})", *_table(rows)]
+    hint = "" if forced == "auto" else " forces this; unset it to use native code where that serves an op"
+    lines = [f"Backends ({registry.ENVIRONMENT_VARIABLE}={forced}{hint})", *_table(rows)]
     if notes:
         lines += ["", *(f"  ({number}) {reason}" for reason, number in notes.items())]
     return lines

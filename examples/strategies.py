@@ -99,7 +99,7 @@ def update(strategy: str, recompute: bool) -> torch.Tensor:
 
 print(f"{'strategy':12} {'activations':12} {'one step':>11}")
 reference = update("bookkeeping", recompute=False)
-for strategy in ("bookkeeping", "keep_small", "two_pass"):
+for strategy in ("bookkeeping", "mixed", "two_pass"):
     for recompute in (False, True):
         difference = (update(strategy, recompute) - reference).norm() / reference.norm()
         assert difference < 1e-2, difference

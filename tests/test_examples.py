@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 # What each prints: figures that come of the run.
@@ -43,7 +42,9 @@ def test_runs_from_top_to_bottom(
     if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")
     path = FOLDER / f"{name}.py"
-    assert f"\n    python examples/{name}.py\n" in path.read_text(encoding="utf-8") or name.startswith("opacus")
+    assert f"\n    python examples/{name}.py\n" in path.read_text(encoding="utf-8") or name.startswith(
+        "opacus"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path), *FLAGS.get(name, [])])
     with warnings.catch_warnings():

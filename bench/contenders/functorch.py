@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from bench.cases import Batch, Case
-from bench.contenders import CannotRun, Contender, Settings
+from bench.cases.models import Batch, Case
+from bench.contenders.base import CannotRun, Contender, Settings
 
 
 class PerSample(Contender):

@@ -18,8 +18,8 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bench.cases import Batch, Case, Criterion, OneAttention, forward
-from bench.contenders import CannotRun, Contender, Settings
+from bench.cases.models import Batch, Case, Criterion, OneAttention, forward
+from bench.contenders.base import CannotRun, Contender, Settings
 from bench.contenders.rows import Rows
 
 _OWN_LAYERS = {nn.LSTM: DPLSTM, nn.GRU: DPGRU, nn.RNN: DPRNN}
@@ -56,9 +56,9 @@ class Hooks(Contender):
 
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
         super().__init__(case, with_opacus_layers(model), batch, settings)
-        self.model, self.optimizer, _ = self._made(model, "hooks")
+        self.model, self.optimizer, _ = self._private(model, "hooks")
 
-    def _made(self, model: nn.Module, mode: str, **options: Any) -> tuple[Any, ...]:
+    def _private(self, model: nn.Module, mode: str, **options: Any) -> tuple[Any, ...]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -97,7 +97,7 @@ class Ghost(Hooks):
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
         Contender.__init__(self, case, with_opacus_layers(model), batch, settings)
         criterion = Criterion(case.losses)
-        self.model, self.optimizer, self.criterion, _ = self._made(model, "ghost", criterion=criterion)
+        self.model, self.optimizer, self.criterion, _ = self._private(model, "ghost", criterion=criterion)
 
     def step(self) -> None:
         self.optimizer.zero_grad()

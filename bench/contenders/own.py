@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import dpkernels
-from asr_finetune.precision import hold_frozen
-from bench.cases import Batch, Case, forward
-from bench.contenders import Contender, Factory, Settings
+from asr_finetune.models.precision import hold_frozen
+from bench.cases.models import Batch, Case, forward
+from bench.contenders.base import Contender, Factory, Settings
 from bench.contenders.rows import Rows
 
 

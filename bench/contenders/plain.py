@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 import dpkernels
-from bench.cases import Batch, Case, forward
-from bench.contenders import Contender, Settings
+from bench.cases.models import Batch, Case, forward
+from bench.contenders.base import Contender, Settings
 
 
 class NonPrivate(Contender):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bench.cases import Batch
+from bench.cases.models import Batch
 
 
 class Rows(Dataset[dict[str, Tensor]]):

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 import dpkernels
 from bench.models.entry import Batch, Entry, randomise, targets_of, without_dropout
 from dpkernels.nn import RowCheck, attach, detach, freeze_batch_norm, swap
-from dpkernels.nn.swapping import has_twin, load_library_rules
+from dpkernels.nn.convert.swapping import has_ghost_class, load_library_rules
 
 TOLERANCE = 1e-9
 LOOSE_NORM = 5e-3
@@ -107,7 +107,7 @@ def widen_leaves(model: nn.Module) -> None:
     for module in model.modules():
         own: Any = type(module)
         leaf = bool(module._parameters) and next(module.children(), None) is None
-        if leaf and not own.__module__.startswith("torch.nn.") and not has_twin(module):
+        if leaf and not own.__module__.startswith("torch.nn.") and not has_ghost_class(module):
             module.__class__ = _wide_class(own)
 
 

@@ -1,5 +1,5 @@
 // For measurements and checks on a GPU only, no part of the library: the sweep with Philox in place of
-// ChaCha20, and the normals of given words. bench/native_bench.py builds it.
+// ChaCha20, and the normals of given words. bench/cases/native.py builds it.
 #include "common/status.h"
 #include "cuda/sweep_kernel.cuh"
 #include "philox.cuh"

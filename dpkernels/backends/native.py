@@ -21,7 +21,7 @@ ABI_VERSION = 1
 
 FOLDER = Path(__file__).resolve().parent.parent / "lib"
 
-_MENDS = {
+_FIXES = {
     "cpu": "install a C++ compiler and reinstall with DPKERNELS_BUILD=cpu",
     "cuda": "put nvcc on the PATH and reinstall with DPKERNELS_BUILD=cuda",
 }
@@ -34,7 +34,7 @@ _EXCEPTIONS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError, 3: Not
 
 
 class NativeLibraryError(RuntimeError):
-    """A native library is missing or cannot be used; the message names the reason and the mend."""
+    """A native library is missing or cannot be used; the message names the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Library:
             function = getattr(self.handle, name)
         except AttributeError:
             raise NativeLibraryError(
-                f"{self.path.name} is older than this code and has no {name}; {_MENDS[self.device_type]}"
+                f"{self.path.name} is older than this code and has no {name}; {_FIXES[self.device_type]}"
             ) from None
         function.argtypes = list(argtypes)
         function.restype = ctypes.c_int32
@@ -77,18 +77,18 @@ class Library:
 
 
 def _load(device_type: str, path: Path) -> Library:
-    mend = _MENDS[device_type]
+    hint = _FIXES[device_type]
     if not path.exists():
-        return Library(device_type, path, None, f"{path.name} is not in this installation; {mend}")
+        return Library(device_type, path, None, f"{path.name} is not in this installation; {hint}")
     try:
         handle = ctypes.CDLL(str(path))
         for name in ("dpk_version", "dpk_last_error"):
             getattr(handle, name).restype = ctypes.c_char_p
         abi = int(handle.dpk_abi_version())
     except (OSError, AttributeError) as error:
-        return Library(device_type, path, None, f"{path.name} does not load ({error}); {mend}")
+        return Library(device_type, path, None, f"{path.name} does not load ({error}); {hint}")
     if abi != ABI_VERSION:
-        reason = f"{path.name} has ABI version {abi}, this Python code needs {ABI_VERSION}; {mend}"
+        reason = f"{path.name} has ABI version {abi}, this Python code needs {ABI_VERSION}; {hint}"
         return Library(device_type, path, None, reason)
     return Library(device_type, path, handle)
 
@@ -103,16 +103,16 @@ def library(device_type: str) -> Library:
     Raises:
         ValueError: no library exists for this kind of device.
     """
-    if device_type not in _MENDS:
+    if device_type not in _FIXES:
         raise ValueError(
-            f"device_type: given {device_type!r}; native libraries exist for {', '.join(_MENDS)}"
+            f"device_type: given {device_type!r}; native libraries exist for {', '.join(_FIXES)}"
         )
     return _load(device_type, FOLDER / f"libdpkernels_{device_type}.so")
 
 
 def unavailable_reason(device_type: str, family: str = "") -> str:
     """Why native code cannot serve a family of ops (`registry.FAMILIES`) on such a device; "" if it can."""
-    if device_type not in _MENDS:
+    if device_type not in _FIXES:
         return f"there is no native library for {device_type}"
     if device_type == "cuda" and family not in _CUDA_FAMILIES:
         return f"the CUDA library serves only {', '.join(_CUDA_FAMILIES)}"
@@ -170,7 +170,7 @@ def status() -> dict[str, dict[str, Any]]:
         {"cpu" | "cuda": {"file", "loaded", "version", "abi", "isa" (CPU only), "reason"}}.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for device_type in _MENDS:
+    for device_type in _FIXES:
         found = library(device_type)
         row: dict[str, Any] = {"file": f"lib/{found.path.name}", "loaded": False, "reason": found.reason}
         if found.handle is not None:

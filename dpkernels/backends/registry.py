@@ -166,8 +166,8 @@ def _choose(op: str, device: str, choice: str) -> tuple[OpBackend, Implementatio
         if op in _reference:
             return OpBackend(op, device, "reference", "; ".join(why)), _reference[op]
         why.append("the reference has no such function")
-    mend = f"unset {ENVIRONMENT_VARIABLE}" if choice != "auto" else "reinstall dpkernels"
-    raise RuntimeError(f"{op} on {device}: no implementation ({'; '.join(why)}); {mend}")
+    hint = f"unset {ENVIRONMENT_VARIABLE}" if choice != "auto" else "reinstall dpkernels"
+    raise RuntimeError(f"{op} on {device}: no implementation ({'; '.join(why)}); {hint}")
 
 
 def implementation(op: str, device_type: str) -> Implementation:

@@ -2,7 +2,7 @@
 
 Every sample is computed by calls whose shapes, strides and alignment depend on that sample alone: BLAS and
 torch's reductions choose their order by shape, alignment and thread count, so a batched product or sum could
-give one sample other bits next to other batch-mates. Linear gradients are made in blocks of `TILE` entries
+give one sample other bits next to other examples. Linear gradients are made in blocks of `TILE` entries
 and CHUNK frames, never as one [p, d] or [B, p, d]. Bounds and their derivation: `dpkernels.backends.bounds`.
 """
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.conv import weight_record, zero_padding
-from dpkernels.nn.module import accumulation_dtype, as_tokens, no_autocast
+from dpkernels.nn.layers.conv import weight_record, zero_padding
+from dpkernels.nn.tensors import accumulation_dtype, as_tokens, no_autocast
 
 logger = logging.getLogger("dpkernels")
 
@@ -172,8 +172,8 @@ def register(layers: Iterable[type[nn.Module]] | None = None) -> Registration:
 
     Each is [B] float64, in units of the gradient, and not below the exact norm for the x and g (x̂ in float32) given;
     the one exception is a depthwise convolution with more than one filter a channel, or of images, whose gradients
-    are formed in float32. dtypes: bfloat16, float16, float32, float64; inputs of any number of dimensions with the
-    batch first, or second under `batch_first=False`. Models made private before or after this call are served
+    are materialised in float32. dtypes: bfloat16, float16, float32, float64; inputs of any number of dimensions with
+    the batch first, or second under `batch_first=False`. Models made private before or after this call are served
     alike. A second call changes nothing.
 
     Args:
@@ -215,8 +215,8 @@ def _in_words(norms: Sampler | None, gradients: Sampler | None) -> str:
     if norms is not None:
         return f"the norms of {norms.__module__}.{norms.__qualname__}"
     if gradients is not None:
-        return f"per-sample gradients, formed by {gradients.__module__}.{gradients.__qualname__}"
-    return "per-sample gradients, formed by torch.func"
+        return f"per-sample gradients, computed by {gradients.__module__}.{gradients.__qualname__}"
+    return "per-sample gradients, computed by torch.func"
 
 
 def _tables() -> tuple[dict[type[nn.Module], Sampler], Mapping[type[nn.Module], Sampler]]:

@@ -25,11 +25,11 @@ from dpkernels.interop.peft_parameters import (
     SharedPeftLayer,
 )
 from dpkernels.nn import GhostLinear, GhostModule, register_child_swap, register_refusal, register_swap
-from dpkernels.nn.lora import ghost_lora
+from dpkernels.nn.layers.lora import ghost_lora
 
 
 class GhostPeftLoRALinear(GhostModule, LoraLinear):
-    """`peft.tuners.lora.Linear` with the private path of `dpkernels.nn.lora`: made by `swap`.
+    """`peft.tuners.lora.Linear` with the private path of `dpkernels.nn.layers.lora`: made by `swap`.
 
     No `dpkernels.GhostLoRALinear`, though it computes the same: that is an nn.Linear with one adapter, its `lora_A` a
     parameter and its `scaling` a number, where PEFT has one of each for every adapter, by name, around a `base_layer`.

@@ -11,9 +11,9 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 
 from dpkernels.nn import GhostModule
-from dpkernels.nn.embedding import ghost_embedding
-from dpkernels.nn.linear import ghost_linear
-from dpkernels.nn.shared import SharedTensor
+from dpkernels.nn.batch.shared import SharedTensor
+from dpkernels.nn.layers.embedding import ghost_embedding
+from dpkernels.nn.layers.linear import ghost_linear
 
 
 class GhostPeftLoRAEmbedding(GhostModule, LoraEmbedding):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels.nn import EXPANSION_LIMIT, GhostModule
-from dpkernels.nn.expanded import SharedParameters
+from dpkernels.nn.layers.expanded import SharedParameters
 
 
 class GhostParameterDict(GhostModule, nn.ParameterDict):

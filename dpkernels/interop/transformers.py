@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dpkernels.nn import GhostModule, register_child_swap, register_swap
-from dpkernels.nn.embedding import ghost_embedding
-from dpkernels.nn.linear import ghost_linear
+from dpkernels.nn.layers.embedding import ghost_embedding
+from dpkernels.nn.layers.linear import ghost_linear
 
 
 class GhostConv1D(GhostModule, Conv1D):

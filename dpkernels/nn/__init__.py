@@ -3,10 +3,22 @@
 from torch import nn as _nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProjection
 
-from dpkernels.nn.attaching import Uncovered, attach, coverage, detach, uncovered
-from dpkernels.nn.attention import GhostMultiheadAttention, GhostOutProjection, attention_refusal
-from dpkernels.nn.attention_records import PackedLinearRecord
-from dpkernels.nn.batch_norm import (
+from dpkernels.nn.batch.shared import SharedTensor
+from dpkernels.nn.convert.attaching import Uncovered, attach, coverage, detach, uncovered
+from dpkernels.nn.convert.coverage import Coverage, CoverageRow
+from dpkernels.nn.convert.fix import Change, FixReport
+from dpkernels.nn.convert.swapping import (
+    ghost_subclass,
+    register_child_swap,
+    register_refusal,
+    register_swap,
+    swap,
+    unswap,
+)
+from dpkernels.nn.copying import original_class
+from dpkernels.nn.layers.attention import GhostMultiheadAttention, GhostOutProjection, attention_refusal
+from dpkernels.nn.layers.attention_records import PackedLinearRecord
+from dpkernels.nn.layers.batch_norm import (
     FrozenBatchNorm,
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
@@ -16,7 +28,7 @@ from dpkernels.nn.batch_norm import (
     freeze_batch_norm,
     mixes_samples,
 )
-from dpkernels.nn.conv import (
+from dpkernels.nn.layers.conv import (
     GhostConv1d,
     GhostConv2d,
     GhostConv3d,
@@ -24,32 +36,38 @@ from dpkernels.nn.conv import (
     GhostConvTranspose2d,
     GhostConvTranspose3d,
 )
-from dpkernels.nn.conv_records import (
+from dpkernels.nn.layers.conv_records import (
     Conv1dRecord,
     Conv2dRecord,
     Conv3dRecord,
     ConvRecord,
     DepthwiseConv1dRecord,
 )
-from dpkernels.nn.copying import original_class
-from dpkernels.nn.coverage_table import Coverage, CoverageRow
-from dpkernels.nn.embedding import GhostEmbedding
-from dpkernels.nn.embedding_bag import GhostEmbeddingBag
-from dpkernels.nn.expanded import EXPANSION_LIMIT
-from dpkernels.nn.fixing import Change, FixReport
-from dpkernels.nn.group_norm import (
+from dpkernels.nn.layers.embedding import GhostEmbedding
+from dpkernels.nn.layers.embedding_bag import GhostEmbeddingBag
+from dpkernels.nn.layers.expanded import EXPANSION_LIMIT
+from dpkernels.nn.layers.group_norm import (
     GhostGroupNorm,
     GhostInstanceNorm1d,
     GhostInstanceNorm2d,
     GhostInstanceNorm3d,
 )
-from dpkernels.nn.grouping import add_weighted_sums, norms_sq
-from dpkernels.nn.linear import GhostLinear
-from dpkernels.nn.lora import GhostLoRALinear
-from dpkernels.nn.lora_records import LoRARecord
-from dpkernels.nn.module import GhostModule, modules_of, named_modules
-from dpkernels.nn.norm import GhostLayerNorm, GhostRMSNorm
-from dpkernels.nn.records import (
+from dpkernels.nn.layers.linear import GhostLinear
+from dpkernels.nn.layers.lora import GhostLoRALinear
+from dpkernels.nn.layers.lora_records import LoRARecord
+from dpkernels.nn.layers.norm import GhostLayerNorm, GhostRMSNorm
+from dpkernels.nn.layers.recurrent import GhostGRU, GhostLSTM, GhostRNN
+from dpkernels.nn.layers.recurrent_cells import GhostGRUCell, GhostLSTMCell, GhostRNNCell
+from dpkernels.nn.layers.transformer import (
+    GhostTransformerDecoder,
+    GhostTransformerDecoderLayer,
+    GhostTransformerEncoder,
+    GhostTransformerEncoderLayer,
+    transformer_refusal,
+)
+from dpkernels.nn.recording.grouping import add_weighted_sums, norms_sq
+from dpkernels.nn.recording.module import GhostModule, modules_of, named_modules
+from dpkernels.nn.recording.records import (
     BiasRecord,
     EmbeddingRecord,
     ExpandedRecord,
@@ -58,27 +76,9 @@ from dpkernels.nn.records import (
     Record,
     Share,
 )
-from dpkernels.nn.recurrent import GhostGRU, GhostLSTM, GhostRNN
-from dpkernels.nn.recurrent_cells import GhostGRUCell, GhostLSTMCell, GhostRNNCell
-from dpkernels.nn.row_check import RowCheck, RowError
-from dpkernels.nn.shared import SharedTensor
-from dpkernels.nn.sharing import sharing_inputs
-from dpkernels.nn.swapping import (
-    ghost_subclass,
-    register_child_swap,
-    register_refusal,
-    register_swap,
-    swap,
-    unswap,
-)
-from dpkernels.nn.tape import Tape
-from dpkernels.nn.transformer import (
-    GhostTransformerDecoder,
-    GhostTransformerDecoderLayer,
-    GhostTransformerEncoder,
-    GhostTransformerEncoderLayer,
-    transformer_refusal,
-)
+from dpkernels.nn.recording.row_check import RowCheck, RowError
+from dpkernels.nn.recording.sharing import sharing_inputs
+from dpkernels.nn.recording.tape import Tape
 
 register_swap(_nn.Linear, GhostLinear)
 register_swap(_nn.Conv1d, GhostConv1d)

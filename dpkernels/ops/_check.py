@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: what was expected, what was given, and the mend.
+"""Argument checks shared by the ops: what was expected, what was given, and the fix.
 
 Shapes, dtypes and devices are checked by the public functions, also under fake tensors. Values (lengths, ids)
 are checked in the op itself, and only on the CPU: on a GPU the check would wait for the device, so kernels
@@ -13,9 +13,9 @@ from torch import Tensor
 TRAINING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _fail(name: str, tensor: Tensor, expected: str, mend: str, error: type[Exception] = ValueError) -> None:
+def _fail(name: str, tensor: Tensor, expected: str, hint: str, error: type[Exception] = ValueError) -> None:
     given = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-    raise error(f"{name}: expected {expected}; given {given}; {mend}")
+    raise error(f"{name}: expected {expected}; given {given}; {hint}")
 
 
 def floats(**tensors: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers: norms and weighted sums of the per-sample gradients g_iᵀx_i, which are never formed.
+"""Linear layers: norms and weighted sums of the per-sample gradients g_iᵀx_i, which are never materialised.
 
 y = x Wᵀ with x [B, T, d] and the gradient g of y [B, T, p]: sample i's gradient of W is G_i = Σ_t g_it x_itᵀ
 [p, d]. A pointwise conv1d is a linear layer on x.transpose(1, 2).
@@ -44,7 +44,7 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
 
     *direct* squares and sums blocks of g_iᵀx_i (2Tpd FLOPs a sample); *gram* sums (x_t·x_s)(g_t·g_s) over t
     and s (T²(p+d) FLOPs). The method follows each sample's own length, so its result does not depend on its
-    batch-mates.
+    the rest of the batch.
 
     Args:
         x: [B, T, d] layer inputs; bfloat16, float16 or float32 (float64 in tests). B, T may be 0.

@@ -42,7 +42,8 @@ def total_norm_sq(
     """Squared norm of each sample's gradient over many layers, rounded up: Σ_l ‖g_liᵀx_li‖² and its like.
 
     For each layer l of kind k, `k_norm_sq` of its tensors; for a LoRA layer both factors'. On a GPU, LoRA layers,
-    linear layers with a narrow side and gradients that are formed already (a bias of one frame) are one launch for all.
+    linear layers with a narrow side and gradients that are materialised already (a bias of one frame) are one launch
+    for all.
 
     Args:
         xs: one a layer, at least one, all with the same B: layer inputs; ids for an embedding, x̂ for a layer_norm; a

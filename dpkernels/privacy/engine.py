@@ -10,28 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dpkernels.deprecation import warn_renamed
 from dpkernels.nn import attach, detach
-from dpkernels.privacy import accounting
-from dpkernels.privacy.accounting import Mechanism, check_accountant
-from dpkernels.privacy.budget import Budget
-from dpkernels.privacy.checks import check_single_process
-from dpkernels.privacy.findings import SelfCheckReport
+from dpkernels.privacy.accounting import accountant as accounting
+from dpkernels.privacy.accounting.accountant import Mechanism, check_accountant
+from dpkernels.privacy.accounting.budget import Budget
+from dpkernels.privacy.guards.preconditions import check_single_process
 from dpkernels.privacy.keywords import (
     STRATEGIES,
     AccountantName,
     check_clipping,
     check_opacus_keywords,
-    check_strategy,
+    strategy_called,
 )
-from dpkernels.privacy.loader import DPDataLoader
-from dpkernels.privacy.mates import check_mates
-from dpkernels.privacy.noise import SecretStream
-from dpkernels.privacy.optimizer import DPOptimizer
-from dpkernels.privacy.plan import Sampling, plan_sampling, sampler_of
-from dpkernels.privacy.randomness import SecretSeeds
-from dpkernels.privacy.setup import Setup, checked, run_settings
-from dpkernels.privacy.strategies import strategy_of
-from dpkernels.privacy.whole_check import whole_check
+from dpkernels.privacy.rng.model_draws import SecretSeeds
+from dpkernels.privacy.rng.streams import SecretStream
+from dpkernels.privacy.sampling.loader import DPDataLoader
+from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
+from dpkernels.privacy.self_check.batch_independence import check_batch_independence
+from dpkernels.privacy.self_check.findings import SelfCheckReport
+from dpkernels.privacy.self_check.whole import whole_check
+from dpkernels.privacy.setup import Setup, resolve_setup, run_settings
+from dpkernels.privacy.step.optimizer import DPOptimizer
+from dpkernels.privacy.step.strategies import strategy_of
 
 logger = logging.getLogger("dpkernels")
 
@@ -85,37 +86,37 @@ class PrivacyEngine:
     @property
     def steps(self) -> int:
         """Steps spent so far, those of earlier runs in the ledger included."""
-        return self._made().steps
+        return self._require_budget().steps
 
     @property
     def noise_multiplier(self) -> float:
         """σ of this run."""
-        return self._made().mechanism.noise_multiplier
+        return self._require_budget().mechanism.noise_multiplier
 
     @property
     def sample_rate(self) -> float:
         """q of this run."""
-        return self._made().mechanism.sample_rate
+        return self._require_budget().mechanism.sample_rate
 
     @property
     def sampling(self) -> Sampling:
         """The sampling's public constants."""
-        return self._made().sampling
+        return self._require_budget().sampling
 
     @property
     def history(self) -> list[tuple[Mechanism, int]]:
         """Every run's mechanism and how many steps it spent."""
-        return self._made().history
+        return self._require_budget().history
 
     @property
     def target_epsilon(self) -> float | None:
         """ε that step() does not pass, or None."""
-        return self._made().target_epsilon
+        return self._require_budget().target_epsilon
 
     @property
     def target_delta(self) -> float | None:
         """The target's δ, or None."""
-        return self._made().target_delta
+        return self._require_budget().target_delta
 
     def make_private(
         self,
@@ -167,8 +168,8 @@ class PrivacyEngine:
                 strategy="per_layer" C is the root of the sum of the layers' squared norms, C/√P for each of the P
                 trained parameters; or give those norms, by name or in the order of named_parameters().
             strategy: "bookkeeping": one backward, keeping x and g of trained layers until the norms are
-                known. "keep_small": the same, but where a layer's per-sample gradients take at most half the
-                memory of its x and g (LoRA with r well below T, long inputs to narrow layers) these are formed
+                known. "mixed": the same, but where a layer's per-sample gradients take at most half the
+                memory of its x and g (LoRA with r well below T, long inputs to narrow layers) these are materialised
                 in the backward and kept instead: less memory, and x and g are read once, not twice.
                 "two_pass": one backward for the norms, a second for the sums; no x and g is kept, which is what
                 goes with activation checkpointing (use_reentrant=False). Refuses a second backward unlike the
@@ -207,7 +208,7 @@ class PrivacyEngine:
                 "same ledger, if both runs spend one budget)"
             )
         check_single_process()
-        check_strategy(strategy)
+        strategy = strategy_called(strategy)
         check_clipping(clipping, max_grad_norm, strategy)
         check_opacus_keywords(
             poisson_sampling=poisson_sampling,
@@ -219,7 +220,7 @@ class PrivacyEngine:
             wrap_model=wrap_model,
             rand_on_empty=rand_on_empty,
         )
-        setup = checked(
+        setup = resolve_setup(
             module,
             optimizer,
             data_loader,
@@ -245,7 +246,7 @@ class PrivacyEngine:
     ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
         """Attach the model, open the ledger and make the three; after a failure model and ledger are free again."""
         # Outside of the try: where it raises it attached nothing, and what another engine holds stays its.
-        tape = attach(module, keep_small=setup.strategy == "keep_small")
+        tape = attach(module, mixed=setup.strategy == "mixed")
         budget: Budget | None = None
         try:
             budget = Budget(
@@ -377,7 +378,7 @@ class PrivacyEngine:
             LedgerError: an ε that was not reported before cannot be written to the ledger: it is closed, say.
             RuntimeError: a buffer of the model is not as make_private found it: what it holds no ε covers.
         """
-        budget = self._made()
+        budget = self._require_budget()
         self._check_model()
         delta = budget.target_delta if delta is None else delta
         if delta is None:
@@ -394,7 +395,7 @@ class PrivacyEngine:
         tolerance: float | None = None,
     ) -> SelfCheckReport:
         """Check that every example's gradient is its own: alone, beside others and beside longer ones, with the rows
-        in another order, and (`check_mates`) with other examples beside it.
+        in another order, and (`check_batch_independence`) with other examples beside it.
 
         Examples of the data set, of unlike sizes where there are such, are collated by the loader's collate_fn together
         and each alone: only so does it show whether an example's gradient depends on the padding that others bring.
@@ -407,7 +408,7 @@ class PrivacyEngine:
             singles: one-example batches of the batch's first examples, each collated alone; then nothing else is
                 collated.
             samples: how many examples to compare.
-            tolerance: as of `dpkernels.privacy.self_check.self_check`.
+            tolerance: as of `dpkernels.privacy.self_check.check.self_check`.
 
         Spends nothing and releases nothing; its numbers are NOT PRIVATE. Warns, and says in the report's `unchecked`,
         what could not be asked.
@@ -416,7 +417,7 @@ class PrivacyEngine:
             SelfCheckError: a gradient is not its own; the message names the layers.
             ValueError, TypeError: losses of another shape than [B]; a batch without examples.
         """
-        self._made()
+        self._require_budget()
         assert self._module is not None
         assert self._optimizer is not None
         assert self._loader is not None
@@ -434,22 +435,30 @@ class PrivacyEngine:
         self._warns_unchecked = False
         return report
 
-    def check_mates(
+    def check_batch_independence(
         self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, samples: int = 3
     ) -> None:
         """Check that an example adds the same beside other examples, in the arithmetic that `loss_fn` computes in.
 
         `self_check` asks it too; alone it serves where that is done in float32 and training is not. Arguments as of
-        `dpkernels.privacy.mates.check_mates`. Spends nothing and releases nothing. Raises SelfCheckError.
+        `dpkernels.privacy.self_check.batch_independence.check_batch_independence`. Spends nothing and releases
+        nothing. Raises SelfCheckError.
         """
-        self._made()
+        self._require_budget()
         assert self._module is not None
         assert self._optimizer is not None
-        check_mates(self._module, self._optimizer.tape, loss_fn, batch, samples=samples)
+        check_batch_independence(self._module, self._optimizer.tape, loss_fn, batch, samples=samples)
+
+    def check_mates(
+        self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, samples: int = 3
+    ) -> None:
+        """The name that `check_batch_independence` had."""
+        warn_renamed("PrivacyEngine.check_mates", "check_batch_independence")
+        self.check_batch_independence(loss_fn, batch, samples=samples)
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent, for a checkpoint: plain values, no keys. Raises RuntimeError as get_epsilon does."""
-        spent = self._made().state_dict()
+        spent = self._require_budget().state_dict()
         self._check_model()
         return spent
 
@@ -462,7 +471,7 @@ class PrivacyEngine:
                 off its end, or it is another ledger).
             ValueError: the checkpoint is of another data set or unit.
         """
-        self._made().load_state_dict(state)
+        self._require_budget().load_state_dict(state)
 
     def close(self) -> None:
         """Close the ledger and give up its lock. An engine that had one can neither step nor note an ε afterwards:
@@ -479,13 +488,13 @@ class PrivacyEngine:
                 "own, which the privacy claim rests on: call engine.self_check(loss_fn, batch) before training",
                 stacklevel=4,
             )
-        self._made().spend()
+        self._require_budget().spend()
 
     def _check_model(self) -> None:
         if self._optimizer is not None:
             self._optimizer.check_model()
 
-    def _made(self) -> Budget:
+    def _require_budget(self) -> Budget:
         if self._budget is None:
             raise RuntimeError("call make_private (or make_private_with_epsilon) first")
         return self._budget

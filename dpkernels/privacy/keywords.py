@@ -4,11 +4,12 @@ elsewhere."""
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from dpkernels.privacy.clipping import check_norm, several
+from dpkernels.deprecation import warn_renamed
+from dpkernels.privacy.step.clipping import check_norm, is_per_layer
 
 STRATEGIES = {
     "bookkeeping": "keeps x and g of every trained layer until the norms are known",
-    "keep_small": "keeps per-sample gradients instead, formed in the backward, where they are at most half as large",
+    "mixed": "keeps per-sample gradients instead, materialised in the backward, where they are at most half as large",
     "two_pass": "keeps no trained layer's x and g: one backward for the norms, a second for the sums",
     "per_layer": "clips each layer on its own within one backward and keeps nothing; not flat clipping",
 }
@@ -25,21 +26,33 @@ class AccountantName(str):
         )
 
 
-def check_strategy(strategy: str) -> None:
-    """Raise ValueError naming what is available for a strategy that is not."""
+OLD_STRATEGIES = {"keep_small": "mixed"}
+"""Names that strategies had."""
+
+
+def strategy_called(strategy: str) -> str:
+    """The strategy of this name or old name.
+
+    Raises:
+        ValueError: there is none; the message names what is available.
+    """
+    if strategy in OLD_STRATEGIES:
+        warn_renamed(f"strategy={strategy!r}", f"strategy={OLD_STRATEGIES[strategy]!r}", stacklevel=4)
+        return OLD_STRATEGIES[strategy]
     if strategy not in STRATEGIES:
         raise ValueError(
             f"strategy={strategy!r} is not available; available: "
             f"{'; '.join(f'{name!r} ({what})' for name, what in STRATEGIES.items())}. Use a smaller "
             "physical_batch_size for less memory."
         )
+    return strategy
 
 
 def check_clipping(
     clipping: str, max_grad_norm: float | Sequence[float] | Mapping[str, float], strategy: str
 ) -> None:
     """Raise ValueError or TypeError for anything but flat clipping with one finite C > 0, and, under
-    strategy="per_layer", per-layer clipping (whose norms `clipping.layer_norms` checks)."""
+    strategy="per_layer", per-layer clipping (whose norms `clipping.per_layer_clip_norms` checks)."""
     if clipping != "flat" and (clipping, strategy) != ("per_layer", "per_layer"):
         raise ValueError(
             f"clipping={clipping!r} is refused: per-layer clipping has sensitivity √ΣC_l² and is asked for by "
@@ -48,7 +61,7 @@ def check_clipping(
         )
     if strategy == "per_layer":
         return
-    if several(max_grad_norm):
+    if is_per_layer(max_grad_norm):
         raise TypeError(
             f"max_grad_norm={max_grad_norm!r}: one number is expected with strategy={strategy!r}. Several mean "
             "per-layer clipping, whose sensitivity is √ΣC_l²: use strategy='per_layer' for that, or give the norm "
@@ -68,7 +81,7 @@ def check_opacus_keywords(
     wrap_model: bool,
     rand_on_empty: bool,
 ) -> None:
-    """Raise ValueError, with reason and mend, for a keyword whose Opacus meaning does not hold here."""
+    """Raise ValueError, with reason and hint, for a keyword whose Opacus meaning does not hold here."""
     if not poisson_sampling:
         raise ValueError(
             "poisson_sampling=False is refused: shuffled batches are not Poisson-sampled, and ε for Poisson "

@@ -12,10 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dpkernels.nn import swap
-from dpkernels.privacy.accounting import Mechanism, check_accountant, check_delta
-from dpkernels.privacy.checks import check_coverage, check_module, check_optimizer, trained_parameters
-from dpkernels.privacy.clipping import LayerNorms, batch_bound, layer_norms, sensitivity
-from dpkernels.privacy.plan import Sampling, plan_sampling, speaker_ids
+from dpkernels.privacy.accounting.accountant import Mechanism, check_accountant, check_delta
+from dpkernels.privacy.guards.preconditions import (
+    check_coverage,
+    check_module,
+    check_optimizer,
+    trained_parameters,
+)
+from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, speaker_ids
+from dpkernels.privacy.step.clipping import PerLayerClipNorms, batch_bound, per_layer_clip_norms, sensitivity
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Setup:
     sampling: Sampling
     mechanism: Mechanism
     strategy: str
-    layers: LayerNorms | None
+    layers: PerLayerClipNorms | None
     norm: float
     bound: int
     sensitivity: float
@@ -53,7 +58,7 @@ class Setup:
     target_delta: float | None
 
 
-def checked(
+def resolve_setup(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     data_loader: DataLoader,
@@ -110,7 +115,9 @@ def checked(
     _check_lengths(lengths, physical_frames, len(data_loader.dataset))  # type: ignore[arg-type]
 
     check_module(module)
-    layers = layer_norms(max_grad_norm, trained_parameters(module)) if strategy == "per_layer" else None
+    layers = (
+        per_layer_clip_norms(max_grad_norm, trained_parameters(module)) if strategy == "per_layer" else None
+    )
     norm = float(max_grad_norm) if layers is None else layers.total  # type: ignore[arg-type]
     swap(module)
     check_coverage(module)
@@ -173,10 +180,13 @@ def _check_lengths(lengths: Sequence[int] | None, physical_frames: int | None, e
         raise ValueError(f"physical_frames={physical_frames} must be >= 1, and needs lengths")
 
 
-def _clipping_settings(layers: LayerNorms | None) -> dict[str, Any]:
+def _clipping_settings(layers: PerLayerClipNorms | None) -> dict[str, Any]:
     if layers is None:
         return {"clipping": "flat"}
-    return {"clipping": "per_layer", "layer_norms": "uniform" if layers.given is None else dict(layers.given)}
+    return {
+        "clipping": "per_layer",
+        "per_layer_clip_norms": "uniform" if layers.given is None else dict(layers.given),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What every reference twin shares: cutting out one sample, and handing a float64 square back as float32."""
+"""What every reference implementation shares: cutting out one sample, and handing a float64 square back as float32."""
 
 from collections.abc import Iterator
 

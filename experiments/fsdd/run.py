@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from asr_finetune.checkpoint import write_json
+from asr_finetune.training.checkpoint import write_json
 from experiments.runs import asr_finetune, trained
 
 HERE = Path(__file__).parent

@@ -6,7 +6,7 @@ Writes README.md here between its markers, the README's own short table, and wer
 from pathlib import Path
 from typing import Any
 
-from asr_finetune.plots import wer_against_epsilon
+from asr_finetune.report.plots import wer_against_epsilon
 from experiments import runs
 from experiments.fsdd.run import PRIVACY, RESULTS, SPEAKERS
 from experiments.runs import ROOT, between, save, shown

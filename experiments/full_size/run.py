@@ -9,7 +9,7 @@ with the real CTC loss; what it would add to the sums is compared with Σ_i min(
 compared a few hundred megabytes at a time: everything at once would not fit into the 10 GB this takes.
 
 results.json holds the largest errors by kind of parameter; README.md says what they show.
-`tests/asr/test_real_widths.py` runs two blocks of it.
+`tests/asr_finetune/models/test_real_widths.py` runs two blocks of it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from asr_finetune.config import MethodConfig
-from asr_finetune.methods import apply_method
-from asr_finetune.models import CTCRecognizer
-from asr_finetune.parameters import trained_parameters
+from asr_finetune.config.schema import MethodConfig
+from asr_finetune.models.loading import CTCRecognizer
+from asr_finetune.models.methods import apply_method
+from asr_finetune.models.parameters import trained_parameters
 from dpkernels import __version__, ops
 from dpkernels.nn import Record, attach, detach, swap, unswap
-from dpkernels.privacy.clipping import total_norm_sq
+from dpkernels.privacy.step.clipping import total_norm_sq
 
 RATE = 16_000
 FRAMES = {
@@ -125,10 +125,10 @@ def padded(recognizer: CTCRecognizer, batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def private(recognizer: CTCRecognizer, batch: dict[str, Any], *, keep_small: bool = False) -> list[Record]:
+def private(recognizer: CTCRecognizer, batch: dict[str, Any], *, mixed: bool = False) -> list[Record]:
     """The records of one private backward."""
     model = swap(recognizer.model)
-    tape = attach(model, keep_small=keep_small)
+    tape = attach(model, mixed=mixed)
     try:
         losses = recognizer.loss_per_example(model, batch)
         tape.open(len(losses))

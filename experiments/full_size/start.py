@@ -25,10 +25,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from asr_finetune.checkpoint import write_json
-from asr_finetune.ctc import BLANK, UNKNOWN
-from bench.machine import about
-from bench.table import markdown
+from asr_finetune.models.ctc import BLANK, UNKNOWN
+from asr_finetune.training.checkpoint import write_json
+from bench.harness.machine import about
+from bench.harness.table import markdown
 from experiments.runs import ROOT, between
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpkernels import __version__, ops
 from dpkernels.nn import attach, detach, swap
-from dpkernels.privacy.clipping import rounding_slack, total_norm_sq
+from dpkernels.privacy.step.clipping import rounding_slack, total_norm_sq
 
 WIDTH, LAYERS, CLASSES = 64, 4, 10
 FRAMES, LONGER = 40, 75

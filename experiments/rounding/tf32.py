@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asr_finetune.config import Config
-from asr_finetune.config_file import load_yaml
-from bench.machine import about
-from bench.recipes import Noise, private_run, recogniser
+from asr_finetune.config.schema import Config
+from asr_finetune.config.yaml_io import load_yaml
+from bench.asr.recipes import Noise, private_run, recogniser
+from bench.harness.machine import about
 
 SECONDS = (4.0, 5.0, 3.0, 4.5)
 CHECKED = 3

@@ -11,10 +11,10 @@ import numpy as np
 import soundfile
 import soxr
 
-from asr_finetune.checkpoint import write_text
-from asr_finetune.demo import DIGITS
-from asr_finetune.models import tiny_parakeet
-from asr_finetune.synth import SAMPLING_RATE, Voice, synthesise
+from asr_finetune.demo.demo import DIGITS
+from asr_finetune.demo.synth import SAMPLING_RATE, Voice, synthesise
+from asr_finetune.models.loading import tiny_parakeet
+from asr_finetune.training.checkpoint import write_text
 from experiments.runs import asr_finetune
 
 NAMES = ("en-us", "en-us+f2", "en-us+m2", "en-029+f1", "en-029+m3", "en-gb-x-rp+m1", "en+f3", "en+m4")

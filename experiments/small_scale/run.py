@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asr_finetune.checkpoint import write_json
+from asr_finetune.training.checkpoint import write_json
 from experiments.runs import asr_finetune, trained
 from experiments.small_scale.public import public_parakeet
 
@@ -168,7 +168,7 @@ def main() -> None:
     import transformers.models.parakeet.modeling_parakeet
     import transformers.models.whisper.modeling_whisper  # noqa: F401 - imported once, for all runs
 
-    import asr_finetune.train  # noqa: F401
+    import asr_finetune.training.run  # noqa: F401
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from asr_finetune import plots
+from asr_finetune.report import plots
 from experiments import runs
 from experiments.small_scale.run import (
     BASE_EPSILON,

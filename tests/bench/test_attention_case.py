@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import CASES
-from bench.checker import OK, WRONG, check
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, opacus, ours, registry
+from bench.cases.models import CASES
+from bench.contenders import opacus, registry
+from bench.harness.checker import OK, WRONG, check
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours
 
 NAMES = (NON_PRIVATE, ours(), OPACUS_HOOKS, OPACUS_GHOST)
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import session
-from bench.cases import CASES, Case, trained, twin
-from bench.checker import CANNOT, OK, WRONG, check, norm, one_by_one, relative_error, total
-from bench.contenders import NON_PRIVATE, CannotRun, registry
+from bench.cases.models import CASES, Case, trained, working_copy
+from bench.contenders import CannotRun, registry
 from bench.contenders.functorch import PerSample
 from bench.contenders.plain import NonPrivate
-from bench.session import Bench
+from bench.harness import session
+from bench.harness.checker import CANNOT, OK, WRONG, check, norm, one_by_one, relative_error, total
+from bench.harness.session import Bench
+from bench.names import NON_PRIVATE
 
 CASE = CASES["tiny-lora"]
 
@@ -101,7 +102,7 @@ def test_a_wrong_contender_gets_no_time(pytestconfig: pytest.Config, monkeypatch
 
 def test_twins_share_what_is_frozen_and_nothing_else() -> None:
     model = CASE.model(16)
-    other = twin(model)
+    other = working_copy(model)
     same = {name: p is dict(other.named_parameters())[name] for name, p in model.named_parameters()}
     assert {name for name, shared in same.items() if not shared} == set(trained(model))
 

@@ -1,4 +1,4 @@
-"""`python -m bench.data`: what it counts, and how little of length-bucketed micro-batches is padding."""
+"""`python -m bench.asr.data`: what it counts, and how little of length-bucketed micro-batches is padding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asr_finetune.config import DataConfig
-from asr_finetune.sources import load_corpus
-from bench import data
-from tests.asr.test_whisper_real import BESIDE
+from asr_finetune.config.schema import DataConfig
+from asr_finetune.data.sources import load_corpus
+from bench.asr import data
+from tests.asr_finetune.models.test_whisper_real import BESIDE
 
 
 @pytest.fixture

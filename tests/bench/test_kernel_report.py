@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench import kernel_report, report
-from bench.sweep_cases import NON_PRIVATE, PHILOX, PLAIN, SWEEP
+from bench.cases.optim import NON_PRIVATE, PHILOX, PLAIN, SWEEP
+from bench.reports import kernel as kernel_report
+from bench.reports import report
 
 ABOUT = {
     "device": "A GPU 80GB",

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from bench.largest import largest
-from bench.machine import ROOT
-from bench.results import FOLDER
+from bench.asr.largest import largest
+from bench.harness.machine import ROOT
+from bench.harness.results import FOLDER
 
 
 @pytest.mark.parametrize("guess", [1, 7, 100, 1000])

@@ -1,4 +1,4 @@
-"""bench.many_normals: a million draws pass, and each fault of a generator is named."""
+"""bench.gpu.normals: a million draws pass, and each fault of a generator is named."""
 
 import json
 import math
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import many_normals
-from bench.many_normals import LANES, Figure, Sums, blocks, figures, of_poisson
+from bench.gpu import normals as many_normals
+from bench.gpu.normals import LANES, Figure, Sums, blocks, figures, of_poisson
 
 DRAWS, SIZE = 1 << 20, 1 << 17
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ from bench.models import table  # noqa: E402
 from bench.models.entry import Entry, Kind  # noqa: E402
 from bench.models.judge import ERROR, METHODS, REFUSED, RIGHT, WRONG, judge  # noqa: E402
 from bench.models.zoo import ENTRIES  # noqa: E402
-from dpkernels.nn import linear  # noqa: E402
+from dpkernels.nn.layers import linear  # noqa: E402
 
 # One of each kind, and of each way in which a model is covered or refused.
 PART = (

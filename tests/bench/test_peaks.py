@@ -1,4 +1,4 @@
-"""`python -m bench.peaks`, on the CPU: a rehearsal predicts the live bytes of the same steps with real tensors."""
+"""`python -m bench.asr.peaks`, on the CPU: a rehearsal predicts the live bytes of the same steps with real tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import peaks
+from bench.asr import peaks
 
 FEW = ["--device", "cpu", "--frames", "32", "--sizes", "2", "3"]
 
@@ -17,7 +17,7 @@ def test_predictions_and_measurements_agree(case: str, tmp_path: Path) -> None:
     output = tmp_path / "peaks.json"
     peaks.main([*FEW, "--case", case, "--dtype", "float32", "--output", str(output)])
     found = json.loads(output.read_text())
-    assert {row["strategy"] for row in found["rows"]} == {"bookkeeping", "keep_small"}
+    assert {row["strategy"] for row in found["rows"]} == {"bookkeeping", "mixed"}
     assert [row["shape"] for row in found["rows"]] == 2 * [{"B": 2, "T": 32}, {"B": 3, "T": 32}]
     for row in found["rows"]:
         assert abs(row["error"]) < 0.02, row

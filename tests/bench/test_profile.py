@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import profile
-from bench.contenders import NON_PRIVATE, ours
+from bench.names import NON_PRIVATE, ours
+from bench.reports import profile
 
 
 @pytest.mark.parametrize(

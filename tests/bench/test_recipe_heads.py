@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from asr_finetune.config_file import RECIPES
-from bench.recipe_heads import DOCS, HEAD, in_a_line, table, with_section
-from bench.results import FOLDER
+from asr_finetune.config.yaml_io import RECIPES
+from bench.asr.recipe_heads import DOCS, HEAD, in_a_line, table, with_section
+from bench.harness.results import FOLDER
 
 ROW = {
     "recipe": "parakeet_lora",

@@ -1,4 +1,4 @@
-"""bench.recipes on small models of the recipes' own classes, on the CPU: every part of the path runs, and adds up."""
+"""bench.asr.recipes on small models of the recipes' own classes, on the CPU: every part runs, and adds up."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import transformers
 
-from bench import recipes
-from tests.asr import tones
+from bench.asr import recipes
+from tests.asr_finetune import tones
 
 
 def small(name: str) -> Any:

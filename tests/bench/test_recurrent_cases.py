@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench.cases import CASES, trained
-from bench.checker import OK, WRONG, check
-from bench.contenders import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, opacus, ours, registry
+from bench.cases.models import CASES, trained
+from bench.contenders import opacus, registry
+from bench.harness.checker import OK, WRONG, check
+from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours
 
 NAMES = (NON_PRIVATE, ours(), OPACUS_HOOKS, OPACUS_GHOST)
 

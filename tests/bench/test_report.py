@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report, step_report
 from bench.compare import alternate, compare, sign_test
-from bench.memory import largest_batch
-from bench.results import Results, Row, compare_rows, load
-from bench.table import show
+from bench.harness.memory import largest_batch
+from bench.harness.results import Results, Row, compare_rows, load
+from bench.harness.table import show
+from bench.reports import plots, report
+from bench.reports import step as step_report
 
 ABOUT = {
     "device": "A Processor",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.memory import Job, Server
+from bench.harness.memory import Job, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,7 @@ def test_quick_benchmark_end_to_end(tmp_path: Path) -> None:
     rows_there = json.loads(report.read_text())["benchmarks"]
     assert len(rows_there) == len(rows)
     assert all(len(row["stats"]["data"]) == 2 for row in rows_there)
-    table = run("-m", "bench.report", "--results", str(tmp_path), "--print")
+    table = run("-m", "bench.reports.report", "--results", str(tmp_path), "--print")
     assert table.returncode == 0, table.stderr
 
 
@@ -108,7 +108,7 @@ def test_memory_is_measured_in_fresh_processes() -> None:
 
 
 def test_gpu_script_refuses_without_a_gpu_and_prints_its_parts() -> None:
-    dry = run("-m", "bench.gpu", "--dry-run", WHEELS="some-wheels", OUT="some-folder")
+    dry = run("-m", "bench.gpu.run", "--dry-run", WHEELS="some-wheels", OUT="some-folder")
     assert dry.returncode == 0, dry.stderr
     lines = dry.stdout.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["wheels", "build"]
@@ -116,7 +116,7 @@ def test_gpu_script_refuses_without_a_gpu_and_prints_its_parts() -> None:
     assert "--no-deps --no-build-isolation ." in lines[1]
     assert {"ops", "layers", "step", "model"} <= {line.split()[0] for line in lines}
     assert all("--benchmark-output=some-folder" in line for line in lines if "--benchmark " in line)
-    assert run("-m", "bench.gpu", "--dry-run", "no-such-part").returncode == 2
-    refused = run("-m", "bench.gpu", CUDA_VISIBLE_DEVICES="")
+    assert run("-m", "bench.gpu.run", "--dry-run", "no-such-part").returncode == 2
+    refused = run("-m", "bench.gpu.run", CUDA_VISIBLE_DEVICES="")
     assert refused.returncode == 2
     assert "sees no CUDA device" in refused.stderr

@@ -1,4 +1,4 @@
-"""bench.sweep_gpu, as far as a CPU goes: its checks by the emulated kernels, its refusal."""
+"""bench.gpu.optim, as far as a CPU goes: its checks by the emulated kernels, its refusal."""
 
 import ctypes
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import native_bench, sweep_gpu
+from bench.cases import native as native_bench
+from bench.gpu import optim as sweep_gpu
 from dpkernels.backends import native, native_chacha20
 from tests.ops import emulated
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.timer import Call, Samples, host_seconds, interleave
+from bench.harness.timer import Call, Samples, host_seconds, interleave
 
 
 class FakeClock:

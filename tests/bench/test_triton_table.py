@@ -110,7 +110,7 @@ def test_products_in_one_chain_fail_the_command(tmp_path: Path) -> None:
 
 def test_a_16_bit_product_without_tensor_cores_is_a_fault() -> None:
     """The bounds count fewer roundings there than multiply-adds have."""
-    from bench.triton_table import Row
+    from bench.gpu.triton_table import Row
 
     row = Row("linear_direct", "bfloat16", 80, "aligned", "", 100, 0, 1024, 2048, "fma", True)
     assert len(row.faults) == 1

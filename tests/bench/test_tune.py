@@ -1,13 +1,13 @@
-"""bench.tune without a GPU: what it would run, and what its figures count."""
+"""bench.gpu.tune without a GPU: what it would run, and what its figures count."""
 
 from unittest import mock
 
 import pytest
 import torch
 
-from bench import tune
-from bench.floor import Ceilings
-from bench.tune_kernels import CANDIDATES, GROUPED_LAYERS, job
+from bench.gpu import tune
+from bench.gpu.tune_kernels import CANDIDATES, GROUPED_LAYERS, job
+from bench.harness.floor import Ceilings
 from dpkernels.backends import registry, triton_ops
 from dpkernels.backends.triton_ops import configs, launching
 

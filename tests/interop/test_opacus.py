@@ -59,7 +59,7 @@ def test_register_installs_and_unregister_puts_back() -> None:
 def test_it_tells_what_it_replaced() -> None:
     text = str(dpkernels.opacus.register())
     assert "Linear: instead of the norms of opacus.grad_sample.linear.compute_linear_norm_sample" in text
-    assert "LayerNorm: instead of per-sample gradients, formed by opacus.grad_sample.layer_norm." in text
+    assert "LayerNorm: instead of per-sample gradients, computed by opacus.grad_sample.layer_norm." in text
 
 
 def test_a_second_call_changes_nothing_and_undoes_nothing() -> None:

@@ -137,7 +137,7 @@ def test_norms_are_the_exact_ones_rounded_up(name: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_float32_opacus_agrees_or_is_known_to_be_off(name: str) -> None:
-    """The shapes and layers that Opacus's own norms are wrong or missing for; the day one is mended, this fails."""
+    """The shapes and layers that Opacus's own norms are wrong or missing for; the day one is fixed, this fails."""
     case = CASES[name]
     layer, x, g = case.made(torch.float32)
     refuses = {
@@ -273,7 +273,7 @@ def test_the_total_is_not_below_the_exact_one() -> None:
     assert bool((factors * exact <= 0.5).all())
 
 
-def test_a_norm_does_not_depend_on_batch_mates() -> None:
+def test_a_norm_does_not_depend_on_the_rest_of_the_batch() -> None:
     for name in ("linear [B,T,d]", "embedding", "layer norm", "group norm", "conv1d", "conv1d, depthwise"):
         layer, x, g = CASES[name].made(torch.float32)
         with dpkernels.opacus.register():
@@ -285,10 +285,10 @@ def test_a_norm_does_not_depend_on_batch_mates() -> None:
 
 def test_not_a_number_stays_with_its_example() -> None:
     layer, x, g = CASES["linear [B,T,d]"].made(torch.float32)
-    spoilt = g.clone()
-    spoilt[1, 3, 5] = torch.nan
+    changed = g.clone()
+    changed[1, 3, 5] = torch.nan
     with dpkernels.opacus.register():
-        clean, given = ghost_norms(layer, x, g), ghost_norms(layer, x, spoilt)
+        clean, given = ghost_norms(layer, x, g), ghost_norms(layer, x, changed)
     for name in clean:
         assert given[name][1].isnan()
         keep = torch.arange(B) != 1

@@ -1,4 +1,4 @@
-"""What a sample's result may depend on: itself. Not batch-mates, padding, unread memory, or the run."""
+"""What a sample's result may depend on: itself. Not the rest of the batch, padding, unread memory, or the run."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.ops.checks import alone_is_the_same
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_norm_does_not_depend_on_batch_mates(backend: str, family: str) -> None:
+def test_a_norm_does_not_depend_on_the_rest_of_the_batch(backend: str, family: str) -> None:
     for size in ((5, 33, 24, 12), (3, 7, 5, 3), (2, 1, 3, 1)):
         alone_is_the_same(make(family, *size))
     alone_is_the_same(make(family, 3, 150, 48, 40, dtype=torch.bfloat16))
@@ -21,7 +21,7 @@ def test_a_norm_does_not_depend_on_padding(backend: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["auto", "gram", "direct"])
-def test_large_linear_norms_do_not_depend_on_batch_mates(bounded_backend: str, method: str) -> None:
+def test_large_linear_norms_do_not_depend_on_the_rest_of_the_batch(bounded_backend: str, method: str) -> None:
     """Sizes at which BLAS blocks, threads and aligns; the odd width moves the alignment of each sample."""
     lengths, size = torch.tensor([200, 131, 17]), (3, 200, 515, 260)
     if bounded_backend == "triton":  # a few of its tiles each way; interpreted kernels are slow

@@ -214,13 +214,13 @@ def test_a_non_finite_input_makes_its_own_norm_non_finite(bad: float) -> None:
             if tensor.numel() == 0:
                 continue
             for place in (0, -1):
-                spoiled = [t.clone() for t in call.inputs]
+                invalidated = [t.clone() for t in call.inputs]
                 # Frame 2 is read by every tap, stride and length; g = 0 there must not hide a NaN in x.
                 index = (1, place, 2) if call.name == "depthwise_conv1d" else (1, 2, place)
                 if call.ids is not None:
                     call.ids[1, 2] = 0
-                spoiled[which][index] = bad
-                given = Call(**{**vars(call), "inputs": tuple(spoiled)}).norms(native_ops)
+                invalidated[which][index] = bad
+                given = Call(**{**vars(call), "inputs": tuple(invalidated)}).norms(native_ops)
                 touched = False
                 for one, before in zip(given, clean, strict=True):
                     touched |= not bool(one[1].isfinite())
@@ -328,7 +328,7 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), call.name
 
 
-def test_a_norm_does_not_depend_on_batch_mates_or_padding() -> None:
+def test_a_norm_does_not_depend_on_the_rest_of_the_batch_or_padding() -> None:
     lengths = torch.tensor([70, 8, 130, 31])
     for call in calls(4, 130, 48, 70):
         extra = {"lengths": lengths} if call.takes_lengths else {}
@@ -370,7 +370,7 @@ def test_a_sample_of_factor_zero_is_not_read() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_what_a_sample_adds_is_within_the_clipping_norm(dtype: torch.dtype) -> None:
-    """c_i‖Ĝ_i‖ ≤ C for the sum that is really formed, over all of an op's parameters."""
+    """c_i‖Ĝ_i‖ ≤ C for the sum that is really materialised, over all of an op's parameters."""
     limit = 0.7
     for call in calls(6, 75, 24, 31, dtype):
         factors = native_ops.clip_factors(sum(n.double() for n in call.norms(native_ops)), limit)

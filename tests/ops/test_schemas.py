@@ -192,4 +192,4 @@ def test_refuses(
 ) -> None:
     with pytest.raises(error, match=message) as caught:
         getattr(ops, op)(*args, **kwargs)
-    assert ";" in str(caught.value)  # what was given, and then the mend
+    assert ";" in str(caught.value)  # what was given, and then the fix

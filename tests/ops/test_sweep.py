@@ -143,10 +143,10 @@ def of_torch(name: str, params: list[Tensor], dtype: torch.dtype, steps: int) ->
     kind = torch.optim.SGD if name in SGD else torch.optim.Adam if coupled else torch.optim.AdamW
     mine = [torch.nn.Parameter(p.to(dtype)) for p in params]
     optimizer = kind(mine, **options)
-    twin = State(name)
+    same = State(name)
     for step in range(1, steps + 1):
-        twin.fill(step)
-        for parameter, total, nonce in zip(mine, twin.sums, nonces(step), strict=True):
+        same.fill(step)
+        for parameter, total, nonce in zip(mine, same.sums, nonces(step), strict=True):
             parameter.grad = gradient(total, nonce).float().to(dtype)
         optimizer.step()
     return [p.detach() for p in mine]
@@ -182,9 +182,9 @@ def test_without_noise_nothing_is_drawn_and_nothing_rounded(name: str, backend: 
     state = State(name)
     found = [torch.empty(shape) for shape in SHAPES]
     state.step(1, grads=found, noise_scale=0.0, grid=0.0, nonces=[])
-    twin = State(name)
-    twin.fill(1)
-    for ours, total in zip(found, twin.sums, strict=True):
+    same = State(name)
+    same.fill(1)
+    for ours, total in zip(found, same.sums, strict=True):
         torch.testing.assert_close(ours, (total / 12).float(), rtol=2**-23, atol=0)
 
 
@@ -292,19 +292,19 @@ def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average(backend: str
 
 
 def test_rounding_is_as_defined_bit_by_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, twin = State("SGD", torch.bfloat16), State("SGD", torch.bfloat16)
+    state, same = State("SGD", torch.bfloat16), State("SGD", torch.bfloat16)
     options = {"rounding_nonces": nonces(1, 4), "noise_scale": 0.0, "grid": 0.0, "nonces": []}
     state.step(1, **options)
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
-    twin.step(1, **options)
+    same.step(1, **options)
     # A threshold of 2⁻¹⁶ of a step may lie between the float32 and the float64 arithmetic.
     different = [
-        (a != b).float().mean().item() for a, b in zip(state.params, twin.params, strict=True) if a.numel()
+        (a != b).float().mean().item() for a, b in zip(state.params, same.params, strict=True) if a.numel()
     ]
     assert max(different) < 2e-2
     nearest = State("SGD", torch.bfloat16)
     nearest.step(1, **{**options, "rounding_nonces": []})
-    assert (nearest.params[5] != twin.params[5]).float().mean() > 0.1
+    assert (nearest.params[5] != same.params[5]).float().mean() > 0.1
 
 
 def test_infinity_and_nan_stay_what_they_are(backend: str) -> None:

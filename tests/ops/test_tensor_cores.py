@@ -13,9 +13,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 from triton.runtime.interpreter import TensorHandle
 
-from bench import tensor_cores as probes
-from bench.tensor_core_model import CUTS, Model
-from bench.tensor_core_search import Dots, random_rows
+from bench.gpu import tensor_cores as probes
+from bench.gpu.tensor_core_model import CUTS, Model
+from bench.gpu.tensor_core_search import Dots, random_rows
 from dpkernels import ops
 from dpkernels.backends import registry
 from dpkernels.backends.triton_ops import bounds, launching, linear_kernels, tensor_cores

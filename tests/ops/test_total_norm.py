@@ -99,7 +99,7 @@ def test_not_finite_stays_so(backend: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["lora", "linear", "bias"])
-def test_a_sample_does_not_depend_on_its_mates(triton_backend: str, family: str) -> None:
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(triton_backend: str, family: str) -> None:
     frames = 1 if family == "bias" else 70
     cases = [make(family, 4, frames, 40, 24) for _ in range(3)]
     together = total(cases)

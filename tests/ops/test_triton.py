@@ -242,7 +242,7 @@ def test_catches_off_diagonal_blocks_counted_once(plant: Fault) -> None:
         tensor[:] = tensor[:, :1] + 0.001 * tensor
     never_below(case, method="gram")
     plant(linear_kernels, "occurrences", lambda s, t: 1.0)
-    plant(linear_kernels, "GRAM_SHARE", 1.0)  # or direct would mend it
+    plant(linear_kernels, "GRAM_SHARE", 1.0)  # or direct would fix it
     with pytest.raises(AssertionError):
         never_below(case, method="gram")
 

@@ -178,7 +178,7 @@ def diagnostics(wheel: Path) -> str:
         cwd=wheel.parent,
     )
     assert done.returncode == 0, done.stdout
-    assert "torch is not installed; mend: pip install torch" in done.stdout
+    assert "torch is not installed; fix: pip install torch" in done.stdout
     return done.stdout
 
 
@@ -231,26 +231,26 @@ def test_auto_without_a_compiler_warns_and_builds_none(
     assert libraries(wheel) == []
     assert (
         "WARNING: dpkernels is built WITHOUT its native library (slower): no C++ compiler (c++, g++, clang++) "
-        "was found on the PATH; mend: apt-get install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)"
+        "was found on the PATH; fix: apt-get install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)"
     ) in printed
 
 
 NO_COMPILER = (
-    "DPKERNELS_BUILD={}: no C++ compiler (c++, g++, clang++) was found on the PATH; mend: apt-get install g++"
+    "DPKERNELS_BUILD={}: no C++ compiler (c++, g++, clang++) was found on the PATH; fix: apt-get install g++"
 )
 REQUESTS = [
-    ({"DPKERNELS_BUILD": "gpu"}, [], "DPKERNELS_BUILD='gpu'; mend: set it to auto, none, cpu or cuda"),
+    ({"DPKERNELS_BUILD": "gpu"}, [], "DPKERNELS_BUILD='gpu'; fix: set it to auto, none, cpu or cuda"),
     ({"DPKERNELS_BUILD": "cpu"}, [], NO_COMPILER.format("cpu")),
     ({"DPKERNELS_BUILD": "cuda"}, [], NO_COMPILER.format("cuda")),
     (
         {"DPKERNELS_BUILD": "cpu", "CXX": "nonexistent -m64"},
         ["c++"],
-        "DPKERNELS_BUILD=cpu: the C++ compiler CXX=nonexistent was not found; mend: unset CXX or name another one",
+        "DPKERNELS_BUILD=cpu: the C++ compiler CXX=nonexistent was not found; fix: unset CXX or name another one",
     ),
     (
         {"DPKERNELS_BUILD": "cpu"},
         ["c++"],
-        "DPKERNELS_BUILD=cpu: cmake was not found; mend: pip install 'cmake>=3.24', or build without "
+        "DPKERNELS_BUILD=cpu: cmake was not found; fix: pip install 'cmake>=3.24', or build without "
         "--no-build-isolation",
     ),
 ]
@@ -282,7 +282,7 @@ def test_cuda_without_nvcc_stops_with_the_mend(source: Path, tmp_path: Path) -> 
     done = pip_wheel(source, tmp_path, DPKERNELS_BUILD="cuda", CUDACXX=str(tmp_path / "nvcc"))
     assert done.returncode != 0
     assert (
-        "no working nvcc was found; mend: put nvcc on the PATH, or set CUDACXX to it, or set DPKERNELS_BUILD=cpu"
+        "no working nvcc was found; fix: put nvcc on the PATH, or set CUDACXX to it, or set DPKERNELS_BUILD=cpu"
     ) in " ".join(done.stdout.split())
     assert not list(tmp_path.iterdir())
 

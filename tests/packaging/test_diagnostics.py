@@ -1,4 +1,4 @@
-"""`python -m dpkernels`: versions, libraries, the backend of every op, and for what is amiss its reason and mend."""
+"""`python -m dpkernels`: versions, libraries, the backend of every op, and for what is amiss its reason and fix."""
 
 import importlib.metadata
 import platform
@@ -161,4 +161,4 @@ def test_without_torch_it_says_how_to_get_it(shown: Shown, monkeypatch: pytest.M
     monkeypatch.setattr(importlib.metadata, "version", version)
     text = shown()
     assert "torch not installed" in text
-    assert "Backends none: torch is not installed; mend: pip install torch" in text
+    assert "Backends none: torch is not installed; fix: pip install torch" in text

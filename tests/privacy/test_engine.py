@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkernels
 from dpkernels.nn import LinearRecord, RowError
 from dpkernels.privacy import LedgerError, PrivacyEngine
-from dpkernels.privacy import budget as budget_module
 from dpkernels.privacy import engine as engine_module
-from dpkernels.privacy import ledger as ledger_module
-from dpkernels.privacy import strategies as strategies_module
-from dpkernels.privacy.guard import ModelGuard
+from dpkernels.privacy.accounting import budget as budget_module
+from dpkernels.privacy.accounting import ledger as ledger_module
+from dpkernels.privacy.guards.model import ModelGuard
+from dpkernels.privacy.step import strategies as strategies_module
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
 
 
@@ -448,7 +448,7 @@ def test_a_failed_backward_leaves_the_sums_as_they_were(monkeypatch: pytest.Monk
     )
 
 
-def test_a_backward_that_fails_within_its_sums_spoils_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backward_that_fails_within_its_sums_invalidates_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     run = private_run()
     run.optimizer.begin_logical_batch(4)
     losses = run.loss_fn(run.model, run.data[[0, 1]])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkernels
 from dpkernels.nn import attach, swap
 from dpkernels.privacy.keywords import STRATEGIES
-from tests.nn.test_recurrent import arguments
+from tests.nn.layers.test_recurrent import arguments
 
 
 class Classifier(nn.Module):
@@ -66,7 +66,7 @@ def test_packed_layers_train_and_pass_the_self_check(kind: type[nn.RNNBase], str
 
 
 @pytest.mark.parametrize("packed", ["sorted", "any order"])
-def test_dropout_masks_of_a_packed_example_do_not_know_its_mates(packed: str) -> None:
+def test_dropout_masks_of_a_packed_example_do_not_know_the_rest_of_its_batch(packed: str) -> None:
     layer: Any = swap(nn.GRU(3, 4, 2, dropout=0.5, batch_first=True))
     attach(layer)
     x, outs = torch.randn(3, 6, 3), []

@@ -16,7 +16,7 @@ def test_every_test_that_is_named_exists() -> None:
     elsewhere = [HERE.parents[1] / path for path in re.findall(r"`(tests/\S+\.py)`", TABLE)]
     defined = {
         name
-        for path in (*HERE.glob("test_*.py"), *elsewhere)
+        for path in (*HERE.rglob("test_*.py"), *elsewhere)
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     }
     named = set(re.findall(r"`(test_\w+)`", TABLE))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpkernels.privacy import SelfCheckError
-from dpkernels.privacy.probing import innermost
+from dpkernels.privacy.self_check.probing import innermost
 from tests.privacy.private_run import Run, losses_of, private_run
 from tests.privacy.strategy_models import BOUND, check_sum, excess
 
@@ -54,7 +54,7 @@ def run_of(strategy: str = "bookkeeping", **options: Any) -> Run:
 
 
 @pytest.mark.parametrize("options", [{"batch_first": False}, {"batch_first": True, "checkpointed": True}])
-@pytest.mark.parametrize("strategy", ["bookkeeping", "keep_small", "two_pass", "per_layer"])
+@pytest.mark.parametrize("strategy", ["bookkeeping", "mixed", "two_pass", "per_layer"])
 def test_the_sum_is_that_of_one_by_one_clipped_gradients(strategy: str, options: dict[str, Any]) -> None:
     run = run_of(strategy, **options)
     check_sum(run, strategy)

@@ -2,10 +2,10 @@
 
 A table and no autotuning: what a kernel runs with is the same on every run and every machine of a kind, a key never
 holds a batch size or a length, and every entry is compiled ahead for every architecture by
-`python -m bench.triton_table`. Entries for 16-bit tensors are among the fastest of those tried on an H100 for layers of
-1024×1024 and 1024×4096 at T = 188 and 750 (bench/results/nvidia-h100-80gb-hbm3/tune.json has some that are faster
-still, and were not yet tested there); the others are chosen by registers and shared memory, those of one architecture
-where the one of all would spill on it.
+`python -m bench.gpu.triton_table`. Entries for 16-bit tensors are among the fastest of those tried on an H100 for
+layers of 1024×1024 and 1024×4096 at T = 188 and 750 (bench/results/nvidia-h100-80gb-hbm3/tune.json has some that are
+faster still, and were not yet tested there); the others are chosen by registers and shared memory, those of one
+architecture where the one of all would spill on it.
 """
 
 from dataclasses import dataclass, field

@@ -4,7 +4,7 @@ Positions are sorted by id (torch.sort, stable, so the order is the only one the
 run of equal ids that begins at its position; programs of other positions end at once. Nothing waits for the device,
 and no two programs write to one row. Rows of g are added BT at a time in float32, and those sums in float64.
 
-A sample's kept ids are sorted to the front, so that neither batch-mates nor padding tokens move them.
+A sample's kept ids are sorted to the front, so that neither the rest of the batch nor padding tokens move them.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Norms and weighted sums of many layers: LoRA, narrow linear layers and per-sample vectors go out together.
 
 What a launch costs the host is more than what most of these layers cost the GPU. So layers with a few columns on one
-side, and gradients that are formed already, are done by one launch for all of a kind; the others one by one, by their
-own family's op. Addresses are sent with each call; the list of pieces, which depends on shapes only, is kept.
+side, and gradients that are materialised already, are done by one launch for all of a kind; the others one by one, by
+their own family's op. Addresses are sent with each call; the list of pieces, which depends on shapes only, is kept.
 
 Bounds do not depend on who makes the sum: a norm's covers all kernels of `configs.SUMS`.
 """

@@ -72,7 +72,7 @@ def launch(
 def execute(
     function: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    """Hand a kernel to Triton, on `device`'s current stream. `bench.triton_table` puts a compiler in its place."""
+    """Hand a kernel to Triton, on `device`'s current stream. `bench.gpu.triton_table` puts a compiler in its place."""
     if device.type != "cuda":
         function[programs,](*arguments, **keywords, **OPTIONS)
         return

@@ -2,7 +2,7 @@
 
 What is asked are inner products by the `product` of the kernels, one accumulation each, whose results say what was cut
 off. A GPU that answers otherwise, and one of which nothing is published, is given the coarsest bound that is known.
-`bench.tensor_cores` asks much more, and searches for errors above the bound; this takes a launch for each instruction.
+`bench.gpu.tensor_cores` asks much more, and searches for errors above the bound; this takes a launch an instruction.
 """
 
 import functools
@@ -134,7 +134,7 @@ def trusted(device: torch.device, dtype: torch.dtype) -> int:
         if not answers_as_assumed(bounds.TENSOR_CORES[number], dtype, dots):
             logger.warning(
                 "the tensor cores of this sm_%d GPU do not round %s as is published; norms assume the coarsest known, "
-                "and are a little larger; python -m bench.tensor_cores shows how they differ",
+                "and are a little larger; python -m bench.gpu.tensor_cores shows how they differ",
                 number,
                 name,
             )

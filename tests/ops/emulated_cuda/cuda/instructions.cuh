@@ -24,7 +24,7 @@ inline float near(float v) {
 }
 inline float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 inline float reciprocal_seed(float v) { return near(1.0f / flushed(v)); }
-// Not off: with some seeds a unit off, five roots of 50 million round wrongly. bench.sweep_gpu tries all on a
+// Not off: with some seeds a unit off, five roots of 50 million round wrongly. bench.gpu.optim tries all on a
 // GPU.
 inline float root_seed(float v) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(flushed(v))));

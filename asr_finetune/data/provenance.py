@@ -1,0 +1,92 @@
+"""Which recordings a run used: a keyed fingerprint, figures for those who hold the data, shared recordings."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections import defaultdict
+from typing import Any
+
+from asr_finetune.data.audio import AudioError
+from asr_finetune.data.corpus import Corpus, Utterance
+from asr_finetune.data.repeats import digest
+
+
+def fingerprint(corpus: Corpus, key: bytes) -> str:
+    """HMAC-SHA-256 (hex) of the utterances' ids, transcripts, speakers and durations, in order.
+
+    The audio itself is not read. It proves which corpus a run used to those who have the corpus and the key;
+    without the key no guess about a record can be tried against it.
+    """
+    digest = hmac.new(key, digestmod=hashlib.sha256)
+    for item in corpus.utterances:
+        record = [item.id, item.text, item.speaker, round(item.seconds, 3)]
+        digest.update(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def figures(corpus: Corpus) -> dict[str, Any]:
+    """Exact statistics of a corpus: NOT PRIVATE where it is."""
+    speakers = len(set(corpus.speakers) - {None})
+    return {
+        "utterances": len(corpus),
+        "hours": corpus.hours,
+        "speakers": speakers,
+        "utterances_per_speaker": len(corpus) / speakers if speakers else None,
+        "left_out": len(corpus.problems),
+    }
+
+
+def shared_recordings(one: Corpus, other: Corpus) -> list[str]:
+    """Ids in `other` of the recordings that `one` holds too.
+
+    The same: one file; equal bytes; or one id with one transcript and one length (to 10 ms), as a copy in
+    another format has. Bytes are read only where lengths are equal.
+    """
+    paths = {item.path.resolve() for item in one.utterances if item.path is not None}
+    names = {_name(item) for item in one.utterances}
+    lengths: dict[float, list[Utterance]] = defaultdict(list)
+    for item in one.utterances:
+        lengths[item.seconds].append(item)
+    contents: dict[float, set[bytes | None]] = {}
+    found = []
+    for item in other.utterances:
+        same = (item.path is not None and item.path.resolve() in paths) or _name(item) in names
+        if not same and item.seconds in lengths:
+            if item.seconds not in contents:
+                contents[item.seconds] = {
+                    _content(item_of_same_length) for item_of_same_length in lengths[item.seconds]
+                } - {None}
+            same = _content(item) in contents[item.seconds]
+        if same:
+            found.append(item.id)
+    return found
+
+
+def of_speakers(one: Corpus, other: Corpus) -> list[str]:
+    """Ids in `other` of the recordings of speakers of `one`, by their names."""
+    speakers = set(one.speakers) - {None}
+    return [item.id for item in other.utterances if item.speaker in speakers]
+
+
+def _name(item: Utterance) -> tuple[str, str, float]:
+    return item.id, item.text, round(item.seconds, 2)
+
+
+def _content(item: Utterance) -> bytes | None:
+    """The digest of an utterance's audio as it is stored; None where it cannot be read."""
+    if item.digest is not None:
+        return item.digest
+    try:
+        if item.path is not None:
+            content = item.path.read_bytes()
+        elif item.encoded is not None:
+            content = item.encoded.read()
+        elif item.array is not None:
+            content = item.array.tobytes()
+        else:
+            return None
+    except (AudioError, OSError):
+        return None
+    return digest(content)

@@ -1,0 +1,291 @@
+"""Recognisers: loading them from a folder or the hub.
+
+The classes are in `recognizer.py` (what all do), `ctc.py` and `whisper.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from asr_finetune.config.schema import ConfigError, ModelConfig
+from asr_finetune.hub import hub_answers, unreachable
+from asr_finetune.models.checkpoint_fit import (
+    check_adapter,
+    check_blank,
+    check_tokenizer,
+    check_weights,
+    classes_needed,
+)
+from asr_finetune.models.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer, tiny_parakeet
+from asr_finetune.models.methods import head_name
+from asr_finetune.models.precision import DTYPES, no_tf32
+from asr_finetune.models.recognizer import SETTINGS, Recognizer, quiet_transformers
+from asr_finetune.models.whisper import START, WhisperRecognizer, trim_encoder
+
+__all__ = [
+    "CTCRecognizer",
+    "Recognizer",
+    "WhisperRecognizer",
+    "load_recognizer",
+    "load_with_adapter",
+    "tiny_parakeet",
+]
+
+_ADAPTER = "adapter_config.json"
+# What transformers did not find in the file, or found in another shape, is for `check_weights` to judge.
+_LOAD = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
+class NoSuchModel(ConfigError):
+    """A checkpoint that is not there, or cannot be read."""
+
+
+def load_recognizer(config: ModelConfig) -> Recognizer:
+    """The recogniser of a checkpoint (folder or hub id), or of a PEFT adapter's folder.
+
+    Raises:
+        ConfigError: no such checkpoint (or the hub cannot be reached), a model type that is not supported, or
+            options that do not fit it; the message names the option and the fix.
+    """
+    quiet_transformers()
+    _hub_answers.cache_clear()  # asked once a load: it may be there the next time
+    if (Path(config.name) / _ADAPTER).is_file():
+        return _adapter_and_its_base(config)
+    found = _read(transformers.AutoConfig, config)
+    settings = Path(config.name) / SETTINGS
+    options = {"name": config.name, "revision": config.revision, "dtype": DTYPES[config.dtype]}
+    if settings.is_file():
+        saved = json.loads(settings.read_text(encoding="utf-8"))
+        options["target_prefix"] = saved["target_prefix"]
+    if found.model_type == "whisper":
+        return _load_whisper(config, options)
+    if found.model_type not in SUPPORTED:
+        raise ConfigError(
+            f"model.name={config.name!r} is a {found.model_type} model; supported: whisper, "
+            f"{', '.join(SUPPORTED)}"
+        )
+    return _load_ctc(config, found, options)
+
+
+def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
+    if config.new_head or config.vocabulary != "keep":
+        raise ConfigError(
+            "model.new_head and model.vocabulary are for CTC models; Whisper's output layer is its token table: "
+            "leave new_head false and vocabulary keep"
+        )
+    model, info = _read(transformers.WhisperForConditionalGeneration, config, **_LOAD)
+    # Where the sinusoids are not in the file, transformers computes them.
+    check_weights(
+        config.name,
+        model,
+        info,
+        head=head_name(model),
+        new_head=False,
+        constants="encoder.embed_positions.weight",
+    )
+    if config.window_seconds is not None:
+        try:
+            trim_encoder(model, config.window_seconds)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    processor = _read(transformers.WhisperProcessor, config)
+    # Without its files transformers makes an empty tokenizer: every transcript would be the end token alone.
+    if processor.tokenizer.convert_tokens_to_ids(START) != model.config.decoder_start_token_id:
+        raise ConfigError(
+            f"model.name={config.name!r}: its tokenizer does not know {START} as the model does: add the "
+            "checkpoint's tokenizer.json (or vocab.json and merges.txt)"
+        )
+    check_tokenizer(
+        config.name,
+        processor.tokenizer,
+        model.config.vocab_size,
+        fix="enlarge the token table (resize_token_embeddings) and save it",
+    )
+    try:
+        return WhisperRecognizer(
+            _placed(model, config), processor, language=config.language, task=config.task, **options
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recognizer:
+    if config.window_seconds is not None:
+        raise ConfigError(
+            f"model.window_seconds={config.window_seconds:g} is for Whisper; a CTC model takes any length: "
+            "leave it null"
+        )
+    if config.language is not None or config.task is not None:
+        raise ConfigError(
+            f"model.language={config.language}, model.task={config.task}: they are for Whisper; a CTC model writes "
+            "what it was trained on: leave them null"
+        )
+    if config.vocabulary == "words":
+        raise ConfigError(
+            "model.vocabulary=words: the list of words has to be public and is not known here; build the "
+            "recogniser with asr_finetune.models.loading.tiny_parakeet(words), save it, and load that folder with "
+            "vocabulary keep"
+        )
+    if config.new_head != (config.vocabulary in ("own", "characters")):
+        raise ConfigError(
+            f"model.new_head={config.new_head} with model.vocabulary={config.vocabulary}: a new output layer "
+            "needs to know its classes: set new_head true and vocabulary characters (or own, the checkpoint's), or "
+            "neither"
+        )
+    processor = _ctc_processor(config, found)
+    options |= {"new_head": config.new_head, "vocabulary": config.vocabulary}
+    if config.new_head:
+        _classes_of_a_new_head(config, found, processor.tokenizer)
+    elif found.vocab_size is None:
+        raise ConfigError(
+            f"model.name={config.name!r}: its configuration names no vocabulary, so that it has no output layer: set "
+            "model.new_head=true and model.vocabulary=characters"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # public: the new layer's initialisation
+        # Eager attention gives NaN on rows that are masked altogether, which padding makes; sdpa does not.
+        model, info = _read(
+            transformers.AutoModelForCTC, config, config=found, attn_implementation="sdpa", **_LOAD
+        )
+        head = head_name(model)
+        check_weights(config.name, model, info, head=head, new_head=config.new_head)
+        if config.new_head:
+            model.get_submodule(head).reset_parameters()
+    check_tokenizer(config.name, processor.tokenizer, found.vocab_size)
+    check_blank(config.name, processor.tokenizer, found.vocab_size, found.pad_token_id)
+    return CTCRecognizer(_placed(model, config), processor, **options)
+
+
+def _ctc_processor(config: ModelConfig, found: Any) -> Any:
+    """The checkpoint's processor, or its feature extractor with a new tokenizer for characters."""
+    if config.vocabulary != "characters":
+        return _read(transformers.AutoProcessor, config)
+    extractor = _read(transformers.AutoFeatureExtractor, config)
+    return processor_class(found.model_type)(extractor, ctc_tokenizer(CHARACTERS, "characters"))
+
+
+def _classes_of_a_new_head(config: ModelConfig, found: Any, tokenizer: Any) -> None:
+    """Set the classes and the blank of a new output layer in the model's configuration: the tokenizer's.
+
+    The checkpoint's own are kept where its own tokenizer fits them: plain transformers then loads the base as it is.
+    """
+    needed = classes_needed(tokenizer)
+    if config.vocabulary == "characters":
+        found.vocab_size, found.pad_token_id = needed, tokenizer.pad_token_id
+    elif found.vocab_size is None or found.vocab_size < needed:
+        found.vocab_size = needed
+        if found.pad_token_id is None:
+            found.pad_token_id = tokenizer.pad_token_id
+
+
+def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
+    """The base model `config` names, loaded as it was for training, with the PEFT adapter in `folder` on it.
+
+    Raises:
+        FileNotFoundError: no adapter in the folder.
+        ConfigError: see `load_recognizer`.
+    """
+    if not (folder / _ADAPTER).is_file():
+        raise FileNotFoundError(f"--adapter {folder}: no {_ADAPTER} there; give a run's adapter folder")
+    settings = folder / SETTINGS
+    saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    config = _as_saved(config, saved, "window_seconds", "language", "task")
+    if "new_head" in saved:
+        # Written by versions without `own`, where a new layer was always one of characters.
+        before = "characters" if saved["new_head"] else "keep"
+        config = replace(config, new_head=saved["new_head"], vocabulary=saved.get("vocabulary", before))
+    recognizer = load_recognizer(config)
+    recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
+    try:
+        recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
+    except (RuntimeError, ValueError) as error:  # shapes or layers of another model
+        raise ConfigError(
+            f"--adapter {folder} does not fit model.name={config.name!r}: give the base model that it was trained on; "
+            f"PEFT says: {(str(error).strip().splitlines() or [type(error).__name__])[-1].strip()}"
+        ) from error
+    check_adapter(recognizer.model, folder)
+    return recognizer
+
+
+def _as_saved(config: ModelConfig, saved: dict[str, Any], *names: str) -> ModelConfig:
+    """The configuration with saved settings in the place of its nulls."""
+    values: dict[str, Any] = {name: saved.get(name) for name in names if getattr(config, name) is None}
+    return replace(config, **values)
+
+
+def _adapter_and_its_base(config: ModelConfig) -> Recognizer:
+    """The adapter in the folder `config` names, on the base model that it says it was trained on."""
+    folder = Path(config.name)
+    base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not base:
+        raise ConfigError(
+            f"model.name={config.name!r} is an adapter whose base model was never saved, so it cannot be "
+            "loaded alone; save the base model to a folder before training, and train from that folder"
+        )
+    try:
+        recognizer = load_with_adapter(replace(config, name=base), folder)
+    except NoSuchModel as error:
+        raise NoSuchModel(
+            f"{config.name} is an adapter on the base model {base!r}, which cannot be loaded; if it lies "
+            f"elsewhere now, evaluate with --model BASE --adapter {config.name}. {error}"
+        ) from error
+    recognizer.name = config.name
+    return recognizer
+
+
+def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
+    """`reader.from_pretrained` of the checkpoint, its failure said in our words."""
+    folder = Path(asked.name)
+    if folder.is_dir():
+        fault = f"the folder is there, but {reader.__name__} finds no usable checkpoint in it"
+    elif _hub_answers(asked.name, asked.revision):
+        fault = "there is no such folder, and the hub does not give it"
+    else:
+        # downloads of before are used; no file is asked for again and again
+        options["local_files_only"] = True
+        fault = f"there is no such folder, {unreachable()}, and no earlier download is complete"
+    try:
+        return reader.from_pretrained(asked.name, revision=asked.revision, **options)
+    # TypeError: no tokenizer's files; RuntimeError: weights that cannot be put into the model
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise NoSuchModel(
+            f"model.name={asked.name!r}: {fault}. Give (--model, or model.name) a folder with config.json, "
+            "model.safetensors and the processor's files, or a hub id (and model.revision) that this machine can "
+            f"download; transformers says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        ) from error
+
+
+_hub_answers = functools.cache(hub_answers)
+
+
+def _placed(model: nn.Module, config: ModelConfig) -> nn.Module:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch's way to say that it knows no such type
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device={name!r}: expected auto, cpu, cuda, or cuda:1 and so on")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise ConfigError(f"model.device={name!r}: torch sees {seen} here; use auto or cpu")
+    no_tf32()
+    return model.to(device).eval()
+
+
+def processor_class(model_type: str) -> Any:
+    """transformers' processor for a CTC model type."""
+    names = {"parakeet_ctc": "ParakeetProcessor", "wav2vec2-bert": "Wav2Vec2BertProcessor"}
+    return getattr(transformers, names.get(model_type, "Wav2Vec2Processor"))

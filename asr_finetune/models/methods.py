@@ -1,0 +1,183 @@
+"""What is trained: everything, adapters, biases, or the output layer::
+
+    full     every parameter, but for those under weight norm (Wav2Vec2's positions): they have no norm rule
+    lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj), or on any
+             choice of linear layers and pointwise convolutions that `method.targets` names
+    bitfit   the biases of linear and convolution layers; those of norms stay frozen
+    dp_rp    LoRA whose factor A stays at its random start: half the trained parameters
+    head     the output layer
+
+A freshly initialised output layer is trained along with any of them, an old one with `method.train_head`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import dpkernels.nn
+from asr_finetune.config.schema import ConfigError, MethodConfig
+from asr_finetune.models.parameters import trained_parameters
+from asr_finetune.models.precision import hold_frozen
+from asr_finetune.models.recognizer import Recognizer, switch_off_shared_randomness
+
+_HEADS = ("ctc_head", "lm_head", "proj_out")
+# Whisper's sinusoids are constants; the embedding of the model's own masks, switched off here, is never read.
+_NEVER_TRAINED = ("encoder.embed_positions.weight", "masked_spec_embed")
+_CONFORMER_TARGETS = ["linear_q", "linear_k", "linear_v", "linear_out", "intermediate_dense", "output_dense"]
+_DEFAULT_TARGETS = {
+    "whisper": ["q_proj", "v_proj"],
+    "parakeet_ctc": ["q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"],
+    "wav2vec2-bert": _CONFORMER_TARGETS,
+    "wav2vec2": ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"],
+    "wav2vec2-conformer": _CONFORMER_TARGETS,
+}
+
+
+def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
+    """Choose what is trained, in place.
+
+    Also freezes the statistics of batch norms, holds what is frozen in the recogniser's dtype, and switches
+    LayerDrop and the model's own masks off. Adapters
+    are initialised from torch's generator: seed it (publicly) beforehand to repeat a run's start.
+
+    Raises:
+        ConfigError: layers or targets that the model does not have, or a method that was applied already.
+    """
+    model = recognizer.base
+    if recognizer.model is not model:
+        raise ConfigError(
+            f"method.kind={method.kind}: {recognizer.name} has an adapter already; merge it first, or start "
+            "from its base model"
+        )
+    if method.layers == "decoder" and recognizer.kind != "seq2seq":
+        raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")
+    if method.train_head and recognizer.kind == "seq2seq":
+        raise ConfigError(
+            "method.train_head: Whisper's output layer is its token table, read past any adapter: leave it false"
+        )
+    with_head = recognizer.new_head or method.train_head
+    switch_off_shared_randomness(model)
+    dpkernels.nn.freeze_batch_norm(model)
+    trainable = _within(model, method.layers)
+    model.requires_grad_(False)
+    head = head_name(model)
+    if method.kind == "full":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(trainable) and not name.endswith(_NEVER_TRAINED))
+    elif method.kind in ("lora", "dp_rp"):
+        recognizer.model = _with_lora(recognizer, method, trainable, head if with_head else None)
+    elif method.kind == "bitfit":
+        _train_biases(model, trainable)
+    else:
+        _train(model.get_submodule(head))
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            module.requires_grad_(False)
+    if with_head and method.kind in ("full", "bitfit"):
+        _train(model.get_submodule(head))
+    if recognizer.dtype is not torch.float32:
+        hold_frozen(recognizer.model, recognizer.dtype)
+    if trained_parameters(recognizer.model) == 0:
+        raise ConfigError(
+            f"method.kind={method.kind}, layers={method.layers}: nothing is trained in {recognizer.name}"
+        )
+
+
+def head_name(model: nn.Module) -> str:
+    """The output layer's name."""
+    return next(name for name in _HEADS if hasattr(model, name))
+
+
+def _within(model: Any, layers: str) -> tuple[str, ...]:
+    """Prefixes of the names of the parameters and modules that may be trained."""
+    if layers == "all":
+        return ("",)
+    if hasattr(model, "proj_out"):
+        return (f"model.{layers}.",)
+    return tuple(f"{name}." for name, _ in model.named_children() if name not in _HEADS)
+
+
+def _train(module: nn.Module) -> None:
+    module.requires_grad_(True)
+
+
+def _train_biases(model: nn.Module, trainable: tuple[str, ...]) -> None:
+    for name, module in model.named_modules():
+        layer = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+        if layer and name.startswith(trainable) and module.bias is not None:
+            module.bias.requires_grad_(True)
+
+
+def _with_lora(
+    recognizer: Recognizer, method: MethodConfig, trainable: tuple[str, ...], head: str | None
+) -> nn.Module:
+    import peft
+
+    model = recognizer.base
+    targets = method.targets or _DEFAULT_TARGETS[model.config.model_type]
+    chosen = _adapted(model, targets, trainable)
+    if not chosen:
+        known = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _adaptable(module)}
+        )
+        raise ConfigError(
+            f"method.targets={targets} with method.layers={method.layers}: no linear layer or pointwise "
+            f"convolution of {recognizer.name} ends so; there: {', '.join(known)}"
+        )
+    if head in chosen:
+        raise ConfigError(
+            f"method.targets={targets}: {head} is the output layer, which is trained as a whole: leave it out"
+        )
+    configuration = peft.LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]
+        lora_dropout=method.dropout,
+        target_modules=chosen,
+        modules_to_save=[head] if head else None,
+    )
+    adapted = peft.get_peft_model(model, configuration)
+    base = str(getattr(model, "name_or_path", "") or "")
+    if base and Path(base).is_dir():  # else the saved adapter finds it from the present folder only
+        configuration.base_model_name_or_path = str(Path(base).resolve())
+    if method.kind == "dp_rp":
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+    return adapted
+
+
+def _adapted(model: nn.Module, targets: Sequence[str], trainable: tuple[str, ...]) -> list[str]:
+    """Names of the layers that LoRA goes on.
+
+    Raises:
+        ConfigError: one of them is a convolution that LoRA is not for.
+    """
+    chosen = []
+    for name, module in model.named_modules():
+        ends_so = any(name == end or name.endswith(f".{end}") for end in targets)
+        if not ends_so or not name.startswith(trainable):
+            continue
+        if _adaptable(module):
+            chosen.append(name)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d):
+            # Depthwise: PEFT wants a rank that its groups divide, and a channel has too few taps to gain by one.
+            # The head of Parakeet: PEFT builds adapters with the layer's own class, whose arguments are other ones.
+            raise ConfigError(
+                f"method.targets={list(targets)}: {name} ({module}) is neither a linear layer nor a pointwise "
+                "convolution (kernel 1, stride 1, groups 1), which is all that LoRA is for here: leave it out, or "
+                "train it by method.kind=full, or as a new output layer"
+            )
+    return chosen
+
+
+def _adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can go on it: a linear layer, or a convolution that is one on the transposed layout."""
+    if type(module) is nn.Conv1d:
+        return module.kernel_size == module.stride == (1,) and module.groups == 1 and module.padding == (0,)
+    return isinstance(module, nn.Linear)

@@ -1,0 +1,320 @@
+"""What every recogniser does; `ctc.py` and `whisper.py` are the two kinds."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from asr_finetune.models.parameters import total_parameters, trained_parameters
+from asr_finetune.models.precision import arithmetic, widened, widened_state
+from dpkernels.losses import IGNORED
+
+if TYPE_CHECKING:
+    from asr_finetune.data.corpus import Utterance
+
+SETTINGS = "recognizer.json"
+
+
+class Recognizer(ABC):
+    """A model with what turns audio into its inputs and text into its labels, and back.
+
+    Attributes:
+        model: the transformers model; a `peft.PeftModel` around it once adapters are added.
+        processor: transformers' processor (feature extractor and tokenizer).
+        name: folder or hub id that it was loaded from.
+        sampling_rate: of the audio it takes, Hz.
+        kind: "ctc" or "seq2seq".
+        target_prefix: put before a text that is learnt, or scored by restricted decoding.
+        new_head: the output layer is freshly initialised and must be trained along with any method.
+        vocabulary: what its classes are, as `model.vocabulary` says; "keep" where it is not new.
+        dtype: of its arithmetic; see `precision`.
+        input_name: of the features in an item and in the model's arguments.
+        equal_lengths_only: why batches of unequal lengths are refused, or "" where padding changes nothing.
+    """
+
+    kind: ClassVar[Literal["ctc", "seq2seq"]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        name: str,
+        revision: str | None = None,
+        new_head: bool = False,
+        vocabulary: str = "keep",
+        target_prefix: str = "",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.feature_extractor = processor.feature_extractor
+        self.tokenizer = processor.tokenizer
+        self.name = name
+        self.revision = revision
+        self.new_head = new_head
+        self.vocabulary = vocabulary
+        self.target_prefix = target_prefix
+        self.dtype = dtype
+        self.sampling_rate = int(self.feature_extractor.sampling_rate)
+        self.input_name = "input_features"
+        self.equal_lengths_only = ""
+        switch_off_shared_randomness(self.base)
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, without PEFT's wrapper."""
+        return base_model(self.model)
+
+    @property
+    def classes(self) -> int:
+        """How many classes the output layer has: a label is one of 0 … classes − 1."""
+        return int(self.base.config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @abstractmethod
+    def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
+        """Samples [n] at `sampling_rate` -> input_features [T, F] or input_values [n], float32, by name.
+
+        Raises:
+            ValueError: audio that the model cannot take (`audio_problem` says so beforehand).
+        """
+
+    @abstractmethod
+    def encode_text(self, text: str) -> Tensor:
+        """Text -> labels [L] int64, with the end token for a seq2seq model.
+
+        What reads like a special token ("<pad>") is text like any other.
+        """
+
+    def label_problem(self, labels: Tensor) -> str | None:
+        """Why labels [L] from `encode_text` cannot be learnt, by their numbers; None where they can."""
+        outside = labels[(labels < 0) | (labels >= self.classes)]
+        if len(outside):
+            return f"a label outside the output layer: {outside.tolist()}, it has the classes 0 to {self.classes - 1}"
+        return None
+
+    @abstractmethod
+    def length(self, utterance: Utterance) -> int:
+        """How much work an utterance is, to batch like with like: encoder frames, plus tokens if seq2seq."""
+
+    @abstractmethod
+    def audio_problem(self, utterance: Utterance) -> str | None:
+        """Why the model cannot take an utterance's audio, judged by its length alone; None where it can."""
+
+    @abstractmethod
+    def text_problem(self, utterance: Utterance) -> str | None:
+        """Why an utterance's transcript cannot be learnt; None where it can."""
+
+    def loss_per_example(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Losses [B] float32 of a batch from `collate`, each of its own utterance only; 0 where there are no
+        labels.
+        """
+        device = next(model.parameters()).device
+        with arithmetic(self.dtype, device):
+            return self._losses(model, to_device(batch, device))
+
+    @abstractmethod
+    def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """`loss_per_example` of a batch that is on the model's device."""
+
+    @abstractmethod
+    def _decode(self, batch: dict[str, Any]) -> list[str]:
+        """Greedy transcripts."""
+
+    @abstractmethod
+    def _scores(self, batch: dict[str, Any], texts: Sequence[str]) -> Tensor:
+        """ln p(text | audio), [B, number of texts]."""
+
+    @abstractmethod
+    def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The padded inputs of a batch."""
+
+    def empty_item(self) -> dict[str, Tensor]:
+        """The item of an utterance that cannot be used: silence and no labels, so that its loss and gradient
+        are 0.
+        """
+        silence = np.zeros(self.sampling_rate // 2, dtype=np.float32)
+        return {**self.encode_audio(silence), "labels": torch.zeros(0, dtype=torch.int64)}
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Items -> a batch: inputs padded with 0 and their attention_mask [B, T], labels [B, L] padded with
+        −100, index [B].
+
+        Raises:
+            ValueError: no items; or unequal lengths for a model whose gradients they would change.
+        """
+        if not items:
+            raise ValueError("collate: no items: an empty logical batch has no micro-batches")
+        batch: dict[str, Any] = self._inputs(items)
+        if "labels" in items[0]:
+            batch["labels"] = pad_rows([item["labels"] for item in items], IGNORED)
+        if "index" in items[0]:
+            batch["index"] = torch.tensor([int(item["index"]) for item in items])
+        return batch
+
+    @torch.inference_mode()
+    def transcribe(self, batch: dict[str, Any], restrict_to: Sequence[str] | None = None) -> list[str]:
+        """Text of each utterance of a batch from `collate`; "" where it has no usable audio.
+
+        Args:
+            batch: tensors on any device.
+            restrict_to: hold decoding to these texts: the one with the highest ln p(text | audio) is chosen.
+                None: greedy decoding.
+
+        Raises:
+            ValueError: `restrict_to` is empty.
+        """
+        batch = to_device(batch, self.device)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with arithmetic(self.dtype, self.device):
+                texts = self._texts(batch, restrict_to)
+        finally:
+            self.model.train(was_training)
+        if "labels" in batch:  # an empty item: see `empty_item`
+            usable = (batch["labels"] != IGNORED).any(dim=1).tolist()
+            texts = [text if row else "" for text, row in zip(texts, usable, strict=True)]
+        return texts
+
+    def _texts(self, batch: dict[str, Any], restrict_to: Sequence[str] | None) -> list[str]:
+        if restrict_to is None:
+            return self._decode(batch)
+        if not restrict_to:
+            raise ValueError("restrict_to=[]: give at least one text, or None for free decoding")
+        best = self._scores(batch, restrict_to).argmax(dim=1)
+        return [restrict_to[int(index)] for index in best]
+
+    def cached_inputs(self, item: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is worth keeping of an item between epochs; a model may replace features by what it makes of
+        them.
+        """
+        return item
+
+    def can_cache_states(self) -> bool:
+        """Whether `cached_inputs` would return outputs of a frozen encoder now."""
+        return False
+
+    def save(self, folder: Path | str) -> None:
+        """Write the model (adapters in PEFT's format, which plain PEFT loads), the processor and our settings.
+
+        A base model's folder loads with transformers' `from_pretrained`, and with `load_recognizer`.
+        """
+        quiet_transformers()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        saved: Any = self.model
+        # PEFT would take a new output layer for resized token embeddings, which a CTC model has none of.
+        options: dict[str, Any] = {} if saved is self.base else {"save_embedding_layers": False}
+        if saved is self.base and self.dtype is not torch.float32:
+            options["state_dict"] = widened_state(saved.state_dict())
+        saved.save_pretrained(folder, **options)
+        if "state_dict" in options:  # transformers wrote the type of the model's first parameter
+            saved.config.dtype = "float32"
+            saved.config.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        settings = json.dumps(self._settings(), indent=2)
+        (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "target_prefix": self.target_prefix,
+            "new_head": self.new_head,
+            "vocabulary": self.vocabulary,
+        }
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Within it, weights and arithmetic are float32."""
+        dtype, self.dtype = self.dtype, torch.float32
+        try:
+            with widened(self.model):
+                yield
+        finally:
+            self.dtype = dtype
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for a report: plain values."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "class": type(self.base).__name__,
+            "kind": self.kind,
+            "sampling_rate": self.sampling_rate,
+            "vocabulary": self.classes,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "new_head": self.new_head,
+            "total_parameters": total_parameters(self.model),
+            "trained_parameters": trained_parameters(self.model),
+        }
+
+    def samples(self, utterance: Utterance) -> int:
+        """Samples of an utterance at the model's rate."""
+        return math.floor(utterance.seconds * self.sampling_rate)
+
+
+def quiet_transformers() -> None:
+    """Turn off transformers' own progress bars, of weights read and written: they break ours."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
+
+
+def switch_off_shared_randomness(model: nn.Module) -> None:
+    """LayerDrop and the model's own SpecAugment off, in the configuration and in the modules.
+
+    LayerDrop is one draw for a whole batch, and the masks depend on its padded length: with either, an
+    utterance's gradient is not a function of that utterance. `augment.SpecAugment` takes the place of the
+    masks.
+    """
+    for module in model.modules():
+        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+            if isinstance(getattr(module, name, None), float | int):
+                setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if config is None:
+            continue
+        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, 0.0)
+        if hasattr(config, "apply_spec_augment"):
+            config.apply_spec_augment = False
+        elif getattr(config, "mask_time_prob", 0) or getattr(config, "mask_feature_prob", 0):
+            config.apply_spec_augment = False  # the modelling code reads it with a default of True
+        embed = getattr(module, "masked_spec_embed", None)
+        if isinstance(embed, nn.Parameter):
+            embed.requires_grad_(False)  # of the masks: unused from here on
+
+
+def pad_rows(rows: Sequence[Tensor], value: float) -> Tensor:
+    """Tensors [Lᵢ, ...] -> [B, max Lᵢ, ...], filled with `value` on the right."""
+    longest = max(len(row) for row in rows)
+    out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), value)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
+    return out
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -1,0 +1,306 @@
+"""Whisper: mean token loss per utterance, greedy or restricted decoding, an encoder trimmed to a short
+window.
+
+Whisper's encoder always takes its whole window, 30 s as it comes. For short recordings `trim_encoder` cuts
+the window (and the position table) to a few seconds: the encoder's work shrinks in proportion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+from asr_finetune.models.precision import arithmetic
+from asr_finetune.models.recognizer import Recognizer, pad_rows, to_device
+from dpkernels.losses import IGNORED, cross_entropy_per_example
+
+if TYPE_CHECKING:
+    from asr_finetune.data.corpus import Utterance
+
+START = "<|startoftranscript|>"
+FRAMES_PER_POSITION = 2  # conv2 has stride 2
+# Speech has some 6 tokens a second at most; a greedy decoder that has lost its way would run to 448. A window that
+# is much shorter than those of pretraining makes it repeat itself until the model is fine-tuned.
+TOKENS_PER_SECOND, TOKENS_LEAST = 8, 8
+_NO_CLASS = -1  # a label that no output layer has
+SCORED_AT_ONCE = 512  # sequences in one forward of restricted decoding
+
+
+class WhisperRecognizer(Recognizer):
+    """A Whisper model. Items hold input_features [T, F] of the whole window, or encoder_states [S, d] when
+    cached.
+
+    English-only models have neither language nor task (None). A multilingual one takes those it is given, else the
+    ones its generation configuration names, else English and transcribing. The decoder's prompt (start, language,
+    task, no timestamps) is given, and not learnt: losses and scores are of the text and the end token.
+    """
+
+    kind: ClassVar[Literal["ctc", "seq2seq"]] = "seq2seq"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        language: str | None = None,
+        task: str | None = None,
+        **options: Any,
+    ) -> None:
+        # " 5", not "5": Whisper was trained on texts with a space before the first word.
+        super().__init__(model, processor, **{"target_prefix": " ", **options})
+        generation = self.base.generation_config
+        self.multilingual = bool(getattr(generation, "is_multilingual", False))
+        self.language, self.task = self._spoken(language, task)
+        self.prompt = self._prompt()
+        self.end = int(self.base.config.eos_token_id)
+        self._added = frozenset(self.tokenizer.get_added_vocab().values())
+
+    def _spoken(self, language: str | None, task: str | None) -> tuple[str | None, str | None]:
+        """The language's code and the task; None for an English-only model."""
+        generation = self.base.generation_config
+        if not self.multilingual:
+            if language_code(language or "en") != "en" or task not in (None, "transcribe"):
+                raise ValueError(
+                    f"model.language={language!r}, model.task={task!r}: {self.name} is English-only (its generation "
+                    "configuration does not say is_multilingual): leave both null, or take a multilingual checkpoint"
+                )
+            return None, None
+        language = language or getattr(generation, "language", None) or "en"
+        task = task or getattr(generation, "task", None) or "transcribe"
+        known, tasks = generation.lang_to_id, generation.task_to_id
+        if f"<|{language_code(language)}|>" not in known:
+            raise ValueError(f"model.language={language!r}: {self.name} knows {', '.join(sorted(known))}")
+        if task not in tasks:
+            raise ValueError(f"model.task={task!r}: {self.name} knows {', '.join(sorted(tasks))}")
+        # Saved with a whole model: transformers' own generation then does the same.
+        generation.language, generation.task = language_code(language), task
+        return language_code(language), task
+
+    def _prompt(self) -> list[int]:
+        generation = self.base.generation_config
+        prompt = [int(self.base.config.decoder_start_token_id)]
+        if self.multilingual:
+            prompt += [
+                int(generation.lang_to_id[f"<|{self.language}|>"]),
+                int(generation.task_to_id[self.task]),
+            ]
+        # Plain text follows this token; old English-only checkpoints name it in the tokenizer only.
+        no_timestamps = self.tokenizer.convert_tokens_to_ids("<|notimestamps|>")
+        if no_timestamps is not None and no_timestamps != self.tokenizer.unk_token_id:
+            prompt.append(int(no_timestamps))
+        return prompt
+
+    @property
+    def window_seconds(self) -> float:
+        """Seconds of audio that the encoder takes."""
+        return self._window_samples / self.sampling_rate
+
+    @property
+    def _window_samples(self) -> int:
+        positions = int(self.base.config.max_source_positions)
+        return positions * FRAMES_PER_POSITION * int(self.feature_extractor.hop_length)
+
+    @property
+    def _most_labels(self) -> int:
+        return int(self.base.config.max_target_positions) - len(self.prompt) + 1
+
+    def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
+        """See Recognizer; silence fills the window."""
+        if len(array) > self._window_samples:
+            raise ValueError(self._too_long(len(array) / self.sampling_rate))
+        features = self.feature_extractor(
+            array,
+            sampling_rate=self.sampling_rate,
+            max_length=self._window_samples,
+            padding="max_length",
+            return_tensors="pt",
+        )["input_features"][0]
+        return {"input_features": features.T.contiguous()}
+
+    def encode_text(self, text: str) -> Tensor:
+        """See Recognizer; the text's tokens and the end token, without the decoder's prompt."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return torch.tensor([*ids, self.end], dtype=torch.int64)
+
+    def label_problem(self, labels: Tensor) -> str | None:
+        """See Recognizer; tokens that a text cannot hold (languages, times, an end before the end) are no labels."""
+        special = [token for token in labels[:-1].tolist() if token in self._added]
+        if special:
+            return f"a special token as a label: {self.tokenizer.convert_ids_to_tokens(special)}"
+        return super().label_problem(labels)
+
+    def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        name = "encoder_states" if "encoder_states" in items[0] else "input_features"
+        return {name: torch.stack([item[name] for item in items])}
+
+    def can_cache_states(self) -> bool:
+        """True when nothing in the encoder is trained and none of it is random."""
+        encoder = self.base.model.encoder
+        dropout = max(float(encoder.dropout), float(self.base.config.attention_dropout))
+        return (
+            not any(parameter.requires_grad for parameter in encoder.parameters())
+            and max(dropout, float(self.base.config.activation_dropout)) == 0.0
+        )
+
+    def cached_inputs(self, item: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The frozen encoder's output instead of the features: [S, d], in the model's dtype, on the CPU."""
+        if not self.can_cache_states():
+            return item
+        kept = {key: value for key, value in item.items() if key != "input_features"}
+        with torch.inference_mode(), arithmetic(self.dtype, self.device):
+            states = self._encode(to_device({"input_features": item["input_features"][None]}, self.device))
+        # A clone: an inference tensor may not enter autograd later.
+        return {**kept, "encoder_states": states[0].cpu().clone()}
+
+    def _encode(self, batch: dict[str, Any]) -> Tensor:
+        """Encoder states [B, S, d]."""
+        if "encoder_states" in batch:
+            return self._cached(batch, self.model)
+        features = batch["input_features"].transpose(1, 2).to(next(self.model.parameters()).dtype)
+        states: Tensor = self.base.model.encoder(features).last_hidden_state
+        return states
+
+    def _cached(self, batch: dict[str, Any], model: nn.Module) -> Tensor:
+        """Kept encoder states, which may be of the half type while the arithmetic is float32, and the other way."""
+        states: Tensor = batch["encoder_states"]
+        return states.to(next(model.parameters()).dtype)
+
+    def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Mean −ln p over an utterance's tokens and its end; see `dpkernels.losses.cross_entropy_per_example`."""
+        decoder, labels = self._teacher_forcing(batch["labels"])
+        inputs: dict[str, Any]
+        if "encoder_states" in batch:
+            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=self._cached(batch, model))}
+        else:
+            features = batch["input_features"].transpose(1, 2)
+            inputs = {"input_features": features.to(next(model.parameters()).dtype)}
+        logits = model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
+        return cross_entropy_per_example(logits, labels)
+
+    def _teacher_forcing(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels [B, L] -> (decoder_input_ids, labels), both [B, P−1+L] with a prompt of P tokens.
+
+        L is cut to what the decoder's positions hold. An utterance that has more labels gets one that is no class
+        among them, so that the loss marks it and gives it no gradient.
+        """
+        prompt = labels.new_tensor(self.prompt).expand(len(labels), -1)
+        cut = (labels[:, self._most_labels :] != IGNORED).any(dim=1, keepdim=True)
+        labels = labels[:, : self._most_labels].masked_fill(cut, _NO_CLASS)
+        # Padding and labels that are no class are read by nothing that is learnt.
+        known = (labels[:, :-1] >= 0) & (labels[:, :-1] < self.classes)
+        previous = labels[:, :-1].masked_fill(~known, self.end)
+        unlearnt = labels.new_full((len(labels), len(self.prompt) - 1), IGNORED)
+        return torch.cat([prompt, previous], dim=1), torch.cat([unlearnt, labels], dim=1)
+
+    def _decode(self, batch: dict[str, Any]) -> list[str]:
+        states = self._encode(batch)
+        prompt = torch.tensor(self.prompt, device=states.device).expand(len(states), -1)
+        # The plain greedy loop: Whisper's own generate() is made for long recordings with timestamps.
+        ids = GenerationMixin.generate(
+            self.base,
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            decoder_input_ids=prompt,
+            decoder_attention_mask=torch.ones_like(prompt),
+            generation_config=self._generation(),
+        )
+        texts = self.tokenizer.batch_decode(ids[:, len(self.prompt) :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _generation(self) -> GenerationConfig:
+        """Greedy, without symbols that the checkpoint suppresses, as long as the window can hold at most."""
+        own, config = self.base.generation_config, self.base.config
+        most = int(config.max_target_positions) - len(self.prompt)
+        return GenerationConfig(
+            max_new_tokens=min(most, TOKENS_LEAST + math.ceil(TOKENS_PER_SECOND * self.window_seconds)),
+            num_beams=1,
+            do_sample=False,
+            suppress_tokens=own.suppress_tokens,
+            begin_suppress_tokens=own.begin_suppress_tokens,
+            decoder_start_token_id=self.prompt[0],
+            eos_token_id=self.end,
+            pad_token_id=self.end,
+        )
+
+    def _scores(self, batch: dict[str, Any], texts: Sequence[str]) -> Tensor:
+        states = self._encode(batch)
+        labels = pad_rows([self.encode_text(self.target_prefix + text) for text in texts], IGNORED)
+        decoder, learnt = self._teacher_forcing(labels.to(states.device))
+        rows = max(SCORED_AT_ONCE // len(texts), 1)
+        scores = []
+        for part in states.split(rows):
+            outputs = BaseModelOutput(last_hidden_state=part.repeat_interleave(len(texts), dim=0))
+            logits = self.base(
+                encoder_outputs=outputs, decoder_input_ids=decoder.repeat(len(part), 1), use_cache=False
+            ).logits
+            losses = cross_entropy_per_example(logits, learnt.repeat(len(part), 1), reduction="sum")
+            scores.append(-losses.view(len(part), len(texts)))
+        return torch.cat(scores)
+
+    def length(self, utterance: Utterance) -> int:
+        """Encoder positions, the same for all, plus tokens."""
+        return int(self.base.config.max_source_positions) + len(self.encode_text(utterance.text))
+
+    def audio_problem(self, utterance: Utterance) -> str | None:
+        """See Recognizer."""
+        too_long = utterance.seconds * self.sampling_rate > self._window_samples
+        return self._too_long(utterance.seconds) if too_long else None
+
+    def _too_long(self, seconds: float) -> str:
+        return (
+            f"longer than the encoder's window: {seconds:.2f} s, it takes {self.window_seconds:g} s; "
+            "raise model.window_seconds (30 at most)"
+        )
+
+    def text_problem(self, utterance: Utterance) -> str | None:
+        """See Recognizer."""
+        labels = self.encode_text(self.target_prefix + utterance.text)
+        if len(labels) > self._most_labels:
+            return f"too many tokens: {len(labels)}, the decoder takes {self._most_labels} at most"
+        return self.label_problem(labels)
+
+    def _settings(self) -> dict[str, Any]:
+        facts = {"window_seconds": self.window_seconds, "language": self.language, "task": self.task}
+        return {**super()._settings(), **facts}
+
+    def describe(self) -> dict[str, Any]:
+        """See Recognizer; with the encoder's window, the language and the task."""
+        facts = {"window_seconds": self.window_seconds, "language": self.language, "task": self.task}
+        return {**super().describe(), **facts}
+
+
+def language_code(language: str) -> str:
+    """The code of a language, given by its code ("de"), its token (`"<|de|>"`) or its English name ("German")."""
+    bare = language.strip().lower().removeprefix("<|").removesuffix("|>")
+    return str(TO_LANGUAGE_CODE.get(bare, bare))
+
+
+def trim_encoder(model: Any, seconds: float, hop_seconds: float = 0.01) -> None:
+    """Cut a Whisper encoder's window to `seconds`, in place: its position table and
+    `config.max_source_positions`.
+
+    The window is rounded up to whole positions of 20 ms. The configuration says so, and the trimmed model
+    reloads.
+
+    Raises:
+        ValueError: a window that is not above 0, or longer than the model's.
+    """
+    positions = math.ceil(round(seconds / (hop_seconds * FRAMES_PER_POSITION), 6))
+    encoder = model.model.encoder
+    table = encoder.embed_positions
+    if not 0 < positions <= table.num_embeddings:
+        longest = table.num_embeddings * hop_seconds * FRAMES_PER_POSITION
+        raise ValueError(f"model.window_seconds={seconds:g}: expected more than 0 and at most {longest:g} s")
+    kept = nn.Embedding.from_pretrained(table.weight.detach()[:positions].clone(), freeze=True)
+    encoder.embed_positions = kept
+    encoder.max_source_positions = positions
+    model.model.decoder.max_source_positions = positions
+    for config in (model.config, encoder.config, model.model.decoder.config):
+        config.max_source_positions = positions

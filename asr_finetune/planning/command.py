@@ -1,0 +1,149 @@
+"""`asr-finetune plan`: the noise of a run; with a model its time here, or what a GPU's memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.values import PLACEHOLDER
+from asr_finetune.config.yaml_io import overridden, typed
+from asr_finetune.planning.noise import Plan, plan
+from asr_finetune.planning.tables import memory_table, plan_table, probe_table
+from asr_finetune.training.sampling import assumed_sampling, sampling_of
+
+if TYPE_CHECKING:
+    from asr_finetune.data.corpus import Corpus
+    from asr_finetune.models.recognizer import Recognizer
+    from asr_finetune.planning.memory import MemoryPlan
+
+_ABSENT = "-"  # model and data of a plan without a file: neither is loaded
+
+
+def run(
+    values: Mapping[str, Any] | None,
+    flags: Mapping[str, Any],
+    settings: Sequence[str] = (),
+    *,
+    examples: int | None = None,
+    seconds: float | None = None,
+    gpu_memory: float | None = None,
+) -> Iterator[Table]:
+    """The tables of a plan, each as soon as it is there: noise is known at once, a measurement takes a while.
+
+    Args:
+        values: of the configuration file, or None: then sizes come from `flags` and `settings`, and a model is loaded
+            where they name one.
+        flags: of the command line, by key; None: not given.
+        settings: "section.key=value", which go over them.
+        examples: number of units; None: those of the training data.
+        seconds: length of an utterance where there is no training data.
+        gpu_memory: GiB of the GPU to plan for; None: this machine is measured.
+
+    Raises:
+        ConfigError: what is missing, or does not fit together.
+        ValueError, FileNotFoundError: a model or data that cannot be read.
+    """
+    config = _configuration(values, flags, settings, examples)
+    if gpu_memory is not None and config.model.name == _ABSENT:
+        raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
+    _check_given(config, typed(flags, settings), examples)
+    config.privacy.check()
+    recognizer = corpus = None
+    if config.data.train != _ABSENT:
+        recognizer, corpus = _subject(config)
+    yield plan_table(_noise(config, corpus, examples))
+    if config.model.name == _ABSENT:
+        return
+    # Here, as elsewhere in this file: a plan without a model must not load transformers.
+    from asr_finetune.training.setup import recognizer_of
+
+    recognizer = recognizer or recognizer_of(config)
+    if gpu_memory is None:
+        from asr_finetune.planning.timing import probe
+
+        yield probe_table(probe(config, recognizer, corpus, seconds=seconds))
+    else:
+        yield memory_table(_fits(config, recognizer, corpus, seconds, gpu_memory))
+
+
+def _configuration(
+    values: Mapping[str, Any] | None, flags: Mapping[str, Any], settings: Sequence[str], examples: int | None
+) -> Config:
+    """The configuration that a plan is for; what a plan does not need is filled in."""
+    given = typed(flags, settings)
+    if given.get("privacy.epsilon") is not None and given.get("privacy.noise_multiplier") is not None:
+        raise ConfigError(
+            "plan: --epsilon and --noise-multiplier: give one; the first chooses the noise, the second says what "
+            "it spends"
+        )
+    if values is None:
+        values = {"model": {"name": _ABSENT}, "data": {"train": _ABSENT}}
+    config = Config.from_dict(overridden({"output": ".", **values}, flags, settings))
+    if examples is not None and config.data.train == PLACEHOLDER:
+        config = config.with_values("data", train=_ABSENT)
+    config.check_filled()
+    if not config.privacy.enabled:
+        raise ConfigError(
+            "plan: privacy.enabled is false: such a run has no epsilon and no noise to plan; set it to true"
+        )
+    return config
+
+
+def _check_given(config: Config, given: Mapping[str, Any], examples: int | None) -> None:
+    """Whether there is all that a plan is made from: defaults are no sizes of a run that no file describes."""
+    needed = {"--delta": config.privacy.delta}
+    if config.data.train == _ABSENT:
+        needed |= {
+            "--examples": examples,
+            "--batch-size": given.get("train.batch_size"),
+            "--steps": given.get("train.steps"),
+        }
+    missing = [flag for flag, value in needed.items() if value is None]
+    if missing:
+        raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
+
+
+def _subject(config: Config) -> tuple[Recognizer, Corpus]:
+    """The recogniser, and the training data without what it cannot take."""
+    from asr_finetune.data.sources import load_corpus
+    from asr_finetune.training.setup import recognizer_of
+
+    recognizer = recognizer_of(config)
+    corpus = load_corpus(config.data.train, split=config.data.train_split, data=config.data)
+    return recognizer, corpus.fit(recognizer)
+
+
+def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> Plan:
+    """Noise by hand, where there is some, as in a run; else for the target."""
+    privacy = config.privacy
+    if examples is not None:
+        sampling = assumed_sampling(config, examples)
+    else:
+        assert corpus is not None  # else _check_given asked for examples
+        sampling = sampling_of(config, corpus)
+    assert privacy.delta is not None
+    return plan(
+        sampling,
+        delta=privacy.delta,
+        steps=config.train.steps,
+        epsilon=privacy.epsilon if privacy.noise_multiplier is None else None,
+        noise_multiplier=privacy.noise_multiplier,
+        accountant=privacy.accountant,
+    )
+
+
+def _fits(
+    config: Config, recognizer: Recognizer, corpus: Corpus | None, seconds: float | None, gpu_memory: float
+) -> MemoryPlan:
+    """The micro-batches that so many GiB take, with and without checkpointing where the model has it."""
+    from asr_finetune.models.checkpointing import has_checkpointing
+    from asr_finetune.models.methods import apply_method
+    from asr_finetune.planning.memory import plan_memory
+
+    apply_method(recognizer, config.method)
+    both = (False, True) if has_checkpointing(recognizer.model) else (False,)
+    memory = round(gpu_memory * 2**30)
+    return plan_memory(config, recognizer, memory, corpus=corpus, seconds=seconds, checkpointing=both)

@@ -1,0 +1,297 @@
+"""A dry run: all that can be checked of a run before it begins. Writes nothing, draws no noise, spends no ε.
+
+Model, data, accounting and the private path are those of `train`; only the ledger, the noise and the output folder
+are not there. Of the recordings, every header is read, and a sample is decoded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.provenance import shared_recordings
+from asr_finetune.data.sources import load_corpus
+from asr_finetune.messages import expected
+from asr_finetune.models.methods import apply_method
+from asr_finetune.models.parameters import trained_parameters
+from asr_finetune.models.recognizer import Recognizer
+from asr_finetune.planning.memory import MARGIN, Rehearsal, losses_of
+from asr_finetune.planning.tables import size
+from asr_finetune.planning.workload import typical_speech
+from asr_finetune.progress import Reporter
+from asr_finetune.training import record
+from asr_finetune.training.run_folder import RunFolder
+from asr_finetune.training.sampling import sampling_of, sigma_of
+from asr_finetune.training.setup import (
+    check_data,
+    check_public,
+    make_optimizer,
+    make_private,
+    prepare_blocks,
+    recognizer_of,
+    self_check,
+    training_dataset,
+)
+from dpkernels.privacy import epsilon, read_ledger
+
+_NAMED = 3  # of the recordings that are left out
+DECODED = 64  # recordings of a corpus that are decoded, evenly spread
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a dry run.
+
+    Attributes:
+        what: what was checked.
+        passed: whether a run would get past it; False also where it could not be checked.
+        found: what was seen, or what is wrong and the fix.
+    """
+
+    what: str
+    passed: bool
+    found: str
+
+
+def check_run(
+    config: Config, *, resume: bool = True, compare: str | Path | None = None, progress: bool = True
+) -> list[Check]:
+    """Go through a run's start without starting it.
+
+    Args:
+        config: the run; `config.check_trainable()` was called.
+        resume, compare: as `train`'s.
+        progress: print lines and bars along the way.
+
+    Returns:
+        The checks, in order; those that need one that failed are failed too, and say so.
+    """
+    run = _Checks(config, Reporter(progress))
+    steps: list[tuple[str, Callable[[], str], tuple[str, ...]]] = [
+        ("output", lambda: run.output(resume, compare), ()),
+        ("model", run.model, ()),
+        ("training data", run.training_data, ("model",)),
+        ("test data", run.test_data, ("model", "training data")),
+        ("validation data", run.validation_data, ("model", "training data")),
+        ("method", run.method, ("model",)),
+        ("privacy", run.privacy, ("output", "training data")),
+        ("memory", run.memory, ("training data", "method")),
+        ("gradients", run.gradients, ("privacy", "method", "memory")),
+    ]
+    checks: list[Check] = []
+    for what, step, needs in steps:
+        missing = [check.what for check in checks if check.what in needs and not check.passed]
+        if missing:
+            checks.append(Check(what, False, f"{_NOT_CHECKED}: needs {', '.join(missing)}"))
+            continue
+        try:
+            checks.append(Check(what, True, step()))
+        except Exception as error:
+            if not expected(error):
+                raise
+            checks.append(Check(what, False, str(error)))
+    return checks
+
+
+_NOT_CHECKED = "not checked"
+
+
+def check_table(checks: list[Check]) -> Table:
+    """The checks for the screen."""
+    failed = sum(not check.passed and not check.found.startswith(_NOT_CHECKED) for check in checks)
+    result = f"{failed} of {len(checks)} checks failed" if failed else "a run would start"
+    title = f"dry run: nothing was written or spent; {result}"
+    table = Table(title=title, show_header=False, title_justify="left")
+    for check in checks:
+        verdict = Text("ok", "green") if check.passed else Text("FAILED", "bold red")
+        if not check.passed and check.found.startswith(_NOT_CHECKED):
+            verdict = Text("not checked", "yellow")
+        table.add_row(check.what, verdict, Text(check.found))  # as it is: brackets are not rich's markup
+    return table
+
+
+@dataclass
+class _Checks:
+    """The steps, and what they leave for later ones."""
+
+    config: Config
+    reporter: Reporter
+    recognizer: Any = None
+    corpus: Any = None
+    sigma: float | None = None
+
+    def output(self, resume: bool, compare: str | Path | None) -> str:
+        folder = RunFolder(Path(self.config.output))
+        record.read_comparison(compare)
+        if folder.run.is_file():
+            raise ConfigError(
+                f"{folder.run} is there: this run is finished. Another run needs another --output"
+            )
+        if folder.check(self.config, resume=resume):
+            spent = read_ledger(folder.ledger).steps if folder.ledger.exists() else 0
+            return f"{folder.path}: holds this run, which would be continued; its ledger counts {spent} steps"
+        return f"{folder.path}: free"
+
+    def model(self) -> str:
+        self.recognizer = recognizer_of(self.config)
+        facts = self.recognizer.describe()
+        return (
+            f"{facts['name']}: {facts['class']}, {facts['total_parameters']:,} parameters in {facts['dtype']} on "
+            f"{self.recognizer.device}, {facts['vocabulary']} classes{' (new)' if facts['new_head'] else ''}"
+        )
+
+    def training_data(self) -> str:
+        config = self.config
+        self.corpus, found = self._corpus(config.data.train, config.data.train_split, training=True)
+        check_data(config, self.corpus, self.recognizer)
+        return found
+
+    def test_data(self) -> str:
+        source = self.config.data.test
+        if source is None:
+            return "data.test is not set: no error rates before and after"
+        corpus, found = self._corpus(source, self.config.data.test_split, training=False)
+        shared = len(shared_recordings(self.corpus, corpus))
+        if shared:
+            found += f"\nWARNING: {shared} of them are training recordings too: no epsilon covers error rates on them"
+        return found
+
+    def validation_data(self) -> str:
+        if not self.config.train.eval_every:
+            return "train.eval_every is 0: no curve"
+        assert self.config.data.valid is not None  # check_trainable saw to it
+        corpus, found = self._corpus(self.config.data.valid, self.config.data.valid_split, training=False)
+        check_public(corpus, self.corpus, self.config.privacy.unit)
+        return found
+
+    def _corpus(self, source: str, split: str | None, *, training: bool) -> tuple[Corpus, str]:
+        corpus = load_corpus(source, split=split, data=self.config.data).fit(
+            self.recognizer, training=training
+        )
+        places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
+        sample = Corpus([corpus.utterances[place] for place in places], source=corpus.source)
+        broken = sample.decoded(self.reporter, "decoding a sample").problems
+        found = corpus.summary()
+        if corpus.problems:
+            named = [f"{problem.name}: {problem.reason}" for problem in corpus.problems[:_NAMED]]
+            found += "".join(f"\n  {one}" for one in [*named, *["..."][: len(corpus.problems) > _NAMED]])
+        found += f"\n{len(sample)} decoded"
+        if broken:
+            found += (
+                f": {len(broken)} do not, and would be left out, e.g. {broken[0].name}: {broken[0].reason}"
+            )
+        return corpus, found
+
+    def method(self) -> str:
+        torch.manual_seed(self.config.train.seed)
+        recognizer: Recognizer = self.recognizer
+        apply_method(recognizer, self.config.method)
+        trained = trained_parameters(recognizer.model)
+        return f"{self.config.method.kind}: {trained:,} parameters are trained"
+
+    def privacy(self) -> str:
+        config = self.config
+        privacy, steps = config.privacy, config.train.steps
+        if not privacy.enabled:
+            return "NOT PRIVATE: privacy.enabled is false. Such a run has no epsilon"
+        assert privacy.delta is not None  # check_trainable saw to it
+        sampling = sampling_of(config, self.corpus)
+        ledger = RunFolder(Path(config.output)).ledger
+        begun = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
+        self.sigma = begun[0].mechanism.noise_multiplier if begun else sigma_of(config, sampling)
+        found = (
+            f"σ = {self.sigma:g}{' (its ledger)' if begun else ''}: {steps:,} steps, Poisson at rate "
+            f"{sampling.sample_rate:.5f} of {sampling.units:,} {sampling.unit}s"
+        )
+        if self.sigma == 0:
+            return f"NOT PRIVATE, {found}: without noise ε is infinite"
+        spends = epsilon(
+            self.sigma,
+            sampling.sample_rate,
+            steps,
+            privacy.delta,
+            accountant=privacy.accountant,
+            max_batch_size=privacy.max_batch_size,
+            dataset_size=sampling.units,
+        )
+        found += f"; would spend ε = {spends:.3f} at δ = {privacy.delta:g}"
+        if privacy.epsilon is not None:
+            found += f", target {privacy.epsilon:g}"
+            if spends > privacy.epsilon:
+                found += ": it would stop early"
+        if privacy.delta * sampling.units >= 1:
+            found += (
+                f"\nWARNING: δ is not below 1 / {sampling.units:,}: it allows for giving one of them away"
+            )
+        return found
+
+    def memory(self) -> str:
+        """The predicted peak with a micro-batch of the longest utterances, against what there is."""
+        config, recognizer = self.config, self.recognizer
+        if not config.privacy.enabled:
+            return "not predicted: memory plans are of private steps"
+        width = min(config.train.physical_batch_size, config.train.batch_size)
+        speech = typical_speech(recognizer, self.corpus)
+        losses = losses_of(recognizer, speech.item(recognizer, speech.longest))
+        device: torch.device = recognizer.device
+        with Rehearsal(
+            recognizer.model,
+            strategy=config.privacy.strategy,
+            optimizer=config.train.optimizer,
+            target="cuda" if device.type == "cuda" else "cpu",
+            checkpointing=config.train.checkpointing,
+        ) as stage:
+            peak = stage.peak(losses, width)
+        there = _capacity(device)
+        recomputed = ", checkpointing" if config.train.checkpointing else ""
+        parts = (
+            (peak.weights, "weights"),
+            (peak.sums, "float64 sums"),
+            (peak.optimizer, "optimizer"),
+            (peak.micro_batch, f"micro-batch of {width} × {speech.longest:.1f} s{recomputed}"),
+        )
+        listed = " + ".join(f"{size(part)} {name}" for part, name in parts)
+        found = f"predicted peak {size(peak.total)} ({listed}) of the {size(there)} of {device}"
+        if peak.total > MARGIN * there:
+            raise ConfigError(
+                f"{found}, of which {MARGIN:.0%} can be used: lower train.physical_batch_size, or choose a method that "
+                f"trains less; `asr-finetune plan --config ... --gpu-memory {there / 2**30:.0f}` finds what fits"
+            )
+        return found
+
+    def gradients(self) -> str:
+        config, recognizer = self.config, self.recognizer
+        dataset = training_dataset(config, self.corpus, recognizer)
+        lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
+        recognizer.model.train()
+        quiet = Reporter(False)
+        prepare_blocks(config.train, recognizer, quiet)
+        if not config.privacy.enabled:
+            recognizer.loss_per_example(recognizer.model, recognizer.collate([dataset[0]])).sum().backward()
+            return "one utterance went forward and backward"
+        config = config.with_values("privacy", noise_multiplier=self.sigma)
+        optimizer = make_optimizer(config.train, recognizer.model)
+        engine, _, _ = make_private(
+            config, recognizer, optimizer, dataset, lengths, quiet, None, config.train.steps
+        )
+        with closing(engine):
+            self_check(engine, recognizer, dataset, lengths, config.train.physical_batch_size, quiet)
+        return "every trained parameter has a norm rule; an utterance's gradient is the same in a batch and alone"
+
+
+def _capacity(device: torch.device) -> int:
+    """Bytes of memory of a device, or of this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,115 @@
+"""A plan as tables for the screen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from asr_finetune.planning.noise import Plan
+from asr_finetune.progress import duration
+
+if TYPE_CHECKING:  # they load transformers, which a plan without a model does without
+    from asr_finetune.planning.memory import Fit, MemoryPlan
+    from asr_finetune.planning.timing import Probe
+
+
+def plan_table(made: Plan) -> Table:
+    """The noise, the sampling, and ε on the way."""
+    target = "" if made.target_epsilon is None else f"target {made.target_epsilon:g}, "
+    table = Table(
+        title=f"ε: {target}spends {made.epsilon:.3f} at δ = {made.delta:g}",
+        show_header=False,
+        title_justify="left",
+    )
+    table.add_row(f"noise multiplier σ ({made.accountant.upper()})", f"{made.noise_multiplier:.3f}")
+    if made.noise_multiplier_other is not None:
+        table.add_row(f"  by {made.other} it would be", f"{made.noise_multiplier_other:.3f}")
+    if made.epsilon_other is not None:
+        table.add_row(f"  ε of this σ by {made.other}", f"{made.epsilon_other:.3f}")
+    sampling = (
+        "Poisson" if made.max_batch_size is None else f"truncated Poisson, at most {made.max_batch_size:,}"
+    )
+    drawn = f"{made.batch_size:,} of {made.units:,} {made.unit}s"
+    if made.unit == "speaker":
+        drawn = (
+            f"of {made.units:,} speakers; of one at most {made.per_unit:,} utterances in a step, of all "
+            f"{made.batch_size:,} expected at most"
+        )
+    table.add_row("sampling", f"{sampling}; rate {made.sample_rate:.5f} ({drawn})")
+    table.add_row("steps", f"{made.steps:,}: each {made.unit} is drawn {made.epochs:.1f} times on average")
+    for step, value in made.epsilon_at:
+        table.add_row(f"  ε after step {step:,}", f"{value:.3f}")
+    return table
+
+
+def probe_table(measured: Probe) -> Table:
+    """Time and memory, and what was left out of them."""
+    table = Table(title="measured on this machine, synthetic audio", show_header=False, title_justify="left")
+    for row in describe_probe(measured):
+        table.add_row(*row)
+    return table
+
+
+def describe_probe(measured: Probe) -> list[tuple[str, str]]:
+    """(what, value) rows for the screen."""
+    return [
+        ("device", measured.device),
+        ("trained parameters", f"{measured.trained_parameters:,} of {measured.total_parameters:,}"),
+        (
+            "time per utterance",
+            f"{1000 * measured.seconds_per_example:.1f} ms at {measured.seconds_of_audio:.1f} s of audio",
+        ),
+        ("time per step, noise and optimizer", duration(measured.seconds_per_step)),
+        ("time in all", duration(measured.total_seconds)),
+        ("  not in it", "reading audio and making features, self-check, evaluations, checkpoints"),
+        ("weights", size(measured.parameters)),
+        ("optimizer state", size(measured.optimizer)),
+        ("float64 sums", size(measured.sums)),
+        (
+            "peak memory",
+            f"{size(measured.peak)} with {measured.physical_batch_size} utterances of "
+            f"{measured.longest_seconds:.1f} s",
+        ),
+    ]
+
+
+def memory_table(made: MemoryPlan) -> Table:
+    """The largest micro-batch of each strategy, and of the chosen one for shorter utterances."""
+    table = Table(
+        title=f"largest micro-batch within {made.margin:.0%} of {size(made.memory)}, rehearsed",
+        title_justify="left",
+    )
+    for name in ("strategy", "utterances of", "micro-batch", "peak", "  weights", "  of the micro-batch"):
+        table.add_column(name)
+    for fit in made.fits:
+        table.add_row(*_fit_row(fit), style="bold" if fit is made.chosen else "")
+    for fit in made.shorter:
+        table.add_row(*_fit_row(fit))
+    table.caption = "nothing fits" if made.chosen is None else _advice(made.chosen)
+    return table
+
+
+def _fit_row(fit: Fit) -> list[str]:
+    name = fit.strategy + (", checkpointing" if fit.checkpointing else "")
+    if fit.peak is None:
+        return [name, f"{fit.seconds:.1f} s", "none fits", "", "", ""]
+    parts = (fit.peak.total, fit.peak.weights, fit.peak.micro_batch)
+    return [name, f"{fit.seconds:.1f} s", str(fit.size), *map(size, parts)]
+
+
+def _advice(chosen: Fit) -> str:
+    checkpointing = str(chosen.checkpointing).lower()
+    return (
+        f"privacy.strategy={chosen.strategy} train.physical_batch_size={chosen.size} "
+        f"train.checkpointing={checkpointing}"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes, readable."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

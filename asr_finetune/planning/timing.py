@@ -1,0 +1,204 @@
+"""What a run would take on this machine: a few private micro-batches of noise, timed, and their memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import warnings
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from asr_finetune.config.schema import Config
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.models.methods import apply_method
+from asr_finetune.models.parameters import total_parameters, trained_parameters
+from asr_finetune.models.recognizer import Recognizer, to_device
+from asr_finetune.planning.workload import Speech, typical_speech
+from asr_finetune.progress import Reporter
+from asr_finetune.training.sampling import expected_utterances
+from asr_finetune.training.setup import make_optimizer, prepare_blocks
+from dpkernels import PrivacyEngine
+
+MICRO_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a short measurement on this machine says about a run. Bytes and seconds.
+
+    Attributes:
+        device: where it ran.
+        seconds_of_audio: length of the synthetic utterances that were timed.
+        longest_seconds: length of those that memory was measured with.
+        physical_batch_size: utterances in a micro-batch.
+        seconds_per_example: forward and private backward, per utterance.
+        seconds_per_step: noise and optimizer, once a logical step.
+        total_seconds: utterances in a step × steps × seconds_per_example + steps × seconds_per_step; without reading
+            audio and making features, the self-check, evaluations and checkpoints.
+        parameters: bytes of the weights.
+        optimizer: bytes of the optimizer's state.
+        sums: bytes of the float64 sums of clipped gradients.
+        peak: highest memory with a micro-batch of the longest utterances: of the process (CPU), or allocated
+            on the GPU.
+        trained_parameters: how many.
+        total_parameters: how many.
+    """
+
+    device: str
+    seconds_of_audio: float
+    longest_seconds: float
+    physical_batch_size: int
+    seconds_per_example: float
+    seconds_per_step: float
+    total_seconds: float
+    parameters: int
+    optimizer: int
+    sums: int
+    peak: int
+    trained_parameters: int
+    total_parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def probe(
+    config: Config, recognizer: Recognizer, corpus: Corpus | None = None, *, seconds: float | None = None
+) -> Probe:
+    """Time a few private micro-batches of noise with this model, and see how much memory they take.
+
+    The audio is synthetic, as long as the training data's mean (memory: as its longest): nothing is read.
+
+    Args:
+        config: method, batch sizes, optimizer. `privacy` may be incomplete; σ = 1 here.
+        recognizer: the model; the method is applied to it.
+        corpus: where lengths are taken from; None: `seconds`.
+        seconds: length of the utterances without a corpus; None: `speech.TYPICAL_SECONDS`, or the model's whole window
+            where that is shorter.
+
+    Raises:
+        ConfigError: `seconds` above the model's window.
+        ValueError: a method or a layer that cannot be trained.
+    """
+    speech = typical_speech(recognizer, corpus, seconds)
+    mean, longest = speech.mean, speech.longest
+    apply_method(recognizer, config.method)
+    model = recognizer.model.train()
+    prepare_blocks(config.train, recognizer, Reporter(False))
+    width = min(config.train.physical_batch_size, config.train.batch_size)
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(config.train, model)
+    dataset = _Synthetic(recognizer, speech, width)
+    engine = PrivacyEngine()
+    with closing(engine):
+        # q = 1: the one logical batch is the whole set, so the number of micro-batches is known.
+        _, private, loader = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            data_loader=torch.utils.data.DataLoader(
+                dataset, batch_size=len(dataset), collate_fn=recognizer.collate
+            ),
+            noise_multiplier=1.0,
+            max_grad_norm=config.privacy.max_grad_norm,
+            strategy=config.privacy.strategy,
+            physical_batch_size=width,
+            steps=1,
+            lengths=dataset.order,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="no self_check")  # the data is noise
+            return _measure(
+                config,
+                recognizer,
+                device,
+                private,
+                loader,
+                (mean, longest, width),
+                expected_utterances(config, corpus),
+            )
+
+
+def _measure(
+    config: Config,
+    recognizer: Recognizer,
+    device: torch.device,
+    private: Any,
+    loader: Any,
+    sizes: tuple[float, float, int],
+    utterances: float,
+) -> Probe:
+    mean, longest, width = sizes
+    model, times = recognizer.model, []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for logical_batch in loader:
+        for batch in logical_batch:
+            began = _clock(device)
+            private.backward(recognizer.loss_per_example(model, to_device(batch, device)))
+            times.append(_clock(device) - began)
+        began = _clock(device)
+        private.step()
+        step = _clock(device) - began
+        private.zero_grad()
+    # The first micro-batch is the longest's, the second warms up the ordinary length.
+    per_example = float(np.median(times[2:])) / width
+    total = config.train.steps * (utterances * per_example + step)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Probe(
+        device=str(device),
+        seconds_of_audio=mean,
+        longest_seconds=longest,
+        physical_batch_size=width,
+        seconds_per_example=per_example,
+        seconds_per_step=step,
+        total_seconds=total,
+        parameters=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        optimizer=_state_bytes(private.state),
+        sums=sum(8 * parameter.numel() for parameter in trained),
+        peak=_peak_bytes(device),
+        trained_parameters=trained_parameters(model),
+        total_parameters=total_parameters(model),
+    )
+
+
+class _Synthetic(torch.utils.data.Dataset[dict[str, Any]]):
+    """A micro-batch of the longest utterances, then some of the mean length: noise, made-up transcripts."""
+
+    def __init__(self, recognizer: Recognizer, speech: Speech, width: int) -> None:
+        self._kinds = [speech.item(recognizer, seconds) for seconds in (speech.longest, speech.mean)]
+        self._width = width
+        # The loader sorts by these, longest first: the first micro-batch is the one that memory is measured
+        # with.
+        self.order = [2] * width + [1] * (width * (MICRO_BATCHES + 1))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._kinds[0 if index < self._width else 1], "index": index}
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _state_bytes(state: Any) -> int:
+    tensors = (
+        value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: KiB on Linux
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

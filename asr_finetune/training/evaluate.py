@@ -1,0 +1,194 @@
+"""Word and character error rates, with a bootstrap interval over utterances."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jiwer
+import numpy as np
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+from asr_finetune.config.schema import EvaluateConfig
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.models.recognizer import Recognizer
+from asr_finetune.progress import Reporter
+from asr_finetune.training.dataset import SpeechDataset
+
+# The interval is part of a result that others recompute, so its draws are always the same.
+BOOTSTRAP_SEED = 0
+BOOTSTRAP_LEVEL = 0.95
+_APOSTROPHES = "'’ʼ`"
+_ENGLISH = EnglishTextNormalizer({})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Error rates of one recogniser on one corpus.
+
+    Attributes:
+        wer: word errors (substitutions + deletions + insertions) over reference words.
+        cer: the same for characters, spaces between words included.
+        wer_ci: 95 % bootstrap interval of `wer` over utterances, or None where it was not asked for.
+        utterances: number of utterances.
+        words: number of reference words, after normalisation.
+        hypotheses: (id, normalised reference, normalised hypothesis) of every utterance, in the corpus's
+            order.
+    """
+
+    wer: float
+    cer: float
+    wer_ci: tuple[float, float] | None
+    utterances: int
+    words: int
+    hypotheses: list[tuple[str, str, str]]
+
+    def to_dict(self, *, hypotheses: bool = False) -> dict[str, Any]:
+        """Plain values; the texts only where asked for, since they are the test set's content."""
+        values: dict[str, Any] = {
+            "wer": self.wer,
+            "cer": self.cer,
+            "wer_ci": list(self.wer_ci) if self.wer_ci else None,
+            "utterances": self.utterances,
+            "words": self.words,
+        }
+        if hypotheses:
+            values["hypotheses"] = [list(entry) for entry in self.hypotheses]
+        return values
+
+    def __str__(self) -> str:
+        interval = f" ({self.wer_ci[0]:.1%} to {self.wer_ci[1]:.1%})" if self.wer_ci else ""
+        rates = f"WER {self.wer:.1%}{interval}, CER {self.cer:.1%}"
+        return f"{rates} on {self.utterances} utterances, {self.words} words"
+
+
+def normalise(text: str, how: str = "basic") -> str:
+    """The text as it is scored.
+
+    "basic": Unicode NFKC; lower case; apostrophes removed (`don't` = `dont`); all other punctuation (Unicode
+    categories P*) replaced by a space; runs of spaces collapsed. Numbers, abbreviations and spelling
+    variants are left as they are, so figures are not comparable with those of Whisper's English normaliser.
+    "english": that normaliser (Radford et al. 2022, appendix C) as transformers has it, without its list of
+    British spellings: "twenty one" = "21", contractions written out, fillers dropped.
+    "none": as given, but for outer spaces.
+
+    Raises:
+        ValueError: another value of `how`.
+    """
+    if how == "none":
+        return text.strip()
+    if how == "english":
+        return str(_ENGLISH(text)).strip()
+    if how != "basic":
+        raise ValueError(f"normalize={how!r}: expected 'basic', 'english' or 'none'")
+    text = unicodedata.normalize("NFKC", text).lower()
+    kept = (
+        "" if char in _APOSTROPHES else " " if unicodedata.category(char).startswith("P") else char
+        for char in text
+    )
+    return " ".join("".join(kept).split())
+
+
+def score(entries: Sequence[tuple[str, str, str]], config: EvaluateConfig) -> Evaluation:
+    """Error rates of (id, reference, hypothesis) entries.
+
+    An empty reference counts no words, and every word of its hypothesis as an insertion.
+
+    Raises:
+        ValueError: no entries, or no reference word in any of them (the rate would be 0/0).
+    """
+    if not entries:
+        raise ValueError("evaluation: the corpus holds no utterances; check data.test and its filters")
+    texts = [
+        (name, normalise(ref, config.normalize), normalise(hyp, config.normalize))
+        for name, ref, hyp in entries
+    ]
+    words = np.array([_word_counts(reference, hypothesis) for _, reference, hypothesis in texts])
+    chars = np.array([_character_counts(reference, hypothesis) for _, reference, hypothesis in texts])
+    if words[:, 1].sum() == 0:
+        raise ValueError(
+            "evaluation: every reference is empty, so there is no error rate; check the transcripts"
+        )
+    return Evaluation(
+        wer=float(words[:, 0].sum() / words[:, 1].sum()),
+        cer=float(chars[:, 0].sum() / chars[:, 1].sum()),
+        wer_ci=bootstrap_interval(words, config.bootstrap) if config.bootstrap else None,
+        utterances=len(texts),
+        words=int(words[:, 1].sum()),
+        hypotheses=texts,
+    )
+
+
+def bootstrap_interval(counts: np.ndarray, resamples: int) -> tuple[float, float]:
+    """Percentile interval of Σ errors / Σ words over utterances drawn with replacement.
+
+    Args:
+        counts: [N, 2], errors and words of each utterance.
+        resamples: number of resamples; the generator's seed is fixed, so the same counts give the same
+            interval.
+    """
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    size = len(counts)
+    totals = np.empty((resamples, 2))
+    for index in range(resamples):
+        totals[index] = counts[generator.integers(size, size=size)].sum(axis=0)
+    totals = totals[totals[:, 1] > 0]  # a resample of empty references only has no rate
+    tail = 100 * (1 - BOOTSTRAP_LEVEL) / 2
+    low, high = np.percentile(totals[:, 0] / totals[:, 1], [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _word_counts(reference: str, hypothesis: str) -> tuple[int, int]:
+    output = jiwer.process_words(reference, hypothesis)
+    errors = output.substitutions + output.deletions + output.insertions
+    return errors, output.hits + output.substitutions + output.deletions
+
+
+def _character_counts(reference: str, hypothesis: str) -> tuple[int, int]:
+    output = jiwer.process_characters(reference, hypothesis)
+    errors = output.substitutions + output.deletions + output.insertions
+    return errors, output.hits + output.substitutions + output.deletions
+
+
+def evaluate(
+    recognizer: Recognizer,
+    corpus: Corpus,
+    config: EvaluateConfig,
+    *,
+    dataset: SpeechDataset | None = None,
+    reporter: Reporter | None = None,
+    name: str = "evaluate",
+) -> Evaluation:
+    """Transcribe a corpus and score it.
+
+    Args:
+        recognizer: greedy decoding, or held to `config.restrict_to`.
+        corpus: references and audio.
+        config: batch size, restriction, bootstrap, normalisation.
+        dataset: the corpus's dataset where its features are kept for several evaluations; made here when
+            None.
+        reporter: progress; None prints nothing.
+        name: of the progress bar.
+
+    Raises:
+        ValueError: an empty corpus, or one with empty references only.
+    """
+    reporter = reporter or Reporter(enabled=False)
+    utterances = corpus.utterances
+    if dataset is None:
+        dataset = SpeechDataset(corpus, recognizer, cache=False, augment=None)
+    # Like lengths share a batch: less padding, and the largest batch comes first.
+    order = sorted(range(len(utterances)), key=lambda index: -recognizer.length(utterances[index]))
+    hypotheses = [""] * len(utterances)
+    with reporter.bar(name, len(utterances)) as bar:
+        for start in range(0, len(order), config.batch_size):
+            chosen = order[start : start + config.batch_size]
+            batch = recognizer.collate([dataset[index] for index in chosen])
+            texts = recognizer.transcribe(batch, restrict_to=config.restrict_to)
+            for index, text in zip(chosen, texts, strict=True):
+                hypotheses[index] = text
+            bar.update(min(start + config.batch_size, len(order)))
+    entries = [(item.id, item.text, text) for item, text in zip(utterances, hypotheses, strict=True)]
+    return score(entries, config)

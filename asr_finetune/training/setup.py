@@ -1,0 +1,251 @@
+"""From a configuration to what the loop needs: corpora, datasets, the optimizer, their private versions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from asr_finetune.config.schema import Config, ConfigError, DataConfig, TrainConfig
+from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.provenance import of_speakers, shared_recordings
+from asr_finetune.data.sources import load_corpus
+from asr_finetune.models.checkpointing import checkpoint_blocks
+from asr_finetune.models.compiling import compile_frozen_blocks
+from asr_finetune.models.loading import load_recognizer
+from asr_finetune.models.recognizer import Recognizer, to_device
+from asr_finetune.progress import Reporter, duration
+from asr_finetune.training.augment import SpecAugment
+from asr_finetune.training.dataset import SpeechDataset
+from asr_finetune.training.plain import micro_batch_limits
+from asr_finetune.training.sampling import check_batch, sigma_of, unit_arguments, units
+from dpkernels import PrivacyEngine
+from dpkernels.privacy import plan_sampling, read_ledger
+
+SELF_CHECK_EXAMPLES = 3
+SELF_CHECK_LENGTHS = (0.05, 0.4)  # quantiles, from and to
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_NAMES_SHOWN = 10
+
+
+def recognizer_of(config: Config) -> Recognizer:
+    """The recogniser of a run, with its prefix of transcripts; see `models.load_recognizer`."""
+    recognizer = load_recognizer(config.model)
+    recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
+    return recognizer
+
+
+def load(
+    source: str, split: str | None, data: DataConfig, reporter: Reporter, name: str, recognizer: Recognizer
+) -> Corpus:
+    """Load what the recogniser can take and what decodes of a corpus; say what is in it and what was left out.
+
+    Args:
+        source: as in `sources.load_corpus`.
+        split: as there.
+        data: filters and preparation of transcripts.
+        reporter: where to say it.
+        name: "train", or what else it is for; transcripts must be learnable for "train" only.
+        recognizer: leaves out what it cannot take.
+
+    Raises:
+        ConfigError: no such corpus, or nothing usable in it.
+    """
+    corpus = load_corpus(source, split=split, data=data).fit(recognizer, training=name == "train")
+    if data.check_audio:
+        corpus = corpus.decoded(reporter, f"{name}: reading audio")
+    reporter.say(f"{name}: {corpus.summary()}")
+    for problem in corpus.problems[:_NAMES_SHOWN]:
+        reporter.say(f"  left out {problem.name}: {problem.reason}")
+    if len(corpus.problems) > _NAMES_SHOWN:
+        reporter.say(f"  and {len(corpus.problems) - _NAMES_SHOWN} more")
+    return corpus
+
+
+def training_dataset(config: Config, corpus: Corpus, recognizer: Recognizer) -> SpeechDataset:
+    """The training data as tensors."""
+    return SpeechDataset(
+        corpus,
+        recognizer,
+        cache=config.train.cache_features,
+        augment=SpecAugment() if config.train.spec_augment else None,
+        target_prefix=config.data.target_prefix,
+    )
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer over the trained parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return _OPTIMIZERS[config.optimizer](trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def prepare_blocks(config: TrainConfig, recognizer: Recognizer, reporter: Reporter) -> None:
+    """What the configuration asks of the model's blocks, in place: after the method, before `make_private`.
+
+    Raises:
+        ConfigError: the model has no such blocks, or torch.compile does not work; the message names the key.
+    """
+    if config.checkpointing:
+        checkpoint_blocks(recognizer.model)
+    if config.compile_frozen:
+        names = compile_frozen_blocks(recognizer.model)
+        if not names:
+            raise ConfigError(
+                f"train.compile_frozen=true: every block of {recognizer.name} holds a trained parameter, so that there "
+                "is nothing to compile: set it to false, or choose a method or method.targets that leave blocks frozen"
+            )
+        reporter.say(f"{len(names)} frozen blocks are compiled when they are first called")
+
+
+def make_private(
+    config: Config,
+    recognizer: Recognizer,
+    optimizer: torch.optim.Optimizer,
+    dataset: SpeechDataset,
+    lengths: Sequence[int],
+    reporter: Reporter,
+    ledger: Path | None,
+    remaining: int,
+) -> tuple[PrivacyEngine, Any, Iterable[Any]]:
+    """The engine, the private optimizer and the private loader for `remaining` more steps.
+
+    σ is the one that the ledger's first steps used; else `privacy.noise_multiplier`; else the smallest for the
+    target ε over `train.steps` steps. On resume it must not be found anew: the steps that were lost are
+    spent.
+    """
+    privacy = config.privacy
+    unit = unit_arguments(config, dataset.corpus)
+    data_loader = DataLoader(
+        dataset,
+        batch_size=config.train.batch_size,
+        collate_fn=recognizer.collate,
+        num_workers=config.train.num_workers,
+        persistent_workers=config.train.num_workers > 0,
+    )
+    sampling = plan_sampling(data_loader, **unit)
+    contents = read_ledger(ledger) if ledger is not None and ledger.exists() else None
+    spent = contents.steps if contents else 0
+    begun = [run for run in contents.runs if run.steps] if contents else []
+    if begun:
+        sigma = begun[0].mechanism.noise_multiplier
+        reporter.say(f"noise multiplier {sigma:g}, as before (ledger: {spent} steps spent)")
+    else:
+        sigma = sigma_of(config, sampling)
+        if privacy.noise_multiplier is None:
+            reporter.say(
+                f"noise multiplier {sigma:g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
+                f"{config.train.steps} steps, sampling rate {sampling.sample_rate:.4g} of {sampling.units:,} "
+                f"{sampling.unit}s"
+            )
+    size, frames = micro_batch_limits(config.train, lengths)
+    engine = PrivacyEngine(accountant=privacy.accountant, ledger=ledger)
+    _, private, loader = engine.make_private(
+        module=recognizer.model,
+        optimizer=optimizer,
+        data_loader=data_loader,
+        noise_multiplier=sigma,
+        max_grad_norm=privacy.max_grad_norm,
+        strategy=privacy.strategy,
+        physical_batch_size=size,
+        physical_frames=frames,
+        lengths=list(lengths),
+        steps=max(spent + remaining, 1),
+        target_epsilon=privacy.epsilon,
+        target_delta=privacy.delta,
+        **unit,
+    )
+    return engine, private, loader
+
+
+def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
+    """Whether the training data fits the rest of the configuration.
+
+    Raises:
+        ConfigError: it does not; the message names the key.
+    """
+    check_batch(config, units(config, corpus), len(corpus))
+    several = config.train.physical_batch_size > 1 or config.train.fill_micro_batches
+    if recognizer.equal_lengths_only and several:
+        lengths = {recognizer.samples(utterance) for utterance in corpus.utterances}
+        if len(lengths) > 1:
+            raise ConfigError(
+                f"train.physical_batch_size={config.train.physical_batch_size}: {recognizer.name} takes batches "
+                f"of equal lengths only ({recognizer.equal_lengths_only}), and the recordings' differ: set it to 1, "
+                "and train.fill_micro_batches to false"
+            )
+
+
+def check_public(valid: Corpus, train: Corpus, unit: str) -> None:
+    """Whether validation data can be public: nothing of it may be of a training recording, or of a training speaker.
+
+    Args:
+        valid: the validation data.
+        train: the training data.
+        unit: what is protected; where it is "speaker", all of a speaker's recordings are.
+
+    Raises:
+        ConfigError: some of it is; the message names the recordings.
+    """
+    shared, what = shared_recordings(train, valid), "training recordings too"
+    if not shared and unit == "speaker":
+        shared, what = of_speakers(train, valid), "of training speakers, who are protected as a whole"
+    if shared:
+        named = ", ".join(shared[:_NAMES_SHOWN]) + (", ..." if len(shared) > _NAMES_SHOWN else "")
+        raise ConfigError(
+            f"data.valid: {len(shared)} of its {len(valid)} recordings are {what} ({named}): the "
+            "curve over training would be made from private data without noise. Give public data, or set "
+            "train.eval_every=0"
+        )
+
+
+def self_check(
+    engine: PrivacyEngine,
+    recognizer: Recognizer,
+    dataset: SpeechDataset,
+    lengths: Sequence[int],
+    physical_batch_size: int,
+    reporter: Reporter,
+) -> None:
+    """A few utterances of unlike lengths, together and one by one: their gradients must agree.
+
+    As many as a micro-batch holds, of 2 to 3, and of the shorter ones: what was planned for leaves room for them. Where
+    the recogniser takes equal lengths only, all are cut to the shortest one's, and have its labels. In float32 whatever
+    the run computes in: in a half type a small parameter's gradient can be rounding alone. In the half type it is asked
+    whether an utterance adds the same beside others.
+
+    Raises:
+        SelfCheckError: they do not; the message names the layers.
+    """
+    order = np.argsort(lengths)
+    places = np.linspace(*SELF_CHECK_LENGTHS, min(SELF_CHECK_EXAMPLES, max(physical_batch_size, 2))) * (
+        len(order) - 1
+    )
+    what = f"{len(places)} utterances"
+    items = [dataset[int(order[int(place)])] for place in places]
+    if recognizer.equal_lengths_only:
+        what += f" of one length ({recognizer.equal_lengths_only})"
+        name, labels = recognizer.input_name, items[0]["labels"]
+        shortest = min(len(item[name]) for item in items)
+        items = [{**item, name: item[name][:shortest], "labels": labels} for item in items]
+    singles = [to_device(recognizer.collate([item]), recognizer.device) for item in items]
+    batch = to_device(recognizer.collate(items), recognizer.device)
+    began = time.monotonic()
+    with recognizer.in_float32():
+        report = engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
+    if recognizer.dtype is not torch.float32:
+        engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
+    told = (
+        ""
+        if "train" in report.modes
+        else " in evaluation mode, and in training, which is random, beside others"
+    )
+    reporter.say(
+        f"self-check passed: the gradients of {what} are the same in a batch and alone{told} "
+        f"({duration(time.monotonic() - began)})"
+    )

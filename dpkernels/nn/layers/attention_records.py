@@ -1,0 +1,113 @@
+"""The record of a weight that several linear layers share row by row: attention's packed q, k and v projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpkernels import ops
+from dpkernels.nn.recording.records import (
+    ExpandedRecord,
+    LinearRecord,
+    Record,
+    join_names,
+    materialised_gradient,
+)
+from dpkernels.nn.tensors import accumulation_dtype, cat_time, common_dtype, per_sample_product, sum_up
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """Rows [first, first + n) of a weight [p, d], used as y = x Wᵀ with those rows: x [B,T,d], g [B,T,n]."""
+
+    first: int
+    x: Tensor
+    g: Tensor
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the weight."""
+        return slice(self.first, self.first + self.g.shape[2])
+
+
+@dataclass(eq=False)
+class PackedLinearRecord(Record):
+    """Weight [p, d] whose blocks of rows are linear layers with inputs of their own.
+
+    The blocks are disjoint, so the squared norm is the sum of theirs. Rows that no block names have no gradient. T may
+    differ from block to block: in cross-attention q reads the target, k and v the source.
+    """
+
+    layer: str
+    weight: nn.Parameter
+    blocks: tuple[RowBlock, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """B, as the blocks' output gradients say."""
+        (size,) = {block.g.shape[0] for block in self.blocks}
+        return size
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """[B, Σ T·n]: the blocks' side by side."""
+        return torch.cat([block.g.flatten(1) for block in self.blocks], 1)
+
+    @property
+    def rows(self) -> list[slice]:
+        """The blocks' rows of the weight."""
+        return [block.rows for block in self.blocks]
+
+    def norm_sq(self) -> Tensor:
+        """Σ over blocks of ‖g_iᵀ x_i‖²."""
+        return sum_up([ops.linear_norm_sq(*common_dtype(block.x, block.g)) for block in self.blocks])
+
+    def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Σ_i c_i g_iᵀ x_i at the block's rows."""
+        for block in self.blocks:
+            x, g = common_dtype(block.x, block.g)
+            ops.linear_weighted_sum(x, g, factors, sums[self.weight][block.rows])
+
+    def held_bytes(self) -> int:
+        """Bytes of the blocks' tensors."""
+        return sum(t.numel() * t.element_size() for block in self.blocks for t in (block.x, block.g))
+
+    def entries(self) -> int:
+        """The weight's, p·d."""
+        return self.weight.numel()
+
+    def materialised(self) -> tuple[ExpandedRecord, ...]:
+        """g_iᵀ x_i of each block at its rows, zeros elsewhere."""
+        dtype = accumulation_dtype(self.blocks[0].g)
+        gradients = self.blocks[0].g.new_zeros(self.batch_size, *self.weight.shape, dtype=dtype)
+        for block in self.blocks:
+            gradients[:, block.rows] = per_sample_product(block.g, block.x)
+        return (materialised_gradient(self.layer, self.weight, gradients),)
+
+    def as_linear(self, dtype: torch.dtype) -> LinearRecord:
+        """One linear layer over the blocks' frames one after the other, whose g is 0 in the others' rows."""
+        gs = [_at_rows(block, self.weight.shape[0]) for block in self.blocks]
+        return LinearRecord(
+            self.layer, self.weight, cat_time(*(block.x for block in self.blocks)), cat_time(*gs)
+        )
+
+    def merge(self, *others: Record) -> Record:
+        """Block by block along T where all have the same blocks, else as linear records."""
+        alike = [o for o in others if isinstance(o, PackedLinearRecord) and o.weight is self.weight]
+        alike = [o for o in alike if o.rows == self.rows]
+        if len(alike) < len(others):
+            return self.as_linear(self.blocks[0].x.dtype).merge(*others)
+        uses = (self, *alike)
+        blocks = [
+            RowBlock(of_one[0].first, cat_time(*(b.x for b in of_one)), cat_time(*(b.g for b in of_one)))
+            for of_one in zip(*(use.blocks for use in uses), strict=True)
+        ]
+        return PackedLinearRecord(join_names(*uses), self.weight, tuple(blocks))
+
+
+def _at_rows(block: RowBlock, rows: int) -> Tensor:
+    """The block's g [B,T,n] as [B,T,rows], zeros outside of its rows."""
+    return nn.functional.pad(block.g, (block.first, rows - block.rows.stop))

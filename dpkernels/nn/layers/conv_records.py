@@ -1,0 +1,236 @@
+"""The records of convolutions: depthwise ones by their own ops, general ones as linear layers on unfolded windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dpkernels import ops
+from dpkernels.nn.recording.records import (
+    ExpandedRecord,
+    LinearRecord,
+    Record,
+    Share,
+    join_names,
+    materialised_gradient,
+)
+from dpkernels.nn.tensors import common_dtype, per_sample_product, sum_up
+
+WINDOW_BYTES = 2**28
+"""Of the unfolded windows of a convolution that are made at a time."""
+
+
+@dataclass(eq=False)
+class DepthwiseConv1dRecord(Record):
+    """Weight [C,1,k] of a depthwise convolution: x [B,C,T], g [B,C,T'].
+
+    `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
+    """
+
+    layer: str
+    weight: nn.Parameter
+    x: Tensor
+    g: Tensor
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    exchanged: bool = False
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """Of the layer."""
+        return self.x if self.exchanged else self.g
+
+    def norm_sq(self) -> Tensor:
+        """Σ over channels c and taps j of (Σ_t g_tc x_{t+j,c})²."""
+        x, g = common_dtype(self.x, self.g)
+        return ops.depthwise_conv1d_norm_sq(
+            x,
+            g,
+            kernel_size=self.weight.shape[-1],
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+        )
+
+    def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add Σ_i c_i Σ_t g_tc x_{t+j,c} at channel c and tap j."""
+        x, g = common_dtype(self.x, self.g)
+        ops.depthwise_conv1d_weighted_sum(
+            x,
+            g,
+            factors,
+            sums[self.weight],
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+        )
+
+    def share(self) -> Share | None:
+        """A depthwise convolution."""
+        if self.x.dtype != self.g.dtype:
+            return None
+        options: dict[str, object] = {
+            "strides": self.stride,
+            "paddings": self.padding,
+            "dilations": self.dilation,
+        }
+        size: dict[str, object] = {"kernel_sizes": self.weight.shape[-1]}
+        return Share("depthwise_conv1d", self.x, self.g, options, size)
+
+    def merge(self, *others: Record) -> Record:
+        """One after the other, with gaps in which g is 0: no window of one reads the next."""
+        uses = [self._padded()]
+        for other in others:
+            if (
+                not isinstance(other, DepthwiseConv1dRecord)
+                or other.weight is not self.weight
+                or (other.stride, other.dilation) != (self.stride, self.dilation)
+            ):
+                return super().merge(other)
+            uses.append(other._padded())
+        xs, gs = [], []
+        for use in uses[:-1]:
+            windows = -(-use.x.shape[2] // self.stride)  # after so many, the first window of the next
+            xs.append(_pad_end(use.x, windows * self.stride))
+            gs.append(_pad_end(use.g, windows))
+        x, g = (torch.cat(common_dtype(*parts), 2) for parts in ((*xs, uses[-1].x), (*gs, uses[-1].g)))
+        return DepthwiseConv1dRecord(join_names(*uses), self.weight, x, g, self.stride, 0, self.dilation)
+
+    def _padded(self) -> DepthwiseConv1dRecord:
+        return replace(self, x=nn.functional.pad(self.x, (self.padding, self.padding)), padding=0)
+
+
+@dataclass(eq=False)
+class ConvRecord(Record):
+    """Weight `[p, d/groups, *k]` of a general convolution: x `[B, d, *space]`, g `[B, p, *space']`.
+
+    It is a linear layer on unfolded windows. They are ∏k times larger than x, so they are made when asked for, of as
+    many samples at a time as `WINDOW_BYTES` allows, and not kept: once where the gradients are materialised, twice
+    where norm and sum each ask.
+
+    `exchanged`: of a transposed one, whose output gradient stands in x, and input in g.
+    """
+
+    materialises_by_default: ClassVar[bool] = True
+
+    layer: str
+    weight: nn.Parameter
+    x: Tensor
+    g: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    exchanged: bool = False
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """Of the layer."""
+        return self.x if self.exchanged else self.g
+
+    def _group(self, index: int, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """(x [B,T',∏k·d/groups], g [B,T',p/groups]) of one group, in one dtype; T' = ∏space'."""
+        x, g = (t[samples].chunk(self.groups, 1)[index] for t in (self.x, self.g))
+        x = nn.functional.pad(x, [n for size in reversed(self.padding) for n in (size, size)])
+        windows = unfold(x, self.weight.shape[2:], self.stride, self.dilation, g.shape[2:])
+        windows, g = common_dtype(windows, g.flatten(2).transpose(1, 2))
+        return windows, g
+
+    def _parts(self) -> list[slice]:
+        """Ranges of samples whose windows of one group take at most WINDOW_BYTES, or of one sample."""
+        each = math.prod(self.g.shape[2:]) * self.weight[0].numel() * self.x.element_size()
+        step = max(1, WINDOW_BYTES // max(each, 1))
+        return [slice(first, first + step) for first in range(0, max(self.batch_size, 1), step)]
+
+    def norm_sq(self) -> Tensor:
+        """Σ over groups of ‖gᵀ windows‖²."""
+        return torch.cat([self._norm_sq(part) for part in self._parts()])
+
+    def _norm_sq(self, part: slice) -> Tensor:
+        return sum_up([ops.linear_norm_sq(*self._group(i, part)) for i in range(self.groups)])
+
+    def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Σ_i c_i gᵀ windows, group by group."""
+        rows = sums[self.weight].view(self.groups, self.weight.shape[0] // self.groups, -1)
+        for part in self._parts():
+            for i in range(self.groups):
+                x, g = self._group(i, part)
+                ops.linear_weighted_sum(x, g, factors[part], rows[i])
+
+    def entries(self) -> int:
+        """The weight's, p·d/groups·∏k."""
+        return self.weight.numel()
+
+    def materialised(self) -> tuple[ExpandedRecord, ...]:
+        """gᵀ windows, the groups one after the other."""
+        gradients = torch.cat([self._formed(part) for part in self._parts()])
+        return (materialised_gradient(self.layer, self.weight, gradients),)
+
+    def _formed(self, part: slice) -> Tensor:
+        groups = [per_sample_product(g, x) for x, g in (self._group(i, part) for i in range(self.groups))]
+        return torch.cat(groups, 1)
+
+    def as_linear(self, dtype: torch.dtype) -> LinearRecord | None:
+        """Its windows' layer; None where groups > 1."""
+        return LinearRecord(self.layer, self.weight, *self._group(0)) if self.groups == 1 else None
+
+    def merge(self, *others: Record) -> Record:
+        """As linear records, unfolded; grouped ones materialised."""
+        known = all(isinstance(other, LinearRecord | ConvRecord) for other in others)
+        linear = self.as_linear(self.x.dtype) if known else None
+        return super().merge(*others) if linear is None else linear.merge(*others)
+
+
+@dataclass(eq=False)
+class Conv1dRecord(ConvRecord):
+    """Weight [p, d/groups, k]: x [B,d,T], g [B,p,T']."""
+
+    stride: tuple[int, ...] = (1,)
+    padding: tuple[int, ...] = (0,)
+    dilation: tuple[int, ...] = (1,)
+
+
+@dataclass(eq=False)
+class Conv2dRecord(ConvRecord):
+    """Weight [p, d/groups, kh, kw]: x [B,d,H,W], g [B,p,H',W']."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+
+
+@dataclass(eq=False)
+class Conv3dRecord(ConvRecord):
+    """Weight [p, d/groups, kd, kh, kw]: x [B,d,D,H,W], g [B,p,D',H',W']."""
+
+    stride: tuple[int, ...] = (1, 1, 1)
+    padding: tuple[int, ...] = (0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1, 1)
+
+
+def unfold(
+    x: Tensor, kernel: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...], output: torch.Size
+) -> Tensor:
+    """Windows of x [B,C,*space] as [B, ∏output, C·∏kernel], in the order of a convolution weight's entries.
+
+    A strided view is taken first (no copy), then one copy lays the windows out.
+    """
+    batch, channels = x.shape[:2]
+    strides = x.stride()
+    sizes = (batch, channels, *output, *kernel)
+    steps = [s * n for s, n in zip(strides[2:], stride, strict=True)]
+    taps = [s * n for s, n in zip(strides[2:], dilation, strict=True)]
+    view = x.as_strided(sizes, (*strides[:2], *steps, *taps), x.storage_offset())
+    n = len(output)
+    order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
+    return view.permute(order).reshape(batch, math.prod(output), channels * math.prod(kernel))
+
+
+def _pad_end(t: Tensor, length: int) -> Tensor:
+    return nn.functional.pad(t, (0, length - t.shape[2]))

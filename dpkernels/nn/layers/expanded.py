@@ -1,0 +1,213 @@
+"""Small raw parameters by per-sample expansion: any parameter that is not a ghost layer's, if it is small.
+
+Its gradients are materialised, B times the parameter, which is why only small ones are taken. Two ways:
+
+- a module without children whose inputs carry the batch (a norm of someone's own, a gain, a small layer) runs as it is,
+  and its backward is asked example by example (`dpkernels.nn.layers.leaf_calls`);
+- a module with children (Parakeet's attention with `bias_u`), or one whose inputs are not the batch's (a table of
+  positions), finds a `SharedTensor` where it reads `self.bias_u`.
+
+Attached modules are re-classed to a subclass with properties, so that `named_parameters`, `state_dict` and
+optimizers never see anything but the parameter itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten
+
+from dpkernels.nn.batch.batch_axis import Site, batch_size_of, tensors_in
+from dpkernels.nn.batch.shared import SharedTensor
+from dpkernels.nn.copying import ORIGINALS
+from dpkernels.nn.layers.leaf_calls import LeafCall
+from dpkernels.nn.recording.module import GhostModule
+from dpkernels.nn.recording.records import ExpandedRecord
+from dpkernels.nn.recording.tape import Tape
+from dpkernels.nn.tensors import not_a_view
+
+EXPANSION_LIMIT = 65_536
+"""Largest parameter, in elements, that is expanded: its per-sample gradients take B times its size, in
+float32 256 KiB a sample at most."""
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, batch_size: int, tape: Tape, name: str) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.parameter, ctx.tape, ctx.name = parameter, tape, name
+        # A copy, and no view of it: an in-place use must not write to the parameter itself.
+        copy = parameter.detach().clone()
+        return not_a_view(copy.unsqueeze(0).expand(batch_size, *parameter.shape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, None]:
+        if g is not None:
+            ctx.tape.add(ExpandedRecord(ctx.name, ctx.parameter, g))
+        return None, None, None, None
+
+
+class ExpandingModule(GhostModule):
+    """Mixin of the classes of `expanding_class`; `_ghost_substitutes` is what their properties hand out."""
+
+    ghost_original: type[nn.Module]
+    _ghost_substitutes: Mapping[str, Any] | None = None
+    ghost_asks_axes = True
+
+    @contextmanager
+    def _substituted(self, values: Mapping[str, Any]) -> Iterator[None]:
+        before = self._ghost_substitutes
+        self.__dict__["_ghost_substitutes"] = values
+        try:
+            yield
+        finally:
+            self.__dict__["_ghost_substitutes"] = before
+
+    def get_parameter(self, target: str) -> Any:
+        """As nn.Module's; of its own parameters what its forward reads."""
+        if target in self.ghost_covers:
+            return getattr(self, target)
+        return nn.Module.get_parameter(cast(nn.Module, self), target)
+
+    def _expanded_forward(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        assert isinstance(self, nn.Module)
+        trained = {
+            name: p
+            for name in self.ghost_covers
+            if (p := self._parameters.get(name)) is not None and p.requires_grad
+        }
+        tape = self.ghost_tape
+        if self._ghost_substitutes is not None or not trained or not self._ghost_records():
+            return forward(*args, **kwargs)
+        assert tape is not None
+        label, size = self.ghost_label(), tape.examples
+        if next(self.children(), None) is None and _carries_batch(label, tape, args, kwargs):
+            if tape.asking:
+                return forward(*args, **kwargs)
+            tape.note_use(trained.values())
+
+            def run(values: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                with self._substituted(dict(zip(trained, values, strict=True))):
+                    return forward(*args, **kwargs)
+
+            ways = self.__dict__.setdefault("_ghost_ways", {})
+            return LeafCall(label, list(trained), list(trained.values()), run, tape, ways)(args, kwargs)
+        if size is None:
+            size = batch_size_of(args, kwargs)
+        if size is None:
+            raise RuntimeError(
+                f"{label}: neither the model's forward nor this module's got a tensor, so the batch size is not known "
+                f"and its trained parameters ({', '.join(trained)}) cannot be expanded per sample; pass the model a "
+                "tensor whose first dimension is the batch, or freeze them (requires_grad_(False))"
+            )
+        with self._substituted(SharedParameters(trained, label, size, tape)):
+            return forward(*args, **kwargs)
+
+
+class SharedParameters(Mapping[str, SharedTensor]):
+    """A module's trained parameters in one forward, each expanded when it is first read."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], label: str, size: int, tape: Tape) -> None:
+        self._parameters, self._label, self._size, self._tape = parameters, label, size, tape
+        self._made: dict[str, SharedTensor] = {}
+
+    def __getitem__(self, name: str) -> SharedTensor:
+        if name not in self._made:
+            parameter, full = self._parameters[name], f"{self._label}.{name}"
+            self._tape.note_use((parameter,))
+            # The first read may be under no_grad: the next one's gradient must not be lost.
+            with torch.enable_grad():
+                rows = _Expand.apply(parameter, self._size, self._tape, full)
+            self._made[name] = SharedTensor(rows, full, self._tape.axes)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def _carries_batch(label: str, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor among a module's inputs carries the batch, and none is one that examples share."""
+    leaves, _ = tree_flatten((args, kwargs))
+    if any(isinstance(leaf, SharedTensor) for leaf in leaves):
+        return False
+    tensors = [(path, t) for path, t in tensors_in((args, kwargs)) if t.dim() > 0]
+    size = tape.examples
+    if size is None:  # entered past the root's forward
+        return bool(tensors)
+    call = tape.axes.next_call(label)
+    axes = [tape.axes.of(Site(label, f"its argument {path}", call), t.shape, size) for path, t in tensors]
+    return any(axis is not None for axis in axes)
+
+
+def _property(name: str) -> property:
+    def read(self: Any) -> Any:
+        substitutes, parameter = self._ghost_substitutes, self._parameters[name]
+        if substitutes is None and parameter.requires_grad and self._ghost_records():
+            # From outside of its module's own forward: a ParameterList's, or a child's that its parent reads.
+            size = self.ghost_tape.examples
+            if size is not None:
+                return SharedParameters({name: parameter}, self.ghost_label(), size, self.ghost_tape)[name]
+        if substitutes is None or name not in substitutes:
+            return parameter
+        return substitutes[name]
+
+    return property(read)
+
+
+@cache
+def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of `original` that expands its own parameters `names`."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._expanded_forward(original.forward.__get__(self), args, kwargs)
+
+    forward.__wrapped__ = original.forward  # type: ignore[attr-defined] # its signature is the original's
+    body: dict[str, Any] = {name: _property(name) for name in names}
+    body |= {
+        "forward": forward,
+        "ghost_covers": names,
+        "ghost_original": original,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    expanding = type(original.__name__, (ExpandingModule, original), body)
+    ORIGINALS[expanding] = original
+    return expanding
+
+
+def expansion_refusal(module: nn.Module, parameter: nn.Parameter) -> str | None:
+    """Why `parameter`, a raw parameter of `module`, cannot be expanded; None when it can."""
+    if isinstance(module, nn.RNNBase):
+        return (
+            "a subclass with a forward of its own around one fused function; use nn.LSTM, nn.GRU or nn.RNN itself, or "
+            "register a ghost class (dpkernels.nn.ghost_subclass), or freeze it"
+        )
+    if isinstance(module, nn.Embedding):
+        # Under vmap a lookup is an index, whose backward knows none of them.
+        for option in ("padding_idx", "max_norm", "sparse", "scale_grad_by_freq"):
+            value = getattr(module, option)
+            if value is not None and value is not False:  # padding_idx=0 is a value
+                return (
+                    f"a subclass of nn.Embedding with a forward of its own and {option}={value}, "
+                    "which per-sample expansion would not heed; build it without, write a rule "
+                    "(dpkernels.nn.ghost_subclass), or freeze it"
+                )
+    if parameter.numel() > EXPANSION_LIMIT:
+        return (
+            f"no rule for it, and its {parameter.numel():,} elements are more than the {EXPANSION_LIMIT:,} "
+            "that are expanded per sample; freeze it, or write a rule (dpkernels.nn.register_swap)"
+        )
+    return None

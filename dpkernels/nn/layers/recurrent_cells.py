@@ -1,0 +1,71 @@
+"""GhostLSTMCell, GhostGRUCell and GhostRNNCell: one step of a recurrence, for loops of one's own.
+
+A loop calls a cell T times; its T records of each weight are stacked when the backward is over (`Record.merge`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dpkernels.nn.layers.linear import ghost_linear
+from dpkernels.nn.recording.module import GhostModule
+
+
+class _Cell(GhostModule):
+    """Mixin: the two products of a torch.nn.RNNCellBase as ghost linear layers."""
+
+    ghost_covers: ClassVar[tuple[str, ...]] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """As torch's: input [B,d], hx [B,H]. Raises ValueError for an input without a batch, when private."""
+        assert isinstance(self, nn.RNNCellBase)
+        if not self._ghost_active(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh):
+            return super().forward(input, hx)  # type: ignore[misc]
+        states = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+        for name, t in (("input", input), *(("hx", state) for state in states if state is not None)):
+            if t.dim() != 2 or len(t) != len(input):
+                raise ValueError(
+                    f"{self.ghost_label()}: its {name} is {list(t.shape)}, not a batch of vectors, so that no "
+                    "example's gradient can be told apart; give it an input [B, d], and hx [B, H]"
+                )
+        zeros = None if hx is not None else input.new_zeros(len(input), self.hidden_size)
+        h = states[0] if zeros is None else zeros
+        c = states[-1] if zeros is None else zeros
+        return self._step(self._product("ih", input), self._product("hh", h), h, c)
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = getattr(self, f"weight_{name}"), getattr(self, f"bias_{name}")
+        return ghost_linear(self, x, weight, bias)
+
+    def _step(self, ih: Tensor, hh: Tensor, h: Tensor, c: Tensor) -> Any:
+        """The new state from W_ih x + b_ih, W_hh h + b_hh and the state before (c is h where there is none)."""
+        raise NotImplementedError
+
+
+class GhostLSTMCell(_Cell, nn.LSTMCell):
+    """nn.LSTMCell: same constructor, same state_dict, same results; privately both weights are linear records."""
+
+    def _step(self, ih: Tensor, hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        i, f, g, o = (ih + hh).chunk(4, 1)
+        new = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(new), new
+
+
+class GhostGRUCell(_Cell, nn.GRUCell):
+    """nn.GRUCell: same constructor, same state_dict, same results; privately both weights are linear records."""
+
+    def _step(self, ih: Tensor, hh: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        r_x, z_x, n_x = ih.chunk(3, 1)
+        r_h, z_h, n_h = hh.chunk(3, 1)
+        new = torch.tanh(n_x + n_h * torch.sigmoid(r_h + r_x))
+        return (h - new) * torch.sigmoid(z_h + z_x) + new
+
+
+class GhostRNNCell(_Cell, nn.RNNCell):
+    """nn.RNNCell: same constructor, same state_dict, same results; privately both weights are linear records."""
+
+    def _step(self, ih: Tensor, hh: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        return torch.relu(ih + hh) if self.nonlinearity == "relu" else torch.tanh(ih + hh)

@@ -1,0 +1,141 @@
+"""What must hold of the model, the optimizer and the losses, each refused by name and with the fix."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dpkernels.nn import batch_norms_in_training, named_modules, uncovered
+
+
+def check_single_process() -> None:
+    """Raise RuntimeError where torch.distributed runs more than one process."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"{distributed.get_world_size()} processes: private training over more than one process is "
+            "refused, since its noise, divisor and sampling are not implemented; run one process on one "
+            "device"
+        )
+
+
+def check_module(module: nn.Module) -> None:
+    """Raise for a wrapped model, BatchNorm in training mode, or nothing trained."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "GradSampleModule")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if type(module).__name__ in wrappers:
+        raise ValueError(
+            f"module is wrapped in {type(module).__name__}; give the model itself (module.module)"
+        )
+    names = batch_norms_in_training(module)
+    if names:
+        raise ValueError(batch_norm_message(names))
+    hooked = [name for name, p in trained_parameters(module).items() if p._post_accumulate_grad_hooks]
+    if hooked:
+        raise ValueError(
+            f"trained parameters with post-accumulate-grad hooks: {', '.join(hooked)}. Such a hook sees gradients "
+            "before they are clipped, and can hide that autograd filled .grad; remove it"
+        )
+    if not trained_parameters(module):
+        raise ValueError("module has no trained parameters (requires_grad): there is nothing to make private")
+
+
+def check_coverage(module: nn.Module) -> None:
+    """Raise ValueError naming the trained parameters that have no norm rule."""
+    refused = uncovered(module)
+    if refused:
+        lines = "".join(f"\n  {item.name} ({item.module_type}): {item.reason}" for item in refused)
+        raise ValueError(
+            "trained parameters without a norm rule, so that nothing bounds what an example adds to "
+            f"them:{lines}\nMend: freeze them (requires_grad_(False)) or replace the layer."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Raise unless the optimizer holds every trained parameter and none that is not the model's."""
+    if type(optimizer).__name__ == "DPOptimizer" or not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times a step; use an optimizer that steps without a closure"
+        )
+    held = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in trained_parameters(module).items() if id(parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold these trained parameters: {', '.join(missing)}. Their gradients "
+            "would be clipped and noised for nothing; give them to the optimizer, or freeze them "
+            "(requires_grad_(False))."
+        )
+    own = {id(parameter) for parameter in module.parameters()}
+    foreign = [tuple(parameter.shape) for key, parameter in held.items() if key not in own]
+    trained = {id(parameter) for parameter in trained_parameters(module).values()}
+    check_no_gradient([parameter for key, parameter in held.items() if key not in trained])
+    if foreign:
+        raise ValueError(
+            f"the optimizer holds {len(foreign)} parameters that are not the module's (shapes "
+            f"{foreign[:5]}): their gradients would be neither clipped nor noised. Build the optimizer from "
+            "module.parameters()."
+        )
+
+
+def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise RuntimeError where a parameter that is not trained has a gradient: torch's optimizers step any
+    parameter whose .grad is set, requires_grad or not."""
+    shapes = [tuple(parameter.shape) for parameter in parameters if parameter.grad is not None]
+    if shapes:
+        raise RuntimeError(
+            f"the optimizer holds {len(shapes)} parameters that are not trained but have a .grad (shapes "
+            f"{shapes[:5]}): it would step them with a gradient that is neither clipped nor noised. Call "
+            "optimizer.zero_grad() before make_private, and compute no gradients past optimizer.backward."
+        )
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters with requires_grad, by name, each once."""
+    found: dict[nn.Parameter, str] = {}
+    for prefix, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                found.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+    return {name: parameter for parameter, name in found.items()}
+
+
+def some_of(names: Iterable[object]) -> str:
+    """The first five of these names, sorted, and how many more there are; "none" for none: for messages."""
+    found = sorted(map(str, names))
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return ", ".join(found[:5]) + more if found else "none"
+
+
+def batch_norm_message(names: list[str]) -> str:
+    """Why BatchNorm in training mode is refused, and the fix."""
+    return (
+        "BatchNorm in training mode mixes the examples of a batch, so no example's gradient is its own: "
+        f"{', '.join(names)}. Mend: dpkernels.nn.freeze_batch_norm(model) (running statistics, also in "
+        "training), or GroupNorm."
+    )
+
+
+def check_losses(losses: Tensor) -> None:
+    """Raise TypeError or ValueError unless losses are [B], floating and part of a graph."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses must be a Tensor of shape [B], got {type(losses).__name__}")
+    if losses.dim() != 1:
+        hint = (
+            "a reduced loss cannot be told apart by example: use reduction='none' and, for losses over "
+            "time, sum or average within each example: loss(..., reduction='none').flatten(1).sum(1)"
+        )
+        raise ValueError(
+            f"losses must have shape [B], one loss an example, got shape {tuple(losses.shape)}; {hint}"
+        )
+    if not losses.is_floating_point():
+        raise TypeError(f"losses must be floating-point, got {losses.dtype}")
+    if losses.shape[0] and not losses.requires_grad:
+        raise ValueError(
+            "losses do not require grad: no trained parameter had a part in them (torch.no_grad, detach, or "
+            "everything frozen?)"
+        )

@@ -1,0 +1,84 @@
+"""The user's DataLoader: whether Poisson sampling can take the place of its batches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+from torch.utils.data.sampler import BatchSampler
+
+
+def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
+    """(N, expected batch size) of a DataLoader whose batches Poisson sampling can replace.
+
+    Raises:
+        TypeError: not a DataLoader.
+        ValueError: an iterable dataset, a sampler or batch sampler of the user's own, drop_last, no batch
+            size, or an empty dataset; each with the reason and the fix.
+    """
+    if not isinstance(data_loader, DataLoader):
+        raise TypeError(
+            f"data_loader must be a torch.utils.data.DataLoader, got {type(data_loader).__name__}"
+        )
+    if isinstance(data_loader.dataset, IterableDataset):
+        raise ValueError(
+            "data_loader: an IterableDataset cannot be Poisson-sampled (every example must be reachable by "
+            "its index in every step); use a map-style dataset with __len__ and __getitem__"
+        )
+    if type(data_loader.batch_sampler) is not BatchSampler or data_loader.batch_size is None:
+        raise ValueError(
+            "data_loader: batch_sampler and batch_size=None are refused, since Poisson sampling draws the "
+            "batches; give batch_size, which becomes the expected batch size"
+        )
+    if type(data_loader.sampler) not in (RandomSampler, SequentialSampler) or getattr(
+        data_loader.sampler, "replacement", False
+    ):
+        raise ValueError(
+            f"data_loader: sampler={type(data_loader.sampler).__name__} is refused: it would change every "
+            "example's probability of joining a step, which must be q = batch_size/N; leave sampler out"
+        )
+    if data_loader.drop_last:
+        raise ValueError(
+            "data_loader: drop_last=True has no meaning for Poisson-sampled batches; leave it out"
+        )
+    size = len(data_loader.dataset)  # type: ignore[arg-type]
+    if size == 0:
+        raise ValueError("data_loader: its dataset is empty")
+    if isinstance(data_loader.dataset, Subset | ConcatDataset):
+        repeats = size - len(set(_sources(data_loader.dataset)))
+        if repeats:
+            raise ValueError(
+                f"data_loader: {repeats} of its {size} examples are repetitions (Subset or ConcatDataset name "
+                "them again): a repeated example would count several times in a step, and be accounted once. "
+                "Leave each in once, or use unit='speaker' with one id for its copies"
+            )
+    if data_loader.batch_size > size:
+        raise ValueError(
+            f"data_loader: batch_size={data_loader.batch_size} exceeds the dataset's {size} examples; it is "
+            "the expected batch size, and the sampling rate batch_size/N must be <= 1"
+        )
+    return size, data_loader.batch_size
+
+
+def _sources(dataset: Any) -> Iterator[tuple[object, ...]]:
+    """Where each example of a Subset or ConcatDataset comes from: underlying data set and index, or rows in memory."""
+    if isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _sources(part)
+    elif isinstance(dataset, Subset):
+        inner = list(_sources(dataset.dataset))
+        yield from (inner[index] for index in dataset.indices)
+    elif type(dataset) is TensorDataset and all(t.numel() for t in dataset.tensors):
+        # two data sets may hold the same tensors, or slices of one that overlap
+        rows = [(t.device, t.data_ptr(), t.stride(0) * t.element_size()) for t in dataset.tensors]
+        for index in range(len(dataset)):
+            yield tuple((device, start + index * step) for device, start, step in rows)
+    else:
+        yield from ((id(dataset), index) for index in range(len(dataset)))

@@ -1,0 +1,169 @@
+"""What a self-check found: the numbers, what was not asked, and the message that says which layers differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+# An example's loss alone over n times its loss in a batch of n, off from 1 by less: divided by n, says the message.
+_DIVIDED = 1e-3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one parameter's gradient is off. NOT PRIVATE.
+
+    Attributes:
+        parameter: qualified name. From the batch-independence check: "all trained parameters", or "the loss".
+        sample: index in the batch.
+        error: ‖private − one by one‖ over the larger of ‖one by one‖ and 10⁻³ of the example's whole
+            gradient. From the batch-independence check: the change over `norm`.
+        norm: ‖one by one‖. From the batch-independence check: of the private gradient, or of the loss.
+        mode: "eval" or "train".
+        place: "" in the batch as it came; ", rows reversed" with its rows in the reverse order.
+    """
+
+    parameter: str
+    sample: int
+    error: float
+    norm: float
+    mode: str
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class SelfCheckReport:
+    """What was compared. NOT PRIVATE.
+
+    Attributes:
+        differences: every parameter × sample × mode, worst first.
+        tolerance: largest error accepted.
+        first_module: where a gradient differs, in order of execution the first module whose output does; None
+            where no gradient or no output does.
+        norm_shortfall: largest factor by which a norm fell below the gradient's (<= 1 where norms are upper
+            bounds).
+        padded: whether an example was compared that is larger in its batch than alone. Where the data set has none,
+            collate_fn pads nothing, or what it made was not asked: see `unchecked`.
+        unchecked: what was not asked, each with the reason.
+    """
+
+    differences: list[Difference] = field(default_factory=list)
+    tolerance: float = 0.0
+    first_module: str | None = None
+    norm_shortfall: float = 0.0
+    padded: bool = False
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def modes(self) -> set[str]:
+        """ "eval" and "train", each where the model repeats itself with dropout off."""
+        return {item.mode for item in self.differences}
+
+    @property
+    def failures(self) -> list[Difference]:
+        """The differences beyond the tolerance."""
+        return [item for item in self.differences if not item.error <= self.tolerance]
+
+
+class SelfCheckError(RuntimeError):
+    """The self-check failed; `report` has the numbers, the message names the layers."""
+
+    def __init__(self, message: str, report: SelfCheckReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class Compared:
+    """What comparisons gave.
+
+    Attributes:
+        differences: by parameter and example.
+        shortfall: largest factor by which a norm fell below the gradient's.
+        dtypes: that the model computes in.
+        losses: (in the batch, alone) of the examples.
+        size: of the batch.
+        guessed: parts of the batch that were taken for the examples' by their size.
+    """
+
+    differences: list[Difference] = field(default_factory=list)
+    shortfall: float = 0.0
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    size: int = 0
+    guessed: tuple[str, ...] = ()
+
+    def take(self, other: Compared) -> None:
+        """Join another's."""
+        self.differences += other.differences
+        self.shortfall = max(self.shortfall, other.shortfall)
+        self.dtypes |= other.dtypes
+        self.losses += other.losses
+        self.size = max(self.size, other.size)
+        self.guessed = self.guessed or other.guessed
+
+    def hint(self) -> str:
+        """Words for rows that were guessed, and for a loss that is divided by the number of examples. They decide
+        nothing."""
+        doubt = "\n" + guess_message(self.guessed, self.size) if len(self.guessed) > 1 else ""
+        if not self.losses or not all(
+            alone and abs(together * self.size / alone - 1) < _DIVIDED for together, alone in self.losses
+        ):
+            return doubt
+        return (
+            f"{doubt}\nThe loss of an example changes with the batch's size: in a batch of {self.size} it is its loss "
+            f"alone, divided by {self.size}. Was it divided by len(batch)? Give the losses as they are: step() divides "
+            "their gradients' sum by the expected batch size."
+        )
+
+
+def guess_message(parts: Sequence[str], size: int) -> str:
+    """That these parts of a batch have rows is a guess, and what to do where it is wrong."""
+    return (
+        f"That {', '.join(parts)} are the examples' was taken from their {size} rows. Where one of them is shared by "
+        "all examples, leave the batch out, or give singles"
+    )
+
+
+def merged(reports: Sequence[SelfCheckReport], unchecked: Sequence[str]) -> SelfCheckReport:
+    """One report of several batches, worst difference first, with what was not asked of them."""
+    differences = [item for report in reports for item in report.differences]
+    return SelfCheckReport(
+        worst_first(differences),
+        max(report.tolerance for report in reports),
+        next((report.first_module for report in reports if report.first_module is not None), None),
+        max(report.norm_shortfall for report in reports),
+        any(report.padded for report in reports),
+        tuple(dict.fromkeys([*(said for report in reports for said in report.unchecked), *unchecked])),
+    )
+
+
+def worst_first(differences: Sequence[Difference]) -> list[Difference]:
+    """Sorted by error, NaN first."""
+    return sorted(differences, key=lambda item: -item.error if not math.isnan(item.error) else -math.inf)
+
+
+def explain(report: SelfCheckReport, hint: str = "") -> str:
+    """The message of a failed check: parameters, the first module that differs, likely causes."""
+    worst: dict[str, Difference] = {}
+    for item in report.failures:
+        worst.setdefault(item.parameter, item)
+    lines = "".join(
+        f"\n  {item.parameter}: off by {item.error:.3g} of its norm "
+        f"(example {item.sample}, {item.mode} mode{item.place})"
+        for item in list(worst.values())[:12]
+    )
+    where = ""
+    if report.first_module is not None:
+        where = f"\nThe first module whose output for an example depends on its batch: {report.first_module}."
+    return (
+        "self-check: the gradient of an example in its batch is not its gradient alone, beyond "
+        f"{report.tolerance:g}, for {len(worst)} parameters:{lines}{where}{hint}\nLikely causes: normalisation "
+        "over the batch, padding that is not masked, a layer whose first dimension is not the batch, rows that the "
+        "model sorts, a loss that mixes examples or is divided by their number, or, where errors are below 0.01 and on "
+        "a GPU, convolutions in TF32, torch's default (torch.backends.cudnn.allow_tf32 = False). (These numbers are "
+        "NOT PRIVATE.)"
+    )

@@ -1,0 +1,162 @@
+"""Clipping norms, of the whole gradient or of each layer, and what one sample can change in the sum."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpkernels.nn import Record, norms_sq
+from dpkernels.privacy.guards.preconditions import some_of
+
+# Relative to C. See rounding_slack for all three.
+LEAST_SLACK = 2.0**-20
+_PIECES = 2**9
+_CANCELLATION = 2**17
+
+
+def total_norm_sq(records: Sequence[Record], batch_size: int, device: torch.device) -> Tensor:
+    """Σ over records of their squared norms: [B] float64, rounded up. A parameter without a record adds 0."""
+    return add_up(norms_sq(records), batch_size, device)
+
+
+def add_up(norms: Iterable[Tensor], batch_size: int, device: torch.device) -> Tensor:
+    """Σ of [B] upper bounds: [B] float64, an upper bound itself.
+
+    R additions in float64 lose at most R·2⁻⁵³ of the sum, which the factor 1 + (R + 1)·2⁻⁵² more than gives
+    back. NaN and infinity stay what they are.
+    """
+    total, count = torch.zeros(batch_size, dtype=torch.float64, device=device), 0
+    for norm_sq in norms:
+        total += norm_sq.to(device=device, dtype=torch.float64)
+        count += 1
+    return total * (1 + (count + 1) * 2.0**-52)
+
+
+@dataclass(frozen=True)
+class PerLayerClipNorms:
+    """The clipping norms of per-layer clipping: a public constant C_p for every trained parameter.
+
+    Parameters that one record speaks for (LoRA's A and B, a tied weight) are clipped together, at √ΣC_p². However
+    the layers group their parameters, Σ over the groups of their squared norms is ΣC_p² = total²: the sensitivity.
+
+    Attributes:
+        total: C = √ΣC_p², rounded up.
+        of: C_p by parameter.
+        given: C_p by name as the user gave them; None for C/√P each.
+    """
+
+    total: float
+    of: Mapping[nn.Parameter, float]
+    given: Mapping[str, float] | None = None
+
+    def together(self, parameters: Sequence[nn.Parameter]) -> float:
+        """√Σ C_p² over these, rounded down. Raises RuntimeError for one that was not trained at make_private."""
+        strange = [tuple(p.shape) for p in parameters if p not in self.of]
+        if strange:
+            raise RuntimeError(
+                f"parameters of shapes {strange} have no clipping norm: they were frozen at make_private. Unfreeze "
+                "them before make_private"
+            )
+        if len(parameters) == 1:
+            return self.of[parameters[0]]
+        return math.sqrt(math.fsum(self.of[p] ** 2 for p in parameters)) * _DOWN
+
+
+# A few roundings of a float64: one way, and the other.
+_DOWN, _UP = 1 - 2.0**-50, 1 + 2.0**-50
+
+
+def per_layer_clip_norms(max_grad_norm: Any, trained: Mapping[str, nn.Parameter]) -> PerLayerClipNorms:
+    """The norms that `max_grad_norm` stands for under strategy="per_layer".
+
+    Args:
+        max_grad_norm: a number C: C/√P for each of the P trained parameters. A sequence: one norm a trained
+            parameter, in the order of model.named_parameters(). A mapping: the norm of each by name.
+        trained: the trained parameters by name.
+
+    Raises:
+        ValueError: names or numbers of norms that are not the trained parameters'; a norm that is not finite or not
+            above 0.
+        TypeError: a norm that is not a number.
+    """
+    if not is_per_layer(max_grad_norm):
+        total = check_norm(max_grad_norm)
+        each = total / math.sqrt(len(trained)) * _DOWN
+        return PerLayerClipNorms(total, dict.fromkeys(trained.values(), each))
+    if not isinstance(max_grad_norm, Mapping):
+        if len(max_grad_norm) != len(trained):
+            raise ValueError(
+                f"max_grad_norm: {len(max_grad_norm)} norms were given for {len(trained)} trained parameters; give "
+                "one each, in the order of model.named_parameters(), or a mapping by name, or one number for all"
+            )
+        max_grad_norm = dict(zip(trained, max_grad_norm, strict=True))
+    missing, unknown = trained.keys() - max_grad_norm.keys(), max_grad_norm.keys() - trained.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"max_grad_norm must name every trained parameter and nothing else; missing: {some_of(missing)}; not "
+            f"trained: {some_of(unknown)}"
+        )
+    given = {name: check_norm(max_grad_norm[name], f"max_grad_norm[{name!r}]") for name in trained}
+    total = math.sqrt(math.fsum(norm**2 for norm in given.values())) * _UP
+    return PerLayerClipNorms(total, {trained[name]: norm for name, norm in given.items()}, given)
+
+
+def is_per_layer(max_grad_norm: Any) -> bool:
+    """Whether it is a sequence or mapping of norms."""
+    return isinstance(max_grad_norm, Mapping | Sequence) and not isinstance(max_grad_norm, str)
+
+
+def check_norm(norm: Any, name: str = "max_grad_norm") -> float:
+    """A clipping norm as a float; TypeError unless a number, ValueError unless finite and > 0."""
+    if isinstance(norm, bool) or not isinstance(norm, int | float):
+        raise TypeError(f"{name}={norm!r}: one number is expected, the norm that a gradient is clipped to")
+    if not (math.isfinite(norm) and norm > 0):
+        raise ValueError(f"{name} must be finite and > 0, got {norm}")
+    return float(norm)
+
+
+def batch_bound(units: int, sample_rate: float, *, per_unit: int = 1, capacity: int | None = None) -> int:
+    """A public bound on the examples of a logical batch.
+
+    The capacity or the whole data set where these are smaller; else m = q·N + 30·√(q·N) + 500 units, which
+    Poisson sampling exceeds with probability below e⁻⁴⁰⁰ (Chernoff: exp(−t²/(2(μ + t/3))), t = 30√μ + 500),
+    less than any δ in float64 can tell from 0. The optimizer refuses a larger batch.
+    """
+    mean = units * sample_rate
+    bound = min(units, math.ceil(mean + 30 * math.sqrt(mean) + 500))
+    if capacity is not None:
+        bound = min(bound, capacity)
+    return bound * per_unit
+
+
+def rounding_slack(examples: int) -> float:
+    """s with: one example more or less changes the float64 sum of clipped gradients by at most (1 + s)·C.
+
+    The example's own contribution is at most C: clip_factors and the ops see to that. Beyond it, the example
+    can change how the others' additions round: each addition rounds by at most 2⁻⁵³ of the partial sum.
+
+    A long example is added in pieces (of at least 64 frames, or a token of an embedding), at most P of them to
+    an entry, and they may cancel: a piece can be far above C. How far is bounded by the ops' own rounding
+    bounds: a norm is stated as at least e ≥ (2κ + 1)·2⁻²⁴·S, S = Σ_t ‖x_t‖‖g_t‖ (csrc/cpu/bounds.h), so that
+    c·S ≤ C/(e/S) = K·C with K ≤ 2¹⁷ where there are two pieces of 64 frames or more (κ ≥ 66), and P·K ≤ 2²³
+    for an embedding. (On a GPU an example is added whole, times its factor: its piece is at most C.) A partial
+    sum is then below (n + K)·C, a sum of n·P additions within n·P·(n + K)·2⁻⁵³·C of the exact one, and two
+    neighbouring sums differ by twice that more than exact ones; 2⁻⁵¹ in place of 2⁻⁵² leaves a factor of two for
+    terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens.
+
+    Clipped by layers, all of this holds in each layer with C_l in place of C, and √Σ(1 + s)²C_l² = (1 + s)·C.
+
+    It holds for gradients of float32 and narrower; float64 models (for tests) have no such K. What it does
+    not count: an example that changes the *shape* of a batch can change how the others' forward and backward
+    (and gradients materialised there by batched products) round (docs/privacy.md says how much that was measured to
+    be).
+    """
+    return max(LEAST_SLACK, examples * _PIECES * (examples + _CANCELLATION) * 2.0**-51)
+
+
+def sensitivity(max_grad_norm: float, examples: int, per_unit: int = 1) -> float:
+    """L2 sensitivity of the sum to one unit: per_unit·C·(1 + rounding_slack)."""
+    return per_unit * max_grad_norm * (1 + rounding_slack(examples))

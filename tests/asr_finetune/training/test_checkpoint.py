@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from torch import nn
+
+from asr_finetune.training import checkpoint
+from asr_finetune.training.checkpoint import Checkpoint, CheckpointError
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def of_step(step: int, **values: Any) -> Checkpoint:
+    parameters = {"weight": torch.full((2, 3), float(step), requires_grad=True)}
+    given = {
+        "parameters": parameters,
+        "optimizer": {"state": {0: {"step": torch.tensor(step)}}, "param_groups": [{"lr": 0.1}]},
+        "privacy": {"runs": {"a": {"steps": step}}},
+        "random": checkpoint.random_state(),
+        "seconds": 1.5,
+        "curve": [{"step": step, "wer": 0.5}],
+    }
+    return Checkpoint(step=step, **{**given, **values})
+
+
+def stored(folder: Path) -> Checkpoint:
+    found = checkpoint.load(folder)
+    assert found is not None
+    return found
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "anew"
+    assert checkpoint.load(folder) is None
+    checkpoint.save(folder, of_step(3))
+    loaded, saved = stored(folder), of_step(3)
+    assert torch.equal(loaded.parameters["weight"], saved.parameters["weight"])
+    assert not loaded.parameters["weight"].requires_grad
+    assert torch.equal(loaded.random["cpu"], saved.random["cpu"])
+    for name in ("step", "optimizer", "privacy", "seconds", "curve"):
+        assert getattr(loaded, name) == getattr(saved, name)
+    checkpoint.save(folder, of_step(4, privacy=None))
+    assert (stored(folder).step, stored(folder).privacy) == (4, None)
+    assert [path.name for path in folder.iterdir()] == [checkpoint.FILE]
+
+
+def half_written(file: BinaryIO) -> None:
+    file.write(b"half")
+    raise Crash
+
+
+def crash(*_: Any) -> None:
+    raise Crash
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_crash_while_writing_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    checkpoint.save(tmp_path, of_step(3))
+    with monkeypatch.context() as patch:
+        if where == "write":
+            patch.setattr(torch, "save", lambda values, file: half_written(file))
+        else:
+            patch.setattr(os, where, crash)
+        with pytest.raises(Crash):
+            checkpoint.save(tmp_path, of_step(4))
+    assert stored(tmp_path).step == 3
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
+
+
+def test_a_file_is_durable_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    for name in ("fsync", "replace"):
+        original: Callable[..., None] = getattr(os, name)
+
+        def noted(*args: Any, name: str = name, original: Callable[..., None] = original) -> None:
+            order.append(name)
+            original(*args)
+
+        monkeypatch.setattr(os, name, noted)
+    checkpoint.write_text(tmp_path / "a.txt", "grün")
+    assert order == ["fsync", "replace", "fsync"]  # the last one is the folder's: the name itself
+    assert (tmp_path / "a.txt").read_bytes() == "grün".encode()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
+def test_what_json_has_not_leaves_the_old_file(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "a.json"
+    checkpoint.write_json(path, {"é": 1})
+    with pytest.raises((ValueError, TypeError)):
+        checkpoint.write_json(path, {"é": value})
+    assert path.read_text() == '{\n  "é": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Code:
+    """What must not run when a checkpoint is read."""
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("ran",))
+
+
+def cut(path: Path) -> None:
+    checkpoint.save(path.parent, of_step(3))
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.write_bytes(b"text"), "damaged"),
+        (cut, "damaged"),
+        (lambda path: torch.save({"format": 1, "step": Code()}, path), "damaged, or not a checkpoint"),
+        (lambda path: torch.save([1, 2], path), "not a checkpoint of format"),
+        (lambda path: torch.save({"format": -1}, path), "not a checkpoint of format"),
+        (lambda path: torch.save({}, path), "not a checkpoint of format"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / checkpoint.FILE)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+class Adapted(nn.Module):
+    """A frozen layer, a trained one, and an adapter of which one factor is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(3, 2).requires_grad_(False)
+        self.head = nn.Linear(2, 2, bias=False)
+        self.lora_A = nn.Linear(3, 1, bias=False).requires_grad_(False)
+
+
+def test_frozen_adapter_factors_are_kept_with_what_is_trained() -> None:
+    assert list(checkpoint.kept_parameters(Adapted())) == ["head.weight", "lora_A.weight"]
+
+
+def test_parameters_are_put_back() -> None:
+    first, second = Adapted(), Adapted()
+    checkpoint.restore_parameters(
+        second, {name: p.detach() for name, p in checkpoint.kept_parameters(first).items()}
+    )
+    for name, parameter in checkpoint.kept_parameters(second).items():
+        assert torch.equal(parameter, first.get_parameter(name))
+    assert second.head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head.weight": None}, r"lacks \['head\.weight'\] and has \[\]"),
+        ({"other": torch.zeros(1)}, r"lacks \[\] and has \['other'\]"),
+        ({"head.weight": torch.zeros(2, 3)}, r"head\.weight has shape \(2, 3\), the model's is \(2, 2\)"),
+    ],
+)
+def test_another_models_parameters_are_refused(changes: dict[str, Any], message: str) -> None:
+    model = Adapted()
+    saved = {name: p.detach() for name, p in checkpoint.kept_parameters(model).items()} | changes
+    before = model.lora_A.weight.clone()
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.restore_parameters(model, {k: v + 1 for k, v in saved.items() if v is not None})
+    if "shape" not in message:
+        assert torch.equal(model.lora_A.weight, before)
+
+
+def test_random_states_come_back() -> None:
+    state = checkpoint.random_state()
+    first = torch.rand(3)
+    checkpoint.restore_random(state)
+    assert torch.equal(torch.rand(3), first)

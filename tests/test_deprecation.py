@@ -1,0 +1,68 @@
+"""Names that the public interface had: accepted, and each says what it is called now."""
+
+from contextlib import closing
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dpkernels.nn
+from dpkernels import PrivacyEngine
+from dpkernels.nn import Record
+
+X = torch.arange(12.0).view(4, 3)
+
+
+def losses(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().sum(1)
+
+
+def private(engine: PrivacyEngine, strategy: str) -> nn.Module:
+    model = nn.Linear(3, 2)
+    return engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(X), batch_size=2),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        strategy=strategy,
+    )[0]
+
+
+def test_keep_small_is_mixed() -> None:
+    with closing(PrivacyEngine()) as engine:
+        with pytest.warns(DeprecationWarning, match="'mixed'") as said:
+            private(engine, "keep_small")
+        assert said[0].filename == __file__
+        assert engine.self_check(losses, X)
+    model = dpkernels.nn.swap(nn.Linear(3, 2))
+    with pytest.warns(DeprecationWarning, match="mixed"):
+        tape = dpkernels.nn.attach(model, keep_small=True)
+    assert tape.mixed
+
+
+def test_check_mates_is_check_batch_independence() -> None:
+    with closing(PrivacyEngine()) as engine:
+        private(engine, "mixed")
+        with pytest.warns(DeprecationWarning, match="check_batch_independence"):
+            engine.check_mates(losses, X)
+        with (
+            pytest.warns(DeprecationWarning, match="check_batch_independence"),
+            pytest.raises(ValueError, match="holds 1 example; give at least two"),
+        ):
+            engine.check_mates(losses, X[:1])
+
+
+def test_a_rule_of_ones_own_may_define_formed() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Mine\.formed is now called materialised"):
+
+        class Mine(dpkernels.nn.LinearRecord):
+            forms_by_default = True
+
+            def formed(self) -> tuple[dpkernels.nn.ExpandedRecord, ...]:
+                return super().materialised()
+
+    assert issubclass(Mine, Record)
+    assert Mine.materialised is Mine.formed
+    assert Mine.materialises_by_default
