@@ -8,6 +8,7 @@ import runpy
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,22 @@ def test_runs_from_top_to_bottom(
         runpy.run_path(str(path), run_name="__main__")
     assert re.search(SHOWN[name], capsys.readouterr().out), name
     assert not list(tmp_path.iterdir()), "a run by default leaves nothing behind"
+
+
+def test_the_notebook_runs_cell_by_cell_and_holds_no_outputs(capsys: pytest.CaptureFixture[str]) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    nbformat = pytest.importorskip("nbformat")
+    matplotlib.use("agg")
+    (path,) = FOLDER.glob("*.ipynb")
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(code):
+        exec(compile(cell.source, f"{path.name}, code cell {number}", "exec"), names)
+    assert re.search(r"epsilon = 2\.9\d after 20 steps", capsys.readouterr().out)
+    assert names["plain"][-1] > 0.6
+    spent = names["spent"]
+    assert spent == sorted(spent)
+    assert len(names["figure"].axes) == 2

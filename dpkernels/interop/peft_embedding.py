@@ -34,7 +34,7 @@ class GhostPeftLoRAEmbedding(GhostModule, LoraEmbedding):
             return super().forward(x, *args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:
             raise NotImplementedError(
-                f"{self.ghost_label()}: adapter_names mixes adapters within a batch, which has no norm rule; use "
+                f"{self.ghost_label()!r}: adapter_names mixes adapters within a batch, which has no norm rule; use "
                 "set_adapter"
             )
         result = self.base_layer(x, *args, **kwargs)

@@ -58,7 +58,7 @@ class SharingModule(GhostModule):
         assert tape is not None
         if tape.examples is None:
             raise RuntimeError(
-                f"{label}: the model's forward got no tensor, so the batch size is not known and the per-sample "
+                f"{label!r}: the model's forward got no tensor, so the batch size is not known and the per-sample "
                 "gradients of its trained parameters cannot be kept; call the model itself, with a tensor whose first "
                 "dimension is the batch, or freeze them"
             )

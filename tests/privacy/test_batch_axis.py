@@ -115,7 +115,7 @@ def test_rows_that_are_not_the_examples_are_refused(how: Any, strategy: str) -> 
         model = Refused()
         model.how = how
         run = private_run(model=model, loss_fn=losses, strategy=strategy, physical_batch_size=12)
-        with pytest.raises(RowError, match=r"first: \d of the \d rows of its output gradient"):
+        with pytest.raises(RowError, match=r"'first': \d of the \d rows of its output gradient"):
             run.release(range(batch))
         assert run.engine.steps == 0
         with pytest.raises(SelfCheckError):
@@ -167,7 +167,7 @@ def test_a_call_that_contradicts_what_was_learnt_raises() -> None:
     assert axes.of(site, (9, 9), 9) == 0
     assert not axes.assumed
     with pytest.raises(
-        ValueError, match=r"encoder\.table: its ids of shape \(1, 9\) in a forward of 6 examples"
+        ValueError, match=r"'encoder\.table': its ids of shape \(1, 9\) in a forward of 6 examples"
     ):
         axes.of(site, (1, 9), 6)
     shared = batch_axis.Site("encoder.table", "its ids", 1)
@@ -296,7 +296,7 @@ class BatchStatistic(zoo.ByHand):
 def test_a_function_that_mixes_examples_is_refused_in_every_micro_batch() -> None:
     run = private_run(model=BatchStatistic(), loss_fn=losses)
     for batch in (5, 5, 4, 6):
-        with pytest.raises(NotImplementedError, match=r"BatchStatistic\.w: .*batch_norm"):
+        with pytest.raises(NotImplementedError, match=r"'BatchStatistic\.w': .*batch_norm"):
             losses(run.model, run.data[list(range(batch))])
     zero = BatchStatistic()
     torch.nn.init.zeros_(zero.w)
@@ -320,7 +320,7 @@ class ChannelNorm(zoo.Zoo):
 def test_channels_of_what_examples_share_are_not_taken_for_others() -> None:
     run = private_run(model=ChannelNorm(), loss_fn=losses)
     with pytest.raises(
-        NotImplementedError, match=r"ChannelNorm\.codes: an input \(6, 6\) of norm, without the batch"
+        NotImplementedError, match=r"'ChannelNorm\.codes': an input \(6, 6\) of 'norm', without the batch"
     ):
         run.release(range(5))
 

@@ -117,7 +117,7 @@ class BatchAxes:
         common = evidence.axes & axes
         if evidence.axes and evidence.certain and not common:
             raise ValueError(
-                f"{site.layer}: {site.argument} of shape {tuple(shape)} in a forward of {size} examples; in earlier "
+                f"{site.layer!r}: {site.argument} of shape {tuple(shape)} in a forward of {size} examples; in earlier "
                 f"calls its dimension {min(evidence.axes)} was the batch. Which of its rows belong to which example is "
                 "not known. Give every call the same layout, or freeze the layer (requires_grad_(False))"
             )

@@ -90,7 +90,7 @@ class SharedTensor(Shared):
         return int(self.value())
 
     def __repr__(self) -> str:
-        return f"SharedTensor({self.name}, shape={tuple(self.shape)}, dtype={self.rows.dtype})"
+        return f"SharedTensor({self.name!r}, shape={tuple(self.shape)}, dtype={self.rows.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensor:
         raise self.refuse("a copy")
@@ -98,7 +98,7 @@ class SharedTensor(Shared):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(
-                f"{type(self).__name__} (of {self.__dict__.get('name')}) has no attribute {name!r}"
+                f"{type(self).__name__} (of {self.__dict__.get('name')!r}) has no attribute {name!r}"
             )
         if name in _OF_THE_VALUE:
             return getattr(self.value(), name)
@@ -126,7 +126,7 @@ class SharedTensor(Shared):
         if axis is not None:
             return layer(self.aligned(self.ndim, axis))
         if channels_second and self.shape[:1] != (1,):
-            raise self.refuse(f"an input {tuple(self.shape)} of {label}, without the batch,")
+            raise self.refuse(f"an input {tuple(self.shape)} of {label!r}, without the batch,")
         if self.shape[:1] == (1,):
             return tree_map(lambda y: self.again(y.unsqueeze(1)), layer(self.rows.squeeze(1)))
         return tree_map(self.again, layer(self.rows))

@@ -63,8 +63,8 @@ class Shared:
     def refuse(self, use: str) -> NotImplementedError:
         """The error for a use that does not say which example's gradient is which."""
         return NotImplementedError(
-            f"{self.name}: {use} of a parameter that examples share is not supported, since it does not say which part "
-            "of its gradient is which example's. View it as [1, ...] and broadcast it, or freeze it "
+            f"{self.name!r}: {use} of a parameter that examples share is not supported, since it does not say which "
+            "part of its gradient is which example's. View it as [1, ...] and broadcast it, or freeze it "
             "(requires_grad_(False))"
         )
 

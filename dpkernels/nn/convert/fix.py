@@ -73,7 +73,17 @@ class FixReport:
 def fix(model: nn.Module, *, batch_norm: str = "freeze", num_groups: int | None = None) -> FixReport:
     """Replace what `make_private` would refuse, in place, and say what was done, what it changes and what is left.
 
-    ==================================  =======================================  ===============================
+    ==================================  =======================================  =======================================
+    what                                becomes                                  what changes
+    ==================================  =======================================  =======================================
+    BatchNorm1d/2d/3d, subclasses       FrozenBatchNorm (`batch_norm="freeze"`)  training normalises as evaluation does
+    … and SyncBatchNorm                 GroupNorm (`batch_norm="group"`)         function, in training and evaluation
+    InstanceNorm, running statistics    InstanceNorm without                     evaluation normalises as training does
+    Embedding(sparse=True)              sparse=False                             nothing: gradients are dense
+    Embedding(scale_grad_by_freq=True)  scale_grad_by_freq=False                 gradients: the batch scaled them before
+    weight_norm, in either form         the weight itself                        what is trained, not what is computed
+    ==================================  =======================================  =======================================
+
     All else stays as it is: activations in place, for one, need no replacement. Weight and bias of norms are kept, as
     the parameters that they are. Call it before the optimizer is made.
 

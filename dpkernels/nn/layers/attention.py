@@ -79,8 +79,8 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
             )
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError(
-                f"{self.ghost_label()}: got nested tensors, which cannot be trained privately; give padded tensors and "
-                "key_padding_mask (in an nn.TransformerEncoder: enable_nested_tensor=False)"
+                f"{self.ghost_label()!r}: got nested tensors, which cannot be trained privately; give padded tensors "
+                "and key_padding_mask (in an nn.TransformerEncoder: enable_nested_tensor=False)"
             )
         masks = (key_padding_mask, attn_mask)
         batched = F._mha_shape_check(query, key, value, *masks, self.num_heads)  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
         alike = key.shape == value.shape if packed else key.shape[:2] == value.shape[:2]
         if not alike or query.shape[0] != key.shape[0]:
             raise ValueError(
-                f"{self.ghost_label()}: query {tuple(query.shape)}, key {tuple(key.shape)} and value "
+                f"{self.ghost_label()!r}: query {tuple(query.shape)}, key {tuple(key.shape)} and value "
                 f"{tuple(value.shape)} (batch first) do not fit: give all three the same batch, and key and value the "
                 f"same length{' and width' if packed else ''}"
             )
@@ -129,7 +129,7 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
     ) -> Tensor | None:
         """Both masks as one that is added to the scores, [B or 1, heads or 1, T or 1, S + added keys]."""
         if is_causal and attn_mask is None:
-            raise RuntimeError(f"{self.ghost_label()}: is_causal is a hint about attn_mask; give that, too")
+            raise RuntimeError(f"{self.ghost_label()!r}: is_causal is a hint about attn_mask; give that, too")
         batch, frames, source = *query.shape[:2], key.shape[1]
         found: list[Tensor] = []
         canonical: Any = F._canonical_mask
@@ -229,7 +229,7 @@ def _batch_first(inputs: tuple[Tensor, ...], axis: int | None) -> list[Tensor]:
 def _check_mask(layer: GhostModule, name: str, mask: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(mask.shape) != expected:
         raise RuntimeError(
-            f"{layer.ghost_label()}: {name} has shape {tuple(mask.shape)}, but should have {expected}"
+            f"{layer.ghost_label()!r}: {name} has shape {tuple(mask.shape)}, but should have {expected}"
         )
 
 

@@ -40,7 +40,7 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
         """input [B,C,*] (or [B,C]) -> the same shape."""
         if self.running_mean is None or self.running_var is None:
             raise ValueError(
-                f"{self.ghost_label()}: a batch norm without running statistics cannot be frozen; "
+                f"{self.ghost_label()!r}: a batch norm without running statistics cannot be frozen; "
                 "use track_running_stats=True, or another norm"
             )
         self._check_input_dim(input)
@@ -146,7 +146,7 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
             continue
         reason = freezing_refusal(module)
         if reason is not None:
-            raise ValueError(f"freeze_batch_norm: {name} ({type(module).__name__}): {reason}")
+            raise ValueError(f"freeze_batch_norm: {name!r} ({type(module).__name__}): {reason}")
         module.__class__ = _FROZEN.get(type(module)) or _frozen_class(type(module))
     return model
 

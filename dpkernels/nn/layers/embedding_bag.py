@@ -49,7 +49,7 @@ class GhostEmbeddingBag(GhostModule, nn.EmbeddingBag):
             return super().forward(input, offsets, per_sample_weights)
         if input.is_nested:
             raise TypeError(
-                f"{self.ghost_label()}: got nested ids; give ids [B,T], or ids [N] with offsets [B]"
+                f"{self.ghost_label()!r}: got nested ids; give ids [B,T], or ids [N] with offsets [B]"
             )
         bags = None if offsets is None else _bags(self, offsets, len(input))
         return _EmbeddingBag.apply(input, offsets, per_sample_weights, self.weight, self, bags)
@@ -80,7 +80,7 @@ def _bags(layer: GhostEmbeddingBag, offsets: Tensor, count: int) -> _Bags:
     lengths = bounds.diff()
     if len(bounds) == 0 or bool((bounds[0] != 0) | (bounds[-1] != count) | (lengths < 0).any()):
         raise ValueError(
-            f"{layer.ghost_label()}: offsets must begin with 0, not decrease, and give each of the {count} ids to a "
+            f"{layer.ghost_label()!r}: offsets must begin with 0, not decrease, and give each of the {count} ids to a "
             f"bag (include_last_offset={layer.include_last_offset}); got {len(offsets)}: {offsets[:5].tolist()}, …"
         )
     bag = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)

@@ -105,9 +105,9 @@ class ExpandingModule(GhostModule):
             size = batch_size_of(args, kwargs)
         if size is None:
             raise RuntimeError(
-                f"{label}: neither the model's forward nor this module's got a tensor, so the batch size is not known "
-                f"and its trained parameters ({', '.join(trained)}) cannot be expanded per sample; pass the model a "
-                "tensor whose first dimension is the batch, or freeze them (requires_grad_(False))"
+                f"{label!r}: neither the model's forward nor this module's got a tensor, so the batch size is not "
+                f"known and its trained parameters ({', '.join(map(repr, trained))}) cannot be expanded per sample; "
+                "pass the model a tensor whose first dimension is the batch, or freeze them (requires_grad_(False))"
             )
         with self._substituted(SharedParameters(trained, label, size, tape)):
             return forward(*args, **kwargs)

@@ -110,7 +110,7 @@ class LeafCall:
             raise RuntimeError(outside_message(self._label))
         if not gradients:
             raise RuntimeError(
-                f"{self._label}: its outputs are not among what its forward returned as tensors, or within tuples, "
+                f"{self._label!r}: its outputs are not among what its forward returned as tensors, or within tuples, "
                 "lists, mappings and dataclasses of them, so that its gradient cannot be told apart by sample. Return "
                 "the tensors themselves, or freeze it (requires_grad_(False))"
             )
@@ -119,7 +119,7 @@ class LeafCall:
         if any(g.dim() <= axis or g.shape[axis] != batch for g in gradients.values()):
             shapes = [tuple(g.shape) for g in gradients.values()]
             raise ValueError(
-                f"{self._label}: its outputs have shapes {shapes}, and the losses {batch} examples: no dimension of "
+                f"{self._label!r}: its outputs have shapes {shapes}, and the losses {batch} examples: no dimension of "
                 "them is the batch, so that its gradient cannot be told apart by sample. Give it an input whose first "
                 f"dimension is the batch ({batch}), or freeze it (requires_grad_(False))"
             )
@@ -156,7 +156,8 @@ class LeafCall:
         parts = self._masked(gradients, axis, batch)
         if not self._add_up(parts, plain):
             raise RuntimeError(
-                f"{self._label}: the per-sample gradients of {', '.join(self._names)} do not add up to their gradient. "
+                f"{self._label!r}: the per-sample gradients of {', '.join(map(repr, self._names))} do not add up to "
+                "their gradient. "
                 "Its forward does not repeat itself: it reads something that changes between forward and backward, or "
                 "its inputs were changed in place. Freeze it, or write a rule (dpkernels.nn.register_swap)"
             )

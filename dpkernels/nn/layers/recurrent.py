@@ -59,7 +59,7 @@ class _Recurrent(GhostModule):
         batch_sizes = None if packed is None else packed.batch_sizes
         if packed is None and data.dim() != 3:
             raise ValueError(
-                f"{self.ghost_label()}: its input is {list(data.shape)}, without a batch dimension, so that no "
+                f"{self.ghost_label()!r}: its input is {list(data.shape)}, without a batch dimension, so that no "
                 "example's gradient can be told apart; give it 3 dimensions, "
                 f"{'[B, T, d]' if self.batch_first else '[T, B, d]'}"
             )

@@ -28,7 +28,7 @@ class _Cell(GhostModule):
         for name, t in (("input", input), *(("hx", state) for state in states if state is not None)):
             if t.dim() != 2 or len(t) != len(input):
                 raise ValueError(
-                    f"{self.ghost_label()}: its {name} is {list(t.shape)}, not a batch of vectors, so that no "
+                    f"{self.ghost_label()!r}: its {name} is {list(t.shape)}, not a batch of vectors, so that no "
                     "example's gradient can be told apart; give it an input [B, d], and hx [B, H]"
                 )
         zeros = None if hx is not None else input.new_zeros(len(input), self.hidden_size)

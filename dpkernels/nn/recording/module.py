@@ -63,7 +63,7 @@ class GhostModule:
                 axis = leaf.axes.of(site, leaf.shape, len(leaf.rows))
                 if axis is None:
                     raise leaf.refuse(
-                        f"an argument {tuple(leaf.shape)} of {self.ghost_label()}, without the batch,"
+                        f"an argument {tuple(leaf.shape)} of {self.ghost_label()!r}, without the batch,"
                     )
                 leaves[place] = leaf.aligned(leaf.ndim, axis)
         found: tuple[Any, Any] = tree_unflatten(leaves, spec)

@@ -333,7 +333,7 @@ def _as_materialised(record: Record) -> ExpandedRecord | None:
 
 def _not_combined(first: Record, second: Record) -> TypeError:
     return TypeError(
-        f"{first.layer} ({type(first).__name__}) and {second.layer} ({type(second).__name__}) use the same "
+        f"{first.layer!r} ({type(first).__name__}) and {second.layer!r} ({type(second).__name__}) use the same "
         "trained parameter in ways that cannot be combined; untie them or freeze the parameter"
     )
 

@@ -270,7 +270,7 @@ def _differ(
 
 def _unseen_message(layer: str) -> str:
     return (
-        f"{layer}: its gradient cannot be compared between two backwards of the same losses, so that nothing shows "
+        f"{layer!r}: its gradient cannot be compared between two backwards of the same losses, so that nothing shows "
         "which of its rows is which example's. A checkpoint with use_reentrant=True hides its layers from the forward: "
         "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or model.gradient_checkpointing_enable("
         'gradient_checkpointing_kwargs={"use_reentrant": False}). Nothing was spent'
@@ -279,7 +279,7 @@ def _unseen_message(layer: str) -> str:
 
 def _message(record: Record, rows: int) -> str:
     return (
-        f"{record.layer}: {rows} of the {record.batch_size} rows of its output gradient are not the gradients of one "
+        f"{record.layer!r}: {rows} of the {record.batch_size} rows of its output gradient are not the gradients of one "
         "example's loss each, so that clipping row by row would not bound what an example adds (the count is NOT "
         "PRIVATE). Likely causes: its first dimension is not the batch but happens to have its size (positions, a "
         "mask, prototypes that all examples share), rows change places within the model (sorted by length), examples "

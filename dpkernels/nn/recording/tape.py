@@ -213,7 +213,7 @@ class Tape:
             raise RuntimeError(outside_message(record.layer))
         if record.batch_size != self._batch_size:
             raise ValueError(
-                f"{record.layer}: its input has batch {record.batch_size}, the losses have "
+                f"{record.layer!r}: its input has batch {record.batch_size}, the losses have "
                 f"{self._batch_size}: the input is broadcast over the batch, or batch and time were folded "
                 "together, so that its gradient cannot be told apart by sample. Give it an input whose "
                 f"first dimension is the batch ({self._batch_size}), or freeze it (requires_grad_(False))"
@@ -222,14 +222,14 @@ class Tape:
             for parameter in record.parameters:
                 if parameter not in self._names:
                     raise RuntimeError(
-                        f"{record.layer}: it used a tensor of shape {tuple(parameter.shape)} which is not "
+                        f"{record.layer!r}: it used a tensor of shape {tuple(parameter.shape)} which is not "
                         "one of the parameters that were attached: replaced, parametrised or substituted "
                         "since. Detach and attach again"
                     )
         for parameter in record.parameters:
             if parameter in self._sunk:
                 raise RuntimeError(
-                    f"{record.layer}: a second record of a parameter whose first record was already "
+                    f"{record.layer!r}: a second record of a parameter whose first record was already "
                     "consumed: several forwards share this backward. Use strategy='bookkeeping', or one "
                     "forward a backward"
                 )
@@ -287,7 +287,7 @@ class Tape:
 def outside_message(layer: str) -> str:
     """What is wrong where a backward reaches a layer while no tape is open, and the fix."""
     return (
-        f"{layer}: a backward reached this private layer outside of optimizer.backward(losses). Call that, with the "
+        f"{layer!r}: a backward reached this private layer outside of optimizer.backward(losses). Call that, with the "
         "per-sample losses, not loss.backward(). To train another model through this one (a generator), freeze this "
         "one meanwhile: model.requires_grad_(False), and True again before its own forward"
     )
@@ -315,7 +315,7 @@ def merge_records(records: Iterable[Record]) -> list[Record]:
                 continue
         first = groups[min(i for i in places if i is not None)][0]
         raise TypeError(
-            f"{first.layer} and {record.layer} share some of their trained parameters but not all; their "
+            f"{first.layer!r} and {record.layer!r} share some of their trained parameters but not all; their "
             "per-sample gradients cannot be combined exactly. Untie them, or freeze the shared parameter"
         )
     merged = []

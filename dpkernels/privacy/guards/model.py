@@ -15,15 +15,18 @@ from dpkernels.privacy.guards.parameters import ParameterWatch
 from dpkernels.privacy.guards.preconditions import (
     batch_norm_message,
     check_no_gradient,
+    quoted,
     some_of,
     trained_parameters,
 )
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 
-_SEEDED = (
-    "{names} generator was seeded after make_private: dropout and other draws of the model would be known, and one "
-    "example more then changes what others add by far more than the clipping norm"
-)
+
+def _seeded(generators: Iterable[str]) -> str:
+    return (
+        f"{', '.join(sorted(generators))} generator was seeded after make_private: dropout and other draws of the "
+        "model would be known, and one example more then changes what others add by far more than the clipping norm"
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class ModelGuard:
         replaced = self._seeds.replaced()
         if replaced:
             warnings.warn(
-                f"{_SEEDED.format(names=some_of(replaced))}; they have been seeded anew from the operating system. "
+                f"{_seeded(replaced)}; they have been seeded anew from the operating system. "
                 "Take torch.manual_seed out of the training loop",
                 stacklevel=4,
             )
@@ -151,7 +154,7 @@ class ModelGuard:
                 continue
             if parameter.grad is not self._published.get(parameter):
                 raise RuntimeError(
-                    f"{name}.grad is set, but not by a private step: a gradient computed elsewhere would "
+                    f"{name!r}: its .grad is set, but not by a private step: a gradient computed elsewhere would "
                     "mix with the private one. Use optimizer.backward(losses) only, and call "
                     "optimizer.zero_grad() first."
                 )
@@ -165,7 +168,7 @@ class ModelGuard:
         filled = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         if filled:
             raise RuntimeError(
-                f"trained parameters were used past their layers' rules: {', '.join(filled)}. Autograd "
+                f"trained parameters were used past their layers' rules: {quoted(filled)}. Autograd "
                 "filled their .grad, so part of their gradient was not clipped (a tied weight read "
                 "elsewhere, a functional call, a fused layer, a penalty on weights). Use the weight through "
                 "its layer only, or freeze it."
@@ -202,7 +205,7 @@ class ModelGuard:
         replaced, self._seeded = self._seeded.union(now), set()
         if replaced:
             raise RuntimeError(
-                f"{_SEEDED.format(names=some_of(replaced))}, within a logical batch: what this forward drew is known. "
+                f"{_seeded(replaced)}, within a logical batch: what this forward drew is known. "
                 "Take torch.manual_seed out of the training loop, also within torch.random.fork_rng (a forward that "
                 "is not trained on may be seeded so under torch.no_grad()), call optimizer.zero_grad(), and do the "
                 "logical batch again (logical_batch.parts, logical_batch.collate)"
@@ -230,7 +233,7 @@ class ModelGuard:
         if now.buffers != self._then.buffers:
             changed = changed_buffers(self._buffers, buffer_marks(self._model))
             raise RuntimeError(
-                f"buffers of the model changed since make_private: {', '.join(changed)}. Running statistics, "
+                f"buffers of the model changed since make_private: {quoted(changed)}. Running statistics, "
                 "code books and the like would carry data of the examples into the saved model without noise. "
                 "Put their modules into eval(), or set track_running_stats=False; move the model before "
                 "make_private."
@@ -253,7 +256,7 @@ class ModelGuard:
         lost = [name for name, parameter in self.trained.items() if id(parameter) not in held]
         if lost:
             raise RuntimeError(
-                f"the optimizer no longer holds {', '.join(lost)}: it would step without them. Do not "
+                f"the optimizer no longer holds {quoted(lost)}: it would step without them. Do not "
                 "rebuild parameters or groups after make_private."
             )
 
@@ -288,7 +291,7 @@ def _check_trained(now: dict[str, nn.Parameter], then: dict[str, nn.Parameter]) 
     if gone or new:
         raise RuntimeError(
             "the trained parameters changed after make_private"
-            + (f"; no longer there or frozen: {', '.join(gone)}" if gone else "")
-            + (f"; new, replaced or unfrozen: {', '.join(new)}" if new else "")
+            + (f"; no longer there or frozen: {quoted(gone)}" if gone else "")
+            + (f"; new, replaced or unfrozen: {quoted(new)}" if new else "")
             + ". Move, wrap, freeze and replace parameters before make_private."
         )

@@ -34,7 +34,7 @@ def check_module(module: nn.Module) -> None:
     hooked = [name for name, p in trained_parameters(module).items() if p._post_accumulate_grad_hooks]
     if hooked:
         raise ValueError(
-            f"trained parameters with post-accumulate-grad hooks: {', '.join(hooked)}. Such a hook sees gradients "
+            f"trained parameters with post-accumulate-grad hooks: {quoted(hooked)}. Such a hook sees gradients "
             "before they are clipped, and can hide that autograd filled .grad; remove it"
         )
     if not trained_parameters(module):
@@ -45,7 +45,7 @@ def check_coverage(module: nn.Module) -> None:
     """Raise ValueError naming the trained parameters that have no norm rule."""
     refused = uncovered(module)
     if refused:
-        lines = "".join(f"\n  {item.name} ({item.module_type}): {item.reason}" for item in refused)
+        lines = "".join(f"\n  {item.name!r} ({item.module_type}): {item.reason}" for item in refused)
         raise ValueError(
             "trained parameters without a norm rule, so that nothing bounds what an example adds to "
             f"them:{lines}\nMend: freeze them (requires_grad_(False)) or replace the layer."
@@ -66,7 +66,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
     missing = [name for name, parameter in trained_parameters(module).items() if id(parameter) not in held]
     if missing:
         raise ValueError(
-            f"the optimizer does not hold these trained parameters: {', '.join(missing)}. Their gradients "
+            f"the optimizer does not hold these trained parameters: {quoted(missing)}. Their gradients "
             "would be clipped and noised for nothing; give them to the optimizer, or freeze them "
             "(requires_grad_(False))."
         )
@@ -105,17 +105,22 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def some_of(names: Iterable[object]) -> str:
-    """The first five of these names, sorted, and how many more there are; "none" for none: for messages."""
-    found = sorted(map(str, names))
+    """The first five of these names, sorted and quoted, and how many more there are; "none" for none: for messages."""
+    found = sorted(names, key=str)
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return ", ".join(found[:5]) + more if found else "none"
+    return quoted(found[:5]) + more if found else "none"
+
+
+def quoted(names: Iterable[object]) -> str:
+    """These names, each in quotes, for messages: where a name ends is then seen, also that of an empty one."""
+    return ", ".join(map(repr, names))
 
 
 def batch_norm_message(names: list[str]) -> str:
     """Why BatchNorm in training mode is refused, and the fix."""
     return (
         "BatchNorm in training mode mixes the examples of a batch, so no example's gradient is its own: "
-        f"{', '.join(names)}. Mend: dpkernels.nn.freeze_batch_norm(model) (running statistics, also in "
+        f"{quoted(names)}. Mend: dpkernels.nn.freeze_batch_norm(model) (running statistics, also in "
         "training), or GroupNorm."
     )
 

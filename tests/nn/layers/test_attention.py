@@ -268,14 +268,14 @@ def test_batches_that_do_not_fit_are_refused_not_broadcast() -> None:
         model = nn.Sequential(nn.MultiheadAttention(E, HEADS, batch_first=first))
         attach(swap(model))
         x, one = torch.randn(B, B, E), torch.randn(1, B, E) if first else torch.randn(B, 1, E)
-        with pytest.raises(ValueError, match=r"0: query \(3, 3, 8\), key \(1, 3, 8\).*same batch"):
+        with pytest.raises(ValueError, match=r"'0': query \(3, 3, 8\), key \(1, 3, 8\).*same batch"):
             model[0](x, one, one)
         with pytest.raises(
-            RuntimeError, match=r"0: key_padding_mask has shape \(1, 3\), but should have \(3, 3\)"
+            RuntimeError, match=r"'0': key_padding_mask has shape \(1, 3\), but should have \(3, 3\)"
         ):
             model[0](x, x, x, key_padding_mask=torch.zeros(1, B, dtype=torch.bool))
         with pytest.raises(
-            RuntimeError, match=r"0: attn_mask has shape \(3, 3, 3\), but should have \(6, 3, 3\)"
+            RuntimeError, match=r"'0': attn_mask has shape \(3, 3, 3\), but should have \(6, 3, 3\)"
         ):
             model[0](x, x, x, attn_mask=torch.zeros(B, B, B))
         with pytest.raises(RuntimeError, match="is_causal is a hint"):
@@ -287,7 +287,7 @@ def test_nested_tensors_are_refused_by_name() -> None:
     model = swap(nn.Sequential(nn.MultiheadAttention(E, HEADS, batch_first=True)))
     attach(model)
     x = torch._nested_tensor_from_mask(torch.randn(2, 3, E), torch.tensor([[True] * 3, [True, True, False]]))
-    with pytest.raises(TypeError, match=r"0: got nested tensors.*enable_nested_tensor=False"):
+    with pytest.raises(TypeError, match=r"'0': got nested tensors.*enable_nested_tensor=False"):
         model[0](x, x, x)
 
 

@@ -131,7 +131,7 @@ def test_gradients_of_the_weights_of_ragged_bags() -> None:
 def test_offsets_that_do_not_say_whose_an_id_is_are_refused(offsets: list[int]) -> None:
     model = nn.Sequential(swap(bag(mode="sum")))
     attach(model)
-    with pytest.raises(ValueError, match=r"0: offsets must begin with 0.*each of the 8 ids"):
+    with pytest.raises(ValueError, match=r"'0': offsets must begin with 0.*each of the 8 ids"):
         model[0](FLAT, torch.tensor(offsets, dtype=torch.int64))
     last = nn.Sequential(swap(bag(mode="sum", include_last_offset=True)))
     attach(last)

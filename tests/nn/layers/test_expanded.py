@@ -177,7 +177,7 @@ def test_uses_of_a_raw_parameter_of_a_module_with_children(use: Any, batch: int)
     ],
 )
 def test_other_uses_of_a_raw_parameter_are_refused_by_name(use: Any, says: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"Using.raw: .*{says}.*freeze"):
+    with pytest.raises(NotImplementedError, match=f"'Using.raw': .*{says}.*freeze"):
         run_private(swap(Using(use)), squares, (torch.randn(5, 3, 4),))
 
 

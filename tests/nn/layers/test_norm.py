@@ -135,7 +135,7 @@ def test_batch_norms_in_training_are_named() -> None:
     )
     assert batch_norms_in_training(model) == ["0", "2"]
     assert batch_norms_in_training(model.eval()) == ["2"]
-    with pytest.raises(ValueError, match=r"2 \(BatchNorm1d\): no running statistics"):
+    with pytest.raises(ValueError, match=r"'2' \(BatchNorm1d\): no running statistics"):
         freeze_batch_norm(model)
     del model[2]
     assert batch_norms_in_training(freeze_batch_norm(model).train()) == []

@@ -262,7 +262,7 @@ def test_a_layer_called_twice_is_one_record_of_each_weight() -> None:
 def test_an_input_without_a_batch_is_refused_by_name(kind: str) -> None:
     model: Any = swap(nn.ModuleDict({"encoder": KINDS[kind](3, 4)}))
     attach(model)
-    with pytest.raises(ValueError, match=r"encoder: its input is \[5, 3\].*\[T, B, d\]"):
+    with pytest.raises(ValueError, match=r"'encoder': its input is \[5, 3\].*\[T, B, d\]"):
         model["encoder"](torch.randn(5, 3))
     first = tuple(state.transpose(0, 1) for state in states_of(model["encoder"], 7))
     with pytest.raises(RuntimeError, match=r"Expected hidden.* size \(1, 2, "):

@@ -105,10 +105,10 @@ def test_state_and_swap_are_torchs(kind: str) -> None:
 def test_what_has_no_batch_is_refused_by_name(kind: str) -> None:
     model: Any = swap(nn.ModuleDict({"cell": KINDS[kind](3, 4)}))
     attach(model)
-    with pytest.raises(ValueError, match=r"cell: its input is \[3\]"):
+    with pytest.raises(ValueError, match=r"'cell': its input is \[3\]"):
         model["cell"](torch.randn(3))
     for state in (torch.zeros(4), torch.zeros(1, 4)):
         hx: Any = (torch.zeros(2, 4), state) if kind == "lstm" else state
-        with pytest.raises(ValueError, match=r"cell: its hx is \[(1, )?4\]"):
+        with pytest.raises(ValueError, match=r"'cell': its hx is \[(1, )?4\]"):
             model["cell"](torch.randn(2, 3), hx)
     detach(model)

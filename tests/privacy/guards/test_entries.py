@@ -71,7 +71,11 @@ ENTRIES = {
     "its modules": by(by_parts),
     "compiled": by(lambda model: torch.compile(model, backend="eager")),
 }
-NAMED = {"past autograd": "computed: code", "in place": "computed: code", "a buffer": r"autograd .*: seen"}
+NAMED = {
+    "past autograd": "computed: 'code'",
+    "in place": "computed: 'code'",
+    "a buffer": r"autograd .*: seen",
+}
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -86,7 +90,7 @@ def test_what_a_forward_writes_is_seen_whichever_way_it_is_entered(how: str, ent
 def test_what_is_written_in_a_later_micro_batch_is_seen_before_its_step() -> None:
     """Its values are compared after the 1st, 2nd and 4th of them; the 5th is not one that is looked at."""
     run = private_run(model=Keeps("past autograd", late=True), loss_fn=ENTRIES["a method"])
-    with pytest.raises(RuntimeError, match="computed: code"):
+    with pytest.raises(RuntimeError, match="computed: 'code'"):
         run.release((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
     assert run.engine.steps == 0
 
@@ -96,7 +100,7 @@ def test_a_forward_of_the_root_does_not_forgive_what_a_method_wrote() -> None:
     run.begin(2)
     run.model.keep(run.data[[0, 1]][0])
     run.model.how, run.model.late = "nothing", True  # from here on nothing is written
-    with pytest.raises(RuntimeError, match="computed: code"):
+    with pytest.raises(RuntimeError, match="computed: 'code'"):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
 
 
@@ -104,7 +108,7 @@ def test_a_refused_write_stays_refused() -> None:
     run = private_run(model=Keeps("in place"), loss_fn=ENTRIES["a method"])
     run.begin(2)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="computed: code"):
+        with pytest.raises(RuntimeError, match="computed: 'code'"):
             run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     with pytest.raises(RuntimeError):
         run.optimizer.step()

@@ -75,7 +75,7 @@ def test_the_second_backward_of_two_passes_is_looked_at_too() -> None:
 
     run = private_run(model=Penalised(), strategy="two_pass")
     run.begin(2)
-    with pytest.raises(RuntimeError, match=r"used past their layers' rules: last\.weight"):
+    with pytest.raises(RuntimeError, match=r"used past their layers' rules: 'last\.weight'"):
         run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     assert Late.backwards == 2
 
@@ -95,6 +95,6 @@ def test_a_record_of_a_foreign_parameter_is_refused_by_name() -> None:
     run = private_run()
     foreign = nn.Parameter(torch.zeros(3))
     run.optimizer.tape.open(2)
-    with pytest.raises(RuntimeError, match=r"elsewhere: it used a tensor of shape \(3,\) which is not"):
+    with pytest.raises(RuntimeError, match=r"'elsewhere': it used a tensor of shape \(3,\) which is not"):
         run.optimizer.tape.add(ExpandedRecord("elsewhere", foreign, torch.ones(2, 3)))
     run.optimizer.tape.discard()
