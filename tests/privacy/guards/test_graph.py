@@ -26,7 +26,7 @@ def frozen(head: nn.Module) -> nn.Module:
 def test_a_batch_norm_beside_the_model_is_refused_while_it_trains() -> None:
     head = frozen(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     run = private_run(loss_fn=headed(head))
-    with pytest.raises(RuntimeError, match=r"batch statistics \(NativeBatchNormBackward0\).*eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"batch statistics \('NativeBatchNormBackward0'\).*eval\(\)"):
         run.release((0, 1))
     assert run.engine.steps == 0
     head.eval()
