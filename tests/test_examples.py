@@ -21,7 +21,7 @@ SHOWN = {
     "opacus_after": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "opacus_before": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "resume": r"checkpoint of step 5; the ledger holds 7 steps\n12 steps are spent.*\n.*: 12 steps in 2 runs",
-    "speech": r"dry run: nothing was written or spent; all 9 checks passed[\s\S]*ε = [67]\.\d+[\s\S]*report\.html",
+    "speech": r"nothing was written or spent; a run would start[\s\S]*epsilon 7\.\d+ at delta 0\.01[\s\S]*report\.html",
     "strategies": r"the same update with every strategy",
 }
 FLAGS = {"image_classifier": ["--steps", "4"], "gpt2_lora": ["--steps", "4"]}
