@@ -39,6 +39,7 @@ myst_enable_extensions = ["colon_fence"]
 html_theme = "furo"
 html_title = f"dpkernels {release}"
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
