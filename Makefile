@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 CLANG_SOURCES = $(shell find csrc tests bench -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-slow test-all test-models lint format bench gpu wheels clean
+.PHONY: help setup demo test test-slow test-all test-models lint format docs bench gpu wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test-all  both; make test-models judges every model of docs/models.md, an hour, and is in neither"
 	@echo "make lint    ruff, mypy, clang-format; changes nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make docs    build the documentation site in build/docs; warnings are errors"
 	@echo "make bench   pytest --benchmark: what privacy costs here, beside Opacus and non-private training"
 	@echo "make gpu     build, test and benchmark on a GPU machine; WHEELS=folder OUT=folder; sets nothing up"
 	@echo "make wheels  fill WHEELS with what such a machine lacks, for its Python 3.12"
@@ -77,6 +78,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_SOURCES)
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --jobs auto docs build/docs
+	@echo "the site: build/docs/index.html"
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest --benchmark

@@ -144,8 +144,8 @@ def plan(
 
     - `asr-finetune plan --examples 281241 --epsilon 10 --delta 3.52e-6 --batch-size 4096 --steps 2000`
     - `asr-finetune plan --config run.yaml`
-    - `asr-finetune plan --examples 28000 --epsilon 8 --delta 1e-6 --batch-size 512 --steps 500 --model`
-    openai/whisper-tiny.en
+    - `asr-finetune plan --examples 28000 --epsilon 8 --delta 1e-6 --batch-size 512 --steps 500 --model
+      openai/whisper-tiny.en`
     - `asr-finetune plan --config run.yaml --gpu-memory 80`
     """
     from asr_finetune.planning import command as planning
@@ -253,8 +253,8 @@ def evaluate(
 
     - `asr-finetune evaluate --model openai/whisper-tiny.en --data test.jsonl`
     - `asr-finetune evaluate --model openai/whisper-tiny.en --adapter runs/first/adapter --data test.jsonl`
-    - `asr-finetune evaluate --model runs/first/model --data LibriSpeech --split test-clean --set`
-    evaluate.batch_size=8
+    - `asr-finetune evaluate --model runs/first/model --data LibriSpeech --split test-clean --set
+      evaluate.batch_size=8`
     """
     model = flags["model.name"]
     if model is None and adapter is None:

@@ -1,4 +1,4 @@
-"""What is trained: everything, adapters, biases, or the output layer.
+"""What is trained: everything, adapters, biases, or the output layer::
 
     full     every parameter, but for those under weight norm (Wav2Vec2's positions): they have no norm rule
     lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj), or on any

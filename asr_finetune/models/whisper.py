@@ -276,7 +276,7 @@ class WhisperRecognizer(Recognizer):
 
 
 def language_code(language: str) -> str:
-    """The code of a language that is given by its code ("de"), its token ("<|de|>") or its English name ("German")."""
+    """The code of a language, given by its code ("de"), its token (`"<|de|>"`) or its English name ("German")."""
     bare = language.strip().lower().removeprefix("<|").removesuffix("|>")
     return str(TO_LANGUAGE_CODE.get(bare, bare))
 

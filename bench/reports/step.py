@@ -40,18 +40,17 @@ def markdown(all_results: Sequence[Results]) -> str:
 
 
 def summary(all_results: Sequence[Results]) -> str:
-    """For each device a line that says what it is, and of each case the private step of the default strategy."""
-    parts = []
+    """One table: of each case, device by device, the private step of the default strategy; then what each device is."""
+    lines, notes = [], []
     for own, rows in _by_device(all_results):
         absent = _absent(rows)
         base = {row.place: row for row in rows if row.contender == NON_PRIVATE}
-        lines = []
-        for row in rows:
-            if row.contender != _DEFAULT:
-                continue
+        private = [row for row in rows if row.contender == _DEFAULT]
+        for row in private:
             plain = base.get(row.place)
             lines.append(
                 [
+                    _device(own) if row is private[0] else "",
                     f"{row.title}, {_shape(row)}",
                     milliseconds(plain) if plain else "",
                     milliseconds(row),
@@ -60,12 +59,13 @@ def summary(all_results: Sequence[Results]) -> str:
                     *_over_opacus(row, absent),
                 ]
             )
-        if lines:
-            parts += [_header(own), table.markdown(_SUMMARY, lines, "lrrrrrr")]
-    return "\n\n".join(parts)
+        if private:
+            notes.append(_header(own))
+    return "\n\n".join([table.markdown(_SUMMARY, lines, "llrrrrrr"), " ".join(notes)]) if lines else ""
 
 
 _SUMMARY = (
+    "on",
     "step",
     "non-private, ms",
     "private, ms",
@@ -92,18 +92,21 @@ def _over_opacus(row: Row, absent: dict[tuple[Any, ...], list[str]]) -> list[str
     ]
 
 
-def _header(own: Sequence[Results]) -> str:
+def _device(own: Sequence[Results]) -> str:
     about = own[0].about
     cores = "" if about.get("cuda") and about["load"] is None else f", {about['threads']} threads"
+    return f"{about['device']}{cores}"
+
+
+def _header(own: Sequence[Results]) -> str:
+    about = own[0].about
     versions = ", ".join(
         f"{name} {about['versions'][name]}"
         for name in ("torch", "opacus", "peft", "transformers")
         if about["versions"].get(name)
     )
     state = " with changes" if about.get("dirty") else ""
-    return (
-        f"**{about['device']}{cores}** ({versions}; commit {about['commit']}{state}, {about['date'][:10]})."
-    )
+    return f"**{_device(own)}** ({versions}; commit {about['commit']}{state}, {about['date'][:10]})."
 
 
 def _table(rows: Sequence[Row]) -> str:

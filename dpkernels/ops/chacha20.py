@@ -75,7 +75,7 @@ def chacha20_normal(
     """Independent standard normals from the ChaCha20 keystream, by Box-Muller on 64-bit uniforms.
 
     Each 16 bytes, two little-endian words w_0 and w_1, give √(-2 ln u)·cos 2πv and √(-2 ln u)·sin 2πv, where
-    u = (w_0 + 1)·2⁻⁶⁴ in (0, 1] and v = w_1·2⁻⁶⁴. Computed in float64 whatever the dtype, |z| ≤ 9.42;
+    u = (w_0 + 1)·2⁻⁶⁴ in (0, 1] and v = w_1·2⁻⁶⁴. Computed in float64 whatever the dtype; no normal exceeds 9.42;
     `dpkernels.reference.chacha20.box_muller` says how the ends are rounded. Native code gives the same bits
     on every CPU and GPU and for every number of threads, the reference the same to a few units in the last
     place.

@@ -1,6 +1,6 @@
 """Table and plots of the runs in results/: `python -m experiments.fsdd.summarise`.
 
-Writes README.md here between its markers, the README's own short table, and wer_against_epsilon.svg and .png.
+Writes README.md here between its markers, the same table in docs/recordings.md, and wer_against_epsilon.svg and .png.
 """
 
 from pathlib import Path
@@ -102,8 +102,8 @@ def main() -> None:
     ):
         text = between(text, marker, content)
     page.write_text(text, encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(between(readme.read_text(encoding="utf-8"), "digits", main_table()), encoding="utf-8")
+    guide = ROOT / "docs" / "recordings.md"
+    guide.write_text(between(guide.read_text(encoding="utf-8"), "digits", main_table()), encoding="utf-8")
     plot()
 
 

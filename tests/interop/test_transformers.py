@@ -307,5 +307,5 @@ def test_relative_keys_refuse_other_uses() -> None:
     assert layer(ids).shape == (4, 4, 8)
     attach(model)
     keys = layer(ids)
-    with pytest.raises(NotImplementedError, match=r"distance_embedding: add"):
+    with pytest.raises(NotImplementedError, match=r"distance_embedding': add"):
         torch.add(torch.ones(4, 4, 8), keys)

@@ -423,7 +423,7 @@ def test_without_zero_grad_the_next_step_is_still_its_own() -> None:
 def test_a_gradient_from_elsewhere_is_refused() -> None:
     run = private_run()
     run.model.last.weight.grad = torch.ones_like(run.model.last.weight)
-    with pytest.raises(RuntimeError, match=r"last\.weight\.grad"):
+    with pytest.raises(RuntimeError, match=r"'last\.weight': its \.grad"):
         run.release((0, 1))
 
 

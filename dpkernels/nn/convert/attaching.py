@@ -32,7 +32,7 @@ class Uncovered:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.module_type}): {self.reason}"
+        return f"{self.name!r} ({self.module_type}): {self.reason}"
 
 
 def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = None) -> Tape:

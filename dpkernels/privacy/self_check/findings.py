@@ -10,6 +10,7 @@ import torch
 
 from dpkernels.errors import UserError
 
+_SHOWN = 5  # parameters in a report's table
 # If an example's loss alone and n times its loss in a batch of n differ by less, the losses are divided by n.
 _DIVIDED = 1e-3
 
@@ -36,9 +37,9 @@ class Difference:
     place: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SelfCheckReport:
-    """The comparisons of a self-check. NOT PRIVATE.
+    """The comparisons of a self-check. NOT PRIVATE. It prints as a table of the largest errors, one line a parameter.
 
     Attributes:
         differences: one for every parameter × sample × mode, worst first.
@@ -67,6 +68,25 @@ class SelfCheckReport:
     def failures(self) -> list[Difference]:
         """The differences beyond the tolerance."""
         return [item for item in self.differences if not item.error <= self.tolerance]
+
+    def __str__(self) -> str:
+        worst = list(_worst_by_parameter(self.differences).values())
+        parts = [
+            f"{len(self.differences)} comparisons of {len(worst)} parameters in {_listed(sorted(self.modes))} mode: "
+            f"{len(self.failures)} beyond the tolerance of {self.tolerance:g} (NOT PRIVATE)"
+        ]
+        if worst:
+            parts += _table(worst[:_SHOWN])
+        if len(worst) > _SHOWN:
+            parts.append(f"and {len(worst) - _SHOWN} parameters with smaller errors: see report.differences")
+        if self.first_module is not None:
+            parts.append(
+                f"first module whose output for an example depends on its batch: {self.first_module!r}"
+            )
+        parts += [f"not asked: {what}" for what in self.unchecked]
+        return "\n".join(parts)
+
+    __repr__ = __str__
 
 
 class SelfCheckError(UserError, RuntimeError):
@@ -147,20 +167,41 @@ def worst_first(differences: Sequence[Difference]) -> list[Difference]:
     return sorted(differences, key=lambda item: -item.error if not math.isnan(item.error) else -math.inf)
 
 
+def _worst_by_parameter(differences: Sequence[Difference]) -> dict[str, Difference]:
+    """The first of each parameter: its largest error, as differences come worst first."""
+    worst: dict[str, Difference] = {}
+    for item in differences:
+        worst.setdefault(item.parameter, item)
+    return worst
+
+
+def _table(differences: Sequence[Difference]) -> list[str]:
+    """A line for each, under a line of headings."""
+    rows = [("parameter", "error", "norm", "example", "mode")]
+    rows += [
+        (item.parameter, f"{item.error:.2e}", f"{item.norm:.2e}", str(item.sample), item.mode + item.place)
+        for item in differences
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(words) or "no"
+
+
 def explain(report: SelfCheckReport, hint: str = "") -> str:
     """The message of a failed check: the parameters, the first module that differs, and likely causes."""
-    worst: dict[str, Difference] = {}
-    for item in report.failures:
-        worst.setdefault(item.parameter, item)
+    worst = _worst_by_parameter(report.failures)
     lines = "".join(
-        f"\n  '{item.parameter}': off by {item.error:.3g} of its norm "
+        f"\n  {item.parameter!r}: off by {item.error:.3g} of its norm "
         f"(example {item.sample}, {item.mode} mode{item.place})"
         for item in list(worst.values())[:12]
     )
     where = ""
     if report.first_module is not None:
         where = (
-            f"\nThe first module whose output for an example depends on its batch: '{report.first_module}'."
+            f"\nThe first module whose output for an example depends on its batch: {report.first_module!r}."
         )
     return (
         "self-check: the gradient of an example in its batch is not its gradient alone; it differs by more than "

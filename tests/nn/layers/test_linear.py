@@ -205,7 +205,7 @@ def test_swap_keeps_parameters_hooks_and_subclasses() -> None:
 
 def test_attach_names_what_has_no_rule() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"0\.weight \(Linear\).*swap"):
+    with pytest.raises(ValueError, match=r"'0\.weight' \(Linear\).*swap"):
         attach(model)
     assert [u.name for u in uncovered(model)] == ["0.weight", "0.bias"]
     assert uncovered(swap(model)) == []

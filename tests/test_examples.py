@@ -1,0 +1,76 @@
+"""Every example runs from top to bottom, as its first lines say, and shows what it promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+# What each prints: figures that come of the run.
+SHOWN = {
+    "custom_layer": r"with its rule: at most \d\.\de-\d+ from the gradients taken one by one",
+    "gpt2_lora": r"step 4: loss \d\.\d+ \(NOT PRIVATE.*\)\nepsilon = [78]\.\d+ at delta = 2\.5e-04",
+    "image_classifier": r"after 4 private steps: accuracy \d+\.\d%\nepsilon = [78]\.\d+",
+    "opacus_after": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
+    "opacus_before": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
+    "resume": r"checkpoint of step 5; the ledger holds 7 steps\n12 steps are spent.*\n.*: 12 steps in 2 runs",
+    "speech": r"nothing was written or spent; a run would start[\s\S]*epsilon 7\.\d+ at delta 0\.01[\s\S]*report\.html",
+    "strategies": r"the same update with every strategy",
+}
+FLAGS = {"image_classifier": ["--steps", "4"], "gpt2_lora": ["--steps", "4"]}
+NEEDS = {
+    "gpt2_lora": "peft",
+    "opacus_before": "opacus",
+    "speech": "espeakng_loader",
+}
+
+
+def test_every_example_has_a_line_here() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(SHOWN)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_runs_from_top_to_bottom(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
+    path = FOLDER / f"{name}.py"
+    assert f"\n    python examples/{name}.py\n" in path.read_text(encoding="utf-8") or name.startswith(
+        "opacus"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path), *FLAGS.get(name, [])])
+    with warnings.catch_warnings():
+        # Nothing that a first reader would have to ask about.
+        warnings.filterwarnings("error", category=UserWarning, module="dpkernels")
+        warnings.filterwarnings("default", message="noise_multiplier=0")
+        runpy.run_path(str(path), run_name="__main__")
+    assert re.search(SHOWN[name], capsys.readouterr().out), name
+    assert not list(tmp_path.iterdir()), "a run by default leaves nothing behind"
+
+
+def test_the_notebook_runs_cell_by_cell_and_holds_no_outputs(capsys: pytest.CaptureFixture[str]) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    nbformat = pytest.importorskip("nbformat")
+    matplotlib.use("agg")
+    (path,) = FOLDER.glob("*.ipynb")
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(code):
+        exec(compile(cell.source, f"{path.name}, code cell {number}", "exec"), names)
+    assert re.search(r"epsilon = 2\.9\d after 20 steps", capsys.readouterr().out)
+    assert names["plain"][-1] > 0.6
+    spent = names["spent"]
+    assert spent == sorted(spent)
+    assert len(names["figure"].axes) == 2
