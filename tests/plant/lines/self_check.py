@@ -102,7 +102,7 @@ LINES = (
                 "tests/privacy/sampling/test_own_batch.py::test_a_loss_divided_by_the_batchs_size_is_found_and_named",
             ),
             Fault(
-                "rows told by one size",
+                "rows found by one batch size",
                 "dpkernels/privacy/sampling/rows.py",
                 "return Rows(size, axes, guessed=not singles)",
                 """axes = {}
