@@ -85,7 +85,9 @@ def test_vectors_that_would_take_too_much_memory_are_refused() -> None:
 def test_a_forward_without_a_tensor_is_refused_by_name() -> None:
     model = swap(adapted(METHODS["IA3"]()))
     attach(model)
-    with pytest.raises(RuntimeError, match=r"first\.ia3_l': the model's forward got no tensor"):
+    with pytest.raises(
+        RuntimeError, match=r"'base_model\.model\.first\.ia3_l': the model's forward got no tensor"
+    ):
         model.base_model.model.first(torch.randn(3, 6))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.plant.data import Line
 
-PATH = Path(__file__).resolve().parents[2] / "privacy" / "README.md"
+PATH = Path(__file__).resolve().parents[1] / "privacy" / "README.md"
 
 HEAD = """\
 # Which test holds which line of the privacy design

@@ -23,6 +23,9 @@ from tests.plant.data import Fault
 CAUGHT, NOT_CAUGHT, STALE, TIMEOUT, ERROR = "caught", "NOT CAUGHT", "stale", "timeout", "error"
 # What git does not list, and the tests compute with.
 BUILT = ("dpkernels/lib/*.so",)
+# How a test fails where a fault uses a name that its file does not have (any more): this does not show that the test
+# notices the fault.
+MISSING_NAMES = ("NameError:", "UnboundLocalError:", "AttributeError:")
 WORKER = Path(__file__).with_name("worker.py")
 # What tests import before the sources, and takes seconds.
 PRELOADED = (
@@ -116,7 +119,7 @@ class Copy:
         """Run these tests: NOT_CAUGHT where all pass, CAUGHT where one of them fails while it runs.
 
         ERROR is whatever else ends pytest: a module that cannot be imported, a fixture that raises, no test of that
-        name.
+        name; and a test that fails for a name that is missing.
         """
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
@@ -129,7 +132,8 @@ class Copy:
                 return NOT_CAUGHT, f"passes: {', '.join(tests)}"
             failures = failed(report, tests) if code == 1 and report.is_file() else []
             if failures:
-                return CAUGHT, failures[0]
+                name, message = failures[0]
+                return ERROR if message.startswith(MISSING_NAMES) else CAUGHT, f"{name}: {message}"
             return ERROR, f"pytest ended with {code}: {' | '.join(said.strip().splitlines()[-3:])}"
 
     def _ask(self, request: list[Any]) -> tuple[int | None, str]:
@@ -141,8 +145,8 @@ class Copy:
         return code, said
 
 
-def failed(report: Path, tests: Sequence[str]) -> list[str]:
-    """Which of these tests failed while they ran, and how, as a JUnit report says it."""
+def failed(report: Path, tests: Sequence[str]) -> list[tuple[str, str]]:
+    """The names and messages of those of these tests that failed while they ran, from a JUnit report."""
     named = {test.partition("[")[0] for test in tests}
     found = []
     for case in ElementTree.parse(report).getroot().iter("testcase"):
@@ -150,7 +154,7 @@ def failed(report: Path, tests: Sequence[str]) -> list[str]:
         node = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name', '')}"
         if failure is not None and node.partition("[")[0] in named:
             message = " ".join(failure.get("message", "").split())
-            found.append(f"{node.rpartition('::')[2]}: {message[:160]}")
+            found.append((node.rpartition("::")[2], message[:160]))
     return found
 
 

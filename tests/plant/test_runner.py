@@ -73,6 +73,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
         (TIMEOUT, "return 1", "while True: pass", "test_one"),
         (ERROR, "def one():", "def two():", "test_one"),  # at import
         (ERROR, "return 1", "return 0", "test_made"),  # in a fixture
+        (ERROR, "return 1", "return three", "test_one"),
+        (ERROR, "return 1", "return one.three", "test_one"),
         (ERROR, "return 1", "return 3", "test_that_is_not_there"),
         (ERROR, "return 1", "return 3", "test_wrong"),  # without the fault too
         (ERROR, "return 1", "import os; os._exit(1)", "test_one"),

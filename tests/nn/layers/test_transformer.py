@@ -209,7 +209,7 @@ def test_nested_tensors_do_not_reach_a_trained_layer() -> None:
         module[0](x, src_key_padding_mask=padding)
     attach(swap(module))
     with pytest.raises(
-        TypeError, match=r"layers\.1\.self_attn': got nested tensors.*enable_nested_tensor=False"
+        TypeError, match=r"'0\.layers\.1\.self_attn': got nested tensors.*enable_nested_tensor=False"
     ):
         module[0](x, src_key_padding_mask=padding)
     module[0].use_nested_tensor = False

@@ -80,7 +80,7 @@ LINES = (
                 "tests/privacy/accounting/test_accounting.py::test_truncated_poisson_covers_adding_a_unit_too",
             ),
             Fault(
-                "a δ of 1/N without a word",
+                "no warning of a δ of 1/N",
                 "dpkernels/privacy/accounting/accountant.py",
                 "if dataset_size is not None and delta >= 1 / dataset_size:",
                 "if False:",
@@ -135,7 +135,7 @@ LINES = (
             Fault(
                 "a checkpoint of another data set",
                 "dpkernels/privacy/accounting/budget.py",
-                "if state[key] != mine:",
+                "if state[key] != expected:",
                 "if False:",
                 "tests/privacy/accounting/test_ledger.py::test_a_checkpoint_with_a_ledger_wants_that_ledger",
             ),
@@ -168,7 +168,7 @@ LINES = (
                 """        self._spend()
         self._guard.at_step()""",
                 """        if fused:
-            self._sweep(self._stream.next_draw())
+            self._fused_step(self._stream.next_draw())
         self._spend()
         self._guard.at_step()""",
                 "tests/privacy/step/test_sweep.py::test_a_refused_step_changes_nothing",
@@ -176,8 +176,8 @@ LINES = (
             Fault(
                 "batch size in the ledger",
                 "dpkernels/privacy/engine.py",
-                "self._made().spend()",
-                """budget = self._made()
+                "self._require_budget().spend()",
+                """budget = self._require_budget()
         budget.spend()
         if budget._ledger is not None and self._optimizer is not None:
             budget._ledger._append({"kind": "epsilon", "examples": self._optimizer._batch.examples})""",
@@ -222,7 +222,7 @@ LINES = (
             Fault(
                 "another kind of file taken for a torn ledger",
                 "dpkernels/privacy/accounting/ledger.py",
-                "if not _opens_like_one(unfinished):",
+                "if not _begins_like_a_line(unfinished):",
                 "if False:",
                 "tests/privacy/accounting/test_ledger.py::test_another_kind_of_file_is_not_taken_for_a_torn_ledger",
             ),

@@ -130,7 +130,7 @@ LINES = (
             ),
             Fault(
                 "statistics of clipped gradients",
-                "dpkernels/privacy/step/optimizer.py",
+                "dpkernels/privacy/step/statistics.py",
                 "finite = torch.isfinite(norm_sq)",
                 """norm_sq = norm_sq * factors.double().square()
     finite = torch.isfinite(norm_sq)""",

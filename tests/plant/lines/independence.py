@@ -77,7 +77,7 @@ LINES = (
             Fault(
                 "norms of the check compared with nothing",
                 "dpkernels/privacy/self_check/check.py",
-                "if whole.shortfall > 1 + _SHORTFALL:",
+                "if total.shortfall > 1 + _SHORTFALL:",
                 "if False:",
                 "tests/privacy/self_check/test_independence.py::test_a_wrong_norm_rule_is_found",
             ),
@@ -96,9 +96,9 @@ LINES = (
                 "tests/privacy/self_check/test_batch_independence.py::test_a_half_parameter_that_nothing_is_computed_in_loosens_nothing",
             ),
             Fault(
-                "mates that differ let through",
+                "a change beside other examples let through",
                 "dpkernels/privacy/self_check/batch_independence.py",
-                "_compare(_BESIDE_OTHERS, sample, mode, wholes[sample], change, rounding[sample])",
+                "_compare(_BESIDE_OTHERS, sample, mode, totals[sample], change, rounding[sample])",
                 "pass",
                 "tests/privacy/self_check/test_batch_independence.py::test_what_mixes_in_half_precision_only_is_found_there",
             ),
@@ -110,9 +110,9 @@ LINES = (
                 "tests/privacy/self_check/test_batch_independence.py::test_what_mixes_in_half_precision_only_is_found_there",
             ),
             Fault(
-                "no mates in the self-check",
+                "no check of batch independence in the self-check",
                 "dpkernels/privacy/self_check/whole.py",
-                "check_batch_independence(model, tape, loss_fn, one, singles=alone, rows=rows, samples=samples)",
+                "check_batch_independence(model, tape, loss_fn, given, singles=alone, rows=rows, samples=samples)",
                 "pass",
                 "tests/privacy/self_check/test_batch_independence.py::test_the_self_check_checks_batch_independence_too",
             ),
@@ -131,14 +131,14 @@ LINES = (
                 "tests/privacy/self_check/test_batch_independence.py::test_one_example_alone_shows_nothing_and_is_refused",
             ),
             Fault(
-                "mates that only change places",
+                "other examples that only change places",
                 "dpkernels/privacy/self_check/batch_independence.py",
                 "return rows.changed(rows.taken(batch, order), halved, list)",
                 "return rows.taken(batch, order)",
                 "tests/privacy/self_check/test_batch_independence.py::test_the_others_move_and_are_halved_whatever_the_batch_is_made_of",
             ),
             Fault(
-                "mates halved as a whole",
+                "other examples halved as a whole",
                 "dpkernels/privacy/self_check/batch_independence.py",
                 "scale = torch.randint(1, 3, part.shape, generator=generator) / 2",
                 "scale = torch.full(part.shape, 0.5)",
@@ -154,24 +154,24 @@ LINES = (
             Fault(
                 "the copy of an example halved like the others",
                 "dpkernels/privacy/self_check/batch_independence.py",
-                "for own in {sample, sample if copy is None else copy}:",
-                "for own in {sample}:",
+                "for row in {sample, sample if copy is None else copy}:",
+                "for row in {sample}:",
                 "tests/privacy/self_check/test_batch_independence.py::test_what_looks_for_equal_examples_is_found",
             ),
             Fault(
-                "mates asked in evaluation mode",
+                "batch independence checked in evaluation mode",
                 "dpkernels/privacy/self_check/batch_independence.py",
-                """    with as_it_is(model):
+                """    with in_own_modes(model):
 """,
-                """    with as_it_is(model):
+                """    with in_own_modes(model):
         model.eval()
 """,
                 "tests/privacy/self_check/test_batch_independence.py::test_what_is_kept_from_forward_to_forward_is_found",
             ),
             Fault(
-                "no second look at the batch",
+                "no repetition of the first batch at the end",
                 "dpkernels/privacy/self_check/batch_independence.py",
-                "_compare(_ANOTHER_TIME, sample, mode, wholes[sample], change, rounding[sample])",
+                "_compare(_ANOTHER_TIME, sample, mode, totals[sample], change, rounding[sample])",
                 "pass",
                 "tests/privacy/self_check/test_batch_independence.py::test_what_only_other_examples_leave_is_found",
             ),
@@ -183,7 +183,7 @@ LINES = (
                 "tests/privacy/self_check/test_batch_independence.py::test_a_large_loss_hides_no_mixing_of_gradients",
             ),
             Fault(
-                "losses beside mates not compared",
+                "losses beside other examples not compared",
                 "dpkernels/privacy/self_check/batch_independence.py",
                 "change = changed[sample], _moved(other_losses[sample], losses[sample])",
                 "change = changed[sample], 0.0",
@@ -199,8 +199,8 @@ LINES = (
             Fault(
                 "any change of an infinite loss taken for rounding",
                 "dpkernels/privacy/self_check/batch_independence.py",
-                "return whole if math.isfinite(whole) else 0.0",
-                "return whole",
+                "return total if math.isfinite(total) else 0.0",
+                "return total",
                 "tests/privacy/self_check/test_batch_independence.py::test_a_loss_that_is_infinite_beside_some_only_is_found",
             ),
             Fault(
@@ -229,7 +229,7 @@ LINES = (
             Fault(
                 "a running mean that is saved",
                 "dpkernels/privacy/guards/model.py",
-                "if now.buffers != self._then.buffers:",
+                "if now.buffers != self._initial.buffers:",
                 "if False:",
                 "tests/privacy/guards/test_bypasses.py::test_buffers_that_record_the_data_are_refused_by_name",
                 "tests/privacy/guards/test_bypasses.py::test_buffers_that_change_after_the_last_backward_are_refused_by_name",
@@ -291,12 +291,12 @@ LINES = (
             Fault(
                 "frozen parameters compared by no identity",
                 "dpkernels/privacy/guards/model.py",
-                "if now.frozen != self._then.frozen:",
+                "if now.frozen != self._initial.frozen:",
                 "if False:",
                 "tests/privacy/guards/test_bypasses.py::test_frozen_parameters_that_a_forward_makes_are_refused_by_name",
             ),
             Fault(
-                "no word of a missing self-check",
+                "no warning of a missing self-check",
                 "dpkernels/privacy/engine.py",
                 "if self._warns_unchecked and self.noise_multiplier > 0:",
                 "if False:",
@@ -305,9 +305,9 @@ LINES = (
             Fault(
                 "attention's is_causal taken by name only",
                 "dpkernels/privacy/rng/model_draws.py",
-                "is_causal: bool = False,  # by position",
+                "is_causal: bool = False,  # nn.MultiheadAttention gives it by position",
                 """*,
-        is_causal: bool = False,  # by position""",
+        is_causal: bool = False,""",
                 "tests/privacy/test_torch_layers.py::test_the_self_check_goes_through_attention_in_training_mode",
             ),
             Fault(
@@ -333,7 +333,7 @@ LINES = (
                 "tests/interop/test_peft.py::test_the_self_check_takes_the_fused_path",
             ),
             Fault(
-                "dropout masks that move with the mates' lengths",
+                "dropout masks that move with the other examples' lengths",
                 "dpkernels/nn/layers/recurrent.py",
                 "return data * torch.cat([step[:n] for step, n in zip(mask, sizes, strict=True)])",
                 "return F.dropout(data, p)",

@@ -29,16 +29,16 @@ LINES = (
             Fault(
                 "labels unchecked",
                 "dpkernels/losses.py",
-                "(_classes(labels, classes) & (labels != blank) | ~own)",
-                "((labels != blank) | ~own)",
+                "(_in_range(labels, classes) & (labels != blank) | ~used)",
+                "((labels != blank) | ~used)",
                 "tests/test_losses.py::test_an_impossible_ctc_target_adds_exactly_nothing",
                 "tests/privacy/guards/test_indices.py::test_an_index_out_of_range_changes_no_bit_of_the_sum",
             ),
             Fault(
                 "blanks among the labels unchecked",
                 "dpkernels/losses.py",
-                "(_classes(labels, classes) & (labels != blank) | ~own)",
-                "(_classes(labels, classes) | ~own)",
+                "(_in_range(labels, classes) & (labels != blank) | ~used)",
+                "(_in_range(labels, classes) | ~used)",
                 "tests/test_losses.py::test_an_impossible_ctc_target_adds_exactly_nothing",
             ),
             Fault(
@@ -51,8 +51,8 @@ LINES = (
             Fault(
                 "gaps among the labels unchecked",
                 "dpkernels/losses.py",
-                "    possible &= (own == (torch",
-                "    _ = (own == (torch",
+                "    possible &= (used == (torch",
+                "    _ = (used == (torch",
                 "tests/test_losses.py::test_an_impossible_ctc_target_adds_exactly_nothing",
             ),
             Fault(
@@ -65,8 +65,8 @@ LINES = (
             Fault(
                 "targets unchecked",
                 "dpkernels/losses.py",
-                "possible = (_classes(flat, classes) | ~own).all(dim=1)",
-                "possible = (own | ~own).all(dim=1)",
+                "possible = (_in_range(flat, classes) | ~used).all(dim=1)",
+                "possible = (used | ~used).all(dim=1)",
                 "tests/test_losses.py::test_an_impossible_target_of_cross_entropy_adds_exactly_nothing",
             ),
             Fault(
@@ -79,7 +79,7 @@ LINES = (
             Fault(
                 "the gradient of an impossible target kept",
                 "dpkernels/losses.py",
-                "return g.masked_fill(~chosen.view(-1, *[1] * (g.dim() - 1)), 0), None",
+                "return g.masked_fill(~selected.view(-1, *[1] * (g.dim() - 1)), 0), None",
                 "return g, None",
                 "tests/test_losses.py::test_an_impossible_ctc_target_adds_exactly_nothing",
                 "tests/test_losses.py::test_an_impossible_target_of_cross_entropy_adds_exactly_nothing",
@@ -87,8 +87,8 @@ LINES = (
             Fault(
                 "the gradient of an impossible target times 0",
                 "dpkernels/losses.py",
-                "return g.masked_fill(~chosen.view(-1, *[1] * (g.dim() - 1)), 0), None",
-                "return g * chosen.view(-1, *[1] * (g.dim() - 1)), None",
+                "return g.masked_fill(~selected.view(-1, *[1] * (g.dim() - 1)), 0), None",
+                "return g * selected.view(-1, *[1] * (g.dim() - 1)), None",
                 "tests/test_losses.py::test_an_impossible_ctc_target_adds_exactly_nothing",
                 "tests/test_losses.py::test_an_impossible_target_of_cross_entropy_adds_exactly_nothing",
             ),
@@ -201,8 +201,8 @@ LINES = (
             ),
             Fault(
                 "ids of no row",
-                "dpkernels/ops/grouped.py",
-                "embedding._check_ids(xs[i], gs[i], factors, outs[place])",
+                "dpkernels/ops/layers.py",
+                "check(*layer.tensors, factors, *layer.outs, **layer.options)",
                 "pass",
                 "tests/ops/test_grouped_checks.py::test_ids_of_no_row_are_refused_in_any_layer",
             ),

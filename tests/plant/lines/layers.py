@@ -132,7 +132,7 @@ LINES = (
             Fault(
                 "PEFT methods without a rule",
                 "dpkernels/interop/peft_methods.py",
-                "if own.__name__ not in known:",
+                "if layer_class.__name__ not in known:",
                 "if False:",
                 "tests/interop/test_peft_refusals.py::test_what_has_no_rule_is_refused_with_the_reason",
             ),
@@ -154,7 +154,7 @@ LINES = (
             Fault(
                 "a sum that writes to autograd's tensor",
                 "dpkernels/nn/recording/records.py",
-                "if self._own and self.g.dtype is dtype:",
+                "if self._owns_g and self.g.dtype is dtype:",
                 "if self.g.dtype is dtype:",
                 "tests/nn/recording/test_stacking.py::test_per_sample_gradients_are_added_in_place",
             ),
@@ -168,7 +168,7 @@ LINES = (
             Fault(
                 "a subclass with a weight of its own taken for its parent",
                 "dpkernels/nn/convert/swapping.py",
-                "return own.isdisjoint(used)",
+                "return defined.isdisjoint(used)",
                 "return True",
                 "tests/nn/recording/test_stacking.py::test_a_subclass_that_replaces_something_is_not",
             ),

@@ -7,7 +7,7 @@ LINES = (
         7,
         "Noise of σS on the sum, once a step, on every trained parameter, also on an empty batch; divided by the expected batch size",
         tests={
-            "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step": "the noise has deviation σS on every parameter, for one, several or no micro-batches, on both paths",
+            "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step": "the noise has deviation σS on every parameter, for one, several or no micro-batches, in the fused and the unfused step",
             "tests/privacy/step/test_noise.py::test_the_divisor_is_the_expected_batch_size": "the noised sum is divided by the expected batch size, not by the actual one",
             "tests/privacy/step/test_sweep.py::test_the_sweep_equals_noise_and_then_the_optimizers_step": "the fused step equals noise and then the optimizer's own step",
             "tests/privacy/step/test_sweep.py::test_a_failure_in_the_middle_is_spent_and_its_batch_gone": "a step that fails half-way is counted, and its batch is never released again",
@@ -22,46 +22,50 @@ LINES = (
         },
         faults=(
             Fault(
-                "skipped without a gradient, apart",
+                "skipped without a gradient, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "if self.noise_multiplier > 0:",
-                "if self.noise_multiplier > 0 and bool(total.any()):",
+                "indices.setdefault(parameter.device, []).append(index)",
+                """if bool(self._batch.of(parameter).any()):
+                indices.setdefault(parameter.device, []).append(index)""",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-apart]",
             ),
             Fault(
-                "skipped on empty batches, apart",
+                "skipped on empty batches, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "if self.noise_multiplier > 0:",
-                "if self.noise_multiplier > 0 and self._batch.examples:",
+                "noise_scale=release.noise_scale,",
+                "noise_scale=release.noise_scale if self._batch.examples else 0.0,",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-apart]",
             ),
             Fault(
-                "σ on the mean, apart",
+                "σ on the mean, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "noise.mul_(release.noise_scale / unit)",
-                "noise.mul_(release.noise_scale * release.divisor / unit)",
+                "noise_scale=release.noise_scale,",
+                "noise_scale=release.noise_scale * release.divisor,",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-apart]",
             ),
             Fault(
-                "÷ actual batch size, apart",
+                "÷ actual batch size, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "total.mul_(unit / release.divisor)",
-                "total.mul_(unit / max(self._batch.examples, 1))",
+                "divisor=release.divisor,",
+                "divisor=max(self._batch.examples, 1),",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-apart]",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-apart]",
             ),
             Fault(
-                "twice, apart",
+                "twice, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)",
-                """noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-            noise += self._stream.normal(
-                parameter.shape, draw=draw + 1000, index=index, device=parameter.device
+                "for mine in indices.values():",
+                """for mine in indices.values():
+            ops.noise_sums(
+                [self._batch.of(self._trained[index]) for index in mine],
+                **self._stream.noise_secrets(mine, draw=draw + 1000),
+                noise_scale=release.noise_scale,
+                divisor=1,
             )""",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-apart]",
             ),
             Fault(
-                "σ forgotten, on both paths",
+                "σ forgotten, in both steps",
                 "dpkernels/privacy/step/optimizer.py",
                 "scale = noise_multiplier * sensitivity",
                 "scale = sensitivity",
@@ -72,15 +76,17 @@ LINES = (
                 "dpkernels/privacy/step/optimizer.py",
                 "self._batch.count(batch_size, clipped)",
                 """self._batch.count(batch_size, clipped)
-        for index, p in enumerate(self._trained):
-            draw, scale = self._stream.next_draw(), self._release.noise_scale
-            noise = self._stream.normal(p.shape, draw=draw, index=index, device=p.device)
-            self._batch.of(p).add_(noise, alpha=scale)""",
+        ops.noise_sums(
+            [self._batch.of(p) for p in self._trained],
+            **self._stream.noise_secrets(range(len(self._trained)), draw=self._stream.next_draw()),
+            noise_scale=self._release.noise_scale,
+            divisor=1,
+        )""",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-sweep]",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-apart]",
             ),
             Fault(
-                "skipped without a gradient, in the sweep",
+                "skipped without a gradient, in the fused step",
                 "dpkernels/privacy/step/fused.py",
                 """    totals = [sums[p] for p in part.params]
 """,
@@ -91,7 +97,7 @@ LINES = (
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-sweep]",
             ),
             Fault(
-                "skipped on empty batches, in the sweep",
+                "skipped on empty batches, in the fused step",
                 "dpkernels/privacy/step/fused.py",
                 """    totals = [sums[p] for p in part.params]
 """,
@@ -102,14 +108,14 @@ LINES = (
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-sweep]",
             ),
             Fault(
-                "σ on the mean, in the sweep",
+                "σ on the mean, in the fused step",
                 "dpkernels/privacy/step/fused.py",
                 '"noise_scale": release.noise_scale,',
                 '"noise_scale": release.noise_scale * release.divisor,',
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-sweep]",
             ),
             Fault(
-                "÷ actual batch size, in the sweep",
+                "÷ actual batch size, in the fused step",
                 "dpkernels/privacy/step/optimizer.py",
                 """            self._release,
 """,
@@ -119,14 +125,13 @@ LINES = (
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-sweep]",
             ),
             Fault(
-                "twice, in the sweep",
+                "twice, in the fused step",
                 "dpkernels/privacy/step/fused.py",
                 """    totals = [sums[p] for p in part.params]
 """,
                 """    totals = [sums[p] for p in part.params]
-    for total, p, i in zip(totals, part.params, part.indices, strict=True):
-        noise = stream.normal(p.shape, draw=draw + 1000, index=i, device=p.device)
-        total.add_(noise, alpha=release.noise_scale)
+    secrets = stream.noise_secrets(part.indices, draw=draw + 1000)
+    ops.noise_sums(totals, **secrets, noise_scale=release.noise_scale, divisor=1)
 """,
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-sweep]",
             ),
@@ -138,7 +143,7 @@ LINES = (
                 "tests/privacy/step/test_noise.py::test_the_divisor_is_the_expected_batch_size",
             ),
             Fault(
-                "the sweep steps without weight decay",
+                "the fused step leaves weight decay out",
                 "dpkernels/privacy/step/fused.py",
                 '"weight_decay": float(group["weight_decay"])',
                 '"weight_decay": 0.0',
@@ -217,41 +222,52 @@ LINES = (
         tests={
             "tests/privacy/step/test_noise.py::test_noise_and_sums_are_float64_with_bf16_parameters": "noise and sums are float64 where parameters are bfloat16",
             "tests/privacy/step/test_noise.py::test_the_grid_is_a_power_of_two_far_below_the_noise": "the release's grid is a power of two, 2¹² to 2¹³ below the noise",
-            "tests/privacy/step/test_noise.py::test_what_is_released_lies_on_the_grid": "every released value lies on the grid, on both paths",
+            "tests/privacy/step/test_noise.py::test_what_is_released_lies_on_the_grid": "every released value lies on the grid, in the fused and the unfused step",
             "tests/privacy/step/test_sweep.py::test_noise_is_not_bf16_with_bf16_parameters": "the fused step's noise has more bits than bfloat16",
             "tests/privacy/step/test_sweep.py::test_bf16_parameters_keep_float32_state_through_a_checkpoint": "the optimizer's state stays float32 through a checkpoint",
         },
         faults=(
             Fault(
-                "bf16 noise, apart",
+                "bf16 noise, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)",
-                """noise = self._stream.normal(parameter.shape, draw=draw, index=index, device=parameter.device)
-            noise = noise.bfloat16().double()""",
+                """            ops.noise_sums(
+                [self._batch.of(self._trained[index]) for index in mine],
+                **self._stream.noise_secrets(mine, draw=draw),
+                noise_scale=release.noise_scale,""",
+                """            sums = [self._batch.of(self._trained[index]) for index in mine]
+            noise = [torch.zeros_like(total) for total in sums]
+            secrets = self._stream.noise_secrets(mine, draw=draw)
+            ops.noise_sums(noise, **secrets, noise_scale=release.noise_scale, divisor=1)
+            torch._foreach_add_(sums, [part.bfloat16().double() for part in noise])
+            ops.noise_sums(
+                sums,
+                **secrets,
+                noise_scale=0,""",
                 "tests/privacy/step/test_noise.py::test_noise_and_sums_are_float64_with_bf16_parameters",
             ),
             Fault(
-                "bf16 noise, in the sweep",
+                "bf16 noise, in the fused step",
                 "dpkernels/privacy/step/fused.py",
                 """    totals = [sums[p] for p in part.params]
 """,
                 """    totals = [sums[p] for p in part.params]
-    for total, p, i in zip(totals, part.params, part.indices, strict=True):
-        noise = stream.normal(p.shape, draw=draw, index=i, device=p.device).bfloat16().double()
-        total.add_(noise, alpha=release.noise_scale)
+    noise = [torch.zeros_like(total) for total in totals]
+    secrets = stream.noise_secrets(part.indices, draw=draw)
+    ops.noise_sums(noise, **secrets, noise_scale=release.noise_scale, divisor=1)
+    torch._foreach_add_(totals, [part.bfloat16().double() for part in noise])
     common["noise_scale"] = 0.0
 """,
                 "tests/privacy/step/test_sweep.py::test_noise_is_not_bf16_with_bf16_parameters",
             ),
             Fault(
-                "a release on no grid, apart",
+                "a release on no grid, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "/ unit)).round_()",
-                "/ unit))",
+                "grid=release.grid,",
+                "grid=0.0,",
                 "tests/privacy/step/test_noise.py::test_what_is_released_lies_on_the_grid[apart]",
             ),
             Fault(
-                "a release on no grid, in the sweep",
+                "a release on no grid, in the fused step",
                 "dpkernels/privacy/step/fused.py",
                 '"grid": release.grid,',
                 '"grid": 0.0,',

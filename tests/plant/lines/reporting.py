@@ -60,8 +60,8 @@ LINES = (
             Fault(
                 "clip rate in the ledger",
                 "dpkernels/privacy/engine.py",
-                "self._made().spend()",
-                """budget = self._made()
+                "self._require_budget().spend()",
+                """budget = self._require_budget()
         budget.spend()
         seen = self._optimizer.last_step if self._optimizer is not None else None
         if budget._ledger is not None and seen is not None:
@@ -71,10 +71,10 @@ LINES = (
             Fault(
                 "statistics in the engine's state",
                 "dpkernels/privacy/engine.py",
-                "spent = self._made().state_dict()",
+                "spent = self._require_budget().state_dict()",
                 """assert self._optimizer is not None
         seen = self._optimizer.last_step
-        spent = self._made().state_dict() | {"clip_rate": seen and seen.clip_rate}""",
+        spent = self._require_budget().state_dict() | {"clip_rate": seen and seen.clip_rate}""",
                 "tests/privacy/step/test_reporting.py::test_nothing_kept_holds_statistics_of_the_data",
             ),
             Fault(
@@ -87,7 +87,7 @@ LINES = (
             ),
             Fault(
                 "statistics without the mark",
-                "dpkernels/privacy/step/optimizer.py",
+                "dpkernels/privacy/step/statistics.py",
                 'f"StepStats(NOT PRIVATE: examples',
                 'f"StepStats(examples',
                 "tests/privacy/step/test_reporting.py::test_step_statistics_are_right_and_marked_not_private",
@@ -118,7 +118,7 @@ LINES = (
             Fault(
                 "no check of the model's parameters",
                 "dpkernels/privacy/guards/model.py",
-                "if now.trained != self._then.trained:",
+                "if now.trained != self._initial.trained:",
                 "if False:",
                 "tests/privacy/test_engine.py::test_a_changed_parameter_is_noticed_by_name",
             ),

@@ -122,8 +122,10 @@ LINES = (
             Fault(
                 "shuffling accounted as Poisson",
                 "dpkernels/privacy/keywords.py",
-                "if not poisson_sampling:",
-                "if False:",
+                """"poisson_sampling": Refusal(
+        bool,""",
+                """"poisson_sampling": Refusal(
+        lambda value: True,""",
                 "tests/privacy/sampling/test_sampling.py::test_shuffling_is_refused_not_accounted_as_poisson",
             ),
             Fault(
@@ -137,7 +139,7 @@ LINES = (
             ),
             Fault(
                 "an example left out between micro-batches",
-                "dpkernels/privacy/sampling/loader.py",
+                "dpkernels/privacy/sampling/logical_batch.py",
                 "start += size",
                 "start += size + 1",
                 "tests/privacy/sampling/test_sampling.py::test_the_loader_hands_out_what_was_drawn",
@@ -172,8 +174,8 @@ LINES = (
             ),
             Fault(
                 "any example read again",
-                "dpkernels/privacy/sampling/loader.py",
-                "if strange:",
+                "dpkernels/privacy/sampling/logical_batch.py",
+                "if unknown:",
                 "if False:",
                 "tests/privacy/step/test_recovery.py::test_only_sampled_examples_can_be_read_again",
             ),
@@ -308,7 +310,7 @@ def _middle""",
             ),
             Fault(
                 "what collate gave not counted",
-                "dpkernels/privacy/sampling/loader.py",
+                "dpkernels/privacy/sampling/logical_batch.py",
                 """        self._given.update(part)
 """,
                 "",
@@ -316,8 +318,8 @@ def _middle""",
             ),
             Fault(
                 "what iterating gave not counted",
-                "dpkernels/privacy/sampling/loader.py",
-                """            self._given_now().update(part)
+                "dpkernels/privacy/sampling/logical_batch.py",
+                """            self._given_in_attempt().update(part)
 """,
                 "",
                 "tests/privacy/step/test_recovery.py::test_no_example_is_given_twice_before_another_attempt[iterating]",

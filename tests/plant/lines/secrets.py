@@ -55,18 +55,18 @@ LINES = (
                 "tests/privacy/step/test_noise.py::test_every_engine_draws_a_fresh_key",
             ),
             Fault(
-                "noise under a known seed",
-                "dpkernels/privacy/rng/streams.py",
-                "return chacha20_normal(count, key=self._key, nonce=stream, device=device, dtype=torch.float64).view(",
-                """known = torch.Generator().manual_seed(draw)
-        return torch.randn(count, dtype=torch.float64, generator=known).view(""",
+                "noise under a known seed, in the unfused step",
+                "dpkernels/privacy/step/optimizer.py",
+                "**self._stream.noise_secrets(mine, draw=draw),",
+                """key=torch.Generator().manual_seed(draw).get_state()[:32].numpy().tobytes(),
+                nonces=self._stream.noise_secrets(mine, draw=draw)["nonces"],""",
                 "tests/privacy/step/test_noise.py::test_torch_seeds_do_not_touch_noise_or_sampling[apart]",
             ),
             Fault(
-                "noise under a known seed, in the sweep",
+                "noise under a known seed, in the fused step",
                 "dpkernels/privacy/rng/streams.py",
                 '"key": self._key,',
-                '"key": torch.Generator().manual_seed(draw).get_state()[:KEY_BYTES].numpy().tobytes(),',
+                '"key": np.random.default_rng(draw).bytes(KEY_BYTES),',
                 "tests/privacy/step/test_noise.py::test_torch_seeds_do_not_touch_noise_or_sampling[sweep]",
             ),
             Fault(
@@ -86,7 +86,7 @@ LINES = (
             ),
             Fault(
                 "one stream for two parameters let through",
-                "dpkernels/ops/sweep.py",
+                "dpkernels/ops/_secrets.py",
                 "if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):",
                 "if False:",
                 "tests/privacy/step/test_sweep.py::test_one_stream_for_two_parameters_is_refused",

@@ -83,7 +83,7 @@ LINES = (
             Fault(
                 "draws left over",
                 "dpkernels/privacy/self_check/draws.py",
-                "if exc_type is None and left:",
+                "if exc_type is None and surplus:",
                 "if False:",
                 "tests/privacy/sampling/test_own_batch.py::test_draws_that_cannot_be_told_apart_are_said",
             ),
@@ -95,25 +95,25 @@ LINES = (
                 "tests/privacy/sampling/test_own_batch.py::test_mixup_is_named",
             ),
             Fault(
-                "no word of a divided loss",
+                "a divided loss not named",
                 "dpkernels/privacy/self_check/findings.py",
                 "if not self.losses or not all(",
                 "if True or not all(",
                 "tests/privacy/sampling/test_own_batch.py::test_a_loss_divided_by_the_batchs_size_is_found_and_named",
             ),
             Fault(
-                "rows told by one size",
+                "rows found by one batch size",
                 "dpkernels/privacy/sampling/rows.py",
                 "return Rows(size, axes, guessed=not singles)",
                 """axes = {}
-    _look((), batch, size, None, axes)
+    _find_axes((), batch, size, None, axes)
     return Rows(size, axes)""",
                 "tests/privacy/sampling/test_own_batch.py::test_whatever_the_batch_is_made_of",
             ),
             Fault(
                 "what the loader's batches show not used for the batch given",
                 "dpkernels/privacy/self_check/whole.py",
-                "rows = own.rows",
+                "rows = collated.rows",
                 "rows = None",
                 "tests/privacy/sampling/test_own_batch.py::test_whatever_the_batch_is_made_of",
             ),

@@ -126,7 +126,7 @@ LINES = (
             ),
             Fault(
                 "no count of non-finite examples",
-                "dpkernels/privacy/step/optimizer.py",
+                "dpkernels/privacy/step/statistics.py",
                 "int((~finite).sum().item())",
                 "0",
                 "tests/privacy/step/test_clipping.py::test_non_finite_examples_contribute_nothing_and_are_counted",
@@ -177,9 +177,9 @@ LINES = (
                 "tests/privacy/step/test_clipping.py::test_clipping_other_than_flat_is_refused_with_the_reason",
             ),
             Fault(
-                "several norms taken for flat clipping",
+                "a list of norms accepted for flat clipping",
                 "dpkernels/privacy/keywords.py",
-                "if several(max_grad_norm):",
+                "if is_per_layer(max_grad_norm):",
                 "if False:",
                 "tests/privacy/step/test_clipping.py::test_clipping_other_than_flat_is_refused_with_the_reason",
             ),
@@ -193,9 +193,9 @@ LINES = (
             Fault(
                 "any norm for a parameter that had none",
                 "dpkernels/privacy/step/clipping.py",
-                "strange = [tuple(p.shape) for p in parameters if p not in self.of]",
+                "unknown = [tuple(p.shape) for p in parameters if p not in self.of]",
                 """parameters = [p for p in parameters if p in self.of] or list(self.of)[:1]
-        strange = []""",
+        unknown = []""",
                 "tests/privacy/step/test_per_layer.py::test_a_parameter_unfrozen_later_has_no_norm",
             ),
             Fault(

@@ -93,12 +93,12 @@ def test_layer_norms_can_be_given_by_name_and_in_order() -> None:
         (
             {"last.weight": 1.0},
             ValueError,
-            r"missing: first\.bias, first\.weight, .* and 2 more; not trained: none",
+            r"missing: 'first\.bias', 'first\.weight', .* and 2 more; not trained: none",
         ),
         (
             {**dict.fromkeys((n for n, _ in Net().named_parameters()), 1.0), "gone": 1.0},
             ValueError,
-            "trained: gone",
+            "trained: 'gone'",
         ),
         ([1.0] * 7 + [0.0], ValueError, r"max_grad_norm\['last\.bias'\] must be finite and > 0, got 0"),
         ([1.0] * 7 + ["1"], TypeError, r"max_grad_norm\['last\.bias'\]='1'"),
