@@ -109,6 +109,41 @@ def test_normals(bench: Bench) -> None:
     assert rows[torchs].status == OK
 
 
+def test_noise_sums(bench: Bench) -> None:
+    """Noise, grid and division of finished sums, beside torch's own generator without a grid."""
+    count, tensors = (4096, 3) if bench.quick else SWEEPS[1]
+    sums = [torch.zeros(count // tensors, dtype=torch.float64, device=bench.device) for _ in range(tensors)]
+    nonces = [i.to_bytes(12, "little") for i in range(tensors)]
+    torchs = "torch.normal, add, divide"
+
+    def ours() -> None:
+        ops.noise_sums(sums, key=bytes(32), nonces=nonces, noise_scale=1.0, grid=2.0**-12, divisor=8.0)
+
+    def theirs() -> None:
+        for total in sums:
+            total.add_(torch.normal(0.0, 1.0, total.shape, dtype=total.dtype, device=bench.device)).div_(8.0)
+
+    contenders = {"dpkernels": ours, torchs: theirs}
+    rows = {}
+    for name, function in contenders.items():
+        shape = {"n": count, "tensors": tensors}
+        rows[name] = Row("noise_sums", "noise on float64 sums", shape, name)
+        for total in sums:
+            total.zero_()
+        function()
+        deviation = 8.0 * float(torch.cat(sums).std())
+        if abs(deviation - 1) > 5 / math.sqrt(2 * count):
+            rows[name].status, rows[name].reason = WRONG, f"their deviation is {deviation}"
+    runners = {name: Call(function) for name, function in contenders.items() if rows[name].status == OK}
+    taken = interleave(runners, rounds=3 if bench.quick else 25, seconds=4, measure=stopwatch(bench.device))
+    least = bench.ceilings.seconds(20.0 * count, 16.0 * count)
+    for name, samples in taken.items():
+        rows[name].timed(samples).floor_share = round(least / samples.median, 4)
+    compare_rows(rows.values(), base=torchs)
+    bench.record("ops", rows.values(), taken)
+    assert rows[torchs].status == OK
+
+
 def _copies(bench: Bench, entries: int) -> int:
     """How many argument sets outgrow the GPU's second-level cache twice over."""
     cache = torch.cuda.get_device_properties(bench.device).L2_cache_size

@@ -17,12 +17,13 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from torch import Tensor, nn
 
 from bench.names import OPACUS_GHOST, OPACUS_HOOKS
-from dpkernels import reference
+from dpkernels import ops, reference
 from dpkernels.backends import native, registry
+from dpkernels.backends.layer import GroupedLayer
 from dpkernels.backends.triton_ops import availability
 
 PLAIN = "plain torch"
-VOCABULARY, TAPS, RANK = 1000, 9, 8
+VOCABULARY, TAPS, RANK, LAYERS = 1000, 9, 8, 24
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Maker:
             yield from self._small(size, frames, p)
             yield from self._embedding(size, frames, p)
             yield from self._depthwise(size, p, frames)
+            yield self._weighted_sums(size, frames, d, p)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
@@ -302,6 +304,50 @@ class Maker:
         with_factors = [(*one, factors) for one in sets]
         yield self._sum(
             "depthwise_conv1d_weighted_sum", shape, with_factors, outs, weighted, flops, padding=pad
+        )
+
+    def _weighted_sums(self, size: int, frames: int, d: int, p: int) -> OpCase:
+        """Many LoRA layers in one call, and one after the other."""
+        shape = {"B": size, "T": frames, "d": d, "p": p, "r": RANK, "layers": LAYERS}
+        outs = [self._out(*sizes) for _ in range(LAYERS) for sizes in ((RANK, d), (p, RANK))]
+        layers, factors = [], self._factors(size)
+        for i in range(LAYERS):
+            tensors = tuple(self._normal(size, frames, width) for width in (d, RANK, p, RANK))
+            layers.append(GroupedLayer("lora", tensors, {"scaling": 1.0}, tuple(outs[2 * i : 2 * i + 2])))
+        exact = [torch.zeros_like(out) for out in outs]
+        reference.weighted_sums(
+            [layer._replace(outs=tuple(exact[2 * i : 2 * i + 2])) for i, layer in enumerate(layers)], factors
+        )
+
+        def fresh(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+            def call(layers: list[GroupedLayer], factors: Tensor) -> tuple[Tensor, ...]:
+                for out in outs:
+                    out.zero_()
+                function(layers, factors)
+                return tuple(outs)
+
+            return call
+
+        def one_by_one(layers: list[GroupedLayer], factors: Tensor) -> None:
+            for layer in layers:
+                ops.lora_weighted_sum(*layer.tensors, factors, *layer.outs, scaling=1.0)
+
+        def plain(layers: list[GroupedLayer], factors: Tensor) -> tuple[Tensor, ...]:
+            c, found = factors[:, None, None], []
+            for x, h, g, dh in (layer.tensors for layer in layers):
+                found.append((dh * c.to(dh.dtype)).flatten(0, 1).T @ x.flatten(0, 1))
+                found.append(g.flatten(0, 1).T @ (h * c.to(h.dtype)).flatten(0, 1))
+            return tuple(found)
+
+        contenders: dict[str, Callable[..., Any]] = {
+            f"dpkernels {name}": fresh(function) for name, function in self._backends("weighted_sums").items()
+        }
+        contenders |= {"dpkernels, layer by layer": fresh(one_by_one), PLAIN: plain}
+        read = sum(t.numel() * t.element_size() for layer in layers for t in layer.tensors)
+        written = sum(out.numel() * out.element_size() for out in outs)
+        flops = 2.0 * size * frames * RANK * (d + p) * LAYERS
+        return OpCase(
+            "weighted_sums", shape, [(layers, factors)], exact, contenders, flops, float(read + written)
         )
 
     def _layer(self, layer: nn.Module) -> Any:
