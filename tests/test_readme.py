@@ -92,3 +92,51 @@ def test_it_is_short_and_in_the_order_of_a_reader() -> None:
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+SOURCES = (".py", ".md", ".cpp", ".cu", ".cuh", ".h", ".toml", ".svg", ".ipynb", "/")
+
+
+def named_paths(text: str) -> list[str]:
+    """What stands in backticks and is a path of the repository, by its suffix or its first folder.
+
+    The text of a link is left out, since the link has its path, and so is code in a fence.
+    """
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    names = re.findall(r"(?<!\[)`([\w.*/-]+)`", prose)
+    folders = {folder.name for folder in ROOT.iterdir() if folder.is_dir()} - {
+        "build",
+        "dist",
+        "runs",
+        ".venv",
+    }
+    inside = {name for name in names if "/" in name and name.partition("/")[0] in folders}
+    return [
+        name
+        for name in names
+        if name in inside or (name.endswith(SOURCES) and not name.startswith((".", "/")))
+    ]
+
+
+def missing_paths(text: str) -> list[str]:
+    """Those that are not there as seen from the root; `*` stands for any name."""
+    return [name for name in named_paths(text) if not any(ROOT.glob(name))]
+
+
+PROSE = [page for page in pages() if page.name == "CONTRIBUTING.md" or ROOT / "docs" in page.parents]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_path_in_backticks_exists(page: Path) -> None:
+    assert not missing_paths(page.read_text(encoding="utf-8"))
+
+
+def test_planted_paths_that_are_wrong_are_noticed() -> None:
+    wrong = ["ops/layers.py", "tests/nn/test_norm.py", "bias.py", "csrc/gpu/*.cpp", "dpkernels/layers/"]
+    right = ["dpkernels/ops/layers.py", "README.md", "csrc/cpu/*.cpp", "tests/ops"]
+    text = (
+        " ".join(f"`{name}`" for name in wrong + right)
+        + " [`resume.py`](x) `a/b` `make docs`\n```\n`old.py`\n```\n"
+    )
+    assert named_paths(text) == wrong + right
+    assert missing_paths(text) == wrong

@@ -1,5 +1,6 @@
 """One batch for each family of ops, with the truth by autograd of the layer itself in float64, one sample at a time."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,9 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpkernels import ops
+from dpkernels.backends import registry
+from dpkernels.ops import layers
 
-FAMILIES = ("linear", "bias", "lora", "embedding", "layer_norm", "depthwise_conv1d")
-WITH_LENGTHS = ("linear", "bias", "lora", "layer_norm")
+FAMILIES = tuple(layers.KINDS)
+WITH_LENGTHS = tuple(
+    family
+    for family in FAMILIES
+    if "lengths" in inspect.signature(getattr(ops, f"{family}_norm_sq")).parameters
+)
 SCALING = 0.75
 VOCABULARY = 6
 CONV = {"stride": 2, "padding": 3, "dilation": 2}
@@ -90,7 +97,9 @@ class Case:
             return [float((t["x_hat"] * t["g"]).norm(dim=1).sum())]
         if self.family == "depthwise_conv1d":
             return [float((t["x"].norm(dim=1) * t["g"].norm(dim=1)).norm()) * KERNEL]
-        return [float(t["g"].norm(dim=1).sum())]
+        if self.family in ("bias", "embedding"):
+            return [float(t["g"].norm(dim=1).sum())]
+        raise _without_case(self.family)
 
 
 Layer = tuple[Tensor, Callable[[Tensor], Tensor], Tensor]
@@ -115,7 +124,9 @@ def _layers(
         return [(weights[0], lambda w: F.embedding(t["ids"], w, padding_idx=padding), t["g"])]
     if family == "layer_norm":
         return [(weights[0], lambda w: t["x_hat"] * w, t["g"])]
-    return [(weights[0], lambda w: F.conv1d(t["x"][None], w, groups=len(t["x"]), **CONV)[0], t["g"])]
+    if family == "depthwise_conv1d":
+        return [(weights[0], lambda w: F.conv1d(t["x"][None], w, groups=len(t["x"]), **CONV)[0], t["g"])]
+    raise _without_case(family)
 
 
 def make(
@@ -150,9 +161,41 @@ def make(
     if family == "layer_norm":
         tensors = {"x_hat": randn(batch, frames, d), "g": randn(batch, frames, d)}
         return Case(family, tensors, ((d,),), lengths=lengths)
-    reach = frames + 2 * CONV["padding"] - CONV["dilation"] * (KERNEL - 1) - 1
-    tensors = {"x": randn(batch, d, frames), "g": randn(batch, d, reach // CONV["stride"] + 1)}
-    return Case(family, tensors, ((d, 1, KERNEL),), {"kernel_size": KERNEL, **CONV}, CONV)
+    if family == "depthwise_conv1d":
+        reach = frames + 2 * CONV["padding"] - CONV["dilation"] * (KERNEL - 1) - 1
+        tensors = {"x": randn(batch, d, frames), "g": randn(batch, d, reach // CONV["stride"] + 1)}
+        return Case(family, tensors, ((d, 1, KERNEL),), {"kernel_size": KERNEL, **CONV}, CONV)
+    raise _without_case(family)
+
+
+def _without_case(family: str) -> ValueError:
+    return ValueError(
+        f"family: {family!r} has no case; add its truth to `_layers`, its inputs to `make` and the size of its terms "
+        "to `Case.scale`"
+    )
+
+
+def served() -> tuple[str, ...]:
+    """The families that the backend under test has: native code, which nothing follows when forced, may lack some."""
+    if registry.forced() != "native":
+        return FAMILIES
+    return tuple(f for f in FAMILIES if registry.function("native", f"{f}_norm_sq") is not None)
+
+
+def as_lists(cases: Sequence[Case], *, norms: bool) -> dict[str, list[Any]]:
+    """The layers as grouped ops take them in lists: one for each tensor and option of any kind."""
+    lists: dict[str, list[Any]] = {name: [] for name in ("xs", "gs", "kinds")}
+    for case in cases:
+        kind = layers.KINDS[case.family]
+        tensors = {
+            column: case.tensors[name] for name, column in zip(kind.tensors, kind.columns, strict=True)
+        }
+        options = case.norm_options if norms else case.sum_options
+        entry = {"xs": case.tensors["g"], "kinds": case.family} | tensors
+        entry |= {f"{name}s": options[name] for name in (kind.all_options if norms else kind.options)}
+        for column, value in entry.items():
+            lists.setdefault(column, []).append(value)
+    return lists
 
 
 def cancelling(family: str, batch: int, pairs: int, d: int, p: int, epsilon: float = 2.0**-20) -> Case:

@@ -15,7 +15,7 @@ from dpkernels.backends.native_ops import grouped as native_grouped
 from dpkernels.backends.native_ops import linear as native_linear
 from dpkernels.backends.torch_ops import linear as torch_linear
 from dpkernels.backends.triton_ops import grouped as triton_grouped
-from tests.ops.cases import CONV, FAMILIES, SCALING, Case, make
+from tests.ops.cases import Case, as_lists, make, served
 from tests.ops.test_total_norm import total as total_norm
 from tests.slow import in_turns
 
@@ -25,27 +25,12 @@ BATCH = 3
 
 def many(rounds: int = 2, **sizes: Any) -> list[Case]:
     """Layers of every kind, in turns."""
-    return [make(family, BATCH, 7 + i, **sizes) for i in range(rounds) for family in FAMILIES]
+    return [make(family, BATCH, 7 + i, **sizes) for i in range(rounds) for family in served()]
 
 
 def grouped(cases: list[Case], outs: list[Tensor], factors: Tensor, **options: Any) -> None:
-    given: dict[str, list[Any]] = {name: [] for name in ("xs", "gs", "hs", "dhs", "scalings", "padding_idxs")}
-    given |= {name: [] for name in ("strides", "paddings", "dilations")}
-    for case in cases:
-        t = case.tensors
-        given["xs"].append(t.get("x", t.get("ids", t.get("x_hat", t["g"]))))
-        given["gs"].append(t["g"])
-        if case.family == "lora":
-            given["hs"].append(t["h"])
-            given["dhs"].append(t["dh"])
-            given["scalings"].append(SCALING)
-        elif case.family == "embedding":
-            given["padding_idxs"].append(case.sum_options["padding_idx"])
-        elif case.family == "depthwise_conv1d":
-            for name in ("stride", "padding", "dilation"):
-                given[name + "s"].append(CONV[name])
-    kinds = [case.family for case in cases]
-    ops.clip_and_noise(kinds=kinds, factors=factors.to(outs[0].device), outs=outs, **{**given, **options})
+    given = as_lists(cases, norms=False) | options
+    ops.clip_and_noise(factors=factors.to(outs[0].device), outs=outs, **given)
 
 
 def separate(cases: list[Case], factors: Tensor, start: float = 0.0) -> list[Tensor]:

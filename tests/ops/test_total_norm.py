@@ -11,30 +11,14 @@ from torch import Tensor
 from dpkernels import ops
 from dpkernels.backends import registry
 from dpkernels.backends.torch_ops import grouped as torch_grouped
-from tests.ops.cases import CONV, FAMILIES, KERNEL, SCALING, Case, cancelling, make
+from tests.ops.cases import Case, as_lists, cancelling, make, served
 from tests.ops.conftest import TRITON_DEVICE
 
 CUDA = TRITON_DEVICE == "cuda"
 
 
 def total(cases: list[Case]) -> Tensor:
-    given: dict[str, list[Any]] = {name: [] for name in ("xs", "gs", "hs", "dhs", "scalings", "padding_idxs")}
-    given |= {name: [] for name in ("kernel_sizes", "strides", "paddings", "dilations")}
-    for case in cases:
-        t = case.tensors
-        given["xs"].append(t.get("x", t.get("ids", t.get("x_hat", t["g"]))))
-        given["gs"].append(t["g"])
-        if case.family == "lora":
-            given["hs"].append(t["h"])
-            given["dhs"].append(t["dh"])
-            given["scalings"].append(SCALING)
-        elif case.family == "embedding":
-            given["padding_idxs"].append(case.norm_options["padding_idx"])
-        elif case.family == "depthwise_conv1d":
-            given["kernel_sizes"].append(KERNEL)
-            for name in ("stride", "padding", "dilation"):
-                given[name + "s"].append(CONV[name])
-    return ops.total_norm_sq(kinds=[case.family for case in cases], **given)
+    return ops.total_norm_sq(**as_lists(cases, norms=True))
 
 
 def exact(cases: list[Case], i: int) -> Fraction:
@@ -53,7 +37,7 @@ def never_below_nor_far_above(cases: list[Case], far: float = 5e-3) -> None:
 
 def varied(dtype: torch.dtype = torch.float32) -> list[Case]:
     """Every family; of LoRA and narrow linear layers several shapes, aligned and not; vectors; a layer alone."""
-    cases = [make(family, 3, 9 + i, dtype=dtype) for i, family in enumerate(FAMILIES)]
+    cases = [make(family, 3, 9 + i, dtype=dtype) for i, family in enumerate(served())]
     cases += [
         make("lora", 3, 70, d, p, rank=r, dtype=dtype) for d, p, r in ((32, 48, 8), (70, 33, 3), (64, 64, 40))
     ]

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dpkernels.backends import triton_availability
+from dpkernels.backends.triton_ops import availability
 from tests.ops.cases import FAMILIES, WITH_LENGTHS, make
 from tests.ops.conftest import TRITON_DEVICE
 from tests.ops.test_grouped import FACTORS, empty, grouped, many
 from tests.ops.test_total_norm import total
 
-if triton_availability.unavailable_reason(TRITON_DEVICE):
-    pytest.skip(triton_availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
+if availability.unavailable_reason(TRITON_DEVICE):
+    pytest.skip(availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
 if TRITON_DEVICE == "cuda":
     pytest.skip("the interpreter looks for overflow; a GPU does not", allow_module_level=True)
 import triton
