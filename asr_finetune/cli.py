@@ -349,6 +349,7 @@ def demo(
 def main() -> None:
     """Entry point. Expected errors are printed as a message, exit code 2 (130 after an interruption)."""
     warnings.showwarning = show_warning
+    warnings.filterwarnings("default", ".* is now called ", DeprecationWarning)  # of our own old names
     warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can fix
     try:
         app()

@@ -29,6 +29,17 @@ from asr_finetune.config.values import (
     fields_of,
     help_of,
 )
+from dpkernels.deprecation import warn_renamed
+
+_OLD_STRATEGIES = {"keep_small": "mixed"}
+
+
+def _present_strategy(value: Any) -> Any:
+    """The present name of a strategy; a deprecated one warns."""
+    if not isinstance(value, str) or value not in _OLD_STRATEGIES:
+        return value
+    warn_renamed(f"privacy.strategy={value}", f"privacy.strategy={_OLD_STRATEGIES[value]}")
+    return _OLD_STRATEGIES[value]
 
 
 @explained
@@ -149,7 +160,9 @@ class PrivacyConfig:
     """truncated Poisson: a batch never exceeds it; null: no limit"""
     accountant: Literal["pld", "rdp"] = "pld"
     """pld (tight) or rdp"""
-    strategy: Literal["bookkeeping", "mixed", "two_pass", "per_layer"] = "bookkeeping"
+    strategy: Annotated[
+        Literal["bookkeeping", "mixed", "two_pass", "per_layer"], BeforeValidator(_present_strategy)
+    ] = "bookkeeping"
     """what is kept until norms are known: inputs; per-sample gradients where smaller; nothing (a second
     backward); nothing (each layer clipped on its own: other gradients)"""
     enabled: StrictBool = True

@@ -168,7 +168,7 @@ def make_private(
         max_grad_norm=privacy.max_grad_norm,
         strategy=privacy.strategy,
         physical_batch_size=size,
-        physical_frames=frames,
+        max_padded_frames=frames,
         lengths=list(lengths),
         steps=max(spent + remaining, 1),
         target_epsilon=privacy.epsilon,

@@ -231,7 +231,7 @@ class Run:
             batch_size=train.batch_size,
             steps=train.steps,
             physical_batch_size=size,
-            physical_frames=frames,
+            max_padded_frames=frames,
             seed=train.seed,
             num_workers=train.num_workers,
             collate_fn=self.recognizer.collate,

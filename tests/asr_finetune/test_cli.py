@@ -235,6 +235,20 @@ def test_a_warning_is_said_once(
     assert capsys.readouterr().err.count("delta=0.2 >= 1/N") == 1
 
 
+def test_an_old_name_warns_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = "--model m --train d --output o --set privacy.strategy=keep_small --print-config"
+    monkeypatch.setattr(console, "_said", set())
+    monkeypatch.setattr(sys, "argv", ["asr-finetune", "train", *old.split()])
+    with warnings.catch_warnings(), contextlib.suppress(SystemExit):
+        warnings.simplefilter("ignore")
+        cli.main()
+    printed = capsys.readouterr()
+    assert "strategy: mixed" in printed.out
+    assert printed.err.count("privacy.strategy=keep_small is now called privacy.strategy=mixed") == 1
+
+
 def test_a_missing_synthesiser_is_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

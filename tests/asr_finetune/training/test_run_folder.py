@@ -215,3 +215,15 @@ def test_nothing_outside_not_private_names_a_speaker(folder: Path) -> None:
     assert run.check(config, resume=True)  # what was left out of config.yaml is known still
     with pytest.raises(ConfigError, match=r"data\.speakers: was \['Ada Lovelace 0', 'Ada Lovelace 1'\]"):
         run.check(small(folder, **{**changes, "data__speakers": names[:1]}), resume=True)
+
+
+def test_a_run_begun_under_a_strategys_old_name_is_resumed(tmp_path: Path) -> None:
+    config = small(tmp_path, privacy__strategy="mixed")
+    run = RunFolder(Path(config.output))
+    run.prepare(config, resume=True)
+    run.checkpoint.mkdir()
+    written = run.config.read_text()
+    assert "strategy: mixed" in written
+    run.config.write_text(written.replace("strategy: mixed", "strategy: keep_small"))
+    with pytest.warns(DeprecationWarning, match="mixed"):
+        assert run.check(config, resume=True)
