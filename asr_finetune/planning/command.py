@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from asr_finetune.config.schema import Config, ConfigError
-from asr_finetune.config.values import PLACEHOLDER, told_to_user
+from asr_finetune.config.values import PLACEHOLDER, as_config_error
 from asr_finetune.config.yaml_io import overridden, typed
 from asr_finetune.planning.tables import memory_table, plan_table, probe_table
 from asr_finetune.training.sampling import assumed_sampling, sampling_of
@@ -109,7 +109,7 @@ def _check_given(config: Config, given: Mapping[str, Any], examples: int | None)
         raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
 
 
-@told_to_user()
+@as_config_error()
 def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> NoisePlan:
     """Noise by hand, where there is some, as in a run; else for the target."""
     privacy = config.privacy

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asr_finetune.config.schema import Config, ConfigError
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.planning.memory import MARGIN, losses_of
@@ -140,7 +140,7 @@ class _DryRun(Run):
             )
         return corpus, found
 
-    @told_to_user()
+    @as_config_error()
     def privacy(self) -> str:
         config = self.config
         privacy, steps = config.privacy, config.train.steps
@@ -177,7 +177,7 @@ class _DryRun(Run):
             )
         return found
 
-    @told_to_user()
+    @as_config_error()
     def memory(self) -> str:
         """The predicted peak with a micro-batch of the longest utterances, against what there is."""
         config, recognizer = self.config, self.recognizer

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_finetune.config.schema import Config, PrivacyConfig
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.planning.workload import typical_speech
@@ -94,7 +94,7 @@ class MemoryPlan:
     shorter: list[Fit]
 
 
-@told_to_user()
+@as_config_error()
 def plan_memory(
     config: Config,
     recognizer: Recognizer,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from asr_finetune.config.schema import Config
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.methods import apply_method
@@ -63,7 +63,7 @@ class Probe:
     total_parameters: int
 
 
-@told_to_user()
+@as_config_error()
 def probe(
     config: Config, recognizer: Recognizer, corpus: Corpus | None = None, *, seconds: float | None = None
 ) -> Probe:

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import Config, ConfigError, TrainConfig
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.data.corpus import Corpus
 from dpkernels.privacy import Sampling, noise_multiplier, plan_sampling
 
@@ -79,7 +79,7 @@ def assumed_sampling(config: Config, count: int) -> Sampling:
     return _planned(config, each * count, _arguments(config, np.repeat(np.arange(count), each)))
 
 
-@told_to_user()
+@as_config_error()
 def _planned(config: Config, utterances: int, unit: dict[str, Any]) -> Sampling:
     # The engine's own rule, so that it is written once; it asks the loader for its sizes only.
     loader: Any = DataLoader(range(utterances), batch_size=config.train.batch_size)  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def expected_utterances(config: Config, corpus: Corpus | None) -> float:
     return batch * sum(min(count, each) for count in counts) / (each * len(counts))
 
 
-@told_to_user()
+@as_config_error()
 def sigma_of(config: Config, sampling: Sampling) -> float:
     """σ of a run from its start: by hand, else the smallest for the target ε over `train.steps` steps."""
     privacy = config.privacy

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import Config, ConfigError, DataConfig, TrainConfig
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter, duration
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import of_speakers, shared_recordings
@@ -117,7 +117,7 @@ def prepare_blocks(config: TrainConfig, recognizer: Recognizer, reporter: Report
         reporter.say(f"{len(names)} frozen blocks are compiled when they are first called")
 
 
-@told_to_user()
+@as_config_error()
 def make_private(
     config: Config,
     recognizer: Recognizer,
