@@ -302,7 +302,7 @@ def test_catches_a_circle(source: str, found: bool) -> None:
 
 
 # asr_finetune, folder by folder: each may import those before it
-FOLDERS = {
+PARTS = {
     "config": set(),
     "data": {"config"},
     "models": {"config", "data"},
@@ -323,22 +323,22 @@ def part_of(module: str) -> str:
 
 
 def upward(source: str, module: str) -> list[str]:
-    """What `source`, a module of asr_finetune, imports against the direction of FOLDERS, for types too."""
+    """What `source`, a module of asr_finetune, imports against the direction of PARTS, for types too."""
     here = part_of(module)
-    allowed = set() if here in LEAVES else LEAVES | FOLDERS[here] | {here}
+    allowed = set() if here in LEAVES else LEAVES | PARTS[here] | {here}
     names = set(imported(source, module))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):  # `from asr_finetune import demo` imports the folder
             names |= {f"{origin(node, module)}.{alias.name}" for alias in node.names}
     targets = {name: part_of(name) for name in names}
-    known = LEAVES | set(FOLDERS)
+    known = LEAVES | set(PARTS)
     return [f"{module} imports {name}" for name, part in targets.items() if part in known - allowed]
 
 
 def test_the_folders_of_asr_finetune_are_imported_one_way() -> None:
     """What only types need counts: a folder is read with what its annotations name."""
     mine = {module: path.read_text() for module, path in modules() if part_of(module) not in ("", "__init__")}
-    assert {part_of(module) for module in mine} == LEAVES | set(FOLDERS)
+    assert {part_of(module) for module in mine} == LEAVES | set(PARTS)
     found = [line for module, source in mine.items() for line in upward(source, module)]
     assert not found, "\n".join(found)
     needs = {m: set(imported(source, m)) & set(mine) - {m} for m, source in mine.items()}
