@@ -28,7 +28,7 @@ def test_ids_of_several_recordings_are_noted_and_kept(tmp_path: Path) -> None:
     corpus = read(manifest(tmp_path, lines))
     assert len(corpus) == 2
     (note,) = corpus.notes
-    assert "1 ids are of more than one recording" in note
+    assert "1 ids belong to more than one recording" in note
     assert note in corpus.summary()
     assert not read(manifest(tmp_path, lines[:1])).notes
 
