@@ -134,8 +134,8 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
     if config.new_head != (config.vocabulary in ("own", "characters")):
         raise ConfigError(
             f"model.new_head={config.new_head} with model.vocabulary={config.vocabulary}: a new output layer "
-            "needs a vocabulary, and the old one must keep its own: set new_head true and vocabulary characters (or own, "
-            "the checkpoint's), or neither"
+            "needs a vocabulary, and the old one must keep its own: set new_head true and vocabulary characters "
+            "(or own, the checkpoint's), or neither"
         )
     processor = _ctc_processor(config, found)
     options |= {"new_head": config.new_head, "vocabulary": config.vocabulary}
@@ -238,23 +238,23 @@ def _adapter_and_its_base(config: ModelConfig) -> Recognizer:
     return recognizer
 
 
-def _read(reader: Any, config: ModelConfig, **options: Any) -> Any:
+def _read(reader: Any, model: ModelConfig, **options: Any) -> Any:
     """`reader.from_pretrained` of the checkpoint; a failure is raised as NoSuchModel, with the fix."""
-    folder = Path(config.name)
+    folder = Path(model.name)
     if folder.is_dir():
         fault = f"the folder exists, but {reader.__name__} finds no usable checkpoint in it"
-    elif _hub_answers(config.name, config.revision):
+    elif _hub_answers(model.name, model.revision):
         fault = "there is no such folder, and the hub does not give it"
     else:
         # only earlier downloads are used, so that no request is retried
         options["local_files_only"] = True
         fault = f"there is no such folder, {unreachable()}, and no earlier download is complete"
     try:
-        return reader.from_pretrained(config.name, revision=config.revision, **options)
+        return reader.from_pretrained(model.name, revision=model.revision, **options)
     # TypeError: the tokenizer's files are missing; RuntimeError: the weights do not fit into the model
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise NoSuchModel(
-            f"model.name={config.name!r}: {fault}. Give (--model, or model.name) a folder with config.json, "
+            f"model.name={model.name!r}: {fault}. Give (--model, or model.name) a folder with config.json, "
             "model.safetensors and the processor's files, or a hub id (and model.revision) that this machine can "
             f"download; transformers says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
         ) from error

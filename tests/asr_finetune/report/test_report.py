@@ -300,7 +300,7 @@ def test_its_own_choices_of_delta_are_not_warned_of(tmp_path: Path, recwarn: pyt
 def test_half_precision_is_not_covered(tmp_path: Path, dtype: str, said: bool) -> None:
     values = record()
     values["model"]["dtype"] = dtype
-    assert ("The stated sensitivity does not cover it" in made(tmp_path, values)) is said
+    assert ("The stated sensitivity does not cover this effect" in made(tmp_path, values)) is said
 
 
 @pytest.mark.parametrize(("low", "said"), [(0.41, True), (0.18, False)])
