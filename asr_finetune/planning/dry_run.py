@@ -208,7 +208,8 @@ class _DryRun(Run):
         if peak.total > MARGIN * available:
             raise ConfigError(
                 f"{found}, of which {MARGIN:.0%} can be used: lower train.physical_batch_size, or choose a method that "
-                f"trains less; `asr-finetune plan --config ... --gpu-memory {available / 2**30:.0f}` finds one that fits"
+                "trains less; "
+                f"`asr-finetune plan --config ... --gpu-memory {available / 2**30:.0f}` finds one that fits"
             )
         return found
 
