@@ -32,8 +32,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"asr-finetune {metadata.version('dpkernels')}")
         raise typer.Exit
 
@@ -44,7 +44,7 @@ def options(
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """What comes before a command."""
+    """Options that precede a command."""
 
 
 _Configuration = Annotated[
@@ -52,7 +52,7 @@ _Configuration = Annotated[
     typer.Option(
         "--config",
         "-c",
-        help="YAML file, or a recipe's name; flags and --set go over it.",
+        help="YAML file, or a recipe's name; flags and --set override it.",
         show_default=False,
     ),
 ]
@@ -60,8 +60,8 @@ _Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the configuration; may be repeated."),
 ]
-# Keys whose flag is not called as the key is.
-_CALLED = {
+# Flags of keys whose flag has another name than the key.
+_FLAGS = {
     "model.name": ("--model",),
     "data.train": ("--data", "--train"),
     "method.kind": ("--method",),
@@ -70,33 +70,35 @@ _CALLED = {
 
 
 def _configured(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a flag for each of these keys, with its type and help, in the place of its argument `flags`.
+    """Replace a command's argument `flags` by one flag for each of these keys, with the key's type and help.
 
-    The command gets them as {key: value}, None where a flag is not given.
+    The command receives {key: value}; the value of a flag that is not given is None.
     """
 
     def option(key: str) -> inspect.Parameter:
         section, _, name = key.rpartition(".")
         field = fields_of(SECTIONS[section] if section else Config)[name]
-        called = _CALLED.get(key, (f"--{name.replace('_', '-')}",))
+        names = _FLAGS.get(key, (f"--{name.replace('_', '-')}",))
         hint: Any = next((kind for kind in (int, float) if kind in types_within(field.annotation)), str)
-        shown = typer.Option(*called, help=help_of(field), show_default=False)
+        flag = typer.Option(*names, help=help_of(field), show_default=False)
         return inspect.Parameter(
             key.replace(".", "_"),
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[hint | None, shown],
+            annotation=Annotated[hint | None, flag],
         )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         options = {key: option(key) for key in keys}
         parameters: list[inspect.Parameter] = []
-        for name, own in inspect.signature(command, eval_str=True).parameters.items():
-            parameters += options.values() if name == "flags" else [own.replace(kind=own.KEYWORD_ONLY)]
+        for name, argument in inspect.signature(command, eval_str=True).parameters.items():
+            parameters += (
+                options.values() if name == "flags" else [argument.replace(kind=argument.KEYWORD_ONLY)]
+            )
 
-        def run(**given: Any) -> None:
-            flags = {key: given.pop(parameter.name) for key, parameter in options.items()}
-            command(flags=flags, **given)
+        def run(**arguments: Any) -> None:
+            flags = {key: arguments.pop(parameter.name) for key, parameter in options.items()}
+            command(flags=flags, **arguments)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         vars(run)["__signature__"] = inspect.Signature(parameters)
@@ -120,24 +122,25 @@ def plan(
     seconds: Annotated[
         float | None,
         typer.Option(
-            help="With --model: length of an utterance; else 12.3, or the model's window.", show_default=False
+            help="With --model: length of an utterance; default 12.3, or the model's window if shorter.",
+            show_default=False,
         ),
     ] = None,
     gpu_memory: Annotated[
         float | None,
         typer.Option(
-            help="GiB: find strategy and micro-batch for such a GPU, here, instead of measuring this machine.",
+            help="GiB: find strategy and micro-batch for a GPU of this size instead of measuring this machine.",
             show_default=False,
         ),
     ] = None,
     settings: _Settings = None,
 ) -> None:
-    """How much noise a target ε needs; with a model, how long a run takes and how much memory.
+    """Show the noise that a target ε needs; with a model, also the time and memory of a run.
 
-    Without a model nothing is loaded: the noise multiplier σ by PLD and by RDP, the sampling rate, and ε on
-    the way. With --model or --config, a few micro-batches of synthetic audio are timed on this machine: the
-    training alone, without reading audio, self-check and evaluations. With --gpu-memory as well, nothing is
-    timed: a private step is rehearsed without data or GPU, and the largest micro-batch of each strategy shown,
+    Without a model nothing is loaded, and the plan shows the noise multiplier σ by PLD and by RDP, the sampling rate,
+    and ε over the steps. With --model or --config, a few micro-batches of synthetic audio are timed on this machine:
+    training only, without reading audio, self-check and evaluations. With --gpu-memory, nothing is timed: the memory
+    of a private step is estimated without data or GPU, and the plan shows the largest micro-batch of each strategy,
     with and without activation checkpointing.
 
     **Examples**
@@ -180,16 +183,18 @@ def train(
     compare: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a finished --not-private run to put beside this one.", show_default=False
+            help="Folder of a finished --not-private run to compare this one with.", show_default=False
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Continue a run that is in the output folder.")] = True,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in the output folder, if there is one.")
+    ] = True,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check data, model, memory and accounting; write and spend nothing."),
     ] = False,
     settings: _Settings = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the configuration, every key explained, and stop.")
     ] = False,
@@ -197,9 +202,8 @@ def train(
     """Fine-tune a recogniser with a stated (ε, δ), evaluate it before and after, and write an auditable
     record.
 
-    A run that was killed or interrupted continues when the same command is given again; what was spent is in
-    the output folder's ledger and is never forgotten. Sampling and noise use fresh keys from the operating
-    system.
+    The same command continues a run that was killed or interrupted; the ledger in the output folder keeps the privacy
+    budget that was spent. Sampling and noise use fresh keys from the operating system.
 
     **Examples**
 
@@ -210,11 +214,11 @@ def train(
     - `asr-finetune train --config wav2vec2_bert_lora --train LIBRISPEECH --test LIBRISPEECH --dry-run`
     """
     values = load_yaml(config) if config is not None else {}
-    given = overridden(values, flags | {"privacy.enabled": False if not_private else None}, settings or ())
+    merged = overridden(values, flags | {"privacy.enabled": False if not_private else None}, settings or ())
     if print_config:
-        typer.echo(template(given), nl=False)
+        typer.echo(template(merged), nl=False)
         return
-    loaded = Config.from_dict(given)
+    loaded = Config.from_dict(merged)
     loaded.check_trainable()
     if dry_run:
         from asr_finetune.planning.dry_run import check_run, check_table
@@ -234,7 +238,10 @@ def evaluate(
     flags: dict[str, Any],
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Folder of an adapter; alone: on the model it was trained on.", show_default=False),
+        typer.Option(
+            help="Folder of an adapter; without --model it is loaded on its own base model.",
+            show_default=False,
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Split, subset, or a manifest's `split` value.", show_default=False)
@@ -246,8 +253,8 @@ def evaluate(
 ) -> None:
     """Word and character error rates of a recogniser, with a 95 % bootstrap interval over utterances.
 
-    Texts are compared in lower case without punctuation (--set evaluate.normalize=english is Whisper's, none as they
-    are).
+    Texts are compared in lower case without punctuation. --set evaluate.normalize=english selects Whisper's
+    normalisation, none compares texts as they are.
 
     **Examples**
 
@@ -285,10 +292,10 @@ def report(
         Path | None, typer.Option("--out", "-o", help="HTML file.", show_default="RUN/report.html")
     ] = None,
 ) -> None:
-    """The privacy report of a finished run, one HTML file: the guarantee, what it covers, the error rates.
+    """Write the privacy report of a finished run, one HTML file: the guarantee, its scope, and the error rates.
 
-    Of the training data it states the number of recordings (or speakers), which is treated as public, and a
-    keyed fingerprint; nothing else in it was computed from that data without noise. Error rates are of the test
+    About the training data it states the number of recordings (or speakers), which is treated as public, and a
+    keyed fingerprint. Nothing else in it is computed from that data without noise. Error rates are those on the test
     data.
 
     **Example**
@@ -305,9 +312,9 @@ def report(
 def synthesise(
     texts: Annotated[Path, typer.Option(help="Public sentences, one a line.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for WAV files and manifest.jsonl.")],
-    voices: Annotated[int, typer.Option(min=1, help="Voices that each sentence is said by.")] = 4,
+    voices: Annotated[int, typer.Option(min=1, help="Number of voices; each speaks every sentence.")] = 4,
 ) -> None:
-    """Synthetic speech of public sentences: what a new output layer may be warmed up on, at no ε.
+    """Synthesise speech of public sentences: training data for the warm start of a new output layer, at no ε.
 
     **Example**
 
@@ -325,10 +332,10 @@ def demo(
         "runs/demo"
     ),
 ) -> None:
-    """Make speech, train a small recogniser on it with differential privacy, and show the report. No
+    """Synthesise speech, train a small recogniser on it with differential privacy, and write the report. No
     download.
 
-    Fails where private training takes less than a quarter off the word error rate, which is what it is to show.
+    The command fails if private training lowers the word error rate by less than a quarter.
 
     **Example**
 
@@ -339,17 +346,21 @@ def demo(
     result = run(output)
     if result.private > 0.75 * result.before:
         typer.echo(
-            f"error: private training took the WER from {result.before:.1%} to {result.private:.1%}, less than a "
-            "quarter off: something is wrong with this installation; please report it with `python -m dpkernels`",
+            f"error: private training took the WER from {result.before:.1%} to {result.private:.1%}, which is less "
+            "than a quarter lower: this installation is faulty; please report it with the output of "
+            "`python -m dpkernels`",
             err=True,
         )
         raise typer.Exit(1)
 
 
 def main() -> None:
-    """Entry point. Expected errors are printed as a message, exit code 2 (130 after an interruption)."""
+    """Entry point. An expected error is printed as a message; the exit code is 2 (130 after an interruption)."""
     warnings.showwarning = show_warning
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: nothing a user can fix
+    warnings.filterwarnings("default", ".* is now called ", DeprecationWarning)  # dpkernels' old names
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # from libraries: a user of the command line cannot fix them
     try:
         app()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What a run says: lines and progress bars, and each warning once."""
+"""Console output of a run: lines, progress bars, and each warning once."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# In a log, a line more often than this only hides the others.
+# The shortest time between two progress lines in a log.
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Bar:
-    """One thing under way: a rich bar on a terminal, a line now and then in a log."""
+    """The progress of one task: a rich bar on a terminal, occasional lines in a log."""
 
     def __init__(self, progress: Progress, name: str, total: int, start: int) -> None:
         self._progress, self._start = progress, start
         task = progress.add_task(name, total=total, completed=start, facts="")
         self._task = progress.tasks[task]
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def update(self, done: int, facts: str = "") -> None:
-        """Say that `done` units are done; `facts` is shown beside them."""
+        """Show that `done` units are done, with `facts` beside them."""
         self._progress.update(self._task.id, completed=done, facts=facts)
         total, now = int(self._task.total or 0), time.monotonic()
-        if not self._progress.disable or (done < total and now - self._said < SECONDS_BETWEEN_LINES):
+        if not self._progress.disable or (done < total and now - self._last_line < SECONDS_BETWEEN_LINES):
             return
-        self._said = now
-        left = (self._task.elapsed or 0) / max(done - self._start, 1) * (total - done)
-        rest = f", about {duration(left)} left" if done < total else ""
+        self._last_line = now
+        remaining = (self._task.elapsed or 0) / max(done - self._start, 1) * (total - done)
+        rest = f", about {duration(remaining)} left" if done < total else ""
         line = f"{self._task.description} {done}/{total}  {facts}{rest}"
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -47,20 +47,20 @@ class Reporter:
     """Prints lines and bars.
 
     Args:
-        enabled: False prints nothing at all.
-        console: where to; standard output when None.
+        enabled: False prints nothing.
+        console: the console to print to; None is standard output.
     """
 
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
         self.console = console if console is not None and enabled else Console(quiet=not enabled)
 
     def say(self, text: str, *, style: str | None = None) -> None:
-        """One line (or paragraph), plain text."""
+        """Print a line or paragraph of plain text."""
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, name: str, total: int, *, start: int = 0) -> Iterator[Bar]:
-        """A bar (terminal) or lines (log) for `total` units, of which `start` were done earlier."""
+        """Show a bar (terminal) or lines (log) for `total` units, `start` of them done earlier."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -75,7 +75,7 @@ class Reporter:
 
 
 def duration(seconds: float) -> str:
-    """`95` as `1 min 35 s`."""
+    """Seconds as text: 95 is `1 min 35 s`."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-_said: set[str] = set()
+_shown_warnings: set[str] = set()
 
 
 def show_warning(
@@ -95,13 +95,13 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning, the same one once in a run wherever it arises."""
-    if str(message) in _said:
+    """Print a warning; the same message is printed once in a run, whatever its origin."""
+    if str(message) in _shown_warnings:
         return
-    _said.add(str(message))
+    _shown_warnings.add(str(message))
     tell(f"warning: {message}", "yellow")
 
 
 def tell(text: str, style: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)

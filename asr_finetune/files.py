@@ -1,4 +1,4 @@
-"""Text and JSON written atomically, and what is said of a file that is not there."""
+"""Text and JSON written atomically, and the error about a missing file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpkernels.files import write_atomically
 
 
 class MissingFile(UserError, FileNotFoundError):
-    """A file or folder that the user named is not there."""
+    """A file or folder that the user named does not exist."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,5 +20,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically. Raises ValueError for NaN and infinities, which JSON has not."""
+    """Write JSON atomically. Raises ValueError for NaN and infinities, which JSON does not have."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Whether the hub can be reached: asked once, where its clients repeat each request of theirs for half a minute."""
+"""One request that shows whether the hub can be reached; its own clients retry every request for half a minute."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Literal
 import huggingface_hub
 from huggingface_hub import errors
 
-_ASKED_FOR = {"model": "config.json", "dataset": "README.md"}
+_REQUESTED_FILE = {"model": "config.json", "dataset": "README.md"}
 
 
 def hub_answers(name: str, revision: str | None = None, kind: Literal["model", "dataset"] = "model") -> bool:
-    """Whether a request for a file of the repository is answered, be it with a refusal."""
+    """Whether the hub responds to a request for a file of the repository; a refusal counts as a response."""
     try:
-        url = huggingface_hub.hf_hub_url(name, _ASKED_FOR[kind], repo_type=kind, revision=revision)
+        url = huggingface_hub.hf_hub_url(name, _REQUESTED_FILE[kind], repo_type=kind, revision=revision)
         huggingface_hub.get_hf_file_metadata(url)
     except (
         errors.HFValidationError,
         errors.HfHubHTTPError,
-    ):  # no hub's id; an answer, if not the one hoped for
+    ):  # not a hub id; or the hub responded with an error
         return True
     except (OSError, errors.HTTPError):  # OSError: HF_HUB_OFFLINE
         return False
@@ -26,5 +26,5 @@ def hub_answers(name: str, revision: str | None = None, kind: Literal["model", "
 
 
 def unreachable() -> str:
-    """What is said of a hub that does not answer, with its address."""
+    """The error message about a hub that does not respond, with its address."""
     return f"the hub ({huggingface_hub.constants.ENDPOINT}) cannot be reached"

@@ -1,13 +1,12 @@
-"""What is done with whole blocks of a model: recomputed activations, and torch.compile of those that are frozen.
+"""Operations on blocks of a model: activation checkpointing, and torch.compile of frozen blocks.
 
-Activation checkpointing is torch's non-reentrant kind: the reentrant one gives a block whose input needs no gradient,
-as the first one above frozen layers, none at all, and refuses the `torch.autograd.grad` that the self-check uses.
+Activation checkpointing is torch's non-reentrant kind. The reentrant kind computes no gradient for a block whose input
+needs none, such as the first one above frozen layers, and refuses the `torch.autograd.grad` that the self-check uses.
 
-Only frozen blocks are compiled: a trained layer puts records on the private model's tape, which is Python that
-torch.compile would break its graphs at, or make part of them. A frozen block has no part in clipping: it passes
-activations and their gradients on. What is checked of it is checked as ever: its parameters, buffers and modules are
-the same objects, a buffer that it writes is seen to change, and the self-check's gradients go through the compiled
-code.
+Only frozen blocks are compiled. A trained layer adds records to the private model's tape, in Python code at which
+torch.compile would break its graphs, or which it would trace. A frozen block is not clipped: it only passes on
+activations and their gradients. All checks of it remain: its parameters, buffers and modules are the same objects, a
+change of a buffer is detected, and the self-check's gradients go through the compiled code.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 Backend = str | Callable[..., Any]
 
-# Compiled forms of one block: one utterance or several, in training and not, with gradients or without, and shapes that
-# an operation treats differently. Whisper's encoder was seen to have 7; beyond torch's 8 a block runs uncompiled.
+# Compiled forms of one block: one utterance or several, training or evaluation, with gradients or without, and shapes
+# that an operation treats differently. Whisper's encoder has 7; beyond torch's limit of 8 a block runs uncompiled.
 _FORMS = 64
 
 
@@ -40,45 +39,46 @@ def has_checkpointing(model: nn.Module) -> bool:
 
 
 def checkpoint_blocks(model: nn.Module, **options: Any) -> None:
-    """Have every block of the model recomputed in the backward, in place; in training mode only.
+    """Recompute every block of the model in the backward, in place; in training mode only.
 
-    Dropout masks are those of the forward: torch's `preserve_rng_state` stays True, unless `options` say otherwise.
+    Dropout masks are those of the forward, since torch's `preserve_rng_state` is True unless `options` changes it.
 
     Args:
         model: a transformers model, or a PEFT model around one.
         options: further arguments of `torch.utils.checkpoint.checkpoint`.
 
     Raises:
-        ValueError: a model that has no such blocks.
+        ValueError: the model has no activation checkpointing.
     """
     base = base_model(model)
     if not has_checkpointing(model):
         raise ValueError(f"{type(base).__name__} has no activation checkpointing: train it without")
-    # The second name is of transformers before 5.24, which calls it deprecated.
+    # The second name is that of transformers before 5.24, and deprecated since.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False, **options})
 
 
 class CompilerError(ValueError):
-    """torch.compile does not work on this machine; the message says why."""
+    """torch.compile does not work on this machine; the message has the reason."""
 
 
 def compile_frozen_blocks(model: nn.Module, *, backend: Backend = "inductor") -> list[str]:
     """Compile every frozen block of the model in place, for any batch and length; call it before `make_private`.
 
-    A block is compiled when it is first called. One that is checkpointed as a whole block's part stays so; what is
-    checkpointed within it no longer is. For the process, torch's limit of compiled forms is set higher, and compiled
-    backwards keep what a second backward needs (strategy="two_pass").
+    A block is compiled at its first call. Checkpointing of a larger block around it remains; checkpointing within it is
+    switched off. For the process, torch's limit of compiled forms is raised, and compiled backwards keep the tensors
+    that a second backward needs (strategy="two_pass").
 
     Args:
-        model: with what is trained chosen. Names, classes and saved files stay as they are; a copy is not compiled.
-        backend: of torch.compile.
+        model: the model, with its trained parameters chosen. Names, classes and saved files are unchanged; a copy is
+            not compiled.
+        backend: the backend of torch.compile.
 
     Returns:
         Names of the blocks: `frozen_blocks`.
 
     Raises:
-        CompilerError: the backend does not work on this machine; says why.
+        CompilerError: the backend does not work on this machine; the message has the reason.
     """
     blocks = list(frozen_blocks(model))
     if blocks and isinstance(backend, str):
@@ -89,8 +89,8 @@ def compile_frozen_blocks(model: nn.Module, *, backend: Backend = "inductor") ->
     part: Any  # a flag is set on it that not every module has
     for _, block in blocks:
         for part in block.modules():
-            # Graphs with checkpoints in them are not for every backend, and what a compiled block keeps for its
-            # backward is chosen by torch.compile; nothing, where no gradient passes (a whole frozen encoder).
+            # Some backends do not support graphs with checkpoints, and torch.compile itself chooses the tensors that a
+            # compiled block keeps for its backward (none, if no gradient passes, as in a fully frozen encoder).
             if getattr(part, "gradient_checkpointing", False):
                 vars(part)["gradient_checkpointing"] = False
         block.compile(dynamic=True, backend=backend)
@@ -98,10 +98,10 @@ def compile_frozen_blocks(model: nn.Module, *, backend: Backend = "inductor") ->
 
 
 def frozen_blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The largest submodules that hold parameters, none of them trained, and submodules, and have a forward; by name.
+    """The largest submodules with parameters, all of them frozen, with submodules, and with a forward; by name.
 
-    A layer alone is none: it is one kernel in any case. Nor are lists of modules, which are not called, and torch's own
-    containers (nn.Sequential): `Module.compile` passes over code of torch.nn, and would compile nothing.
+    A single layer is not a block, since it is one kernel anyway. Lists of modules are not called, and torch's own
+    containers (nn.Sequential) are left out because `Module.compile` skips code of torch.nn and would compile nothing.
     """
     parameters = list(model.parameters())
     frozen = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
@@ -115,7 +115,7 @@ def frozen_blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def _check(backend: str, device: torch.device) -> None:
-    """Compile and run one small operation, so that a machine that cannot is found at once, and not within a block."""
+    """Compile and run one small operation, so that a missing compiler is reported at once, not within a block."""
     try:
         torch.compile(_trial, backend=backend, dynamic=True)(torch.ones(2, device=device))
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
@@ -124,7 +124,7 @@ def _check(backend: str, device: torch.device) -> None:
         )
         raise CompilerError(
             f"torch.compile (backend {backend!r}) does not work here on {device}: {reason}. It needs a C++ compiler "
-            "(g++ or clang++), and on a GPU Triton: install what is missing, or train without"
+            "(g++ or clang++), and on a GPU Triton: install the missing one, or train without torch.compile"
         ) from error
 
 

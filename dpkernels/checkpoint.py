@@ -1,7 +1,7 @@
-"""Checkpoints of a private run, written atomically: what is trained, the optimizer, and the engine's state.
+"""Checkpoints of a private run, written atomically: trained parameters, optimizer, and the engine's state.
 
-A checkpoint holds no key and no state of the noise or sampling generators, so that no noise is drawn twice after it is
-read back; what was spent is in the ledger, whatever the checkpoint says.
+A checkpoint holds no key and no state of the noise or sampling generators, so that a resumed run draws no noise twice.
+The privacy budget spent is in the ledger alone.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ FORMAT = 1
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint that does not belong to this run, or is not one."""
+    """The file is not a checkpoint, or not one of this run."""
 
 
 @dataclass
 class Checkpoint:
     """The state of a run after `step` steps.
 
-    No key and no state of the noise or sampling generators is in it: a resumed run draws new ones from the OS.
+    It holds no key and no state of the noise or sampling generators: a resumed run draws new keys from the OS.
 
     Attributes:
         step: logical steps applied.
-        parameters: name -> tensor of what is trained (and of adapter parts frozen at random values).
+        parameters: name -> tensor of the trained parameters (and of adapter factors frozen at random values).
         optimizer: the optimizer's state_dict.
-        privacy: the engine's state (mechanism, where its ledger stood), or None without privacy.
-        random: torch's generator states, of a run without privacy; None with it, where dropout is secret.
+        privacy: the engine's state (mechanism, steps in its ledger), or None without privacy.
+        random: torch's generator states of a run without privacy; None with privacy, where dropout is secret.
         seconds: training time so far.
         curve: evaluations on public data so far, one dict each.
     """
@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a checkpoint keeps: what is trained, and adapter factors frozen at random values (DP-RP)."""
+    """The parameters of a checkpoint: the trained ones, and adapter factors frozen at random values (DP-RP)."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
 
 
@@ -64,21 +64,21 @@ def restore_parameters(model: nn.Module, saved: dict[str, torch.Tensor]) -> None
     missing, unknown = sorted(current.keys() - saved.keys()), sorted(saved.keys() - current.keys())
     if missing or unknown:
         raise CheckpointError(
-            f"checkpoint: it lacks {missing[:3]} and has {unknown[:3]}, which this model does not train; "
-            "it was written by another model or method. Use another --output, or folder."
+            f"checkpoint: it lacks {missing[:3]} and has {unknown[:3]}, which this model does not train: "
+            "another model or method wrote it. Use another folder (--output)."
         )
     with torch.no_grad():
         for name, parameter in current.items():
             if parameter.shape != saved[name].shape:
                 raise CheckpointError(
-                    f"checkpoint: {name} has shape {tuple(saved[name].shape)}, the model's is "
-                    f"{tuple(parameter.shape)}"
+                    f"checkpoint: '{name}' has shape {tuple(saved[name].shape)}, but {tuple(parameter.shape)} in the "
+                    "model. Use another folder (--output)."
                 )
             parameter.copy_(saved[name])
 
 
 def random_state() -> dict[str, Any]:
-    """States of torch's generators: what dropout draws from."""
+    """States of torch's generators, from which dropout draws."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -86,7 +86,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random(state: dict[str, Any]) -> None:
-    """Put back what `random_state` returned; a GPU's part is left out where their number changed."""
+    """Restore the states that `random_state` returned; those of GPUs only if the number of GPUs is the same."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -101,23 +101,23 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The folder's checkpoint, or None where there is none.
+    """The folder's checkpoint, or None if there is none.
 
     Raises:
-        CheckpointError: a file that is not a checkpoint of this format.
+        CheckpointError: the file is not a checkpoint of this format.
     """
     path = folder / FILE
     if not path.is_file():
         return None
-    # weights_only: a checkpoint is data, and must not be able to run code.
+    # weights_only: reading a checkpoint must not run code from it.
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
         raise CheckpointError(
-            f"checkpoint {path}: damaged, or not a checkpoint; use another --output, or folder"
+            f"checkpoint {path}: damaged, or not a checkpoint; use another folder (--output)"
         ) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path}: not a checkpoint of format {FORMAT}; use another --output, or folder"
+            f"checkpoint {path}: not a checkpoint of format {FORMAT}; use another folder (--output)"
         )
     return Checkpoint(**values)

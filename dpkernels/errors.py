@@ -1,8 +1,8 @@
-"""The base class of errors that a user caused, and can fix."""
+"""The base class of errors that a user can fix."""
 
 
 class UserError(Exception):
-    """The message says what is wrong and what to do: a program may print it in the place of a traceback.
+    """An error whose message has the reason and the fix: a program may print it instead of a traceback.
 
     `dpkernels.privacy.BudgetExhausted`, `LedgerError` and `SelfCheckError` are such errors.
     """

@@ -1,4 +1,4 @@
-"""Files that are either the old or the new version, never half of one."""
+"""Atomic writes: after a crash a file holds either its old or its new content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in the folder durable."""
+    """Make the names in a folder durable (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

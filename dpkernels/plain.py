@@ -1,4 +1,4 @@
-"""Ordinary training in the shape of the private loop, for comparison. Nothing here is private."""
+"""Ordinary training with the interface of the private loop, for comparison. Nothing here is private."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dpkernels.deprecation import renamed_argument
 from dpkernels.privacy import micro_batches
 
 
@@ -43,18 +44,18 @@ class PlainOptimizer:
 
 
 class PlainLoader:
-    """Logical batches of Poisson size from an ordinary seeded generator, split as private ones are.
+    """Poisson-sampled logical batches from an ordinary seeded generator, split into micro-batches like private ones.
 
-    Each iteration gives a logical batch for every step from `first_step` on: an iterator of its micro-batches.
+    Each iteration yields a logical batch for every step from `first_step` on: an iterator of its micro-batches.
 
     Args:
-        dataset: of examples.
-        lengths: of each, by which examples that share a micro-batch are alike.
+        dataset: the examples.
+        lengths: length of each example; a micro-batch holds examples of similar lengths.
         batch_size: expected logical batch: each example joins with probability batch_size / N.
-        steps: logical batches in all.
+        steps: total number of logical batches.
         physical_batch_size: examples in a micro-batch.
-        physical_frames: see `dpkernels.privacy.micro_batches`.
-        seed: of the sampling, with the step's number.
+        max_padded_frames: see `dpkernels.privacy.micro_batches`. physical_frames: its deprecated name.
+        seed: seed of the sampling, together with the step's number.
         options: more arguments of `torch.utils.data.DataLoader`: collate_fn, num_workers.
     """
 
@@ -66,14 +67,18 @@ class PlainLoader:
         batch_size: int,
         steps: int,
         physical_batch_size: int,
+        max_padded_frames: int | None = None,
         physical_frames: int | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
+        max_padded_frames = renamed_argument(
+            "physical_frames", physical_frames, "max_padded_frames", max_padded_frames
+        )
         self._dataset = dataset
         self._lengths = np.asarray(lengths)
         self._rate, self._steps, self._seed = batch_size / len(lengths), steps, seed
-        self._size, self._frames = physical_batch_size, physical_frames
+        self._size, self._frames = physical_batch_size, max_padded_frames
         self._options = options
         self.first_step = 0
 

@@ -155,7 +155,7 @@ def test_parameters_are_put_back() -> None:
     [
         ({"head.weight": None}, r"lacks \['head\.weight'\] and has \[\]"),
         ({"other": torch.zeros(1)}, r"lacks \[\] and has \['other'\]"),
-        ({"head.weight": torch.zeros(2, 3)}, r"head\.weight has shape \(2, 3\), the model's is \(2, 2\)"),
+        ({"head.weight": torch.zeros(2, 3)}, r"'head\.weight' has shape \(2, 3\), but \(2, 2\) in the model"),
     ],
 )
 def test_another_models_parameters_are_refused(changes: dict[str, Any], message: str) -> None:

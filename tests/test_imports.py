@@ -25,7 +25,7 @@ ALLOWED = {
     "dpkernels.interop": {"dpkernels.nn", "dpkernels.ops"},
     "dpkernels.blocks": set(),
     "dpkernels.precision": set(),
-    "dpkernels.plain": {"dpkernels.privacy"},
+    "dpkernels.plain": {"dpkernels.privacy", "dpkernels.deprecation"},
     "dpkernels.memory": {"dpkernels.privacy", "dpkernels.blocks"},
     "dpkernels.opacus": {"dpkernels.interop"},  # the interop module, under the name that users type
     # public packages only, and each as a whole: see `violations`
@@ -36,6 +36,7 @@ ALLOWED = {
         "dpkernels.nn",
         "dpkernels.privacy",
         "dpkernels.interop",
+        "dpkernels.deprecation",
         "dpkernels.errors",
         "dpkernels.files",
         "dpkernels.checkpoint",

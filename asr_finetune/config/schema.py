@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen pydantic dataclasses, one a YAML section, that check themselves.
+"""The configuration of a run: frozen pydantic dataclasses that check their values, one for each YAML section.
 
-A field's type, limits, default and help (the text under it) are written once, here; the YAML reader, the overrides, the
-command line's flags and the commented configuration of `asr-finetune train --print-config` are derived from them.
+This module defines a field's type, limits, default and help (the text under it). The YAML reader, the overrides, the
+command line's flags and the commented configuration of `asr-finetune train --print-config` are derived from it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,23 @@ from asr_finetune.config.values import (
     fields_of,
     help_of,
 )
+from dpkernels.deprecation import warn_renamed
+
+_OLD_STRATEGIES = {"keep_small": "mixed"}
+
+
+def _present_strategy(value: Any) -> Any:
+    """The present name of a strategy; a deprecated one warns."""
+    if not isinstance(value, str) or value not in _OLD_STRATEGIES:
+        return value
+    warn_renamed(f"privacy.strategy={value}", f"privacy.strategy={_OLD_STRATEGIES[value]}")
+    return _OLD_STRATEGIES[value]
 
 
 @explained
 @dataclass(frozen=True, config=CHECKS)
 class ModelConfig:
-    """Which recogniser, and how it is loaded."""
+    """The recogniser, and how it is loaded."""
 
     name: Text
     """folder or hub id of a CTC or Whisper checkpoint in Hugging Face format"""
@@ -45,16 +56,16 @@ class ModelConfig:
     task: Literal["transcribe", "translate"] | None = None
     """multilingual Whisper: null: the checkpoint's own, else transcribe"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of matrix products and frozen weights (autocast); what is trained is float32. Half types: see
+    """of matrix products and frozen weights (autocast); trained parameters are float32. Half types: see
     docs/privacy.md, Rounding"""
     device: Text = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    """auto (CUDA if available), cpu, cuda, cuda:1, ..."""
     revision: Text | None = None
-    """revision of a hub id: pin it for a run that can be repeated"""
+    """revision of a hub id: pin it to make the run repeatable"""
     new_head: StrictBool = False
     """CTC: train a new output layer on `vocabulary`, drop the old one"""
     vocabulary: Literal["keep", "own", "characters", "words"] = "keep"
-    """keep; for a new output layer: own (the checkpoint's) or characters; words: a model made for them"""
+    """keep; for a new output layer: own (the checkpoint's) or characters; words: a model built for them"""
 
 
 @explained
@@ -85,13 +96,13 @@ class DataConfig:
     max_seconds: Positive = 30.0
     """longer recordings are left out, and listed as problems"""
     text_case: Literal["keep", "lower", "upper"] = "keep"
-    """case of the transcripts that are learnt"""
+    """case of the training transcripts"""
     strip_punctuation: StrictBool = False
-    """remove punctuation from the transcripts that are learnt"""
+    """remove punctuation from the training transcripts"""
     check_audio: StrictBool = True
-    """read every file to its end first, and leave out what does not decode"""
+    """decode every file before training, and leave out those that fail"""
     target_prefix: Text = ""
-    """seq2seq: put before each transcript (" " for Whisper)"""
+    """seq2seq: prefix of each transcript (" " for Whisper)"""
     audio_column: Text = "audio"
     """`datasets`: column with the audio"""
     text_column: Text = "text"
@@ -110,7 +121,7 @@ class DataConfig:
 @explained
 @dataclass(frozen=True, config=CHECKS)
 class MethodConfig:
-    """What is trained."""
+    """The trained parameters."""
 
     kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "full"
     """full, lora, bitfit (biases), dp_rp (lora, one factor frozen at random), head (output layer)"""
@@ -125,41 +136,43 @@ class MethodConfig:
     train_head: StrictBool = False
     """CTC: train the output layer along with any method; a new one is trained anyway"""
     layers: Literal["all", "encoder", "decoder"] = "all"
-    """which half of a seq2seq model is trained"""
+    """the part of a seq2seq model that is trained"""
 
 
 @explained
 @dataclass(frozen=True, config=CHECKS)
 class PrivacyConfig:
-    """The guarantee: (epsilon, delta) and what it protects."""
+    """The guarantee: (epsilon, delta) and the unit it protects."""
 
     epsilon: Positive | None = None
     """target: training stops before it is exceeded; chooses the noise"""
     delta: Delta | None = None
     """required; well below 1 / number of training units"""
     noise_multiplier: NonNegative | None = None
-    """noise by hand; null: calibrated to epsilon and steps"""
+    """the noise multiplier; null: calibrated to epsilon and steps"""
     max_grad_norm: Positive = 1.0
     """clipping bound C on one utterance's gradient"""
     unit: Literal["example", "speaker"] = "example"
-    """what is protected: one utterance, or all of a speaker's"""
+    """the protected unit: one utterance, or all utterances of a speaker"""
     max_examples_per_speaker: Count | None = None
-    """unit speaker: utterances of one speaker in a step"""
+    """unit speaker: the most utterances of one speaker in a step"""
     max_batch_size: Count | None = None
     """truncated Poisson: a batch never exceeds it; null: no limit"""
     accountant: Literal["pld", "rdp"] = "pld"
     """pld (tight) or rdp"""
-    strategy: Literal["bookkeeping", "mixed", "two_pass", "per_layer"] = "bookkeeping"
-    """what is kept until norms are known: inputs; per-sample gradients where smaller; nothing (a second
-    backward); nothing (each layer clipped on its own: other gradients)"""
+    strategy: Annotated[
+        Literal["bookkeeping", "mixed", "two_pass", "per_layer"], BeforeValidator(_present_strategy)
+    ] = "bookkeeping"
+    """tensors kept until norms are known: inputs; per-sample gradients where smaller; none (a second
+    backward); none (each layer clipped on its own: other gradients)"""
     enabled: StrictBool = True
     """false: ordinary training, for comparison; nothing is private then"""
 
     def check(self) -> None:
-        """Whether it says what a private run needs to know; a section that is not enabled always does.
+        """Check that the section is complete for a private run; a section that is not enabled passes.
 
         Raises:
-            ConfigError: no δ; neither ε nor a noise multiplier; options that need each other.
+            ConfigError: δ is missing; both ε and the noise multiplier are missing; an option lacks another it needs.
         """
         if not self.enabled:
             return
@@ -205,7 +218,7 @@ class TrainConfig:
     compile_frozen: StrictBool = False
     """torch.compile the blocks without trained parameters: minutes to start; for a GPU"""
     fill_micro_batches: StrictBool = False
-    """physical_batch_size counts utterances of the longest length; more of shorter ones"""
+    """physical_batch_size counts utterances of the longest length; shorter ones share a larger micro-batch"""
     steps: Count = 100
     """logical steps"""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -213,7 +226,7 @@ class TrainConfig:
     learning_rate: Positive = 0.001
     """peak learning rate"""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """after warm-up; the last two fall to 0"""
+    """schedule after warm-up; cosine and linear fall to 0"""
     warmup_steps: Natural = 0
     """steps of linear warm-up"""
     weight_decay: NonNegative = 0.0
@@ -221,7 +234,7 @@ class TrainConfig:
     spec_augment: StrictBool = False
     """mask bands of time and frequency, drawn for each utterance"""
     seed: Natural = 0
-    """initialisation and public data only: sampling and noise always use fresh keys"""
+    """seed of initialisation and public data only: sampling and noise always use fresh keys"""
     checkpoint_every: Count = 10
     """steps between checkpoints"""
     eval_every: Natural = 0
@@ -238,11 +251,11 @@ class EvaluateConfig:
     """Error rates before and after."""
 
     before: StrictBool = True
-    """error rates of the checkpoint before training too, with its own window"""
+    """also measure the error rates of the checkpoint before training, with its own window"""
     batch_size: Count = 32
     """utterances decoded at once"""
     restrict_to: list[Text] | None = None
-    """decode to one of these texts only; null: free decoding"""
+    """restrict decoding to these texts; null: free decoding"""
     bootstrap: Natural = 1000
     """resamples of the confidence interval over utterances; 0: none"""
     normalize: Literal["basic", "english", "none"] = "basic"
@@ -265,11 +278,11 @@ class Config:
     """A whole run."""
 
     model: ModelConfig
-    """which recogniser"""
+    """the recogniser"""
     data: DataConfig
     """the recordings"""
     method: MethodConfig = field(default_factory=MethodConfig)
-    """what is trained"""
+    """the trained parameters"""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     """the guarantee"""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -280,7 +293,7 @@ class Config:
     """the folder that everything is written to"""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what `from_dict` reads and what is written as YAML."""
+        """Plain values, as `from_dict` reads them and as they are written as YAML."""
         return asdict(self)
 
     @classmethod
@@ -288,45 +301,45 @@ class Config:
         """The configuration from plain values.
 
         Raises:
-            ConfigError: an unknown key (with the nearest name), a missing one, a value of the wrong type or
-                range.
+            ConfigError: a key is unknown (the message has the nearest name) or missing, or a value has the wrong type
+                or range.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration is a mapping of sections, got {type(values).__name__}")
-        given = {str(key): value for key, value in values.items() if value is not None}
-        return cls(**{**{name: {} for name in SECTIONS}, **given})
+        sections = {str(key): value for key, value in values.items() if value is not None}
+        return cls(**{**{name: {} for name in SECTIONS}, **sections})
 
     def to_yaml(self) -> str:
         """YAML without comments."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def with_values(self, section: str, **values: Any) -> Config:
-        """A copy in which some values of one section are replaced, and checked again."""
+        """A copy in which some values of one section are replaced; the copy is checked again."""
         return replace(self, **{section: replace(getattr(self, section), **values)})
 
     def check_filled(self) -> None:
-        """Whether every placeholder of a printed configuration was replaced.
+        """Check that every placeholder of a printed configuration was replaced.
 
         Raises:
-            ConfigError: naming those that were not.
+            ConfigError: some were not; the message names them.
         """
-        left = [
+        unfilled = [
             f"{name}.{key} ({help_of(item)})"
             for name, section in SECTIONS.items()
             for key, item in fields_of(section).items()
             if getattr(getattr(self, name), key) == PLACEHOLDER
         ]
-        if left:
+        if unfilled:
             raise ConfigError(
-                f"still the placeholder {PLACEHOLDER!r} of --print-config, to be replaced by a value of yours: "
-                f"{'; '.join(left)}"
+                f"still the placeholder {PLACEHOLDER!r} of --print-config; replace each by a value of yours: "
+                f"{'; '.join(unfilled)}"
             )
 
     def check_trainable(self) -> None:
-        """Whether the sections are complete, and fit together for training.
+        """Check that the sections are complete and consistent for training.
 
         Raises:
-            ConfigError: a placeholder; what `PrivacyConfig.check` refuses; options that need each other.
+            ConfigError: a placeholder is left, `PrivacyConfig.check` fails, or an option lacks another it needs.
         """
         self.check_filled()
         privacy, train = self.privacy, self.train
@@ -335,7 +348,7 @@ class Config:
         if capacity is not None and capacity < train.batch_size:
             raise ConfigError(
                 f"privacy.max_batch_size={capacity} is below "
-                f"train.batch_size={train.batch_size}, so that most batches would be cut: give at least "
+                f"train.batch_size={train.batch_size}, so most batches would be truncated: give at least "
                 "batch_size + 6·√batch_size, or null"
             )
         if train.eval_every and self.data.valid is None:

@@ -1,6 +1,6 @@
-"""The types of a configuration's values, and what is said about a wrong one.
+"""The types of a configuration's values, and the error messages about wrong ones.
 
-pydantic reads and checks the values; here its findings become messages that name the key, what was given and the fix.
+pydantic reads and checks the values; this module turns its errors into messages with the key, the value and the fix.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pydantic.fields import FieldInfo
 
 from dpkernels.errors import UserError
 
-PLACEHOLDER = "..."  # what a printed configuration holds where only its user knows the value
-# Of every section: the text under a field is its help, shown by `--print-config`.
+PLACEHOLDER = "..."  # stands in a printed configuration for a value that only the user knows
+# Options of every section. The text under a field is its help, which `--print-config` shows.
 CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used: the message names the key, what was given, and the fix."""
+    """A configuration cannot be used: the message names the key, the value and the fix."""
 
 
 @contextmanager
-def told_to_user() -> Iterator[None]:
-    """Within it, an argument that dpkernels refuses is a ConfigError: it came from the configuration."""
+def as_config_error() -> Iterator[None]:
+    """Within it, a ValueError of dpkernels is raised as a ConfigError: the argument came from the configuration."""
     try:
         yield
     except ValueError as error:
@@ -38,14 +38,14 @@ def told_to_user() -> Iterator[None]:
 
 
 def _number(value: Any) -> Any:
-    """YAML gives "1e-3" as text, and true is no number."""
+    """Convert text to a number, since YAML reads "1e-3" as text, and reject truth values."""
     if isinstance(value, bool):
         raise ValueError("a truth value")
     return float(value) if isinstance(value, str) else value
 
 
 def _text(value: Any) -> Any:
-    """YAML gives 19 for a speaker's name."""
+    """Convert an integer to text, since YAML reads the speaker's name 19 as a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -60,8 +60,8 @@ Share = Annotated[_Float, Field(ge=0, lt=1)]
 Delta = Annotated[_Float, Field(gt=0, lt=1)]
 
 _Section = TypeVar("_Section", bound=type)
-# pydantic's name of an error -> what is said after the key and the value
-_SAID = {
+# pydantic's name of an error -> the part of the message after the key and the value
+_MESSAGES = {
     "list_type": "expected a list, e.g. [a, b]",
     "bool_type": "expected true or false",
     "string_type": "expected text; quote it",
@@ -73,7 +73,7 @@ _UNKNOWN = "unexpected_keyword_argument"
 
 
 def section_name(section: type) -> str:
-    """`privacy` for PrivacyConfig: the name of its YAML section; "" for Config itself."""
+    """The name of a class's YAML section: `privacy` for PrivacyConfig, "" for Config itself."""
     return section.__name__.removesuffix("Config").lower()
 
 
@@ -88,14 +88,14 @@ def help_of(field: FieldInfo) -> str:
 
 
 def choices(hint: Any) -> list[str]:
-    """The values that a Literal allows, also one that may be null; of any other type none."""
+    """The values that a Literal, or an optional Literal, allows; [] for any other type."""
     if typing.get_origin(hint) is Literal:
         return list(map(str, typing.get_args(hint)))
     return [choice for part in typing.get_args(hint) for choice in choices(part)]
 
 
 def explained(section: _Section) -> _Section:
-    """A pydantic dataclass whose constructor raises ConfigError, in the words of this package."""
+    """Make the constructor of a pydantic dataclass raise ConfigError, with this package's messages."""
     build = section.__init__  # type: ignore[misc]
 
     @functools.wraps(build)
@@ -103,24 +103,24 @@ def explained(section: _Section) -> _Section:
         try:
             build(self, *args, **kwargs)
         except ValidationError as error:
-            raise ConfigError(_said(section, error)) from None
+            raise ConfigError(_message(section, error)) from None
 
     section.__init__ = init  # type: ignore[misc]
     return section
 
 
 def unknown_key(key: str, name: str, known: Sequence[str], prefix: str = "") -> str:
-    """What is said about a key that there is not, with the nearest name."""
+    """The error message about an unknown key, with the nearest known name."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     fix = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
     return f"{key}: unknown key; {fix}"
 
 
-def _said(section: type, error: ValidationError) -> str:
-    """The message about the first error: keys that there are not come first, then those that are missing."""
+def _message(section: type, error: ValidationError) -> str:
+    """The message about the first error: unknown keys come first, then missing ones."""
     order = {_UNKNOWN: 0, "missing": 1}
-    found = error.errors(include_url=False)
-    first = min(found, key=lambda one: (order.get(one["type"], 2), len(one["loc"])))
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda entry: (order.get(entry["type"], 2), len(entry["loc"])))
     kind, place, value, context = first["type"], first["loc"], first["input"], first.get("ctx", {})
     names = [name for name in place if isinstance(name, str)]
     for name in names[:-1]:
@@ -136,12 +136,12 @@ def _said(section: type, error: ValidationError) -> str:
         return str(context["error"])
     if kind == "dataclass_type":
         return f"{key}: expected a section, got {value!r}; write `{key}:` and indented keys under it"
-    return f"{key}={value!r}: {_wanted(kind, value, context, field.annotation)}"
+    return f"{key}={value!r}: {_expectation(kind, value, context, field.annotation)}"
 
 
-def _wanted(kind: str, value: Any, context: dict[str, Any], hint: Any) -> str:
-    if kind in _SAID:
-        return _SAID[kind].format(**context)
+def _expectation(kind: str, value: Any, context: dict[str, Any], hint: Any) -> str:
+    if kind in _MESSAGES:
+        return _MESSAGES[kind].format(**context)
     if kind == "literal_error":
         near = difflib.get_close_matches(str(value), choices(hint), n=1)
         guess = f"; did you mean {near[0]}?" if near else ""
@@ -150,7 +150,7 @@ def _wanted(kind: str, value: Any, context: dict[str, Any], hint: Any) -> str:
 
 
 def types_within(hint: Any) -> Iterator[Any]:
-    """A type and those that it is made of."""
+    """A type and, recursively, its arguments."""
     yield hint
     for part in typing.get_args(hint):
         yield from types_within(part)

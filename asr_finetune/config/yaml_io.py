@@ -1,7 +1,7 @@
-"""A configuration's YAML: found, read, overridden by flags, compared, and written with every key explained.
+"""A configuration's YAML: finding, reading, overriding by flags, comparing, and writing it with comments.
 
-The recipes that come with the package are found by name. A file may stand on another: `base: other.yaml` (beside it,
-or a recipe's name) gives every key that the file does not.
+The recipes that come with the package are found by name. A file may have a base: the key `base: other.yaml` (a file
+beside it, or a recipe's name) supplies every key that the file does not have.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def recipes() -> list[str]:
 
 
 def find(path: str | Path) -> Path:
-    """The file that is meant: a path, or the name of a recipe, with or without .yaml.
+    """The file of a path, or of a recipe's name, with or without .yaml.
 
     Raises:
-        FileNotFoundError: neither.
+        FileNotFoundError: there is neither such a file nor such a recipe.
     """
     path = Path(path)
     if path.is_file():
@@ -47,18 +47,18 @@ def find(path: str | Path) -> Path:
         if recipe.is_file():
             return recipe
     near = difflib.get_close_matches(path.name.removesuffix(".yaml"), recipes(), n=1)
-    meant = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipes())}"
+    hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipes())}"
     raise MissingFile(
-        f"--config {path}: no such file; `asr-finetune train --print-config > {path}` writes one. {meant}"
+        f"--config {path}: no such file; `asr-finetune train --print-config > {path}` writes one. {hint}"
     )
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The plain values of a YAML file (or recipe) and its bases, unchecked: overrides may come before the check.
+    """The plain values of a YAML file (or recipe) and its bases. They are unchecked, since overrides may follow.
 
     Raises:
-        FileNotFoundError: no such file, or no such base.
-        ConfigError: not YAML, not a mapping, or a file that stands on itself.
+        FileNotFoundError: the file or a base does not exist.
+        ConfigError: a file is not YAML, is not a mapping, or is its own base.
     """
     return _load(find(path), ())
 
@@ -73,14 +73,14 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"--config {path}: base={base!r}: expected another configuration's path or name")
     beside = path.parent / base
-    under = _load(beside if beside.is_file() else find(base), (*above, path.resolve()))
-    both = [key for key in under.keys() & values.keys() if isinstance(under[key], Mapping)]
-    return {**under, **values, **{key: _over(under[key], values[key]) for key in both}}
+    inherited = _load(beside if beside.is_file() else find(base), (*above, path.resolve()))
+    both = [key for key in inherited.keys() & values.keys() if isinstance(inherited[key], Mapping)]
+    return {**inherited, **values, **{key: _merged(inherited[key], values[key]) for key in both}}
 
 
-def _over(under: Any, values: Any) -> Any:
-    """A section over its base's; what is no section is left for the check to name."""
-    return {**under, **values} if isinstance(values, Mapping) else under if values is None else values
+def _merged(inherited: Any, values: Any) -> Any:
+    """A section's values over its base's. A value that is no section is returned, and the later check refuses it."""
+    return {**inherited, **values} if isinstance(values, Mapping) else inherited if values is None else values
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -94,31 +94,31 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def typed(overrides: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """What a command line says, by key: the flags that were given, and the settings, which go over them.
+    """The values of a command line by key: the flags that were given, overridden by the settings.
 
     Raises:
         ConfigError: see `parse_setting`.
     """
-    given = {key: value for key, value in overrides.items() if value is not None}
-    return given | dict(map(parse_setting, settings))
+    flags = {key: value for key, value in overrides.items() if value is not None}
+    return flags | dict(map(parse_setting, settings))
 
 
 def overridden(
     values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Plain values with `overrides` and then `settings` put in.
+    """Plain values, overridden by `overrides` and then by `settings`.
 
-    A target ε among them takes the place of a noise multiplier in `values`, under which it would choose nothing;
-    unless they give a noise multiplier as well, which then makes the noise, and ε is where training stops.
+    A target ε among them removes a noise multiplier from `values`, so that the noise is calibrated to ε. If they give a
+    noise multiplier as well, it sets the noise, and training stops before ε is exceeded.
 
     Raises:
-        ConfigError: an unknown key, or a setting that is none.
+        ConfigError: a key is unknown, or a setting cannot be parsed.
     """
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    given = typed(overrides or {}, settings)
-    if given.get("privacy.epsilon") is not None:
-        given.setdefault("privacy.noise_multiplier", None)
-    for key, value in given.items():
+    changes = typed(overrides or {}, settings)
+    if changes.get("privacy.epsilon") is not None:
+        changes.setdefault("privacy.noise_multiplier", None)
+    for key, value in changes.items():
         if key == "output":
             result["output"] = value
             continue
@@ -136,7 +136,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """`"train.steps=60"` as ("train.steps", 60); the value is read as YAML.
 
     Raises:
-        ConfigError: no "=", or a value that is not YAML.
+        ConfigError: the text has no "=", or the value is not YAML.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -162,23 +162,25 @@ def changed_keys(
 
 
 def template(given: Mapping[str, Any] | None = None) -> str:
-    """A commented configuration with every key: as given, or at its default, or "..." to be filled in.
+    """A commented configuration with every key: the given value, else its default, else "..." to be filled in.
 
     Raises:
-        ConfigError: a given value that cannot be.
+        ConfigError: a given value is refused.
     """
     given = given or {}
     values: dict[str, Any] = {"output": given.get("output") or "runs/first"}
     for name, section in SECTIONS.items():
         required = {key: PLACEHOLDER for key, item in fields_of(section).items() if item.is_required()}
-        found = given.get(name) or {}
-        values[name] = {**required, **found} if isinstance(found, Mapping) else found
+        section_values = given.get(name) or {}
+        values[name] = (
+            {**required, **section_values} if isinstance(section_values, Mapping) else section_values
+        )
     unknown = {key: value for key, value in given.items() if key not in values}
     return commented_yaml(Config.from_dict({**values, **unknown}).to_dict())
 
 
 def commented_yaml(values: Mapping[str, Any]) -> str:
-    """YAML of plain values with the help of each key beside it; reads back as the same values."""
+    """YAML of plain values with the help of each key beside it. Reading it gives the same values."""
     return "\n".join(_commented_lines(values)) + "\n"
 
 
@@ -196,6 +198,4 @@ def _commented_lines(values: Mapping[str, Any]) -> Iterator[str]:
                 text += f" ({' | '.join(listed)})"
             yield f"{line.ljust(_COMMENT_COLUMN)}  # {text}"
         yield ""
-    yield (
-        f"output: {values['output']}".ljust(_COMMENT_COLUMN) + "  # the folder that everything is written to"
-    )
+    yield (f"output: {values['output']}".ljust(_COMMENT_COLUMN) + "  # the folder of all output")

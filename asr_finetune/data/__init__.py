@@ -1,4 +1,4 @@
-"""Recordings and their transcripts: where they come from, what is wrong with them, and what a run may say of them.
+"""Recordings and their transcripts: sources, problems, and the figures that a run records about them.
 
-It may import from `config`; nothing here knows a model.
+It may import from `config`; nothing here depends on a model.
 """

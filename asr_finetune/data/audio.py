@@ -11,14 +11,14 @@ import soxr
 
 from asr_finetune.data.utterance import AudioError, Utterance
 
-HEADER_TOLERANCE = 0.1  # seconds: an MP3's header counts padding that its decoder drops
+HEADER_TOLERANCE = 0.1  # seconds, since an MP3's header counts padding that the decoder drops
 
 
 def duration(source: Path | bytes) -> float:
     """Seconds of audio, from the file's header; nothing is decoded.
 
     Raises:
-        AudioError: no such file, an empty file, no samples, or a format that libsndfile cannot read.
+        AudioError: the file does not exist, is empty, has no samples, or has a format that libsndfile cannot read.
     """
     if isinstance(source, Path):
         if not source.is_file():
@@ -44,11 +44,11 @@ def _unreadable(error: soundfile.LibsndfileError) -> str:
 def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
     """The samples of an utterance: one channel, at `rate` Hz.
 
-    Channels are averaged; another rate is resampled with soxr (high quality).
+    Channels are averaged; samples at another rate are resampled with soxr (high quality).
 
     Args:
         utterance: with samples (`array`, [n] or [n, channels]), or a file (`path`), or `encoded` bytes.
-        rate: samples per second wanted.
+        rate: samples per second of the result.
 
     Returns:
         [n] float32, contiguous, full scale ±1.
@@ -56,9 +56,9 @@ def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
     Raises:
         AudioError: see `decode`.
     """
-    samples, found = decode(utterance)
-    if found != rate:
-        samples = soxr.resample(samples, found, rate, quality="HQ")
+    samples, original_rate = decode(utterance)
+    if original_rate != rate:
+        samples = soxr.resample(samples, original_rate, rate, quality="HQ")
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
@@ -66,13 +66,13 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
     """The samples of an utterance, [n] float32, one channel, and their rate.
 
     Raises:
-        AudioError: the recording cannot be decoded, is empty or shorter than its header says, or holds NaN or
+        AudioError: the recording cannot be decoded, is empty or shorter than stated in its header, or holds NaN or
             infinite samples.
     """
     if utterance.array is not None:
         if utterance.sampling_rate is None:
             raise AudioError("samples are given without a sampling_rate")
-        samples, found = np.asarray(utterance.array), utterance.sampling_rate
+        samples, rate = np.asarray(utterance.array), utterance.sampling_rate
         if np.issubdtype(samples.dtype, np.integer):
             samples = samples / float(np.iinfo(samples.dtype).max + 1)
     else:
@@ -86,12 +86,12 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
         else:
             raise AudioError("no audio: neither samples nor a file")
         try:
-            samples, found = soundfile.read(file, dtype="float32")
+            samples, rate = soundfile.read(file, dtype="float32")
         except soundfile.LibsndfileError as error:
             raise AudioError(_unreadable(error)) from error
-        if len(samples) / found < utterance.seconds - HEADER_TOLERANCE:
+        if len(samples) / rate < utterance.seconds - HEADER_TOLERANCE:
             raise AudioError(
-                f"cut short: {len(samples) / found:.3f} s of the {utterance.seconds:.3f} s that its header says"
+                f"cut short: {len(samples) / rate:.3f} s of the {utterance.seconds:.3f} s stated in its header"
             )
     samples = samples.astype(np.float32, copy=False)
     if samples.ndim == 2:
@@ -100,4 +100,4 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
         raise AudioError("no samples in the file")
     if not np.isfinite(samples).all():
         raise AudioError("holds NaN or infinite samples")
-    return samples, int(found)
+    return samples, int(rate)

@@ -1,10 +1,10 @@
-"""Corpora: recordings with transcripts, and what was left out of them.
+"""Corpora: recordings with transcripts, and the problems that were left out.
 
-One utterance is one example: what a privacy claim counts, unless the unit is a speaker. Whatever cannot be
-used becomes a `Problem`, by name and with its reason. Whether an utterance is a problem depends on its own
-record and on public settings only, never on the other recordings: leaving it out is part of the preparation of
-each example, and adding or removing one person's recording changes nothing else. All listings of one recording are
-one example, whatever id they have: the first is kept. Repeated ids of unlike recordings are noted, not merged.
+One utterance is one example, the unit of a privacy claim unless the unit is a speaker. Every unusable utterance becomes
+a `Problem` with its name and reason. Whether an utterance is a problem depends only on its own record and on public
+settings, never on other recordings: adding or removing one person's recording therefore changes nothing else. All
+listings of one recording are one example, whatever their ids; the first listing is kept. Ids that different recordings
+share are noted, and the recordings are not merged.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from asr_finetune.data.repeats import first_listed
 from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
 _SHOWN = 5  # names in a message
-_CHECKED_AT_ONCE = 256  # recordings handed to the threads that decode them
+_CHECKED_AT_ONCE = 256  # recordings that the decoding threads receive at once
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Utterances, and what was left out of them.
+    """Utterances, and the problems that were left out.
 
     Attributes:
         utterances: the examples.
-        problems: what was left out.
-        source: where they came from, for messages.
+        problems: the utterances left out, with reasons.
+        source: the corpus's source, for messages.
         disputed: names of the recordings that are listed under more than one speaker.
     """
 
@@ -57,18 +57,18 @@ class Corpus:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What is odd, but was kept: ids that several recordings have."""
+        """Notes on utterances that were kept: ids that several recordings share."""
         ids = Counter(utterance.id for utterance in self.utterances)
         repeated = [name for name, count in ids.items() if count > 1]
         if not repeated:
             return []
         return [
-            f"{len(repeated)} ids are of more than one recording; each recording counts as an example of its own: "
+            f"{len(repeated)} ids belong to more than one recording; each recording counts as an example of its own: "
             f"{_some(repeated)}"
         ]
 
     def summary(self) -> str:
-        """Utterances, time, speakers; then what was left out, grouped by reason, and the notes."""
+        """Utterances, time and speakers; then the problems, grouped by reason, and the notes."""
         seconds = 3600 * self.hours
         time = f"{self.hours:.2f} h" if self.hours >= 1 else f"{seconds / 60:.1f} min"
         speakers = {speaker for speaker in self.speakers if speaker is not None}
@@ -81,10 +81,10 @@ class Corpus:
         return "\n".join([*lines, *self.notes])
 
     def without(self, reasons: Iterable[str | None]) -> Corpus:
-        """Without the utterances that have a reason, which become problems.
+        """The corpus without the utterances that have a reason; these become problems.
 
         Raises:
-            ConfigError: nothing is left.
+            ConfigError: no utterance is left.
         """
         kept, problems = [], list(self.problems)
         for utterance, reason in zip(self.utterances, reasons, strict=True):
@@ -95,7 +95,7 @@ class Corpus:
         return require_utterances(replace(self, utterances=kept, problems=problems))
 
     def distinct(self) -> Corpus:
-        """Each recording once, as it is listed first; its repeats become problems, see `repeats.first_listed`."""
+        """The corpus with the first listing of each recording; repeats become problems, see `repeats.first_listed`."""
         reasons: list[str | None] = []
         disputed: dict[str, None] = {}
         for place, (item, first) in enumerate(
@@ -109,14 +109,14 @@ class Corpus:
         return replace(self.without(reasons), disputed=tuple(disputed))
 
     def decoded(self, reporter: Reporter, name: str) -> Corpus:
-        """Without what does not decode: every file is read to its end once, as its header alone does not show.
+        """The corpus without recordings that do not decode. Every file is decoded once: its header is no proof.
 
         Args:
-            reporter: progress.
-            name: of the progress bar.
+            reporter: shows the progress.
+            name: the name of the progress bar.
 
         Raises:
-            ConfigError: nothing is left.
+            ConfigError: no utterance is left.
         """
 
         def problem(utterance: Utterance) -> str | None:
@@ -136,19 +136,19 @@ class Corpus:
 
 
 def require_utterances(corpus: Corpus) -> Corpus:
-    """The corpus, if there is something in it.
+    """The corpus, which must have utterances.
 
     Raises:
-        ConfigError: there is not; with the first problems.
+        ConfigError: it has none; the message lists the first problems.
     """
     if corpus.utterances:
         return corpus
-    found = (
+    reason = (
         f"all {len(corpus.problems)} recordings were left out" if corpus.problems else "no recordings match"
     )
     listed = "".join(f"\n  {item.name}: {item.reason}" for item in corpus.problems[:_SHOWN])
     raise ConfigError(
-        f"{corpus.source}: no usable utterance: {found}; check the split, data.corpus, data.speakers, "
+        f"{corpus.source}: no usable utterance: {reason}; check the split, data.corpus, data.speakers, "
         f"data.exclude_speakers, data.min_seconds and data.max_seconds{listed}"
     )
 

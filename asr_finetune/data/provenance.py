@@ -1,4 +1,4 @@
-"""Which recordings a run used: a keyed fingerprint, figures for those who hold the data, shared recordings."""
+"""The recordings of a run: their keyed fingerprint, exact figures for the data's holder, shared recordings."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from asr_finetune.data.utterance import AudioError, Utterance
 def fingerprint(corpus: Corpus, key: bytes) -> str:
     """HMAC-SHA-256 (hex) of the utterances' ids, transcripts, speakers and durations, in order.
 
-    The audio itself is not read. It proves which corpus a run used to those who have the corpus and the key;
-    without the key no guess about a record can be tried against it.
+    The audio itself is not read. The fingerprint proves which corpus a run used to those who have the corpus and the
+    key. Without the key nobody can test a guess about a record against it.
     """
     digest = hmac.new(key, digestmod=hashlib.sha256)
     for item in corpus.utterances:
@@ -27,7 +27,7 @@ def fingerprint(corpus: Corpus, key: bytes) -> str:
 
 
 def figures(corpus: Corpus) -> dict[str, Any]:
-    """Exact statistics of a corpus: NOT PRIVATE where it is."""
+    """Exact statistics of a corpus: NOT PRIVATE if the corpus is private."""
     speakers = len(set(corpus.speakers) - {None})
     return {
         "utterances": len(corpus),
@@ -38,19 +38,19 @@ def figures(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def shared_recordings(one: Corpus, other: Corpus) -> list[str]:
-    """Ids in `other` of the recordings that `one` holds too.
+def shared_recordings(first: Corpus, other: Corpus) -> list[str]:
+    """Ids in `other` of the recordings that `first` holds too.
 
-    The same: one file; equal bytes; or one id with one transcript and one length (to 10 ms), as a copy in
-    another format has. Bytes are read only where lengths are equal.
+    Two recordings are the same if they are one file, have equal bytes, or have the same id, transcript and length (to
+    10 ms), like a copy in another format. Bytes are read only if lengths are equal.
     """
-    paths = {item.path.resolve() for item in one.utterances if item.path is not None}
-    names = {_name(item) for item in one.utterances}
+    paths = {item.path.resolve() for item in first.utterances if item.path is not None}
+    names = {_name(item) for item in first.utterances}
     lengths: dict[float, list[Utterance]] = defaultdict(list)
-    for item in one.utterances:
+    for item in first.utterances:
         lengths[item.seconds].append(item)
     contents: dict[float, set[bytes | None]] = {}
-    found = []
+    shared = []
     for item in other.utterances:
         same = (item.path is not None and item.path.resolve() in paths) or _name(item) in names
         if not same and item.seconds in lengths:
@@ -60,13 +60,13 @@ def shared_recordings(one: Corpus, other: Corpus) -> list[str]:
                 } - {None}
             same = _content(item) in contents[item.seconds]
         if same:
-            found.append(item.id)
-    return found
+            shared.append(item.id)
+    return shared
 
 
-def of_speakers(one: Corpus, other: Corpus) -> list[str]:
-    """Ids in `other` of the recordings of speakers of `one`, by their names."""
-    speakers = set(one.speakers) - {None}
+def of_speakers(first: Corpus, other: Corpus) -> list[str]:
+    """Ids in `other` of the recordings of speakers of `first`, by the speakers' names."""
+    speakers = set(first.speakers) - {None}
     return [item.id for item in other.utterances if item.speaker in speakers]
 
 
@@ -75,7 +75,7 @@ def _name(item: Utterance) -> tuple[str, str, float]:
 
 
 def _content(item: Utterance) -> bytes | None:
-    """The digest of an utterance's audio as it is stored; None where it cannot be read."""
+    """The digest of an utterance's stored audio; None if it cannot be read."""
     if item.digest is not None:
         return item.digest
     try:

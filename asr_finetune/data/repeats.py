@@ -1,7 +1,7 @@
-"""Recordings that are listed more than once: their audio is compared as it is stored, byte for byte.
+"""Recordings that are listed more than once, found by comparing their stored audio byte for byte.
 
-Sizes come first, then a piece from the middle of files of one size, and whole files only where that is equal too: a
-corpus of FLAC files is hardly read, one of WAV files at 16 KiB a file.
+Sizes are compared first, then a piece from the middle of files of equal size, and whole files only if those pieces are
+equal: few FLAC files are read, and 16 KiB of each WAV file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PIECE = 16 * 1024  # bytes: past headers and the silence that recordings begin 
 
 
 def first_listed(utterances: Sequence[Utterance]) -> list[int]:
-    """For each utterance the place of the first one whose audio has the same bytes: its own, where it is no repeat.
+    """For each utterance, the place of the first one whose audio has the same bytes; its own if it is no repeat.
 
     Args:
         utterances: each with a `path`, or with the `digest` of its bytes.
@@ -26,7 +26,7 @@ def first_listed(utterances: Sequence[Utterance]) -> list[int]:
     Raises:
         OSError: a file can no longer be read.
     """
-    alike: list[Hashable] = [None] * len(utterances)  # equal for what has been the same so far
+    alike: list[Hashable] = [None] * len(utterances)  # equal for utterances whose compared parts are equal
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for part in _PARTS:
             counts = Counter(alike)
@@ -59,5 +59,5 @@ _PARTS: tuple[Callable[[Utterance], Hashable], ...] = (_size, _middle, _whole)
 
 
 def digest(content: bytes) -> bytes:
-    """SHA-256 of a recording's bytes, by which they are compared."""
+    """SHA-256 of a recording's bytes, for comparing recordings."""
     return hashlib.sha256(content).digest()

@@ -1,10 +1,10 @@
-"""The three places that a corpus comes from: a LibriSpeech tree, a manifest, a `datasets` table.
+"""The three sources of a corpus: a LibriSpeech tree, a manifest, a `datasets` table.
 
-Each yields records, and records become utterances or problems one at a time.
+Each source yields records; each record becomes an utterance or a problem.
 
-Transcripts: `data.text_case` and `data.strip_punctuation` change what is learnt. What is scored is normalised
-separately, in `evaluate.normalise` (references and hypotheses alike): neither spells out digits, so a corpus
-whose transcripts say "FIVE" does not match a model that writes "5" until one of them is changed.
+`data.text_case` and `data.strip_punctuation` change the training transcripts. `evaluate.normalise` normalises texts for
+scoring separately, references and hypotheses alike. Neither spells out digits, so transcripts with "FIVE" do not match
+a model that writes "5" until one of them is changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 
 @dataclass(frozen=True)
 class _Record:
-    """What a source says about one recording; `reason` when it cannot be used at all, `place` in a manifest."""
+    """A source's entry for one recording; `reason` if it is unusable, `place` in a manifest."""
 
     id: str
     text: str | None = None
@@ -41,7 +41,7 @@ class _Record:
 
 
 def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> Corpus:
-    """Read what recordings there are: headers and transcripts, no samples.
+    """Read a corpus: headers and transcripts, no samples.
 
     Args:
         source: a LibriSpeech tree (a folder with *.trans.txt somewhere below), a manifest (*.jsonl), or a
@@ -50,11 +50,11 @@ def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> C
             corpus.
         split: LibriSpeech subset folder ("train-clean-100+train-clean-360"), value of `split` in a manifest,
             or split of a dataset; None: everything.
-        data: filters, limits, and how transcripts are prepared.
+        data: filters, limits, and the preparation of transcripts.
 
     Raises:
-        ConfigError: no such source or split, or nothing usable in it. Single bad recordings are
-            `Corpus.problems`, and so are repeats of a recording.
+        ConfigError: the source or split does not exist, or has no usable recording. Single unusable recordings and
+            repeats of a recording are `Corpus.problems` instead.
     """
     path = Path(source).expanduser()
     if path.suffix == ".jsonl":
@@ -62,7 +62,7 @@ def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> C
             raise ConfigError(f"data: no manifest at {source!r}: give the path of a .jsonl file that exists")
         records = _manifest(path, split, data)
     elif path.is_dir():
-        path = path.resolve()  # the folders above it say subset and speaker
+        path = path.resolve()  # the names of the folders above are subset and speaker
         trees = sorted(path.rglob("*.trans.txt"))
         records = _librispeech(path, trees, split) if trees else _table(source, split, data)
     elif path.is_absolute() or source.startswith((".", "~")) or path.exists():
@@ -88,7 +88,7 @@ def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> C
 
 
 def prepare_text(text: str, data: DataConfig) -> str:
-    """A transcript as it is learnt: single spaces, case, and on request no punctuation but apostrophes."""
+    """A training transcript: single spaces, the configured case, and on request no punctuation but apostrophes."""
     if data.strip_punctuation:
         text = "".join(
             " " if unicodedata.category(char).startswith("P") and char not in "'’" else char for char in text
@@ -220,7 +220,7 @@ def _manifest_record(path: Path, name: str, entry: dict[str, Any]) -> _Record:
             identity,
             speaker=speaker,
             reason="a piece of a longer recording (`offset`): pieces of one recording would count as several "
-            "examples; cut it into a file of its own if a piece is what is to be protected",
+            "examples; cut it into a file of its own if each piece is to be a privacy unit",
             place=place,
         )
     if not isinstance(text, str):
@@ -255,17 +255,17 @@ def _first_line(error: BaseException) -> str:
     import datasets
 
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # the error itself only says that it failed, not that torchcodec is missing
+        error = error.__cause__  # the cause has the reason, e.g. that torchcodec is missing
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Within it, `datasets` reads earlier downloads and asks the hub for nothing."""
+    """Within it, `datasets` reads earlier downloads and sends no request to the hub."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True  # it has no argument for this
+    datasets.config.HF_HUB_OFFLINE = True  # load_dataset has no argument for this
     try:
         yield
     finally:
@@ -291,7 +291,7 @@ def _load_table(source: str, split: str | None) -> dict[str, Any]:
         there = f" ({unreachable()}, and there is no earlier download)" if away else ""
         raise ConfigError(
             f"data: `datasets` cannot load {source!r}{there}: give a folder with *.trans.txt, a .jsonl manifest, or a "
-            f"dataset id that this machine can download; it says: {_first_line(error)}"
+            f"dataset id that this machine can download. Its error: {_first_line(error)}"
         ) from error
     if isinstance(loaded, datasets.Dataset):
         if split is not None and str(loaded.split) != split:

@@ -1,4 +1,4 @@
-"""One recording and its transcript, where its audio is held, and why it may be of no use."""
+"""One recording with its transcript and audio source, and the reasons why recordings are unusable."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 
 class AudioError(ValueError):
-    """A recording that cannot be used; the message is the reason, for a list of problems."""
+    """A recording cannot be used; the message is the reason in the list of problems."""
 
 
 class Encoded(Protocol):
-    """An audio file that is not on disk by itself: a row of a dataset."""
+    """An audio file that is not a file on disk: a row of a dataset."""
 
     def read(self) -> bytes:
         """The file's bytes (WAV, FLAC, OGG, MP3)."""
@@ -22,9 +22,7 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """The audio of one row of a `datasets` table, read when it is needed: the table stays memory-mapped on
-    disk.
-    """
+    """The audio of one row of a `datasets` table, read on demand from the memory-mapped table."""
 
     table: Any
     index: int
@@ -55,13 +53,13 @@ class Utterance:
         id: its name, for messages.
         path: the audio file, or None.
         array: samples [n] or [n, channels] instead of a file, or None.
-        sampling_rate: of `array`, Hz.
-        text: the transcript as it is learnt.
-        speaker: who speaks, or None where that is not known.
+        sampling_rate: samples per second of `array`, Hz.
+        text: the training transcript.
+        speaker: the speaker's name, or None if unknown.
         seconds: duration, from the file's header.
         encoded: an audio file's bytes held elsewhere, instead of `path`.
-        place: "file:line" where a manifest lists it, or "".
-        digest: of `encoded`, by which repeats are found; see `repeats.digest`.
+        place: its "file:line" in a manifest, or "".
+        digest: the digest of `encoded`, for finding repeats; see `repeats.digest`.
     """
 
     id: str
@@ -77,7 +75,7 @@ class Utterance:
 
     @property
     def name(self) -> str:
-        """The id, with the place: ids may collide."""
+        """The id with the place, since ids may collide."""
         return _name(self.id, self.place)
 
 
@@ -87,8 +85,8 @@ class Problem:
 
     Attributes:
         id: its name.
-        reason: why; up to its first colon the same for all problems of one kind.
-        place: "file:line" where a manifest lists it, or "".
+        reason: the reason; the part before its first colon is the same for all problems of one kind.
+        place: its "file:line" in a manifest, or "".
     """
 
     id: str
@@ -97,12 +95,12 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """The id, with the place: ids may collide."""
+        """The id with the place, since ids may collide."""
         return _name(self.id, self.place)
 
     @property
     def kind(self) -> str:
-        """The reason without what is this utterance's own."""
+        """The reason without the details of this utterance."""
         return self.reason.partition(":")[0]
 
 

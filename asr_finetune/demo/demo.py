@@ -1,11 +1,11 @@
-"""The demo: synthetic speech, a small recogniser, and private fine-tuning to voices that it hears badly.
+"""The demo: synthetic speech, a small recogniser, and private fine-tuning to voices that it recognises badly.
 
-Everything is real but its size: audio files from a synthesiser, a ParakeetForCTC, and for the private part
-the very `train` that `asr-finetune train` runs, so every figure is measured. Nothing is downloaded.
+Only the size differs from a real run: audio files from a synthesiser, a ParakeetForCTC, and for the private part the
+`train` function of `asr-finetune train`. Every figure is measured. Nothing is downloaded.
 
     speech/          WAV files, manifest.jsonl: splits "public", "valid" (public), "train", "test" (private)
     public_model/    the recogniser trained, without privacy, on the public voices
-    not_private/     the same recipe without privacy: what the private run is compared with
+    not_private/     the same recipe without privacy, for comparison with the private run
     private/         the private run: model, ledger, run.json
     report.html      its report
 """
@@ -47,7 +47,7 @@ from asr_finetune.training.setup import fitted_corpus
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LONGEST = 3  # digits in an utterance
 
-# Whisperers, a hoarse voice, a slow low one and a fast high one: whom the recogniser has yet to learn.
+# Whisperers, a hoarse voice, a slow low one and a fast high one: the recogniser has not been trained on them.
 PRIVATE_VOICES = (
     Voice("en+whisper", rate=200, pitch=30),
     Voice("en-us+whisperf"),
@@ -56,7 +56,7 @@ PRIVATE_VOICES = (
     Voice("en+f3", rate=280, pitch=90),
     Voice("en+Demonic"),
 )
-# Two of their kind who agreed to be measured in public.
+# Two similar voices for the public validation data.
 VALID_VOICES = (Voice("en-029+whisper", rate=190, pitch=45), Voice("en-us+m5", rate=105, pitch=15))
 
 
@@ -93,7 +93,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """The demo's results.
 
     Attributes:
         before: WER on the private voices' test utterances before fine-tuning.
@@ -260,7 +260,7 @@ def _batches_of_like_length(
 def configuration(
     output: Path, manifest: Path, public_model: Path, recipe: Recipe, *, private: bool = True
 ) -> Config:
-    """What `asr-finetune train` would be given for the private voices."""
+    """The configuration of `asr-finetune train` for the private voices."""
     return Config(
         model=ModelConfig(name=str(public_model), device="cpu"),
         data=DataConfig(
@@ -292,7 +292,7 @@ def configuration(
 
 
 def _show(reporter: Reporter, values: dict[str, Any], report: Path, seconds: float) -> None:
-    """The result as a table, and where the report is."""
+    """Print the result as a table, and the path of the report."""
     evaluation, privacy = values["evaluation"], values["privacy"]
     table = Table(title="word error rate on the private voices' test utterances", title_justify="left")
     for heading in ("", "WER", "95 % interval", "word errors removed"):

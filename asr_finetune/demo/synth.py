@@ -1,9 +1,9 @@
-"""Speech from text with espeak-ng, in this process: the demo's and the tests' audio, with nothing downloaded.
+"""Speech from text with espeak-ng, in this process: the audio of the demo and the tests, without a download.
 
 espeak-ng comes with the `espeakng-loader` wheel (GPL: an optional extra, never vendored) and is called
 through ctypes. Its state is global to the process and survives its own re-initialisation (pitch flutter,
-noise generators), so each call here loads the library afresh, behind a lock, and unloads it: what is spoken
-does not depend on what was spoken before.
+noise generators). Each call here therefore loads the library again, behind a lock, and unloads it, so that the samples
+do not depend on earlier calls.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _LOCK = threading.Lock()
 
 
 class SynthesisError(UserError, RuntimeError):
-    """espeak-ng is not installed, or did not do what it was asked."""
+    """espeak-ng is not installed, or a call of it failed."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """How something is said.
+    """A voice and its settings.
 
     Attributes:
         name: an espeak-ng voice, with a variant after a plus sign: "en-us", "en+f3", "en-029+whisper".
@@ -71,7 +71,7 @@ class Voice:
                 raise ValueError(f"Voice.{key}={value}: espeak-ng takes {low} to {high}")
 
 
-# Ten ordinary voices: who agreed to publish recordings.
+# Ten ordinary voices, whose recordings are public.
 PUBLIC_VOICES = tuple(
     Voice(name)
     for name in (

@@ -1,4 +1,4 @@
-"""Recognisers: how they are loaded and saved, what of them is trained, and in which precision they compute.
+"""Recognisers: loading, saving, trained parameters and precision.
 
 It may import from `data` and `config`.
 """

@@ -1,8 +1,8 @@
-"""What must hold of a checkpoint before anything is computed with it: its weights are there, its tokenizer fits.
+"""Checks of a checkpoint before use: its weights are complete, and its tokenizer fits the output layer.
 
-Whatever transformers or PEFT do not find in a file they initialise at random, with a warning. Such a weight would be
-used for every utterance and, where it is frozen, saved nowhere: two loads would be two models. A tokenizer with more
-tokens than the output layer has classes gives labels that no class stands for. Both are refused here, by name.
+transformers and PEFT initialise weights that a file lacks at random, with a warning. Such a weight would be used for
+every utterance and, if it is frozen, never saved, so that two loads would give two models. A tokenizer with more tokens
+than the output layer has classes gives labels without a class. This module refuses both, and names them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from asr_finetune.config.schema import ConfigError
 
 _SHOWN = 3
-# Never read here: the model's own masks and its batch norms' training mode are switched off.
+# Never used here, since the model's own masks and its batch norms' training mode are switched off.
 _UNUSED = ("masked_spec_embed", "num_batches_tracked")
 _STATISTICS = ("running_mean", "running_var")
 _NEW_HEAD = (
@@ -29,30 +29,30 @@ _NEW_HEAD = (
 def check_weights(
     name: str, model: nn.Module, info: Mapping[str, Any], *, head: str, new_head: bool, constants: str = ""
 ) -> None:
-    """Whether every weight that the model computes with came from the checkpoint.
+    """Check that every weight that the model uses came from the checkpoint.
 
     Args:
-        name: of the checkpoint.
-        model: as transformers loaded it.
+        name: name of the checkpoint.
+        model: the model as loaded by transformers.
         info: transformers' `output_loading_info`.
         head: name of the output layer.
-        new_head: the output layer is to be a new one.
-        constants: ending of a parameter that transformers computes where it is not there, or "".
+        new_head: whether the output layer is replaced by a new one.
+        constants: ending of the name of a parameter that transformers computes if it is missing, or "".
 
     Raises:
-        ConfigError: weights are missing, or of another shape than the configuration says.
+        ConfigError: weights are missing, or have another shape than in the configuration.
     """
     parameters = {key for key, _ in model.named_parameters()}
 
     def matters(key: str) -> bool:
-        # Buffers but for statistics are constants that the model's constructor computes.
+        # Buffers other than statistics are constants that the model's constructor computes.
         kept = key in parameters or key.endswith(_STATISTICS)
         return kept and not key.endswith(_UNUSED) and not (new_head and key.startswith(f"{head}."))
 
     missing = {key for key in info["missing_keys"] if matters(key)}
     missing = {key for key in missing if not (constants and key.endswith(constants))}
     shapes = {
-        key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"] if matters(key)
+        key: (tuple(stored), tuple(wanted)) for key, stored, wanted in info["mismatched_keys"] if matters(key)
     }
     faults = []
     if missing:
@@ -70,14 +70,14 @@ def check_weights(
         _NEW_HEAD if of_the_head and head != "proj_out" else "give a complete checkpoint of this architecture"
     )
     raise ConfigError(
-        f"model.name={name!r}: {' and '.join(faults)}; transformers would start them at random: {fix}"
+        f"model.name={name!r}: {' and '.join(faults)}; transformers would initialise them at random: {fix}"
     )
 
 
 def classes_needed(tokenizer: Any) -> int:
-    """The least number of classes with which every token that a text can hold has one.
+    """The smallest number of classes that includes every token that a text can contain.
 
-    The tokens that begin and end a sentence are in no label here, and may lie beyond.
+    The tokens that begin and end a sentence occur in no label here, so they need no class.
     """
     unlabelled = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     unlabelled -= {tokenizer.unk_token_id, tokenizer.pad_token_id, _delimiter(tokenizer)}
@@ -85,13 +85,13 @@ def classes_needed(tokenizer: Any) -> int:
 
 
 def check_tokenizer(name: str, tokenizer: Any, classes: int, *, fix: str = _NEW_HEAD) -> None:
-    """Whether every token that a text can hold has a class.
+    """Check that every token that a text can contain has a class.
 
     Args:
-        name: of the checkpoint.
+        name: name of the checkpoint.
         tokenizer: its tokenizer.
-        classes: of the output layer.
-        fix: what to do where there are too few.
+        classes: number of classes of the output layer.
+        fix: the fix in the error message.
 
     Raises:
         ConfigError: the tokenizer has tokens beyond the classes; the message names them.
@@ -106,39 +106,39 @@ def check_tokenizer(name: str, tokenizer: Any, classes: int, *, fix: str = _NEW_
 
 
 def check_blank(name: str, tokenizer: Any, classes: int, blank: int | None) -> None:
-    """Whether the CTC blank, the configuration's padding token, is a class, and no token of a text.
+    """Check that the CTC blank, the configuration's padding token, is a class, and not a token of a text.
 
     Raises:
         ConfigError: it is not.
     """
-    stands = f"model.name={name!r}: pad_token_id={blank} in its config.json is to be the CTC blank, but "
+    start = f"model.name={name!r}: pad_token_id={blank} in its config.json must be the CTC blank, but "
     if blank is None or not 0 <= blank < classes:
         raise ConfigError(
-            f"{stands}the output layer has the classes 0 to {classes - 1}: set it to the class of the blank"
+            f"{start}the output layer has the classes 0 to {classes - 1}: set it to the class of the blank"
         )
     if blank != tokenizer.pad_token_id and blank in tokenizer.get_vocab().values():
         raise ConfigError(
-            f"{stands}its tokenizer has {tokenizer.convert_ids_to_tokens(blank)!r} there and the padding "
+            f"{start}its tokenizer has {tokenizer.convert_ids_to_tokens(blank)!r} there and the padding "
             f"{tokenizer.pad_token!r} at {tokenizer.pad_token_id}: make them agree"
         )
 
 
 def check_adapter(model: Any, folder: Path) -> None:
-    """Whether a loaded adapter's file has every weight that PEFT put into the model, and no other.
+    """Check that the file of a loaded adapter has exactly the weights that PEFT added to the model.
 
     Raises:
-        ConfigError: it has not; the message names the weights.
+        ConfigError: it does not; the message names the weights.
     """
-    # PEFT would take a new output layer for resized token embeddings, which a CTC model has none of.
+    # PEFT would treat a new output layer as resized token embeddings, which a CTC model does not have.
     expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    found = peft.load_peft_weights(str(folder), device="cpu").keys()
-    missing, unknown = expected - found, found - expected
+    stored = peft.load_peft_weights(str(folder), device="cpu").keys()
+    missing, unknown = expected - stored, stored - expected
     if missing or unknown:
         faults = [f"lacks {_some(missing)}"] if missing else []
         faults += [f"has {_some(unknown)}, which the model has no place for"] if unknown else []
         raise ConfigError(
-            f"adapter {folder}: its file {' and '.join(faults)}; PEFT would go on without: give the whole adapter, and "
-            "the base model that it was trained on"
+            f"adapter {folder}: its file {' and '.join(faults)}; PEFT would ignore the difference: give the complete "
+            "adapter, and the base model that it was trained on"
         )
 
 

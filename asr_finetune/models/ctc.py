@@ -1,6 +1,6 @@
-"""CTC recognisers: Parakeet, Wav2Vec2-BERT, Wav2Vec2, Wav2Vec2-Conformer; and small ones made anew.
+"""CTC recognisers: Parakeet, Wav2Vec2-BERT, Wav2Vec2, Wav2Vec2-Conformer; and small new ones.
 
-The CTC blank is the class `config.pad_token_id`, as in all of transformers' CTC models.
+The CTC blank is the class `config.pad_token_id`, as in all CTC models of transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from asr_finetune.models.recognizer import Recognizer, pad_rows
 from dpkernels.losses import IGNORED, ctc_loss_per_example
 
 BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
-# Public and fixed: a vocabulary read off the private transcripts would tell what is in them.
+# Public and fixed, since a vocabulary from the private transcripts would reveal their content.
 CHARACTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789'", WORD_DELIMITER]
 SUPPORTED = ("parakeet_ctc", "wav2vec2-bert", "wav2vec2", "wav2vec2-conformer")
 
@@ -44,7 +44,7 @@ class CTCRecognizer(Recognizer):
             self.equal_lengths_only = 'feat_extract_norm="group" normalises over the padded length'
 
     def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
-        """See Recognizer; only the utterance's own frames are kept, so that padding is `collate`'s alone."""
+        """See Recognizer; only the utterance's own frames are kept, so that only `collate` adds padding."""
         encoded = self.feature_extractor(
             array, sampling_rate=self.sampling_rate, return_tensors="pt", return_attention_mask=True
         )
@@ -60,7 +60,7 @@ class CTCRecognizer(Recognizer):
         return torch.tensor(encoded, dtype=torch.int64)
 
     def label_problem(self, labels: Tensor) -> str | None:
-        """See Recognizer; the blank is no label either."""
+        """See Recognizer; the blank is not a label either."""
         if bool((labels == self.blank).any()):
             return f"the blank as a label: {self.tokenizer.convert_ids_to_tokens(self.blank)!r} in the transcript"
         return super().label_problem(labels)
@@ -86,7 +86,7 @@ class CTCRecognizer(Recognizer):
         return logits, self.frames(mask.sum(dim=1))
 
     def frames(self, inputs: Tensor) -> Tensor:
-        """Output frames [B] of that many input frames (Wav2Vec2: samples)."""
+        """Numbers of output frames [B] for numbers of input frames [B] (Wav2Vec2: samples)."""
         model = self.base
         if hasattr(model, "_get_subsampling_output_length"):
             lengths = model._get_subsampling_output_length(inputs)
@@ -107,7 +107,7 @@ class CTCRecognizer(Recognizer):
         for row, length in zip(logits.argmax(dim=-1).cpu(), lengths.tolist(), strict=True):
             ids = torch.unique_consecutive(row[:length])
             kept = ids[ids != self.blank].tolist()
-            # Already collapsed: a second grouping would make "hello" of "hel<blank>lo" into "helo".
+            # The ids are collapsed already: a second grouping would turn "hel<blank>lo" into "helo".
             texts.append(self.tokenizer.decode(kept, group_tokens=False, skip_special_tokens=True).strip())
         return texts
 
@@ -135,7 +135,7 @@ class CTCRecognizer(Recognizer):
 
     def audio_problem(self, utterance: Utterance) -> str | None:
         """See Recognizer."""
-        # One frame has no variance to normalise by.
+        # A single frame has no variance for the normalisation.
         if self._input_frames(utterance) < 2 or self.length(utterance) < 1:
             return f"too short for the model: {utterance.seconds:.3f} s"
         return None
@@ -159,7 +159,7 @@ class CTCRecognizer(Recognizer):
         if delimiter in utterance.text:
             spaced = self.encode_text(self.target_prefix + utterance.text.replace(delimiter, " "))
             if torch.equal(labels, spaced):
-                return f"the tokenizer's sign for a space in the transcript: {delimiter!r}"
+                return f"the tokenizer's space symbol in the transcript: {delimiter!r}"
         needed, frames = ctc_frames_needed(labels), self.length(utterance)
         if needed > frames:
             return (
@@ -169,7 +169,7 @@ class CTCRecognizer(Recognizer):
 
 
 def ctc_frames_needed(labels: Tensor) -> int:
-    """Frames that the shortest CTC alignment of labels [L] takes: L, and a blank between equal neighbours."""
+    """Frames of the shortest CTC alignment of labels [L]: L, plus a blank between equal neighbours."""
     return len(labels) + int((labels[1:] == labels[:-1]).sum())
 
 
@@ -177,19 +177,19 @@ def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"
     """A CTC tokenizer for whole words or single characters; the blank is class 0.
 
     Args:
-        vocabulary: words, or characters with `WORD_DELIMITER` in the place of the space.
-        unit: what one label is.
+        vocabulary: words, or characters with `WORD_DELIMITER` in place of the space.
+        unit: the unit of one label.
 
     Raises:
-        ConfigError: an empty vocabulary, a repeated or reserved entry, a character of several letters, or a word with
-            white space; the entry is named.
+        ConfigError: the vocabulary is empty, or has a repeated or reserved entry, a character of several letters, or a
+            word with white space; the message names the entry.
     """
     if not vocabulary:
         raise ConfigError("vocabulary=[]: give the words or characters to recognise")
     repeated = [entry for entry, count in Counter(vocabulary).items() if count > 1]
     if repeated:
         raise ConfigError(
-            f"vocabulary: {_named(repeated)} more than once: a class each, so leave the others out"
+            f"vocabulary: {_named(repeated)} more than once: each entry is one class, so leave the repeats out"
         )
     reserved = [entry for entry in vocabulary if entry in (BLANK, UNKNOWN, "")]
     if reserved:
@@ -199,13 +199,13 @@ def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"
     long = [entry for entry in vocabulary if len(entry) > 1]
     if unit == "characters" and long:
         raise ConfigError(
-            f"vocabulary: {_named(long)} of several letters, where characters are single ones: leave it out, or give "
+            f"vocabulary: {_named(long)} of several letters, but a character is a single letter: leave it out, or give "
             "unit='words'"
         )
     spaced = [entry for entry in vocabulary if entry.split() != [entry]]
     if unit == "words" and spaced:
         raise ConfigError(
-            f"vocabulary: {_named(spaced)} with white space, which ends a word: give its words one by one"
+            f"vocabulary: {_named(spaced)} with white space, which ends a word: give its words separately"
         )
     entries = [BLANK, UNKNOWN, *vocabulary]
     core = Tokenizer(WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token=UNKNOWN))
@@ -232,21 +232,21 @@ def tiny_parakeet(
     seed: int = 0,
     **encoder: Any,
 ) -> CTCRecognizer:
-    """A small ParakeetForCTC with fresh weights: it runs the very path of the 608.8 M-parameter one.
+    """A small ParakeetForCTC with fresh weights. It runs the same code as the 608.8 M-parameter model.
 
     Args:
         vocabulary: words or characters; it becomes part of the model, so it must be public.
-        unit: what one label is; None: characters where every entry is one letter.
+        unit: the unit of one label; None: characters if every entry is one letter, else words.
         hidden: width; the feed-forward layers are 4 times as wide.
         layers: conformer blocks.
         heads: attention heads.
-        channels: of the subsampling convolutions.
+        channels: channels of the subsampling convolutions.
         mels: log-mel bins.
-        seed: of the initialisation; public.
+        seed: public seed of the initialisation.
         encoder: more fields of transformers' ParakeetEncoderConfig.
 
     Raises:
-        ConfigError: a vocabulary that `ctc_tokenizer` refuses, or a width that the heads do not divide.
+        ConfigError: `ctc_tokenizer` refuses the vocabulary, or the heads do not divide the width.
     """
     if hidden % heads:
         raise ConfigError(f"tiny_parakeet: hidden={hidden} is not a multiple of heads={heads}")
@@ -274,8 +274,8 @@ def tiny_parakeet(
         torch.manual_seed(seed)
         model = transformers.ParakeetForCTC(config)
         for module in model.modules():
-            # transformers starts convolutions at N(0, 0.02), made for checkpoints that are loaded over them: in the
-            # subsampling of a fresh small model the signal vanishes, and nothing is learnt.
+            # transformers initialises convolutions from N(0, 0.02), since checkpoints overwrite them: in the
+            # subsampling of a small new model the signal would vanish, and the model would learn nothing.
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 module.reset_parameters()
     extractor = transformers.ParakeetFeatureExtractor(feature_size=mels)

@@ -1,6 +1,6 @@
 """Recognisers: loading them from a folder or the hub.
 
-The classes are in `recognizer.py` (what all do), `ctc.py` and `whisper.py`.
+The classes are in `recognizer.py` (the base class), `ctc.py` and `whisper.py`.
 """
 
 from __future__ import annotations
@@ -43,39 +43,39 @@ __all__ = [
 ]
 
 _ADAPTER = "adapter_config.json"
-# What transformers did not find in the file, or found in another shape, is for `check_weights` to judge.
+# `check_weights` judges weights that transformers did not find in the file, or found in another shape.
 _LOAD = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 class NoSuchModel(ConfigError):
-    """A checkpoint that is not there, or cannot be read."""
+    """A checkpoint does not exist, or cannot be read."""
 
 
 def load_recognizer(config: ModelConfig) -> Recognizer:
     """The recogniser of a checkpoint (folder or hub id), or of a PEFT adapter's folder.
 
     Raises:
-        ConfigError: no such checkpoint (or the hub cannot be reached), a model type that is not supported, or
-            options that do not fit it; the message names the option and the fix.
+        ConfigError: the checkpoint does not exist, the hub cannot be reached, the model type is not supported, or an
+            option does not fit it; the message names the option and the fix.
     """
     quiet_transformers()
-    _hub_answers.cache_clear()  # asked once a load: it may be there the next time
+    _hub_answers.cache_clear()  # one request for each load, since the hub may be reachable the next time
     if (Path(config.name) / _ADAPTER).is_file():
         return _adapter_and_its_base(config)
-    found = _read(transformers.AutoConfig, config)
+    architecture = _read(transformers.AutoConfig, config)
     settings = Path(config.name) / SETTINGS
     options = {"name": config.name, "revision": config.revision, "dtype": DTYPES[config.dtype]}
     if settings.is_file():
         saved = json.loads(settings.read_text(encoding="utf-8"))
         options["target_prefix"] = saved["target_prefix"]
-    if found.model_type == "whisper":
+    if architecture.model_type == "whisper":
         return _load_whisper(config, options)
-    if found.model_type not in SUPPORTED:
+    if architecture.model_type not in SUPPORTED:
         raise ConfigError(
-            f"model.name={config.name!r} is a {found.model_type} model; supported: whisper, "
+            f"model.name={config.name!r} is a {architecture.model_type} model; supported: whisper, "
             f"{', '.join(SUPPORTED)}"
         )
-    return _load_ctc(config, found, options)
+    return _load_ctc(config, architecture, options)
 
 
 def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
@@ -85,7 +85,7 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
             "leave new_head false and vocabulary keep"
         )
     model, info = _read(transformers.WhisperForConditionalGeneration, config, **_LOAD)
-    # Where the sinusoids are not in the file, transformers computes them.
+    # transformers computes the sinusoids if the file lacks them.
     check_weights(
         config.name,
         model,
@@ -97,10 +97,10 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
     if config.window_seconds is not None:
         trim_encoder(model, config.window_seconds)
     processor = _read(transformers.WhisperProcessor, config)
-    # Without its files transformers makes an empty tokenizer: every transcript would be the end token alone.
+    # Without its files transformers builds an empty tokenizer, and every transcript would be the end token alone.
     if processor.tokenizer.convert_tokens_to_ids(START) != model.config.decoder_start_token_id:
         raise ConfigError(
-            f"model.name={config.name!r}: its tokenizer does not know {START} as the model does: add the "
+            f"model.name={config.name!r}: its tokenizer does not have the model's token {START}: add the "
             "checkpoint's tokenizer.json (or vocab.json and merges.txt)"
         )
     check_tokenizer(
@@ -127,15 +127,15 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
         )
     if config.vocabulary == "words":
         raise ConfigError(
-            "model.vocabulary=words: the list of words has to be public and is not known here; build the "
+            "model.vocabulary=words: the list of words must be public, and is not in the configuration; build the "
             "recogniser with asr_finetune.models.loading.tiny_parakeet(words), save it, and load that folder with "
             "vocabulary keep"
         )
     if config.new_head != (config.vocabulary in ("own", "characters")):
         raise ConfigError(
             f"model.new_head={config.new_head} with model.vocabulary={config.vocabulary}: a new output layer "
-            "needs to know its classes: set new_head true and vocabulary characters (or own, the checkpoint's), or "
-            "neither"
+            "needs a vocabulary, and the old one must keep its own: set new_head true and vocabulary characters "
+            "(or own, the checkpoint's), or neither"
         )
     processor = _ctc_processor(config, found)
     options |= {"new_head": config.new_head, "vocabulary": config.vocabulary}
@@ -143,12 +143,12 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
         _classes_of_a_new_head(config, found, processor.tokenizer)
     elif found.vocab_size is None:
         raise ConfigError(
-            f"model.name={config.name!r}: its configuration names no vocabulary, so that it has no output layer: set "
+            f"model.name={config.name!r}: its configuration names no vocabulary, so it has no output layer: set "
             "model.new_head=true and model.vocabulary=characters"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # public: the new layer's initialisation
-        # Eager attention gives NaN on rows that are masked altogether, which padding makes; sdpa does not.
+        torch.manual_seed(0)  # a public seed of the new layer's initialisation
+        # Eager attention gives NaN on fully masked rows, which padding creates; sdpa does not.
         model, info = _read(
             transformers.AutoModelForCTC, config, config=found, attn_implementation="sdpa", **_LOAD
         )
@@ -170,9 +170,9 @@ def _ctc_processor(config: ModelConfig, found: Any) -> Any:
 
 
 def _classes_of_a_new_head(config: ModelConfig, found: Any, tokenizer: Any) -> None:
-    """Set the classes and the blank of a new output layer in the model's configuration: the tokenizer's.
+    """Set the tokenizer's classes and blank in the model's configuration, for a new output layer.
 
-    The checkpoint's own are kept where its own tokenizer fits them: plain transformers then loads the base as it is.
+    The checkpoint's own are kept if its tokenizer fits them, so that plain transformers loads the base model unchanged.
     """
     needed = classes_needed(tokenizer)
     if config.vocabulary == "characters":
@@ -184,10 +184,10 @@ def _classes_of_a_new_head(config: ModelConfig, found: Any, tokenizer: Any) -> N
 
 
 def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
-    """The base model `config` names, loaded as it was for training, with the PEFT adapter in `folder` on it.
+    """The base model that `config` names, loaded as for training, with the PEFT adapter in `folder`.
 
     Raises:
-        FileNotFoundError: no adapter in the folder.
+        FileNotFoundError: the folder holds no adapter.
         ConfigError: see `load_recognizer`.
     """
     if not (folder / _ADAPTER).is_file():
@@ -196,14 +196,14 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
     saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     config = _as_saved(config, saved, "window_seconds", "language", "task")
     if "new_head" in saved:
-        # Written by versions without `own`, where a new layer was always one of characters.
-        before = "characters" if saved["new_head"] else "keep"
-        config = replace(config, new_head=saved["new_head"], vocabulary=saved.get("vocabulary", before))
+        # Settings without a vocabulary are of versions in which a new layer always had characters.
+        default = "characters" if saved["new_head"] else "keep"
+        config = replace(config, new_head=saved["new_head"], vocabulary=saved.get("vocabulary", default))
     recognizer = load_recognizer(config)
     recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
     try:
         recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
-    except (RuntimeError, ValueError) as error:  # shapes or layers of another model
+    except (RuntimeError, ValueError) as error:  # the adapter's shapes or layers are those of another model
         raise ConfigError(
             f"--adapter {folder} does not fit model.name={config.name!r}: give the base model that it was trained on; "
             f"PEFT says: {(str(error).strip().splitlines() or [type(error).__name__])[-1].strip()}"
@@ -213,13 +213,13 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
 
 
 def _as_saved(config: ModelConfig, saved: dict[str, Any], *names: str) -> ModelConfig:
-    """The configuration with saved settings in the place of its nulls."""
+    """The configuration with saved settings in place of its nulls."""
     values: dict[str, Any] = {name: saved.get(name) for name in names if getattr(config, name) is None}
     return replace(config, **values)
 
 
 def _adapter_and_its_base(config: ModelConfig) -> Recognizer:
-    """The adapter in the folder `config` names, on the base model that it says it was trained on."""
+    """The adapter in the folder that `config` names, on the base model that the adapter's configuration names."""
     folder = Path(config.name)
     base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     if not base:
@@ -231,30 +231,30 @@ def _adapter_and_its_base(config: ModelConfig) -> Recognizer:
         recognizer = load_with_adapter(replace(config, name=base), folder)
     except NoSuchModel as error:
         raise NoSuchModel(
-            f"{config.name} is an adapter on the base model {base!r}, which cannot be loaded; if it lies "
-            f"elsewhere now, evaluate with --model BASE --adapter {config.name}. {error}"
+            f"{config.name} is an adapter on the base model {base!r}, which cannot be loaded; if it was "
+            f"moved, evaluate with --model BASE --adapter {config.name}. {error}"
         ) from error
     recognizer.name = config.name
     return recognizer
 
 
-def _read(reader: Any, asked: ModelConfig, **options: Any) -> Any:
-    """`reader.from_pretrained` of the checkpoint, its failure said in our words."""
-    folder = Path(asked.name)
+def _read(reader: Any, model: ModelConfig, **options: Any) -> Any:
+    """`reader.from_pretrained` of the checkpoint; a failure is raised as NoSuchModel, with the fix."""
+    folder = Path(model.name)
     if folder.is_dir():
-        fault = f"the folder is there, but {reader.__name__} finds no usable checkpoint in it"
-    elif _hub_answers(asked.name, asked.revision):
+        fault = f"the folder exists, but {reader.__name__} finds no usable checkpoint in it"
+    elif _hub_answers(model.name, model.revision):
         fault = "there is no such folder, and the hub does not give it"
     else:
-        # downloads of before are used; no file is asked for again and again
+        # only earlier downloads are used, so that no request is retried
         options["local_files_only"] = True
         fault = f"there is no such folder, {unreachable()}, and no earlier download is complete"
     try:
-        return reader.from_pretrained(asked.name, revision=asked.revision, **options)
-    # TypeError: no tokenizer's files; RuntimeError: weights that cannot be put into the model
+        return reader.from_pretrained(model.name, revision=model.revision, **options)
+    # TypeError: the tokenizer's files are missing; RuntimeError: the weights do not fit into the model
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise NoSuchModel(
-            f"model.name={asked.name!r}: {fault}. Give (--model, or model.name) a folder with config.json, "
+            f"model.name={model.name!r}: {fault}. Give (--model, or model.name) a folder with config.json, "
             "model.safetensors and the processor's files, or a hub id (and model.revision) that this machine can "
             f"download; transformers says: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
         ) from error
@@ -269,7 +269,7 @@ def _placed(model: nn.Module, config: ModelConfig) -> nn.Module:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:  # torch's way to say that it knows no such type
+    except RuntimeError:  # torch raises it for an unknown device type
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"model.device={name!r}: expected auto, cpu, cuda, or cuda:1 and so on")

@@ -1,13 +1,13 @@
-"""What is trained: everything, adapters, biases, or the output layer::
+"""The trained parameters: all, adapters, biases, or the output layer::
 
-    full     every parameter, but for those under weight norm (Wav2Vec2's positions): they have no norm rule
+    full     every parameter, except those under weight norm (Wav2Vec2's positions), which have no norm rule
     lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj), or on any
              choice of linear layers and pointwise convolutions that `method.targets` names
     bitfit   the biases of linear and convolution layers; those of norms stay frozen
     dp_rp    LoRA whose factor A stays at its random start: half the trained parameters
     head     the output layer
 
-A freshly initialised output layer is trained along with any of them, an old one with `method.train_head`.
+A freshly initialised output layer is always trained as well, an old one if `method.train_head` is set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from asr_finetune.models.recognizer import Recognizer, switch_off_shared_randomn
 from dpkernels.precision import hold_frozen
 
 _HEADS = ("ctc_head", "lm_head", "proj_out")
-# Whisper's sinusoids are constants; the embedding of the model's own masks, switched off here, is never read.
+# Whisper's sinusoids are constants; the embedding of the model's own masks is unused, since these are switched off.
 _NEVER_TRAINED = ("encoder.embed_positions.weight", "masked_spec_embed")
 _CONFORMER_TARGETS = ["linear_q", "linear_k", "linear_v", "linear_out", "intermediate_dense", "output_dense"]
 _DEFAULT_TARGETS = {
@@ -39,14 +39,14 @@ _DEFAULT_TARGETS = {
 
 
 def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
-    """Choose what is trained, in place.
+    """Choose the trained parameters, in place.
 
-    Also freezes the statistics of batch norms, holds what is frozen in the recogniser's dtype, and switches
-    LayerDrop and the model's own masks off. Adapters
-    are initialised from torch's generator: seed it (publicly) beforehand to repeat a run's start.
+    This also freezes the statistics of batch norms, converts frozen parameters to the recogniser's dtype, and switches
+    off LayerDrop and the model's own masks. Adapters are initialised from torch's generator: seed it (publicly)
+    beforehand to repeat a run's start.
 
     Raises:
-        ConfigError: layers or targets that the model does not have, or a method that was applied already.
+        ConfigError: the model does not have these layers or targets, or a method was applied before.
     """
     model = recognizer.base
     if recognizer.model is not model:
@@ -58,7 +58,8 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")
     if method.train_head and recognizer.kind == "seq2seq":
         raise ConfigError(
-            "method.train_head: Whisper's output layer is its token table, read past any adapter: leave it false"
+            "method.train_head: Whisper's output layer is its token table, which it reads without adapters: leave it "
+            "false"
         )
     with_head = recognizer.new_head or method.train_head
     switch_off_shared_randomness(model)
@@ -127,11 +128,11 @@ def _with_lora(
         )
         raise ConfigError(
             f"method.targets={targets} with method.layers={method.layers}: no linear layer or pointwise "
-            f"convolution of {recognizer.name} ends so; there: {', '.join(known)}"
+            f"convolution of {recognizer.name} has a name with these endings; there: {', '.join(known)}"
         )
     if head in chosen:
         raise ConfigError(
-            f"method.targets={targets}: {head} is the output layer, which is trained as a whole: leave it out"
+            f"method.targets={targets}: {head} is the output layer, which is trained without LoRA: leave it out"
         )
     configuration = peft.LoraConfig(
         r=method.rank,
@@ -142,7 +143,7 @@ def _with_lora(
     )
     adapted = peft.get_peft_model(model, configuration)
     base = str(getattr(model, "name_or_path", "") or "")
-    if base and Path(base).is_dir():  # else the saved adapter finds it from the present folder only
+    if base and Path(base).is_dir():  # a relative path would be valid in the present working directory only
         configuration.base_model_name_or_path = str(Path(base).resolve())
     if method.kind == "dp_rp":
         for name, parameter in adapted.named_parameters():
@@ -152,31 +153,31 @@ def _with_lora(
 
 
 def _adapted(model: nn.Module, targets: Sequence[str], trainable: tuple[str, ...]) -> list[str]:
-    """Names of the layers that LoRA goes on.
+    """Names of the layers that get LoRA adapters.
 
     Raises:
-        ConfigError: one of them is a convolution that LoRA is not for.
+        ConfigError: one of them is a convolution that LoRA does not support.
     """
     chosen = []
     for name, module in model.named_modules():
-        ends_so = any(name == end or name.endswith(f".{end}") for end in targets)
-        if not ends_so or not name.startswith(trainable):
+        matches = any(name == end or name.endswith(f".{end}") for end in targets)
+        if not matches or not name.startswith(trainable):
             continue
         if _adaptable(module):
             chosen.append(name)
         elif isinstance(module, nn.Conv1d | nn.Conv2d):
-            # Depthwise: PEFT wants a rank that its groups divide, and a channel has too few taps to gain by one.
-            # The head of Parakeet: PEFT builds adapters with the layer's own class, whose arguments are other ones.
+            # Depthwise: PEFT needs a rank that the groups divide, and a channel has too few taps to gain from LoRA.
+            # Parakeet's head: PEFT builds adapters with the layer's own class, whose arguments differ.
             raise ConfigError(
                 f"method.targets={list(targets)}: {name} ({module}) is neither a linear layer nor a pointwise "
-                "convolution (kernel 1, stride 1, groups 1), which is all that LoRA is for here: leave it out, or "
+                "convolution (kernel 1, stride 1, groups 1), the layers that LoRA supports here: leave it out, or "
                 "train it by method.kind=full, or as a new output layer"
             )
     return chosen
 
 
 def _adaptable(module: nn.Module) -> bool:
-    """Whether LoRA can go on it: a linear layer, or a convolution that is one on the transposed layout."""
+    """Whether a layer can get LoRA: it is linear, or a convolution that is linear on the transposed layout."""
     if type(module) is nn.Conv1d:
         return module.kernel_size == module.stride == (1,) and module.groups == 1 and module.padding == (0,)
     return isinstance(module, nn.Linear)

@@ -1,4 +1,4 @@
-"""What every recogniser does; `ctc.py` and `whisper.py` are the two kinds."""
+"""The base class of all recognisers; `ctc.py` and `whisper.py` have the two kinds."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ SETTINGS = "recognizer.json"
 
 
 class Recognizer(ABC):
-    """A model with what turns audio into its inputs and text into its labels, and back.
+    """A model with the conversions of audio to its inputs, text to its labels, and its outputs to text.
 
     Attributes:
         model: the transformers model; a `peft.PeftModel` around it once adapters are added.
         processor: transformers' processor (feature extractor and tokenizer).
         name: folder or hub id that it was loaded from.
-        sampling_rate: of the audio it takes, Hz.
+        sampling_rate: sampling rate of its input audio, Hz.
         kind: "ctc" or "seq2seq".
-        target_prefix: put before a text that is learnt, or scored by restricted decoding.
+        target_prefix: prefix of training texts, and of texts scored by restricted decoding.
         new_head: the output layer is freshly initialised and must be trained along with any method.
-        vocabulary: what its classes are, as `model.vocabulary` says; "keep" where it is not new.
-        dtype: of its arithmetic; see `precision`.
-        input_name: of the features in an item and in the model's arguments.
-        equal_lengths_only: why batches of unequal lengths are refused, or "" where padding changes nothing.
+        vocabulary: the kind of its classes, as in `model.vocabulary`; "keep" if the output layer is not new.
+        dtype: dtype of its arithmetic; see `dpkernels.precision`.
+        input_name: name of the features in an item and in the model's arguments.
+        equal_lengths_only: why batches of unequal lengths are refused, or "" if padding has no effect.
     """
 
     kind: ClassVar[Literal["ctc", "seq2seq"]]
@@ -77,12 +77,12 @@ class Recognizer(ABC):
 
     @property
     def classes(self) -> int:
-        """How many classes the output layer has: a label is one of 0 … classes − 1."""
+        """Number of classes of the output layer; labels are 0 … classes − 1."""
         return int(self.base.config.vocab_size)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     @abstractmethod
@@ -90,18 +90,18 @@ class Recognizer(ABC):
         """Samples [n] at `sampling_rate` -> input_features [T, F] or input_values [n], float32, by name.
 
         Raises:
-            ValueError: audio that the model cannot take (`audio_problem` says so beforehand).
+            ValueError: the model cannot take this audio (`audio_problem` returns the reason beforehand).
         """
 
     @abstractmethod
     def encode_text(self, text: str) -> Tensor:
         """Text -> labels [L] int64, with the end token for a seq2seq model.
 
-        What reads like a special token ("<pad>") is text like any other.
+        Text that looks like a special token ("<pad>") is treated as ordinary text.
         """
 
     def label_problem(self, labels: Tensor) -> str | None:
-        """Why labels [L] from `encode_text` cannot be learnt, by their numbers; None where they can."""
+        """Why labels [L] from `encode_text` cannot be learnt, judged by their values; None if they can."""
         outside = labels[(labels < 0) | (labels >= self.classes)]
         if len(outside):
             return f"a label outside the output layer: {outside.tolist()}, it has the classes 0 to {self.classes - 1}"
@@ -109,27 +109,25 @@ class Recognizer(ABC):
 
     @abstractmethod
     def length(self, utterance: Utterance) -> int:
-        """How much work an utterance is, to batch like with like: encoder frames, plus tokens if seq2seq."""
+        """The cost of an utterance, for batches of similar lengths: encoder frames, plus tokens if seq2seq."""
 
     @abstractmethod
     def audio_problem(self, utterance: Utterance) -> str | None:
-        """Why the model cannot take an utterance's audio, judged by its length alone; None where it can."""
+        """Why the model cannot take an utterance's audio, judged by its length alone; None if it can."""
 
     @abstractmethod
     def text_problem(self, utterance: Utterance) -> str | None:
-        """Why an utterance's transcript cannot be learnt; None where it can."""
+        """Why an utterance's transcript cannot be learnt; None if it can."""
 
     def loss_per_example(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Losses [B] float32 of a batch from `collate`, each of its own utterance only; 0 where there are no
-        labels.
-        """
+        """Losses [B] float32 of a batch from `collate`. Each depends on its own utterance only; 0 without labels."""
         device = next(model.parameters()).device
         with arithmetic(self.dtype, device):
             return self._losses(model, to_device(batch, device))
 
     @abstractmethod
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """`loss_per_example` of a batch that is on the model's device."""
+        """`loss_per_example` of a batch on the model's device."""
 
     @abstractmethod
     def _decode(self, batch: dict[str, Any]) -> list[str]:
@@ -144,9 +142,7 @@ class Recognizer(ABC):
         """The padded inputs of a batch."""
 
     def empty_item(self) -> dict[str, Tensor]:
-        """The item of an utterance that cannot be used: silence and no labels, so that its loss and gradient
-        are 0.
-        """
+        """The item of an unusable utterance: silence and no labels, so that its loss and gradient are 0."""
         silence = np.zeros(self.sampling_rate // 2, dtype=np.float32)
         return {**self.encode_audio(silence), "labels": torch.zeros(0, dtype=torch.int64)}
 
@@ -155,7 +151,7 @@ class Recognizer(ABC):
         −100, index [B].
 
         Raises:
-            ValueError: no items; or unequal lengths for a model whose gradients they would change.
+            ValueError: there are no items, or their lengths differ and the model accepts equal lengths only.
         """
         if not items:
             raise ValueError("collate: no items: an empty logical batch has no micro-batches")
@@ -168,12 +164,11 @@ class Recognizer(ABC):
 
     @torch.inference_mode()
     def transcribe(self, batch: dict[str, Any], restrict_to: Sequence[str] | None = None) -> list[str]:
-        """Text of each utterance of a batch from `collate`; "" where it has no usable audio.
+        """Text of each utterance of a batch from `collate`; "" for an unusable utterance.
 
         Args:
             batch: tensors on any device.
-            restrict_to: hold decoding to these texts: the one with the highest ln p(text | audio) is chosen.
-                None: greedy decoding.
+            restrict_to: choose the one of these texts with the highest ln p(text | audio). None: greedy decoding.
 
         Raises:
             ValueError: `restrict_to` is empty.
@@ -200,9 +195,7 @@ class Recognizer(ABC):
         return [restrict_to[int(index)] for index in best]
 
     def cached_inputs(self, item: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is worth keeping of an item between epochs; a model may replace features by what it makes of
-        them.
-        """
+        """The form of an item to cache between epochs; a model may replace features by its encoder's output."""
         return item
 
     def can_cache_states(self) -> bool:
@@ -210,7 +203,7 @@ class Recognizer(ABC):
         return False
 
     def save(self, folder: Path | str) -> None:
-        """Write the model (adapters in PEFT's format, which plain PEFT loads), the processor and our settings.
+        """Write the model (adapters in PEFT's format, which plain PEFT loads), the processor and the settings.
 
         A base model's folder loads with transformers' `from_pretrained`, and with `load_recognizer`.
         """
@@ -218,7 +211,7 @@ class Recognizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         saved: Any = self.model
-        # PEFT would take a new output layer for resized token embeddings, which a CTC model has none of.
+        # PEFT would treat a new output layer as resized token embeddings, which a CTC model does not have.
         options: dict[str, Any] = {} if saved is self.base else {"save_embedding_layers": False}
         if saved is self.base and self.dtype is not torch.float32:
             options["state_dict"] = widened_state(saved.state_dict())
@@ -269,13 +262,13 @@ class Recognizer(ABC):
 
 
 def fit(corpus: Corpus, recognizer: Recognizer, *, training: bool = True) -> Corpus:
-    """A corpus without what the recogniser cannot take, which joins the problems.
+    """A corpus without the utterances that the recogniser cannot take; these become problems.
 
-    Longer than Whisper's window; too short for one frame; and, for training, transcripts outside the
-    vocabulary or with no CTC alignment in that many frames.
+    Problems are audio that is longer than Whisper's window or too short for one frame, and, for training, transcripts
+    outside the vocabulary or without a CTC alignment in the audio's frames.
 
     Raises:
-        ConfigError: nothing is left.
+        ConfigError: no utterance is left.
     """
 
     def problem(utterance: Utterance) -> str | None:
@@ -286,16 +279,15 @@ def fit(corpus: Corpus, recognizer: Recognizer, *, training: bool = True) -> Cor
 
 
 def quiet_transformers() -> None:
-    """Turn off transformers' own progress bars, of weights read and written: they break ours."""
+    """Turn off transformers' progress bars for reading and writing weights, which break those of `Reporter`."""
     transformers.utils.logging.disable_progress_bar()
 
 
 def switch_off_shared_randomness(model: nn.Module) -> None:
-    """LayerDrop and the model's own SpecAugment off, in the configuration and in the modules.
+    """Switch off LayerDrop and the model's own SpecAugment, in the configuration and in the modules.
 
-    LayerDrop is one draw for a whole batch, and the masks depend on its padded length: with either, an
-    utterance's gradient is not a function of that utterance. `augment.SpecAugment` takes the place of the
-    masks.
+    LayerDrop is one draw for a whole batch, and the masks depend on the padded length: with either, an utterance's
+    gradient depends on its batch. `augment.SpecAugment` replaces the masks.
     """
     for module in model.modules():
         for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
@@ -313,16 +305,16 @@ def switch_off_shared_randomness(model: nn.Module) -> None:
             config.apply_spec_augment = False  # the modelling code reads it with a default of True
         embed = getattr(module, "masked_spec_embed", None)
         if isinstance(embed, nn.Parameter):
-            embed.requires_grad_(False)  # of the masks: unused from here on
+            embed.requires_grad_(False)  # it belongs to the masks, which are off
 
 
 def trained_parameters(model: nn.Module) -> int:
-    """Number of trained values; a tensor that two modules share counts once."""
+    """Number of trained values; a tensor shared by several modules counts once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def total_parameters(model: nn.Module) -> int:
-    """Number of values; a tensor that two modules share counts once."""
+    """Number of values; a tensor shared by several modules counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,8 +1,8 @@
 """Whisper: mean token loss per utterance, greedy or restricted decoding, an encoder trimmed to a short
 window.
 
-Whisper's encoder always takes its whole window, 30 s as it comes. For short recordings `trim_encoder` cuts
-the window (and the position table) to a few seconds: the encoder's work shrinks in proportion.
+Whisper's encoder always computes its full window, 30 s by default. For short recordings `trim_encoder` cuts the window
+(and the position table) to a few seconds, and the encoder's cost shrinks in proportion.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dpkernels.precision import arithmetic
 
 START = "<|startoftranscript|>"
 FRAMES_PER_POSITION = 2  # conv2 has stride 2
-# Speech has some 6 tokens a second at most; a greedy decoder that has lost its way would run to 448. A window that
-# is much shorter than those of pretraining makes it repeat itself until the model is fine-tuned.
+# Speech has about 6 tokens a second at most; a greedy decoder that repeats itself would run to 448. Before fine-tuning,
+# a window much shorter than those of pretraining causes such repetition.
 TOKENS_PER_SECOND, TOKENS_LEAST = 8, 8
 _NO_CLASS = -1  # a label that no output layer has
 SCORED_AT_ONCE = 512  # sequences in one forward of restricted decoding
@@ -37,9 +37,9 @@ class WhisperRecognizer(Recognizer):
     """A Whisper model. Items hold input_features [T, F] of the whole window, or encoder_states [S, d] when
     cached.
 
-    English-only models have neither language nor task (None). A multilingual one takes those it is given, else the
-    ones its generation configuration names, else English and transcribing. The decoder's prompt (start, language,
-    task, no timestamps) is given, and not learnt: losses and scores are of the text and the end token.
+    English-only models have neither language nor task (None). A multilingual model uses the given ones, else those of
+    its generation configuration, else English and transcription. The decoder's prompt (start, language, task, no
+    timestamps) is not learnt: losses and scores are those of the text and the end token.
     """
 
     kind: ClassVar[Literal["ctc", "seq2seq"]] = "seq2seq"
@@ -69,7 +69,7 @@ class WhisperRecognizer(Recognizer):
             if language_code(language or "en") != "en" or task not in (None, "transcribe"):
                 raise ConfigError(
                     f"model.language={language!r}, model.task={task!r}: {self.name} is English-only (its generation "
-                    "configuration does not say is_multilingual): leave both null, or take a multilingual checkpoint"
+                    "configuration does not set is_multilingual): leave both null, or use a multilingual checkpoint"
                 )
             return None, None
         language = language or getattr(generation, "language", None) or "en"
@@ -79,7 +79,7 @@ class WhisperRecognizer(Recognizer):
             raise ConfigError(f"model.language={language!r}: {self.name} knows {', '.join(sorted(known))}")
         if task not in tasks:
             raise ConfigError(f"model.task={task!r}: {self.name} knows {', '.join(sorted(tasks))}")
-        # Saved with a whole model: transformers' own generation then does the same.
+        # They are saved with a full model, so that transformers' own generation uses them too.
         generation.language, generation.task = language_code(language), task
         return language_code(language), task
 
@@ -130,7 +130,7 @@ class WhisperRecognizer(Recognizer):
         return torch.tensor([*ids, self.end], dtype=torch.int64)
 
     def label_problem(self, labels: Tensor) -> str | None:
-        """See Recognizer; tokens that a text cannot hold (languages, times, an end before the end) are no labels."""
+        """See Recognizer; tokens that a text cannot contain (languages, times, an early end) are not labels."""
         special = [token for token in labels[:-1].tolist() if token in self._added]
         if special:
             return f"a special token as a label: {self.tokenizer.convert_ids_to_tokens(special)}"
@@ -156,7 +156,7 @@ class WhisperRecognizer(Recognizer):
         kept = {key: value for key, value in item.items() if key != "input_features"}
         with torch.inference_mode(), arithmetic(self.dtype, self.device):
             states = self._encode(to_device({"input_features": item["input_features"][None]}, self.device))
-        # A clone: an inference tensor may not enter autograd later.
+        # A clone, since autograd refuses inference tensors.
         return {**kept, "encoder_states": states[0].cpu().clone()}
 
     def _encode(self, batch: dict[str, Any]) -> Tensor:
@@ -168,7 +168,7 @@ class WhisperRecognizer(Recognizer):
         return states
 
     def _cached(self, batch: dict[str, Any], model: nn.Module) -> Tensor:
-        """Kept encoder states, which may be of the half type while the arithmetic is float32, and the other way."""
+        """Cached encoder states in the model's dtype, which may differ from the one they were cached in."""
         states: Tensor = batch["encoder_states"]
         return states.to(next(model.parameters()).dtype)
 
@@ -187,13 +187,13 @@ class WhisperRecognizer(Recognizer):
     def _teacher_forcing(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Labels [B, L] -> (decoder_input_ids, labels), both [B, P−1+L] with a prompt of P tokens.
 
-        L is cut to what the decoder's positions hold. An utterance that has more labels gets one that is no class
-        among them, so that the loss marks it and gives it no gradient.
+        L is cut to the decoder's positions. All labels of an utterance with more labels are replaced by one that is no
+        class, so that its loss is infinite and its gradient 0.
         """
         prompt = labels.new_tensor(self.prompt).expand(len(labels), -1)
         cut = (labels[:, self._most_labels :] != IGNORED).any(dim=1, keepdim=True)
         labels = labels[:, : self._most_labels].masked_fill(cut, _NO_CLASS)
-        # Padding and labels that are no class are read by nothing that is learnt.
+        # No learnt position reads padding, or a label that is no class.
         known = (labels[:, :-1] >= 0) & (labels[:, :-1] < self.classes)
         previous = labels[:, :-1].masked_fill(~known, self.end)
         unlearnt = labels.new_full((len(labels), len(self.prompt) - 1), IGNORED)
@@ -202,7 +202,7 @@ class WhisperRecognizer(Recognizer):
     def _decode(self, batch: dict[str, Any]) -> list[str]:
         states = self._encode(batch)
         prompt = torch.tensor(self.prompt, device=states.device).expand(len(states), -1)
-        # The plain greedy loop: Whisper's own generate() is made for long recordings with timestamps.
+        # The plain greedy loop, since Whisper's own generate() is for long recordings with timestamps.
         ids = GenerationMixin.generate(
             self.base,
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -214,15 +214,15 @@ class WhisperRecognizer(Recognizer):
         return [text.strip() for text in texts]
 
     def _generation(self) -> GenerationConfig:
-        """Greedy, without symbols that the checkpoint suppresses, as long as the window can hold at most."""
-        own, config = self.base.generation_config, self.base.config
+        """Greedy decoding without the symbols that the checkpoint suppresses, limited by the window's length."""
+        checkpoint, config = self.base.generation_config, self.base.config
         most = int(config.max_target_positions) - len(self.prompt)
         return GenerationConfig(
             max_new_tokens=min(most, TOKENS_LEAST + math.ceil(TOKENS_PER_SECOND * self.window_seconds)),
             num_beams=1,
             do_sample=False,
-            suppress_tokens=own.suppress_tokens,
-            begin_suppress_tokens=own.begin_suppress_tokens,
+            suppress_tokens=checkpoint.suppress_tokens,
+            begin_suppress_tokens=checkpoint.begin_suppress_tokens,
             decoder_start_token_id=self.prompt[0],
             eos_token_id=self.end,
             pad_token_id=self.end,
@@ -254,7 +254,7 @@ class WhisperRecognizer(Recognizer):
 
     def _too_long(self, seconds: float) -> str:
         return (
-            f"longer than the encoder's window: {seconds:.2f} s, it takes {self.window_seconds:g} s; "
+            f"longer than the encoder's window: {seconds:.2f} s, the window has {self.window_seconds:g} s; "
             "raise model.window_seconds (30 at most)"
         )
 
@@ -285,11 +285,11 @@ def trim_encoder(model: Any, seconds: float, hop_seconds: float = 0.01) -> None:
     """Cut a Whisper encoder's window to `seconds`, in place: its position table and
     `config.max_source_positions`.
 
-    The window is rounded up to whole positions of 20 ms. The configuration says so, and the trimmed model
-    reloads.
+    The window is rounded up to multiples of 20 ms. The configuration has the new window, so that the trimmed model
+    can be reloaded.
 
     Raises:
-        ConfigError: a window that is not above 0, or longer than the model's.
+        ConfigError: the window is not above 0, or is longer than the model's.
     """
     positions = math.ceil(round(seconds / (hop_seconds * FRAMES_PER_POSITION), 6))
     encoder = model.model.encoder

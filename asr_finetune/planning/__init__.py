@@ -1,4 +1,4 @@
-"""What a run will need before it begins: noise, memory, time, and a dry run of its start.
+"""Plans of a run before it begins: noise, memory, time, and a dry run of its start.
 
 It may import from `training`, `models`, `data` and `config`.
 """

@@ -1,4 +1,4 @@
-"""`asr-finetune plan`: the noise of a run; with a model its time here, or what a GPU's memory allows."""
+"""`asr-finetune plan`: the noise of a run; with a model also its time here, or the micro-batches that a GPU holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from asr_finetune.config.schema import Config, ConfigError
-from asr_finetune.config.values import PLACEHOLDER, told_to_user
+from asr_finetune.config.values import PLACEHOLDER, as_config_error
 from asr_finetune.config.yaml_io import overridden, typed
 from asr_finetune.planning.tables import memory_table, plan_table, probe_table
 from asr_finetune.training.sampling import assumed_sampling, sampling_of
@@ -31,20 +31,20 @@ def run(
     seconds: float | None = None,
     gpu_memory: float | None = None,
 ) -> Iterator[Table]:
-    """The tables of a plan, each as soon as it is there: noise is known at once, a measurement takes a while.
+    """The tables of a plan, each as soon as it is computed: the noise comes first, since a measurement takes longer.
 
     Args:
-        values: of the configuration file, or None: then sizes come from `flags` and `settings`, and a model is loaded
-            where they name one.
-        flags: of the command line, by key; None: not given.
-        settings: "section.key=value", which go over them.
+        values: the values of the configuration file. None: sizes come from `flags` and `settings`, and a model is
+            loaded if they name one.
+        flags: the command line's flags by key; None: not given.
+        settings: "section.key=value"; they override flags.
         examples: number of units; None: those of the training data.
-        seconds: length of an utterance where there is no training data.
+        seconds: length of an utterance, used without training data.
         gpu_memory: GiB of the GPU to plan for; None: this machine is measured.
 
     Raises:
-        ConfigError: what is missing, or does not fit together.
-        ValueError, FileNotFoundError: a model or data that cannot be read.
+        ConfigError: values are missing or inconsistent.
+        ValueError, FileNotFoundError: the model or the data cannot be read.
     """
     config = _configuration(values, flags, settings, examples)
     if gpu_memory is not None and config.model.name == _ABSENT:
@@ -60,7 +60,7 @@ def run(
     yield plan_table(_noise(config, corpus, examples))
     if config.model.name == _ABSENT:
         return
-    # Here, as elsewhere in this file: a plan without a model must not load transformers.
+    # Imported here, as elsewhere in this file: a plan without a model must not load transformers.
     from asr_finetune.training.setup import recognizer_of
 
     recognizer = recognizer or recognizer_of(config)
@@ -75,12 +75,12 @@ def run(
 def _configuration(
     values: Mapping[str, Any] | None, flags: Mapping[str, Any], settings: Sequence[str], examples: int | None
 ) -> Config:
-    """The configuration that a plan is for; what a plan does not need is filled in."""
+    """The configuration of a plan; values that a plan does not need are filled in."""
     given = typed(flags, settings)
     if given.get("privacy.epsilon") is not None and given.get("privacy.noise_multiplier") is not None:
         raise ConfigError(
-            "plan: --epsilon and --noise-multiplier: give one; the first chooses the noise, the second says what "
-            "it spends"
+            "plan: --epsilon and --noise-multiplier: give one; the first plans the noise for an epsilon, the second "
+            "the epsilon of a noise"
         )
     if values is None:
         values = {"model": {"name": _ABSENT}, "data": {"train": _ABSENT}}
@@ -96,7 +96,7 @@ def _configuration(
 
 
 def _check_given(config: Config, given: Mapping[str, Any], examples: int | None) -> None:
-    """Whether there is all that a plan is made from: defaults are no sizes of a run that no file describes."""
+    """Check that all sizes of a plan are given: without a configuration file, defaults are not a run's sizes."""
     needed = {"--delta": config.privacy.delta}
     if config.data.train == _ABSENT:
         needed |= {
@@ -109,14 +109,14 @@ def _check_given(config: Config, given: Mapping[str, Any], examples: int | None)
         raise ConfigError(f"plan: {', '.join(missing)} missing; see asr-finetune plan --help for an example")
 
 
-@told_to_user()
+@as_config_error()
 def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> NoisePlan:
-    """Noise by hand, where there is some, as in a run; else for the target."""
+    """The noise for the target ε, unless a noise multiplier is given; as in a run."""
     privacy = config.privacy
     if examples is not None:
         sampling = assumed_sampling(config, examples)
     else:
-        assert corpus is not None  # else _check_given asked for examples
+        assert corpus is not None  # else _check_given requires examples
         sampling = sampling_of(config, corpus)
     assert privacy.delta is not None
     if privacy.noise_multiplier == 0:
@@ -134,7 +134,7 @@ def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> Noise
 def _fits(
     config: Config, recognizer: Recognizer, corpus: Corpus | None, seconds: float | None, gpu_memory: float
 ) -> MemoryPlan:
-    """The micro-batches that so many GiB take, with and without checkpointing where the model has it."""
+    """The micro-batches that fit into so many GiB, without checkpointing and, if the model has it, with it."""
     from asr_finetune.models.methods import apply_method
     from asr_finetune.planning.memory import plan_memory
     from dpkernels.blocks import has_checkpointing

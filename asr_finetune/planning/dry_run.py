@@ -1,7 +1,7 @@
-"""A dry run: all that can be checked of a run before it begins. Writes nothing, draws no noise, spends no ε.
+"""A dry run: every check of a run that is possible before it begins. It writes nothing, and spends no ε.
 
-Model, data, accounting and the private path are those of `train`; only the ledger, the noise and the output folder
-are not there. Of the recordings, every header is read, and a sample is decoded.
+Model, data, accounting and the private path are those of `train`; a dry run has no ledger, draws no noise and makes no
+output folder. It reads the header of every recording, and decodes a sample of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asr_finetune.config.schema import Config, ConfigError
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.planning.memory import MARGIN, losses_of
@@ -30,7 +30,7 @@ from dpkernels.errors import UserError
 from dpkernels.memory import MemoryEstimator
 from dpkernels.privacy import epsilon, read_ledger
 
-_NAMED = 3  # of the recordings that are left out
+_NAMED = 3  # recordings left out that a check names
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
 
 
@@ -40,8 +40,8 @@ class Check:
 
     Attributes:
         what: what was checked.
-        passed: whether a run would get past it; False also where it could not be checked.
-        found: what was seen, or what is wrong and the fix.
+        passed: whether a run would pass it; False also if it could not be checked.
+        found: the result, or the error and its fix.
     """
 
     what: str
@@ -60,7 +60,7 @@ def check_run(
         progress: print lines and bars along the way.
 
     Returns:
-        The checks, in order; those that need one that failed are failed too, and say so.
+        The checks, in order. A check that needs a failed one is failed too, and names it.
     """
     run = _DryRun(config, Reporter(False), resume=resume, compare=compare, progress=Reporter(progress))
     checks: list[Check] = []
@@ -81,7 +81,7 @@ _NOT_CHECKED = "not checked"
 
 
 def check_table(checks: list[Check]) -> Table:
-    """The checks for the screen."""
+    """The checks as a table for the screen."""
     failed = sum(not check.passed and not check.found.startswith(_NOT_CHECKED) for check in checks)
     result = f"{failed} of {len(checks)} checks failed" if failed else "a run would start"
     title = f"dry run: nothing was written or spent; {result}"
@@ -90,13 +90,15 @@ def check_table(checks: list[Check]) -> Table:
         verdict = Text("ok", "green") if check.passed else Text("FAILED", "bold red")
         if not check.passed and check.found.startswith(_NOT_CHECKED):
             verdict = Text("not checked", "yellow")
-        table.add_row(check.what, verdict, Text(check.found))  # as it is: brackets are not rich's markup
+        table.add_row(
+            check.what, verdict, Text(check.found)
+        )  # a Text, so that brackets are not read as rich's markup
     return table
 
 
 @dataclass
 class _DryRun(Run):
-    """The start of a run that writes nothing; every stage says what it found."""
+    """The start of a run that writes nothing; every stage returns its result as text."""
 
     progress: Reporter = field(default_factory=Reporter)
     sigma: float | None = None
@@ -124,35 +126,35 @@ class _DryRun(Run):
         )
 
     def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
-        """A corpus, of which a sample is decoded."""
+        """Load a corpus, and decode a sample of it."""
         corpus = fitted_corpus(source, split, self.config.data, self.recognizer, training=name == "train")
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
         sample = Corpus([corpus.utterances[place] for place in places], source=corpus.source)
         broken = sample.decoded(self.progress, "decoding a sample").problems
-        found = corpus.summary()
+        summary = corpus.summary()
         if corpus.problems:
             named = [f"{problem.name}: {problem.reason}" for problem in corpus.problems[:_NAMED]]
-            found += "".join(f"\n  {one}" for one in [*named, *["..."][: len(corpus.problems) > _NAMED]])
-        found += f"\n{len(sample)} decoded"
+            summary += "".join(f"\n  {line}" for line in [*named, *["..."][: len(corpus.problems) > _NAMED]])
+        summary += f"\n{len(sample)} decoded"
         if broken:
-            found += (
+            summary += (
                 f": {len(broken)} do not, and would be left out, e.g. {broken[0].name}: {broken[0].reason}"
             )
-        return corpus, found
+        return corpus, summary
 
-    @told_to_user()
+    @as_config_error()
     def privacy(self) -> str:
         config = self.config
         privacy, steps = config.privacy, config.train.steps
         if not privacy.enabled:
             return "NOT PRIVATE: privacy.enabled is false. Such a run has no epsilon"
-        assert privacy.delta is not None  # check_trainable saw to it
+        assert privacy.delta is not None  # check_trainable ensures it
         sampling = sampling_of(config, self.corpus)
         ledger = self.folder.ledger
-        begun = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
-        self.sigma = begun[0].mechanism.noise_multiplier if begun else sigma_of(config, sampling)
+        started = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
+        self.sigma = started[0].mechanism.noise_multiplier if started else sigma_of(config, sampling)
         found = (
-            f"σ = {self.sigma:g}{' (its ledger)' if begun else ''}: {steps:,} steps, Poisson at rate "
+            f"σ = {self.sigma:g}{' (its ledger)' if started else ''}: {steps:,} steps, Poisson at rate "
             f"{sampling.sample_rate:.5f} of {sampling.units:,} {sampling.unit}s"
         )
         if self.sigma == 0:
@@ -172,14 +174,12 @@ class _DryRun(Run):
             if spends > privacy.epsilon:
                 found += ": it would stop early"
         if privacy.delta * sampling.units >= 1:
-            found += (
-                f"\nWARNING: δ is not below 1 / {sampling.units:,}: it allows for giving one of them away"
-            )
+            found += f"\nWARNING: δ is not below 1 / {sampling.units:,}: such a δ would allow publishing one of them"
         return found
 
-    @told_to_user()
+    @as_config_error()
     def memory(self) -> str:
-        """The predicted peak with a micro-batch of the longest utterances, against what there is."""
+        """The predicted peak with a micro-batch of the longest utterances, against the available memory."""
         config, recognizer = self.config, self.recognizer
         if not config.privacy.enabled:
             return "not predicted: memory plans are of private steps"
@@ -195,7 +195,7 @@ class _DryRun(Run):
             checkpointing=config.train.checkpointing,
         ) as stage:
             peak = stage.peak(losses, width)
-        there = _capacity(device)
+        available = _capacity(device)
         recomputed = ", checkpointing" if config.train.checkpointing else ""
         parts = (
             (peak.weights, "weights"),
@@ -204,11 +204,12 @@ class _DryRun(Run):
             (peak.micro_batch, f"micro-batch of {width} × {speech.longest:.1f} s{recomputed}"),
         )
         listed = " + ".join(f"{size(part)} {name}" for part, name in parts)
-        found = f"predicted peak {size(peak.total)} ({listed}) of the {size(there)} of {device}"
-        if peak.total > MARGIN * there:
+        found = f"predicted peak {size(peak.total)} ({listed}) of the {size(available)} of {device}"
+        if peak.total > MARGIN * available:
             raise ConfigError(
                 f"{found}, of which {MARGIN:.0%} can be used: lower train.physical_batch_size, or choose a method that "
-                f"trains less; `asr-finetune plan --config ... --gpu-memory {there / 2**30:.0f}` finds what fits"
+                "trains less; "
+                f"`asr-finetune plan --config ... --gpu-memory {available / 2**30:.0f}` finds one that fits"
             )
         return found
 
@@ -223,7 +224,7 @@ class _DryRun(Run):
         recognizer.loss_per_example(recognizer.model, recognizer.collate([self.dataset[0]])).sum().backward()
 
     def _make_private(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
-        """With the noise that was found, and no ledger."""
+        """Make the run private with the noise of the stage `privacy`, and without a ledger."""
         config, recognizer = self.config.with_values("privacy", noise_multiplier=self.sigma), self.recognizer
         self.engine, self.optimizer, self.loader = make_private(
             config, recognizer, plain, self.dataset, lengths, self.reporter, None, config.train.steps

@@ -1,10 +1,9 @@
-"""How much memory a private step takes, and which strategy and micro-batch a given amount allows.
+"""The memory of a private step, and the strategies and micro-batches that fit into a given amount.
 
-A private step of the very model is estimated with fake tensors (`dpkernels.memory`); nothing needs a GPU, or the
+The memory of a private step of the model is estimated with fake tensors (`dpkernels.memory`), without a GPU or the
 weights.
 
-Left to the margin (`MARGIN`): what kernels take and give back within one operation, and what the allocator loses to
-fragmentation.
+The margin (`MARGIN`) covers temporary memory within one operation, and the allocator's fragmentation.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_finetune.config.schema import Config, PrivacyConfig
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.planning.workload import typical_speech
@@ -31,12 +30,12 @@ ENOUGH = 8
 SHORTER = (0.75, 0.5, 0.25)
 """Shares of the longest utterance that a plan also looks at."""
 
-# Fastest first: what keeps less does more work. per_layer is no choice of speed: it trains on other gradients.
+# Fastest first: a strategy that keeps less computes more. per_layer is left out, since its gradients differ.
 _BY_SPEED = ("bookkeeping", "mixed", "two_pass")
 
 
 def strategies() -> list[str]:
-    """The strategies that a run may have and that train on the same gradients, the fastest first."""
+    """The strategies of a run that use the same gradients, the fastest first."""
     known = get_args(get_type_hints(PrivacyConfig)["strategy"])
     return [strategy for strategy in _BY_SPEED if strategy in known]
 
@@ -60,7 +59,7 @@ class Fit:
         strategy: of `PrivacyEngine.make_private`.
         checkpointing: whether activations are recomputed.
         seconds: length of its utterances.
-        peak: None where not even one utterance fits.
+        peak: None if not even one utterance fits.
     """
 
     strategy: str
@@ -70,21 +69,20 @@ class Fit:
 
     @property
     def size(self) -> int:
-        """Utterances; 0 where not even one fits."""
+        """Number of utterances; 0 if not even one fits."""
         return 0 if self.peak is None else self.peak.size
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a GPU of `memory` bytes allows.
+    """The largest micro-batches for a GPU.
 
     Attributes:
-        memory: of the GPU, in bytes.
+        memory: the GPU's memory, in bytes.
         margin: share of it that a predicted peak may take.
-        fits: of every strategy with the longest utterance, the fastest first.
-        chosen: the one to use; None where nothing fits.
-        shorter: what the chosen strategy takes of shorter utterances, longest first; empty where a whole logical
-            batch fits.
+        fits: the fit of every strategy with the longest utterance, the fastest first.
+        chosen: the one to use; None if nothing fits.
+        shorter: fits of the chosen strategy with shorter utterances, longest first; empty if nothing fits.
     """
 
     memory: int
@@ -94,7 +92,7 @@ class MemoryPlan:
     shorter: list[Fit]
 
 
-@told_to_user()
+@as_config_error()
 def plan_memory(
     config: Config,
     recognizer: Recognizer,
@@ -105,23 +103,23 @@ def plan_memory(
     target: Target = "cuda",
     checkpointing: Sequence[bool] = (False,),
 ) -> MemoryPlan:
-    """The largest micro-batch of each strategy for a GPU, and which to use: rehearsed, without the GPU.
+    """The largest micro-batch of each strategy for a GPU, and the one to use, estimated without the GPU.
 
-    Chosen is the fastest strategy whose micro-batch holds `ENOUGH` of the longest utterances (or the logical batch); if
-    none does, the one that holds most.
+    The fastest strategy whose micro-batch holds `ENOUGH` of the longest utterances (or the logical batch) is chosen; if
+    there is none, the one with the largest micro-batch.
 
     Args:
         config: batch size and optimizer.
         recognizer: with the method applied (`methods.apply_method`); its weights are not read.
-        memory: of the GPU, in bytes.
-        corpus: where lengths are taken from; None: `seconds`, as in `probe.probe`.
-        seconds: of an utterance, without a corpus.
+        memory: the GPU's memory, in bytes.
+        corpus: the source of the lengths; None: `seconds`, as in `timing.probe`.
+        seconds: length of an utterance, without a corpus.
         target: as in `MemoryEstimator`.
         checkpointing: without, with, or both, in the order in which they are tried.
 
     Raises:
-        ConfigError: `seconds` above the model's window.
-        ValueError: a model that cannot be made private or checkpointed.
+        ConfigError: `seconds` is above the model's window.
+        ValueError: the model cannot be made private or checkpointed.
     """
     speech = typical_speech(recognizer, corpus, seconds)
     lengths = [speech.longest * share for share in SHORTER]
@@ -138,13 +136,13 @@ def plan_memory(
             peaks = [stage.largest(loss, MARGIN * memory, config.train.batch_size) for loss in losses]
         return [Fit(strategy, recompute, length, peak) for length, peak in zip(lengths, peaks, strict=True)]
 
-    found = [
+    fits = [
         find(strategy, recompute, [speech.longest])[0]
         for recompute in checkpointing
         for strategy in strategies()
     ]
     enough = min(ENOUGH, config.train.batch_size)
-    chosen = next((fit for fit in found if fit.size >= enough), max(found, key=lambda fit: fit.size))
+    chosen = next((fit for fit in fits if fit.size >= enough), max(fits, key=lambda fit: fit.size))
     if not chosen.size:
-        return MemoryPlan(memory, MARGIN, found, None, [])
-    return MemoryPlan(memory, MARGIN, found, chosen, find(chosen.strategy, chosen.checkpointing, lengths))
+        return MemoryPlan(memory, MARGIN, fits, None, [])
+    return MemoryPlan(memory, MARGIN, fits, chosen, find(chosen.strategy, chosen.checkpointing, lengths))

@@ -9,42 +9,42 @@ from rich.table import Table
 from asr_finetune.console import duration
 from dpkernels.privacy import NoisePlan
 
-if TYPE_CHECKING:  # they load transformers, which a plan without a model does without
+if TYPE_CHECKING:  # they load transformers, which a plan without a model does not need
     from asr_finetune.planning.memory import Fit, MemoryPlan
     from asr_finetune.planning.timing import Probe
 
 
-def plan_table(made: NoisePlan) -> Table:
-    """The noise, the sampling, and ε on the way."""
-    target = "" if made.target_epsilon is None else f"target {made.target_epsilon:g}, "
+def plan_table(plan: NoisePlan) -> Table:
+    """The noise, the sampling, and ε over the steps."""
+    target = "" if plan.target_epsilon is None else f"target {plan.target_epsilon:g}, "
     table = Table(
-        title=f"ε: {target}spends {made.epsilon:.3f} at δ = {made.delta:g}",
+        title=f"ε: {target}spends {plan.epsilon:.3f} at δ = {plan.delta:g}",
         show_header=False,
         title_justify="left",
     )
-    table.add_row(f"noise multiplier σ ({made.accountant.upper()})", f"{made.noise_multiplier:.3f}")
-    if made.noise_multiplier_other is not None:
-        table.add_row(f"  by {made.other} it would be", f"{made.noise_multiplier_other:.3f}")
-    if made.epsilon_other is not None:
-        table.add_row(f"  ε of this σ by {made.other}", f"{made.epsilon_other:.3f}")
+    table.add_row(f"noise multiplier σ ({plan.accountant.upper()})", f"{plan.noise_multiplier:.3f}")
+    if plan.noise_multiplier_other is not None:
+        table.add_row(f"  by {plan.other} it would be", f"{plan.noise_multiplier_other:.3f}")
+    if plan.epsilon_other is not None:
+        table.add_row(f"  ε of this σ by {plan.other}", f"{plan.epsilon_other:.3f}")
     sampling = (
-        "Poisson" if made.max_batch_size is None else f"truncated Poisson, at most {made.max_batch_size:,}"
+        "Poisson" if plan.max_batch_size is None else f"truncated Poisson, at most {plan.max_batch_size:,}"
     )
-    drawn = f"{made.batch_size:,} of {made.units:,} {made.unit}s"
-    if made.unit == "speaker":
+    drawn = f"{plan.batch_size:,} of {plan.units:,} {plan.unit}s"
+    if plan.unit == "speaker":
         drawn = (
-            f"of {made.units:,} speakers; of one at most {made.per_unit:,} utterances in a step, of all "
-            f"{made.batch_size:,} expected at most"
+            f"of {plan.units:,} speakers; at most {plan.per_unit:,} utterances of each in a step, at most "
+            f"{plan.batch_size:,} expected in all"
         )
-    table.add_row("sampling", f"{sampling}; rate {made.sample_rate:.5f} ({drawn})")
-    table.add_row("steps", f"{made.steps:,}: each {made.unit} is drawn {made.epochs:.1f} times on average")
-    for step, value in made.epsilon_at:
+    table.add_row("sampling", f"{sampling}; rate {plan.sample_rate:.5f} ({drawn})")
+    table.add_row("steps", f"{plan.steps:,}: each {plan.unit} is drawn {plan.epochs:.1f} times on average")
+    for step, value in plan.epsilon_at:
         table.add_row(f"  ε after step {step:,}", f"{value:.3f}")
     return table
 
 
 def probe_table(measured: Probe) -> Table:
-    """Time and memory, and what was left out of them."""
+    """Time and memory, and the parts of a run that they do not include."""
     table = Table(title="measured on this machine, synthetic audio", show_header=False, title_justify="left")
     for row in describe_probe(measured):
         table.add_row(*row)
@@ -62,7 +62,7 @@ def describe_probe(measured: Probe) -> list[tuple[str, str]]:
         ),
         ("time per step, noise and optimizer", duration(measured.seconds_per_step)),
         ("time in all", duration(measured.total_seconds)),
-        ("  not in it", "reading audio and making features, self-check, evaluations, checkpoints"),
+        ("  not included", "reading audio and making features, self-check, evaluations, checkpoints"),
         ("weights", size(measured.parameters)),
         ("optimizer state", size(measured.optimizer)),
         ("float64 sums", size(measured.sums)),
@@ -74,19 +74,19 @@ def describe_probe(measured: Probe) -> list[tuple[str, str]]:
     ]
 
 
-def memory_table(made: MemoryPlan) -> Table:
+def memory_table(plan: MemoryPlan) -> Table:
     """The largest micro-batch of each strategy, and of the chosen one for shorter utterances."""
     table = Table(
-        title=f"largest micro-batch within {made.margin:.0%} of {size(made.memory)}, rehearsed",
+        title=f"largest micro-batch within {plan.margin:.0%} of {size(plan.memory)}, estimated",
         title_justify="left",
     )
     for name in ("strategy", "utterances of", "micro-batch", "peak", "  weights", "  of the micro-batch"):
         table.add_column(name)
-    for fit in made.fits:
-        table.add_row(*_fit_row(fit), style="bold" if fit is made.chosen else "")
-    for fit in made.shorter:
+    for fit in plan.fits:
+        table.add_row(*_fit_row(fit), style="bold" if fit is plan.chosen else "")
+    for fit in plan.shorter:
         table.add_row(*_fit_row(fit))
-    table.caption = "nothing fits" if made.chosen is None else _advice(made.chosen)
+    table.caption = "nothing fits" if plan.chosen is None else _advice(plan.chosen)
     return table
 
 
@@ -107,7 +107,7 @@ def _advice(chosen: Fit) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, readable."""
+    """A number of bytes as text with a unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""What a run would take on this machine: a few private micro-batches of noise, timed, and their memory."""
+"""The time and memory of a run on this machine, measured on a few private micro-batches of noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from asr_finetune.config.schema import Config
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.methods import apply_method
@@ -28,10 +28,10 @@ MICRO_BATCHES = 3
 
 @dataclass(frozen=True)
 class Probe:
-    """What a short measurement on this machine says about a run. Bytes and seconds.
+    """The result of a short measurement on this machine. Bytes and seconds.
 
     Attributes:
-        device: where it ran.
+        device: the device of the measurement.
         seconds_of_audio: length of the synthetic utterances that were timed.
         longest_seconds: length of those that memory was measured with.
         physical_batch_size: utterances in a micro-batch.
@@ -44,8 +44,8 @@ class Probe:
         sums: bytes of the float64 sums of clipped gradients.
         peak: highest memory with a micro-batch of the longest utterances: of the process (CPU), or allocated
             on the GPU.
-        trained_parameters: how many.
-        total_parameters: how many.
+        trained_parameters: number of trained values.
+        total_parameters: number of all values.
     """
 
     device: str
@@ -63,24 +63,24 @@ class Probe:
     total_parameters: int
 
 
-@told_to_user()
+@as_config_error()
 def probe(
     config: Config, recognizer: Recognizer, corpus: Corpus | None = None, *, seconds: float | None = None
 ) -> Probe:
-    """Time a few private micro-batches of noise with this model, and see how much memory they take.
+    """Measure the time and memory of a few private micro-batches of noise with this model.
 
-    The audio is synthetic, as long as the training data's mean (memory: as its longest): nothing is read.
+    The audio is synthetic, as long as the training data's mean (for memory, as its longest); no recording is read.
 
     Args:
         config: method, batch sizes, optimizer. `privacy` may be incomplete; σ = 1 here.
         recognizer: the model; the method is applied to it.
-        corpus: where lengths are taken from; None: `seconds`.
-        seconds: length of the utterances without a corpus; None: `speech.TYPICAL_SECONDS`, or the model's whole window
-            where that is shorter.
+        corpus: the source of the lengths; None: `seconds`.
+        seconds: length of the utterances without a corpus; None: `workload.TYPICAL_SECONDS`, or the model's window if
+            that is shorter.
 
     Raises:
-        ConfigError: `seconds` above the model's window.
-        ValueError: a method or a layer that cannot be trained.
+        ConfigError: `seconds` is above the model's window.
+        ValueError: the method or a layer cannot be trained.
     """
     speech = typical_speech(recognizer, corpus, seconds)
     apply_method(recognizer, config.method)
@@ -141,8 +141,7 @@ class _Synthetic(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, recognizer: Recognizer, speech: Speech, width: int) -> None:
         self._kinds = [speech.item(recognizer, seconds) for seconds in (speech.longest, speech.mean)]
         self._width = width
-        # The loader sorts by these, longest first: the first micro-batch is the one that memory is measured
-        # with.
+        # The loader sorts by these, longest first: the first micro-batch sets the peak memory.
         self.order = [2] * width + [1] * (width * (MICRO_BATCHES + 1))
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What utterances a plan is made for: how long they are, and noise of such a length in their place."""
+"""The utterances of a plan: their lengths, and noise of these lengths."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from asr_finetune.config.schema import ConfigError
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
 
-# LibriSpeech's mean: what a plan without data assumes.
+# LibriSpeech's mean, which a plan without data assumes.
 TYPICAL_SECONDS = 12.3
 TYPICAL_LABELS_PER_SECOND = 4.0
 
 
 @dataclass(frozen=True)
 class Speech:
-    """What utterances to plan for: seconds of the mean and the longest one, labels in a second."""
+    """The utterances of a plan: seconds of the mean and the longest one, and labels per second."""
 
     mean: float
     longest: float
@@ -28,7 +28,7 @@ class Speech:
     def item(self, recognizer: Recognizer, seconds: float) -> dict[str, torch.Tensor]:
         """Noise of that length and a made-up transcript, as an item for `Recognizer.collate`."""
         noise = np.random.default_rng(0).normal(size=max(round(seconds * recognizer.sampling_rate), 1))
-        # Two classes in turn, neither of them padding or blank: which ones is of no matter to time or memory.
+        # Two alternating classes, neither of them padding or blank; time and memory do not depend on the classes.
         pad = recognizer.base.config.pad_token_id
         first, second = [number for number in range(4) if number != pad][:2]
         labels = max(1, round(seconds * self.labels_per_second))
@@ -37,10 +37,10 @@ class Speech:
 
 
 def typical_speech(recognizer: Recognizer, corpus: Corpus | None, seconds: float | None = None) -> Speech:
-    """The lengths of a corpus; without one, `seconds`, or `TYPICAL_SECONDS` or the model's window where shorter.
+    """The lengths of a corpus; without one, `seconds`, by default `TYPICAL_SECONDS` or the model's window if shorter.
 
     Raises:
-        ConfigError: `seconds` above the model's window.
+        ConfigError: `seconds` is above the model's window.
     """
     window = float(getattr(recognizer, "window_seconds", math.inf))
     if seconds is not None and seconds > window:

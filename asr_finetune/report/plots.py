@@ -1,7 +1,7 @@
-"""Plots in one style: for the report, the demo and the experiments' page.
+"""Plots in one style, for the report, the demo and the experiments' page.
 
-Colours are from Okabe and Ito's palette, told apart with any colour vision and in grey print (lines also
-differ in dash and marker). Curves are labelled where they end, so there is no legend to look up.
+Colours are from Okabe and Ito's palette, which can be distinguished with any colour vision and in grey print (lines
+also differ in dash and marker). Curves are labelled at their ends instead of in a legend.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
-# Ink is black on a white page and white on a dark one: `svg` turns this colour into CSS's `currentColor`.
+# Text and axes are black on a white page and white on a dark one: `svg` turns this colour into CSS's `currentColor`.
 _INK = "#010203"
 _SIZE = (6.4, 3.1)  # inches; the width of the report's column
 _STYLE: Any = {
@@ -106,7 +106,7 @@ def epsilon_over_steps(points: Sequence[tuple[int, float]], *, target: float | N
 
     Args:
         points: (step, ε).
-        target: the ε that the run was not to pass.
+        target: the target ε of the run.
 
     Raises:
         ValueError: no points.
@@ -132,13 +132,13 @@ def wer_against_epsilon(
     zero_shot: float | None = None,
     title: str = "",
 ) -> Figure:
-    """WER of several private runs against their ε: every run a point, a line through the means.
+    """WER of several private runs against their ε: a point for every run, and a line through the means.
 
     Args:
-        results: one mapping a run with "epsilon" and "wer"; runs of one ε differ in "seed".
+        results: one mapping for each run, with "epsilon" and "wer"; runs of one ε differ in "seed".
         non_private: WER of the same recipe without clipping and noise; several runs are averaged.
         zero_shot: WER before training.
-        title: of the plot.
+        title: the plot's title.
 
     Raises:
         ValueError: no results.
@@ -183,11 +183,11 @@ def wer_against_epsilon(
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element for an HTML page, the same text for the same figure.
+    """The figure as an `<svg>` element for an HTML page; equal figures give equal text.
 
     Args:
-        figure: from a function of this module.
-        name: of the figure on its page: keeps the ids of several figures apart; also its accessible name.
+        figure: a figure from a function of this module.
+        name: the figure's name on its page, which makes its ids unique; also its accessible name.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
@@ -195,7 +195,7 @@ def svg(figure: Figure, name: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Glyphs are shared by name ("DejaVuSans-30"): unique to the page only with the figure's name.
+    # Glyph ids ("DejaVuSans-30") are unique on the page only together with the figure's name.
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{slug}-", text)
     width = re.search(r'width="([\d.]+)pt"', text)
@@ -214,7 +214,9 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 
 def _rates(axes: Axes, highest: float) -> None:
     axes.set_ylim(0, max(1.12 * highest, 0.01))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))  # ticks that one decimal can say
+    axes.yaxis.set_major_locator(
+        MaxNLocator(nbins=7, steps=[1, 2, 5, 10])
+    )  # ticks that need one decimal at most
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if highest > 0.04 else 1))
 
 
@@ -224,7 +226,7 @@ def _whole_steps(axes: Axes, steps: Sequence[int]) -> None:
 
 
 def _level(axes: Axes, height: float, label: str, color: str, *, beside: bool = False) -> None:
-    """A horizontal line with its name above its left end, or beside its right end where curves cross it."""
+    """A horizontal line, with its name above its left end, or beside its right end if `beside`."""
     axes.axhline(height, color=color, linewidth=1.2, linestyle=(0, (1, 1.5)))
     axes.annotate(
         label,

@@ -1,8 +1,8 @@
-"""The privacy report of a finished run: one HTML page that needs nothing beside it.
+"""The privacy report of a finished run: one self-contained HTML page.
 
-It is made from run.json and the ledger alone. The folder `not_private` is never opened, and of run.json only
-the fields named here are read, so that a figure computed from the private data without noise has no way in: but
-for N, the number of privacy units, which ε's own derivation states and which is taken to be public.
+The report is made from run.json and the ledger alone. This module never opens the folder `not_private`, and reads only
+the fields of run.json that it names. The one figure in it that is computed from the private data without noise is
+therefore N, the number of privacy units, which the derivation of ε states and which is treated as public.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _RATES = ("wer", "cer", "wer_ci", "utterances", "words")
 
 
 class ReportError(UserError, ValueError):
-    """A run folder that no honest report can be made from; the message says what is wrong with it."""
+    """No correct report can be made from this run folder; the message has the reason."""
 
 
 def write_report(run_folder: Path | str, out: Path | str) -> Path:
     """Write the report of a finished run.
 
     Args:
-        run_folder: what `asr-finetune train` wrote: run.json and, for a private run, ledger.jsonl.
-        out: the HTML file; its folder is made where it does not exist.
+        run_folder: the output folder of `asr-finetune train`: run.json and, for a private run, ledger.jsonl.
+        out: the HTML file; its folder is created if it does not exist.
 
     Returns:
         `out`.
 
     Raises:
-        ReportError: no finished run there, or a record that contradicts the ledger.
+        ReportError: the folder holds no finished run, or its record contradicts the ledger.
         dpkernels.privacy.LedgerError: the ledger was tampered with.
     """
     folder = RunFolder(Path(run_folder))
@@ -64,7 +64,7 @@ def write_report(run_folder: Path | str, out: Path | str) -> Path:
 
 
 def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template is given: every value is read by name."""
+    """The template's values, each read from the record by name."""
     privacy, data, model = run["privacy"], run["data"], run["model"]
     ledger = audit_ledger(folder.ledger, privacy, folder.run.name) if privacy["enabled"] else None
     private = ledger is not None and ledger.epsilon is not None
@@ -127,8 +127,8 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(values: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str, str]]:
-    found = [(key.replace("_", " "), values.get(key)) for key in keys]
-    return [(key, _plain(value)) for key, value in found if value is not None]
+    settings = [(key.replace("_", " "), values.get(key)) for key in keys]
+    return [(key, _plain(value)) for key, value in settings if value is not None]
 
 
 def _plain(value: Any) -> str:
@@ -140,7 +140,7 @@ def _plain(value: Any) -> str:
 
 
 def _reduction(evaluation: Mapping[str, Any]) -> float | None:
-    """Share of the word errors that fine-tuning removed (negative: it added some)."""
+    """Share of the word errors that fine-tuning removed (negative if it added some)."""
     before, after = evaluation.get("before"), evaluation.get("after")
     if not before or not after or before["wer"] == 0:
         return None
@@ -154,14 +154,14 @@ def _overlap(evaluation: Mapping[str, Any]) -> bool:
 
 
 def _second_opinion(privacy: Mapping[str, Any]) -> dict[str, Any] | None:
-    """ε by the accountant that the run was not held to; None where it has no rule."""
+    """ε by the accountant that the run did not use; None if that accountant has no rule."""
     other = {"pld": "rdp", "rdp": "pld"}[privacy["accountant"]]
     value = privacy[f"epsilon_{other}"]
     return None if value is None else {"name": other.upper(), "epsilon": value, "looser": other == "rdp"}
 
 
 def _epsilon_plot(privacy: Mapping[str, Any]) -> str:
-    """ε over the steps that the ledger counts: known from σ, q and the steps alone."""
+    """ε over the steps that the ledger counts, computed from σ, q and the steps alone."""
     total = privacy["steps"]
     steps = sorted({max(1, round(total * part / _POINTS)) for part in range(1, _POINTS + 1)} | {1})
     points = [
@@ -195,14 +195,14 @@ def _percent(value: float, places: int = 1) -> str:
 
 
 def _number(value: float) -> str:
-    """1234567 with thin gaps; a fraction with up to four significant digits."""
+    """An integer with thin spaces between thousands; a fraction with up to four significant digits."""
     if isinstance(value, int):
         return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     return f"{value:.4g}"
 
 
 def _small(value: float) -> str:
-    """A δ or a learning rate: 1e-5 as 1 × 10⁻⁵."""
+    """A small number, such as δ, in scientific notation: 1e-5 is 1 × 10⁻⁵."""
     if value == 0 or value >= 1e-3:
         return f"{value:g}"
     digits, exponent = f"{value:.2e}".split("e")

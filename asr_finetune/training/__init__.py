@@ -1,4 +1,4 @@
-"""Training and evaluation of a recogniser: the private loop, its checkpoints, and the folder that a run is written to.
+"""Training and evaluation of a recogniser: the private loop, its checkpoints, and the output folder of a run.
 
 It may import from `models`, `data` and `config`.
 """

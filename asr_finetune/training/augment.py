@@ -1,8 +1,7 @@
-"""SpecAugment, one utterance at a time.
+"""SpecAugment for each utterance on its own.
 
-The masks that ship with transformers' models are switched off (`models.switch_off_shared_randomness`): some
-share one draw over the batch or measure it by the padded length, and then an utterance's gradient depends on
-the rest of its batch.
+The masks of transformers' models are switched off (`models.switch_off_shared_randomness`): some share one draw over
+the batch or depend on the padded length, so that an utterance's gradient would depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import torch
 
 @dataclass
 class SpecAugment:
-    """Masks of frequency and time (Park et al. 2019), drawn for each utterance on its own length.
+    """Masks of frequency and time (Park et al. 2019), drawn for each utterance from its own length.
 
     Frequency: `frequency_masks` bands of up to `frequency_share` of the bins. Time: `time_masks` spans of up
-    to `time_share` of the utterance's own frames. Widths are uniform from 0; a masked value is the
-    utterance's own mean. The draws come from a generator seeded by the operating system in each process, also
-    in a forked or spawned worker and after a resume.
+    to `time_share` of the utterance's own frames. Widths are uniform from 0; masked values are set to the utterance's
+    mean. The operating system seeds the generator in each process, also in a forked or spawned worker and after a
+    resume.
 
     Raises:
         ValueError: a negative count, or a share outside [0, 1].
@@ -47,7 +46,7 @@ class SpecAugment:
 
         Args:
             features: [T, F] float.
-            length: the utterance's own frames; what lies behind them is left as it is. None: T.
+            length: the utterance's own frames; later rows are not masked. None: T.
             stacked: frames stacked in one row (Wav2Vec2-BERT: 2); a frequency mask covers the same bins of
                 each.
 
@@ -59,14 +58,14 @@ class SpecAugment:
         if length == 0:
             return masked
         bins = features.shape[1] // stacked
-        own = masked[:length].unflatten(1, (stacked, bins))
+        frames = masked[:length].unflatten(1, (stacked, bins))
         mean = float(features[:length].mean())
         for _ in range(self.frequency_masks):
             start, width = self._span(bins, int(self.frequency_share * bins))
-            own[:, :, start : start + width] = mean
+            frames[:, :, start : start + width] = mean
         for _ in range(self.time_masks):
             start, width = self._span(length, int(self.time_share * length))
-            own[start : start + width] = mean
+            frames[start : start + width] = mean
         return masked
 
     def _span(self, size: int, widest: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A corpus as tensors: the items that a recogniser collates, kept in memory after their first use where asked."""
+"""A corpus as tensors: the items that a recogniser collates, optionally cached in memory after their first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.training.augment import SpecAugment
 
 logger = logging.getLogger("asr_finetune")
-CACHE_BYTES = 4 * 2**30  # of features kept by one dataset in one process
+CACHE_BYTES = 4 * 2**30  # limit of the features that one dataset caches in one process
 
 
 class SpeechDataset(Dataset[dict[str, Any]]):
@@ -24,18 +24,17 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     An item holds input_features [T, F] or input_values [n], float32; labels [L], int64; index.
 
-    A recording that turns out not to decode, or that the recogniser cannot take, never stops a run: its item
-    is silence without labels, whose loss and gradient are exactly 0, and it joins `problems` (of the process
-    that read it), with a warning in the log.
+    A recording that does not decode, or that the recogniser does not accept, never stops a run: its item is silence
+    without labels, whose loss and gradient are exactly 0. It is added to `problems` (in the process that read it), with
+    a warning in the log.
 
     Args:
         corpus: the utterances; the dataset has one item for each, in their order.
         recognizer: turns them into tensors.
         cache: keep each utterance's features in memory after their first use, up to `CACHE_BYTES` in each
-            process. Where the encoder is frozen and nothing is augmented, its output is kept instead, once it
-            is known to be frozen.
-        augment: masks on the features, drawn anew each time; refused for raw waveforms.
-        target_prefix: put before each transcript; "" stands for the recogniser's own (Whisper: a space).
+            process. If the encoder is frozen and nothing is augmented, its output is cached instead.
+        augment: masks on the features, drawn at every access; refused for raw waveforms.
+        target_prefix: prefix of each transcript; "" stands for the recogniser's own (Whisper: a space).
     """
 
     def __init__(
@@ -75,15 +74,15 @@ class SpeechDataset(Dataset[dict[str, Any]]):
     def _item(self, index: int) -> dict[str, torch.Tensor]:
         if self._cache is None:
             return self._encode(index)
-        # A worker has the model as it was when the worker began; only this process knows what is frozen now.
+        # A worker holds a copy of the model from its start; only this process knows the present frozen parameters.
         states = self.augment is None and get_worker_info() is None and self.recognizer.can_cache_states()
-        kept = self._cache.get(index)
-        if kept is None or ("encoder_states" in kept and not states):
-            kept = self._encode(index)
-        if states and "encoder_states" not in kept:
-            kept = self.recognizer.cached_inputs(kept)
-        self._keep(index, kept)
-        return kept
+        item = self._cache.get(index)
+        if item is None or ("encoder_states" in item and not states):
+            item = self._encode(index)
+        if states and "encoder_states" not in item:
+            item = self.recognizer.cached_inputs(item)
+        self._keep(index, item)
+        return item
 
     def _keep(self, index: int, item: dict[str, torch.Tensor]) -> None:
         assert self._cache is not None
@@ -106,7 +105,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
             try:
                 samples = read_audio(utterance, self.recognizer.sampling_rate)
                 return {**self.recognizer.encode_audio(samples), "labels": self._labels(utterance)}
-            except ValueError as error:  # AudioError, or samples that the header did not announce
+            except ValueError as error:  # AudioError, or a number of samples that the header does not give
                 reason = str(error)
         problem = Problem(utterance.id, reason, utterance.place)
         if problem not in self.problems:
@@ -118,7 +117,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         return self.recognizer.encode_text(self.target_prefix + utterance.text)
 
     def _own_frames(self, index: int, frames: int) -> int:
-        """Frames of speech in features that fill a fixed window: its silent rest is not masked."""
+        """Frames of speech in features that fill a fixed window; the silence after them is not masked."""
         window = getattr(self.recognizer, "window_seconds", None)
         if window is None:
             return frames

@@ -17,7 +17,7 @@ from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.training.dataset import SpeechDataset
 
-# The interval is part of a result that others recompute, so its draws are always the same.
+# A fixed seed, so that others can recompute the interval.
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_LEVEL = 0.95
 _APOSTROPHES = "'’ʼ`"
@@ -31,7 +31,7 @@ class Evaluation:
     Attributes:
         wer: word errors (substitutions + deletions + insertions) over reference words.
         cer: the same for characters, spaces between words included.
-        wer_ci: 95 % bootstrap interval of `wer` over utterances, or None where it was not asked for.
+        wer_ci: 95 % bootstrap interval of `wer` over utterances, or None if it was not requested.
         utterances: number of utterances.
         words: number of reference words, after normalisation.
         hypotheses: (id, normalised reference, normalised hypothesis) of every utterance, in the corpus's
@@ -46,7 +46,7 @@ class Evaluation:
     hypotheses: list[tuple[str, str, str]]
 
     def to_dict(self, *, hypotheses: bool = False) -> dict[str, Any]:
-        """Plain values; the texts only where asked for, since they are the test set's content."""
+        """Plain values; the texts only on request, since they are the content of the test set."""
         values: dict[str, Any] = {
             "wer": self.wer,
             "cer": self.cer,
@@ -65,17 +65,17 @@ class Evaluation:
 
 
 def normalise(text: str, how: str = "basic") -> str:
-    """The text as it is scored.
+    """The normalised text, as it is scored.
 
     "basic": Unicode NFKC; lower case; apostrophes removed (`don't` = `dont`); all other punctuation (Unicode
     categories P*) replaced by a space; runs of spaces collapsed. Numbers, abbreviations and spelling
-    variants are left as they are, so figures are not comparable with those of Whisper's English normaliser.
-    "english": that normaliser (Radford et al. 2022, appendix C) as transformers has it, without its list of
+    variants are unchanged, so the figures are not comparable with those of Whisper's English normaliser.
+    "english": that normaliser (Radford et al. 2022, appendix C) in transformers' version, without its list of
     British spellings: "twenty one" = "21", contractions written out, fillers dropped.
-    "none": as given, but for outer spaces.
+    "none": only outer spaces are removed.
 
     Raises:
-        ConfigError: another value of `how`.
+        ConfigError: `how` has another value.
     """
     if how == "none":
         return text.strip()
@@ -94,10 +94,10 @@ def normalise(text: str, how: str = "basic") -> str:
 def score(entries: Sequence[tuple[str, str, str]], config: EvaluateConfig) -> Evaluation:
     """Error rates of (id, reference, hypothesis) entries.
 
-    An empty reference counts no words, and every word of its hypothesis as an insertion.
+    An empty reference has no words, and every word of its hypothesis is an insertion.
 
     Raises:
-        ConfigError: no entries, or no reference word in any of them (the rate would be 0/0).
+        ConfigError: there are no entries, or none has a reference word (the rate would be 0/0).
     """
     if not entries:
         raise ConfigError("evaluation: the corpus holds no utterances; check data.test and its filters")
@@ -126,15 +126,14 @@ def bootstrap_interval(counts: np.ndarray, resamples: int) -> tuple[float, float
 
     Args:
         counts: [N, 2], errors and words of each utterance.
-        resamples: number of resamples; the generator's seed is fixed, so the same counts give the same
-            interval.
+        resamples: number of resamples. The generator's seed is fixed: the same counts give the same interval.
     """
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     size = len(counts)
     totals = np.empty((resamples, 2))
     for index in range(resamples):
         totals[index] = counts[generator.integers(size, size=size)].sum(axis=0)
-    totals = totals[totals[:, 1] > 0]  # a resample of empty references only has no rate
+    totals = totals[totals[:, 1] > 0]  # a resample without reference words has no rate
     tail = 100 * (1 - BOOTSTRAP_LEVEL) / 2
     low, high = np.percentile(totals[:, 0] / totals[:, 1], [tail, 100 - tail])
     return float(low), float(high)
@@ -164,22 +163,22 @@ def evaluate(
     """Transcribe a corpus and score it.
 
     Args:
-        recognizer: greedy decoding, or held to `config.restrict_to`.
+        recognizer: decodes greedily, or chooses from `config.restrict_to`.
         corpus: references and audio.
         config: batch size, restriction, bootstrap, normalisation.
-        dataset: the corpus's dataset where its features are kept for several evaluations; made here when
-            None.
+        dataset: the corpus's dataset, which caches its features for several evaluations; None: a new one without a
+            cache.
         reporter: progress; None prints nothing.
         name: of the progress bar.
 
     Raises:
-        ConfigError: an empty corpus, or one with empty references only.
+        ConfigError: the corpus is empty, or has empty references only.
     """
     reporter = reporter or Reporter(enabled=False)
     utterances = corpus.utterances
     if dataset is None:
         dataset = SpeechDataset(corpus, recognizer, cache=False, augment=None)
-    # Like lengths share a batch: less padding, and the largest batch comes first.
+    # Utterances of similar length share a batch: less padding, and the largest batch comes first.
     order = sorted(range(len(utterances)), key=lambda index: -recognizer.length(utterances[index]))
     hypotheses = [""] * len(utterances)
     with reporter.bar(name, len(utterances)) as bar:

@@ -21,18 +21,18 @@ from dpkernels import checkpoint
 from dpkernels.errors import UserError
 from dpkernels.privacy import BudgetExhausted, LogicalBatch, back_propagate
 
-# Composing ε can take a second: it is refreshed at most this share of the time.
+# Composing ε can take a second; refreshing it takes at most this share of the training time.
 EPSILON_TIME_SHARE = 0.02
 
 
 class Interrupted(UserError, RuntimeError):
     """Ctrl-C or SIGTERM: a checkpoint was written, and the same command continues from it."""
 
-    exit_code = 130  # as of a program that SIGINT ended
+    exit_code = 130  # that of a program ended by SIGINT
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of step 0, 1, ...: linear warm-up; then constant, or a cosine or a line down to 0."""
+    """The learning rate of step 0, 1, ...: linear warm-up, then constant, or decreasing to 0 (cosine or linear)."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
@@ -52,7 +52,7 @@ def run_steps(run: Run) -> None:
     display = _EpsilonDisplay(run)
     if run.step >= total:
         return
-    # What comes after the steps is interrupted at once: nothing is lost then.
+    # A signal after the steps interrupts at once, since nothing is lost then.
     with StopRequest(run.reporter) as stop, run.reporter.bar("train", total, start=run.step) as bar:
         for logical_batch in run.loader:
             step_began = time.monotonic()
@@ -88,7 +88,7 @@ def run_steps(run: Run) -> None:
 
 
 def _backward(run: Run, logical_batch: Iterable[Any]) -> torch.Tensor:
-    """One backward a micro-batch. Returns the examples' losses, float64. NOT PRIVATE."""
+    """Run one backward for each micro-batch. Returns the examples' losses, float64. NOT PRIVATE."""
 
     def losses_of(batch: Any) -> torch.Tensor:
         return run.recognizer.loss_per_example(run.recognizer.model, to_device(batch, run.recognizer.device))
@@ -107,15 +107,15 @@ def _backward(run: Run, logical_batch: Iterable[Any]) -> torch.Tensor:
 def _history_entry(run: Run, losses: torch.Tensor, rate: float, seconds: float) -> dict[str, Any]:
     finite = losses[losses.isfinite()]
     impossible = len(losses) - len(finite)
-    if impossible and not run.told_of_impossible:
-        run.told_of_impossible = True
+    if impossible and not run.warned_of_impossible:
+        run.warned_of_impossible = True
         run.reporter.say(
-            f"step {run.step}: {impossible} of {len(losses)} losses are not finite (NOT PRIVATE): targets that the "
-            "output layer cannot give, or a model that gives no numbers; their number is in every step's history"
+            f"step {run.step}: {impossible} of {len(losses)} losses are not finite (NOT PRIVATE): the output layer "
+            "cannot produce these targets, or the model returns NaN; the history has their number for every step"
         )
     entry = {
         "step": run.step,
-        "private": False,  # no epsilon covers this line
+        "private": False,  # ε does not cover this line
         "loss": float(finite.mean()) if len(finite) else None,
         "examples": len(losses),
         "non_finite_losses": impossible,
@@ -129,7 +129,7 @@ def _history_entry(run: Run, losses: torch.Tensor, rate: float, seconds: float) 
 
 
 class _EpsilonDisplay:
-    """ε as the screen shows it: composed anew when that is cheap, and always with the step that it is of."""
+    """ε on the screen: recomputed when that is cheap, and shown with its step."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -140,7 +140,7 @@ class _EpsilonDisplay:
         self._began = run.seconds
 
     def refresh(self, *, last: bool) -> dict[str, Any]:
-        """ε and the step it was spent by, at most `EPSILON_TIME_SHARE` of the time; nothing without ε."""
+        """ε and its step, recomputed in at most `EPSILON_TIME_SHARE` of the time; {} if there is no ε."""
         run = self._run
         if last or run.seconds >= self._next:
             began = time.monotonic()
@@ -149,7 +149,7 @@ class _EpsilonDisplay:
         return {} if self._epsilon is None else {"epsilon": self._epsilon, "epsilon_step": self._step}
 
     def facts(self, entry: dict[str, Any]) -> str:
-        """What is shown beside the bar."""
+        """The facts beside the bar."""
         self._examples += entry["examples"]
         speed = f"{self._examples / max(self._run.seconds - self._began, 1e-9):.1f} utt/s"
         loss = "–" if entry["loss"] is None else f"{entry['loss']:.3f}"
@@ -161,7 +161,7 @@ class _EpsilonDisplay:
 
 
 def _validate(run: Run) -> None:
-    """A point of the curve, on public data."""
+    """Add a point to the curve, measured on public data."""
     assert run.valid is not None
     corpus, dataset = run.valid
     result = evaluate(run.recognizer, corpus, run.config.evaluate, dataset=dataset)
@@ -178,14 +178,14 @@ def _validate(run: Run) -> None:
 
 
 def epsilon_spent(run: Run) -> float | None:
-    """ε spent; None without privacy, or without noise (∞, which JSON has not)."""
+    """ε spent; None without privacy, and without noise (JSON has no ∞)."""
     if run.engine is None or run.engine.noise_multiplier == 0:
         return None
     return run.engine.get_epsilon(run.config.privacy.delta)
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the run as it is."""
+    """Write a checkpoint of the run's present state."""
     checkpoint.save(
         run.folder.checkpoint,
         checkpoint.Checkpoint(
@@ -201,7 +201,7 @@ def save(run: Run) -> None:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask for a stop after the step under way; a second one stops at once."""
+    """Ctrl-C or SIGTERM requests a stop after the current step; a second one stops at once."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.requested: str | None = None
@@ -209,9 +209,9 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
+        if threading.current_thread() is threading.main_thread():  # only this thread can handle signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._ask)
+                self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(
@@ -220,8 +220,8 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        self._reporter.say("stopping after this step; again to stop now")
+        self._reporter.say("stopping after this step; repeat the signal to stop now")

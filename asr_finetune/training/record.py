@@ -1,7 +1,7 @@
-"""run.json: the record of a finished run, which the report is made from.
+"""run.json: the record of a finished run, from which the report is made.
 
-It is meant for others. Of the training data it holds N, the number of privacy units, which is taken to be public,
-and a keyed fingerprint; nothing else in it was computed from that data without noise.
+It may be passed on. About the training data it holds N, the number of privacy units, which is treated as public, and a
+keyed fingerprint. Nothing else in it is computed from that data without noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run_record(
 
     Args:
         run: after its last step.
-        data: `data_record`'s, and whether the test data holds training recordings.
+        data: the result of `data_record`, and whether the test data holds training recordings.
         evaluation: "before", "after", "non_private": Evaluation.to_dict() or None.
         epsilon: ε spent; None without privacy or without noise.
     """
@@ -61,7 +61,7 @@ def run_record(
 
 
 def data_record(config: Config, corpus: Corpus, fingerprint: str) -> dict[str, Any]:
-    """Where the data is from, and of the private part N and the fingerprint only."""
+    """The sources of the data; about the training data only N and the fingerprint."""
     data = config.data
     return {
         "source": _shown(data.train),
@@ -81,14 +81,14 @@ def _shown(source: str | None) -> str | None:
 
 
 def _curve_start(config: Config, evaluation: dict[str, Any]) -> float | None:
-    """WER at step 0 of the curve, where "before" is of the curve's own data and of the model as it is trained."""
+    """WER at step 0 of the curve: that of "before" if test and validation data are the same and no window is set."""
     data, before = config.data, evaluation["before"]
     same = (data.test, data.test_split) == (data.valid, data.valid_split)
     return before["wer"] if before and same and config.model.window_seconds is None else None
 
 
 def privacy_record(config: Config, engine: PrivacyEngine | None, epsilon: float | None) -> dict[str, Any]:
-    """The privacy section; every figure None for a run without privacy."""
+    """The privacy section; without privacy every figure is None."""
     privacy = config.privacy
     values: dict[str, Any] = {
         "enabled": engine is not None,
@@ -129,7 +129,7 @@ def privacy_record(config: Config, engine: PrivacyEngine | None, epsilon: float 
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Versions of the packages on which the result depends."""
     return {
         "python": platform.python_version(),
         "dpkernels": __version__,
@@ -138,6 +138,6 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the run was trained on."""
+    """The device and operating system of the run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device} ({name})", "os": f"{platform.system()} {platform.release()}"}

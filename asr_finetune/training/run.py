@@ -1,4 +1,4 @@
-"""Training: one loop for private and ordinary runs, with checkpoints that a killed run continues from."""
+"""Training: one loop for private and ordinary runs. A killed run continues from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainResult:
 
     Attributes:
         output: its folder.
-        epsilon: ε spent at `delta`; None for a run without privacy or without noise.
+        epsilon: ε spent at `delta`; None without privacy or without noise.
         delta: δ; None without privacy.
         noise_multiplier: σ; None without privacy.
         steps: logical steps that the model took.
@@ -51,28 +51,27 @@ def train(
 ) -> TrainResult:
     """Fine-tune a recogniser as `config` says, and write everything to `config.output` (see `run_folder`).
 
-    A run that was killed continues from its last checkpoint when it is called again with the same
-    configuration: the steps since that checkpoint are taken again with fresh noise and counted again, and
-    training stops before the target ε would be exceeded. A finished run is returned as it is.
+    A call with the same configuration continues a killed run from its last checkpoint: it takes the steps since that
+    checkpoint again with fresh noise, counts them again, and stops before the target ε is exceeded. For a finished run
+    it returns the result.
 
     Args:
         config: the run.
         progress: print lines and bars.
-        resume: continue a run in `config.output`; False refuses instead.
-        compare: folder of a finished run without privacy, whose error rates are put beside this one's.
+        resume: continue a run in `config.output`; False raises an error instead.
+        compare: folder of a finished run without privacy; its error rates are shown beside those of this run.
 
     Raises:
-        ConfigError: parts of the configuration that do not fit together, or differ from the run being
-            resumed.
+        ConfigError: parts of the configuration are inconsistent, or differ from the run being resumed.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
-        FileNotFoundError, ValueError: data or model that cannot be read.
+        FileNotFoundError, ValueError: the data or the model cannot be read.
         dpkernels.privacy.SelfCheckError: an utterance's gradient depends on its batch.
     """
     config.check_trainable()
     run = Run(config, Reporter(progress), resume=resume, compare=compare)
     with closing(run):
         try:
-            run.walk()  # before the first evaluation: what cannot be trained is found in seconds
+            run.walk()  # before the first evaluation, so that errors appear within seconds
         except Finished as reason:
             run.reporter.say(str(reason))
             return _result(run.folder, run.folder.read_json(run.folder.run))
@@ -81,7 +80,7 @@ def train(
             _restore(run)
         run_steps(run)
         data = record.data_record(config, run.corpus, run.fingerprint)
-        if config.privacy.enabled:  # exact, and of who is in the data: not for others
+        if config.privacy.enabled:  # an exact fact about the private data: it must not be passed on
             run.folder.note_test_data(run.shares_training)
         else:
             data["test_shares_training"] = run.shares_training
@@ -89,7 +88,7 @@ def train(
 
 
 def _evaluate(run: Run, name: str, data: Kept) -> dict[str, Any]:
-    """Error rates, said on the screen; transcripts go to the folder of what is not for others."""
+    """Measure and print error rates, and write the transcripts to the folder `not_private`."""
     corpus, dataset = data
     recognizer, config = dataset.recognizer, run.config
     result = evaluate(recognizer, corpus, config.evaluate, dataset=dataset, reporter=run.reporter, name=name)
@@ -101,26 +100,26 @@ def _evaluate(run: Run, name: str, data: Kept) -> dict[str, Any]:
 
 
 def _evaluate_before(run: Run) -> dict[str, Any] | None:
-    """Error rates of the checkpoint as it was published; read back on resume.
+    """Error rates of the checkpoint as published; a resumed run reads them back.
 
-    A Whisper cut to a short window repeats itself until it is trained for it (WER above 1000 % was seen): what
-    a user has before is the checkpoint with its own window, so that is what is measured.
+    A Whisper model with a shortened window repeats itself until it is trained with that window (WER above 1000 % was
+    measured). A user's starting point is the checkpoint with its own window, so this function measures that one.
     """
     noted, tests = run.folder.read_json(run.folder.metrics) or {}, run.tests
     if tests is None or "before" in noted or not run.config.evaluate.before:
         return noted.get("before")
     if run.config.model.window_seconds is not None:
-        whole = recognizer_of(run.config.with_values("model", window_seconds=None))
-        tests = tests[0], SpeechDataset(tests[0], whole, cache=False)
+        published = recognizer_of(run.config.with_values("model", window_seconds=None))
+        tests = tests[0], SpeechDataset(tests[0], published, cache=False)
     return _evaluate(run, "before", tests)
 
 
 def _restore(run: Run) -> None:
-    """Continue from the checkpoint, where there is one, and say what that means."""
+    """Restore the checkpoint, if there is one, and print the consequences."""
     saved = checkpoint.load(run.folder.checkpoint)
     spent = run.engine.steps if run.engine else 0
     if saved is None:
-        lost = f" {spent} steps were spent before the first checkpoint and stay counted." if spent else ""
+        lost = f" {spent} steps were spent before the first checkpoint and remain counted." if spent else ""
         run.folder.trim_history(0)
         run.reporter.say(f"resuming: no checkpoint yet, starting from step 0.{lost}")
         return
@@ -137,20 +136,20 @@ def _restore(run: Run) -> None:
         run.engine.load_state_dict(saved.privacy)
         replayed = spent - sum(int(entry["steps"]) for entry in saved.privacy["runs"].values())
         message += (
-            f"; the ledger counts {spent} steps, {replayed} of them after it: they are taken again with "
+            f"; the ledger counts {spent} steps, {replayed} of them after the checkpoint: they are taken again with "
             "fresh noise, and count twice"
         )
     run.reporter.say(message)
 
 
 def _finish(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> TrainResult:
-    """Evaluate and save the recogniser; run.json comes last: its presence says the run is finished."""
+    """Evaluate and save the recogniser, then write run.json, whose presence marks the run as finished."""
     config, folder, reporter = run.config, run.folder, run.reporter
     if run.dataset.problems:
         folder.note_problems("train_later", run.dataset.problems)
         reporter.say(
-            f"{len(run.dataset.problems)} recordings could not be read while training: they are counted in N, and "
-            "contributed nothing (not_private/problems_train_later.tsv)",
+            f"{len(run.dataset.problems)} recordings could not be read during training: they count in N, but "
+            "contributed nothing (see not_private/problems_train_later.tsv)",
             style="bold red",
         )
     evaluation["after"] = None

@@ -1,12 +1,12 @@
-"""The output folder of a run: what is written where, and whether a run in it may be resumed.
+"""The output folder of a run: its files, and whether a run in it may be resumed.
 
 config.yaml                 the configuration the run was started with, without the names of speakers
-ledger.jsonl                what was spent, written before it is spent
+ledger.jsonl                the privacy ledger; each step is written before it is taken
 checkpoint/state.pt         the last checkpoint
-adapter/ or model/          what was trained
+adapter/ or model/          the trained parameters
 metrics.json                error rates before and after
-run.json                    the finished run, as the report reads it
-not_private/                losses, clip rates, transcripts, names and figures of recordings: not for others
+run.json                    the record of the finished run, from which the report is made
+not_private/                losses, clip rates, transcripts, names and figures of recordings: must not be passed on
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from asr_finetune.files import MissingFile, write_json, write_text
 from dpkernels.errors import UserError
 from dpkernels.privacy import read_ledger
 
-# They change where and how fast a run goes, and neither what is learnt in expectation nor what is spent.
+# Keys that may change on resume: they affect the place and speed of a run, but neither its expected result nor ε.
 MAY_CHANGE = frozenset(
     {
         "output",
@@ -43,24 +43,24 @@ MAY_CHANGE = frozenset(
         "evaluate.batch_size",
     }
 )
-# Keys of `data` whose values say who is in it: kept among what is not for others.
-_NAMES_WHO = ("speakers", "exclude_speakers")
+# Keys of `data` whose values name speakers: they are kept in the folder `not_private`.
+_NAMING_KEYS = ("speakers", "exclude_speakers")
 _WITHHELD = (
-    "# data.speakers and data.exclude_speakers name who is in the data: see not_private/speakers.yaml\n"
+    "# data.speakers and data.exclude_speakers name people in the data: see not_private/speakers.yaml\n"
 )
 _NOTICE = (
-    "What is in this folder was computed from the private data without noise: losses, clip rates, "
-    "transcripts, names and\nfigures of recordings, and the key to the data's fingerprint. No epsilon covers it. "
-    "Do not pass it on.\n"
+    "The files in this folder were computed from the private data without noise: losses, clip rates, "
+    "transcripts, names and\nfigures of recordings, and the key to the data's fingerprint. No epsilon covers them. "
+    "Do not pass them on.\n"
 )
 
 
 class RunFolderError(UserError, ValueError):
-    """An output folder that this run cannot use: the message says why and what to do."""
+    """The run cannot use this output folder: the message has the reason and the fix."""
 
 
 def _within(name: str, doc: str) -> Any:
-    """A property of RunFolder: the path of something in it."""
+    """A property of RunFolder: the path of a file or folder in it."""
     return property(lambda folder: folder.path / name, doc=doc)
 
 
@@ -75,25 +75,23 @@ class RunFolder:
     checkpoint = _within("checkpoint", "Folder of the checkpoint.")
     metrics = _within("metrics.json", "Error rates before and after.")
     run = _within("run.json", "The record of the finished run.")
-    not_private = _within("not_private", "Folder of what must not be passed on.")
-    speakers = _within(
-        "not_private/speakers.yaml", "data.speakers and data.exclude_speakers, where given: not for others."
-    )
-    data = _within("not_private/data.json", "Figures and fingerprint of the training data: not for others.")
+    not_private = _within("not_private", "Folder of files that must not be passed on.")
+    speakers = _within("not_private/speakers.yaml", "data.speakers and data.exclude_speakers, if given.")
+    data = _within("not_private/data.json", "Figures and fingerprint of the training data.")
 
     @property
     def begun(self) -> bool:
-        """Whether a step was taken here. A start that failed before the first leaves nothing that counts."""
+        """Whether a step was taken here. A start that failed before the first step does not count."""
         return self.checkpoint.exists() or (self.ledger.exists() and read_ledger(self.ledger).steps > 0)
 
     def check(self, config: Config, *, resume: bool) -> bool:
-        """Whether `config` may use the folder; nothing is written.
+        """Check that `config` may use the folder; nothing is written.
 
         Returns:
-            Whether a run took steps here before, which is then to be continued.
+            True if a run took steps here before; this run continues it.
 
         Raises:
-            RunFolderError: a run is here and `resume` is False; or files of a run without its configuration.
+            RunFolderError: the folder holds a run and `resume` is False, or a run's files without its configuration.
             ConfigError: the configuration changed; the message names the keys.
         """
         begun = self.begun
@@ -107,13 +105,13 @@ class RunFolder:
             return True
         if begun:
             raise RunFolderError(
-                f"output={str(self.path)!r} holds a ledger or a checkpoint, but no config.yaml: what they "
-                "belong to is unknown. Put config.yaml back, or give another --output."
+                f"output={str(self.path)!r} holds a ledger or a checkpoint, but no config.yaml, so their "
+                "configuration is unknown. Put config.yaml back, or give another --output."
             )
         return False
 
     def prepare(self, config: Config, *, resume: bool) -> bool:
-        """Make the folder for `config`, or find that a run in it may be continued.
+        """Make the folder for `config`, unless a run in it is continued.
 
         Returns, raises: as `check`.
         """
@@ -123,22 +121,22 @@ class RunFolder:
         write_text(self.not_private / "README.txt", _NOTICE)
         self.trim_history(0)
         if not self.config.is_file() or self._changes(config):
-            self.metrics.unlink(missing_ok=True)  # of a start with another configuration
+            self.metrics.unlink(missing_ok=True)  # they belong to another configuration
         self._write_config(config)
         return False
 
     def _write_config(self, config: Config) -> None:
-        named = {key: getattr(config.data, key) for key in _NAMES_WHO}
+        named = {key: getattr(config.data, key) for key in _NAMING_KEYS}
         if not any(names is not None for names in named.values()):
             self.speakers.unlink(missing_ok=True)
             write_text(self.config, config.to_yaml())
             return
         write_text(self.speakers, yaml.safe_dump(named, allow_unicode=True))
-        nameless = config.with_values("data", **dict.fromkeys(_NAMES_WHO))
+        nameless = config.with_values("data", **dict.fromkeys(_NAMING_KEYS))
         write_text(self.config, _WITHHELD + nameless.to_yaml())
 
     def _changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
-        """The keys that a run may not change, and have changed; one that is not written has its default."""
+        """The changed keys that a run may not change; a key that config.yaml lacks has its default."""
         written = Config.from_dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         if self.speakers.is_file():
             written = written.with_values("data", **yaml.safe_load(self.speakers.read_text(encoding="utf-8")))
@@ -156,28 +154,28 @@ class RunFolder:
             )
 
     def note_test_data(self, shares_training: bool | None) -> None:
-        """Keep whether test recordings are training ones (None: there are none) in not_private/test_data.json."""
+        """Write to not_private/test_data.json whether test data holds training recordings (None: no test data)."""
         write_json(self.not_private / "test_data.json", {"shares_training": shares_training})
 
     def note_data(self, corpus: Corpus, *, resuming: bool) -> str:
-        """Keep the figures of the training data, and their fingerprint under this run's own key.
+        """Write the figures of the training data, and its fingerprint under this run's own key.
 
         Returns:
             The fingerprint.
 
         Raises:
-            RunFolderError: the run that is resumed began with other data.
+            RunFolderError: the resumed run began with other data.
         """
-        found = fingerprint(corpus, self._fingerprint_key())
-        began = (self.read_json(self.data) or {}).get("fingerprint", found)
-        if resuming and began != found:
+        current = fingerprint(corpus, self._fingerprint_key())
+        original = (self.read_json(self.data) or {}).get("fingerprint", current)
+        if resuming and original != current:
             raise RunFolderError(
                 f"output={str(self.path)!r} holds a run that began with other training data: recordings, "
                 "transcripts or speakers were added, removed or changed, and its epsilon is for the data as it "
                 "was. Put the data back as it was, or give another --output."
             )
-        write_json(self.data, {"fingerprint": found, **figures(corpus)})
-        return found
+        write_json(self.data, {"fingerprint": current, **figures(corpus)})
+        return current
 
     def _fingerprint_key(self) -> bytes:
         path = self.not_private / "fingerprint.key"
@@ -186,12 +184,12 @@ class RunFolder:
         return bytes.fromhex(path.read_text(encoding="utf-8"))
 
     def note_problems(self, name: str, problems: list[Problem]) -> None:
-        """Write the names of recordings that were of no use to not_private/problems_<name>.tsv."""
+        """Write the names of unusable recordings to not_private/problems_<name>.tsv."""
         lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in problems)
         write_text(self.not_private / f"problems_{name}.tsv", lines)
 
     def read_json(self, path: Path) -> Any:
-        """The content of a JSON file, or None where there is none."""
+        """The content of a JSON file, or None if the file does not exist."""
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def note_metrics(self, **values: Any) -> None:
@@ -204,23 +202,23 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of not_private/history.jsonl; one that a crash cut short is left out."""
+        """The lines of not_private/history.jsonl, without one that a crash cut short."""
         path = self.not_private / "history.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
     def trim_history(self, step: int) -> None:
-        """Drop the lines after `step`: those steps are taken again."""
+        """Drop the lines after `step`, since those steps are taken again."""
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history() if entry["step"] <= step)
         write_text(self.not_private / "history.jsonl", lines)
 
 
 def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
-    """The error rates after training of a finished run without privacy; None for no folder.
+    """The error rates after training of a finished run without privacy; None if no folder is given.
 
     Raises:
-        FileNotFoundError: no finished run there.
-        ConfigError: it is a private run, or one without an evaluation.
+        FileNotFoundError: the folder holds no finished run.
+        ConfigError: the run is private, or has no evaluation.
     """
     if folder is None:
         return None
@@ -229,7 +227,7 @@ def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
         raise MissingFile(f"--compare {folder}: no run.json, so no finished run there")
     values = json.loads(path.read_text(encoding="utf-8"))
     if values["privacy"]["enabled"]:
-        raise ConfigError(f"--compare {folder}: that run is private; give one made with --not-private")
+        raise ConfigError(f"--compare {folder}: that run is private; give one trained with --not-private")
     if values["evaluation"]["after"] is None:
         raise ConfigError(f"--compare {folder}: that run was not evaluated (data.test was not set)")
     return dict(values["evaluation"]["after"])

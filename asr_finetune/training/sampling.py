@@ -1,4 +1,4 @@
-"""Who is sampled in a run, with what probability, and the noise that follows: of a run, its dry run and its plan."""
+"""Sampled units, their probability, and the resulting noise, for a run, its dry run and its plan."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import Config, ConfigError, TrainConfig
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.data.corpus import Corpus
 from dpkernels.privacy import Sampling, noise_multiplier, plan_sampling
 
 
 def units(config: Config, corpus: Corpus) -> int:
-    """N: the number of utterances, each a recording of its own, or of speakers where they are what is protected.
+    """N: the number of utterances (each a distinct recording), or of speakers if the privacy unit is a speaker.
 
     Raises:
-        ConfigError: the unit is a speaker, and an utterance has none, or a recording has several.
+        ConfigError: the unit is a speaker, and an utterance has no speaker, or a recording has several.
     """
     if not _of_speakers(config):
         return len(corpus)
@@ -32,15 +32,15 @@ def units(config: Config, corpus: Corpus) -> int:
         )
     if corpus.disputed:
         raise ConfigError(
-            f"privacy.unit=speaker: {len(corpus.disputed)} recordings are listed under more than one speaker, so that "
-            f"a speaker's data is not that speaker's alone, e.g. {corpus.disputed[0]}. List each under one speaker, or "
-            "leave it out"
+            f"privacy.unit=speaker: {len(corpus.disputed)} recordings are listed under more than one speaker, so "
+            f"one speaker's data is not separate from another's, e.g. {corpus.disputed[0]}. List each "
+            "under one speaker, or leave it out"
         )
     return len(set(corpus.speakers))
 
 
 def unit_arguments(config: Config, corpus: Corpus) -> dict[str, Any]:
-    """What make_private and plan_sampling need to know about the privacy unit."""
+    """The arguments of make_private and plan_sampling that describe the privacy unit."""
     return _arguments(config, corpus.speakers if config.privacy.unit == "speaker" else None)
 
 
@@ -52,15 +52,15 @@ def _arguments(config: Config, speakers: Any) -> dict[str, Any]:
         "unit": "speaker",
         "speakers": speakers,
         "max_examples_per_speaker": privacy.max_examples_per_speaker,
-        "max_batch_size": privacy.max_batch_size,  # the engine refuses it, with the reason
+        "max_batch_size": privacy.max_batch_size,  # the engine raises an error with the reason
     }
 
 
 def sampling_of(config: Config, corpus: Corpus) -> Sampling:
-    """The sampling that a run on this corpus has.
+    """The sampling of a run on this corpus.
 
     Raises:
-        ConfigError: a batch that there are too few of, or an utterance without the speaker that is to be protected.
+        ConfigError: the batch is larger than the corpus, or an utterance lacks the speaker that is to be protected.
         ValueError: see `dpkernels.privacy.plan_sampling`.
     """
     check_batch(config, units(config, corpus), len(corpus))
@@ -68,10 +68,10 @@ def sampling_of(config: Config, corpus: Corpus) -> Sampling:
 
 
 def assumed_sampling(config: Config, count: int) -> Sampling:
-    """The sampling of a run on `count` units, of which nothing else is known: each speaker has utterances enough.
+    """The sampling of a run on `count` units without a corpus: it assumes that each speaker has enough utterances.
 
     Raises:
-        ConfigError: a batch that there are too few of.
+        ConfigError: the batch is larger than the units allow.
         ValueError: see `dpkernels.privacy.plan_sampling`.
     """
     each = _most_of_a_unit(config)
@@ -79,18 +79,18 @@ def assumed_sampling(config: Config, count: int) -> Sampling:
     return _planned(config, each * count, _arguments(config, np.repeat(np.arange(count), each)))
 
 
-@told_to_user()
+@as_config_error()
 def _planned(config: Config, utterances: int, unit: dict[str, Any]) -> Sampling:
-    # The engine's own rule, so that it is written once; it asks the loader for its sizes only.
+    # The engine's own rule, so that it is written once; it reads only the loader's sizes.
     loader: Any = DataLoader(range(utterances), batch_size=config.train.batch_size)  # type: ignore[arg-type]
     return plan_sampling(loader, **unit)
 
 
 def _most_of_a_unit(config: Config) -> int:
-    """Utterances of one unit that may join a step: 1, or k of a speaker."""
+    """The most utterances of one unit that may join a step: 1, or k for a speaker."""
     if not _of_speakers(config):
         return 1
-    assert config.privacy.max_examples_per_speaker is not None  # PrivacyConfig.check saw to it
+    assert config.privacy.max_examples_per_speaker is not None  # PrivacyConfig.check ensures it
     return config.privacy.max_examples_per_speaker
 
 
@@ -99,15 +99,15 @@ def _of_speakers(config: Config) -> bool:
 
 
 def check_batch(config: Config, count: int, utterances: int) -> None:
-    """Whether there are enough units, and enough utterances of them, for the expected batch.
+    """Check that there are enough units, and enough utterances of them, for the expected batch.
 
     Args:
-        config: the batch, and what is protected.
+        config: the batch, and the privacy unit.
         count: number of units; see `units`.
         utterances: number of utterances.
 
     Raises:
-        ConfigError: there are not; the message says how large the batch may be.
+        ConfigError: there are not; the message gives the largest batch.
     """
     batch, each = config.train.batch_size, _most_of_a_unit(config)
     if batch <= min(each * count, utterances):
@@ -115,7 +115,8 @@ def check_batch(config: Config, count: int, utterances: int) -> None:
     if _of_speakers(config) and each * count <= utterances:
         raise ConfigError(
             f"train.batch_size={batch} (--batch-size) exceeds {each * count:,}: {each} utterances in a step "
-            f"(privacy.max_examples_per_speaker) of each of {count:,} training speakers: lower it, or raise that"
+            f"(privacy.max_examples_per_speaker) of each of {count:,} training speakers: lower the batch size, "
+            "or raise that limit"
         )
     raise ConfigError(
         f"train.batch_size={batch} (--batch-size) exceeds the {utterances:,} training utterances: lower it"
@@ -123,9 +124,9 @@ def check_batch(config: Config, count: int, utterances: int) -> None:
 
 
 def expected_utterances(config: Config, corpus: Corpus | None) -> float:
-    """Expected utterances in a logical step: fewer than the batch where speakers have fewer than may join.
+    """Expected utterances in a logical step: fewer than the batch size if speakers have fewer than may join.
 
-    Without a corpus each speaker is taken to have enough.
+    Without a corpus each speaker is assumed to have enough.
     """
     batch = config.train.batch_size
     if corpus is None or not _of_speakers(config):
@@ -134,13 +135,13 @@ def expected_utterances(config: Config, corpus: Corpus | None) -> float:
     return batch * sum(min(count, each) for count in counts) / (each * len(counts))
 
 
-@told_to_user()
+@as_config_error()
 def sigma_of(config: Config, sampling: Sampling) -> float:
-    """σ of a run from its start: by hand, else the smallest for the target ε over `train.steps` steps."""
+    """σ of a new run: `privacy.noise_multiplier`, else the smallest for the target ε over `train.steps` steps."""
     privacy = config.privacy
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
-    assert privacy.epsilon is not None  # PrivacyConfig.check saw to it
+    assert privacy.epsilon is not None  # PrivacyConfig.check ensures it
     assert privacy.delta is not None
     return noise_multiplier(
         privacy.epsilon,
@@ -154,10 +155,10 @@ def sigma_of(config: Config, sampling: Sampling) -> float:
 
 
 def micro_batch_limits(config: TrainConfig, lengths: Sequence[int] | np.ndarray) -> tuple[int, int | None]:
-    """The largest micro-batch: (utterances, frames with padding, or None for no such limit).
+    """The limits of a micro-batch: (utterances, padded frames or None for no such limit).
 
-    With `fill_micro_batches` it is as many frames as `physical_batch_size` of the longest utterances have: what fits of
-    those fits of shorter ones in larger numbers.
+    With `fill_micro_batches` the limit is the padded frames of `physical_batch_size` of the longest utterances, so that
+    a micro-batch holds more of the shorter ones.
     """
     if not config.fill_micro_batches:
         return config.physical_batch_size, None

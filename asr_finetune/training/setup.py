@@ -1,4 +1,4 @@
-"""From a configuration to what the loop needs: corpora, datasets, the optimizer, their private versions."""
+"""The objects that the loop needs, from a configuration: corpora, datasets, optimizer and loader, private or not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from asr_finetune.config.schema import Config, ConfigError, DataConfig, TrainConfig
-from asr_finetune.config.values import told_to_user
+from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter, duration
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import of_speakers, shared_recordings
@@ -34,7 +34,7 @@ _NAMES_SHOWN = 10
 
 
 def recognizer_of(config: Config) -> Recognizer:
-    """The recogniser of a run, with its prefix of transcripts; see `models.load_recognizer`."""
+    """The recogniser of a run, with the run's transcript prefix; see `models.load_recognizer`."""
     recognizer = load_recognizer(config.model)
     recognizer.target_prefix = config.data.target_prefix or recognizer.target_prefix
     return recognizer
@@ -43,25 +43,25 @@ def recognizer_of(config: Config) -> Recognizer:
 def fitted_corpus(
     source: str, split: str | None, data: DataConfig, recognizer: Recognizer, *, training: bool = True
 ) -> Corpus:
-    """What the recogniser can take of a corpus; see `sources.load_corpus` and `recognizer.fit`."""
+    """The utterances of a corpus that the recogniser accepts; see `sources.load_corpus` and `recognizer.fit`."""
     return fit(load_corpus(source, split=split, data=data), recognizer, training=training)
 
 
 def load(
     source: str, split: str | None, data: DataConfig, reporter: Reporter, name: str, recognizer: Recognizer
 ) -> Corpus:
-    """Load what the recogniser can take and what decodes of a corpus; say what is in it and what was left out.
+    """Load the utterances of a corpus that decode and that the recogniser accepts; print a summary and the rest.
 
     Args:
         source: as in `sources.load_corpus`.
         split: as there.
         data: filters and preparation of transcripts.
-        reporter: where to say it.
-        name: "train", or what else it is for; transcripts must be learnable for "train" only.
-        recognizer: leaves out what it cannot take.
+        reporter: prints the summary.
+        name: the use of the corpus; only for "train" must transcripts be learnable.
+        recognizer: utterances that it does not accept are left out.
 
     Raises:
-        ConfigError: no such corpus, or nothing usable in it.
+        ConfigError: the corpus does not exist, or has no usable utterance.
     """
     corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
     if data.check_audio:
@@ -92,16 +92,16 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 def prepare_blocks(config: TrainConfig, recognizer: Recognizer, reporter: Reporter) -> None:
-    """What the configuration asks of the model's blocks, in place: after the method, before `make_private`.
+    """Checkpoint and compile the model's blocks as configured, in place: after the method, before `make_private`.
 
     Raises:
-        ConfigError: the model has no such blocks, or torch.compile does not work; the message names the key.
+        ConfigError: the model has no such blocks, or torch.compile fails; the message names the key.
     """
     if config.checkpointing:
         if not has_checkpointing(recognizer.model):
             raise ConfigError(
                 f"train.checkpointing=true: {type(recognizer.base).__name__} has no activation checkpointing: set it "
-                "to false, and lower train.physical_batch_size where memory is short"
+                "to false, and lower train.physical_batch_size if memory is short"
             )
         checkpoint_blocks(recognizer.model)
     if config.compile_frozen:
@@ -111,13 +111,13 @@ def prepare_blocks(config: TrainConfig, recognizer: Recognizer, reporter: Report
             raise ConfigError(f"train.compile_frozen=true: {error}: set it to false") from error
         if not names:
             raise ConfigError(
-                f"train.compile_frozen=true: every block of {recognizer.name} holds a trained parameter, so that there "
+                f"train.compile_frozen=true: every block of {recognizer.name} holds a trained parameter, so there "
                 "is nothing to compile: set it to false, or choose a method or method.targets that leave blocks frozen"
             )
         reporter.say(f"{len(names)} frozen blocks are compiled when they are first called")
 
 
-@told_to_user()
+@as_config_error()
 def make_private(
     config: Config,
     recognizer: Recognizer,
@@ -130,9 +130,8 @@ def make_private(
 ) -> tuple[PrivacyEngine, Any, Iterable[Any]]:
     """The engine, the private optimizer and the private loader for `remaining` more steps.
 
-    σ is the one that the ledger's first steps used; else `privacy.noise_multiplier`; else the smallest for the
-    target ε over `train.steps` steps. On resume it must not be found anew: the steps that were lost are
-    spent.
+    σ is that of the ledger's first steps; else `privacy.noise_multiplier`; else the smallest for the target ε over
+    `train.steps` steps. A resumed run must not calibrate σ again, since the lost steps are spent.
     """
     privacy = config.privacy
     unit = unit_arguments(config, dataset.corpus)
@@ -146,9 +145,9 @@ def make_private(
     sampling = plan_sampling(data_loader, **unit)
     contents = read_ledger(ledger) if ledger is not None and ledger.exists() else None
     spent = contents.steps if contents else 0
-    begun = [run for run in contents.runs if run.steps] if contents else []
-    if begun:
-        sigma = begun[0].mechanism.noise_multiplier
+    started = [run for run in contents.runs if run.steps] if contents else []
+    if started:
+        sigma = started[0].mechanism.noise_multiplier
         reporter.say(f"noise multiplier {sigma:g}, as before (ledger: {spent} steps spent)")
     else:
         sigma = sigma_of(config, sampling)
@@ -168,7 +167,7 @@ def make_private(
         max_grad_norm=privacy.max_grad_norm,
         strategy=privacy.strategy,
         physical_batch_size=size,
-        physical_frames=frames,
+        max_padded_frames=frames,
         lengths=list(lengths),
         steps=max(spent + remaining, 1),
         target_epsilon=privacy.epsilon,
@@ -179,14 +178,14 @@ def make_private(
 
 
 def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
-    """Whether the training data fits the rest of the configuration.
+    """Check that the training data is consistent with the rest of the configuration.
 
     Raises:
-        ConfigError: it does not; the message names the key.
+        ConfigError: it is not; the message names the key.
     """
     check_batch(config, units(config, corpus), len(corpus))
-    several = config.train.physical_batch_size > 1 or config.train.fill_micro_batches
-    if recognizer.equal_lengths_only and several:
+    batched = config.train.physical_batch_size > 1 or config.train.fill_micro_batches
+    if recognizer.equal_lengths_only and batched:
         lengths = {recognizer.samples(utterance) for utterance in corpus.utterances}
         if len(lengths) > 1:
             raise ConfigError(
@@ -197,24 +196,24 @@ def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
 
 
 def check_public(valid: Corpus, train: Corpus, unit: str) -> None:
-    """Whether validation data can be public: nothing of it may be of a training recording, or of a training speaker.
+    """Check that validation data can be public: it holds no training recording, and none of a protected speaker.
 
     Args:
         valid: the validation data.
         train: the training data.
-        unit: what is protected; where it is "speaker", all of a speaker's recordings are.
+        unit: the privacy unit; "speaker" protects all recordings of a training speaker.
 
     Raises:
-        ConfigError: some of it is; the message names the recordings.
+        ConfigError: it holds such recordings; the message names them.
     """
-    shared, what = shared_recordings(train, valid), "training recordings too"
+    shared, origin = shared_recordings(train, valid), "training recordings too"
     if not shared and unit == "speaker":
-        shared, what = of_speakers(train, valid), "of training speakers, who are protected as a whole"
+        shared, origin = of_speakers(train, valid), "of training speakers, who are protected as a whole"
     if shared:
         named = ", ".join(shared[:_NAMES_SHOWN]) + (", ..." if len(shared) > _NAMES_SHOWN else "")
         raise ConfigError(
-            f"data.valid: {len(shared)} of its {len(valid)} recordings are {what} ({named}): the "
-            "curve over training would be made from private data without noise. Give public data, or set "
+            f"data.valid: {len(shared)} of its {len(valid)} recordings are {origin} ({named}): the "
+            "curve over training would be computed from private data without noise. Give public data, or set "
             "train.eval_every=0"
         )
 
@@ -227,24 +226,24 @@ def self_check(
     physical_batch_size: int,
     reporter: Reporter,
 ) -> None:
-    """A few utterances of unlike lengths, together and one by one: their gradients must agree.
+    """Check that the gradients of a few utterances of different lengths are the same in a batch and alone.
 
-    As many as a micro-batch holds, of 2 to 3, and of the shorter ones: what was planned for leaves room for them. Where
-    the recogniser takes equal lengths only, all are cut to the shortest one's, and have its labels. In float32 whatever
-    the run computes in: in a half type a small parameter's gradient can be rounding alone. In the half type it is asked
-    whether an utterance adds the same beside others.
+    The check takes 2 to 3 utterances, no more than a micro-batch holds, from the shorter ones, so that they fit into
+    the planned memory. If the recogniser accepts equal lengths only, all are cut to the length of the shortest and get
+    its labels. The check runs in float32 whatever the run's dtype, since in a half type the gradient of a small
+    parameter can be rounding alone. A run in a half type also checks batch independence in that type.
 
     Raises:
-        SelfCheckError: they do not; the message names the layers.
+        SelfCheckError: the gradients differ; the message names the layers.
     """
     order = np.argsort(lengths)
     places = np.linspace(*SELF_CHECK_LENGTHS, min(SELF_CHECK_EXAMPLES, max(physical_batch_size, 2))) * (
         len(order) - 1
     )
-    what = f"{len(places)} utterances"
+    compared = f"{len(places)} utterances"
     items = [dataset[int(order[int(place)])] for place in places]
     if recognizer.equal_lengths_only:
-        what += f" of one length ({recognizer.equal_lengths_only})"
+        compared += f" of one length ({recognizer.equal_lengths_only})"
         name, labels = recognizer.input_name, items[0]["labels"]
         shortest = min(len(item[name]) for item in items)
         items = [{**item, name: item[name][:shortest], "labels": labels} for item in items]
@@ -255,12 +254,12 @@ def self_check(
         report = engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
     if recognizer.dtype is not torch.float32:
         engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
-    told = (
+    modes = (
         ""
         if "train" in report.modes
-        else " in evaluation mode, and in training, which is random, beside others"
+        else " in evaluation mode, and independent of the batch in training mode, which is random"
     )
     reporter.say(
-        f"self-check passed: the gradients of {what} are the same in a batch and alone{told} "
+        f"self-check passed: the gradients of {compared} are the same in a batch and alone{modes} "
         f"({duration(time.monotonic() - began)})"
     )

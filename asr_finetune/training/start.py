@@ -1,4 +1,4 @@
-"""The start of a run, stage by stage: what `train` does before its first step, and what a dry run goes through."""
+"""The start of a run, in stages: `train` walks them before its first step, a dry run to check the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dpkernels import PrivacyEngine, checkpoint
 from dpkernels.errors import UserError
 from dpkernels.plain import PlainLoader, PlainOptimizer
 
-# what is done, in order -> the stages that it needs; each is the method of `Run` of that name
+# stage, in order -> the stages it needs; each stage is the method of `Run` with that name
 STAGES: dict[str, tuple[str, ...]] = {
     "output": (),
     "model": (),
@@ -51,13 +51,13 @@ class Finished(UserError):
     """The output folder holds a finished run."""
 
 
-# a corpus with its features, kept for several evaluations
+# a corpus and its dataset, which keeps the features for several evaluations
 Kept = tuple[Corpus, SpeechDataset]
 
 
 @dataclass
 class Run:
-    """A run: every stage of its start leaves here what later ones and the loop need; then, how far it is."""
+    """A run: the results of its stages, which later stages and the loop need, and its progress."""
 
     config: Config
     reporter: Reporter
@@ -78,7 +78,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
-    told_of_impossible: bool = False
+    warned_of_impossible: bool = False
 
     @property
     def folder(self) -> RunFolder:
@@ -91,46 +91,46 @@ class Run:
             self.stage(name)
 
     def stage(self, name: str) -> str:
-        """Do one of STAGES, all that it needs being done. Returns what was found, for a dry run's table."""
+        """Do one of STAGES after those it needs. Returns a description of the result, for a dry run's table."""
         return str(getattr(self, name.replace(" ", "_"))())
 
     def output(self) -> str:
-        """The folder is this run's, or free.
+        """Claim the output folder, which must be free or hold this run.
 
         Raises:
-            Finished: it holds a finished run.
+            Finished: the folder holds a finished run.
         """
         self.non_private = read_comparison(self.compare)
         self.resuming = self._claim()
         if self.folder.run.is_file():
             raise Finished(
-                f"{self.folder.run} is there: this run is finished. Another run needs another --output."
+                f"{self.folder.run} exists: this run is finished. For another run give another --output."
             )
         return str(self.folder.path)
 
     def _claim(self) -> bool:
-        """Take the folder. Returns whether a run in it is to be continued."""
+        """Prepare the folder. Returns whether a run in it is continued."""
         if not self.config.privacy.enabled:
-            said = "NOT PRIVATE: privacy.enabled is false. This run has no epsilon."
-            self.reporter.say(said, style="bold red")
+            warning = "NOT PRIVATE: privacy.enabled is false. This run has no epsilon."
+            self.reporter.say(warning, style="bold red")
         return self.folder.prepare(self.config, resume=self.resume)
 
     def model(self) -> str:
-        """The recogniser."""
+        """Load the recogniser."""
         torch.manual_seed(self.config.train.seed)
         self.recognizer = recognizer_of(self.config)
         return self.recognizer.name
 
     def training_data(self) -> str:
-        """The training data, which fits the rest of the configuration."""
+        """Load the training data, and check it against the configuration."""
         data = self.config.data
-        self.corpus, found = self._read("train", data.train, data.train_split)
+        self.corpus, summary = self._read("train", data.train, data.train_split)
         check_data(self.config, self.corpus, self.recognizer)
         self._note_data()
-        return found
+        return summary
 
     def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
-        """A corpus; the names of what was left out go to the folder of what is not for others."""
+        """Load a corpus, and write the names of the recordings left out to the folder `not_private`."""
         corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
         self.folder.note_problems(name, corpus.problems)
         return corpus, corpus.summary()
@@ -142,13 +142,13 @@ class Run:
         self.fingerprint = self.folder.note_data(self.corpus, resuming=self.resuming)
 
     def test_data(self) -> str:
-        """The test data, and whether it holds training recordings."""
+        """Load the test data, and find whether it holds training recordings."""
         source = self.config.data.test
         if source is None:
-            found = "data.test is not set: no error rates before and after"
-            self.reporter.say(found)
-            return found
-        corpus, found = self._read("test", source, self.config.data.test_split)
+            summary = "data.test is not set: no error rates before and after"
+            self.reporter.say(summary)
+            return summary
+        corpus, summary = self._read("test", source, self.config.data.test_split)
         self.tests = corpus, self._features(corpus)
         shared = len(shared_recordings(self.corpus, corpus))
         self.shares_training = shared > 0
@@ -156,25 +156,25 @@ class Run:
             self.reporter.say(
                 f"WARNING: {shared} of {len(corpus)} test recordings are training recordings too. Error rates on "
                 "them say nothing about other recordings, and are figures of private data without noise: no "
-                "epsilon covers them. The report says so",
+                "epsilon covers them. The report states this",
                 style="bold red",
             )
-            found += f"\nWARNING: {shared} of them are training recordings too: no epsilon covers error rates on them"
-        return found
+            summary += f"\nWARNING: {shared} of them are training recordings too: no epsilon covers error rates on them"
+        return summary
 
     def validation_data(self) -> str:
-        """The public validation data, where there is to be a curve."""
+        """Load the public validation data, if the run records a curve."""
         if not self.config.train.eval_every:
             return "train.eval_every is 0: no curve"
-        assert self.config.data.valid is not None  # check_trainable saw to it
-        corpus, found = self._read("valid", self.config.data.valid, self.config.data.valid_split)
+        assert self.config.data.valid is not None  # check_trainable ensures it
+        corpus, summary = self._read("valid", self.config.data.valid, self.config.data.valid_split)
         check_public(corpus, self.corpus, self.config.privacy.unit)
         self.valid = corpus, self._features(corpus)
-        return found
+        return summary
 
     def method(self) -> str:
-        """What is trained is chosen."""
-        torch.manual_seed(self.config.train.seed)  # adapters start the same, whatever was drawn before
+        """Choose the trained parameters."""
+        torch.manual_seed(self.config.train.seed)  # adapters start the same, whatever draws preceded
         apply_method(self.recognizer, self.config.method)
         name, kind, model = self.recognizer.name, self.config.method.kind, self.recognizer.model
         trained, total = trained_parameters(model), total_parameters(model)
@@ -182,15 +182,15 @@ class Run:
         return f"{kind}: {trained:,} parameters are trained"
 
     def privacy(self) -> str:
-        """What the run will spend: a run finds it with its engine, a dry run beforehand."""
+        """The ε that the run will spend: a dry run computes it here, a run gets it from its engine."""
         return ""
 
     def memory(self) -> str:
-        """What the run will take: for a dry run; a run takes it."""
+        """The memory that the run will need: a dry run predicts it here, a run does nothing."""
         return ""
 
     def gradients(self) -> str:
-        """Optimizer and loader, private or not; of a private run every gradient is an utterance's own."""
+        """Make optimizer and loader; a private run also checks that gradients do not depend on the batch."""
         config, recognizer = self.config, self.recognizer
         self.dataset = training_dataset(config, self.corpus, recognizer)
         lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
@@ -207,7 +207,7 @@ class Run:
         return ""
 
     def _make_private(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
-        # Where a run was here before, its ledger holds σ and what was spent, the checkpoint the model's step.
+        # For a resumed run the ledger holds σ and the steps spent, and the checkpoint the model's step.
         saved = checkpoint.load(self.folder.checkpoint)
         remaining = self.config.train.steps - (saved.step if saved else 0)
         self.engine, self.optimizer, self.loader = make_private(
@@ -231,13 +231,13 @@ class Run:
             batch_size=train.batch_size,
             steps=train.steps,
             physical_batch_size=size,
-            physical_frames=frames,
+            max_padded_frames=frames,
             seed=train.seed,
             num_workers=train.num_workers,
             collate_fn=self.recognizer.collate,
         )
 
     def close(self) -> None:
-        """Close the engine, where there is one."""
+        """Close the engine, if there is one."""
         if self.engine is not None:
             self.engine.close()

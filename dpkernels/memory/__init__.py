@@ -1,6 +1,6 @@
-"""What a private step takes in memory: live bytes, fake tensors, and an estimate for a model, strategy and batch.
+"""The memory of a private step: live bytes, fake tensors, and an estimate for a model, strategy and batch.
 
-It stands on `dpkernels.privacy` and `dpkernels.blocks`; nothing in `dpkernels` imports it.
+It imports `dpkernels.privacy` and `dpkernels.blocks`; nothing in `dpkernels` imports it.
 """
 
 from dpkernels.memory.estimator import CUDA_WORKSPACE, Losses, MemoryEstimator, Peak

@@ -1,15 +1,14 @@
-"""What one private micro-batch takes, found without a GPU and without the weights.
+"""The memory of one private micro-batch, estimated without a GPU and without the weights.
 
 The peak of a run's micro-batches is
 
     weights and buffers + float64 sums of the trained parameters + the optimizer's state
-    + what one micro-batch holds at its highest: activations, gradients, what the strategy keeps for the norms
+    + the peak of one micro-batch: activations, gradients, tensors that the strategy keeps until the norms are known
     + workspace that CUDA's libraries keep
 
-The fourth is found by running a forward and a private backward of the very model on fake tensors (`fake_tensors`),
-through `PrivacyEngine` as a run does it, so that a strategy, a dtype or checkpointing needs no rule here. The others
-are counted. Not seen: what kernels take and give back within one operation, and what the allocator loses to
-fragmentation.
+The fourth term comes from a forward and a private backward of the model on fake tensors (`fake_tensors`), through
+`PrivacyEngine` as in a run, so that this module needs no rule for a strategy, a dtype or checkpointing. The others are
+counted. The estimate does not include temporary memory within one operation, or the allocator's fragmentation.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Peak:
         weights: parameters and buffers.
         sums: float64 sums of clipped gradients.
         optimizer: the optimizer's state.
-        micro_batch: what else is alive at the highest point of forward and private backward, the batch included.
+        micro_batch: all other tensors alive at the peak of forward and private backward, the batch included.
         workspace: kept by CUDA's libraries; 0 on a CPU.
     """
 
@@ -62,20 +61,20 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.sums + self.optimizer + self.micro_batch + self.workspace
 
 
 class MemoryEstimator:
-    """What private micro-batches of a model take, found on a fake-tensor copy of it.
+    """Estimates the memory of private micro-batches on a fake-tensor copy of a model.
 
-    Within the `with`, every tensor of the thread is fake.
+    Within the `with` statement, every tensor of the thread is fake.
 
     Args:
-        model: any that `PrivacyEngine` takes; it stays as it is, and may be on the meta device.
-        strategy: of `PrivacyEngine.make_private`.
-        optimizer: whose state is counted.
-        target: where the run will be: decides how attention holds memory, how sizes are rounded, and the workspace.
+        model: any model that `PrivacyEngine` accepts; it is not changed, and may be on the meta device.
+        strategy: as in `PrivacyEngine.make_private`.
+        optimizer: the optimizer whose state is counted.
+        target: the run's device type, which decides attention's memory, the rounding of sizes, and the workspace.
         checkpointing: recompute each block's activations in the backward (transformers' models; non-reentrant).
 
     Raises:
@@ -144,20 +143,20 @@ class MemoryEstimator:
         )
 
     def largest(self, losses: Losses, limit: float, most: int) -> Peak | None:
-        """The largest micro-batch of at most `most` examples whose peak is within `limit` bytes; None: not even one.
+        """The largest micro-batch of at most `most` examples with a peak within `limit` bytes; None if none fits.
 
-        A peak is a maximum of sums of tensors that grow in proportion to B, so it is convex in B but for the
-        allocator's rounding: what the next utterance costs is at least what the last ones cost.
+        A peak is a maximum of sums of tensors that grow in proportion to B. It is therefore convex in B, except for the
+        allocator's rounding: the next example costs at least as much as the previous ones.
         """
         good, bad = self.peak(losses, 1), most + 1
         if good.total > limit:
             return None
         cost, guess = 0.0, min(_FIRST_GUESS, most)
         while good.size < guess < bad:
-            found = self.peak(losses, guess)
-            cost = max(cost, (found.total - good.total) / (guess - good.size), 1.0)
-            if found.total <= limit:
-                good = found
+            peak = self.peak(losses, guess)
+            cost = max(cost, (peak.total - good.total) / (guess - good.size), 1.0)
+            if peak.total <= limit:
+                good = peak
             else:
                 bad = guess
             guess = min(good.size + int((limit - good.total) / cost), bad - 1)

@@ -22,7 +22,7 @@ _ATTENTION_ALIGNMENT = 8  # entries: the fused attention of CUDA pads the last a
 
 @contextmanager
 def fake_tensors(target: Target) -> Iterator[FakeTensorMode]:
-    """Within it every tensor is fake. All of them say that they are on the CPU, whatever the target.
+    """Within it every tensor is fake. The device of each is the CPU, whatever the target.
 
     Args:
         target: "cuda": attention as CUDA's fused kernels hold memory; "cpu": as on a CPU.
@@ -34,31 +34,32 @@ def fake_tensors(target: Target) -> Iterator[FakeTensorMode]:
 
 
 def fake_model(model: nn.Module) -> nn.Module:
-    """A copy of the model with fake parameters and buffers; call it within `fake_tensors()`. The model stays as it is.
+    """A copy of the model with fake parameters and buffers; call it within `fake_tensors()`. The model is not changed.
 
-    Parameters on the meta device will do: neither their values nor their memory is needed.
+    Parameters may be on the meta device, since neither their values nor their memory is needed.
     """
-    made: dict[int, Any] = {}
+    fakes: dict[int, Any] = {}
     plain = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     for tensor in [*model.parameters(), *model.buffers(), *plain]:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        made[id(tensor)] = fake
-    return copy.deepcopy(model, made)
+        fakes[id(tensor)] = fake
+    return copy.deepcopy(model, fakes)
 
 
 class FakeOps(TorchFunctionMode):
-    """Gives code that asks fake tensors for values something to go on with, without changing what it allocates.
+    """Returns placeholder values to code that reads values of fake tensors, without a change of its allocations.
 
-    A number read from a tensor is 0, a truth value is False; addresses are made up, and tell tensors apart as real
-    ones do. CTC is stood in for by `_CTC`, and for CUDA, attention by the kernel that it uses there for masks and
-    float32 (the one for half precision without a mask holds as much), and dropout by one that keeps a byte an entry.
+    A number read from a tensor is 0, and a truth value is False; addresses are artificial, and differ between tensors
+    like real ones. `_CTC` replaces CTC. For CUDA, attention is the kernel for masks and float32 (the one for half
+    precision without a mask needs as much memory), and dropout one that keeps a byte for each entry.
 
-    Tensors say that they are on the CPU, so autocast is the CPU's; what CUDA's computes in float32 is so here too.
+    Fake tensors are on the CPU, so autocast is that of the CPU; operations that CUDA's autocast computes in float32 are
+    computed in float32 here too.
 
-    `fake_tensors` enters it. torch takes it off for the time of a backward: forwards that run within one
-    (checkpointing) need it anew.
+    `fake_tensors` enters this mode. torch leaves it during a backward: forwards within one (checkpointing) must enter
+    it again.
     """
 
     def __init__(self, target: Target) -> None:
@@ -93,7 +94,7 @@ def _address(tensor: Tensor) -> int:
 
 
 class _CTC(torch.autograd.Function):
-    """torch's CTC, as far as memory goes: log α, [B, T, 2L + 1], is saved, and log β as large made in the backward."""
+    """The memory of torch's CTC: the forward saves log α, [B, T, 2L + 1], and the backward makes an equal log β."""
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, labels: Tensor) -> Tensor:

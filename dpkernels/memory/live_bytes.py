@@ -1,8 +1,7 @@
 """Bytes of tensors that are alive while code runs, and their peak.
 
-`LiveMemory` watches every operation, also those in a backward and in autograd functions of one's own, and counts a
-storage from the operation that returned it until nothing holds it. What is not seen: memory that a kernel takes and
-gives back within one operation.
+`LiveMemory` intercepts every operation, also those in a backward and in custom autograd functions, and counts a storage
+from the operation that returned it until it is freed. It does not count temporary memory within one operation.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _BLOCK, _LARGE, _SEGMENT, _NOT_CUT = 512, 10 * 2**20, 2 * 2**20, 2**20
 
 
 def cuda_size(nbytes: int) -> int:
-    """What torch's CUDA allocator counts as allocated for a tensor of so many bytes, in a block that CUDA just gave."""
+    """Bytes that torch's CUDA allocator counts for a tensor of `nbytes` bytes, in a block newly obtained from CUDA."""
     block = -(-nbytes // _BLOCK) * _BLOCK
     segment = -(-block // _SEGMENT) * _SEGMENT
     return segment if block >= _LARGE and segment - block <= _NOT_CUT else block
@@ -31,7 +30,7 @@ def cuda_size(nbytes: int) -> int:
 class LiveMemory(TorchDispatchMode):
     """Bytes of the tensors made within it that are still alive, and their highest sum.
 
-    A storage counts once, however many views share it. What existed before does not count, until `count` is told of it.
+    A storage counts once, however many views share it. Earlier tensors count only after a call of `count`.
 
     Args:
         size_of: bytes of a storage -> bytes that count for it, as `cuda_size`; None: as they are.
@@ -52,11 +51,11 @@ class LiveMemory(TorchDispatchMode):
     ) -> Any:
         """Run the operation and count what it returned."""
         result = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not self._knows(t)]
-        if made:
-            given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            for tensor in made:
-                if id(tensor.untyped_storage()) not in given:
+        returned = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not self._knows(t)]
+        if returned:
+            inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            for tensor in returned:
+                if id(tensor.untyped_storage()) not in inputs:
                     self.count(tensor)
         return result
 
@@ -82,7 +81,7 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def restart(self) -> None:
-        """Begin the peak anew, from what is alive now."""
+        """Reset the peak to the bytes alive now."""
         self.peak = self.live
 
 

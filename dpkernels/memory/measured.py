@@ -1,4 +1,4 @@
-"""What one private step takes on this machine, measured: the time of each micro-batch, and memory."""
+"""Measurement of one private step on this machine: the time of each micro-batch, and memory."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dpkernels.deprecation import warn_renamed
+from dpkernels.deprecation import renamed_argument, warn_renamed
 from dpkernels.nn import attach, detach
 from dpkernels.privacy.accounting import accountant as accounting
 from dpkernels.privacy.accounting.accountant import Mechanism, check_accountant
@@ -129,6 +129,7 @@ class PrivacyEngine:
         speakers: Sequence[Hashable] | None = None,
         max_examples_per_speaker: int | None = None,
         lengths: Sequence[int] | None = None,
+        max_padded_frames: int | None = None,
         physical_frames: int | None = None,
         steps: int | None = None,
         target_epsilon: float | None = None,
@@ -178,9 +179,10 @@ class PrivacyEngine:
             speakers: the speaker of every example (unit="speaker").
             max_examples_per_speaker: k (unit="speaker").
             lengths: sizes of all examples; a micro-batch then holds examples of similar sizes.
-            physical_frames: with lengths: the largest micro-batch in the same unit, padding included (number of
+            max_padded_frames: with lengths: the largest micro-batch in the same unit, padding included (number of
                 examples × length of the longest). A micro-batch of short examples then holds more of them, at most
                 physical_batch_size.
+            physical_frames: the deprecated name of max_padded_frames.
             steps: total steps of the run, those in the ledger included; the loader ends after them.
             target_epsilon, target_delta: step() raises BudgetExhausted instead of exceeding this ε.
             clipping: "flat" only ("per_layer" is accepted with strategy="per_layer"). loss_reduction: "mean" only:
@@ -203,6 +205,9 @@ class PrivacyEngine:
             )
         check_single_process()
         strategy = strategy_called(strategy)
+        max_padded_frames = renamed_argument(
+            "physical_frames", physical_frames, "max_padded_frames", max_padded_frames
+        )
         check_clipping(clipping, max_grad_norm, strategy)
         check_opacus_keywords(
             poisson_sampling=poisson_sampling,
@@ -227,7 +232,7 @@ class PrivacyEngine:
             speakers=speakers,
             max_examples_per_speaker=max_examples_per_speaker,
             lengths=lengths,
-            physical_frames=physical_frames,
+            max_padded_frames=max_padded_frames,
             steps=steps,
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -275,7 +280,7 @@ class PrivacyEngine:
                 epoch_steps=setup.sampling.epoch_steps,
                 total_steps=run.steps,
                 lengths=run.lengths,
-                physical_frames=run.physical_frames,
+                max_padded_frames=run.max_padded_frames,
                 before_pass=private.begin_pass,
                 on_batch=private.begin_logical_batch,
                 steps_taken=lambda: self.steps,

@@ -40,7 +40,7 @@ class RunArguments:
     speakers: Sequence[Hashable] | None
     max_examples_per_speaker: int | None
     lengths: Sequence[int] | None
-    physical_frames: int | None
+    max_padded_frames: int | None
     steps: int | None
     target_epsilon: float | None
     target_delta: float | None
@@ -105,7 +105,7 @@ def resolve_setup(run: RunArguments, accountant: str) -> Setup:
         raise ValueError(f"physical_batch_size must be >= 1, got {run.physical_batch_size}")
     if run.steps is not None and (run.steps < 1 or run.steps != int(run.steps)):
         raise ValueError(f"steps must be a whole number >= 1, got {run.steps}")
-    _check_lengths(run.lengths, run.physical_frames, len(run.data_loader.dataset))  # type: ignore[arg-type]
+    _check_lengths(run.lengths, run.max_padded_frames, len(run.data_loader.dataset))  # type: ignore[arg-type]
 
     check_module(run.module)
     layers = None
@@ -158,13 +158,13 @@ def _check_target(target_epsilon: float | None, target_delta: float | None, unit
         check_delta(target_delta, units)
 
 
-def _check_lengths(lengths: Sequence[int] | None, physical_frames: int | None, examples: int) -> None:
+def _check_lengths(lengths: Sequence[int] | None, max_padded_frames: int | None, examples: int) -> None:
     if lengths is not None and len(lengths) != examples:
         raise ValueError(
             f"lengths must hold one size for each of the {examples} examples, got {len(lengths)}"
         )
-    if physical_frames is not None and (lengths is None or physical_frames < 1):
-        raise ValueError(f"physical_frames={physical_frames} must be >= 1, and needs lengths")
+    if max_padded_frames is not None and (lengths is None or max_padded_frames < 1):
+        raise ValueError(f"max_padded_frames={max_padded_frames} must be >= 1, and needs lengths")
 
 
 def _clipping_settings(layers: PerLayerClipNorms | None) -> dict[str, Any]:

@@ -228,11 +228,25 @@ def test_a_warning_is_said_once(
     }  # else half a minute at such a delta
     values = tones.settings(tmp_path, method__kind="head", train__steps=1, privacy__delta=0.2, **by_hand)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.setattr(console, "_said", set())
+    monkeypatch.setattr(console, "_shown_warnings", set())
     monkeypatch.setattr(sys, "argv", ["asr-finetune", "train", "-q", "--config", str(tmp_path / "run.yaml")])
     with warnings.catch_warnings(), contextlib.suppress(SystemExit):
         cli.main()
     assert capsys.readouterr().err.count("delta=0.2 >= 1/N") == 1
+
+
+def test_an_old_name_warns_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = "--model m --train d --output o --set privacy.strategy=keep_small --print-config"
+    monkeypatch.setattr(console, "_shown_warnings", set())
+    monkeypatch.setattr(sys, "argv", ["asr-finetune", "train", *old.split()])
+    with warnings.catch_warnings(), contextlib.suppress(SystemExit):
+        warnings.simplefilter("ignore")
+        cli.main()
+    printed = capsys.readouterr()
+    assert "strategy: mixed" in printed.out
+    assert printed.err.count("privacy.strategy=keep_small is now called privacy.strategy=mixed") == 1
 
 
 def test_a_missing_synthesiser_is_a_message(

@@ -119,7 +119,7 @@ def test_foreign_parameters_in_the_optimizer_are_refused() -> None:
         ("rand_on_empty", True, "step"),
         ("physical_batch_size", 0, "physical_batch_size"),
         ("steps", 0, "steps"),
-        ("physical_frames", 100, "needs lengths"),
+        ("max_padded_frames", 100, "needs lengths"),
         ("lengths", [1, 2], "lengths"),
         ("noise_multiplier", -1.0, "noise_multiplier"),
         (

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader
 
+from dpkernels.deprecation import renamed_argument, warn_renamed
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.own_batch import OwnBatch, form_of, on_devices_of, own_batch
 
@@ -80,7 +81,8 @@ class DPDataLoader:
         epoch_steps: logical batches in one pass.
         total_steps: if given, one pass runs from the steps already taken to this total.
         lengths: sizes of the examples [N]; micro-batches then hold examples of similar sizes.
-        physical_frames: largest micro-batch in the unit of `lengths`, padding included.
+        max_padded_frames: largest micro-batch in the unit of `lengths`, padding included. physical_frames: its
+            deprecated name.
         before_pass: called when a pass begins; raises if it must not begin.
         on_batch: called with the number of examples of each logical batch before it is handed out.
         attempt: see `LogicalBatch`.
@@ -96,6 +98,7 @@ class DPDataLoader:
         epoch_steps: int,
         total_steps: int | None = None,
         lengths: Sequence[int] | np.ndarray | None = None,
+        max_padded_frames: int | None = None,
         physical_frames: int | None = None,
         before_pass: Callable[[], None],
         on_batch: Callable[[int], None],
@@ -106,7 +109,9 @@ class DPDataLoader:
         self.batch_size = data_loader.batch_size
         self.collate_fn = data_loader.collate_fn
         self.physical_batch_size = physical_batch_size
-        self.physical_frames = physical_frames
+        self.max_padded_frames = renamed_argument(
+            "physical_frames", physical_frames, "max_padded_frames", max_padded_frames
+        )
         self.epoch_steps = epoch_steps
         self.total_steps = total_steps
         self._sampler = sampler
@@ -137,6 +142,12 @@ class DPDataLoader:
     def __len__(self) -> int:
         """Logical batches in one pass: round(1/q), or `steps` if make_private was given it."""
         return self.epoch_steps if self.total_steps is None else self.total_steps
+
+    @property
+    def physical_frames(self) -> int | None:
+        """The deprecated name of `max_padded_frames`."""
+        warn_renamed("DPDataLoader.physical_frames", "max_padded_frames")
+        return self.max_padded_frames
 
     def __iter__(self) -> Iterator[LogicalBatch]:
         """One pass over logical batches. Each is drawn once, and optimizer.step() must be called once for each.
@@ -211,7 +222,7 @@ class DPDataLoader:
         return self.collate_fn(get_items(part) if get_items else [self.dataset[index] for index in part])
 
     def _split(self, indices: np.ndarray) -> list[list[int]]:
-        return micro_batches(indices, self.physical_batch_size, self._lengths, self.physical_frames)
+        return micro_batches(indices, self.physical_batch_size, self._lengths, self.max_padded_frames)
 
 
 class _Feed:

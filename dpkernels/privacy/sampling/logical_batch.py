@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from dpkernels.deprecation import renamed_argument
+
 _UNPACKS = {dis.opmap["UNPACK_SEQUENCE"], dis.opmap["UNPACK_EX"]}
 
 
@@ -15,25 +17,31 @@ def micro_batches(
     indices: np.ndarray,
     physical_batch_size: int,
     lengths: np.ndarray | None = None,
+    max_padded_frames: int | None = None,
+    *,
     physical_frames: int | None = None,
 ) -> list[list[int]]:
     """Split a logical batch into micro-batches of at most `physical_batch_size`, of similar lengths if these are known.
 
-    The longest examples come first, so that a lack of memory shows at once. With `physical_frames` a micro-batch also
+    The longest examples come first, so that a lack of memory shows at once. With `max_padded_frames` a micro-batch also
     holds at most that many frames, padding included (number of examples × length of the longest), but at least one
     example: a micro-batch of short examples holds more of them.
 
     The split depends only on the drawn batch and the lengths, and puts every example into exactly one micro-batch. It
-    changes neither the sampling nor the contribution of an example to the sum.
+    changes neither the sampling nor the contribution of an example to the sum. `physical_frames` is the deprecated name
+    of `max_padded_frames`.
     """
+    max_padded_frames = renamed_argument(
+        "physical_frames", physical_frames, "max_padded_frames", max_padded_frames
+    )
     if lengths is not None:
         # As float64, since the negative of an unsigned number is a large positive one.
         indices = indices[np.argsort(-lengths[indices].astype(np.float64), kind="stable")]
     parts, start = [], 0
     while start < len(indices):
         size = physical_batch_size
-        if lengths is not None and physical_frames is not None:
-            size = max(1, min(size, physical_frames // max(math.ceil(lengths[indices[start]]), 1)))
+        if lengths is not None and max_padded_frames is not None:
+            size = max(1, min(size, max_padded_frames // max(math.ceil(lengths[indices[start]]), 1)))
         parts.append(indices[start : start + size].tolist())
         start += size
     return parts

@@ -59,6 +59,18 @@ def test_defaults_stand_where_nothing_is_written() -> None:
     assert config.train.batch_size == 256
 
 
+def test_the_old_name_of_mixed_is_accepted(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("model: {name: m}\ndata: {train: d}\nprivacy: {strategy: keep_small}\noutput: o\n")
+    with pytest.warns(DeprecationWarning, match="privacy.strategy=keep_small is now called .*=mixed"):
+        config = Config.from_dict(load_yaml(file))
+    assert config == Config.from_dict(with_(privacy={"strategy": "mixed"}))
+    with pytest.warns(DeprecationWarning, match="mixed"):
+        assert Config.from_dict(overridden(LEAST, settings=["privacy.strategy=keep_small"])) == config
+    with pytest.raises(ConfigError, match="expected one of bookkeeping, mixed, two_pass, per_layer"):
+        Config.from_dict(with_(privacy={"strategy": "smallest"}))
+
+
 def test_every_key_is_explained() -> None:
     for section in SECTIONS.values():
         for name, item in fields_of(section).items():

@@ -28,7 +28,7 @@ def test_ids_of_several_recordings_are_noted_and_kept(tmp_path: Path) -> None:
     corpus = read(manifest(tmp_path, lines))
     assert len(corpus) == 2
     (note,) = corpus.notes
-    assert "1 ids are of more than one recording" in note
+    assert "1 ids belong to more than one recording" in note
     assert note in corpus.summary()
     assert not read(manifest(tmp_path, lines[:1])).notes
 
@@ -102,7 +102,7 @@ def test_what_the_recognizer_cannot_take_is_left_out_by_name(parakeet: Recognize
         ("wav2vec2", "low <pad> high", "not in the vocabulary: '<pad>'"),
         ("wav2vec2-bert", "<s> low </s>", "not in the vocabulary: '<s>, </s>'"),
         ("wav2vec2", "low <unk>", "not in the vocabulary: '<unk>'"),
-        ("wav2vec2", "low|high", "the tokenizer's sign for a space in the transcript: '|'"),
+        ("wav2vec2", "low|high", "the tokenizer's space symbol in the transcript: '|'"),
     ],
 )
 def test_literal_special_tokens_are_left_out_by_name(

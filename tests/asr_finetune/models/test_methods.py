@@ -258,7 +258,7 @@ def test_the_encoder_of_a_ctc_model_is_all_but_its_head(folders: dict[str, Path]
         (
             "wav2vec2-bert",
             {"kind": "lora", "targets": ["lm_head"], "new_head": True, "vocabulary": "characters"},
-            "lm_head is the output layer, which is trained as a whole",
+            "lm_head is the output layer, which is trained without LoRA",
         ),
         ("parakeet", {"kind": "full", "layers": "decoder"}, "a CTC model has no decoder"),
         ("whisper", {"kind": "lora", "train_head": True}, "token table"),

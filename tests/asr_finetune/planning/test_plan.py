@@ -89,7 +89,7 @@ def test_speakers_are_called_so_and_counted_so(tmp_path: Path) -> None:
     made = plan_noise(sampled(1000, 60, **SPEAKERS), **LENGTH, noise_multiplier=1.0)
     assert (made.units, made.sample_rate, made.per_unit) == (1000, 60 / 3000, 3)
     said = [str(cell) for cell in plan_table(made).columns[1]._cells]
-    assert any("rate 0.02000 (of 1,000 speakers; of one at most 3 utterances" in cell for cell in said)
+    assert any("rate 0.02000 (of 1,000 speakers; at most 3 utterances of each" in cell for cell in said)
     assert any("each speaker is drawn 0.4 times" in cell for cell in said)
     tones.write_manifest(tmp_path, 10)  # 4 speakers: 3, 3, 2, 2 recordings
     changes = {f"privacy__{key}": value for key, value in SPEAKERS.items()}

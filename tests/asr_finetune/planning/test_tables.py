@@ -100,7 +100,7 @@ def test_an_audio_folder(audio_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(datasets.config.TORCHCODEC_AVAILABLE, reason="torchcodec is installed: nothing to miss")
 def test_what_datasets_misses_for_an_audio_folder_is_said(audio_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"it says: .*install 'torchcodec'"):
+    with pytest.raises(ConfigError, match=r"Its error: .*install 'torchcodec'"):
         read(audio_folder, text_column="words")
 
 
@@ -170,7 +170,7 @@ def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", asked.append)
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(
-        ConfigError, match=r"cannot load 'nobody/no-such-data': give .*says: no such data set"
+        ConfigError, match=r"cannot load 'nobody/no-such-data': give .*error: no such data set"
     ):
         read(Path("nobody/no-such-data"))
     assert [url.partition("/datasets/")[2] for url in asked] == ["nobody/no-such-data/resolve/main/README.md"]

@@ -140,7 +140,7 @@ def test_what_does_not_decode_is_not_counted(folder: Path, capsys: pytest.Captur
     train(small(folder, data__check_audio=False, train__steps=4, train__batch_size=12))
     values = json.loads((folder / "run" / "run.json").read_text())
     assert values["privacy"]["dataset_size"] == 12
-    assert "1 recordings could not be read while training" in capsys.readouterr().out
+    assert "1 recordings could not be read during training" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -154,7 +154,7 @@ def test_a_signal_in_the_last_step_stops_before_the_evaluation(
         original(self, entry)
         if entry["step"] == 2:
             os.kill(os.getpid(), number)
-            assert "stopping after this step; again to stop now" in capsys.readouterr().out
+            assert "stopping after this step; repeat the signal to stop now" in capsys.readouterr().out
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "note_history", note)
@@ -215,3 +215,15 @@ def test_nothing_outside_not_private_names_a_speaker(folder: Path) -> None:
     assert run.check(config, resume=True)  # what was left out of config.yaml is known still
     with pytest.raises(ConfigError, match=r"data\.speakers: was \['Ada Lovelace 0', 'Ada Lovelace 1'\]"):
         run.check(small(folder, **{**changes, "data__speakers": names[:1]}), resume=True)
+
+
+def test_a_run_begun_under_a_strategys_old_name_is_resumed(tmp_path: Path) -> None:
+    config = small(tmp_path, privacy__strategy="mixed")
+    run = RunFolder(Path(config.output))
+    run.prepare(config, resume=True)
+    run.checkpoint.mkdir()
+    written = run.config.read_text()
+    assert "strategy: mixed" in written
+    run.config.write_text(written.replace("strategy: mixed", "strategy: keep_small"))
+    with pytest.warns(DeprecationWarning, match="mixed"):
+        assert run.check(config, resume=True)
