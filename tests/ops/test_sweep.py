@@ -364,7 +364,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"nonces": [bytes(12)]}, ValueError, "nonces: expected 2"),
         ({"nonces": [bytes(12), bytes(8)]}, ValueError, r"^nonces\[1\]: expected 12 bytes"),
         ({"nonces": ["n" * 12, bytes(12)]}, TypeError, r"^nonces\[0\]: expected bytes; given str"),
-        ({"nonces": [bytes(12), bytes(12)]}, ValueError, "all different"),
+        ({"nonces": [bytes(12), bytes(12)]}, ValueError, "distinct nonces"),
         (
             {"rounding_nonces": [bytes(8), b"\2" * 12]},
             ValueError,
@@ -375,7 +375,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
             TypeError,
             r"^rounding_nonces\[1\]: expected bytes; given int",
         ),
-        ({"rounding_nonces": [bytes(12), b"\2" * 12]}, ValueError, "all different"),
+        ({"rounding_nonces": [bytes(12), b"\2" * 12]}, ValueError, "distinct nonces"),
         ({"rounding_nonces": [b"\2" * 12]}, ValueError, "rounding_nonces: expected 2"),
         ({"noise_scale": -1.0}, ValueError, "noise_scale: expected"),
         ({"noise_scale": math.nan}, ValueError, "noise_scale: expected"),
@@ -474,7 +474,7 @@ def test_a_tensor_given_twice_is_refused() -> None:
     """A tied parameter listed twice would be noised and stepped on by two threads at once."""
     p, total = torch.ones(4), torch.zeros(4, dtype=torch.float64)
     other = torch.zeros(4, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"params\[1\]: expected memory of its own"):
+    with pytest.raises(ValueError, match=r"params\[1\]: expected separate memory"):
         ops.noise_sgd(
             [p, p],
             [total, other],
@@ -491,7 +491,7 @@ def test_a_tensor_given_twice_is_refused() -> None:
 @pytest.mark.parametrize("grid", [2.0**-1074, 2.0**-1030])
 def test_a_grid_without_an_inverse_is_refused(grid: float) -> None:
     """1/grid would be infinite, and every parameter NaN."""
-    with pytest.raises(ValueError, match="grid: expected one of the noise's size"):
+    with pytest.raises(ValueError, match="grid: expected a grid near the noise's scale"):
         ops.noise_sgd(
             [torch.ones(4)],
             [torch.zeros(4, dtype=torch.float64)],

@@ -86,7 +86,7 @@ LINES = (
             ),
             Fault(
                 "one stream for two parameters let through",
-                "dpkernels/ops/sweep.py",
+                "dpkernels/ops/_secrets.py",
                 "if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):",
                 "if False:",
                 "tests/privacy/step/test_sweep.py::test_one_stream_for_two_parameters_is_refused",
