@@ -116,17 +116,17 @@ def throughput(corpus: Corpus, recognizer: Recognizer) -> dict[str, float]:
     frames = np.array([recognizer.length(utterance) for utterance in corpus.utterances])
     parts = micro_batches(np.arange(len(corpus)), _COLLATED, frames)
 
-    def sweep(dataset: SpeechDataset, workers: int = 0) -> None:
+    def read_all(dataset: SpeechDataset, workers: int = 0) -> None:
         for _ in DataLoader(dataset, batch_sampler=parts, collate_fn=recognizer.collate, num_workers=workers):
             pass
 
-    sweep(cached)
+    read_all(cached)
     stages: dict[str, Callable[[], Any]] = {
         "decode": lambda: [read_audio(utterance, RATE) for utterance in corpus.utterances],
         "features": lambda: [recognizer.encode_audio(array) for array in samples],
-        "computed": lambda: sweep(computed),
-        "cached": lambda: sweep(cached),
-        "received": lambda: sweep(cached, 1),
+        "computed": lambda: read_all(computed),
+        "cached": lambda: read_all(cached),
+        "received": lambda: read_all(cached, 1),
     }
     return {name: round(len(corpus) / _seconds(stage), 1) for name, stage in stages.items()}
 

@@ -1,13 +1,13 @@
-"""The sweep of a private step on a GPU: bits, time, and what ChaCha20 costs over Philox, in half a minute.
+"""The fused step on a GPU: bits, time, and what ChaCha20 costs over Philox, in half a minute.
 
     python -m bench.gpu.optim                     builds bench/native by nvcc; $OUT/<device>/sweep.json
     python -m bench.gpu.optim --sizes 2e7 --rounds 5
 
-OUT is bench/results where it is not set. Needs nvcc, and the native libraries in dpkernels/lib (`python setup.py
-build_ext --inplace`). "queued" is the time between two CUDA events while the GPU was kept busy until both the work and
-they were queued: launches and Python are not in it. "called" has them in. Each entry of a sweep moves 40 bytes: its
-float64 sum is read and cleared, float32 parameter and moments are read and written; of torch's AdamW 28, of
-torch.normal + add + AdamW 28 + 4 + 12.
+OUT defaults to bench/results. The module needs nvcc, and the native libraries in dpkernels/lib (`python setup.py
+build_ext --inplace`). "queued" is the time between two CUDA events, with the GPU kept busy until all of it is queued, so that it
+excludes launches and Python. "called" includes them. The fused step moves 40 bytes an entry: it reads and clears the
+float64 sum, and reads and writes float32 parameter and moments. torch's AdamW moves 28 bytes an entry, and
+torch.normal + add + AdamW move 28 + 4 + 12.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import native as native_bench
-from bench.cases import optim as sweep_cases
-from bench.cases.optim import NON_PRIVATE, PHILOX, PLAIN, SWEEP
+from bench.cases import optim as optim_cases
+from bench.cases.optim import FUSED, NON_PRIVATE, PHILOX, PLAIN
 from bench.harness import machine
 from bench.harness.timer import Samples, device_seconds
 from bench.reports import kernel as kernel_report
@@ -30,7 +30,7 @@ from dpkernels import ops
 from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from dpkernels.backends.native_ops import optim as native_optim
 
-BYTES = {SWEEP: 40, PHILOX: 40, NON_PRIVATE: 28, PLAIN: 44}
+BYTES = {FUSED: 40, PHILOX: 40, NON_PRIVATE: 28, PLAIN: 44}
 """What an entry moves at least: see above."""
 
 HOLD = 12_000_000
@@ -83,15 +83,15 @@ class Buffers:
         )
         buffers = (self.params, self.sums, self.firsts, self.seconds)
         self.table = native_optim._table(*buffers, [], [3.0] * count, nonces, nonces)
-        key = torch.tensor(list(sweep_cases.KEY), dtype=torch.uint8)
+        key = torch.tensor(list(optim_cases.KEY), dtype=torch.uint8)
         rounding = nonces if self.params[0].dtype == torch.bfloat16 else nonces[:0]
         self.noise = native_optim._noise(
-            key, sweep_cases.SCALE, sweep_cases.GRID, sweep_cases.DIVISOR, False, rounding
+            key, optim_cases.SCALE, optim_cases.GRID, optim_cases.DIVISOR, False, rounding
         )
-        self.options = native_optim._Adam(*sweep_cases.HYPER.values(), 1)
+        self.options = native_optim._Adam(*optim_cases.HYPER.values(), 1)
 
     def library(self) -> None:
-        """The library's sweep."""
+        """The library's fused step."""
         native_optim._run("noise_adamw", self.params[0].device, self.table, self.noise, self.options)
 
     def everything(self) -> list[Tensor]:
@@ -186,15 +186,15 @@ def bandwidth(rounds: int) -> float:
     return 2 * 4 * source.numel() / taken["copy"].median
 
 
-def time_sweeps(count: int, tensors: int, build: native_bench.Bench, rounds: int) -> dict[str, Any]:
+def time_steps(count: int, tensors: int, build: native_bench.Bench, rounds: int) -> dict[str, Any]:
     """Seconds of every contender: {name: {"queued", "iqr", "called", "bytes"}}."""
     ours = Buffers(count, tensors, "cuda")
     plain, apart = (
-        sweep_cases.Update(n, count, tensors, torch.float32, "cuda") for n in (NON_PRIVATE, PLAIN)
+        optim_cases.Update(n, count, tensors, torch.float32, "cuda") for n in (NON_PRIVATE, PLAIN)
     )
     contenders: dict[str, Callable[[], object]] = {
-        SWEEP: ours.library,
-        PHILOX: lambda: build.philox_sweep(ours.table, ours.noise, ours.options),
+        FUSED: ours.library,
+        PHILOX: lambda: build.philox_step(ours.table, ours.noise, ours.options),
         NON_PRIVATE: plain.run,
         PLAIN: apart.run,
     }
@@ -247,12 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "normals": time_normals(10**8, options.rounds),
     }
     for size in options.sizes:
-        result["sweeps"][str(int(size))] = time_sweeps(int(size), options.tensors, build, options.rounds)
+        result["sweeps"][str(int(size))] = time_steps(int(size), options.tensors, build, options.rounds)
         torch.cuda.empty_cache()
     machine.save(result, "sweep")
     for what, good in result["checks"].items():
         print(f"{'ok ' if good else 'BAD'} {what}")
-    print(kernel_report.sweep(result))
+    print(kernel_report.fused_step(result))
     return 0 if all(result["checks"].values()) else 1
 
 

@@ -67,7 +67,7 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
         ),
         Part("tune", (python, "-m", "bench.gpu.tune", f"--output={out}"), 4),
         Part("peaks", (python, "-m", "bench.asr.peaks", "--device", "cuda", f"--output={out}/peaks.json"), 3),
-        Part("sweep", (python, "-m", "bench.gpu.optim"), 3),
+        Part("optim", (python, "-m", "bench.gpu.optim"), 3),
         Part("recipes", (python, "-m", "bench.asr.recipes", "--batch", "256"), 9),
         Part("largest", (python, "-m", "bench.asr.largest", f"--output={out}/largest.json"), 5),
         Part("normals", (python, "-m", "bench.gpu.normals", "--device", "cuda", "--draws", "1e10"), 3),

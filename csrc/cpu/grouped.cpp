@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/optim_arguments.h"
 #include "common/parallel.h"
-#include "common/sweep_arguments.h"
-#include "cpu/sweep_isa.h"
+#include "cpu/optim_isa.h"
 
 namespace dpk {
 namespace {

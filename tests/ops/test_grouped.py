@@ -223,7 +223,7 @@ def test_the_epilogue_without_noise_divides_only(backend: str) -> None:
         torch.testing.assert_close(ours, total / 6, rtol=1e-15, atol=0)
 
 
-def test_the_gradient_is_the_sweeps() -> None:
+def test_the_gradient_is_that_of_the_fused_step() -> None:
     cases = many(1)
     outs = empty(cases)
     grouped(cases, outs, FACTORS, **noise(outs))

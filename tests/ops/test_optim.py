@@ -14,7 +14,7 @@ from torch import Tensor
 from dpkernels import ops
 from dpkernels.backends import native, registry, triton_ops
 from tests.ops import conftest
-from tests.ops.tolerances import SWEEP_GRADIENT, SWEEP_OFF
+from tests.ops.tolerances import FUSED_GRADIENT, FUSED_OFF
 
 KEY = bytes(range(32))
 # Odd sizes, empty, several dimensions, more than one piece of a thread (8192 entries).
@@ -52,7 +52,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield from conftest.use(request.param, monkeypatch)
 
 
-def test_triton_has_no_sweep_of_its_own() -> None:
+def test_triton_has_no_fused_step() -> None:
     assert not any(hasattr(triton_ops, op) for op in ("noise_adamw", "noise_sgd"))
 
 
@@ -90,7 +90,7 @@ class State:
             total.copy_(drawn(generator, total.shape, torch.float64) * 5)
 
     def step(self, step: int, **options: Any) -> None:
-        """Fill the sums and sweep."""
+        """Fill the sums and take a fused step."""
         self.fill(step)
         given = dict(OPTIMIZERS[self.name])
         common = {
@@ -160,7 +160,7 @@ def test_equals_noise_then_torchs_optimizer(name: str, dtype: torch.dtype, backe
     for step in (1, 2, 3):
         state.step(step)
     for ours, theirs in zip(state.params, of_torch(name, start, dtype, 3), strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), **SWEEP_OFF)
+        torch.testing.assert_close(ours.double(), theirs.double(), **FUSED_OFF)
     assert not any(total.any() for total in state.sums)
 
 
@@ -174,7 +174,7 @@ def test_the_released_gradient_is_that_of_noise_alone(name: str, backend: str) -
     for ours, exact in zip(found, expected, strict=True):
         # The same bits of the same normals; the reference's own differ in the last place of a float64.
         off = (ours != exact).float().mean() if ours.numel() else 0
-        assert off <= SWEEP_GRADIENT
+        assert off <= FUSED_GRADIENT
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -255,7 +255,7 @@ def test_bf16_parameters_have_float32_arithmetic(name: str, backend: str) -> Non
     for ours, exact in zip(half.params, wide.params, strict=True):
         torch.testing.assert_close(ours.float(), exact.bfloat16().float(), rtol=2**-7, atol=1e-30)
         share = (ours != exact.bfloat16()).float().mean() if ours.numel() else 0
-        assert share <= SWEEP_GRADIENT  # a tie may fall otherwise in the reference
+        assert share <= FUSED_GRADIENT  # a tie may fall otherwise in the reference
     for ours, exact in zip(half.firsts, wide.firsts, strict=True):
         torch.testing.assert_close(ours, exact)
 
