@@ -5,9 +5,9 @@
 
 OUT defaults to bench/results. The module needs nvcc, and the native libraries in dpkernels/lib (`python setup.py
 build_ext --inplace`). "queued" is the time between two CUDA events, with the GPU kept busy until all work is
-queued, so that it excludes launches and Python. "called" includes them. The fused step moves 40 bytes an entry: it reads
-and clears the float64 sum, and reads and writes float32 parameter and moments. torch's AdamW moves 28 bytes an entry, and
-torch.normal + add + AdamW move 28 + 4 + 12.
+queued, so that it excludes launches and Python. "called" includes them. The fused step moves 40 bytes an entry: it
+reads and clears the float64 sum, and reads and writes float32 parameter and moments. torch's AdamW moves 28 bytes
+an entry, and torch.normal + add + AdamW move 28 + 4 + 12.
 """
 
 from __future__ import annotations

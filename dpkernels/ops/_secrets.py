@@ -51,8 +51,8 @@ def check_secrets(
             )
     if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):
         raise ValueError(
-            "nonces: expected distinct nonces, rounding_nonces included; given one twice, which would repeat the noise "
-            "of one tensor in another; draw one a tensor"
+            "nonces: expected distinct nonces, rounding_nonces included; given one twice, so two tensors would "
+            "share their noise; draw one a tensor"
         )
     if not (math.isfinite(noise_scale) and noise_scale >= 0):
         raise ValueError(f"noise_scale: expected a finite number ≥ 0; given {noise_scale}; pass σ·S")

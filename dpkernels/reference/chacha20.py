@@ -48,7 +48,7 @@ def _blocks(key: bytes, counters: Tensor, nonce: bytes) -> Tensor:
 def _pieces(key: bytes, counter: int, nonce: bytes, blocks: int, device: torch.device | str) -> list[Tensor]:
     if counter < 0 or blocks < 0 or counter + blocks > 1 << 32:
         raise ValueError(
-            f"blocks: given {blocks} from counter {counter} on; RFC 8439's counter has 32 bits and does not wrap"
+            f"blocks: given {blocks} from counter {counter} on; RFC 8439's 32-bit counter is not wrapped"
         )
     starts = range(counter, counter + blocks, _PIECE)
     ends = [min(start + _PIECE, counter + blocks) for start in starts]
