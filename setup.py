@@ -33,7 +33,7 @@ def missing_tool() -> str | None:
     compiler = os.environ.get("CXX", "").split()
     if not find_program(*compiler[:1] or ("c++", "g++", "clang++")):
         if compiler:
-            return f"the C++ compiler CXX={compiler[0]} was not found; fix: unset CXX or set it to another compiler"
+            return f"the C++ compiler CXX={compiler[0]} was not found; fix: unset CXX or set another one"
         return (
             "no C++ compiler (c++, g++, clang++) was found on the PATH; fix: apt-get install g++ (Debian, "
             "Ubuntu), dnf install gcc-c++ (Fedora), or set CXX"

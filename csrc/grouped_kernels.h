@@ -32,8 +32,8 @@ typedef struct {
   void* out_b;
 } dpk_layer;
 
-// Every layer's weighted sum, with the bits of its own function. Small layers are shared out among the
-// threads whole; large ones take all threads. No two outs may overlap.
+// Every layer's weighted sum, with the bits of its own function. Each small layer is computed by
+// one thread; each large one by all threads. No two outs may overlap.
 DPK_API dpk_status dpk_cpu_weighted_sums(const dpk_layer* layers, int64_t layer_count, const double* factors,
                                          int32_t threads);
 

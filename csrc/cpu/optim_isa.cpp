@@ -16,9 +16,9 @@ inline void prefetch(const void* start, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 1, 3);
 }
 
-// The normals of entries [start, start + count), and meanwhile their buffers' lines, so that memory is waited
-// for while there is something to compute. A few lines at a time: a core has room for some twenty that are on
-// their way.
+// Computes the normals of entries [start, start + count) and prefetches the lines of their buffers, so that
+// computation hides the memory's latency. It prefetches a few lines at a time, because a core can have about
+// twenty in flight.
 void draw_and_fetch(const OptimPiece& piece, int64_t start, int64_t count, double* z) {
   constexpr int64_t kRound = kBlockLanes * kNormalsPerBlock;
   const int64_t width = piece.half ? 2 : 4;
@@ -34,7 +34,7 @@ void draw_and_fetch(const OptimPiece& piece, int64_t start, int64_t count, doubl
   }
 }
 
-// Copied, so that the compiler need not fear that writing a buffer changes the plan.
+// A copy, so that the compiler knows that writing a buffer does not change the plan.
 void gradients(double* sum, const double* z, int64_t count, NoisePlan plan, float* gradient) {
   if (plan.draws && plan.rounds) {
     plan.draws = plan.rounds = true;

@@ -1,7 +1,7 @@
 // The fused step on the GPU, as a template on the generator of its random words: the library instantiates it
 // with ChaCha20, the benchmarks also with Philox (bench/native).
 //
-// A warp takes 256 entries of one parameter, a tile, and warps have nothing to do with each other. Each lane
+// A warp takes 256 entries of one parameter, a tile, and warps are independent of each other. Each lane
 // computes one block of the cipher, hence 8 normals, in registers; they pass through the warp's own shared
 // memory, so that the lanes then touch consecutive pairs of entries: 16 bytes of the sum, 8 of every float
 // buffer. A lane loads all of its four pairs before it computes with the first.
