@@ -100,9 +100,9 @@ def padding(seconds: np.ndarray, batch: int, width: int, draws: int = 20) -> dic
         drawn = np.flatnonzero(random.random(len(frames)) < min(batch / len(frames), 1.0))
         own += int(frames[drawn].sum())
         for name, split in splits.items():
-            made = split(drawn)
-            parts[name] += len(made)
-            padded[name] += sum(len(part) * int(frames[part].max()) for part in made)
+            batches = split(drawn)
+            parts[name] += len(batches)
+            padded[name] += sum(len(part) * int(frames[part].max()) for part in batches)
     return {
         name: {"padding": round(1 - own / padded[name], 4), "micro_batches": round(parts[name] / draws, 1)}
         for name in splits
@@ -184,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpora = {"generated": generated(Path(folder), options.count)}
         if options.manifest:
-            found = DataConfig(train=options.manifest, corpus=options.corpus, text_case="lower")
-            corpora["recordings"] = load_corpus(options.manifest, data=found)
+            config = DataConfig(train=options.manifest, corpus=options.corpus, text_case="lower")
+            corpora["recordings"] = load_corpus(options.manifest, data=config)
         for name, corpus in corpora.items():
             results["corpora"][name] = describe(corpus, recognizer, options.rate)
     text = json.dumps(results, indent=1)

@@ -1,4 +1,4 @@
-"""CUDA code that only measurements and checks use (bench/native), built by nvcc when first asked for.
+"""CUDA code that only measurements and checks use (bench/native), built by nvcc at its first use.
 
 A build is kept in build/bench under a hash of its sources: `python -m bench.cases.native 90a` makes that of
 bench.gpu.optim on a machine without a GPU, to be carried along. `Bench` holds the fused step with Philox in ChaCha20's
@@ -94,11 +94,11 @@ class Bench:
     def short(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """√b and a/b of float32 tensors by the update's short sequences on the GPU; on the CPU."""
         given = [t.contiguous().cuda() for t in (a, b)]
-        made = [torch.full_like(given[0], float("nan")) for _ in range(2)]
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*given, *made)]
+        results = [torch.full_like(given[0], float("nan")) for _ in range(2)]
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*given, *results)]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self.call("bench_short", *pointers[:2], ctypes.c_int64(a.numel()), *pointers[2:], stream)
-        return made[0].cpu(), made[1].cpu()
+        return results[0].cpu(), results[1].cpu()
 
     def philox(self, counter: list[int], key: list[int]) -> list[int]:
         """16 words of Philox4x32-10 from (4·counter[0], counter[1..3]) on."""

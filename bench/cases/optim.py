@@ -19,7 +19,7 @@ from dpkernels.backends.native_ops import optim as native_optim
 
 FUSED, UNFUSED = "dpkernels", "dpkernels, separate passes"
 PHILOX = "dpkernels, Philox in place of ChaCha20 (not private)"
-"""On a GPU with nvcc: what is compiled in bench/native."""
+"""The contender compiled in bench/native, on a GPU with nvcc."""
 
 PLAIN = "torch.normal, add, fused AdamW"
 NON_PRIVATE = "fused AdamW, not private"
@@ -123,7 +123,7 @@ class Update:
 
 
 def wrong(name: str, dtype: torch.dtype, device: str) -> str:
-    """Why a contender's results cannot be trusted; "" where they can."""
+    """Return why a contender's results are wrong; "" if they are right."""
     count, tensors = 40_000, 4
     clean = Update(name, count, tensors, dtype, device, noise=0.0)
     start = [p.detach().double().cpu() for p in clean.params]

@@ -67,8 +67,8 @@ class Buffers:
 
     def __init__(self, count: int, tensors: int, device: str, dtype: torch.dtype = torch.float32) -> None:
         def fill(dtype: torch.dtype, scale: float) -> list[Tensor]:
-            whole = torch.empty(count, device=device, dtype=dtype).normal_().mul_(scale)
-            return list(whole.chunk(tensors))
+            values = torch.empty(count, device=device, dtype=dtype).normal_().mul_(scale)
+            return list(values.chunk(tensors))
 
         self.params, self.sums = fill(dtype, 1.0), fill(torch.float64, 5.0)
         self.firsts = fill(torch.float32, 0.01)
@@ -100,7 +100,7 @@ class Buffers:
 
 def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
     """Odd lengths, odd addresses, little noise, and moments for which a short root or quotient would be wrong."""
-    made = Buffers(8, 1, "cpu", dtype)
+    buffers = Buffers(8, 1, "cpu", dtype)
     for name in ("params", "sums", "firsts", "seconds"):
         generator = torch.Generator().manual_seed(len(name))
         tensors = []
@@ -113,12 +113,12 @@ def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
                 powers = (-44, 20) if name == "firsts" else (-40, 16)
                 one = one * 10.0 ** torch.randint(*powers, one.shape, generator=generator)
             kept = {"params": dtype, "sums": torch.float64}.get(name, torch.float32)
-            whole = one.to(kept).to(device)
-            tensors.append(whole[3:] if count == 4099 else whole[:count].clone())
-        setattr(made, name, tensors)
-    made.retable()
-    made.noise.noise_scale, made.noise.grid, made.options.eps = 1e-24, 2.0**-92, 1e-30
-    return made
+            values = one.to(kept).to(device)
+            tensors.append(values[3:] if count == 4099 else values[:count].clone())
+        setattr(buffers, name, tensors)
+    buffers.retable()
+    buffers.noise.noise_scale, buffers.noise.grid, buffers.options.eps = 1e-24, 2.0**-92, 1e-30
+    return buffers
 
 
 def extreme_words() -> Tensor:
@@ -158,24 +158,24 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 def checks(build: native_bench.Bench) -> dict[str, bool]:
     """Whether the GPU makes the CPU's bits."""
-    found = {}
+    passed = {}
     for dtype in (torch.float32, torch.bfloat16):
         on_cpu, on_gpu = (awkward(device, dtype) for device in ("cpu", "cuda"))
         on_cpu.library()
         on_gpu.library()
-        found[f"sweep, {dtype}"] = same(on_gpu.everything(), on_cpu.everything())
+        passed[f"sweep, {dtype}"] = same(on_gpu.everything(), on_cpu.everything())
     words = extreme_words()
-    found["normals of extreme words"] = same([build.box_muller(words)], [native_chacha20.box_muller(words)])
+    passed["normals of extreme words"] = same([build.box_muller(words)], [native_chacha20.box_muller(words)])
     drawn = [
         ops.chacha20_normal(3_000_001, key=bytes(32), nonce=bytes(12), device=d) for d in ("cpu", "cuda")
     ]
-    found["3,000,001 normals"] = same(drawn[:1], drawn[1:])
+    passed["3,000,001 normals"] = same(drawn[:1], drawn[1:])
     a, b = all_mantissas()
-    found["float32 roots and quotients, every mantissa"] = same(build.short(a, b), rounded(a, b))
+    passed["float32 roots and quotients, every mantissa"] = same(build.short(a, b), rounded(a, b))
     # Random123's known answer.
     zeros = build.philox([0, 0, 0, 0], [0, 0])[:4]
-    found["Philox's known answer"] = zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    return found
+    passed["Philox's known answer"] = zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    return passed
 
 
 def bandwidth(rounds: int) -> float:
@@ -199,12 +199,12 @@ def time_steps(count: int, tensors: int, build: native_bench.Bench, rounds: int)
         PLAIN: apart.run,
     }
     on_gpu = in_turns(contenders, rounds, queued)
-    whole = in_turns(contenders, max(3, rounds // 3), device_seconds)
+    called = in_turns(contenders, max(3, rounds // 3), device_seconds)
     return {
         name: {
             "queued": samples.median,
             "iqr": samples.iqr,
-            "called": whole[name].median,
+            "called": called[name].median,
             "bytes": BYTES[name] * count,
         }
         for name, samples in on_gpu.items()

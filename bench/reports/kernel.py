@@ -1,7 +1,7 @@
-"""What is measured of single kernels outside of `pytest --benchmark`, as Markdown for docs/benchmarks.md.
+"""Measurements of single kernels outside of `pytest --benchmark`, as Markdown for docs/benchmarks.md.
 
-Each function takes what its module saved: `sweep`, `many_normals`, `tensor_cores` (under bench/results/<device>)
-and `triton_table`. `section` takes what is there; a file that is absent leaves no trace.
+Each function takes the result that its module saved: `sweep`, `many_normals` and `tensor_cores` under
+bench/results/<device>, and `triton_table`. `section` includes the files that exist.
 """
 
 from __future__ import annotations

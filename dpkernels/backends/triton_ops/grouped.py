@@ -160,13 +160,13 @@ class Group:
     def constants(self, *, sums: bool) -> dict[str, Any]:
         """Return the constexprs of the group's kernel."""
         dtype, out, w_align, n_align, columns = self.form.kind
-        found = {"DTYPE": _TYPES[dtype], "W_ALIGN": w_align}
+        constexprs = {"DTYPE": _TYPES[dtype], "W_ALIGN": w_align}
         if sums:
             assert out is not None
-            found["OUT_DTYPE"] = _TYPES[out]
+            constexprs["OUT_DTYPE"] = _TYPES[out]
         if columns:
-            found |= {"N_ALIGN": n_align, "R": columns, "UPCAST": upcast(self.like)}
-        return found
+            constexprs |= {"N_ALIGN": n_align, "R": columns, "UPCAST": upcast(self.like)}
+        return constexprs
 
     @property
     def aligned(self) -> bool:
