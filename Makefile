@@ -1,21 +1,21 @@
-# One entry point a job; each sets itself up in .venv on a fresh machine. `make lint` never edits; `make format` does.
+# One target a job; each target creates .venv on a fresh machine. `make lint` never edits; `make format` does.
 PYTHON ?= python3
 # Any pip requirement, options included: see "Choosing the torch build" in README.md.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-# For a GPU machine: wheels of what it lacks, where results go, and which parts (all by default).
+# For a GPU machine: the folder of missing wheels, the folder of results, and the parts to run (all by default).
 WHEELS ?= build/wheels
 OUT ?= bench/results
 PARTS ?=
-# Processes that share the tests; 0: none but pytest itself.
+# The number of test processes; 0 runs the tests in pytest's own process.
 JOBS ?= logical
 BIN := $(VENV)/bin
-# A new torch or a new pyproject.toml means a new set-up; native sources mean a new build.
+# A change of torch or pyproject.toml repeats the set-up; a change of native sources repeats the build.
 TORCH_STAMP = $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-# Whoever has nothing left to do takes tests from the other half: with whole files a long last one keeps one core idle.
+# An idle process takes tests from another one. With whole files, a long last file would leave cores idle.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 CLANG_SOURCES = $(shell find csrc tests bench -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -23,18 +23,18 @@ CLANG_SOURCES = $(shell find csrc tests bench -name '*.c' -o -name '*.cpp' -o -n
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    DP-fine-tune a small speech recogniser on this machine; prints WER and epsilon, writes a report"
-	@echo "make test    run the tests, on every core (8 at most); JOBS=0 in one process"
-	@echo "make test-slow  run what that leaves out: more sizes and layouts, wheel builds, real widths, recipes"
-	@echo "make test-all  both; make test-models judges every model of docs/models.md, an hour, and is in neither"
-	@echo "make lint    ruff, mypy, clang-format; changes nothing"
-	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make demo    DP-fine-tune a small speech recogniser on this machine, print WER and epsilon, write a report"
+	@echo "make test    run the default tests on all cores (at most 8); JOBS=0 runs them in one process"
+	@echo "make test-slow  run the other tests: more sizes and layouts, wheel builds, real widths, recipes"
+	@echo "make test-all  run both; make test-models, which is in neither, judges every model of docs/models.md in an hour"
+	@echo "make lint    check with ruff, mypy and clang-format, and change nothing"
+	@echo "make format  rewrite the sources with ruff and clang-format"
 	@echo "make docs    build the documentation site in build/docs; warnings are errors"
-	@echo "make bench   pytest --benchmark: what privacy costs here, beside Opacus and non-private training"
-	@echo "make gpu     build, test and benchmark on a GPU machine; WHEELS=folder OUT=folder; sets nothing up"
-	@echo "make wheels  fill WHEELS with what such a machine lacks, for its Python 3.12"
+	@echo "make bench   benchmark private steps against Opacus and non-private training on this machine"
+	@echo "make gpu     build, test and benchmark on a GPU machine, without set-up; WHEELS=folder OUT=folder"
+	@echo "make wheels  download the packages that such a machine lacks into WHEELS, for its Python 3.12"
 	@echo "make setup   only create $(VENV) and install into it"
-	@echo "make clean   remove what was built; the next job builds again"
+	@echo "make clean   remove everything that was built; the next job builds again"
 	@echo "TORCH='torch==2.13.0' chooses the torch build, PYTHON=python3.12 the interpreter, VENV=.venv the folder"
 
 $(VENV)/bin/python:
@@ -86,11 +86,11 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest --benchmark
 
-# A GPU machine has its own torch and no package registry, so this does not go through the set-up above.
+# A GPU machine has its own torch and no package registry, so this target skips the set-up above.
 gpu:
 	WHEELS='$(WHEELS)' OUT='$(OUT)' $(PYTHON) -m bench.gpu.run $(PARTS)
 
-# --no-deps: torch and triton stay what the GPU machine has.
+# --no-deps: the GPU machine keeps its own torch and triton.
 wheels: | $(VENV)/bin/python
 	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: \
 	  --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \

@@ -1,4 +1,4 @@
-"""What privacy costs: `pytest --benchmark` runs this folder, `python -m bench.reports.report` tells what it found.
+"""The cost of privacy: `pytest --benchmark` runs this folder, and `python -m bench.reports.report` writes the pages.
 
     pytest --benchmark                                  everything, on this machine's threads
     pytest --benchmark --benchmark-groups step -k lora  a part of it

@@ -67,7 +67,9 @@ def compare(
         ValueError: no pairs, lengths that differ, or a time that is not positive.
     """
     if not first or len(first) != len(second):
-        raise ValueError(f"pairs of times are compared, got {len(first)} and {len(second)}")
+        raise ValueError(
+            f"first, second: expected as many times in each; given {len(first)} and {len(second)}; pass pairs"
+        )
     if min(*first, *second) <= 0:
         raise ValueError("times must be positive")
     logs = [math.log(b / a) for a, b in zip(first, second, strict=True)]
@@ -80,7 +82,7 @@ def compare(
 
 
 def sign_test(differences: Sequence[float]) -> float:
-    """Two-sided p of as many or more signs of one kind under a fair coin; zeros are left out."""
+    """Return the two-sided p of as many or more equal signs under a fair coin; zeros are skipped."""
     signs = [value > 0 for value in differences if value]
     most = max(sum(signs), len(signs) - sum(signs))
     tail = sum(math.comb(len(signs), k) for k in range(most, len(signs) + 1)) / 2 ** len(signs)
@@ -88,7 +90,7 @@ def sign_test(differences: Sequence[float]) -> float:
 
 
 def alternate(pairs: int, take: Callable[[int], float]) -> tuple[list[float], list[float]]:
-    """Times of 0 and 1 in the order 0 1, 1 0, 0 1, …: drift within a pair then favours neither."""
+    """Return times of 0 and 1, taken in the order 0 1, 1 0, 0 1, …, so that drift within a pair favours neither."""
     times: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
@@ -98,7 +100,7 @@ def alternate(pairs: int, take: Callable[[int], float]) -> tuple[list[float], li
 
 @contextlib.contextmanager
 def checkout(revision: str, folder: Path) -> Iterator[Path]:
-    """A folder that holds `revision`'s package with its native library built."""
+    """Context with a folder that holds `revision`'s package, with its native library built."""
     if revision == WORKING:
         yield ROOT
         return
@@ -113,7 +115,7 @@ def checkout(revision: str, folder: Path) -> Iterator[Path]:
 
 
 def _build(folder: Path) -> None:
-    """Build in the worktree; where its native sources are this checkout's, take the library that is here."""
+    """Build in the worktree, or copy this checkout's library if the native sources are the same."""
     sources = ["csrc", "CMakeLists.txt", "setup.py"]
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The `bench` fixture, and what happens when a run ends: results files and the table of ratios."""
+"""The `bench` fixture, and the output at the end of a run: results files and the table of ratios."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Libraries' notes about hooks and deprecations would drown the tables; ours are errors in tests/."""
+    """Hide libraries' warnings about hooks and deprecations below the tables; in tests/ this package's are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -69,4 +69,4 @@ def _where(config: pytest.Config, results: list[Results]) -> str:
         return "--benchmark-quick: figures mean nothing, and none were written"
     folder = config.getoption("--benchmark-output") or "bench/results"
     files = ", ".join(f"{r.about['slug']}/{r.group}.json" for r in results)
-    return f"written to {folder}: {files}; python -m bench.reports.report makes the pages and the plots"
+    return f"written to {folder}: {files}; python -m bench.reports.report writes the pages and the plots"

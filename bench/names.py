@@ -1,9 +1,9 @@
-"""What the contenders are called in result files, tables and plots."""
+"""The contenders' names in result files, tables and plots."""
 
 from dpkernels.privacy.keywords import STRATEGIES
 
 TIMED_STRATEGIES = tuple(name for name in STRATEGIES if name != "per_layer")
-"""All that clip as every contender does: by the norm of the whole gradient."""
+"""The strategies that clip as every contender does, by the norm of the whole gradient."""
 
 NON_PRIVATE, OWN_LAYERS = "non-private", "own layers, non-private"
 OPACUS_HOOKS, OPACUS_GHOST, TORCH_FUNC = "Opacus hooks", "Opacus ghost", "torch.func"

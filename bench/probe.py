@@ -1,4 +1,4 @@
-"""One contender's step in a fresh process: what `bench.compare` runs, in turns, with either commit's package.
+"""One contender's step in a fresh process, which `bench.compare` runs in turns with each commit's package.
 
     python -m bench.probe parakeet-lora "dpkernels bookkeeping" --size 8 --frames 150 --rounds 5
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import native as native_bench
-from bench.cases import optim as sweep_cases
+from bench.cases import optim as optim_cases
 from bench.cases.ops import PLAIN, Maker, OpCase
 from bench.harness.checker import CANNOT, OK, WRONG
 from bench.harness.results import Row, compare_rows
@@ -23,7 +23,7 @@ ON_GPU = [(16, t, d, p) for d, p in ((1024, 1024), (1024, 4096)) for t in (188, 
 TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 5e-2}
 """Relative, of a norm or a sum. Norms are rounded up by design: at these shapes by up to 1 % of the square."""
 
-SWEEPS = [(10**6, 100), (10**7, 100)]
+SIZES = [(10**6, 100), (10**7, 100)]
 """(parameters, in so many tensors)."""
 
 SHAPES = ON_GPU if torch.cuda.is_available() else ON_CPU
@@ -47,10 +47,10 @@ def test_ops(bench: Bench, shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("count", "tensors"), SWEEPS)
-def test_sweep(bench: Bench, count: int, tensors: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("count", "tensors"), SIZES)
+def test_fused_step(bench: Bench, count: int, tensors: int, dtype: torch.dtype) -> None:
     if bench.quick:
-        if (count, dtype) != (SWEEPS[0][0], torch.float32):
+        if (count, dtype) != (SIZES[0][0], torch.float32):
             pytest.skip("--benchmark-quick: one size")
         count, tensors = 4096, 3
     elif bench.device.startswith("cuda"):
@@ -58,28 +58,28 @@ def test_sweep(bench: Bench, count: int, tensors: int, dtype: torch.dtype) -> No
     name = str(dtype).removeprefix("torch.")
     shape = {"n": count, "tensors": tensors}
     rows, runners = {}, {}
-    contenders = [sweep_cases.SWEEP, sweep_cases.APART, sweep_cases.PLAIN, sweep_cases.NON_PRIVATE]
+    contenders = [optim_cases.FUSED, optim_cases.UNFUSED, optim_cases.PLAIN, optim_cases.NON_PRIVATE]
     if bench.device.startswith("cuda"):
-        contenders.insert(1, sweep_cases.PHILOX)
+        contenders.insert(1, optim_cases.PHILOX)
     for contender in contenders:
         rows[contender] = Row(f"noise_adamw {name}", f"noise and AdamW, {name} parameters", shape, contender)
         try:
-            reason = sweep_cases.wrong(contender, dtype, bench.device)
+            reason = optim_cases.wrong(contender, dtype, bench.device)
         except native_bench.CannotBuild as failure:
             rows[contender].status, rows[contender].reason = CANNOT, str(failure)
             continue
         if reason:
             rows[contender].status, rows[contender].reason = WRONG, reason
         else:
-            runners[contender] = Call(sweep_cases.Update(contender, count, tensors, dtype, bench.device).run)
+            runners[contender] = Call(optim_cases.Update(contender, count, tensors, dtype, bench.device).run)
     taken = interleave(runners, rounds=3 if bench.quick else 25, seconds=8, measure=stopwatch(bench.device))
     # The sum is read and cleared, parameter and both moments are read and written.
     least = bench.ceilings.seconds(30.0 * count, count * (16.0 + 16.0 + 2 * dtype.itemsize))
     for contender, samples in taken.items():
         rows[contender].timed(samples).floor_share = round(least / samples.median, 4)
-    compare_rows(rows.values(), base=sweep_cases.PLAIN)
+    compare_rows(rows.values(), base=optim_cases.PLAIN)
     bench.record("ops", rows.values(), taken)
-    assert rows[sweep_cases.PLAIN].status == OK
+    assert rows[optim_cases.PLAIN].status == OK
 
 
 def test_normals(bench: Bench) -> None:
@@ -111,7 +111,7 @@ def test_normals(bench: Bench) -> None:
 
 def test_noise_sums(bench: Bench) -> None:
     """Noise, grid and division of finished sums, beside torch's own generator without a grid."""
-    count, tensors = (4096, 3) if bench.quick else SWEEPS[1]
+    count, tensors = (4096, 3) if bench.quick else SIZES[1]
     sums = [torch.zeros(count // tensors, dtype=torch.float64, device=bench.device) for _ in range(tensors)]
     nonces = [i.to_bytes(12, "little") for i in range(tensors)]
     torchs = "torch.normal, add, divide"

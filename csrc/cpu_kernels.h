@@ -1,4 +1,4 @@
-// CPU kernels of the C ABI: per-sample gradient norms, clipping factors and weighted sums (math.md's table of
+// CPU kernels of the C ABI: per-sample gradient norms, clip factors and weighted sums (math.md's table of
 // layers).
 //
 // Conventions
@@ -9,8 +9,8 @@
 //   - x [B,T,d] is a layer's input, g [B,T,p] the gradient at its output. `lengths` [B] or NULL (all T): of
 //   sample i only frames
 //     t < lengths[i] are read, and 0 <= lengths[i] <= T.
-//   - `threads` >= 1. Results have the same bits for every thread count, and a sample's norm the same bits
-//   whatever the rest of its batch.
+//   - `threads` >= 1. Results have the same bits for every thread count, and a sample's norm has the same
+//   bits in every batch.
 //   - Every norm: out[i] is a float32 not below the exact square of sample i's gradient norm, nor below the
 //   square of what the weighted sum
 //     of this library adds for that sample, divided by its factor (csrc/cpu/bounds.h). A NaN or infinity

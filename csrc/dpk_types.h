@@ -1,4 +1,4 @@
-// What all headers of the C ABI share: its version, statuses and element types. Include dpkernels.h.
+// The common types of the C ABI's headers: version, statuses and element types. Include dpkernels.h instead.
 #ifndef DPK_TYPES_H
 #define DPK_TYPES_H
 
@@ -6,7 +6,7 @@
 
 #define DPK_API __attribute__((visibility("default")))
 
-// Raised whenever a signature or the meaning of an argument changes.
+// Incremented whenever a signature or the meaning of an argument changes.
 #define DPK_ABI_VERSION 1
 
 typedef int32_t dpk_status;

@@ -1,5 +1,5 @@
 // The C ABI of dpkernels: raw pointers, sizes, and a thread count or a CUDA stream; every call returns a
-// status. This header includes the others, so that it is the whole of it.
+// status. This header includes the others, so it is the complete ABI.
 //
 // Nothing here throws or keeps a pointer after it returns. Sizes and strides are int64 and count elements. A
 // library that reports another dpk_abi_version() than the caller was written for must not be used.
@@ -17,7 +17,7 @@ DPK_API int32_t dpk_abi_version(void);
 // Version of the package that the library was built from.
 DPK_API const char* dpk_version(void);
 
-// Why the last failed call of this thread failed; valid until its next call. "" when none failed.
+// The reason for the last failed call of this thread, valid until its next call; "" if none failed.
 DPK_API const char* dpk_last_error(void);
 
 // ---- CPU library
@@ -51,8 +51,8 @@ DPK_API dpk_status dpk_cpu_box_muller(const uint64_t* words, int64_t pairs, doub
 // ---- CUDA library
 // ----------------------------------------------------------------------------------------------------
 // Enqueued on `stream` (a cudaStream_t) of the current device; `out` is device memory. key and nonce are host
-// memory, read before the call returns. A launch that fails is reported at once, what fails while it runs by
-// a later CUDA call.
+// memory, read before the call returns. A failed launch is reported at once; a failure while the kernel runs
+// is reported by a later CUDA call.
 
 DPK_API dpk_status dpk_cuda_chacha20_keystream(const uint8_t* key, int64_t counter, const uint8_t* nonce,
                                                int64_t blocks, uint8_t* out, void* stream);
@@ -65,6 +65,6 @@ DPK_API dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter,
 
 #include "cpu_kernels.h"
 #include "grouped_kernels.h"
-#include "sweep_kernels.h"
+#include "optim_kernels.h"
 
 #endif  // DPKERNELS_H

@@ -3,7 +3,7 @@
 #define DPK_GROUPED_KERNELS_H
 
 #include "cpu_kernels.h"
-#include "sweep_kernels.h"
+#include "optim_kernels.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -32,8 +32,8 @@ typedef struct {
   void* out_b;
 } dpk_layer;
 
-// Every layer's weighted sum, with the bits of its own function. Small layers are shared out among the
-// threads whole; large ones take all threads. No two outs may overlap.
+// Every layer's weighted sum, with the bits of its own function. Each small layer is computed by
+// one thread; each large one by all threads. No two outs may overlap.
 DPK_API dpk_status dpk_cpu_weighted_sums(const dpk_layer* layers, int64_t layer_count, const double* factors,
                                          int32_t threads);
 
@@ -44,7 +44,7 @@ typedef struct {
   uint8_t nonce[12];
 } dpk_noised_sum;
 
-// sum_j = round((sum_j + noise_scale z_j) / grid) grid / divisor in float64: the gradient of the sweep,
+// sum_j = round((sum_j + noise_scale z_j) / grid) grid / divisor in float64: the gradient of the fused step,
 // before it is rounded to float32. Of `noise`, maximize and stochastic_rounding are not read.
 DPK_API dpk_status dpk_cpu_noise_sums(const dpk_noised_sum* sums, int64_t sum_count, const dpk_noise* noise,
                                       int32_t threads);

@@ -31,7 +31,7 @@ def _versions() -> list[str]:
 
 
 def _gpu() -> str:
-    """The GPU, or why there is none, in a line."""
+    """Return the GPU's name, or in one line why there is none."""
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
@@ -39,7 +39,7 @@ def _gpu() -> str:
     why = (
         "this torch is built without CUDA" if cuda is None else f"torch's CUDA {cuda} finds no GPU or driver"
     )
-    return f"none: {why}; everything runs on the CPU, and the cuda rows below say what a GPU would use"
+    return f"none: {why}; everything runs on the CPU; the cuda rows below show what a GPU would use"
 
 
 def _libraries() -> list[str]:
@@ -57,7 +57,7 @@ def _libraries() -> list[str]:
 def _backends() -> list[str]:
     if _version("torch") == "not installed":
         return ["Backends", "  none: torch is not installed; fix: pip install torch"]
-    importlib.import_module("dpkernels.ops")  # hands its definitions to the registry
+    importlib.import_module("dpkernels.ops")  # registers its definitions
     try:
         forced = registry.forced()
     except ValueError as error:
@@ -67,7 +67,7 @@ def _backends() -> list[str]:
     for row in registry.explain():
         note = f"({notes.setdefault(row.reason, len(notes) + 1)})" if row.reason else ""
         rows.append((row.op, row.device, row.backend, note))
-    hint = "" if forced == "auto" else " forces this; unset it to use native code where that serves an op"
+    hint = "" if forced == "auto" else " forces this; unset it to use native code where it serves an op"
     lines = [f"Backends ({registry.ENVIRONMENT_VARIABLE}={forced}{hint})", *_table(rows)]
     if notes:
         lines += ["", *(f"  ({number}) {reason}" for reason, number in notes.items())]

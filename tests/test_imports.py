@@ -151,6 +151,8 @@ def test_imports_go_one_way(package: str) -> None:
     assert not found, "\n".join(found)
 
 
+# Files of asr_finetune that each of its folders may import.
+LEAVES = ("console", "files", "hub")
 # package -> its folders and files -> those of the same package that each may import
 FOLDERS: dict[str, dict[str, set[str]]] = {
     "dpkernels.nn": {
@@ -172,6 +174,20 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "self_check": {"rng", "guards", "sampling", "step"},
         "setup": {"rng", "guards", "sampling", "step", "accounting", "keywords"},
         "engine": {"rng", "guards", "sampling", "step", "accounting", "self_check", "setup", "keywords"},
+    },
+    "asr_finetune": {
+        "console": set(),
+        "files": set(),
+        "hub": set(),
+        "config": {*LEAVES},
+        "data": {*LEAVES, "config"},
+        "models": {*LEAVES, "config", "data"},
+        "training": {*LEAVES, "config", "data", "models"},
+        "planning": {*LEAVES, "config", "data", "models", "training"},
+        "report": {*LEAVES, "config", "data", "models", "training"},
+        "demo": {*LEAVES, "config", "data", "models", "training", "planning", "report"},
+        "cli": {*LEAVES, "config", "data", "models", "training", "planning", "report", "demo"},
+        "__main__": {"cli"},
     },
     "bench": {
         "names": set(),
@@ -246,6 +262,14 @@ def test_the_folders_stand_in_an_order(package: str) -> None:
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dpkernels.privacy.setup import Setup",
         ),
         ("bench.cases.ops", "from bench.contenders import registry"),
+        ("asr_finetune.config.schema", "from asr_finetune.data.corpus import Corpus"),
+        ("asr_finetune.data.corpus", "from asr_finetune.models.recognizer import Recognizer"),
+        ("asr_finetune.data.corpus", "if TYPE_CHECKING:\n    from asr_finetune.models import recognizer"),
+        ("asr_finetune.models.ctc", "def f():\n    from asr_finetune import training"),
+        ("asr_finetune.report.report", "from asr_finetune.planning.tables import size"),
+        ("asr_finetune.planning.memory", "from ..demo import synth"),
+        ("asr_finetune.demo.demo", "import asr_finetune.cli"),
+        ("asr_finetune.files", "from asr_finetune.console import Reporter"),
     ],
 )
 def test_catches_an_import_upwards(module: str, source: str) -> None:
@@ -299,67 +323,6 @@ BELOW = "from asr_finetune.above import corpus"
 def test_catches_a_circle(source: str, found: bool) -> None:
     sources = {"asr_finetune.above": "import asr_finetune.below", "asr_finetune.below": source}
     assert bool(circle(sources)) == found
-
-
-# asr_finetune, folder by folder: each may import those before it
-ASR_FOLDERS: dict[str, set[str]] = {
-    "config": set(),
-    "data": {"config"},
-    "models": {"config", "data"},
-    "training": {"config", "data", "models"},
-    "planning": {"config", "data", "models", "training"},
-    "report": {"config", "data", "models", "training"},
-    "demo": {"config", "data", "models", "training", "planning", "report"},
-    "cli": {"config", "data", "models", "training", "planning", "report", "demo"},
-    "__main__": {"cli"},
-}
-LEAVES = {"console", "files", "hub"}  # every folder may import them, and they import no other part
-
-
-def part_of(module: str) -> str:
-    """The folder of asr_finetune that a module is in, or its own name at the top; "" outside asr_finetune."""
-    top, *rest = module.split(".")
-    return rest[0] if top == "asr_finetune" and rest else ""
-
-
-def upward(source: str, module: str) -> list[str]:
-    """What `source`, a module of asr_finetune, imports against the direction of ASR_FOLDERS, for types too."""
-    here = part_of(module)
-    allowed = set() if here in LEAVES else LEAVES | ASR_FOLDERS[here] | {here}
-    names = set(imported(source, module))
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):  # `from asr_finetune import demo` imports the folder
-            names |= {f"{origin(node, module)}.{alias.name}" for alias in node.names}
-    targets = {name: part_of(name) for name in names}
-    known = LEAVES | set(ASR_FOLDERS)
-    return [f"{module} imports {name}" for name, part in targets.items() if part in known - allowed]
-
-
-def test_the_folders_of_asr_finetune_are_imported_one_way() -> None:
-    """What only types need counts: a folder is read with what its annotations name."""
-    mine = {module: path.read_text() for module, path in modules() if part_of(module) not in ("", "__init__")}
-    assert {part_of(module) for module in mine} == LEAVES | set(ASR_FOLDERS)
-    found = [line for module, source in mine.items() for line in upward(source, module)]
-    assert not found, "\n".join(found)
-    needs = {m: set(imported(source, m)) & set(mine) - {m} for m, source in mine.items()}
-    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("asr_finetune.config.schema", "from asr_finetune.data.corpus import Corpus"),
-        ("asr_finetune.data.corpus", "from asr_finetune.models.recognizer import Recognizer"),
-        ("asr_finetune.data.corpus", "if TYPE_CHECKING:\n    from asr_finetune.models import recognizer"),
-        ("asr_finetune.models.ctc", "def f():\n    from asr_finetune import training"),
-        ("asr_finetune.report.report", "from asr_finetune.planning.tables import size"),
-        ("asr_finetune.planning.memory", "from ..demo import synth"),
-        ("asr_finetune.demo.demo", "import asr_finetune.cli"),
-        ("asr_finetune.files", "from asr_finetune.console import Reporter"),
-    ],
-)
-def test_catches_an_import_against_the_direction_of_the_folders(module: str, source: str) -> None:
-    assert upward(source, module)
 
 
 def test_there_is_something_to_check() -> None:

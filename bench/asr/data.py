@@ -100,9 +100,9 @@ def padding(seconds: np.ndarray, batch: int, width: int, draws: int = 20) -> dic
         drawn = np.flatnonzero(random.random(len(frames)) < min(batch / len(frames), 1.0))
         own += int(frames[drawn].sum())
         for name, split in splits.items():
-            made = split(drawn)
-            parts[name] += len(made)
-            padded[name] += sum(len(part) * int(frames[part].max()) for part in made)
+            batches = split(drawn)
+            parts[name] += len(batches)
+            padded[name] += sum(len(part) * int(frames[part].max()) for part in batches)
     return {
         name: {"padding": round(1 - own / padded[name], 4), "micro_batches": round(parts[name] / draws, 1)}
         for name in splits
@@ -116,17 +116,17 @@ def throughput(corpus: Corpus, recognizer: Recognizer) -> dict[str, float]:
     frames = np.array([recognizer.length(utterance) for utterance in corpus.utterances])
     parts = micro_batches(np.arange(len(corpus)), _COLLATED, frames)
 
-    def sweep(dataset: SpeechDataset, workers: int = 0) -> None:
+    def read_all(dataset: SpeechDataset, workers: int = 0) -> None:
         for _ in DataLoader(dataset, batch_sampler=parts, collate_fn=recognizer.collate, num_workers=workers):
             pass
 
-    sweep(cached)
+    read_all(cached)
     stages: dict[str, Callable[[], Any]] = {
         "decode": lambda: [read_audio(utterance, RATE) for utterance in corpus.utterances],
         "features": lambda: [recognizer.encode_audio(array) for array in samples],
-        "computed": lambda: sweep(computed),
-        "cached": lambda: sweep(cached),
-        "received": lambda: sweep(cached, 1),
+        "computed": lambda: read_all(computed),
+        "cached": lambda: read_all(cached),
+        "received": lambda: read_all(cached, 1),
     }
     return {name: round(len(corpus) / _seconds(stage), 1) for name, stage in stages.items()}
 
@@ -184,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpora = {"generated": generated(Path(folder), options.count)}
         if options.manifest:
-            found = DataConfig(train=options.manifest, corpus=options.corpus, text_case="lower")
-            corpora["recordings"] = load_corpus(options.manifest, data=found)
+            config = DataConfig(train=options.manifest, corpus=options.corpus, text_case="lower")
+            corpora["recordings"] = load_corpus(options.manifest, data=config)
         for name, corpus in corpora.items():
             results["corpora"][name] = describe(corpus, recognizer, options.rate)
     text = json.dumps(results, indent=1)

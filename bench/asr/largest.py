@@ -37,7 +37,7 @@ Entry = dict[str, Any]
 
 
 def largest(fits: Callable[[int], bool], guess: int, step: float) -> int:
-    """The largest size that was seen to fit, within a factor 1 + step of one that was not; 0 where 1 does not.
+    """Return the largest size that fits, within a factor 1 + step of one that does not; 0 if size 1 does not fit.
 
     Args:
         fits: whether a size does; asked as seldom as possible, since a step of the largest takes seconds.

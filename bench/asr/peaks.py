@@ -48,7 +48,7 @@ def predict(
     dtype: torch.dtype,
     device: str,
 ) -> list[Entry]:
-    """A row for every size, by rehearsal."""
+    """Return a predicted row for every size."""
     like = case.batch(2, frames, dtype)
 
     def losses(copy: nn.Module, size: int) -> Tensor:
@@ -58,7 +58,7 @@ def predict(
     with MemoryEstimator(
         model, strategy=strategy, target="cuda" if device.startswith("cuda") else "cpu"
     ) as stage:
-        found = [stage.peak(losses, size) for size in sizes]
+        peaks = [stage.peak(losses, size) for size in sizes]
     return [
         {
             "case": case.name,
@@ -68,7 +68,7 @@ def predict(
             "predicted": peak.total,
             "parts": {name: value for name, value in asdict(peak).items() if name != "size"},
         }
-        for peak in found
+        for peak in peaks
     ]
 
 
@@ -162,21 +162,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _measured(case: Case, model: nn.Module, row: Entry, dtype: torch.dtype, device: str) -> Entry:
     try:
-        found = measure(case, model, row["shape"]["T"], row["shape"]["B"], row["strategy"], dtype, device)
+        peak = measure(case, model, row["shape"]["T"], row["shape"]["B"], row["strategy"], dtype, device)
     except torch.OutOfMemoryError as error:
         return {"reason": str(error).splitlines()[0]}
-    return found | {"error": round(row["predicted"] / found["measured"] - 1, 4)}
+    return peak | {"error": round(row["predicted"] / peak["measured"] - 1, 4)}
 
 
 def _resident(row: Entry) -> Entry:
-    """Peak RSS beyond what was there before the step; the prediction without weights is what compares to it."""
+    """Measure peak RSS beyond that before the step, to be compared with the prediction without weights."""
     with Server() as server:
         shape = row["shape"]
-        found = server.peak(Job(row["case"], ours(row["strategy"]), shape["B"], shape["T"]))
-    if found is None:
+        peak = server.peak(Job(row["case"], ours(row["strategy"]), shape["B"], shape["T"]))
+    if peak is None:
         return {}
     beyond = row["predicted"] - row["parts"]["weights"]
-    return {"rss": round(found * 2**20), "rss_error": round(beyond / (found * 2**20) - 1, 4)}
+    return {"rss": round(peak * 2**20), "rss_error": round(beyond / (peak * 2**20) - 1, 4)}
 
 
 def _line(row: Entry) -> str:

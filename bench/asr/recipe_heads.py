@@ -28,9 +28,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 def in_a_line(rows: Rows, name: str) -> str:
     """One recipe's figures, for its head."""
-    own = [row for row in rows if row["recipe"] == name]
-    what = "measured" if any("rate" in row for row in own) else "estimated"
-    return f"# {what} on one H100: " + "; ".join(_figures(row, rows) for row in own)
+    recipe_rows = [row for row in rows if row["recipe"] == name]
+    what = "measured" if any("rate" in row for row in recipe_rows) else "estimated"
+    return f"# {what} on one H100: " + "; ".join(_figures(row, rows) for row in recipe_rows)
 
 
 def _figures(row: Mapping[str, Any], rows: Rows) -> str:
@@ -38,8 +38,8 @@ def _figures(row: Mapping[str, Any], rows: Rows) -> str:
     if "rate" in row:
         return f"{name} {_hours(row)} hours, {_gib(row, 'measured')} GiB"
     hours = estimate(row, rows)
-    said = row["reason"] if hours is None else f"some {hours:.0f} hours"
-    return f"{name} {said}, {_gib(row, 'predicted')} GiB"
+    duration = row["reason"] if hours is None else f"some {hours:.0f} hours"
+    return f"{name} {duration}, {_gib(row, 'predicted')} GiB"
 
 
 def estimate(row: Mapping[str, Any], rows: Rows) -> float | None:
@@ -66,8 +66,8 @@ def table(saved: Mapping[str, Any]) -> str:
             ]
         else:
             hours = estimate(row, saved["rows"])
-            said = "" if hours is None else f"({hours:.0f})"
-            cells += [row["reason"], "", said, _gib(row, "measured"), _gib(row, "predicted")]
+            duration = "" if hours is None else f"({hours:.0f})"
+            cells += [row["reason"], "", duration, _gib(row, "measured"), _gib(row, "predicted")]
         rows.append(cells)
     about = saved["about"]
     sizes = sorted(row["examples"] for row in saved["rows"] if "examples" in row)
@@ -110,11 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, help="default: the one recipes.json under bench/results")
     options = parser.parse_args(arguments)
-    found = [options.results] if options.results else sorted(FOLDER.glob("*/recipes.json"))
-    if len(found) != 1:
-        print(f"error: {len(found)} recipes.json under {FOLDER}; fix: give --results", file=sys.stderr)
+    paths = [options.results] if options.results else sorted(FOLDER.glob("*/recipes.json"))
+    if len(paths) != 1:
+        print(f"error: {len(paths)} recipes.json under {FOLDER}; fix: give --results", file=sys.stderr)
         return 1
-    saved = json.loads(found[0].read_text(encoding="utf-8"))
+    saved = json.loads(paths[0].read_text(encoding="utf-8"))
     for name in dict.fromkeys(row["recipe"] for row in saved["rows"]):
         path = RECIPES / f"{name}.yaml"
         line = in_a_line(saved["rows"], name)

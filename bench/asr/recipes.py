@@ -87,8 +87,8 @@ class Noise(Dataset[dict[str, Tensor]]):
 
     def lengths(self, recognizer: CTCRecognizer) -> list[int]:
         """Encoder frames of each."""
-        found: list[int] = recognizer.frames(torch.from_numpy(self._frames)).tolist()
-        return found
+        frames: list[int] = recognizer.frames(torch.from_numpy(self._frames)).tolist()
+        return frames
 
 
 def full_size(name: str) -> Any:
@@ -115,46 +115,46 @@ def recogniser(config: Config, device: str) -> CTCRecognizer:
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 module.reset_parameters()
         processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=16_000), tokenizer=None)
-        made = CTCRecognizer(
+        recognizer = CTCRecognizer(
             model,
             processor,
             name=config.model.name,
             new_head=config.model.new_head,
             dtype=DTYPES[config.model.dtype],
         )
-        apply_method(made, config.method)
-    made.model.train()
-    return made
+        apply_method(recognizer, config.method)
+    recognizer.model.train()
+    return recognizer
 
 
-def predict(config: Config, made: CTCRecognizer, target: Any) -> Entry:
+def predict(config: Config, recognizer: CTCRecognizer, target: Any) -> Entry:
     """The planner's peak of a micro-batch of the longest utterances; the model's own FLOPs for one of mean length."""
-    longest, typical = Noise(made.base.config.model_type, np.array([LONGEST, MEAN_SECONDS]))
+    longest, typical = Noise(recognizer.base.config.model_type, np.array([LONGEST, MEAN_SECONDS]))
     with MemoryEstimator(
-        made.model,
+        recognizer.model,
         strategy=config.privacy.strategy,
         optimizer=config.train.optimizer,
         target=target,
         checkpointing=config.train.checkpointing,
     ) as stage:
-        peak = stage.peak(losses_of(made, longest), config.train.physical_batch_size)
+        peak = stage.peak(losses_of(recognizer, longest), config.train.physical_batch_size)
         with FlopCounterMode(display=False) as counter:
-            stage.peak(losses_of(made, typical), 1)
+            stage.peak(losses_of(recognizer, typical), 1)
     return {
-        "trained": trained_parameters(made.model),
+        "trained": trained_parameters(recognizer.model),
         "predicted": peak.total,
         "flops": counter.get_total_flops(),
     }
 
 
 def private_run(
-    config: Config, made: CTCRecognizer, data: Noise, batch: int
+    config: Config, recognizer: CTCRecognizer, data: Noise, batch: int
 ) -> tuple[PrivacyEngine, Any, Any]:
     """A private run of two logical steps of `batch` expected utterances, as `train` prepares it."""
     drawn = replace(config, train=replace(config.train, batch_size=batch, num_workers=0))
-    prepare_blocks(config.train, made, Reporter(False))
-    plain = make_optimizer(config.train, made.model)
-    return make_private(drawn, made, plain, data, data.lengths(made), Reporter(False), None, 2)  # type: ignore[arg-type]
+    prepare_blocks(config.train, recognizer, Reporter(False))
+    plain = make_optimizer(config.train, recognizer.model)
+    return make_private(drawn, recognizer, plain, data, data.lengths(recognizer), Reporter(False), None, 2)  # type: ignore[arg-type]
 
 
 def measure_peak(config: Config, device: str) -> Entry:
@@ -162,15 +162,15 @@ def measure_peak(config: Config, device: str) -> Entry:
     size = config.train.physical_batch_size
     _clear(device)
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    made = recogniser(config, device)
-    data = Noise(made.base.config.model_type, np.full(size, LONGEST))
+    recognizer = recogniser(config, device)
+    data = Noise(recognizer.base.config.model_type, np.full(size, LONGEST))
     engine, optimizer, loader = private_run(
-        config.with_values("train", fill_micro_batches=False), made, data, size
+        config.with_values("train", fill_micro_batches=False), recognizer, data, size
     )
     with closing(engine):
         for parts in loader:
             _clear(device)
-            _backward(made, optimizer, list(parts))
+            _backward(recognizer, optimizer, list(parts))
             optimizer.step()
             optimizer.zero_grad()
     if device != "cuda":
@@ -182,22 +182,22 @@ def measure_peak(config: Config, device: str) -> Entry:
 def measure_time(config: Config, device: str, batch: int) -> Entry:
     """Rate of forward and private backward, seconds of noise and update, of a step of a private run."""
     _clear(device)
-    made = recogniser(config, device)
-    data = Noise(made.base.config.model_type, librispeech_like_seconds(UTTERANCES))
-    engine, optimizer, loader = private_run(config, made, data, batch)
-    found: Entry = {}
+    recognizer = recogniser(config, device)
+    data = Noise(recognizer.base.config.model_type, librispeech_like_seconds(UTTERANCES))
+    engine, optimizer, loader = private_run(config, recognizer, data, batch)
+    figures: Entry = {}
     with closing(engine):
-        found |= _self_check(engine, made, data)
+        figures |= _self_check(engine, recognizer, data)
         for parts in loader:  # two: the last one's times stay
             batches = list(parts)
-            spent = _seconds(lambda batches=batches: _backward(made, optimizer, batches), device)
+            spent = _seconds(lambda batches=batches: _backward(recognizer, optimizer, batches), device)
             update = _seconds(optimizer.step, device)
             optimizer.zero_grad()
         stats = optimizer.last_step
     micro = [tuple(part["labels"].shape) for part in batches]
     examples = sum(size for size, _ in micro)
     assert stats.non_finite == 0
-    return found | {
+    return figures | {
         "examples": examples,
         "micro_batches": len(micro),
         "largest": max(size for size, _ in micro),
@@ -207,18 +207,20 @@ def measure_time(config: Config, device: str, batch: int) -> Entry:
     }
 
 
-def _backward(made: CTCRecognizer, optimizer: Any, batches: Sequence[dict[str, Tensor]]) -> None:
+def _backward(recognizer: CTCRecognizer, optimizer: Any, batches: Sequence[dict[str, Tensor]]) -> None:
     for batch in batches:
-        optimizer.backward(made.loss_per_example(made.model, batch))
+        optimizer.backward(recognizer.loss_per_example(recognizer.model, batch))
 
 
-def _self_check(engine: PrivacyEngine, made: CTCRecognizer, data: Noise) -> Entry:
+def _self_check(engine: PrivacyEngine, recognizer: CTCRecognizer, data: Noise) -> Entry:
     places = (0, 1, 2)
-    singles = [made.collate([data[place]]) for place in places]
+    singles = [recognizer.collate([data[place]]) for place in places]
     began = time.perf_counter()
-    with made.in_float32():
+    with recognizer.in_float32():
         report = engine.self_check(
-            made.loss_per_example, made.collate([data[place] for place in places]), singles=singles
+            recognizer.loss_per_example,
+            recognizer.collate([data[place] for place in places]),
+            singles=singles,
         )
     return {
         "self_check_error": report.differences[0].error,

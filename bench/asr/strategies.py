@@ -68,11 +68,11 @@ def rows(case: Case, size: int, frames: int, rounds: int) -> list[dict[str, Any]
     model, batch = case.model(frames), case.batch(size, frames)
     ways = [(strategy, again) for strategy in STRATEGIES for again in (False, True)]
     seconds = cpu_seconds(case, model, batch, ways, rounds)
-    found = []
+    measured = []
     for way in ways:
         copy = prepared(model, checkpointing=way[1])
         peak = peaks.measure(case, copy, frames, size, way[0], torch.float32, "cpu")["measured"]
-        found.append(
+        measured.append(
             {
                 "case": case.name,
                 "title": case.title,
@@ -83,8 +83,8 @@ def rows(case: Case, size: int, frames: int, rounds: int) -> list[dict[str, Any]
                 "peak": peak,
             }
         )
-        print(json.dumps(found[-1]), flush=True)
-    return found
+        print(json.dumps(measured[-1]), flush=True)
+    return measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,12 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no self_check")
-        found = [
+        measured = [
             row
             for name in options.cases
             for row in rows(CASES[name], options.size, options.frames, options.rounds)
         ]
-    saved = {"about": facts, "rounds": options.rounds, "rows": found}
+    saved = {"about": facts, "rounds": options.rounds, "rows": measured}
     path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
 
 

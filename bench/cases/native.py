@@ -1,7 +1,7 @@
-"""CUDA code that only measurements and checks use (bench/native), built by nvcc when first asked for.
+"""CUDA code that only measurements and checks use (bench/native), built by nvcc at its first use.
 
 A build is kept in build/bench under a hash of its sources: `python -m bench.cases.native 90a` makes that of
-bench.gpu.optim on a machine without a GPU, to be carried along. `Bench` holds the sweep with Philox in ChaCha20's
+bench.gpu.optim on a machine without a GPU, to be carried along. `Bench` holds the fused step with Philox in ChaCha20's
 place, compiled from the library's template by the library's flags, and single functions of the kernels.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
-SOURCES = ("bench/native/sweep_bench.cu", "csrc/common/status.cpp")
+SOURCES = ("bench/native/optim_bench.cu", "csrc/common/status.cpp")
 # Those of CMakeLists.txt.
 FLAGS = (
     "-shared",
@@ -63,7 +63,7 @@ class Bench:
     handle: ctypes.CDLL
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call a function of bench/native/sweep_bench.cu.
+        """Call a function of bench/native/optim_bench.cu.
 
         Raises:
             RuntimeError: it failed, with its message.
@@ -72,7 +72,7 @@ class Bench:
         if getattr(self.handle, name)(*arguments) != 0:
             raise RuntimeError(f"{name}: {self.handle.dpk_last_error().decode(errors='replace')}")
 
-    def philox_sweep(self, table: Any, noise: Any, options: Any) -> None:
+    def philox_step(self, table: Any, noise: Any, options: Any) -> None:
         """dpk_cuda_noise_adamw with Philox, on the current stream."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         arguments = (table, ctypes.c_int64(len(table)), ctypes.byref(noise), ctypes.byref(options), stream)
@@ -94,11 +94,11 @@ class Bench:
     def short(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """√b and a/b of float32 tensors by the update's short sequences on the GPU; on the CPU."""
         given = [t.contiguous().cuda() for t in (a, b)]
-        made = [torch.full_like(given[0], float("nan")) for _ in range(2)]
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*given, *made)]
+        results = [torch.full_like(given[0], float("nan")) for _ in range(2)]
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*given, *results)]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self.call("bench_short", *pointers[:2], ctypes.c_int64(a.numel()), *pointers[2:], stream)
-        return made[0].cpu(), made[1].cpu()
+        return results[0].cpu(), results[1].cpu()
 
     def philox(self, counter: list[int], key: list[int]) -> list[int]:
         """16 words of Philox4x32-10 from (4·counter[0], counter[1..3]) on."""
@@ -119,7 +119,7 @@ def build(arch: str) -> Path:
     digest = hashlib.sha256(repr((FLAGS, arch)).encode())
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")):
         digest.update(path.read_bytes())
-    target = BUILD / f"libsweep_bench-{digest.hexdigest()[:16]}.so"
+    target = BUILD / f"liboptim_bench-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
     done = subprocess.run(command(target, arch), cwd=ROOT, capture_output=True, text=True, check=False)

@@ -50,7 +50,7 @@ class OpCase:
 
 @dataclass
 class Maker:
-    """Makes cases for a device; `copies` argument sets each."""
+    """A factory of cases for a device; `copies` argument sets each."""
 
     device: str
     dtype: torch.dtype = torch.float32
@@ -71,7 +71,7 @@ class Maker:
         return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
 
     def _normalised(self, *shape: int) -> Tensor:
-        """A LayerNorm's x̂, which normalising again does not change: Opacus's sampler does."""
+        """Return a LayerNorm's x̂, which Opacus's sampler, as it normalises again, does not change."""
         return nn.functional.layer_norm(self._normal(*shape), shape[-1:])
 
     def _factors(self, size: int) -> Tensor:
@@ -81,7 +81,7 @@ class Maker:
         return [make() for _ in range(self.copies)]
 
     def _backends(self, op: str, **options: Any) -> dict[str, Callable[..., Any]]:
-        found: dict[str, Callable[..., Any]] = {}
+        backends: dict[str, Callable[..., Any]] = {}
         device = self.device.partition(":")[0]
         names = ["torch"] if native.unavailable_reason(device, op) else ["native", "torch"]
         if device != "cpu" and not availability.unavailable_reason(device):
@@ -89,8 +89,8 @@ class Maker:
         for name in names:
             function = registry.function(name, op)
             if function is not None:
-                found[name] = lambda *a, function=function: function(*a, **options)
-        return found
+                backends[name] = lambda *a, function=function: function(*a, **options)
+        return backends
 
     def _norm(
         self,

@@ -1,4 +1,4 @@
-"""The last sweep of a step, and the normals alone, beside what torch offers.
+"""The fused optimizer step, and the normals alone, beside torch's counterparts.
 
 Each contender owns its parameters, sums and state, starts from the same values, and is checked twice before timing:
 without noise, its parameters are those of float64 AdamW; with noise, its first moments have the right deviation.
@@ -17,9 +17,9 @@ from bench.cases import native as native_bench
 from dpkernels import ops, reference
 from dpkernels.backends.native_ops import optim as native_optim
 
-SWEEP, APART = "dpkernels", "dpkernels, separate passes"
+FUSED, UNFUSED = "dpkernels", "dpkernels, separate passes"
 PHILOX = "dpkernels, Philox in place of ChaCha20 (not private)"
-"""On a GPU with nvcc: what is compiled in bench/native."""
+"""The contender compiled in bench/native, on a GPU with nvcc."""
 
 PLAIN = "torch.normal, add, fused AdamW"
 NON_PRIVATE = "fused AdamW, not private"
@@ -33,7 +33,7 @@ class Update:
     """One contender on `count` parameters in `tensors` equal tensors.
 
     Attributes:
-        name: of SWEEP, PHILOX, APART, PLAIN and NON_PRIVATE.
+        name: of FUSED, PHILOX, UNFUSED, PLAIN and NON_PRIVATE.
         noise: standard deviation of the noise on the sum.
     """
 
@@ -54,17 +54,17 @@ class Update:
         draw = [torch.randn(shape, generator=generator, device=self.device) for _ in range(2 * self.tensors)]
         self.params = [torch.nn.Parameter(t.to(self.device, self.dtype)) for t in draw[: self.tensors]]
         self.sums = [t.to(self.device, torch.float64) for t in draw[self.tensors :]]
-        if self.name in (SWEEP, PHILOX):
+        if self.name in (FUSED, PHILOX):
             self._exp_avgs = [torch.zeros(shape, device=self.device) for _ in self.params]
             self._exp_avg_sqs = [torch.zeros(shape, device=self.device) for _ in self.params]
             self.first = lambda: self._exp_avgs
-            self.run = self._sweep if self.name == SWEEP else self._philox
+            self.run = self._fused if self.name == FUSED else self._philox
             return
         betas = (HYPER["beta1"], HYPER["beta2"])
         others = {name: HYPER[name] for name in ("lr", "eps", "weight_decay")}
         self._optimizer = torch.optim.AdamW(self.params, betas=betas, fused=True, **others)
         self.first = lambda: [self._optimizer.state[p]["exp_avg"] for p in self.params]
-        self.run = {APART: self._apart, PLAIN: self._plain, NON_PRIVATE: self._optimizer.step}[self.name]
+        self.run = {UNFUSED: self._unfused, PLAIN: self._plain, NON_PRIVATE: self._optimizer.step}[self.name]
         for parameter, total in zip(self.params, self.sums, strict=True):
             parameter.grad = (total / DIVISOR).to(self.dtype)
 
@@ -73,7 +73,7 @@ class Update:
         return [self._step.to_bytes(6, "little") + i.to_bytes(6, "little") for i in range(self.tensors)]
 
     @torch.no_grad()
-    def _sweep(self) -> None:
+    def _fused(self) -> None:
         nonces = self._nonces()
         ops.noise_adamw(
             self.params,
@@ -97,11 +97,11 @@ class Update:
         table = native_optim._table(*buffers, [], steps, nonces, nonces[:0])
         key = torch.tensor(list(KEY), dtype=torch.uint8)
         noise = native_optim._noise(key, self.noise, GRID if self.noise else 0.0, DIVISOR, False, nonces[:0])
-        native_bench.load().philox_sweep(table, noise, native_optim._Adam(*HYPER.values(), 1))
+        native_bench.load().philox_step(table, noise, native_optim._Adam(*HYPER.values(), 1))
 
     @torch.no_grad()
-    def _apart(self) -> None:
-        """What the engine does for an optimizer that the sweep does not cover."""
+    def _unfused(self) -> None:
+        """What the engine does for an optimizer that the fused step does not cover."""
         for parameter, total, nonce in zip(self.params, self.sums, self._nonces(), strict=True):
             if self.noise:
                 z = ops.chacha20_normal(total.numel(), key=KEY, nonce=nonce, device=self.device)
@@ -123,7 +123,7 @@ class Update:
 
 
 def wrong(name: str, dtype: torch.dtype, device: str) -> str:
-    """Why a contender's results cannot be trusted; "" where they can."""
+    """Return why a contender's results are wrong; "" if they are right."""
     count, tensors = 40_000, 4
     clean = Update(name, count, tensors, dtype, device, noise=0.0)
     start = [p.detach().double().cpu() for p in clean.params]

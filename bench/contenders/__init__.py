@@ -1,4 +1,4 @@
-"""Who is measured: the ways to take one optimizer step, all of one interface and the same work.
+"""The contenders: ways to take one optimizer step, with one interface and the same work.
 
 This folder imports `cases` for what a step is taken on, and `bench.names`; `harness`, `asr` and `reports` import it.
 """

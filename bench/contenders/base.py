@@ -1,4 +1,4 @@
-"""The ways to take one optimizer step, all of the same interface and the same work.
+"""The interface of the ways to take one optimizer step, which all do the same work.
 
 Private contenders clip every example's gradient to C, sum, add noise of σ·C, divide by the batch size and take an
 AdamW step; non-private ones take the AdamW step on the mean gradient.
@@ -22,7 +22,7 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a step. clip: C; noise: σ; optimizer: "adamw", or "sgd" where only gradients are of interest."""
+    """A step's settings. clip: C; noise: σ; optimizer: "adamw", or "sgd" to measure gradients only."""
 
     clip: float = 1.0
     noise: float = 1.0
@@ -50,7 +50,7 @@ class Contender(ABC):
         return kind(self.parameters.values(), lr=self.settings.lr)
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
-        """Untimed: what a data loader would have done before the step."""
+        """Prepare the step, untimed, as a data loader would."""
 
     @abstractmethod
     def step(self) -> None:

@@ -39,9 +39,9 @@ def with_opacus_layers(model: nn.Module) -> nn.Module:
                     "dropout",
                     "bidirectional",
                 )
-                own = _OWN_LAYERS[type(layer)](**{option: getattr(layer, option) for option in names})
-                own.to(next(layer.parameters())).load_state_dict(layer.state_dict())
-                setattr(parent, name, own)
+                replacement = _OWN_LAYERS[type(layer)](**{option: getattr(layer, option) for option in names})
+                replacement.to(next(layer.parameters())).load_state_dict(layer.state_dict())
+                setattr(parent, name, replacement)
     if isinstance(model, OneAttention):
         # The layout [T,B,d] in all of the model: in the other one its output is not torch's, since it views
         # [B·heads,T,d/heads] as [B,T,d].
@@ -78,12 +78,12 @@ class Hooks(Contender):
 
     def released(self) -> dict[str, Tensor]:
         """By the names of torch's layers: DPMultiheadAttention's q, k and v are one parameter there."""
-        found = super().released()
+        gradients = super().released()
         for kind in ("weight", "bias"):
-            parts = [found.pop(f"layer.{name}linear.{kind}", None) for name in "qkv"]
+            parts = [gradients.pop(f"layer.{name}linear.{kind}", None) for name in "qkv"]
             if isinstance(self.model._module, OneAttention):
-                found[f"layer.in_proj_{kind}"] = torch.cat([part for part in parts if part is not None])
-        return found
+                gradients[f"layer.in_proj_{kind}"] = torch.cat([part for part in parts if part is not None])
+        return gradients
 
     def step(self) -> None:
         self.optimizer.zero_grad()

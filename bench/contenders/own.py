@@ -1,4 +1,4 @@
-"""This package, as its README uses it."""
+"""This package, used as in its README."""
 
 from __future__ import annotations
 
@@ -38,14 +38,16 @@ class Private(Contender):
                 strategy=strategy,
                 physical_batch_size=self.size,
             )
-        self.optimizer.keep_gradients = settings.lr == 0  # the checker's run: it reads what was released
+        self.optimizer.keep_gradients = (
+            settings.lr == 0
+        )  # the checker's run, which reads the released gradients
         self._drawn: list[Batch] = []
         self._ready = False
-        # Of a long run: the row check's backwards, two for every doubling of the steps, are left out.
+        # As in a long run, the row check's backwards are skipped: two for every doubling of the steps.
         self.optimizer._rows.due = lambda losses: False
 
     def prepare(self) -> None:
-        # Drawing and collating is the data loader's work, which no contender is timed for.
+        # The data loader draws and collates; no contender's time includes that.
         if self._ready:
             return
         self._ready = True

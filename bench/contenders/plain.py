@@ -25,7 +25,7 @@ class NonPrivate(Contender):
 
 
 class OwnLayers(NonPrivate):
-    """`dpkernels.swap` without an engine: what the swap itself costs."""
+    """`dpkernels.swap` without an engine, for the cost of the swap alone."""
 
     def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
         super().__init__(case, dpkernels.swap(model), batch, settings)

@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sums.take(block)
         if time.monotonic() - start > options.seconds:
             break
-    found = figures(sums)
+    results = figures(sums)
     seconds = time.monotonic() - start
     result = {
         "about": machine.about(options.device),
@@ -236,14 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fresh_key": options.fresh_key,
         "seconds": round(seconds, 2),
         "largest": sums.largest,
-        "figures": [vars(figure) | {"sound": figure.sound} for figure in found],
+        "figures": [vars(figure) | {"sound": figure.sound} for figure in results],
     }
     machine.save(result, "many_normals")
-    for figure in found:
+    for figure in results:
         mark = "ok " if figure.sound else "BAD"
         print(f"{mark} {figure.name:70} {figure.value:10.3g} {figure.unit}, limit {figure.limit:g}")
     print(f"{sums.draws:.3g} {options.dtype} draws, largest {sums.largest:.3f}, in {seconds:.1f} s")
-    return 0 if all(figure.sound for figure in found) else 1
+    return 0 if all(figure.sound for figure in results) else 1
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The sweep of a private step on a GPU: bits, time, and what ChaCha20 costs over Philox, in half a minute.
+"""The fused step on a GPU: bits, time, and what ChaCha20 costs over Philox, in half a minute.
 
     python -m bench.gpu.optim                     builds bench/native by nvcc; $OUT/<device>/sweep.json
     python -m bench.gpu.optim --sizes 2e7 --rounds 5
 
-OUT is bench/results where it is not set. Needs nvcc, and the native libraries in dpkernels/lib (`python setup.py
-build_ext --inplace`). "queued" is the time between two CUDA events while the GPU was kept busy until both the work and
-they were queued: launches and Python are not in it. "called" has them in. Each entry of a sweep moves 40 bytes: its
-float64 sum is read and cleared, float32 parameter and moments are read and written; of torch's AdamW 28, of
-torch.normal + add + AdamW 28 + 4 + 12.
+OUT defaults to bench/results. The module needs nvcc, and the native libraries in dpkernels/lib (`python setup.py
+build_ext --inplace`). "queued" is the time between two CUDA events, with the GPU kept busy until all work is
+queued, so that it excludes launches and Python. "called" includes them. The fused step moves 40 bytes an entry: it
+reads and clears the float64 sum, and reads and writes float32 parameter and moments. torch's AdamW moves 28 bytes
+an entry, and torch.normal + add + AdamW move 28 + 4 + 12.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import native as native_bench
-from bench.cases import optim as sweep_cases
-from bench.cases.optim import NON_PRIVATE, PHILOX, PLAIN, SWEEP
+from bench.cases import optim as optim_cases
+from bench.cases.optim import FUSED, NON_PRIVATE, PHILOX, PLAIN
 from bench.harness import machine
 from bench.harness.timer import Samples, device_seconds
 from bench.reports import kernel as kernel_report
@@ -30,7 +30,7 @@ from dpkernels import ops
 from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from dpkernels.backends.native_ops import optim as native_optim
 
-BYTES = {SWEEP: 40, PHILOX: 40, NON_PRIVATE: 28, PLAIN: 44}
+BYTES = {FUSED: 40, PHILOX: 40, NON_PRIVATE: 28, PLAIN: 44}
 """What an entry moves at least: see above."""
 
 HOLD = 12_000_000
@@ -67,8 +67,8 @@ class Buffers:
 
     def __init__(self, count: int, tensors: int, device: str, dtype: torch.dtype = torch.float32) -> None:
         def fill(dtype: torch.dtype, scale: float) -> list[Tensor]:
-            whole = torch.empty(count, device=device, dtype=dtype).normal_().mul_(scale)
-            return list(whole.chunk(tensors))
+            values = torch.empty(count, device=device, dtype=dtype).normal_().mul_(scale)
+            return list(values.chunk(tensors))
 
         self.params, self.sums = fill(dtype, 1.0), fill(torch.float64, 5.0)
         self.firsts = fill(torch.float32, 0.01)
@@ -83,15 +83,15 @@ class Buffers:
         )
         buffers = (self.params, self.sums, self.firsts, self.seconds)
         self.table = native_optim._table(*buffers, [], [3.0] * count, nonces, nonces)
-        key = torch.tensor(list(sweep_cases.KEY), dtype=torch.uint8)
+        key = torch.tensor(list(optim_cases.KEY), dtype=torch.uint8)
         rounding = nonces if self.params[0].dtype == torch.bfloat16 else nonces[:0]
         self.noise = native_optim._noise(
-            key, sweep_cases.SCALE, sweep_cases.GRID, sweep_cases.DIVISOR, False, rounding
+            key, optim_cases.SCALE, optim_cases.GRID, optim_cases.DIVISOR, False, rounding
         )
-        self.options = native_optim._Adam(*sweep_cases.HYPER.values(), 1)
+        self.options = native_optim._Adam(*optim_cases.HYPER.values(), 1)
 
     def library(self) -> None:
-        """The library's sweep."""
+        """The library's fused step."""
         native_optim._run("noise_adamw", self.params[0].device, self.table, self.noise, self.options)
 
     def everything(self) -> list[Tensor]:
@@ -100,7 +100,7 @@ class Buffers:
 
 def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
     """Odd lengths, odd addresses, little noise, and moments for which a short root or quotient would be wrong."""
-    made = Buffers(8, 1, "cpu", dtype)
+    buffers = Buffers(8, 1, "cpu", dtype)
     for name in ("params", "sums", "firsts", "seconds"):
         generator = torch.Generator().manual_seed(len(name))
         tensors = []
@@ -113,12 +113,12 @@ def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
                 powers = (-44, 20) if name == "firsts" else (-40, 16)
                 one = one * 10.0 ** torch.randint(*powers, one.shape, generator=generator)
             kept = {"params": dtype, "sums": torch.float64}.get(name, torch.float32)
-            whole = one.to(kept).to(device)
-            tensors.append(whole[3:] if count == 4099 else whole[:count].clone())
-        setattr(made, name, tensors)
-    made.retable()
-    made.noise.noise_scale, made.noise.grid, made.options.eps = 1e-24, 2.0**-92, 1e-30
-    return made
+            values = one.to(kept).to(device)
+            tensors.append(values[3:] if count == 4099 else values[:count].clone())
+        setattr(buffers, name, tensors)
+    buffers.retable()
+    buffers.noise.noise_scale, buffers.noise.grid, buffers.options.eps = 1e-24, 2.0**-92, 1e-30
+    return buffers
 
 
 def extreme_words() -> Tensor:
@@ -158,24 +158,24 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 def checks(build: native_bench.Bench) -> dict[str, bool]:
     """Whether the GPU makes the CPU's bits."""
-    found = {}
+    passed = {}
     for dtype in (torch.float32, torch.bfloat16):
         on_cpu, on_gpu = (awkward(device, dtype) for device in ("cpu", "cuda"))
         on_cpu.library()
         on_gpu.library()
-        found[f"sweep, {dtype}"] = same(on_gpu.everything(), on_cpu.everything())
+        passed[f"sweep, {dtype}"] = same(on_gpu.everything(), on_cpu.everything())
     words = extreme_words()
-    found["normals of extreme words"] = same([build.box_muller(words)], [native_chacha20.box_muller(words)])
+    passed["normals of extreme words"] = same([build.box_muller(words)], [native_chacha20.box_muller(words)])
     drawn = [
         ops.chacha20_normal(3_000_001, key=bytes(32), nonce=bytes(12), device=d) for d in ("cpu", "cuda")
     ]
-    found["3,000,001 normals"] = same(drawn[:1], drawn[1:])
+    passed["3,000,001 normals"] = same(drawn[:1], drawn[1:])
     a, b = all_mantissas()
-    found["float32 roots and quotients, every mantissa"] = same(build.short(a, b), rounded(a, b))
+    passed["float32 roots and quotients, every mantissa"] = same(build.short(a, b), rounded(a, b))
     # Random123's known answer.
     zeros = build.philox([0, 0, 0, 0], [0, 0])[:4]
-    found["Philox's known answer"] = zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    return found
+    passed["Philox's known answer"] = zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    return passed
 
 
 def bandwidth(rounds: int) -> float:
@@ -186,25 +186,25 @@ def bandwidth(rounds: int) -> float:
     return 2 * 4 * source.numel() / taken["copy"].median
 
 
-def time_sweeps(count: int, tensors: int, build: native_bench.Bench, rounds: int) -> dict[str, Any]:
+def time_steps(count: int, tensors: int, build: native_bench.Bench, rounds: int) -> dict[str, Any]:
     """Seconds of every contender: {name: {"queued", "iqr", "called", "bytes"}}."""
     ours = Buffers(count, tensors, "cuda")
     plain, apart = (
-        sweep_cases.Update(n, count, tensors, torch.float32, "cuda") for n in (NON_PRIVATE, PLAIN)
+        optim_cases.Update(n, count, tensors, torch.float32, "cuda") for n in (NON_PRIVATE, PLAIN)
     )
     contenders: dict[str, Callable[[], object]] = {
-        SWEEP: ours.library,
-        PHILOX: lambda: build.philox_sweep(ours.table, ours.noise, ours.options),
+        FUSED: ours.library,
+        PHILOX: lambda: build.philox_step(ours.table, ours.noise, ours.options),
         NON_PRIVATE: plain.run,
         PLAIN: apart.run,
     }
     on_gpu = in_turns(contenders, rounds, queued)
-    whole = in_turns(contenders, max(3, rounds // 3), device_seconds)
+    called = in_turns(contenders, max(3, rounds // 3), device_seconds)
     return {
         name: {
             "queued": samples.median,
             "iqr": samples.iqr,
-            "called": whole[name].median,
+            "called": called[name].median,
             "bytes": BYTES[name] * count,
         }
         for name, samples in on_gpu.items()
@@ -247,12 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "normals": time_normals(10**8, options.rounds),
     }
     for size in options.sizes:
-        result["sweeps"][str(int(size))] = time_sweeps(int(size), options.tensors, build, options.rounds)
+        result["sweeps"][str(int(size))] = time_steps(int(size), options.tensors, build, options.rounds)
         torch.cuda.empty_cache()
     machine.save(result, "sweep")
     for what, good in result["checks"].items():
         print(f"{'ok ' if good else 'BAD'} {what}")
-    print(kernel_report.sweep(result))
+    print(kernel_report.fused_step(result))
     return 0 if all(result["checks"].values()) else 1
 
 

@@ -1,4 +1,4 @@
-"""What a machine with a GPU runs: build, every test that needs a GPU, the benchmarks, in parts of ten minutes.
+"""The jobs of a machine with a GPU: build, every test that needs a GPU, the benchmarks, in parts of ten minutes.
 
     WHEELS=build/wheels OUT=/tmp/out python -m bench.gpu.run                  all parts, one after the other
     WHEELS=build/wheels OUT=/tmp/out python -m bench.gpu.run wheels build ops  some of them, in this order
@@ -40,7 +40,7 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
     """All parts, in the order in which they depend on each other."""
     pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    found = [
+    jobs = [
         Part("wheels", (*pip, "--no-index", "--find-links", wheels, "-r", WHEEL_LIST), 3),
         Part("build", (*pip, "--no-build-isolation", "."), 8),
         # Tests and benchmarks run in the checkout, whose package shadows the installed one: it needs the library too.
@@ -67,19 +67,19 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
         ),
         Part("tune", (python, "-m", "bench.gpu.tune", f"--output={out}"), 4),
         Part("peaks", (python, "-m", "bench.asr.peaks", "--device", "cuda", f"--output={out}/peaks.json"), 3),
-        Part("sweep", (python, "-m", "bench.gpu.optim"), 3),
+        Part("optim", (python, "-m", "bench.gpu.optim"), 3),
         Part("recipes", (python, "-m", "bench.asr.recipes", "--batch", "256"), 9),
         Part("largest", (python, "-m", "bench.asr.largest", f"--output={out}/largest.json"), 5),
         Part("normals", (python, "-m", "bench.gpu.normals", "--device", "cuda", "--draws", "1e10"), 3),
     ]
     for group in ("ops", "layers", "step", "model"):
         command = (*pytest, "--benchmark", "--benchmark-device", "cuda", "--benchmark-groups", group)
-        found.append(Part(group, (*command, f"--benchmark-output={out}"), 9))
-    return found
+        jobs.append(Part(group, (*command, f"--benchmark-output={out}"), 9))
+    return jobs
 
 
 def refusal() -> str | None:
-    """Why this machine cannot run the parts, with the fix; None where it can."""
+    """Return why this machine cannot run the parts, with the fix; None if it can."""
     try:
         import torch
     except ImportError:
@@ -93,7 +93,7 @@ def refusal() -> str | None:
 
 
 def run(part: Part) -> bool:
-    """Run one part within its limit; whether it succeeded."""
+    """Run one part within its limit, and return whether it succeeded."""
     print(f"== {part.name}: {shlex.join(part.command)}", flush=True)
     start = time.monotonic()
     try:

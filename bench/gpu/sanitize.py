@@ -56,8 +56,8 @@ def norms_and_sums(dtype: torch.dtype, d: int, p: int, frames: int = 70) -> None
     ops.clip_and_noise(*layers, factors, outs, **lora)  # type: ignore[arg-type]
 
 
-def sweeps() -> None:
-    """The cipher, normals, and both sweeps on tensors of awkward sizes."""
+def fused_steps() -> None:
+    """The cipher, normals, and both fused steps on tensors of awkward sizes."""
     key = bytes(range(32))
     ops.chacha20_keystream(key, 0, bytes(12), 130, device="cuda")
     ops.chacha20_normal(1001, key=key, nonce=bytes(12), device="cuda")
@@ -83,7 +83,7 @@ def main() -> int:
     for dtype in (torch.bfloat16, torch.float32):
         norms_and_sums(dtype, 33, 70)
         norms_and_sums(dtype, 64, 48)
-    sweeps()
+    fused_steps()
     torch.cuda.synchronize()
     print("every kernel ran")
     return 0

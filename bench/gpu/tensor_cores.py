@@ -84,21 +84,21 @@ class Found:
 
     def faults(self, assumed: bounds.TensorCore) -> list[str]:
         """In what it is coarser than assumed."""
-        found = []
+        messages = []
         if self.block < min(assumed.block, self.chain):
-            found.append(f"blocks of {self.block} products, not {assumed.block}")
+            messages.append(f"blocks of {self.block} products, not {assumed.block}")
         if self.extra < assumed.extra:
-            found.append(f"{self.extra} extra bits, not {assumed.extra}")
+            messages.append(f"{self.extra} extra bits, not {assumed.extra}")
         for what, cut in (("a term", self.align), ("a sum", self.final)):
             if cut not in (*_NAMES.values(), "unknown"):
-                found.append(f"¾ and -¾ of the last place of {what} became {cut}")
+                messages.append(f"¾ and -¾ of the last place of {what} became {cut}")
         if not self.subnormals:
-            found.append("subnormal factors are lost")
+            messages.append("subnormal factors are lost")
         if self.subnormal_exponent > 0:
-            found.append("subnormal factors are aligned above the smallest normal number")
+            messages.append("subnormal factors are aligned above the smallest normal number")
         if not self.worst <= 1.0:
-            found.append(f"an error of {self.worst:.2f} times the bound")
-        return [f"{self.dtype}, chain {self.chain}, {self.instruction}: {fault}" for fault in found]
+            messages.append(f"an error of {self.worst:.2f} times the bound")
+        return [f"{self.dtype}, chain {self.chain}, {self.instruction}: {fault}" for fault in messages]
 
 
 class Experiments:
@@ -208,8 +208,8 @@ def subnormals(e: Experiments, first: list[int], bits: int) -> tuple[bool, int]:
     smallest = min(
         (x for x, value in zip(exponents, e.run(rows), strict=True) if value), default=exponents[-1]
     )
-    own = least + round(math.log2(info.eps))  # of the subnormal number by its digits
-    return alone == tiny * 2.0**BIG, max(smallest + bits - BIG, own) - least
+    exponent = least + round(math.log2(info.eps))  # of the subnormal number by its digits
+    return alone == tiny * 2.0**BIG, max(smallest + bits - BIG, exponent) - least
 
 
 def zero_counts(e: Experiments, first: list[int]) -> bool:

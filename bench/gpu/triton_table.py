@@ -71,18 +71,18 @@ class Row:
     @property
     def faults(self) -> list[str]:
         """What must not be."""
-        found = []
+        messages = []
         if self.spilled:
-            found.append(f"spills {self.spilled} bytes")
+            messages.append(f"spills {self.spilled} bytes")
         if self.shared > self.shared_limit:
-            found.append(f"needs {self.shared} of {self.shared_limit} bytes of shared memory")
+            messages.append(f"needs {self.shared} of {self.shared_limit} bytes of shared memory")
         if self.architecture == 90 and self.matrix and self.dtype != "float32" and self.matrix != "wgmma":
-            found.append(f"uses {self.matrix}, not wgmma")
+            messages.append(f"uses {self.matrix}, not wgmma")
         if self.matrix == "fma" and self.dtype != "float32":
-            found.append("multiplies without tensor cores, which the bounds count on")
+            messages.append("multiplies without tensor cores, which the bounds count on")
         if self.cut is False:
-            found.append("accumulates in one chain")
-        return found
+            messages.append("accumulates in one chain")
+        return messages
 
 
 GROUPED = ("lora_gradients", "total_norm_sq", "weighted_sums")
@@ -191,10 +191,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
         raise RuntimeError(f"cuobjdump: no resource usage in its output:\n{text}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _matrix(ptx: str, ttgir: str) -> str:

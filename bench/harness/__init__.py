@@ -1,4 +1,4 @@
-"""How it is measured: sessions, timers, floors, memory, agreement with the exact result, the machine, and result files.
+"""The measurement: sessions, timers, floors, memory, agreement with the exact result, the machine, and result files.
 
 This folder imports `cases` and `contenders`.
 """

@@ -1,4 +1,4 @@
-"""Right first: each contender's sum of gradients against float64, one example at a time. A wrong one has no time."""
+"""Each contender's sum of gradients against float64 one-by-one gradients. A wrong contender is not timed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Verdict:
 
 
 def one_by_one(case: Case, model: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
-    """Each example's gradient alone, by plain autograd in float64."""
-    wide = copy.deepcopy(model).double()  # a whole copy: double() changes parameters in place
+    """Return one-by-one gradients by plain autograd in float64."""
+    wide = copy.deepcopy(model).double()  # a full copy, because double() changes parameters in place
     parameters = trained(wide)
     rows = []
     for i in range(len(batch["labels"])):
@@ -55,7 +55,7 @@ def total(gradients: list[dict[str, Tensor]], clip: float | None) -> dict[str, T
 
 
 def relative_error(given: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
-    """‖given − exact‖ / ‖exact‖; infinite for other names or shapes. NaN never passes a comparison."""
+    """‖given − exact‖ / ‖exact‖; infinite if names or shapes differ. NaN fails every comparison."""
     if {n: v.shape for n, v in given.items()} != {n: v.shape for n, v in exact.items()}:
         return math.inf
     difference = {name: given[name].double() - value for name, value in exact.items()}
@@ -95,6 +95,6 @@ def check(factories: Mapping[str, Factory], case: Case, model: nn.Module, batch:
         if error <= limit:
             verdicts[name] = Verdict(OK, error)
         else:
-            reason = f"its sum is off by {error:.1e} of the exact one (limit {limit:.0e})"
+            reason = f"its sum has a relative error of {error:.1e} (limit {limit:.0e})"
             verdicts[name] = Verdict(WRONG, error, reason)
     return verdicts

@@ -1,4 +1,4 @@
-"""What a figure was measured on: device, threads, versions, commit."""
+"""The machine and versions of a measurement: device, threads, versions, commit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "triton", "opacus", "peft", "transformers", "numpy")
 
 
 def device_name(device: str) -> str:
-    """The processor's or GPU's own name."""
+    """Return the processor's or GPU's name."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     try:
@@ -61,7 +61,7 @@ def path(about: Mapping[str, Any], name: str) -> Path:
 
 
 def save(document: Mapping[str, Any], name: str) -> None:
-    """Write what has its `about` under "about" to its `path`."""
+    """Write a result, whose machine is under "about", to its `path`."""
     target = path(document["about"], name)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

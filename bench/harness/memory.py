@@ -54,7 +54,7 @@ class Server:
         self._process.communicate()
 
     def peak(self, job: Job) -> float | None:
-        """Peak MiB of a job on the CPU; None where the contender cannot run or its process died.
+        """Return the peak MiB of a job on the CPU; None if the contender cannot run or its process died.
 
         Raises:
             RuntimeError: the server itself died.
@@ -65,9 +65,9 @@ class Server:
         stdin.write(json.dumps(asdict(job)) + "\n")
         line = stdout.readline()
         if not line:
-            raise RuntimeError("python -m bench.harness.memory died; its standard error says why")
-        found: float | None = json.loads(line)["mib"]
-        return found
+            raise RuntimeError("python -m bench.harness.memory died; its standard error has the reason")
+        peak: float | None = json.loads(line)["mib"]
+        return peak
 
 
 def largest_batch(peak: Callable[[int], float | None], limit: float, *, most: int = 256) -> int:
@@ -77,8 +77,8 @@ def largest_batch(peak: Callable[[int], float | None], limit: float, *, most: in
     """
 
     def fits(size: int) -> bool:
-        found = peak(size)
-        return found is not None and found <= limit
+        mib = peak(size)
+        return mib is not None and mib <= limit
 
     if not fits(1):
         return 0
@@ -113,7 +113,7 @@ def _status(field: str) -> int:
 
 
 def _touch() -> None:
-    """Load what a first step loads (BLAS, convolutions, the thread pool), so that it counts for nobody."""
+    """Load the libraries of a first step (BLAS, convolutions, the thread pool), so that no peak includes them."""
     model = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.Linear(64, 64))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(2, 8, 64)).sum().backward()

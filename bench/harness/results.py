@@ -62,11 +62,11 @@ class Row:
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """What rows that are compared with each other have in common."""
+        """The key that rows share if they are compared with each other."""
         return self.case, self.axis, tuple(sorted(self.shape.items()))
 
     def timed(self, samples: Samples) -> Row:
-        """Take in the times; returns self."""
+        """Add the times; returns self."""
         self.median_ms = round(samples.median * 1e3, 4)
         self.iqr_ms = round(samples.iqr * 1e3, 4)
         self.rounds = len(samples.seconds)
@@ -86,7 +86,7 @@ class Results:
         path = folder / self.about["slug"] / f"{self.group}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{k: v for k, v in asdict(row).items() if v not in (None, "")} for row in self.rows]
-        # One row a line: a new run is then a readable diff.
+        # One row a line, so that a new run is a readable diff.
         lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
         about = json.dumps(self.about, indent=2, ensure_ascii=False).replace("\n", "\n ")
         path.write_text(
@@ -98,10 +98,10 @@ class Results:
 
 def load(path: Path) -> Results:
     """Read what `Results.save` wrote; fields that this version does not know are dropped."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    saved = json.loads(path.read_text(encoding="utf-8"))
     known = {f.name for f in fields(Row)}
-    rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in found["rows"]]
-    return Results(found["group"], found["about"], rows)
+    rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in saved["rows"]]
+    return Results(saved["group"], saved["about"], rows)
 
 
 def compare_rows(rows: Iterable[Row], base: str = NON_PRIVATE) -> None:

@@ -31,7 +31,7 @@ from bench.names import NON_PRIVATE
 
 @dataclass
 class Entry:
-    """What `Metadata` reads of a fixture: one contender's name and place in the report."""
+    """The fields of a fixture that `Metadata` reads: one contender's name and place in the report."""
 
     name: str
     fullname: str
@@ -79,7 +79,7 @@ class Bench:
 
     @property
     def ceilings(self) -> Ceilings:
-        """This machine's, measured once a run."""
+        """This machine's ceilings, measured once a run."""
         if self._ceilings is None:
             self._ceilings = measure(self.device, self.dtype, quick=self.quick)
         return self._ceilings
@@ -94,7 +94,7 @@ class Bench:
         return self._verdicts[key]
 
     def adopt(self, case: Case, verdicts: dict[str, Verdict]) -> None:
-        """Use verdicts that were found on a smaller model of the same layers."""
+        """Use the verdicts of a smaller model with the same layers."""
         self._verdicts[case.name, case.rank] = verdicts
 
     def run(
@@ -155,10 +155,10 @@ class Bench:
             for name, samples in taken.items():
                 rows[name].rate = round(size / samples.median, 1)
                 rows[name].matrix_share = round(flops / samples.median / self.ceilings.flops, 4)
-        found = list(rows.values())
-        compare_rows(found)
-        self.record(group, found, taken)
-        return found
+        results = list(rows.values())
+        compare_rows(results)
+        self.record(group, results, taken)
+        return results
 
     def _add_memory(
         self, rows: Mapping[str, Row], runners: Mapping[str, Contender], case: Case, size: int, frames: int
@@ -178,11 +178,11 @@ class Bench:
         return self._server.peak(Job(case.name, contender, size, frames, case.rank, torch.get_num_threads()))
 
     def close(self) -> None:
-        """End the process that memory is measured from."""
+        """End the process that measures memory."""
         self._open.close()
 
     def record(self, group: str, rows: Iterable[Row], taken: Mapping[str, Samples]) -> None:
-        """Keep rows, and hand those with samples (by contender) to pytest-benchmark."""
+        """Store rows, and pass those with samples (by contender) to pytest-benchmark."""
         if group not in self.results:
             self.results[group] = Results(group, machine.about(self.device))
         for row in rows:

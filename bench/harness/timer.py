@@ -1,4 +1,4 @@
-"""Timing in turns: A B C A B C …, so that what else the machine does meets every contender alike.
+"""Timing in turns, A B C A B C …, so that other load on the machine affects every contender alike.
 
 pytest-benchmark's own fixture runs one function many times and can be used once a test; drift between two such
 blocks (clocks, a neighbour's load) would look like a difference between contenders.
@@ -56,7 +56,7 @@ def host_seconds(function: Callable[[], None], clock: Callable[[], float] = time
 
 
 def device_seconds(function: Callable[[], None]) -> float:
-    """Seconds between two CUDA events around one call: launches are asynchronous, a host clock sees only them."""
+    """Seconds between two CUDA events around one call: a host clock measures only the asynchronous launches."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -67,7 +67,7 @@ def device_seconds(function: Callable[[], None]) -> float:
 
 
 def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:
-    """How to time a call on this kind of device."""
+    """Return the function that times a call on a device type."""
     return device_seconds if device.startswith("cuda") else host_seconds
 
 
@@ -93,7 +93,7 @@ def interleave(
         ValueError: rounds < 1.
     """
     if rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {rounds}")
+        raise ValueError(f"rounds: expected an integer ≥ 1; given {rounds}; pass 1 or more")
     for _ in range(warmup):
         for runner in runners.values():
             runner.prepare()
@@ -102,7 +102,7 @@ def interleave(
     spent = 0.0
     was_enabled = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection would fall on whoever happens to be running
+    gc.disable()  # a collection would be charged to the contender that is running
     try:
         for turn in range(rounds):
             if turn >= least and spent >= seconds:

@@ -56,9 +56,9 @@ def run(only: Sequence[str] | None = None, part: str = "1/1") -> list[Verdict]:
             start = time.perf_counter()
             verdict = judge(entry, method)
             took = time.perf_counter() - start
-            found = f"{verdict.error:.0e}" if verdict.reason == "" else verdict.reason
+            result = f"{verdict.error:.0e}" if verdict.reason == "" else verdict.reason
             print(
-                f"{verdict.status:8}{method:6}{entry.library:13}{entry.name:32}{took:6.2f} s  {found}",
+                f"{verdict.status:8}{method:6}{entry.library:13}{entry.name:32}{took:6.2f} s  {result}",
                 flush=True,
             )
             verdicts.append(verdict)

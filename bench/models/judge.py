@@ -38,7 +38,7 @@ _REFUSALS = (ValueError, RuntimeError, NotImplementedError, TypeError)
 
 @dataclass
 class Verdict:
-    """What was found of one model with one method.
+    """The verdict on one model with one method.
 
     Attributes:
         name, library, kind, method: what was judged; method "all" trains what the library itself trains, "lora" PEFT's.
@@ -77,7 +77,7 @@ class _Wide(TorchFunctionMode):
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Floating-point tensors that are made within are float64 where nobody says otherwise."""
+    """Context in which new floating-point tensors are float64 by default."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -105,23 +105,23 @@ def widen_leaves(model: nn.Module) -> None:
     """Have the modules that the private backward computes again be wide then, too: autograd turns the mode off."""
     load_library_rules()
     for module in model.modules():
-        own: Any = type(module)
+        cls: Any = type(module)
         leaf = bool(module._parameters) and next(module.children(), None) is None
-        if leaf and not own.__module__.startswith("torch.nn.") and not has_ghost_class(module):
-            module.__class__ = _wide_class(own)
+        if leaf and not cls.__module__.startswith("torch.nn.") and not has_ghost_class(module):
+            module.__class__ = _wide_class(cls)
 
 
 @cache
-def _wide_class(own: Any) -> Any:
+def _wide_class(cls: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _Wide():
-            return own.forward(self, *args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
 
-    return type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
 def judge(entry: Entry, method: str) -> Verdict:
-    """Judge one entry at two batch sizes; never raises for what the model or the library raises."""
+    """Judge one entry at two batch sizes; exceptions of the model or the library become verdicts."""
     verdict = Verdict(entry.name, entry.library, entry.kind.name, method, RIGHT)
     with in_float64():
         try:

@@ -74,14 +74,14 @@ def of_valid(t: Tensor, mask: Tensor) -> Tensor:
     return square(t * mask.reshape(*mask.shape, *(1,) * (t.dim() - 2)))
 
 
-def output_of(found: Any) -> Tensor:
+def output_of(output: Any) -> Tensor:
     """The logits, else the hidden states, of what a model returned."""
-    if isinstance(found, Tensor):
-        return found
+    if isinstance(output, Tensor):
+        return output
     for name in ("logits", "last_hidden_state", "predicted_depth", "reconstruction"):
-        if (value := getattr(found, name, None)) is not None:
+        if (value := getattr(output, name, None)) is not None:
             return value
-    raise KeyError(f"no output to take a loss of in {type(found).__name__}: {list(found)}")
+    raise KeyError(f"no output to take a loss of in {type(output).__name__}: {list(output)}")
 
 
 def token_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -114,7 +114,7 @@ def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def positional_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """`square` of what a model without keywords makes of its one input: torchvision's and timm's."""
+    """`square` of the output of a model without keywords, such as torchvision's and timm's."""
     return square(output_of(model(*batch.values())))
 
 
@@ -134,18 +134,18 @@ def images_and_texts(batch: int) -> Batch:
 
 
 def pair_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """What a contrastive model says of each text beside its own image: the product of their two vectors."""
+    """Return a contrastive model's score of each text with its image: the product of their two vectors."""
     out = model(**batch)
     return (out.text_embeds * out.image_embeds).sum(1)
 
 
 def images_in_texts(batch: int) -> Batch:
     """Texts that begin with the places of an image's patches, as a LLaVA's processor makes them."""
-    found = images_and_texts(batch)
+    inputs = images_and_texts(batch)
     places = torch.full((batch, IMAGE_TOKENS), IMAGE_TOKEN)
-    found["input_ids"] = torch.cat([places, found["input_ids"]], 1)
-    found["attention_mask"] = torch.cat([torch.ones_like(places), found["attention_mask"]], 1)
-    return found
+    inputs["input_ids"] = torch.cat([places, inputs["input_ids"]], 1)
+    inputs["attention_mask"] = torch.cat([torch.ones_like(places), inputs["attention_mask"]], 1)
+    return inputs
 
 
 IMAGE_TOKEN, IMAGE_TOKENS = 4, 4

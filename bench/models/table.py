@@ -1,4 +1,4 @@
-"""What was found: bench/results/models.json, and docs/models.md, which is made of it."""
+"""The verdicts in bench/results/models.json, and docs/models.md, which is generated from them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ error that names the module or the parameter, before anything is spent. † batc
 
 def versions() -> dict[str, str]:
     """The releases that were judged."""
-    found = {"python": platform.python_version()}
+    releases = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            releases[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "none"
-    return found
+            releases[package] = "none"
+    return releases
 
 
 def save(verdicts: Iterable[Verdict], path: Path = RESULTS) -> None:
@@ -60,19 +60,19 @@ def save(verdicts: Iterable[Verdict], path: Path = RESULTS) -> None:
 
 def load(path: Path = RESULTS) -> tuple[dict[str, str], list[Verdict]]:
     """(versions, verdicts) as `save` wrote them."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    saved = json.loads(path.read_text(encoding="utf-8"))
     known = {f.name for f in fields(Verdict)}
-    return found["versions"], [
-        Verdict(**{k: v for k, v in row.items() if k in known}) for row in found["rows"]
+    return saved["versions"], [
+        Verdict(**{k: v for k, v in row.items() if k in known}) for row in saved["rows"]
     ]
 
 
 def counts(verdicts: Iterable[Verdict]) -> dict[str, dict[str, int]]:
     """{method: {status: how many}}."""
-    found = {method: dict.fromkeys((RIGHT, REFUSED, WRONG, ERROR), 0) for method in METHODS}
+    totals = {method: dict.fromkeys((RIGHT, REFUSED, WRONG, ERROR), 0) for method in METHODS}
     for verdict in verdicts:
-        found[verdict.method][verdict.status] += 1
-    return found
+        totals[verdict.method][verdict.status] += 1
+    return totals
 
 
 def page(of: dict[str, str], verdicts: list[Verdict]) -> str:
@@ -85,9 +85,9 @@ def page(of: dict[str, str], verdicts: list[Verdict]) -> str:
         title = {"all": "all parameters", "lora": "LoRA"}[method]
         cells = [sum(found.values()), *(found[status] for status in (RIGHT, REFUSED, WRONG, ERROR))]
         summary.append(f"| {title} | " + " | ".join(map(str, cells)) + " |")
-    said = ", ".join(f"{package} {version}" for package, version in of.items() if version != "none")
+    releases = ", ".join(f"{package} {version}" for package, version in of.items() if version != "none")
     text = TEXT.format(
-        size=SIZE, tolerance=TOLERANCE, versions=said[0].upper() + said[1:], counts="\n".join(summary)
+        size=SIZE, tolerance=TOLERANCE, versions=releases[0].upper() + releases[1:], counts="\n".join(summary)
     )
     kinds = list(dict.fromkeys(kind for kind, _, _ in both))
     reasons: list[str] = []
@@ -123,5 +123,5 @@ def _shortened(reason: str) -> str:
 
 
 def faults(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """What must not be: the wrong ones, and errors that name nothing."""
+    """Return the failures: wrong verdicts, and errors that name no module or parameter."""
     return [verdict for verdict in verdicts if verdict.status in (WRONG, ERROR)]

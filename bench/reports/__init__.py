@@ -1,4 +1,4 @@
-"""What is drawn and written from result files: tables, plots, and the committed pages of docs/.
+"""Output from result files: tables, plots, and the committed pages of docs/.
 
 This folder imports `harness`, and measures nothing.
 """

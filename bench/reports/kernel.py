@@ -1,7 +1,7 @@
-"""What is measured of single kernels outside of `pytest --benchmark`, as Markdown for docs/benchmarks.md.
+"""Measurements of single kernels outside of `pytest --benchmark`, as Markdown for docs/benchmarks.md.
 
-Each function takes what its module saved: `sweep_gpu`, `many_normals`, `tensor_cores` (under bench/results/<device>)
-and `triton_table`. `section` takes what is there; a file that is absent leaves no trace.
+Each function takes the result that its module saved: `sweep`, `many_normals` and `tensor_cores` under
+bench/results/<device>, and `triton_table`. `section` includes the files that exist.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.cases.optim import NON_PRIVATE, SWEEP
+from bench.cases.optim import FUSED, NON_PRIVATE
 from bench.harness.table import markdown
 
 Saved = Mapping[str, Any]
 
 
-def sweep(saved: Saved) -> str:
-    """The sweep of a step beside Philox's and torch's, and the normals on their own."""
+def fused_step(saved: Saved) -> str:
+    """The fused step beside Philox's and torch's, and the normals on their own."""
     copy = saved["copy_bytes_per_s"]
     wrong = [what for what, good in saved["checks"].items() if not good]
     right = len(saved["checks"]) - len(wrong)
     bits = f"**wrong bits: {'; '.join(wrong)}**" if wrong else f"{right} checks of its bits passed"
     head = (
-        f"**Noise and AdamW in one sweep, {saved['about']['device']}** ({_origin(saved)}): float32 parameters and "
+        f"**Noise and AdamW in one fused step, {saved['about']['device']}** ({_origin(saved)}): float32 parameters and "
         f"state in {saved['tensors']} tensors, {bits}. Time on the GPU: median ± half the interquartile range. Share "
         f"of copy bandwidth: of the {copy / 1e12:.2f} TB/s that a large copy reads and writes, for the least that a "
         "contender must move."
@@ -39,7 +39,7 @@ def sweep(saved: Saved) -> str:
                 f"{row['queued'] / base['queued']:.2f}×" if base else "",
             ]
             line = [name, *cells]
-            if name == SWEEP:
+            if name == FUSED:
                 line = [f"**{cell}**" if cell else "" for cell in line]
             rows.append([f"{int(size):,}" if i == 0 else "", *line])
     table = markdown(
@@ -47,7 +47,7 @@ def sweep(saved: Saved) -> str:
     )
     alone, torchs = saved["normals"]["chacha20_normal"], saved["normals"]["torch.randn"]
     normals = (
-        f"The noise alone, which this sweep never writes to memory: {saved['normals_count']:,} float32 normals take "
+        f"The noise alone, which this step never writes to memory: {saved['normals_count']:,} float32 normals take "
         f"{alone * 1e3:.3f} ms, torch.randn's {torchs * 1e3:.3f} ms ({alone / torchs:.1f}×)."
     )
     return f"{head}\n\n{table}\n\n{normals}"
@@ -178,7 +178,7 @@ def triton_table(saved: Saved) -> str:
 
 _OF_A_DEVICE: dict[str, Callable[[Saved], str]] = {
     "tune": tune,
-    "sweep": sweep,
+    "sweep": fused_step,
     "peaks": peaks,
     "strategies": strategies,
     "many_normals": many_normals,

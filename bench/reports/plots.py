@@ -166,12 +166,12 @@ def ratios(rows: Sequence[Row], subtitle: str) -> Figure | None:
     return figure
 
 
-def _panel(axes: Axes, title: str, names: Sequence[str], own: Sequence[Row]) -> None:
+def _panel(axes: Axes, title: str, names: Sequence[str], panel_rows: Sequence[Row]) -> None:
     axes.grid(False)
     axes.set_title(title)
     axes.axvline(1.0, color="#595959", linewidth=1.0, linestyle=(0, (1, 1.5)))
     for place, name in enumerate(names):
-        _bar(axes, place, name, next((one for one in own if one.contender == name), None))
+        _bar(axes, place, name, next((one for one in panel_rows if one.contender == name), None))
     axes.set_yticks(range(len(names)), names)
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().startswith("dpkernels") else "normal")

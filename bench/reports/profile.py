@@ -36,14 +36,14 @@ OTHER = "other"
 
 
 def kind_of(operator: str) -> str:
-    """What an operator is for."""
+    """Return the purpose of an operator."""
     return next((kind for kind, parts in KINDS if any(part in operator for part in parts)), OTHER)
 
 
 def of_case(case: Case, size: int, frames: int, *, steps: int) -> dict[str, dict[str, float]]:
     """Milliseconds a step by contender and kind, the largest first."""
     model, batch = case.model(frames), case.batch(size, frames)
-    found = {}
+    profiles = {}
     for name in CONTENDERS:
         contender = registry()[name](case, working_copy(model), batch, Settings())
         for _ in range(2):
@@ -57,22 +57,24 @@ def of_case(case: Case, size: int, frames: int, *, steps: int) -> dict[str, dict
             for row in taken.key_averages():
                 kind = kind_of(row.key)
                 times[kind] = times.get(kind, 0.0) + row.self_cpu_time_total / 1e3 / steps
-        found[name] = {kind: round(ms, 2) for kind, ms in sorted(times.items(), key=lambda one: -one[1])}
-    return found
+        profiles[name] = {kind: round(ms, 2) for kind, ms in sorted(times.items(), key=lambda one: -one[1])}
+    return profiles
 
 
 def show(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[Table]:
     """A table a case: kinds down, contenders across, in milliseconds."""
     tables = []
-    for name, found in cases.items():
+    for name, profiles in cases.items():
         table = Table(title=f"{CASES[name].title}, ms a step", title_justify="left", box=None, pad_edge=False)
         table.add_column("self time in")
-        for contender in found:
+        for contender in profiles:
             table.add_column(contender, justify="right")
-        kinds = dict.fromkeys(kind for times in found.values() for kind in times)
+        kinds = dict.fromkeys(kind for times in profiles.values() for kind in times)
         for kind in kinds:
-            table.add_row(kind, *(f"{times[kind]:.1f}" if kind in times else "" for times in found.values()))
-        table.add_row("all", *(f"{sum(times.values()):.1f}" for times in found.values()))
+            table.add_row(
+                kind, *(f"{times[kind]:.1f}" if kind in times else "" for times in profiles.values())
+            )
+        table.add_row("all", *(f"{sum(times.values()):.1f}" for times in profiles.values()))
         tables.append(table)
     return tables
 

@@ -73,7 +73,7 @@ def profiles(folder: Path, device: str | None = None) -> list[str]:
 
 
 def pages(folder: Path, device: str | None = None) -> dict[Path, str]:
-    """What stands between the markers of each page, from the results under `folder` (of one device)."""
+    """Return the text between the markers of each page, from the results under `folder` (of one device)."""
     results = found(folder, device)
     parts = [step_report.markdown(results)] if results else []
     parts += profiles(folder, device) + kernel_report.section(folder, device)

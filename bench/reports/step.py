@@ -79,10 +79,10 @@ _SUMMARY = (
 def _by_device(all_results: Sequence[Results]) -> Iterable[tuple[list[Results], list[Row]]]:
     """A device's results of whole steps, and their rows."""
     for device in dict.fromkeys(one.about["slug"] for one in all_results):
-        own = [one for one in all_results if one.about["slug"] == device and one.group in _SHOWN]
-        rows = [row for one in own for row in main_rows(one)]
+        device_results = [one for one in all_results if one.about["slug"] == device and one.group in _SHOWN]
+        rows = [row for one in device_results for row in main_rows(one)]
         if rows:
-            yield own, rows
+            yield device_results, rows
 
 
 def _over_opacus(row: Row, absent: dict[tuple[Any, ...], list[str]]) -> list[str]:
@@ -92,21 +92,23 @@ def _over_opacus(row: Row, absent: dict[tuple[Any, ...], list[str]]) -> list[str
     ]
 
 
-def _device(own: Sequence[Results]) -> str:
-    about = own[0].about
+def _device(device_results: Sequence[Results]) -> str:
+    about = device_results[0].about
     cores = "" if about.get("cuda") and about["load"] is None else f", {about['threads']} threads"
     return f"{about['device']}{cores}"
 
 
-def _header(own: Sequence[Results]) -> str:
-    about = own[0].about
+def _header(device_results: Sequence[Results]) -> str:
+    about = device_results[0].about
     versions = ", ".join(
         f"{name} {about['versions'][name]}"
         for name in ("torch", "opacus", "peft", "transformers")
         if about["versions"].get(name)
     )
     state = " with changes" if about.get("dirty") else ""
-    return f"**{_device(own)}** ({versions}; commit {about['commit']}{state}, {about['date'][:10]})."
+    return (
+        f"**{_device(device_results)}** ({versions}; commit {about['commit']}{state}, {about['date'][:10]})."
+    )
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -133,13 +135,13 @@ def _table(rows: Sequence[Row]) -> str:
         if row.peak_mib is not None:
             share = "" if row.memory_ratio is None else f" ({row.memory_ratio:.2f}×)"
             memory = f"{row.peak_mib:.0f}{share}"
-        own = row.contender.startswith("dpkernels")
+        is_dpkernels = row.contender.startswith("dpkernels")
         cells = [milliseconds(row), times(row.ratio), *_over_opacus(row, absent), memory]
         if rated:
             cells.append("" if row.rate is None else f"{row.rate:.0f}")
             cells.append("" if row.matrix_share is None else f"{row.matrix_share:.0%}")
-        cells = [f"**{cell}**" if own and cell not in ("", _NOT_RUN) else cell for cell in cells]
-        name = f"**{row.contender}**" if own else row.contender
+        cells = [f"**{cell}**" if is_dpkernels and cell not in ("", _NOT_RUN) else cell for cell in cells]
+        name = f"**{row.contender}**" if is_dpkernels else row.contender
         lines.append([f"{row.title}, {shape}" if first else "", name, *cells])
     return table.markdown(head, lines, "ll" + "r" * (len(head) - 2))
 
@@ -171,10 +173,10 @@ def _not_run(rows: Sequence[Row]) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _batches(own: Sequence[Results]) -> list[str]:
+def _batches(device_results: Sequence[Results]) -> list[str]:
     """A sentence a case: the largest physical batch of each contender within the limit."""
     lines: dict[str, tuple[str, list[str]]] = {}
-    for (case, _), row in largest_batches(own).items():
+    for (case, _), row in largest_batches(device_results).items():
         frames = row.shape["T"]
         start = f"Largest physical batch within {row.limit_mib} MiB, {row.title}, T = {frames}: "
         lines.setdefault(case, (start, []))[1].append(f"{row.contender} {row.largest_batch}")

@@ -1,5 +1,5 @@
-// The ChaCha20 block function (RFC 8439) and the standard normals made from its output; host and device code
-// alike.
+// The ChaCha20 block function (RFC 8439) and the standard normals computed from its output; host and device
+// code alike.
 //
 // No multiplication is fused with an addition in the files that include this (CMakeLists.txt), and only + - *
 // / sqrt and integer operations are used, all of them correctly rounded: the normals have the same bits on
@@ -176,7 +176,7 @@ DPK_SHARED double square_root(double v) {
 // full relative precision. The largest radius is sqrt(128 ln 2) = 9.42, the smallest but 0 is 2^-31.5. v is
 // reduced to the nearest quarter turn in integers, so no rounding of pi decides the quadrant.
 //
-// The polynomials are minimax; how far each is from its function is said beside it.
+// The polynomials are minimax; the error of each is given beside it.
 DPK_SHARED void box_muller(uint64_t w0, uint64_t w1, double* z0, double* z1) {
 #ifdef __CUDA_ARCH__
   const BoxMuller& constants = kBoxMullerOnDevice;

@@ -8,7 +8,7 @@ namespace dpk {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "RFC 8439 words are stored as they are in memory");
 
-// Blocks `counter` to `counter` + `blocks` are ones that the counter can name.
+// Checks that the 32-bit counter reaches blocks `counter` to `counter` + `blocks`.
 inline void check_blocks(int64_t counter, int64_t blocks) {
   constexpr int64_t limit = int64_t{1} << 32;
   if (counter < 0 || counter >= limit)

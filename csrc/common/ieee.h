@@ -1,4 +1,4 @@
-// The processor's modes that make results depend on who calls: subnormal numbers read or written as zero.
+// The processor's modes that make results depend on the caller: subnormal numbers read or written as zero.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace dpk {
 
-// While one lives, this thread computes with subnormal numbers, whatever torch.set_flush_denormal said: the
-// bounds of csrc/cpu/bounds.h allow for a flushed result, not for an input that another thread sees and this
-// one does not (1e-40 times 1e38 is no rounding error).
+// While an object of this class exists, its thread computes with subnormal numbers, under any setting of
+// torch.set_flush_denormal: the bounds of csrc/cpu/bounds.h allow for a flushed result, not for an input that
+// another thread sees and this one does not (1e-40 times 1e38 is no rounding error).
 class IeeeMode {
  public:
   IeeeMode() : before_(get()) {

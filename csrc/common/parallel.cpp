@@ -26,7 +26,7 @@ struct Job {
   Call call;
   void* body;
   std::atomic<int64_t> next{0};
-  std::atomic<int> joined{0};  // workers that asked to take part
+  std::atomic<int> joined{0};  // workers that have joined the job
   std::mutex mutex;
   std::exception_ptr error;
 
@@ -66,7 +66,7 @@ class Pool {
   }
 
  private:
-  // Makes up to `helpers` threads exist; says how many do.
+  // Starts threads until there are `helpers`; returns how many there are.
   int start(int helpers) {
     // Signals stay with the threads that the host program (Python) knows of.
     sigset_t all, before;
@@ -120,7 +120,7 @@ std::atomic<bool> forked{false};
         current = new Pool;
         forked = true;
       }) != 0)
-    forked = true;  // no memory to be told of forks: never OpenMP, then
+    forked = true;  // forks cannot be detected without memory, so OpenMP is never used
 }
 
 // libgomp's entry point of `#pragma omp parallel`, also exported by LLVM's and Intel's runtimes; null where

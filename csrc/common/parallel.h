@@ -1,7 +1,7 @@
-// Loops over threads: those of the OpenMP runtime that the program (torch) brought along, else of a pool.
+// Loops over threads: those of the OpenMP runtime that the program (torch) has loaded, else those of a pool.
 //
-// The library is not linked with OpenMP: a second runtime next to torch's is a known hazard. It looks for the
-// one that is there, at its first loop.
+// The library is not linked with OpenMP: a second runtime next to torch's is a known hazard. At its
+// first loop, the library looks for a loaded one.
 //
 //     dpk::parallel_for(samples, threads, [&](int64_t sample, int worker) { norm[sample] = ...; });
 //
@@ -12,8 +12,8 @@
 // caller; indices not yet started are then skipped.
 //
 // Threads are kept and reused. A call made from a body runs in its caller alone, and so does one made while
-// the pool is busy. In a child process after fork() the threads are the pool's, started anew. Where the
-// system starts fewer threads, fewer work.
+// the pool is busy. In a child process after fork() the threads are the pool's, started anew. If the
+// system starts fewer threads, the loop uses fewer.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,4 @@
-// How native code reports a failure: throw dpk::Error inside, and let dpk::guard() turn it into a status at
-// the C ABI.
+// Error reporting of native code: it throws dpk::Error, which dpk::guard() converts to a status at the C ABI.
 #pragma once
 
 #include <exception>
@@ -24,7 +23,7 @@ class Error : public std::runtime_error {
 // Throws Error(DPK_INVALID_ARGUMENT) with a printf-style message that names the argument and its value.
 [[noreturn]] void invalid_argument(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Remembers the message for dpk_last_error() of this thread and hands the status back.
+// Remembers the message for dpk_last_error() of this thread and returns the status.
 dpk_status report(dpk_status status, const char* message) noexcept;
 
 // Runs the body of one C ABI function; no exception leaves it.

@@ -1,4 +1,4 @@
-// The instruction set in use: found once, and lowered by tests.
+// The instruction set in use, which is detected once and lowered by tests.
 #include <atomic>
 #include <cstring>
 

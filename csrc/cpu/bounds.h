@@ -1,4 +1,4 @@
-// How far rounding can take a norm from the truth, and the rounding up that makes every norm safe to clip by.
+// The largest rounding error of a norm, and the rounding up that makes every norm safe to clip by.
 //
 // Notation: u = 2^-24 for float32 arithmetic, 2^-53 for float64. One entry of a sample's gradient is sum_t
 // a_t b_t.
@@ -11,7 +11,7 @@
 // Stability of Numerical Algorithms, 2002, section 3.1). Over the entries of g^T x, by the triangle
 // inequality over frames:
 //     ||computed - exact||_F <= gamma S,   S = sum_t ||x_t|| ||g_t||.
-// The weighted sum forms the same products in the same way, so what it adds for a sample is off by at most
+// The weighted sum computes the same products in the same way, so its gradient of a sample is off by at most
 // gamma S too, and at most u S more where a caller multiplies g by the factor beforehand (this library's sums
 // do not: the factor is applied in float64). Hence with e = (2 kappa + 1) u S * 1.01 both ||exact|| and
 // ||added||/c are <= ||computed|| + e. The 1.01 covers 1/(1 - kappa u), the float64 roundings of S and of
@@ -32,14 +32,14 @@ constexpr double kUnit = sizeof(R) == 4 ? 0x1p-24 : 0x1p-53;
 template <class R>
 constexpr double kTiniest = sizeof(R) == 4 ? 0x1p-126 : 0x1p-1022;
 
-// Roundings that one product meets in a sum of n (see above).
+// The number of roundings of one product in a sum of n (see above).
 inline double kappa(int64_t n) {
   const int64_t chunks = (n + kChunk - 1) / kChunk, most = kBlock / kChunk;
   return static_cast<double>((n < kChunk ? n : kChunk) + 1 + (chunks < most ? chunks : most));
 }
 
-// What rounding to subnormal numbers can add to the norm of `entries` sums of n products, computed once for
-// the norm and once for the sum.
+// The error that rounding to subnormal numbers can add to the norm of `entries` sums of n products, counted
+// once for the norm and once for the sum.
 template <class R>
 double absolute(int64_t n, int64_t entries) {
   return 4.0 * static_cast<double>(n) * std::sqrt(static_cast<double>(entries)) * kTiniest<R>;

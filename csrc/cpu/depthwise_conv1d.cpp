@@ -91,7 +91,7 @@ class Depthwise {
           row(static_cast<size_t>(of.x_.size[2])),
           sums(static_cast<size_t>(of.taps_)) {}
 
-    // Leaves the channel's gradient in `sums`; returns an upper bound of ||g||^2 ||x||^2 when asked to.
+    // Leaves the channel's gradient in `sums`; returns an upper bound of ||g||^2 ||x||^2 on request.
     double correlate(const Depthwise& of, int64_t i, int64_t c, bool with_scale) {
       const Micro<R>& k = micro<R>();
       const int64_t out_frames = of.g_.size[2], frames = of.x_.size[2];

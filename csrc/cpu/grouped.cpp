@@ -1,16 +1,16 @@
 // One call for the weighted sums of many layers.
 //
-// A small layer is a piece of work that one thread does whole, by calling its family's own function: the pool
-// of threads is busy with the loop over layers, so that the function runs in its caller alone (parallel.h). A
-// model of hundreds of LoRA layers then wakes the threads once, not hundreds of times.
+// One thread computes a small layer completely, by calling the function of its family: the thread pool is
+// busy with the loop over layers, so the function runs in its caller alone (parallel.h). A model of hundreds
+// of LoRA layers then wakes the threads once, not hundreds of times.
 #include "grouped_kernels.h"
 
 #include <algorithm>
 #include <vector>
 
+#include "common/optim_arguments.h"
 #include "common/parallel.h"
-#include "common/sweep_arguments.h"
-#include "cpu/sweep_isa.h"
+#include "cpu/optim_isa.h"
 
 namespace dpk {
 namespace {

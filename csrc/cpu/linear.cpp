@@ -2,7 +2,8 @@
 //
 // direct: tiles of g_i^T x_i are summed over frames in registers, squared and summed in float64. Work 2 T p
 // d. gram:   sum_ts (x_t.x_s)(g_t.g_s), upper half of the T x T blocks. Work T^2 (p + d). Each (sample, panel
-// of rows) gives one float64 partial sum, added in order: neither threads nor the rest of the batch change a bit.
+// of rows) gives one float64 partial sum, added in order: neither threads nor the rest of the batch change a
+// bit.
 #include "cpu/linear.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// What the linear norm and the linear weighted sum share: samples copied into panels that the tile kernel
-// reads in order.
+// Code shared by the linear norm and the linear weighted sum: samples copied into panels, which the tile
+// kernel reads in order.
 #pragma once
 
 #include <vector>
@@ -9,8 +9,8 @@
 namespace dpk {
 
 // Frames of sample i that can matter: the given length less trailing frames where g is all zero (and x
-// finite, so that 0 * x is 0). Padding that a loss ignores has g = 0 exactly; leaving it out changes no bit
-// of a sum.
+// finite, so that 0 * x is 0). Padding that a loss ignores has g = 0 exactly, so skipping it changes no
+// bit of a sum.
 template <class R>
 int64_t effective_length(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length);
 

@@ -179,7 +179,7 @@ class LoRA {
           k_.square_sum_above(rows + t * padded_, std::min(kBoundFrames, length - t) * padded_);
   }
 
-  // Asks for frames [t0, t0+kChunk) of a strip ahead of their use: a strip of a wide matrix takes a few cache
+  // Prefetches frames [t0, t0+kChunk) of a strip: a strip of a wide matrix takes a few cache
   // lines out of each row, which no hardware prefetcher follows across pages.
   static void prefetch(const dpk_tensor& wide, int64_t i, int64_t t0, int64_t length, const Piece& piece) {
     constexpr int64_t line = 64;
@@ -192,7 +192,7 @@ class LoRA {
   }
 
   // sum [padded_, kStrip] += factor * narrow^T wide over one sample's frames, columns of `piece`. Returns,
-  // when asked to, a number >= S = sum_t ||narrow_t|| ||wide_t|| of these columns.
+  // on request, a number >= S = sum_t ||narrow_t|| ||wide_t|| of these columns.
   double product(const Piece& piece, int64_t i, size_t slot, double factor, double* sum,
                  bool with_scale) const {
     const dpk_tensor& wide = *factors_[piece.which].wide;

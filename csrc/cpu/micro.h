@@ -11,8 +11,8 @@
 
 namespace dpk {
 
-// Products that are summed in a register before the sum is merged; short, as this is what rounding bounds
-// grow with.
+// Products that are summed in a register before the sum is merged; few, because rounding bounds grow with
+// this number.
 constexpr int64_t kChunk = 64;
 // Frames (or features) summed in R: 8 chunks. Longer sums go on in float64.
 constexpr int64_t kBlock = 512;

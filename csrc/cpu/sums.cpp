@@ -1,4 +1,4 @@
-// out += sum_i c_i g_i^T x_i for a linear layer, and the clipping factors c_i.
+// out += sum_i c_i g_i^T x_i for a linear layer, and the clip factors c_i.
 #include <algorithm>
 #include <cmath>
 
@@ -11,7 +11,7 @@ namespace {
 // Columns of the output that one piece of work holds in float64, in units of a panel.
 constexpr int64_t kPanelsWide = 2;
 
-// Each piece of work owns a tile of the output: it takes the samples in their order, forms a sample's product
+// Each piece of work owns a tile of the output: it takes the samples in order, computes a sample's product
 // in R (in the order of the norm's, bounds.h), and adds factor * product in float64. The tile is read from
 // `out` first and written back at the end.
 template <class R>

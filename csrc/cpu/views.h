@@ -1,4 +1,4 @@
-// Tensors of the C ABI as the kernels see them, their checks, and scratch memory.
+// The kernels' views of the C ABI's tensors, their checks, and scratch memory.
 #pragma once
 
 #include <algorithm>
@@ -143,8 +143,8 @@ inline void write_out(void* out, dpk_dtype dtype, int64_t index, int64_t count, 
     for (int64_t j = 0; j < count; ++j) static_cast<float*>(out)[index + j] = static_cast<float>(values[j]);
 }
 
-// Threads worth waking for so many elementary operations (vectors of 16): waking one costs 5 to 50
-// microseconds, and so do some 10^5 operations. Never changes a result.
+// The number of threads worth waking for a number of elementary operations (vectors of 16): waking one takes
+// 5 to 50 microseconds, as long as some 10^5 operations. The number does not change a result.
 inline int worthwhile_threads(int32_t threads, double operations) {
   if (threads < 1) invalid_argument("threads is %d; it must be at least 1", static_cast<int>(threads));
   return operations < 1e5 ? 1 : threads;

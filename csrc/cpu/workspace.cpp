@@ -1,4 +1,4 @@
-// The block of memory that calls hand on to each other.
+// The block of memory that successive calls reuse.
 #include <atomic>
 #include <utility>
 
@@ -7,7 +7,7 @@
 namespace dpk {
 namespace {
 
-// More than this is given back to the system: a rare long sample is no reason to hold its memory for good.
+// A larger block is returned to the system, so that a rare long sample does not keep its memory for good.
 constexpr int64_t kMostKept = int64_t{32} << 20;
 
 // In front of the memory that is handed out, and as large as a cache line.
@@ -15,8 +15,8 @@ struct alignas(64) Header {
   int64_t bytes;
 };
 
-// Owned by whoever exchanges it out; no lock that a fork could find taken. Two calls at once: the second
-// allocates.
+// The call that exchanges the pointer out owns the block, so there is no lock that a fork could find taken.
+// Of two concurrent calls, the second allocates.
 std::atomic<Header*> kept{nullptr};
 
 }  // namespace

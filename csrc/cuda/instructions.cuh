@@ -1,4 +1,4 @@
-// Instructions that CUDA C++ has no name for. tests/ops/emulated_cuda has them for a CPU.
+// Instructions without a name in CUDA C++. tests/ops/emulated_cuda implements them for a CPU.
 #pragma once
 
 namespace dpk {

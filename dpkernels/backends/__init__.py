@@ -1,7 +1,8 @@
-"""What computes the ops: `registry` chooses, `native_ops`, `torch_ops` and `triton_ops` compute, `bounds` says why no
-norm is short. From outside, import `registry`, `layer` and, for the state of the native libraries, `native`.
+"""The implementations of the ops. `registry` chooses one, `native_ops`, `torch_ops` and `triton_ops` compute, and
+`bounds` proves that no norm is too small. Other packages import `registry`, `layer` and, for the state of the native
+libraries, `native`.
 
-This is the one place that knows all backends: `registry` is handed them, and they may import it.
+Only this module lists the backends. It registers them with `registry`, which they may import.
 """
 
 from dpkernels.backends import registry

@@ -1,25 +1,25 @@
-"""Rounding: what a computed norm may be below the truth, and the guard that keeps float32 products float32.
+"""Rounding: by how much a computed norm may fall below the exact one, and the guard against reduced precision.
 
 **γ for an unknown order.** Let u be the unit roundoff (2⁻²⁴ for float32, 2⁻⁵³ for float64) and z = Σ_{t<n}
 a_t b_t be computed with n products and n−1 additions *in any order*, fused or not, blocked or vectorised.
-Each product and each addition multiplies what passes through it by (1+δ), |δ| ≤ u; a term passes through its
+Each product and each addition multiplies its result by (1+δ), |δ| ≤ u; a term passes through its
 product and at most n−1 additions, so the computed value is Σ a_t b_t (1+θ_t) with |θ_t| ≤ (1+u)ⁿ − 1 ≤ γ_n :=
 nu/(1−nu) for nu < 1, and
 
     |fl(z) − z| ≤ γ_n Σ_t |a_t||b_t|.
 
-Nothing is assumed about the order, so it holds for whatever BLAS does short of Strassen-like algorithms
-(which neither MKL, oneDNN, OpenBLAS nor cuBLAS use for these products).
+The bound assumes no order, so it holds for every BLAS algorithm except Strassen-like ones (which neither MKL, oneDNN,
+OpenBLAS nor cuBLAS use for these products).
 
 **κ, from one entry to the norm.** For G = Σ_t g_t x_tᵀ the matrix of the entries' errors is below γ_n Σ_t
 |g_t||x_t|ᵀ entry by entry, whose Frobenius norm is at most γ_n Σ_t ‖g_t‖‖x_t‖ = γ_n S. So a computed Ĝ has
-|‖Ĝ‖ − ‖G‖| ≤ γ_n S, and the Ĝ' which the weighted sum computes for the same sample has ‖Ĝ'‖ ≤ ‖G‖ + γ_n S ≤
+|‖Ĝ‖ − ‖G‖| ≤ γ_n S, and the Ĝ' that the weighted sum computes for the same sample has ‖Ĝ'‖ ≤ ‖G‖ + γ_n S ≤
 ‖Ĝ‖ + 2γ_n S. Adding one rounding for c·Ĝ' (or c·g), with ‖Ĝ'‖ ≤ (1+γ_n) S,
 
     upper = (‖Ĝ‖ + e)²,   e = (γ_norm + γ_sum + 2u) S =: κ u S.
 
 Here n is the number of frames that one float32 accumulation covers, at most `CHUNK`: longer samples are cut,
-and the pieces added in float64, where the same argument gives γ of the number of pieces with u = 2⁻⁵³.
+and the pieces are added in float64, where the same argument gives γ of the number of pieces with u = 2⁻⁵³.
 
 **Underflow.** A float32 product or sum below 2⁻¹²⁶ may lose up to 2⁻¹²⁶ (flushed). That adds at most 2n·2⁻¹²⁶
 to an entry, `2n·2⁻¹²⁶·√(pd)` to the norm, which is in e unless S = 0 (all products are exact zeros then).
@@ -35,29 +35,31 @@ import torch
 from torch import Tensor
 
 CHUNK = 128
-"""Frames in one float32 accumulation: κ grows with it, and the share of the float64 additions shrinks."""
+"""Frames in one float32 accumulation. A larger value increases κ and decreases the share of float64 additions."""
 
 SLACK = 1.0 + 2.0**-40
-"""Covers the float64 rounding of the bounds themselves, whose own chains are below 2¹⁰ operations."""
+"""Covers the float64 rounding of the bounds, which are chains of fewer than 2¹⁰ operations."""
 
 _TINY = 2.0**-126
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """u of the type products are accumulated in."""
+    """Return u of the dtype in which products are accumulated."""
     return torch.finfo(dtype).eps / 2
 
 
 def gamma(n: int, dtype: torch.dtype) -> float:
-    """γ_n = nu/(1−nu), the relative error bound of an accumulation of n products in any order."""
+    """Return γ_n = nu/(1−nu), the relative error bound of an accumulation of n products in any order."""
     nu = n * unit_roundoff(dtype)
     if nu >= 0.5:
-        raise ValueError(f"n: {n} roundings in {dtype} leave no bound; accumulate in pieces or in float64")
+        raise ValueError(
+            f"n: given {n} roundings in {dtype}, for which there is no bound; accumulate in pieces or in float64"
+        )
     return nu / (1.0 - nu)
 
 
 def product_error(frames: int, entries: int, dtype: torch.dtype) -> tuple[float, float]:
-    """(relative to S, absolute) bound on ‖Ĝ − G‖, for a gradient of that many entries over `frames`."""
+    """Return the bound on ‖Ĝ − G‖, as (relative to S, absolute), of a gradient of `entries` over `frames`."""
     pieces = math.ceil(frames / CHUNK)
     relative = gamma(min(frames, CHUNK), dtype) + gamma(pieces + 1, torch.float64)
     return relative * SLACK, 2.0 * min(frames, CHUNK) * pieces * _TINY * math.sqrt(entries)
@@ -68,22 +70,22 @@ def upper_square(square: Tensor, error: Tensor) -> Tensor:
 
     Args:
         square: [B] float64, the computed ‖Ĝ_i‖².
-        error: [B] float64, e_i ≥ 0, what the norm may be short of.
+        error: [B] float64, e_i ≥ 0, the bound on the error of the norm.
 
     Returns:
-        [B] float32; NaN and infinity stay what they are, 0 with error 0 stays 0.
+        [B] float32; NaN and infinity are kept, and 0 with error 0 is 0.
     """
     return round_up(((square.sqrt() + error).square()) * SLACK)
 
 
 def round_up(exact: Tensor) -> Tensor:
-    """Float64 to the nearest float32 that is not below it."""
+    """Round float64 to the nearest float32 that is not below it."""
     nearest = exact.float()
     return torch.where(nearest < exact, nearest.nextafter(nearest.new_tensor(torch.inf)), nearest)
 
 
 def round_down(exact: Tensor) -> Tensor:
-    """Float64 to the nearest float32 that is not above it."""
+    """Round float64 to the nearest float32 that is not above it."""
     nearest = exact.float()
     return torch.where(nearest > exact, nearest.nextafter(nearest.new_tensor(-torch.inf)), nearest)
 
@@ -91,7 +93,7 @@ def round_down(exact: Tensor) -> Tensor:
 def row_norms(rows: Tensor) -> Tensor:
     """Upper bounds of ‖row‖ for each row of a [n, m] float32 or float64 matrix, as float64 [n].
 
-    Float32 squares underflow for entries below 2⁻⁶³ and overflow above 2⁶³: such rows are taken in float64.
+    Float32 squares underflow for entries below 2⁻⁶³ and overflow above 2⁶³, so such rows are computed in float64.
     """
     norms = torch.linalg.vector_norm(rows, dim=-1)
     wide = norms.double()
@@ -104,10 +106,10 @@ def row_norms(rows: Tensor) -> Tensor:
 
 
 def reduced_precision(device_type: str) -> bool:
-    """Whether torch may now run float32 matrix products on fewer bits (TF32, bfloat16) on such a device.
+    """Whether torch may compute float32 matrix products with fewer bits (TF32, bfloat16) on such a device.
 
-    True under torch.set_float32_matmul_precision("high" or "medium"), torch.backends.cuda.matmul.allow_tf32
-    and torch.backends.*.fp32_precision, on any device type whose setting is unknown too.
+    True under torch.set_float32_matmul_precision("high" or "medium"), torch.backends.cuda.matmul.allow_tf32 and
+    torch.backends.*.fp32_precision, and for device types whose setting is unknown.
     """
     if device_type == "cpu":
         return torch.backends.mkldnn.matmul.fp32_precision not in ("none", "ieee")  # type: ignore[attr-defined]
@@ -118,13 +120,12 @@ def reduced_precision(device_type: str) -> bool:
 
 @contextmanager
 def exact_products(like: Tensor) -> Iterator[torch.dtype]:
-    """Inside: products of the dtype it yields round to that dtype, whatever the user's precision settings.
+    """Context in which products of the yielded dtype round to that dtype under any precision settings.
 
-    Autocast would turn float32 products into bfloat16 ones, so it is off inside (a per-thread setting). The
-    process-wide precision settings are *read*, not changed: where they permit TF32 or bfloat16 the products
-    are made in float64, which no setting reaches. So two threads in here, or one here and one training,
-    cannot undo each other's guard. A setting changed by another thread in the middle of a call is not
-    noticed.
+    Autocast, a per-thread setting, would turn float32 products into bfloat16 ones, so the context disables it. The
+    process-wide precision settings are *read*, not changed: if they permit TF32 or bfloat16, the products are
+    computed in float64, which no setting affects. So two threads in this context, or one here and one training,
+    cannot undo each other's guard. A setting that another thread changes during a call goes undetected.
 
     Yields:
         float64 for float64 inputs or under a reduced-precision setting, otherwise float32.

@@ -1,4 +1,4 @@
-"""One layer of a grouped op, as every backend takes it."""
+"""One layer of a grouped op: the argument type of every backend."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 class GroupedLayer(NamedTuple):
-    """One layer's part of a backward: the arguments of its kind's own ops, by which grouped ops are defined.
+    """One layer's part of a backward: the arguments of the ops of its kind, which define the grouped ops.
 
-    Its squared norms are `{kind}_norm_sq(*tensors, **options)`, and `{kind}_weighted_sum(*tensors, factors, *outs,
-    **options)` adds to its sums.
+    Its squared norms are `{kind}_norm_sq(*tensors, **options)`, and its weighted sums are
+    `{kind}_weighted_sum(*tensors, factors, *outs, **options)`.
 
     Attributes:
         kind: the family of ops, a key of `dpkernels.ops.layers.KINDS`.
         tensors: the family's tensors, in the order of its ops.
-        options: numbers, by the names of the ops' keywords. Those that only a norm takes may stand here for a sum too,
-            which reads them off its outs.
-        outs: what the weighted sum adds to; none for a norm.
+        options: numbers, by the ops' keywords. A weighted sum ignores those that only the norm takes, and derives their
+            values from its outs.
+        outs: the tensors that the weighted sum adds to; empty for a norm.
     """
 
     kind: str
@@ -28,15 +28,15 @@ class GroupedLayer(NamedTuple):
 
     @property
     def norm_op(self) -> str:
-        """The op of its norms."""
+        """The name of the layer's norm op."""
         return f"{self.kind}_norm_sq"
 
     @property
     def sum_op(self) -> str:
-        """The op of its weighted sum."""
+        """The name of the layer's weighted-sum op."""
         return f"{self.kind}_weighted_sum"
 
     @property
     def device_type(self) -> str:
-        """The kind of device that its tensors are on."""
+        """The device type of the layer's tensors."""
         return self.tensors[0].device.type

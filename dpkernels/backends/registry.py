@@ -1,14 +1,14 @@
-"""Which implementation an op uses on a kind of device, and why.
+"""The choice of an op's implementation on a device type, and the reason for it.
 
 The order is native code, Triton kernels (on GPUs), the torch composition, the reference. `DPKERNELS_BACKEND` (auto,
-native, triton, torch, reference) forces one: native that cannot serve an op is an error, not a fallback, and so is
-triton where no Triton kernel can run; triton leaves the families that it has no kernels for to what follows it, and
-torch leaves to the reference what torch cannot compose (the noise). A norm and its weighted sum always come from the
-same backend: the norm is rounded up by a bound on what *that* sum adds. An op that is made of other ops
-(`composition`) is no fallback: each of those has its own backend.
+native, triton, torch, reference) forces one. With native, an op that native code cannot serve is an error, not a
+fallback; with triton, so is a machine that cannot run Triton kernels. A family without Triton kernels, and an op that
+torch cannot compose (the noise), fall back to the next backend in the order. A norm and its weighted sum always come
+from the same backend, because the norm is rounded up by a bound on *that* sum. An op that is composed of other ops
+(`composition`) does not count as a fallback: each of those has its own backend.
 
-Nothing is listed here. `dpkernels.ops` hands in the definitions, which say what ops there are; `dpkernels.backends`
-hands in the backends, packages in which an op stands in the file that its definition's file is called.
+This module lists neither ops nor backends. `dpkernels.ops` registers the definitions, which define the ops;
+`dpkernels.backends` registers the backends: packages with an op in the file named as that of its definition.
 """
 
 import importlib
@@ -29,7 +29,7 @@ _TRIED = {
     "torch": ("torch", "reference"),
     "reference": ("reference",),
 }
-"""By the variable's value, the backends in their order."""
+"""For each value of the variable, the backends in the order in which they are tried."""
 
 CHOICES = tuple(_TRIED)
 
@@ -39,7 +39,7 @@ _F = TypeVar("_F", bound=Implementation)
 
 @dataclass(frozen=True)
 class OpBackend:
-    """The backend that serves `op` on `device`, and why none before it does ("" for the first choice)."""
+    """The backend that serves `op` on `device`, and why no earlier one does ("" for the first choice)."""
 
     op: str
     device: str
@@ -49,7 +49,7 @@ class OpBackend:
 
 @dataclass(frozen=True)
 class _Backend:
-    """package: its import name. unavailable_reason: of (device type, op), why it cannot serve it; "" if it may."""
+    """A backend's import name, and the function (device type, op) → reason why it is unavailable, or ""."""
 
     package: str
     unavailable_reason: Callable[[str, str], str]
@@ -61,28 +61,28 @@ _chosen: dict[tuple[str, str, str], tuple[OpBackend, Implementation]] = {}
 
 
 def add_backend(name: str, package: str, unavailable_reason: Callable[[str, str], str]) -> None:
-    """Hand in a backend: the name in CHOICES, its package, and of (device type, op) why it is unavailable or ""."""
+    """Register a backend: its name in CHOICES, its package, and (device type, op) → why it is unavailable, or ""."""
     _backends[name] = _Backend(package, unavailable_reason)
 
 
 def add_reference(definitions: Mapping[str, Implementation]) -> None:
-    """Hand in the definitions, by op, and with them what ops there are. This package imports no `reference`."""
+    """Register the definitions by op, which also defines the ops. This package does not import `reference`."""
     global _definitions
     _definitions = definitions
     _chosen.clear()
 
 
 def composition(function: _F) -> _F:
-    """Mark an implementation that is made of other ops, each of which it gets from here, by its own backend."""
-    function.made_of_ops = True  # type: ignore[attr-defined]
+    """Mark an implementation that is composed of other ops, each of which this registry resolves to its own backend."""
+    function.is_composition = True  # type: ignore[attr-defined]
     return function
 
 
 def forced() -> str:
-    """The value of DPKERNELS_BACKEND: the only place that reads it.
+    """Return the value of DPKERNELS_BACKEND, which no other function reads.
 
     Raises:
-        ValueError: the value is none of CHOICES.
+        ValueError: the value is not one of CHOICES.
     """
     value = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
     if value not in CHOICES:
@@ -101,27 +101,27 @@ def family(op: str) -> tuple[str, ...]:
     """The ops that the same backend serves: a norm and its weighted sum, or the op alone.
 
     Raises:
-        ValueError: unknown op.
+        ValueError: the op is unknown.
     """
     if op not in _definitions:
-        raise ValueError(f"op: given {op!r}; the ops are {', '.join(ops())}")
+        raise ValueError(f"op: given {op!r}; pass one of {', '.join(ops())}")
     stem = op.removesuffix("_norm_sq").removesuffix("_weighted_sum")
     pair = (f"{stem}_norm_sq", f"{stem}_weighted_sum")
     return pair if _definitions.keys() >= set(pair) and op in pair else (op,)
 
 
 def families() -> dict[str, tuple[str, ...]]:
-    """The ops by family: the name of its layer, or of the op alone."""
-    found = {}
+    """Return the ops by family, which is named after its layer, or after its only op."""
+    by_name = {}
     for op in ops():
         together = family(op)
         name = op if len(together) == 1 else together[0].removesuffix("_norm_sq")
-        found[name] = together
-    return found
+        by_name[name] = together
+    return by_name
 
 
 def function(backend: str, op: str) -> Implementation | None:
-    """A backend's function of this name, or None where it has none; its file is imported, whatever the device.
+    """Return a backend's function for an op, or None if it has none; this imports its file, on any device.
 
     Args:
         backend: "native", "triton", "torch" or "reference".
@@ -140,45 +140,45 @@ def function(backend: str, op: str) -> Implementation | None:
 
 
 def attribute(backend: str, name: str) -> Implementation:
-    """What `__getattr__` of a backend's package gives: its function of an op.
+    """Return a backend's function for an op, on behalf of its package's `__getattr__`.
 
     Raises:
         AttributeError: there is no such op, or the backend has no function for it.
     """
-    found = function(backend, name) if name in _definitions else None
-    if found is None:
+    backend_function = function(backend, name) if name in _definitions else None
+    if backend_function is None:
         raise AttributeError(f"{backend}_ops has no {name}")
-    return found
+    return backend_function
 
 
 def _unavailable(backend: str, op: str, device: str) -> str:
-    """Why this backend does not serve the op; "" where it does."""
+    """Return why this backend does not serve the op; "" if it does."""
     if backend == "reference":
         return ""
     reason = _backends[backend].unavailable_reason(device, op)
     if reason:
         return reason
-    missing = [one for one in family(op) if function(backend, one) is None]
+    missing = [member for member in family(op) if function(backend, member) is None]
     return f"{backend}_ops has no {', '.join(missing)}" if missing else ""
 
 
 def _choose(op: str, device: str, choice: str) -> tuple[OpBackend, Implementation]:
-    family(op)  # refuses an unknown op
+    family(op)  # raises for an unknown op
     why: list[str] = []
     for backend in _TRIED[choice]:
         if backend == "triton":
             if choice == "auto" and device == "cpu":
-                continue  # interpreted, for tests: nothing to choose, or to log, unasked
+                continue  # the interpreter is for tests: it is used and logged on request only
             unusable = _backends[backend].unavailable_reason(device, op)
             if unusable and choice == "triton":
                 raise RuntimeError(f"{op} on {device}: {unusable}; or unset {ENVIRONMENT_VARIABLE}")
         reason = _unavailable(backend, op, device)
-        found = None if reason else function(backend, op)
-        if found is not None:
-            return _served(op, device, backend, found, why)
+        chosen = None if reason else function(backend, op)
+        if chosen is not None:
+            return _served(op, device, backend, chosen, why)
         why.append(reason)
     composed = function("torch", op)
-    if composed is not None and _made_of_ops(composed):
+    if composed is not None and _is_composition(composed):
         return _served(op, device, "torch", composed, why)
     raise RuntimeError(
         f"{op} on {device}: no implementation ({'; '.join(why)}); unset {ENVIRONMENT_VARIABLE}"
@@ -186,39 +186,39 @@ def _choose(op: str, device: str, choice: str) -> tuple[OpBackend, Implementatio
 
 
 def _served(
-    op: str, device: str, backend: str, found: Implementation, why: list[str]
+    op: str, device: str, backend: str, chosen: Implementation, why: list[str]
 ) -> tuple[OpBackend, Implementation]:
-    if why and _made_of_ops(found):
-        why = [*why, "it is made of other ops, each by its own backend"]
-    return OpBackend(op, device, backend, "; ".join(why)), found
+    if why and _is_composition(chosen):
+        why = [*why, "it is composed of other ops, each by its own backend"]
+    return OpBackend(op, device, backend, "; ".join(why)), chosen
 
 
-def _made_of_ops(found: Implementation) -> bool:
-    return getattr(found, "made_of_ops", False)
+def _is_composition(implementation: Implementation) -> bool:
+    return getattr(implementation, "is_composition", False)
 
 
 def implementation(op: str, device_type: str) -> Implementation:
-    """The function that computes `op` on this kind of device; a fallback is logged once, with its reason.
+    """Return the function that computes `op` on a device type; a fallback is logged once, with its reason.
 
     Args:
         op: one of `ops()`.
         device_type: "cpu", "cuda", ...
 
     Raises:
-        ValueError: unknown op, or a DPKERNELS_BACKEND that is none of its values.
+        ValueError: the op is unknown, or DPKERNELS_BACKEND has an unknown value.
         RuntimeError: the backend that DPKERNELS_BACKEND forces cannot serve this op here.
     """
     key = (op, device_type, forced())
     if key not in _chosen:
         _chosen[key] = _choose(*key)
-        choice, found = _chosen[key]
-        if choice.reason and not _made_of_ops(found):
+        choice, chosen = _chosen[key]
+        if choice.reason and not _is_composition(chosen):
             logger.warning("%s on %s uses %s: %s", choice.op, choice.device, choice.backend, choice.reason)
     return _chosen[key][1]
 
 
 def explain(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[OpBackend]:
-    """What every op would use on each kind of device, and why; "none" for an op that nothing serves."""
+    """Return the backend of every op on each device type, with the reason; "none" if no backend serves the op."""
     rows = []
     for device in device_types:
         for op in ops():

@@ -1,10 +1,10 @@
 """The ops: checked public functions over `torch.ops.dpkernels`, one name from schema to reference to backend.
 
-Each `*_norm_sq` gives every sample's squared gradient norm, rounded up; each `*_weighted_sum` adds the
-clipped gradients to a sum in place. Neither forms per-sample gradients of a linear layer. `total_norm_sq` and
-`weighted_sums` do so for many layers in one call. `noise_sums` noises finished sums; `noise_adamw` and `noise_sgd` turn
-them into the parameters' update. Which implementation runs, and why:
-`dpkernels.backends.registry.explain()` or `python -m dpkernels`.
+Each `*_norm_sq` returns every sample's squared gradient norm, rounded up; each `*_weighted_sum` adds the
+clipped gradients to a sum in place. Neither materialises per-sample gradients of a linear layer. `total_norm_sq` and
+`weighted_sums` serve many layers in one call. `noise_sums` adds noise to finished sums; `noise_adamw` and `noise_sgd`
+are the fused optimizer steps. `dpkernels.backends.registry.explain()` and `python -m dpkernels` report which
+implementation runs, and why.
 """
 
 from dpkernels import reference

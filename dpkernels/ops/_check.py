@@ -1,8 +1,7 @@
-"""Argument checks shared by the ops: what was expected, what was given, and the fix.
+"""Argument checks shared by the ops. Each message names the expected value, the given one, and the fix.
 
-Shapes, dtypes and devices are checked by the public functions, also under fake tensors. Values (lengths, ids)
-are checked in the op itself, and only on the CPU: on a GPU the check would wait for the device, so kernels
-clamp there.
+The public functions check shapes, dtypes and devices, also under fake tensors. The op itself checks values (lengths,
+ids), and only on the CPU: on a GPU the check would wait for the device, so the kernels clamp instead.
 """
 
 import math
@@ -21,11 +20,11 @@ def _fail(name: str, tensor: Tensor, expected: str, hint: str, error: type[Excep
 
 
 def floats(**tensors: Tensor) -> None:
-    """All of one floating dtype and one device.
+    """Check that all tensors have the same floating dtype and device.
 
     Raises:
-        TypeError: a dtype other than bfloat16, float16, float32, float64, or dtypes that differ.
-        ValueError: devices that differ.
+        TypeError: a dtype is not bfloat16, float16, float32 or float64, or the dtypes differ.
+        ValueError: the devices differ.
     """
     (first, reference), *rest = tensors.items()
     if reference.dtype not in TRAINING_DTYPES:
@@ -50,10 +49,10 @@ def floats(**tensors: Tensor) -> None:
 
 
 def same_device(**tensors: Tensor | None) -> None:
-    """All on the first one's device.
+    """Check that all tensors are on the device of the first.
 
     Raises:
-        ValueError: devices that differ.
+        ValueError: the devices differ.
     """
     given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
     first, reference = given[0]
@@ -69,16 +68,16 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], layout: str) -> None:
-    """The given number of dimensions, and these sizes where not None.
+    """Check the number of dimensions, and each size that is not None.
 
     Raises:
-        ValueError: another shape; `layout` says what it should be, as in "[B, T, d]".
+        ValueError: the shape differs; the message quotes `layout`, such as "[B, T, d]".
     """
     given = tensor.shape
     if len(given) == len(expected):
-        # in a loop: this is most of a check's time
-        for size, want in zip(given, expected):  # noqa: B905 - of one length
-            if want is not None and want != size:
+        # a plain loop, because this line takes most of a check's time
+        for size, required in zip(given, expected):  # noqa: B905 - the lengths are equal
+            if required is not None and required != size:
                 break
         else:
             return
@@ -87,11 +86,11 @@ def shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], layout: s
 
 
 def lengths_of(lengths: Tensor | None, x: Tensor) -> None:
-    """lengths is None or int64 [B] on x's device.
+    """Check that lengths is None or int64 [B] on x's device.
 
     Raises:
-        TypeError: another dtype.
-        ValueError: another shape or device.
+        TypeError: the dtype differs.
+        ValueError: the shape or device differs.
     """
     if lengths is None:
         return
@@ -102,45 +101,45 @@ def lengths_of(lengths: Tensor | None, x: Tensor) -> None:
 
 
 def lengths_within(lengths: Tensor | None, frames: int) -> None:
-    """0 ≤ L_i ≤ T, looked at where looking is free.
+    """Check that 0 ≤ L_i ≤ T, on the CPU only.
 
     Raises:
-        ValueError: a length outside that range.
+        ValueError: a length is outside that range.
     """
     if lengths is None or lengths.device.type != "cpu":
         return
     for i, n in enumerate(lengths.tolist()):
         if not 0 <= n <= frames:
-            raise ValueError(f"lengths: sample {i} has {n}, but T is {frames}; pass 0 ≤ lengths ≤ T")
+            raise ValueError(f"lengths: given {n} for sample {i}, but T is {frames}; pass 0 ≤ lengths ≤ T")
 
 
 def weighted_sum(factors: Tensor, x: Tensor, **outs: tuple[Tensor, tuple[int, ...], str]) -> None:
-    """factors is float32 [B]; every out, given with its shape and layout, is float32 or float64; one device.
+    """Check that factors is float32 [B], each out float32 or float64 of its shape, and all on x's device.
 
     Raises:
-        TypeError: another dtype.
-        ValueError: another shape or device.
+        TypeError: a dtype differs.
+        ValueError: a shape or device differs.
     """
     if factors.dtype != torch.float32:
-        _fail("factors", factors, "float32 [B]", "pass what clip_factors returns", TypeError)
+        _fail("factors", factors, "float32 [B]", "pass the result of clip_factors", TypeError)
     shape("factors", factors, (x.shape[0],), "[B]")
     device = x.device
     if factors.device != device:
         same_device(x=x, factors=factors)
     for name, (out, expected, layout) in outs.items():
         if out.dtype not in (torch.float32, torch.float64):
-            _fail(name, out, "float32 or float64", "sum in float64 and convert afterwards", TypeError)
+            _fail(name, out, "float32 or float64", "sum in float64, and convert the result", TypeError)
         shape(name, out, expected, layout)
         if out.device != device:
             same_device(x=x, **{name: out})
 
 
 def sums(name: str, tensors: Sequence[Tensor], *, noised: bool) -> None:
-    """Contiguous tensors of one dtype (float64 where they are `noised`) on one device, none overlapping another.
+    """Check that tensors are contiguous, disjoint, on one device and of one dtype (float64 if they are `noised`).
 
     Raises:
-        TypeError: another dtype.
-        ValueError: strides, devices or memory that do not fit.
+        TypeError: a dtype differs.
+        ValueError: a tensor is strided, on another device, or overlaps another.
     """
     dtype, device = (tensors[0].dtype, tensors[0].device) if tensors else (None, None)
     for i, tensor in enumerate(tensors):
@@ -150,42 +149,42 @@ def sums(name: str, tensors: Sequence[Tensor], *, noised: bool) -> None:
         if tensor.dtype != dtype:
             _fail(label, tensor, f"{dtype}, as {name}[0] has", "convert it", TypeError)
         if noised and tensor.dtype != torch.float64:
-            _fail(label, tensor, "float64, as noise is asked for", "convert it", TypeError)
+            _fail(label, tensor, "float64, because noise is added", "convert it", TypeError)
         if tensor.device != device:
             same_device(**{f"{name}[0]": tensors[0], label: tensor})
     if not any(isinstance(tensor, torch._subclasses.FakeTensor) for tensor in tensors):
         spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
         if any(end > start for (_, end), (start, _) in pairwise(spans)):
             raise ValueError(
-                f"{name}: expected tensors that do not overlap; given two that do; merge the layers' records"
+                f"{name}: expected disjoint tensors; given two that overlap; merge the layers' records"
             )
 
 
 def finite(name: str, value: float) -> None:
-    """A finite number.
+    """Check that a number is finite.
 
     Raises:
-        ValueError: NaN or infinite.
+        ValueError: the number is NaN or infinite.
     """
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number; given {value}; check how it was computed")
 
 
 def positive(name: str, value: float) -> None:
-    """A finite number above 0.
+    """Check that a number is finite and above 0.
 
     Raises:
-        ValueError: NaN, infinite, 0 or negative.
+        ValueError: the number is NaN, infinite, 0 or negative.
     """
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0; given {value}; choose one such as 1.0")
 
 
-def whole(name: str, value: int, least: int) -> None:
-    """An integer ≥ least.
+def integer(name: str, value: int, least: int) -> None:
+    """Check that an integer is ≥ least.
 
     Raises:
-        ValueError: a smaller one.
+        ValueError: the integer is smaller.
     """
     if value < least:
-        raise ValueError(f"{name}: expected an integer ≥ {least}; given {value}; pass the layer's own {name}")
+        raise ValueError(f"{name}: expected an integer ≥ {least}; given {value}; pass the layer's {name}")

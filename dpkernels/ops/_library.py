@@ -1,4 +1,4 @@
-"""Registering an op with torch.library: schema, fake, and a kernel that asks the registry for the backend."""
+"""Registration of an op with torch.library: its schema, its fake, and a kernel that calls the registry's backend."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +23,10 @@ def define(
 
     Args:
         name: the op's name in the schema, the reference, the backends and the tests.
-        schema: arguments and results, mutated tensors marked.
+        schema: arguments and results, with mutated tensors marked.
         fake: shapes and dtypes of the results, without data.
-        check: a check of *values* (lengths, ids), with the implementations' arguments; it sees real tensors only.
-        arguments: makes the implementations' arguments of the schema's; None where they are the same.
+        check: a check of *values* (lengths, ids) with the implementations' arguments, called on real tensors only.
+        arguments: converts the schema's arguments to the implementations'; None if they are the same.
     """
 
     def kernel(*args: Any, **kwargs: Any) -> Any:

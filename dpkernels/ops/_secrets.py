@@ -1,6 +1,6 @@
-"""The noise's arguments, checked, and keys and nonces as the tensors that an op's schema takes.
+"""Checks of the noise's arguments, and conversion of keys and nonces to the tensors of an op's schema.
 
-The key is a tensor in the ops' schemas, not bytes: a graph holds a tensor's place and not its value.
+The ops' schemas take the key as a tensor, not as bytes: a graph stores a reference to a tensor, not its value.
 """
 
 import math
@@ -22,13 +22,15 @@ def check_secrets(
     grid: float,
     divisor: float,
 ) -> tuple[Tensor, Tensor, Tensor, float, float, float]:
-    """key, nonces, rounding_nonces (each uint8 in a row), noise_scale, grid, divisor: the arguments of _NOISE but
-    `maximize`, checked."""
+    """Check the noise's arguments; return key, nonces, rounding_nonces (flat uint8), noise_scale, grid, divisor.
+
+    These are the arguments of `_NOISE` in `dpkernels.ops.optim`, except `maximize`.
+    """
     for name, values in (("nonces", nonces), ("rounding_nonces", rounding_nonces)):
         optional = name == "rounding_nonces" or noise_scale == 0
         if len(values) != len(params) and not (optional and not values):
             raise ValueError(
-                f"{name}: expected {len(params)}, as many as params; given {len(values)}; pass one each"
+                f"{name}: expected {len(params)}, as many as params; given {len(values)}; pass one a parameter"
             )
     for label, size, secrets in (
         ("key", 32, (key,)),
@@ -43,14 +45,14 @@ def check_secrets(
                 raise TypeError(
                     f"{name}: expected bytes; given {type(secret).__name__}; convert it: bytes(...)"
                 )
-            # never the value itself: a key does not belong in a log
+            # the message omits the value: a key must not reach a log
             raise ValueError(
                 f"{name}: expected {size} bytes; given {len(secret)}; draw it: os.urandom({size})"
             )
     if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):
         raise ValueError(
-            "nonces: expected all different, those for rounding too; given one twice; two tensors would share "
-            "their noise, so number them"
+            "nonces: expected distinct nonces, rounding_nonces included; given one twice, so two tensors would "
+            "share their noise; draw one a tensor"
         )
     if not (math.isfinite(noise_scale) and noise_scale >= 0):
         raise ValueError(f"noise_scale: expected a finite number ≥ 0; given {noise_scale}; pass σ·S")
@@ -61,13 +63,13 @@ def check_secrets(
         math.isfinite(1.0 / grid) and math.isfinite(noise_scale / grid) and grid / divisor > 0
     ):
         raise ValueError(
-            f"grid: expected one of the noise's size; given {grid} with noise_scale {noise_scale}; 1/grid, "
+            f"grid: expected a grid near the noise's scale; given {grid} with noise_scale {noise_scale}; 1/grid, "
             "noise_scale/grid or grid/divisor is out of range; pass 2⁻¹² of the noise, or 0"
         )
     most = max((param.numel() for param in params), default=0)
     if most > COUNTER_END * NORMALS_PER_BLOCK:
         raise ValueError(
-            f"params: a tensor of {most} entries outgrows one ChaCha20 stream (2³⁵ normals); split it"
+            f"params: expected at most 2³⁵ entries, one ChaCha20 stream; given a tensor of {most}; split it"
         )
     return (
         _bytes([key]),
@@ -80,7 +82,7 @@ def check_secrets(
 
 
 def _bytes(rows: Sequence[bytes]) -> Tensor:
-    """uint8, one row after the other."""
+    """Return the rows, concatenated, as uint8."""
     return (
         torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
         if rows

@@ -1,4 +1,4 @@
-"""Biases: norms and weighted sums of the per-sample gradients Σ_t g_it, g [B, T, p] the output's gradient."""
+"""Biases: norms and weighted sums of the per-sample gradients Σ_t g_it, where g [B, T, p] is the output's gradient."""
 
 from torch import Tensor
 
@@ -24,14 +24,14 @@ _weighted_sum = _library.define(
 
 
 def check_norm(g: Tensor, *, lengths: Tensor | None = None) -> None:
-    """g [B, T, p] of a floating dtype, lengths int64 [B] or None."""
+    """Check g [B, T, p] of a floating dtype, and lengths int64 [B] or None."""
     _check.floats(g=g)
     _check.shape("g", g, (None, None, None), "[B, T, p]")
     _check.lengths_of(lengths, g)
 
 
 def check_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
-    """The same, factors float32 [B], and out [p]."""
+    """Check the norm's arguments, factors float32 [B], and out [p]."""
     check_norm(g, lengths=lengths)
     _check.weighted_sum(factors, g, out=(out, (g.shape[2],), "[p]"))
 
@@ -45,12 +45,12 @@ def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
 
     Returns:
-        [B] float32, in squared units of g; not below the exact square, nor below that of what
-        `bias_weighted_sum` adds.
+        [B] float32, in squared units of g; not below the exact square, nor below the square of
+        the gradient that `bias_weighted_sum` adds.
 
     Raises:
-        TypeError: g is not floating, lengths not int64.
-        ValueError: shapes, devices or lengths that do not fit.
+        TypeError: g is not floating, or lengths is not int64.
+        ValueError: shapes, devices or lengths do not fit.
 
     Source: the gradient of y = x Wᵀ + b with respect to b.
     """
@@ -69,8 +69,8 @@ def bias_weighted_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tenso
         lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
 
     Raises:
-        TypeError: dtypes that do not fit.
-        ValueError: shapes, devices or lengths that do not fit.
+        TypeError: dtypes do not fit.
+        ValueError: shapes, devices or lengths do not fit.
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """

@@ -1,7 +1,7 @@
-"""The noise: a cryptographic keystream and the standard normals made from it.
+"""The noise: a cryptographic keystream, and standard normals computed from it.
 
-These are plain functions, not `torch.library` ops: a key as an op's argument would end up in traced graphs
-and in the compile cache.
+These are plain functions, not `torch.library` ops: traced graphs and the compile cache would store a key that is an
+op's argument.
 """
 
 import torch
@@ -15,22 +15,22 @@ COUNTER_END = 1 << 32
 NORMALS_PER_BLOCK = 8
 
 
-def _check(key: bytes, counter: int, nonce: bytes, blocks: int, what: str) -> None:
+def _check(key: bytes, counter: int, nonce: bytes, blocks: int, request: str) -> None:
     for name, value, size in (("key", key, 32), ("nonce", nonce, 12)):
         if not isinstance(value, bytes):
             raise TypeError(
                 f"{name}: expected bytes; given {type(value).__name__}; convert it: bytes({name})"
             )
-        if len(value) != size:  # never the value itself: a key does not belong in a log
+        if len(value) != size:  # the message omits the value: a key must not reach a log
             raise ValueError(
                 f"{name}: expected {size} bytes; given {len(value)}; draw it: os.urandom({size})"
             )
     if not 0 <= counter < COUNTER_END:
-        raise ValueError(f"counter: expected 0 ≤ counter < 2³²; given {counter}; use another nonce instead")
+        raise ValueError(f"counter: expected 0 ≤ counter < 2³²; given {counter}; use another nonce")
     if blocks > COUNTER_END - counter:
         raise ValueError(
-            f"{what}: needs {blocks} blocks of 64 bytes from counter {counter} on; {COUNTER_END - counter} "
-            "remain before the 32-bit counter would wrap and repeat itself; draw the rest with a new nonce"
+            f"{request}: needs {blocks} blocks of 64 bytes from counter {counter} on; {COUNTER_END - counter} "
+            "remain before the 32-bit counter repeats; draw the rest with a new nonce"
         )
 
 
@@ -42,16 +42,16 @@ def chacha20_keystream(
     Args:
         key: 32 bytes, secret.
         counter: the first block, 0 ≤ counter < 2³².
-        nonce: 12 bytes; a (key, nonce, counter) is never to be used twice.
-        blocks: how many; counter + blocks ≤ 2³².
-        device: where the result is made; the same bits on all.
+        nonce: 12 bytes; never use a (key, nonce, counter) twice.
+        blocks: the number of blocks; counter + blocks ≤ 2³².
+        device: the result's device; the bits are the same on all devices.
 
     Returns:
         [64·blocks] uint8.
 
     Raises:
         TypeError: key or nonce is not bytes.
-        ValueError: a key, nonce or counter of another size, a negative count, or more blocks than remain.
+        ValueError: key, nonce or counter has another size, blocks is negative, or fewer blocks remain.
 
     Source: RFC 8439, sections 2.3 and 2.4.
     """
@@ -75,25 +75,24 @@ def chacha20_normal(
     """Independent standard normals from the ChaCha20 keystream, by Box-Muller on 64-bit uniforms.
 
     Each 16 bytes, two little-endian words w_0 and w_1, give √(-2 ln u)·cos 2πv and √(-2 ln u)·sin 2πv, where
-    u = (w_0 + 1)·2⁻⁶⁴ in (0, 1] and v = w_1·2⁻⁶⁴. Computed in float64 whatever the dtype; no normal exceeds 9.42;
-    `dpkernels.reference.chacha20.box_muller` says how the ends are rounded. Native code gives the same bits
-    on every CPU and GPU and for every number of threads, the reference the same to a few units in the last
-    place.
+    u = (w_0 + 1)·2⁻⁶⁴ in (0, 1] and v = w_1·2⁻⁶⁴. The op computes in float64 for either dtype; no normal exceeds 9.42;
+    `dpkernels.reference.chacha20.box_muller` defines the rounding at both ends. Native code returns the same bits on
+    every CPU and GPU and for every number of threads; the reference differs by a few units in the last place.
 
     Args:
-        n: how many; 8 to a block.
+        n: the number of normals, 8 a block.
         key: 32 bytes, secret.
-        nonce: 12 bytes; a (key, nonce, counter) is never to be used twice.
+        nonce: 12 bytes; never use a (key, nonce, counter) twice.
         counter: the first block, 0 ≤ counter < 2³².
-        device: where the result is made.
-        dtype: torch.float64, or torch.float32 (those values, rounded).
+        device: the result's device.
+        dtype: torch.float64, or torch.float32 (the same values, rounded).
 
     Returns:
         [n] of that dtype.
 
     Raises:
-        TypeError: key or nonce is not bytes, or another dtype.
-        ValueError: a key, nonce or counter of another size, a negative n, or more blocks than remain.
+        TypeError: key or nonce is not bytes, or dtype is neither float32 nor float64.
+        ValueError: key, nonce or counter has another size, n is negative, or fewer blocks remain.
 
     Source: Box and Muller 1958, Ann. Math. Statist. 29(2); RFC 8439.
     """

@@ -1,4 +1,4 @@
-"""Clipping factors: how much of each sample's gradient goes into the sum."""
+"""Clip factors: the factor by which each sample's gradient is scaled in the sum."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ _clip_factors = _library.define(
 
 
 def clip_factors(norm_sq: Tensor, max_grad_norm: float) -> Tensor:
-    """The factor that holds each sample's gradient to norm C: c_i = min(1, C/√norm_sq_i), rounded down.
+    """The factor that bounds each sample's gradient norm by C: c_i = min(1, C/√norm_sq_i), rounded down.
 
-    c_i·√norm_sq_i ≤ C holds exactly, not up to rounding. A sample whose norm is NaN or infinite gets exactly
-    0, which the weighted sums take as "do not read"; so does a negative norm_sq, which no norm op returns.
+    c_i·√norm_sq_i ≤ C holds exactly, not up to rounding. A sample whose norm is NaN or infinite has factor exactly 0,
+    and the weighted sums do not read it. The same holds for a negative norm_sq, which no norm op returns.
 
     Args:
         norm_sq: [B] float32 or float64, each sample's squared norm over *all* trained parameters.
@@ -27,7 +27,7 @@ def clip_factors(norm_sq: Tensor, max_grad_norm: float) -> Tensor:
 
     Raises:
         TypeError: norm_sq is neither float32 nor float64 (bfloat16 norms are off by 0.4 %).
-        ValueError: norm_sq is not a vector, or max_grad_norm not a finite number above 0.
+        ValueError: norm_sq is not a vector, or max_grad_norm is not a finite number above 0.
 
     Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """

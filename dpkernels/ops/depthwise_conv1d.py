@@ -1,7 +1,7 @@
 """Depthwise conv1d: norms and weighted sums of per-sample gradients Σ_t g_ict x_ic(ts + jδ − π).
 
-One filter of k taps j a channel (groups = C_in = C_out), stride s, dilation δ, π zeros on either side. A
-pointwise conv1d is a linear layer.
+Each channel has one filter of k taps j (groups = C_in = C_out), with stride s, dilation δ and π zeros on either side.
+A pointwise conv1d is a linear layer.
 """
 
 from torch import Tensor
@@ -24,13 +24,13 @@ _weighted_sum = _library.define(
 def check_norm(
     x: Tensor, g: Tensor, *, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1
 ) -> None:
-    """x [B, C, T] and g [B, C, T'] of one dtype on one device, T' what the sizes make of T."""
+    """Check x [B, C, T] and g [B, C, T'] of one dtype on one device, where T' follows from T and the sizes."""
     _check.floats(x=x, g=g)
     _check.shape("x", x, (None, None, None), "[B, C, T]")
-    _check.whole("kernel_size", kernel_size, 1)
-    _check.whole("stride", stride, 1)
-    _check.whole("padding", padding, 0)
-    _check.whole("dilation", dilation, 1)
+    _check.integer("kernel_size", kernel_size, 1)
+    _check.integer("stride", stride, 1)
+    _check.integer("padding", padding, 0)
+    _check.integer("dilation", dilation, 1)
     reach = x.shape[2] + 2 * padding - dilation * (kernel_size - 1) - 1
     _check.shape("g", g, (x.shape[0], x.shape[1], max(0, reach // stride + 1)), "[B, C, T']")
 
@@ -45,7 +45,7 @@ def check_sum(
     padding: int = 0,
     dilation: int = 1,
 ) -> None:
-    """The same, factors float32 [B], and out [C, 1, k], which says what k is."""
+    """Check the norm's arguments, factors float32 [B], and out [C, 1, k], from which k is taken."""
     _check.shape("out", out, (None, 1, None), "[C, 1, k]")
     taps = out.shape[2]
     check_norm(x, g, kernel_size=taps, stride=stride, padding=padding, dilation=dilation)
@@ -59,7 +59,7 @@ def depthwise_conv1d_norm_sq(
 
     Args:
         x: [B, C, T] layer inputs; bfloat16, float16 or float32 (float64 in tests). B, T may be 0.
-        g: [B, C, T'] gradients of the output, T' = ⌊(T + 2π − δ(k−1) − 1)/s⌋ + 1 frames (none if negative),
+        g: [B, C, T'] gradients of the output, T' = ⌊(T + 2π − δ(k−1) − 1)/s⌋ + 1 frames (0 if negative),
             same dtype.
         kernel_size: k ≥ 1 taps.
         stride: s ≥ 1 frames.
@@ -67,12 +67,12 @@ def depthwise_conv1d_norm_sq(
         dilation: δ ≥ 1 frames between taps.
 
     Returns:
-        [B] float32, in squared units of x·g; not below the exact square, nor below that of what
-        `depthwise_conv1d_weighted_sum` adds for the sample divided by its factor.
+        [B] float32, in squared units of x·g; not below the exact square, nor below the square of the
+        gradient that `depthwise_conv1d_weighted_sum` adds for the sample, divided by its factor.
 
     Raises:
-        TypeError: dtypes that differ or are not floating.
-        ValueError: shapes, devices or sizes that do not fit.
+        TypeError: dtypes differ or are not floating.
+        ValueError: shapes, devices or sizes do not fit.
 
     Source: the gradient of the cross-correlation that torch.nn.Conv1d(C, C, k, groups=C) computes.
     """
@@ -105,8 +105,8 @@ def depthwise_conv1d_weighted_sum(
         dilation: δ ≥ 1 frames between taps.
 
     Raises:
-        TypeError: dtypes that differ or do not fit.
-        ValueError: shapes, devices or sizes that do not fit.
+        TypeError: dtypes differ or do not fit.
+        ValueError: shapes, devices or sizes do not fit.
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """

@@ -1,4 +1,4 @@
-"""Embeddings: norms and weighted sums of per-sample gradients, whose row v is Σ_{t: ids_it = v} g_it."""
+"""Embeddings: norms and weighted sums of the per-sample gradients, whose row v is Σ_{t: ids_it = v} g_it."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from dpkernels.ops import _check, _library
 
 
 def check_norm_values(ids: Tensor, *rest: Tensor, padding_idx: int | None = None) -> None:
-    """A norm knows no table; a negative id has no row in any. Looked at where looking is free."""
+    """Check that no id is negative, on the CPU only. A norm takes no table, so there is no upper limit."""
     if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < 0:
         raise ValueError(f"ids: given values from {int(ids.min())}; pass 0 ≤ ids < rows of the table")
 
@@ -15,7 +15,7 @@ def check_norm_values(ids: Tensor, *rest: Tensor, padding_idx: int | None = None
 def check_sum_values(
     ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
 ) -> None:
-    """Ids lie in the table, looked at where looking is free."""
+    """Check that all ids are rows of the table, on the CPU only."""
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
     least, most = int(ids.min()), int(ids.max())
@@ -40,7 +40,7 @@ _weighted_sum = _library.define(
 
 
 def check_norm(ids: Tensor, g: Tensor, *, padding_idx: int | None = None, rows: int | None = None) -> None:
-    """Shapes, dtypes, devices, and that padding_idx is none or a row; rows: of the table, where it is known."""
+    """Check shapes, dtypes, devices, and that padding_idx is None, -1 or a row; rows: the table's, if known."""
     _check.floats(g=g)
     _check.shape("g", g, (None, None, None), "[B, T, d]")
     if ids.dtype != torch.int64:
@@ -55,7 +55,7 @@ def check_norm(ids: Tensor, g: Tensor, *, padding_idx: int | None = None, rows: 
 def check_sum(
     ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
 ) -> None:
-    """The same, factors float32 [B], and out [V, d], which says what V is."""
+    """Check the norm's arguments, factors float32 [B], and out [V, d], from which V is taken."""
     _check.shape("out", out, (None, None), "[V, d]")
     check_norm(ids, g, padding_idx=padding_idx, rows=out.shape[0])
     _check.weighted_sum(factors, g, out=(out, (out.shape[0], g.shape[2]), "[V, d]"))
@@ -67,15 +67,15 @@ def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None)
     Args:
         ids: [B, T] int64, 0 ≤ ids. B, T may be 0.
         g: [B, T, d] gradients of the looked-up rows; bfloat16, float16 or float32 (float64 in tests).
-        padding_idx: the id that contributes 0, where g is not read; None or -1: none.
+        padding_idx: the id that contributes 0, and whose g is not read; None or -1: no such id.
 
     Returns:
-        [B] float32, in squared units of g; not below the exact square, nor below that of what
-        `embedding_weighted_sum` adds for the sample divided by its factor.
+        [B] float32, in squared units of g; not below the exact square, nor below the square of the gradient
+        that `embedding_weighted_sum` adds for the sample, divided by its factor.
 
     Raises:
-        TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit, or a padding_idx that is no row; on the CPU, a negative id.
+        TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not fit, or padding_idx is not a row; on the CPU, an id is negative.
 
     Source: the gradient of y_t = W[ids_t]; Bu et al. 2022, arXiv:2210.00038.
     """
@@ -94,12 +94,12 @@ def embedding_weighted_sum(
         g: [B, T, d] gradients of the looked-up rows; bfloat16, float16 or float32 (float64 in tests).
         factors: [B] float32, c_i from `clip_factors`; the g of a sample with factor 0 is not read.
         out: [V, d] float32 or float64, added to; row padding_idx is left alone.
-        padding_idx: the id that contributes 0, where g is not read; None or -1: none.
+        padding_idx: the id that contributes 0, and whose g is not read; None or -1: no such id.
 
     Raises:
-        TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit, or a padding_idx outside the table; on the CPU, an id outside
-            the table. On a GPU, where looking would wait for the device, such an id is added to no row.
+        TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not fit, or padding_idx is outside the table; on the CPU, an id is outside the
+            table. On a GPU, where the check would wait for the device, such an id is not added to any row.
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """

@@ -56,27 +56,29 @@ def total_norm_sq(
     kinds: Sequence[str] | None = None,
     **columns: Sequence[Any],
 ) -> Tensor:
-    """Squared norm of each sample's gradient over many layers, rounded up: Σ_l ‖g_liᵀx_li‖² and its like.
+    """Squared norm of each sample's gradient over many layers, rounded up: Σ_l ‖G_li‖².
 
-    For each layer l of kind k, `k_norm_sq` of its tensors; for a LoRA layer both factors'. On a GPU, LoRA layers,
-    linear layers with a narrow side and materialised gradients (a bias of one frame) are one launch for all.
+    G_li is the gradient of layer l, such as g_liᵀx_li. The op adds `k_norm_sq` of each layer of kind k; for a LoRA
+    layer it adds both factors' norms. On a GPU, one launch serves all LoRA layers, linear layers with a narrow side,
+    and materialised gradients (biases of one frame).
 
     Args:
-        xs: the layers, at least one, all with the same B, as `GroupedLayer`; or, with gs and kinds, one tensor a layer:
-            layer inputs; ids for an embedding, x̂ for a layer_norm; a bias's is not read (give its g).
-        gs: one a layer: gradients of the layers' outputs.
-        kinds: one a layer, of `dpkernels.ops.layers.KINDS`.
-        **columns: with gs and kinds, lists of what only some kinds take, one entry for each layer of the kind: hs, dhs,
-            scalings for LoRA layers, as `lora_norm_sq` takes them; padding_idxs for embeddings, -1 for none;
+        xs: at least one `GroupedLayer`, all with the same B; or, with gs and kinds, one tensor a layer: the layer's
+            input, ids for an embedding, x̂ for a layer_norm; a bias's entry is not read (pass its g).
+        gs: the gradients of the layers' outputs, one a layer.
+        kinds: keys of `dpkernels.ops.layers.KINDS`, one a layer.
+        **columns: with gs and kinds, lists of the arguments of some kinds only, with one entry for each layer of the
+            kind: hs, dhs, scalings for LoRA layers, as in `lora_norm_sq`; padding_idxs for embeddings, -1 for none;
             kernel_sizes, strides, paddings, dilations for depthwise_conv1d.
 
     Returns:
-        [B] float32, in squared units of the gradients; not below the exact sum, nor below that of what
-        `weighted_sums` adds for the sample divided by its factor.
+        [B] float32, in squared units of the gradients; not below the exact sum, nor below the square of the
+        gradients that `weighted_sums` adds for the sample, divided by its factor.
 
     Raises:
-        TypeError: dtypes that do not fit; a list that no kind has.
-        ValueError: no layer, lists of lengths that do not fit, an unknown kind; and what the layers' own norms raise.
+        TypeError: dtypes do not fit, or no kind takes a list of that name.
+        ValueError: there is no layer, a list's length does not fit, or a kind is unknown; also the errors of the
+            layers' norms.
 
     Source: Abadi et al. 2016, arXiv:1607.00133 (flat clipping); Goodfellow 2015, arXiv:1510.01799 (norms by layer).
     """
@@ -90,21 +92,21 @@ def total_norm_sq(
 
 
 def weighted_sums(layers: Sequence[GroupedLayer], factors: Tensor) -> None:
-    """Add every layer's clipped gradients to its sums, in place: out_l += Σ_i c_i g_liᵀx_li and its like.
+    """Add every layer's clipped gradients to its sums, in place: out_l += Σ_i c_i G_li.
 
-    For each layer l of kind k, `k_weighted_sum` of its tensors and outs. On a CPU the layers are shared out among the
-    threads in one loop, with the same bits; on a GPU LoRA layers and vectors are one launch for all, whose float64
-    additions have another order.
+    G_li is the gradient of layer l, such as g_liᵀx_li. The op computes `k_weighted_sum` of each layer of kind k. On a
+    CPU one loop distributes the layers over the threads, with the same bits; on a GPU one launch serves all
+    LoRA layers and vectors, and adds in float64 in another order.
 
     Args:
-        layers: all with the same B; of any kinds in `dpkernels.ops.layers.KINDS`. Their outs are in their parameters'
-            shapes (a LoRA layer has two, A's and B's), all contiguous, of one dtype, float64 or float32, and none
-            overlaps another.
+        layers: layers of any kinds in `dpkernels.ops.layers.KINDS`, all with the same B. Their outs have the
+            parameters' shapes (a LoRA layer has two, A's and B's) and are contiguous, of one dtype (float64 or
+            float32) and disjoint.
         factors: [B] float32, c_i from `clip_factors`; a sample with factor 0 is not read.
 
     Raises:
-        TypeError: dtypes that do not fit.
-        ValueError: an unknown kind, an out given twice; and what the layers' own weighted sums raise.
+        TypeError: dtypes do not fit.
+        ValueError: a kind is unknown, or an out is given twice; also the errors of the layers' weighted sums.
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
@@ -115,7 +117,7 @@ def weighted_sums(layers: Sequence[GroupedLayer], factors: Tensor) -> None:
 
 
 def add(layers: Sequence[GroupedLayer], factors: Tensor, outs: list[Tensor]) -> None:
-    """`weighted_sums` of arguments that were checked; outs: of all layers, one after the other."""
+    """Compute `weighted_sums` of checked arguments; outs: those of all layers, in order."""
     if layers:
         _weighted_sums(*pack(layers, norms=False), factors, outs)
         torch.autograd.graph.increment_version(outs)

@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm weights: norms and weighted sums of the per-sample gradients Σ_t x̂_it ⊙ g_it.
 
-x̂ is the normalised input, before weight and bias. A LayerNorm's bias is `bias_norm_sq` of the same g.
+x̂ is the normalised input, before weight and bias. `bias_norm_sq` of the same g is the norm of a LayerNorm's bias.
 """
 
 from torch import Tensor
@@ -27,7 +27,7 @@ _weighted_sum = _library.define(
 
 
 def check_norm(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> None:
-    """x_hat and g [B, T, d] of one dtype on one device, lengths int64 [B] or None."""
+    """Check x_hat and g [B, T, d] of one dtype on one device, lengths int64 [B] or None."""
     _check.floats(x_hat=x_hat, g=g)
     _check.shape("x_hat", x_hat, (None, None, None), "[B, T, d]")
     _check.shape("g", g, tuple(x_hat.shape), "[B, T, d]")
@@ -37,7 +37,7 @@ def check_norm(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> No
 def check_sum(
     x_hat: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None
 ) -> None:
-    """The same, factors float32 [B], and out [d]."""
+    """Check the norm's arguments, factors float32 [B], and out [d]."""
     check_norm(x_hat, g, lengths=lengths)
     _check.weighted_sum(factors, g, out=(out, (g.shape[2],), "[d]"))
 
@@ -51,12 +51,12 @@ def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = Non
         lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
 
     Returns:
-        [B] float32, in squared units of g; not below the exact square, nor below that of what
-        `layer_norm_weighted_sum` adds for the sample divided by its factor.
+        [B] float32, in squared units of g; not below the exact square, nor below the square of the gradient
+        that `layer_norm_weighted_sum` adds for the sample, divided by its factor.
 
     Raises:
-        TypeError: dtypes that differ or are not floating.
-        ValueError: shapes, devices or lengths that do not fit.
+        TypeError: dtypes differ or are not floating.
+        ValueError: shapes, devices or lengths do not fit.
 
     Source: the gradient of y = x̂ ⊙ w with respect to w.
     """
@@ -78,8 +78,8 @@ def layer_norm_weighted_sum(
         lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
 
     Raises:
-        TypeError: dtypes that differ or do not fit.
-        ValueError: shapes, devices or lengths that do not fit.
+        TypeError: dtypes differ or do not fit.
+        ValueError: shapes, devices or lengths do not fit.
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """

@@ -1,7 +1,7 @@
-"""The table of the kinds of layers that grouped ops take, and what follows from it: checks, packing, unpacking.
+"""The table of the layer kinds that grouped ops take, and the checks, packing and unpacking that derive from it.
 
-A kind is a family of ops, `{kind}_norm_sq` and `{kind}_weighted_sum`. To add one is to add its row to `KINDS`, its
-definition to `dpkernels.reference`, and its functions to the backends that compute it.
+A kind is a family of ops, `{kind}_norm_sq` and `{kind}_weighted_sum`. A new kind needs a row in `KINDS`, a definition
+in `dpkernels.reference`, and functions in the backends that compute it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,21 +15,21 @@ from dpkernels.backends.layer import GroupedLayer
 from dpkernels.ops import bias, depthwise_conv1d, embedding, layer_norm, linear, lora
 
 _MOST_COMPARED = 16
-"""Layers that others are compared with: to compare with more would cost more than to check."""
+"""The number of checked layers that each further one is compared with. More comparisons cost more than the check."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the ops of one kind of layer take.
+    """The arguments of the ops of one kind of layer.
 
     Attributes:
-        tensors: names of their tensors, in order: the output's gradient is `g`.
-        check_norm: takes (*tensors, **options) of a norm; raises where shapes, dtypes, devices or numbers do not fit.
-        check_sum: takes (*tensors, factors, *outs, **options) of a weighted sum, and raises likewise.
-        outs: names of what a weighted sum adds to, one a parameter.
+        tensors: names of the tensors, in order; `g` is the output's gradient.
+        check_norm: checks (*tensors, **options) of a norm; raises if shapes, dtypes, devices or numbers do not fit.
+        check_sum: checks (*tensors, factors, *outs, **options) of a weighted sum, and raises likewise.
+        outs: names of the weighted sum's outputs, one a parameter.
         options: names and types (float or int) of the numbers that both ops take.
-        norm_options: of those that only the norm takes.
-        check_norm_values, check_sum_values: look at values, of real tensors; None where there is nothing to look at.
+        norm_options: names and types of the numbers that only the norm takes.
+        check_norm_values, check_sum_values: check values of real tensors; None if there are no values to check.
     """
 
     tensors: tuple[str, ...]
@@ -43,12 +43,12 @@ class Kind:
 
     @cached_property
     def all_options(self) -> Mapping[str, type]:
-        """What its norm takes."""
+        """The options of the kind's norm."""
         return {**self.norm_options, **self.options}
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """The list of `total_norm_sq` and `clip_and_noise` that holds each of its tensors."""
+        """For each of `tensors`, the argument of `total_norm_sq` and `clip_and_noise` that holds it."""
         first = next((name for name in self.tensors if name != "g"), None)
         return tuple("gs" if name == "g" else "xs" if name == first else f"{name}s" for name in self.tensors)
 
@@ -83,18 +83,18 @@ KINDS: dict[str, Kind] = {
 """Every kind of layer that grouped ops take. The order is that of `DPK_LAYER_*` in csrc/grouped_kernels.h."""
 
 
-# ---- packing: a layer's tensors and numbers, in the schema's lists
+# ---- packing of layers' tensors and numbers into the schema's lists
 
 SCHEMA = "Tensor[] tensors, str[] kinds, float[] floats, int[] ints"
-"""Of the layers of a grouped op, whatever their kinds."""
+"""The arguments of a grouped op that hold its layers, of any kinds."""
 
 Packed = tuple[list[Tensor], list[str], list[float], list[int]]
 
 
 def pack(layers: Sequence[GroupedLayer], *, norms: bool) -> Packed:
-    """The layers as the lists of SCHEMA; their outs are the schema's own.
+    """Return the layers as the lists of SCHEMA, without their outs, which the schema lists apart.
 
-    norms: whether for their norms, which take more options than their sums.
+    norms: whether to pack the options of the norms, which take more than the sums.
     """
     tensors: list[Tensor] = []
     floats: list[float] = []
@@ -117,25 +117,25 @@ def unpack(
     ints: Sequence[int],
     outs: Sequence[Tensor] | None = None,
 ) -> list[GroupedLayer]:
-    """What `pack` packed, for norms where there are no outs and for sums where there are."""
+    """Invert `pack`: for the norms if outs is None, otherwise for the sums."""
     layers = []
     tensor = out = 0
     numbers = {float: iter(floats), int: iter(ints)}
     for name in kinds:
         kind = KINDS[name]
         options = kind.all_options if outs is None else kind.options
-        own = tuple(tensors[tensor : tensor + len(kind.tensors)])
+        layer_tensors = tuple(tensors[tensor : tensor + len(kind.tensors)])
         tensor += len(kind.tensors)
-        own_outs: tuple[Tensor, ...] = ()
+        layer_outs: tuple[Tensor, ...] = ()
         if outs is not None:
-            own_outs = tuple(outs[out : out + len(kind.outs)])
+            layer_outs = tuple(outs[out : out + len(kind.outs)])
             out += len(kind.outs)
-        given = {option: next(numbers[number]) for option, number in options.items()}
-        layers.append(GroupedLayer(name, own, given, own_outs))
+        layer_options = {option: next(numbers[number]) for option, number in options.items()}
+        layers.append(GroupedLayer(name, layer_tensors, layer_options, layer_outs))
     return layers
 
 
-# ---- from lists, one for each argument
+# ---- conversion from columns: lists with one entry a layer
 
 
 def from_columns(
@@ -145,35 +145,35 @@ def from_columns(
     columns: Mapping[str, Sequence[Any]],
     outs: Sequence[Tensor] | None = None,
 ) -> list[GroupedLayer]:
-    """The layers that lists of one argument each describe: of x, of g, and of what only some kinds take.
+    """Return the layers that columns describe: xs, gs, and the columns that only some kinds take.
 
     Raises:
-        TypeError: a list that no kind has.
-        ValueError: an unknown kind; a list of another length than there are layers (of its kinds, of parameters) to it.
+        TypeError: no kind takes a column of that name.
+        ValueError: a kind is unknown, or a column's length differs from the number of its layers or parameters.
     """
     for name in kinds:
         if name not in KINDS:
-            raise ValueError(f"kinds: given {name!r}; pass one of {', '.join(KINDS)} a layer")
+            raise ValueError(f"kinds: given {name!r}; pass one of {', '.join(KINDS)} for each layer")
     norms = outs is None
-    own = {name: _own_columns(kind, norms) for name, kind in KINDS.items()}
-    _check_lengths(xs, gs, kinds, columns, outs, own)
-    rest = {name: iter(columns.get(name, ())) for names in own.values() for name in names}
+    kind_columns = {name: _kind_columns(kind, norms) for name, kind in KINDS.items()}
+    _check_lengths(xs, gs, kinds, columns, outs, kind_columns)
+    entries = {name: iter(columns.get(name, ())) for names in kind_columns.values() for name in names}
     layers, place = [], 0
     for x, g, name in zip(xs, gs, kinds, strict=True):
         kind = KINDS[name]
-        given = {"xs": x, "gs": g} | {column: next(rest[column]) for column in own[name]}
+        given = {"xs": x, "gs": g} | {column: next(entries[column]) for column in kind_columns[name]}
         tensors = tuple(given[column] for column in kind.columns)
         options = {o: given[f"{o}s"] for o in (kind.all_options if norms else kind.options)}
-        own_outs: tuple[Tensor, ...] = ()
+        layer_outs: tuple[Tensor, ...] = ()
         if outs is not None:
-            own_outs = tuple(outs[place : place + len(kind.outs)])
+            layer_outs = tuple(outs[place : place + len(kind.outs)])
             place += len(kind.outs)
-        layers.append(GroupedLayer(name, tensors, options, own_outs))
+        layers.append(GroupedLayer(name, tensors, options, layer_outs))
     return layers
 
 
-def _own_columns(kind: Kind, norms: bool) -> list[str]:
-    """The lists that hold what only this kind takes: one entry for each of its layers."""
+def _kind_columns(kind: Kind, norms: bool) -> list[str]:
+    """The columns besides xs and gs that the kind takes, with one entry for each of its layers."""
     options = kind.all_options if norms else kind.options
     return [c for c in kind.columns if c not in ("xs", "gs")] + [f"{name}s" for name in options]
 
@@ -184,38 +184,42 @@ def _check_lengths(
     kinds: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     outs: Sequence[Tensor] | None,
-    own: Mapping[str, list[str]],
+    kind_columns: Mapping[str, list[str]],
 ) -> None:
     users: dict[str, list[str]] = {}
-    for name, names in own.items():
+    for name, names in kind_columns.items():
         for column in names:
             users.setdefault(column, []).append(name)
     for column in columns:
         if column not in users:
-            raise TypeError(f"{column}: no kind of layer takes this; pass lists of {', '.join(users)}")
+            raise TypeError(f"{column}: no kind of layer takes this list; pass one of {', '.join(users)}")
     expected = [("xs", xs, len(kinds), "layer"), ("gs", gs, len(kinds), "layer")]
     if outs is not None:
         expected.append(("outs", outs, sum(len(KINDS[kind].outs) for kind in kinds), "parameter"))
     for column, names in users.items():
         count = sum(kind in names for kind in kinds)
         expected.append((column, columns.get(column, ()), count, f"{' or '.join(names)} layer"))
-    for name, values, count, what in expected:
+    for name, values, count, unit in expected:
         if len(values) != count:
-            raise ValueError(f"{name}: expected {count}, one a {what}; given {len(values)}; pass one each")
+            raise ValueError(
+                f"{name}: expected {count}, one a {unit}; given {len(values)}; pass one a {unit}"
+            )
 
 
 # ---- checks
 
 
 def check_norms(layers: Sequence[GroupedLayer], name: str) -> None:
-    """Raise where a layer's tensors or numbers do not fit its kind's norm, or its batch another's.
+    """Raise if a layer's tensors or numbers do not fit its kind's norm, or batch sizes differ.
 
-    name: what the caller gave the layers as.
+    name: the argument that held the layers, for messages.
     """
     if not layers:
-        raise ValueError("kinds: given no layer; pass at least one: the batch's size is that of its tensors")
+        raise ValueError(
+            "kinds: given no layer; pass at least one, because its tensors define the batch size"
+        )
     batch = layers[0].tensors[0].shape[:1]
-    for i, layer in _unlike(layers, norms=True):
+    for i, layer in _distinct(layers, norms=True):
         kind = KINDS[layer.kind]
         kind.check_norm(*layer.tensors, **{option: layer.options[option] for option in kind.all_options})
         g = layer.tensors[kind.tensors.index("g")]
@@ -227,11 +231,11 @@ def check_norms(layers: Sequence[GroupedLayer], name: str) -> None:
 
 
 def check_sums(layers: Sequence[GroupedLayer], factors: Tensor, name: str) -> None:
-    """Raise where a layer's tensors, numbers, outs or the factors do not fit its kind's weighted sum.
+    """Raise if a layer's tensors, numbers, outs or the factors do not fit its kind's weighted sum.
 
-    name: what the caller gave the layers as.
+    name: the argument that held the layers, for messages.
     """
-    for i, layer in _unlike(layers, norms=False):
+    for i, layer in _distinct(layers, norms=False):
         kind, x = KINDS[layer.kind], layer.tensors[0]
         if x.shape[:1] != factors.shape:
             raise ValueError(
@@ -242,43 +246,43 @@ def check_sums(layers: Sequence[GroupedLayer], factors: Tensor, name: str) -> No
         kind.check_sum(*layer.tensors, factors, *layer.outs, **options)
 
 
-def _unlike(layers: Sequence[GroupedLayer], *, norms: bool) -> Iterator[tuple[int, GroupedLayer]]:
-    """The layers that have to be checked, with their places: those not like one that was.
+def _distinct(layers: Sequence[GroupedLayer], *, norms: bool) -> Iterator[tuple[int, GroupedLayer]]:
+    """Yield the layers that need a check, with their indices, and skip those that equal a checked one.
 
-    A check sees a tensor's shape, dtype and device, and the options as they are, so layers that agree in these pass or
-    fail together; and a model has hundreds of layers, but a handful of shapes. (192 LoRA layers: 3.8 ms of Python for
-    norms and sums on one core, in place of 5.9.)
+    A check reads only shapes, dtypes, devices and options, so layers that agree in these pass or fail together. A model
+    has hundreds of layers but few shapes. (For 192 LoRA layers, norms and sums take 3.8 ms of Python on one core, in
+    place of 5.9.)
     """
-    seen: list[tuple[object, ...]] = []  # not a set: symbolic sizes have no hash
+    seen: list[tuple[object, ...]] = []  # a list, because symbolic sizes have no hash
     for i, layer in enumerate(layers):
-        like = (
+        signature = (
             layer.kind,
             [(tensor.shape, tensor.dtype, tensor.device) for tensor in layer.tensors],
             [(tensor.shape, tensor.dtype, tensor.device) for tensor in layer.outs],
             layer.options,
         )
-        if like not in seen:
+        if signature not in seen:
             _check_arguments(i, layer, norms)
             if len(seen) < _MOST_COMPARED:
-                seen.append(like)
+                seen.append(signature)
             yield i, layer
 
 
 def _check_arguments(i: int, layer: GroupedLayer, norms: bool) -> None:
-    """Raise where a layer is of no kind, or has other arguments than its kind takes."""
+    """Raise if a layer's kind is unknown, or its arguments are not those of the kind."""
     if layer.kind not in KINDS:
         raise ValueError(f"layers[{i}].kind: given {layer.kind!r}; pass one of {', '.join(KINDS)}")
     kind = KINDS[layer.kind]
     outs = () if norms else kind.outs
-    for what, given, names in (("tensors", layer.tensors, kind.tensors), ("outs", layer.outs, outs)):
+    for field_name, given, names in (("tensors", layer.tensors, kind.tensors), ("outs", layer.outs, outs)):
         if len(given) != len(names):
             raise ValueError(
-                f"layers[{i}].{what}: expected {len(names)} ({', '.join(names)}); given {len(given)}; "
+                f"layers[{i}].{field_name}: expected {len(names)} ({', '.join(names)}); given {len(given)}; "
                 f"pass those of {layer.kind}"
             )
     needed = kind.all_options if norms else kind.options
-    lack, strange = needed.keys() - layer.options.keys(), layer.options.keys() - kind.all_options.keys()
-    if lack or strange:
+    missing, unknown = needed.keys() - layer.options.keys(), layer.options.keys() - kind.all_options.keys()
+    if missing or unknown:
         raise ValueError(
             f"layers[{i}].options: expected {', '.join(needed) or 'none'}; given {', '.join(layer.options) or 'none'}; "
             f"pass those of {layer.kind}"
@@ -286,7 +290,7 @@ def _check_arguments(i: int, layer: GroupedLayer, norms: bool) -> None:
 
 
 def check_norm_values(layers: Sequence[GroupedLayer]) -> None:
-    """What only values tell, of each layer's norm."""
+    """Check the values of the tensors of each layer's norm."""
     for layer in layers:
         check = KINDS[layer.kind].check_norm_values
         if check is not None:
@@ -294,7 +298,7 @@ def check_norm_values(layers: Sequence[GroupedLayer]) -> None:
 
 
 def check_sum_values(layers: Sequence[GroupedLayer], factors: Tensor) -> None:
-    """What only values tell, of each layer's weighted sum."""
+    """Check the values of the tensors of each layer's weighted sum."""
     for layer in layers:
         check = KINDS[layer.kind].check_sum_values
         if check is not None:

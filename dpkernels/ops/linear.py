@@ -32,7 +32,7 @@ _weighted_sum = _library.define(
 
 
 def check_norm(x: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> None:
-    """x [B, T, d] and g [B, T, p] of one dtype on one device, lengths int64 [B] or None."""
+    """Check x [B, T, d] and g [B, T, p] of one dtype on one device, lengths int64 [B] or None."""
     _check.floats(x=x, g=g)
     _check.shape("x", x, (None, None, None), "[B, T, d]")
     _check.shape("g", g, (x.shape[0], x.shape[1], None), "[B, T, p]")
@@ -40,7 +40,7 @@ def check_norm(x: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> None:
 
 
 def check_sum(x: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:
-    """The same, factors float32 [B], and out [p, d]."""
+    """Check the norm's arguments, factors float32 [B], and out [p, d]."""
     check_norm(x, g, lengths=lengths)
     _check.weighted_sum(factors, x, out=(out, (g.shape[2], x.shape[2]), "[p, d]"))
 
@@ -49,8 +49,8 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
     """Squared norm of each sample's weight gradient, rounded up: ‖Σ_t g_it x_itᵀ‖²_F.
 
     *direct* squares and sums blocks of g_iᵀx_i (2Tpd FLOPs a sample); *gram* sums (x_t·x_s)(g_t·g_s) over t
-    and s (T²(p+d) FLOPs). The method follows each sample's own length, so its result does not depend on its
-    the rest of the batch.
+    and s (T²(p+d) FLOPs). The method depends on the sample's own length alone, so that a sample's result does
+    not depend on the rest of the batch.
 
     Args:
         x: [B, T, d] layer inputs; bfloat16, float16 or float32 (float64 in tests). B, T may be 0.
@@ -59,12 +59,12 @@ def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, metho
         method: "auto" (by FLOPs and measured constants), "gram" or "direct".
 
     Returns:
-        [B] float32, in squared units of x·g. Not below the exact square, nor below the square of what
-        `linear_weighted_sum` adds for the sample divided by its factor. NaN or infinite where the inputs are.
+        [B] float32, in squared units of x·g. Not below the exact square, nor below the square of the
+        gradient that `linear_weighted_sum` adds for the sample, divided by its factor. NaN or infinite if inputs are.
 
     Raises:
-        TypeError: dtypes that differ or are not floating.
-        ValueError: shapes, devices, lengths or method that do not fit.
+        TypeError: dtypes differ or are not floating.
+        ValueError: shapes, devices or lengths do not fit, or method is unknown.
 
     Source: Goodfellow 2015, arXiv:1510.01799 (T = 1); Li et al. 2021, arXiv:2110.05679 (ghost clipping).
     """
@@ -80,19 +80,19 @@ def linear_weighted_sum(
 ) -> None:
     """Add the clipped gradients to a sum, in place: out += Σ_i c_i Σ_t g_it x_itᵀ.
 
-    A sample's own product is accumulated in float32, and added to the others in float64. A sample whose
-    factor is 0 is not read, so NaN and infinity there do no harm.
+    Each sample's product is accumulated in float32, and the products are added in float64. A sample whose
+    factor is 0 is not read, so its NaN and infinity have no effect.
 
     Args:
         x: [B, T, d] layer inputs; bfloat16, float16 or float32 (float64 in tests).
         g: [B, T, p] gradients of the layer's output, same dtype.
         factors: [B] float32, c_i from `clip_factors`.
-        out: [p, d] float32 or float64 (the engine's choice), added to.
+        out: [p, d] float32 or float64 (the engine passes float64), added to.
         lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
 
     Raises:
-        TypeError: dtypes that differ or do not fit.
-        ValueError: shapes, devices or lengths that do not fit.
+        TypeError: dtypes differ or do not fit.
+        ValueError: shapes, devices or lengths do not fit.
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """

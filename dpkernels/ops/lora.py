@@ -54,7 +54,7 @@ def _empty_gradients(x: Tensor, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 def check_norm(
     x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0, lengths: Tensor | None = None
 ) -> None:
-    """x [B, T, d], h and dh [B, T, r], g [B, T, p] of one dtype on one device, a finite scaling, lengths or None."""
+    """Check x [B, T, d], h and dh [B, T, r], g [B, T, p] of one dtype on one device, finite scaling, and lengths."""
     _check.floats(x=x, h=h, g=g, dh=dh)
     _check.shape("x", x, (None, None, None), "[B, T, d]")
     batch, frames, _ = x.shape
@@ -77,7 +77,7 @@ def check_sum(
     scaling: float = 1.0,
     lengths: Tensor | None = None,
 ) -> None:
-    """The same, factors float32 [B], out_a [r, d] and out_b [p, r]."""
+    """Check the norm's arguments, factors float32 [B], out_a [r, d] and out_b [p, r]."""
     check_norm(x, h, g, dh, scaling=scaling, lengths=lengths)
     of_a, of_b = (h.shape[2], x.shape[2]), (g.shape[2], h.shape[2])
     _check.weighted_sum(factors, x, out_a=(out_a, of_a, "[r, d]"), out_b=(out_b, of_b, "[p, r]"))
@@ -92,17 +92,17 @@ def lora_norm_sq(
         x: [B, T, d] layer inputs; bfloat16, float16 or float32 (float64 in tests). B, T may be 0.
         h: [B, T, r] = x Aᵀ, same dtype.
         g: [B, T, p] gradients of the layer's output, same dtype.
-        dh: [B, T, r] = s g B, same dtype; it holds the scaling already.
+        dh: [B, T, r] = s g B, same dtype; it includes the scaling.
         scaling: s, finite; 1 for an unscaled adapter.
         lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
 
     Returns:
-        Two [B] float32 vectors, of A and of B, each not below its exact square, nor below that of what
-        `lora_weighted_sum` adds for the sample divided by its factor.
+        Two [B] float32 vectors, for A and for B, each not below the exact square, nor below the square of the
+        gradient that `lora_weighted_sum` adds for the sample, divided by its factor.
 
     Raises:
-        TypeError: dtypes that differ or are not floating.
-        ValueError: shapes, devices, scaling or lengths that do not fit.
+        TypeError: dtypes differ or are not floating.
+        ValueError: shapes, devices, scaling or lengths do not fit.
 
     Source: Hu et al. 2021, arXiv:2106.09685 (the layer); its gradients by the chain rule.
     """
@@ -114,24 +114,24 @@ def lora_norm_sq(
 def lora_gradients(
     x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Each sample's gradients themselves: dh_iᵀx_i of A and s g_iᵀh_i of B.
+    """The materialised per-sample gradients: dh_iᵀx_i of A and s g_iᵀh_i of B.
 
-    For r well below T they are smaller than x and g, and x and g need be read only once. Their norms and sums are
-    then taken of the values returned here, so no bound on this rounding is needed.
+    For r well below T they are smaller than x and g, and x and g are read only once. Norms and sums are then computed
+    from the returned values, so this rounding needs no bound.
 
     Args:
         x: [B, T, d] layer inputs; bfloat16, float16 or float32 (float64 in tests). B, T may be 0.
         h: [B, T, r] = x Aᵀ, same dtype.
         g: [B, T, p] gradients of the layer's output, same dtype.
-        dh: [B, T, r] = s g B, same dtype; it holds the scaling already.
+        dh: [B, T, r] = s g B, same dtype; it includes the scaling.
         scaling: s, finite; 1 for an unscaled adapter.
 
     Returns:
-        [B, r, d] and [B, p, r], contiguous, float32 (float64 for float64 inputs), accumulated in at least that.
+        [B, r, d] and [B, p, r], contiguous, float32 (float64 for float64 inputs), accumulated at least as precisely.
 
     Raises:
-        TypeError: dtypes that differ or are not floating.
-        ValueError: shapes, devices or scaling that do not fit.
+        TypeError: dtypes differ or are not floating.
+        ValueError: shapes, devices or scaling do not fit.
 
     Source: Hu et al. 2021, arXiv:2106.09685 (the layer); its gradients by the chain rule.
     """
@@ -166,8 +166,8 @@ def lora_weighted_sum(
         lengths: [B] int64, 0 ≤ L_i ≤ T: frames from L_i on are not read. None: all T.
 
     Raises:
-        TypeError: dtypes that differ or do not fit.
-        ValueError: shapes, devices, scaling or lengths that do not fit.
+        TypeError: dtypes differ or do not fit.
+        ValueError: shapes, devices, scaling or lengths do not fit.
 
     Source: Hu et al. 2021, arXiv:2106.09685 (the layer); Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """

@@ -1,4 +1,4 @@
-"""Noise, grid and division of finished sums; and the composition of weighted sums with it."""
+"""Noise, grid and division of finished sums, and their composition with the weighted sums."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,26 +27,26 @@ def noise_sums(
     divisor: float,
     grid: float = 0.0,
 ) -> None:
-    """Noise finished sums and divide them, in place, once a logical batch.
+    """Add noise to finished sums and divide them, in place, once a logical batch.
 
-    For every sum, with z the normals `chacha20_normal(n, key=key, nonce=nonces[i])` makes for sum i,
+    For every sum, with z = `chacha20_normal(n, key=key, nonce=nonces[i])` for sum i,
 
         sum = round((sum + noise_scale·z)/grid)·grid/divisor          in float64; without a grid, nothing is rounded
 
-    which is the gradient of `noise_adamw` and `noise_sgd` before it is rounded to float32.
+    The result is the gradient of `noise_adamw` and `noise_sgd` before it is rounded to float32.
 
     Args:
-        sums: float64, contiguous, any shapes, all on one device; none overlaps another.
+        sums: float64, contiguous, disjoint, of any shapes, all on one device.
         key: 32 bytes, secret.
-        nonces: 12 bytes each; a (key, nonce) is never to be used twice. May be empty where noise_scale is 0.
-        noise_scale: standard deviation of the noise on the sum, in its units; 0: none, and nothing is drawn.
+        nonces: 12 bytes each; never use a (key, nonce) twice. May be empty if noise_scale is 0.
+        noise_scale: standard deviation of the noise on the sum, in the sum's units; 0: no noise is drawn.
         divisor: the expected batch size, > 0.
-        grid: a power of two: the noised sum is rounded to a multiple of it, ties to even; 0: it is not.
+        grid: a power of two: the noised sum is rounded to a multiple of it, ties to even; 0: no rounding.
 
     Raises:
-        TypeError: another dtype; key or nonces that are not bytes.
-        ValueError: sums on several devices, that overlap or are not contiguous; nonces of another number, or one given
-            twice; a number out of range.
+        TypeError: a sum's dtype is not float64, or key or nonces are not bytes.
+        ValueError: sums are on several devices, overlap or are not contiguous; the number of nonces differs, or one is
+            given twice; a number is out of range.
 
     Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1; Mironov 2012, doi:10.1145/2382196.2382264 (the grid).
     """
@@ -76,36 +76,35 @@ def clip_and_noise(
     divisor: float = 1.0,
     **columns: Sequence[Any],
 ) -> None:
-    """`weighted_sums`, and, where a key is given, `noise_sums` of the same sums, in place.
+    """`weighted_sums`, followed by `noise_sums` of the same sums if a key is given, in place.
 
-    For each layer l of kind k, out_l += Σ_i c_i g_iᵀx_i and its like; then, once a logical batch,
+    For each layer l, out_l += Σ_i c_i G_li, as in `weighted_sums`; then, once a logical batch,
 
         out = round((out + noise_scale·z)/grid)·grid/divisor          in float64; without a grid, nothing is rounded
 
-    with z the normals that `chacha20_normal` makes of key and that out's nonce. All arguments are checked before
-    anything is added.
+    with z = `chacha20_normal` of key and that out's nonce. All arguments are checked before anything is added.
 
     Args:
-        xs: one a layer, all with the same B: layer inputs; ids for an embedding, x̂ for a layer_norm; a bias's is not
-            read (give its g).
-        gs: one a layer: gradients of the layers' outputs.
-        kinds: one a layer, of `dpkernels.ops.layers.KINDS`.
+        xs: one a layer, all with the same B: the layer's input, ids for an embedding, x̂ for a layer_norm; a bias's
+            entry is not read (pass its g).
+        gs: the gradients of the layers' outputs, one a layer.
+        kinds: keys of `dpkernels.ops.layers.KINDS`, one a layer.
         factors: [B] float32, c_i from `clip_factors`; a sample with factor 0 is not read.
-        outs: one a layer, in its parameter's shape; for a LoRA layer two, A's and B's. All contiguous, of one dtype:
-            float64, or float32 where no noise is asked for. None may overlap another.
-        key: 32 bytes, secret; None: no noise, no division.
-        nonces: 12 bytes for each out; a (key, nonce) is never to be used twice.
+        outs: one a layer, in its parameter's shape; for a LoRA layer two, A's and B's. All are contiguous, disjoint and
+            of one dtype: float64, or float32 if no noise is added.
+        key: 32 bytes, secret; None: no noise and no division.
+        nonces: 12 bytes for each out; never use a (key, nonce) twice.
         noise_scale: standard deviation of the noise, ≥ 0.
         grid: a power of two, or 0.
         divisor: the expected batch size, > 0.
-        **columns: lists of what only some kinds take, one entry for each layer of the kind: hs, dhs, scalings for LoRA
-            layers, as `lora_weighted_sum` takes them; padding_idxs for embeddings, -1 for none; strides, paddings,
-            dilations for depthwise_conv1d.
+        **columns: lists of the arguments of some kinds only, with one entry for each layer of the kind: hs, dhs,
+            scalings for LoRA layers, as in `lora_weighted_sum`; padding_idxs for embeddings, -1 for none; strides,
+            paddings, dilations for depthwise_conv1d.
 
     Raises:
-        TypeError: dtypes that do not fit; a key or nonce that is not bytes; a list that no kind has.
-        ValueError: lists of lengths that do not fit, an unknown kind, an out given twice; and what the layers' own
-            weighted sums raise.
+        TypeError: dtypes do not fit, a key or nonce is not bytes, or no kind takes a list of that name.
+        ValueError: a list's length does not fit, a kind is unknown, or an out is given twice; also the errors of the
+            layers' weighted sums.
 
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping); Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """

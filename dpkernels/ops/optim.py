@@ -1,6 +1,6 @@
-"""The last sweep of a private step: noise, division and the optimizer's update, and the sums cleared, in one pass.
+"""The fused noise-and-optimizer step: one pass adds noise, divides, updates the parameters and clears the sums.
 
-The key is a tensor in the ops' schemas, not bytes: a graph holds a tensor's place and not its value.
+The ops' schemas take the key as a tensor, not as bytes: a graph stores a reference to a tensor, not its value.
 """
 
 import math
@@ -22,7 +22,7 @@ _NOISE = (
 
 
 def _fake(*args: object, **kwargs: object) -> None:
-    """Nothing is returned."""
+    """Return nothing."""
 
 
 _noise_adamw = _library.define(
@@ -62,39 +62,37 @@ def noise_adamw(
     grads: Sequence[Tensor] = (),
     rounding_nonces: Sequence[bytes] = (),
 ) -> None:
-    """Noise the sums, divide them, and let AdamW (or Adam) step on them, in place; the sums are 0 afterwards.
+    """Add noise to the sums, divide them, take an AdamW (or Adam) step with them in place, and set the sums to 0.
 
-    For every entry, with z the normals `chacha20_normal(n, key=key, nonce=nonces[i])` makes for tensor i,
+    For every entry, with z = `chacha20_normal(n, key=key, nonce=nonces[i])` for tensor i,
 
         g = round((sum + noise_scale·z)/grid)·grid/divisor                      float64, then rounded to float32
         g ← g + weight_decay·p (Adam),   or   p ← (1 - lr·weight_decay)·p (AdamW)
         m ← β₁m + (1 - β₁)g,   v ← β₂v + (1 - β₂)g²,   p ← p - lr/(1 - β₁ᵗ)·m/(√v/√(1 - β₂ᵗ) + eps)    float32
 
-    which is noise followed by `torch.optim.AdamW`, to rounding. Each buffer is read once and written once. The bits
-    are the same for every number of threads, and the native ones on every CPU and GPU.
+    The result is that of noise followed by `torch.optim.AdamW`, up to rounding. Each buffer is read once and written
+    once. The bits are the same for every number of threads; those of native code also on every CPU and GPU.
 
     Args:
-        params: float32 or bfloat16, contiguous, any shapes; all on one device.
-        sums: float64, of the params' shapes: the clipped gradients, summed. Cleared.
+        params: float32 or bfloat16, contiguous, of any shapes, all on one device.
+        sums: float64, of the params' shapes: the sums of clipped gradients. Set to 0.
         exp_avgs, exp_avg_sqs: float32, of the params' shapes: m and v.
-        steps: t of each tensor, this step included: 1, 2, ...
+        steps: t of each tensor, counted from 1 and including this step.
         key: 32 bytes, secret.
-        nonces: 12 bytes each; a (key, nonce) is never to be used twice.
-        noise_scale: standard deviation of the noise on the sum, in its units; 0: none, and nothing is drawn.
+        nonces: 12 bytes each; never use a (key, nonce) twice.
+        noise_scale: standard deviation of the noise on the sum, in the sum's units; 0: no noise is drawn.
         divisor: the expected batch size, > 0.
         lr, beta1, beta2, eps, weight_decay: AdamW's.
         decoupled: True for AdamW, False for Adam.
-        maximize: ascend.
-        grid: a power of two: the noised sum is rounded to a multiple of it, ties to even; 0: it is not.
+        maximize: whether to ascend.
+        grid: a power of two: the noised sum is rounded to a multiple of it, ties to even; 0: no rounding.
         grads: empty, or tensors of the params' shapes and dtypes that receive g.
-        rounding_nonces: empty, or 12 bytes each, never to be used twice either: bfloat16 params are then rounded
-            stochastically, up with the probability that makes the expectation exact, by 16 bits of that stream an
-            entry.
+        rounding_nonces: empty, or 12 bytes each, also never used twice: bfloat16 params are then rounded stochastically
+            by 16 bits of that stream an entry, up with the probability that makes the expectation exact.
 
     Raises:
-        TypeError: another dtype; key or nonces that are not bytes.
-        ValueError: lists of different lengths, shapes or devices; a tensor that is not contiguous; a number out of
-            range.
+        TypeError: a dtype does not fit, or key or nonces are not bytes.
+        ValueError: lengths, shapes or devices differ, a tensor is not contiguous, or a number is out of range.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """
@@ -134,26 +132,25 @@ def noise_sgd(
     grads: Sequence[Tensor] = (),
     rounding_nonces: Sequence[bytes] = (),
 ) -> None:
-    """Noise the sums, divide them, and let SGD step on them, in place; the sums are 0 afterwards.
+    """Add noise to the sums, divide them, take an SGD step with them in place, and set the sums to 0.
 
-    For every entry, g as in `noise_adamw`, and then in float32
+    For every entry, with g as in `noise_adamw`, in float32
 
         g ← g + weight_decay·p
         b ← momentum·b + (1 - dampening)·g   (b ← g in a buffer's first step),   g ← b, or g + momentum·b (nesterov)
         p ← p - lr·g
 
-    which is noise followed by `torch.optim.SGD`, to rounding.
+    The result is that of noise followed by `torch.optim.SGD`, up to rounding.
 
     Args:
         params, sums, key, nonces, noise_scale, divisor, maximize, grid, grads, rounding_nonces: as in `noise_adamw`.
-        momentum_buffers: float32, of the params' shapes, b; empty where momentum is 0. Zeros before the first step.
-        steps: 1 where a buffer holds nothing yet, more where it does.
+        momentum_buffers: float32, of the params' shapes: b. Empty if momentum is 0; zeros before the first step.
+        steps: 1 for a buffer that has not been written, more for one that has.
         lr, momentum, dampening, weight_decay, nesterov: SGD's.
 
     Raises:
-        TypeError: another dtype; key or nonces that are not bytes.
-        ValueError: lists of different lengths, shapes or devices; a tensor that is not contiguous; a number out of
-            range.
+        TypeError: a dtype does not fit, or key or nonces are not bytes.
+        ValueError: lengths, shapes or devices differ, a tensor is not contiguous, or a number is out of range.
 
     Source: Sutskever et al. 2013, ICML; Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """
@@ -192,15 +189,15 @@ def _check_lists(
     for name, values in given.items():
         if len(values) != len(params):
             raise ValueError(
-                f"{name}: expected {len(params)}, as many as params; given {len(values)}; pass one each"
+                f"{name}: expected {len(params)}, as many as params; given {len(values)}; pass one a parameter"
             )
     for step in steps:
         if not (math.isfinite(step) and step >= 1):
-            raise ValueError(f"steps: expected numbers ≥ 1; given {step}; count the step that is being taken")
+            raise ValueError(f"steps: expected numbers ≥ 1; given {step}; count this step too")
     wide = {"sums": (sums, torch.float64)} | {
         name: (tensors, torch.float32) for name, tensors in states.items()
     }
-    # A model may have a thousand parameters: what is said of each is worked out only for one that does not fit.
+    # A model may have a thousand parameters, so the message is computed only for one that does not fit.
     shapes = [param.shape for param in params]
     device = params[0].device if params else None
     lists = {"params": (params, None), **wide} | ({"grads": (grads, None)} if grads else {})
@@ -220,22 +217,22 @@ def _check_lists(
 
 
 def _start(tensor: Tensor) -> object:
-    """Where a tensor's memory starts."""
+    """Return the start of a tensor's memory: its address, or its storage and offset if it has no address."""
     if type(tensor) in (Tensor, Parameter) and not tensor.is_meta:
         return tensor.data_ptr()
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()  # of one that has no memory
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()  # a fake or meta tensor has no memory
 
 
 def _refuse_shared(lists: dict[str, Sequence[Tensor]]) -> None:
-    """Raise for the first tensor that starts where another does."""
+    """Raise for the first tensor that starts at the address of another."""
     places: dict[object, str] = {}
     for i in range(len(lists["params"])):
         for label, tensors in lists.items():
             name, place = f"{label}[{i}]", _start(tensors[i])
             if tensors[i].numel() and places.setdefault(place, name) != name:
                 raise ValueError(
-                    f"{name}: expected memory of its own; it starts where {places[place]} does, and would be written "
-                    "twice; pass a tied parameter once"
+                    f"{name}: expected separate memory; given that of {places[place]}, which would be written twice; "
+                    "pass a tied parameter once"
                 )
 
 
@@ -249,7 +246,7 @@ def _refuse(
     param = params[i]
     if param.dtype not in PARAMETER_DTYPES:
         raise TypeError(
-            f"params[{i}]: expected float32 or bfloat16; given {param.dtype}; noise the gradient and use "
+            f"params[{i}]: expected float32 or bfloat16; given {param.dtype}; convert it, or call noise_sums and "
             "torch's optimizer"
         )
     dense = {f"params[{i}]": param}
@@ -273,5 +270,5 @@ def _refuse(
 
 
 def _written(*lists: Sequence[Tensor]) -> None:
-    """What autograd saved of these tensors before is no longer theirs."""
+    """Tell autograd that the tensors changed, so that a backward with their saved values raises."""
     torch.autograd.graph.increment_version([tensor for tensors in lists for tensor in tensors])

@@ -1,9 +1,8 @@
-"""The definition of every op: the obvious PyTorch, sample by sample in float64.
+"""The definition of every op: plain PyTorch, sample by sample in float64.
 
-Nothing here is fast, blocked or clever; each function is what the op of the same name means, and every
-backend is tested against it. A norm is returned in float32 and never below its float64 value. The float64
-computation itself is exact to about T·2⁻⁵³·Σ_t‖x_t‖‖g_t‖, which is not added: see `dpkernels.backends.bounds`
-for the backends' bounds.
+Nothing here is optimised. Each function defines the op of the same name, and every backend is tested against it. A norm
+is returned in float32 and is never below its float64 value. The float64 computation itself has an error of about
+T·2⁻⁵³·Σ_t‖x_t‖‖g_t‖, which is not added; `dpkernels.backends.bounds` derives the backends' bounds.
 """
 
 from dpkernels.reference._definitions import DEFINITIONS

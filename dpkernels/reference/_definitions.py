@@ -1,4 +1,4 @@
-"""The definitions by the names of their ops."""
+"""The table of the ops' definitions."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 DEFINITIONS: dict[str, Callable[..., Any]] = {}
-"""Every op's definition; what is not here is no op."""
+"""Every op's definition, by the op's name. This table also defines which ops exist."""
 
 
 def definition(function: _F) -> _F:
-    """The function is what the op of its name means. A backend has its own in a file that is called like this one's."""
+    """Register a function as the definition of the op of its name. Backends implement it in a file of the same name."""
     DEFINITIONS[function.__name__] = function
     return function

@@ -32,7 +32,7 @@ def _quarter_round(x: list[Tensor], a: int, b: int, c: int, d: int) -> None:
 
 
 def _blocks(key: bytes, counters: Tensor, nonce: bytes) -> Tensor:
-    """The 16 words, as int64, of the block of each counter: [blocks, 16]."""
+    """Return the 16 words of the block of each counter, as int64: [blocks, 16]."""
     fixed = _words(_CONSTANT + key)
     start = [torch.full_like(counters, word) for word in fixed]
     start += [counters, *(torch.full_like(counters, word) for word in _words(nonce))]
@@ -48,7 +48,7 @@ def _blocks(key: bytes, counters: Tensor, nonce: bytes) -> Tensor:
 def _pieces(key: bytes, counter: int, nonce: bytes, blocks: int, device: torch.device | str) -> list[Tensor]:
     if counter < 0 or blocks < 0 or counter + blocks > 1 << 32:
         raise ValueError(
-            f"blocks: {blocks} from counter {counter} on; RFC 8439's counter has 32 bits and is not wrapped"
+            f"blocks: given {blocks} from counter {counter} on; RFC 8439's 32-bit counter is not wrapped"
         )
     starts = range(counter, counter + blocks, _PIECE)
     ends = [min(start + _PIECE, counter + blocks) for start in starts]
@@ -59,7 +59,7 @@ def _pieces(key: bytes, counter: int, nonce: bytes, blocks: int, device: torch.d
 def chacha20_keystream(
     key: bytes, counter: int, nonce: bytes, blocks: int, *, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Blocks counter, counter + 1, ... one after another: [64·blocks] uint8."""
+    """The blocks counter, counter + 1, ..., concatenated: [64·blocks] uint8."""
     pieces = [
         # The four low bytes of each int64 word.
         words.contiguous().view(torch.uint8).reshape(-1, 8)[:, :4].reshape(-1)
@@ -72,8 +72,8 @@ def box_muller(words: Tensor) -> Tensor:
     """Two independent standard normals from two uniform 64-bit words.
 
     z_0 = √(-2 ln u)·cos 2πv and z_1 = √(-2 ln u)·sin 2πv with u = (w_0 + 1)·2⁻⁶⁴ in (0, 1] and v = w_1·2⁻⁶⁴.
-    Up to ½, u is what is rounded to float64; above, 1 - u is, so that both ends keep full relative precision:
-    radii reach from 2⁻³¹·⁵ (and 0) to √(128 ln 2) = 9.42. v is reduced to the nearest quarter turn in
+    Up to ½, u is rounded to float64; above, 1 - u is rounded, so that both ends keep full relative precision:
+    the radii range from 2⁻³¹·⁵ (and 0) to √(128 ln 2) = 9.42. v is reduced to the nearest quarter turn in
     integers.
 
     Args:
@@ -87,7 +87,7 @@ def box_muller(words: Tensor) -> Tensor:
     lower = torch.log((w0.clamp(min=0).double() + 1.0) * unit)
     upper = torch.log1p((~w0).clamp(min=0).double() * -unit)
     radius = torch.sqrt(-2.0 * torch.where(w0 < 0, upper, lower))
-    # Eighths of a turn; an odd one is as far from the next quarter turn as it has to go.
+    # Eighths of a turn: an odd eighth is reduced towards the next quarter turn, an even one towards the last.
     eighth = w1 >> 61
     odd = eighth & 1
     rest = (w1 & ((1 << 61) - 1)) - (odd << 61)

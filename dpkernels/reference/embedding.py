@@ -31,7 +31,7 @@ def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None)
 def embedding_weighted_sum(
     ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, *, padding_idx: int | None = None
 ) -> None:
-    """out[v] += Σ_i c_i Σ_{t: ids_it = v} g_it, summed in float64; row padding_idx is left alone."""
+    """out[v] += Σ_i c_i Σ_{t: ids_it = v} g_it, summed in float64; row padding_idx is not changed."""
     total = torch.zeros_like(out, dtype=torch.float64)
     for i, c in live(factors):
         rows, values = _kept(ids[i], g[i], padding_idx)

@@ -27,6 +27,6 @@ def total_norm_sq(layers: Sequence[Layer]) -> Tensor:
 
 @definition
 def weighted_sums(layers: Sequence[Layer], factors: Tensor) -> None:
-    """Σ_i c_i g_iᵀx_i and its like into every layer's outs."""
+    """Add Σ_i c_i G_i to every layer's outs, with the gradient G_i of sample i, such as g_iᵀx_i."""
     for kind, tensors, options, outs in layers:
         DEFINITIONS[f"{kind}_weighted_sum"](*tensors, factors, *outs, **options)

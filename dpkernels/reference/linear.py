@@ -13,7 +13,7 @@ def _gradient(x: Tensor, g: Tensor, frames: int) -> Tensor:
 
 @definition
 def linear_norm_sq(x: Tensor, g: Tensor, *, lengths: Tensor | None = None, method: str = "auto") -> Tensor:
-    """‖G_i‖² in float64, rounded up to float32. `method` changes no definition."""
+    """‖G_i‖² in float64, rounded up to float32. `method` has no effect here."""
     frames = own_frames(lengths, x.shape[0], x.shape[1])
     return round_up([_gradient(x[i], g[i], n).square().sum() for i, n in enumerate(frames)], x)
 

@@ -1,4 +1,4 @@
-"""Definition of the sweep: noise, division and the optimizer's update, in float64, rounded when they are stored."""
+"""Definition of the fused step: noise, division and the optimizer's update in float64, rounded when stored."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from dpkernels.reference.chacha20 import chacha20_keystream, chacha20_normal
 def noised_gradient(
     total: Tensor, key: bytes, nonce: bytes, noise_scale: float, grid: float, divisor: float
 ) -> Tensor:
-    """g = round((sum + noise_scale·z)/grid)·grid/divisor, ties to even, in float32's values: float64."""
+    """g = round((sum + noise_scale·z)/grid)·grid/divisor, ties to even, rounded to float32, as float64."""
     noised = total.clone()
     if noise_scale > 0:
         noised += noise_scale * chacha20_normal(total.numel(), key=key, nonce=nonce).view(total.shape)
@@ -20,10 +20,10 @@ def noised_gradient(
 
 
 def store(param: Tensor, value: Tensor, key: bytes, rounding_nonce: bytes) -> None:
-    """Round to the parameter's dtype: to nearest, or stochastically where a bfloat16 one has a nonce for it.
+    """Store a value in the parameter's dtype, rounded to nearest, or stochastically for bfloat16 with a nonce.
 
-    The distance between a float32 value and the bfloat16 below it, in magnitude, is a multiple of 2⁻¹⁶ of that
-    between its two neighbours; it is rounded away from 0 where that multiple plus 16 random bits carries.
+    The low 16 bits of a float32 are its distance from the bfloat16 towards 0, in units of 2⁻¹⁶ of the distance between
+    its two neighbours. Rounding goes away from 0 if these bits plus 16 random bits carry.
     """
     value = value.float()
     if param.dtype == torch.bfloat16 and rounding_nonce:
@@ -60,7 +60,7 @@ def noise_adamw(
     weight_decay: float,
     decoupled: bool,
 ) -> None:
-    """Noise, then AdamW: one tensor at a time."""
+    """Noise, then AdamW, one tensor after another."""
     secret, streams, rounding = (bytes(t.tolist()) for t in (key, nonces, rounding_nonces))
     for i, t in enumerate(steps):
         cut = slice(12 * i, 12 * (i + 1))
@@ -103,7 +103,7 @@ def noise_sgd(
     weight_decay: float,
     nesterov: bool,
 ) -> None:
-    """Noise, then SGD: one tensor at a time."""
+    """Noise, then SGD, one tensor after another."""
     secret, streams, rounding = (bytes(t.tolist()) for t in (key, nonces, rounding_nonces))
     for i, t in enumerate(steps):
         cut = slice(12 * i, 12 * (i + 1))

@@ -13,8 +13,8 @@ from dpkernels.backends import native
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "csrc/cuda/chacha20.cu",
-    "csrc/cuda/sweep.cu",
-    "bench/native/sweep_bench.cu",
+    "csrc/cuda/optim.cu",
+    "bench/native/optim_bench.cu",
     "csrc/common/status.cpp",
 )
 FLAGS = (

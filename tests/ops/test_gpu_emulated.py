@@ -1,4 +1,4 @@
-"""The CUDA kernels of the noise and of the sweep, run lane by lane on the CPU: the CPU kernels' bits, without a GPU.
+"""The CUDA kernels of the noise and the fused step, run lane by lane on the CPU, have the CPU kernels' bits.
 
 tests/ops/test_gpu_noise.py is the same on a GPU.
 """
@@ -16,7 +16,7 @@ from dpkernels.backends import native
 from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from dpkernels.backends.native_ops import optim as native_optim
 from tests.ops import emulated
-from tests.ops.test_sweep import KEY, NOISE, OPTIMIZERS, SHAPES, State, nonces
+from tests.ops.test_optim import KEY, NOISE, OPTIMIZERS, SHAPES, State, nonces
 
 pytestmark = pytest.mark.skipif(
     native.library("cpu").handle is None, reason=native.library("cpu").reason or "the CPU library loads"
@@ -73,7 +73,7 @@ def test_normals(count: int, dtype: torch.dtype, shift: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_sweep(name: str, dtype: torch.dtype) -> None:
+def test_fused_step(name: str, dtype: torch.dtype) -> None:
     def step() -> list[Tensor]:
         state = State(name, dtype)
         grads = [torch.empty(shape, dtype=dtype) for shape in SHAPES]

@@ -1,4 +1,4 @@
-"""On a GPU: the cipher, the normals and the sweep have the CPU's bits."""
+"""On a GPU: the cipher, the normals and the fused step have the CPU's bits."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from dpkernels import ops
 from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from dpkernels.backends.native_ops import optim as native_optim
-from tests.ops.test_sweep import KEY, NOISE, OPTIMIZERS, SHAPES, State, nonces
+from tests.ops.test_optim import KEY, NOISE, OPTIMIZERS, SHAPES, State, nonces
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ def test_same_normals(count: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_same_sweep(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_fused_step(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(
         native_optim, "_run", lambda *a, real=native_optim._run: (called.append(a[1].type), real(*a))

@@ -208,7 +208,7 @@ def test_the_epilogue_without_noise_divides_only(backend: str) -> None:
         torch.testing.assert_close(ours, total / 6, rtol=1e-15, atol=0)
 
 
-def test_the_gradient_is_the_sweeps() -> None:
+def test_the_gradient_is_that_of_the_fused_step() -> None:
     cases = many(1)
     outs = empty(cases)
     grouped(cases, outs, FACTORS, **noise(outs))
@@ -240,7 +240,7 @@ def test_the_gradient_is_the_sweeps() -> None:
         ),
         ({"factors": torch.ones(3)}, ValueError, r"xs\[0\]: expected a batch of 3"),
         ({"key": KEY, "nonces": [bytes(12)]}, ValueError, "nonces: expected 2"),
-        ({"key": KEY, "nonces": [bytes(12)] * 2, "noise_scale": 1.0}, ValueError, "all different"),
+        ({"key": KEY, "nonces": [bytes(12)] * 2, "noise_scale": 1.0}, ValueError, "distinct nonces"),
     ],
 )
 def test_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -258,14 +258,14 @@ def test_refuses(changes: dict[str, Any], error: type[Exception], message: str) 
 
 def test_outs_that_overlap_are_refused() -> None:
     x, g, out = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(6, 4).double()
-    with pytest.raises(ValueError, match="do not overlap"):
+    with pytest.raises(ValueError, match="two that overlap"):
         ops.clip_and_noise([x, x], [g, g], ["linear"] * 2, torch.ones(2), [out[:5], out[1:]])
 
 
 def test_float32_outs_are_not_noised() -> None:
     cases = many(1)
     outs = empty(cases, dtype=torch.float32)
-    with pytest.raises(TypeError, match="float64, as noise is asked for"):
+    with pytest.raises(TypeError, match="float64, because noise is added"):
         grouped(cases, outs, FACTORS, **noise(outs))
 
 

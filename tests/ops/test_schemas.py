@@ -12,15 +12,15 @@ from dpkernels.ops import layers
 from tests.ops.cases import FAMILIES, make
 
 TENSOR_OPS = [op for op in registry.ops() if not op.startswith("chacha20")]
-SWEEPS = {"noise_adamw": 2, "noise_sgd": 1}
+STATES = {"noise_adamw": 2, "noise_sgd": 1}
 """And how many states each keeps."""
 
 
-def sweep_arguments(op: str) -> tuple[Any, ...]:
+def optimizer_arguments(op: str) -> tuple[Any, ...]:
     def each(dtype: torch.dtype) -> list[torch.Tensor]:
         return [torch.rand(3, dtype=dtype), torch.rand(2, 2, dtype=dtype)]
 
-    lists = [each(torch.float32), each(torch.float64), *(each(torch.float32) for _ in range(SWEEPS[op] + 1))]
+    lists = [each(torch.float32), each(torch.float64), *(each(torch.float32) for _ in range(STATES[op] + 1))]
     nonces = [torch.arange(24, dtype=torch.uint8), torch.arange(24, 48, dtype=torch.uint8)]
     noise = (torch.zeros(32, dtype=torch.uint8), *nonces, 1.0, 2.0**-10, 4.0, False)
     hyper = (0.1, 0.9, 0.99, 1e-8, 0.01, True) if op == "noise_adamw" else (0.1, 0.9, 0.0, 0.01, False)
@@ -41,8 +41,8 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (torch.rand(4), 1.0), {}
     if op == "lora_gradients":
         return tuple(make("lora").tensors.values()), {}
-    if op in SWEEPS:
-        return sweep_arguments(op), {}
+    if op in STATES:
+        return optimizer_arguments(op), {}
     if op == "noise_sums":
         key, nonces = torch.zeros(32, dtype=torch.uint8), torch.arange(24, dtype=torch.uint8)
         return (zeros(((3, 2), (4,))), key, nonces, 1.0, 2.0**-10, 4.0), {}
@@ -72,13 +72,13 @@ def test_declares_what_it_mutates(op: str) -> None:
     schema = getattr(torch.ops.dpkernels, op).default._schema
     written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     outs = {a.name for a in schema.arguments if a.name.startswith("out")}
-    if op in SWEEPS:
+    if op in STATES:
         states = {"exp_avgs", "exp_avg_sqs"} if op == "noise_adamw" else {"momentum_buffers"}
         outs = {"params", "sums", "grads"} | states
     if op == "noise_sums":
         outs = {"sums"}
     assert written == outs
-    assert bool(outs) == (op in (*SWEEPS, "weighted_sums", "noise_sums") or op.endswith("_weighted_sum"))
+    assert bool(outs) == (op in (*STATES, "weighted_sums", "noise_sums") or op.endswith("_weighted_sum"))
 
 
 def test_one_name_from_schema_to_backend() -> None:
@@ -117,8 +117,14 @@ REFUSED: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]]
     ("linear_norm_sq", (X.long(), G), {}, TypeError, "x: expected"),
     ("linear_norm_sq", (X, G.to("meta")), {}, ValueError, "g: expected device"),
     ("linear_norm_sq", (X, G), {"method": "fast"}, ValueError, "method: given 'fast'"),
-    ("linear_norm_sq", (X, G), {"lengths": torch.tensor([1, 4])}, ValueError, "sample 1 has 4, but T is 3"),
-    ("linear_norm_sq", (X, G), {"lengths": torch.tensor([-1, 0])}, ValueError, "sample 0 has -1"),
+    (
+        "linear_norm_sq",
+        (X, G),
+        {"lengths": torch.tensor([1, 4])},
+        ValueError,
+        "given 4 for sample 1, but T is 3",
+    ),
+    ("linear_norm_sq", (X, G), {"lengths": torch.tensor([-1, 0])}, ValueError, "given -1 for sample 0"),
     ("linear_norm_sq", (X, G), {"lengths": torch.ones(2)}, TypeError, "lengths: expected int64"),
     ("linear_norm_sq", (X, G), {"lengths": torch.tensor([1])}, ValueError, "lengths: expected"),
     ("linear_weighted_sum", (X, G, ONES[:1], OUT), {}, ValueError, "factors: expected"),

@@ -33,9 +33,9 @@ SUM_OFF = {
 CLIP_ROUNDING = 1.0 + 1e-13
 # Three steps of an optimizer in float32 beside float64 ones: a few roundings of the parameter and of its update, which
 # where m and v nearly vanish is a quotient of small numbers (lr = 0.1, weights up to 4).
-SWEEP_OFF = {"rtol": 1e-6, "atol": 1e-6}
+FUSED_OFF = {"rtol": 1e-6, "atol": 1e-6}
 # Share of the entries whose noised gradient may differ in its last float32 bit: normals that differ in the last place
 # of a float64 fall on two sides of the grid's or of float32's middle with a probability of 2⁻²⁸ or so.
-SWEEP_GRADIENT = 1e-4
+FUSED_GRADIENT = 1e-4
 
 DTYPES = tuple(NORM_ABOVE)

@@ -66,11 +66,11 @@ static void box_muller(void) {
 
 // A sum of 4 over a batch of 2 moves a parameter of 1 by 0.5 * 2 to 0; with noise it goes elsewhere. The sums
 // are cleared.
-static void sweep(void) {
+static void fused_step(void) {
   const uint8_t key[32] = {7};
   float parameter[3] = {1, 1, 1}, gradient[3] = {0, 0, 0};
   double sum[3] = {4, 4, 4};
-  dpk_sweep_tensor tensor = {parameter, sum, NULL, NULL, gradient, 3, 1, DPK_F32, {1}, {2}};
+  dpk_optim_tensor tensor = {parameter, sum, NULL, NULL, gradient, 3, 1, DPK_F32, {1}, {2}};
   dpk_noise noise = {key, 0.0, 0.0, 2.0, 0, 0};
   const dpk_sgd sgd = {0.5, 0.0, 0.0, 0.0, 0};
   int ok = dpk_cpu_noise_sgd(&tensor, 1, &noise, &sgd, 2) == DPK_OK;
@@ -133,7 +133,7 @@ int main(void) {
     check(strcmp(dpk_isa(), sets[i]) == 0, "the instruction set is the one asked for");
     chacha20();
     box_muller();
-    sweep();
+    fused_step();
     grouped();
     linear(DPK_AUTO, "linear norms, chosen method");
     linear(DPK_GRAM, "linear norms, half-Gram");

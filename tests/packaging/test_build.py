@@ -254,7 +254,7 @@ REQUESTS = [
     pytest.param(
         {"DPKERNELS_BUILD": "cpu", "CXX": "nonexistent -m64"},
         ["c++"],
-        "DPKERNELS_BUILD=cpu: the C++ compiler CXX=nonexistent was not found; fix: unset CXX or name another one",
+        "DPKERNELS_BUILD=cpu: the C++ compiler CXX=nonexistent was not found; fix: unset CXX or set another one",
         marks=pytest.mark.slow,
     ),
     (

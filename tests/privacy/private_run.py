@@ -17,7 +17,7 @@ KEY = bytes(range(32))
 
 
 class Apart(torch.optim.SGD):
-    """SGD that the sweep does not cover, being a class of its own: noise first, then its step."""
+    """SGD that the fused step does not cover, being a class of its own: noise first, then its step."""
 
 
 class Net(nn.Module):
@@ -112,7 +112,7 @@ def private_run(
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     **arguments: Any,
 ) -> Run:
-    """`apart`: noise and the optimizer's step as two passes, where the default is one sweep."""
+    """`apart`: noise and the optimizer's step as two passes, where the default is the fused step."""
     generator = torch.Generator().manual_seed(7)
     features = torch.randn(examples, 4, 6, generator=generator).to(dtype)
     data = TensorDataset(features, torch.randint(0, 3, (examples,), generator=generator))

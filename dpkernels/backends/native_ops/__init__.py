@@ -1,5 +1,5 @@
-"""The ops by the native libraries (csrc/): a file a family, `calls` and `native` for what they share. Every op may be
-imported from here by its name, which loads its file; `native` needs no torch.
+"""The ops by the native libraries (csrc/): one file a family, with `calls` and `native` for shared functions. An op
+can be imported from here by its name, which loads its file; `native` needs no torch.
 """
 
 from typing import Any

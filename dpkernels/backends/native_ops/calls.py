@@ -1,8 +1,8 @@
-"""From tensors to the native library's arguments: what the ops on CPU tensors share.
+"""Conversion of CPU tensors to the native library's arguments.
 
-Arguments are checked by `dpkernels.ops`; here tensors become pointers, sizes and strides. Any strides are
-fine: nothing is copied but `lengths`, `ids` and a non-contiguous `out`. csrc/cpu_kernels.h states what each
-function computes, csrc/cpu/bounds.h why a norm is never below the truth.
+`dpkernels.ops` checks the arguments; this module converts tensors to pointers, sizes and strides. Any strides work:
+only `lengths`, `ids` and a non-contiguous `out` are copied. csrc/cpu_kernels.h defines each function, and
+csrc/cpu/bounds.h proves that no norm is below the exact one.
 """
 
 import ctypes
@@ -50,33 +50,33 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 @functools.cache
 def function(op: str) -> Callable[..., None]:
-    """dpk_cpu_<op>."""
+    """Return dpk_cpu_<op>."""
     return native.library("cpu").function(f"dpk_cpu_{op}", _ARGUMENTS[op])
 
 
 def view(tensor: Tensor) -> CTensor:
-    """A 3-d tensor as dpk_tensor; the tensor must outlive the call."""
+    """Return a 3-d tensor as dpk_tensor; the tensor must outlive the call."""
     size, stride = (ctypes.c_int64 * 3)(*tensor.shape), (ctypes.c_int64 * 3)(*tensor.stride())
     return CTensor(tensor.data_ptr(), size, stride, native.element_type(tensor.dtype))
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Its address; None, which is NULL, for none."""
+    """Return the tensor's address, or None (NULL) for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def dense(lengths: Tensor | None) -> Tensor | None:
-    """The lengths one after the other; the copy must outlive the call."""
+    """Return the lengths contiguous; the copy must outlive the call."""
     return None if lengths is None else lengths.contiguous()
 
 
 def norms(batch: int) -> Tensor:
-    """Room for a norm of each sample."""
+    """Return uninitialised memory for the norm of each sample."""
     return torch.empty(batch, dtype=torch.float32)
 
 
 class DenseSum:
-    """A dense stand-in for a non-contiguous `out`, copied back at the end."""
+    """A dense copy of a non-contiguous `out`, copied back at the end; a contiguous `out` itself."""
 
     def __init__(self, out: Tensor) -> None:
         self.out = out
@@ -85,6 +85,6 @@ class DenseSum:
         self.dtype = native.element_type(out.dtype)
 
     def finish(self) -> None:
-        """Copy it back, where it is a copy."""
+        """Copy the sum back if it is a copy."""
         if self.dense is not self.out:
             self.out.copy_(self.dense)

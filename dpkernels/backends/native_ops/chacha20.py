@@ -66,7 +66,7 @@ def chacha20_normal(
 
 
 def box_muller(words: Tensor) -> Tensor:
-    """`dpkernels.reference.chacha20.box_muller` as csrc/common/chacha20.h has it; for inspection, CPU only."""
+    """`dpkernels.reference.chacha20.box_muller` as in csrc/common/chacha20.h; for inspection, CPU only."""
     out = torch.empty(len(words), 2, dtype=torch.float64)
     words = words.contiguous()
     _function("cpu", "box_muller")(words.data_ptr(), len(words), out.data_ptr())

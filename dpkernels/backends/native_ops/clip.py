@@ -1,4 +1,4 @@
-"""Clipping factors by the native library, on CPU tensors."""
+"""Clip factors by the native library, on CPU tensors."""
 
 from torch import Tensor
 

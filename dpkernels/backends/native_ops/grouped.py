@@ -1,6 +1,6 @@
-"""Weighted sums of many layers by one call of the native library. csrc/grouped_kernels.h states what it computes.
+"""Weighted sums of many layers by one call of the native library. csrc/grouped_kernels.h defines the computation.
 
-The norms of many layers have no call of their own: `torch_ops.grouped` adds up what each family's op gives.
+There is no native call for the norms of many layers: `torch_ops.grouped` adds the results of each family's op.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ KINDS: dict[str, tuple[int, tuple[str, ...], dict[str, int]]] = {
     "layer_norm": (4, ("x", "g"), {}),
     "depthwise_conv1d": (5, ("x", "g"), {"kernel_size": 2}),
 }
-"""The kinds that csrc/grouped_kernels.h knows: the number DPK_LAYER_*, the fields of dpk_layer that hold its tensors,
-and those that hold a size of its out, with the dimension. Its options go to the fields of their names."""
+"""The kinds of csrc/grouped_kernels.h: the number DPK_LAYER_*, the fields of dpk_layer that hold the tensors, and those
+that hold a size of the out, with the dimension. Options go to the fields of the same names."""
 
 _OUTS = ("out", "out_b")
 
@@ -54,7 +54,7 @@ def _function() -> Callable[..., None]:
 
 
 def _row(layer: GroupedLayer, kept: list[Tensor]) -> _Layer:
-    """One layer's entry; what it points to besides the layer's own tensors is put into `kept`."""
+    """Return one layer's entry; `kept` receives the copies that it points to."""
     number, names, sizes = KINDS[layer.kind]
     first = layer.outs[0]
     row = _Layer(number, native.element_type(first.dtype))
@@ -77,13 +77,15 @@ def weighted_sums(layers: Sequence[GroupedLayer], factors: Tensor) -> None:
     """out += Σ_i c_i g_iᵀx_i for every layer; see `dpkernels.ops.weighted_sums`."""
     kept: list[Tensor] = []
     rows = []
-    ours: dict[str, bool] = {}
+    native_kinds: dict[str, bool] = {}
     for layer in layers:
-        if layer.kind not in ours:
-            # A family that another backend serves is summed by that one: the norm's bound is on what it adds.
+        if layer.kind not in native_kinds:
+            # Another backend adds the families that it serves, because a norm bounds the sum of its own backend.
             chosen = registry.implementation(layer.sum_op, "cpu")
-            ours[layer.kind] = layer.kind in KINDS and chosen is registry.function("native", layer.sum_op)
-        if ours[layer.kind]:
+            native_kinds[layer.kind] = layer.kind in KINDS and (
+                chosen is registry.function("native", layer.sum_op)
+            )
+        if native_kinds[layer.kind]:
             rows.append(_row(layer, kept))
         else:
             add_layer(layer, factors)

@@ -27,7 +27,7 @@ _FIXES = {
 }
 
 _CUDA_OPS = ("chacha20_keystream", "chacha20_normal", "noise_adamw", "noise_sgd")
-"""What the CUDA library has; its other ops on a GPU are not C ABI functions."""
+"""The ops of the CUDA library; the other ops on a GPU are not C ABI functions."""
 
 # dpk_status in csrc/dpkernels.h; any other failure is a RuntimeError.
 _EXCEPTIONS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError, 3: NotImplementedError}
@@ -39,7 +39,7 @@ class NativeLibraryError(RuntimeError):
 
 @dataclass(frozen=True)
 class Library:
-    """One library: loaded (`handle`), or the `reason` why not."""
+    """One library: its `handle` if it is loaded, otherwise the `reason`."""
 
     device_type: str
     path: Path
@@ -47,11 +47,11 @@ class Library:
     reason: str = ""
 
     def function(self, name: str, argtypes: Sequence[Any]) -> Callable[..., None]:
-        """The C function `name`, which returns a dpk_status; calling it raises where that is not DPK_OK.
+        """Return the C function `name`, which returns a dpk_status; a call raises if the status is not DPK_OK.
 
         Args:
-            name: as in csrc/dpkernels.h.
-            argtypes: ctypes of its arguments.
+            name: the name in csrc/dpkernels.h.
+            argtypes: the ctypes of the arguments.
 
         Raises:
             NativeLibraryError: the library is not loaded, or has no such function.
@@ -95,13 +95,13 @@ def _load(device_type: str, path: Path) -> Library:
 
 @functools.cache
 def library(device_type: str) -> Library:
-    """The library for this kind of device, loaded at the first call.
+    """Return the library for a device type, which the first call loads.
 
     Args:
         device_type: "cpu" or "cuda".
 
     Raises:
-        ValueError: no library exists for this kind of device.
+        ValueError: no library exists for this device type.
     """
     if device_type not in _FIXES:
         raise ValueError(
@@ -111,7 +111,7 @@ def library(device_type: str) -> Library:
 
 
 def unavailable_reason(device_type: str, op: str = "") -> str:
-    """Why native code cannot serve an op on such a device; "" if it can, should it have that op."""
+    """Return why native code cannot serve an op on such a device; "" if it can, provided that it has the op."""
     if device_type not in _FIXES:
         return f"there is no native library for {device_type}"
     if device_type == "cuda" and op not in _CUDA_OPS:
@@ -120,7 +120,7 @@ def unavailable_reason(device_type: str, op: str = "") -> str:
 
 
 def element_type(dtype: torch.dtype) -> int:
-    """The dpk_dtype of a torch dtype.
+    """Return the dpk_dtype of a torch dtype.
 
     Raises:
         TypeError: the C ABI has no such element type.
@@ -129,19 +129,19 @@ def element_type(dtype: torch.dtype) -> int:
 
     codes = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: 4}
     if dtype not in codes:
-        raise TypeError(f"dtype: given {dtype}; native code takes {', '.join(str(known) for known in codes)}")
+        raise TypeError(f"dtype: given {dtype}; pass one of {', '.join(str(known) for known in codes)}")
     return codes[dtype]
 
 
 def threads() -> int:
-    """How many threads a CPU kernel may use: torch.get_num_threads()."""
+    """Return the number of threads of a CPU kernel: torch.get_num_threads()."""
     import torch
 
     return torch.get_num_threads()
 
 
 def isa() -> str:
-    """The instruction set that CPU kernels use: "baseline", "avx2" or "avx512".
+    """Return the instruction set that CPU kernels use: "baseline", "avx2" or "avx512".
 
     Raises:
         NativeLibraryError: there is no CPU library.
@@ -154,28 +154,28 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Use another instruction set from now on, for tests and measurements; "" returns to the best one.
+    """Select the instruction set of CPU kernels, for tests and measurements; "" selects the best one.
 
     Raises:
-        ValueError: this CPU does not have it.
+        ValueError: this CPU does not have that instruction set.
         NativeLibraryError: there is no CPU library.
     """
     library("cpu").function("dpk_set_isa", [ctypes.c_char_p])(name.encode())
 
 
 def status() -> dict[str, dict[str, Any]]:
-    """What `python -m dpkernels` shows of each library, by kind of device.
+    """Return the state of each library, by device type, for `python -m dpkernels`.
 
     Returns:
         {"cpu" | "cuda": {"file", "loaded", "version", "abi", "isa" (CPU only), "reason"}}.
     """
     rows: dict[str, dict[str, Any]] = {}
     for device_type in _FIXES:
-        found = library(device_type)
-        row: dict[str, Any] = {"file": f"lib/{found.path.name}", "loaded": False, "reason": found.reason}
-        if found.handle is not None:
-            row |= {"loaded": True, "version": found.handle.dpk_version().decode()}
-            row |= {"abi": int(found.handle.dpk_abi_version())}
+        loaded = library(device_type)
+        row: dict[str, Any] = {"file": f"lib/{loaded.path.name}", "loaded": False, "reason": loaded.reason}
+        if loaded.handle is not None:
+            row |= {"loaded": True, "version": loaded.handle.dpk_version().decode()}
+            row |= {"abi": int(loaded.handle.dpk_abi_version())}
             if device_type == "cpu":
                 row["isa"] = isa()
         rows[device_type] = row

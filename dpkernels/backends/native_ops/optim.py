@@ -1,4 +1,4 @@
-"""The sweep by the native libraries, on CPU and CUDA tensors. csrc/sweep_kernels.h states what it computes."""
+"""The fused step by the native libraries, on CPU and CUDA tensors. csrc/optim_kernels.h defines the computation."""
 
 import ctypes
 import functools
@@ -15,7 +15,7 @@ Bytes12 = ctypes.c_uint8 * 12
 
 
 class _Tensor(ctypes.Structure):
-    """dpk_sweep_tensor."""
+    """dpk_optim_tensor."""
 
     _fields_ = (
         ("parameter", ctypes.c_void_p),
@@ -77,7 +77,7 @@ def _function(device_type: str, op: str) -> Callable[..., None]:
 
 
 _ROW = struct.Struct(f"@PPPPPqdi12s12s{ctypes.sizeof(_Tensor) - 84}x")
-"""One _Tensor: filling its fields one by one takes several times as long."""
+"""One _Tensor, packed at once: assigning its fields one at a time takes several times as long."""
 assert _ROW.size == ctypes.sizeof(_Tensor)
 
 
@@ -100,14 +100,14 @@ def _table(
     rounding = raw(rounding_nonces) or bytes(len(secrets))
     rows = bytearray(_ROW.size * len(params))
     for i, (param, step, *row) in enumerate(zip(params, steps, *columns, strict=True)):
-        own = slice(12 * i, 12 * i + 12)
-        places = (*row, param.numel(), step, kinds[param.dtype], secrets[own], rounding[own])
-        _ROW.pack_into(rows, _ROW.size * i, *places)
+        nonce = slice(12 * i, 12 * i + 12)
+        fields = (*row, param.numel(), step, kinds[param.dtype], secrets[nonce], rounding[nonce])
+        _ROW.pack_into(rows, _ROW.size * i, *fields)
     return (_Tensor * len(params)).from_buffer(rows)
 
 
 def raw(secret: Tensor) -> bytes:
-    """A secret's bytes."""
+    """Return a secret's bytes."""
     return secret.numpy().tobytes()
 
 

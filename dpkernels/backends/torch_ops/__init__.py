@@ -1,5 +1,5 @@
-"""The ops composed from PyTorch, sound and reasonably fast on any device, the fallback without native code: a file a
-family, `samples` for what they share. Every op may be imported from here by its name, which loads its file.
+"""The ops composed from PyTorch, sound and reasonably fast on any device: the fallback without native code. Each family
+has one file, and `samples` holds shared functions. An op can be imported from here by its name, which loads its file.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Clipping factors composed from PyTorch."""
+"""Clip factors composed from PyTorch."""
 
 import math
 import sys

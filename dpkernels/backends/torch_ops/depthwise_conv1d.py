@@ -25,7 +25,7 @@ def depthwise_conv1d_norm_sq(
     for i in range(len(x)):
         wide_x, wide_g = sample(x[i], torch.float64), sample(g[i], torch.float64)
         values.append(_taps(wide_x, wide_g, kernel_size, stride, padding, dilation))
-        # one tap of one channel is off by at most γ‖x_c‖‖g_c‖
+        # the error of one tap of one channel is at most γ‖x_c‖‖g_c‖
         terms.append(torch.linalg.vector_norm(row_norms(wide_x) * row_norms(wide_g)) * math.sqrt(kernel_size))
     return upper_in_float64(values, terms, [g.shape[2]] * len(x), x)
 

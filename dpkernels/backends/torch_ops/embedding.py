@@ -9,7 +9,7 @@ from dpkernels.backends.torch_ops.samples import live, sample, square_of, upper_
 
 
 def _kept(ids: Tensor, g: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
-    """The ids that are not padding, and their rows of g."""
+    """Return the ids that are not padding, and their rows of g."""
     if padding_idx is None or padding_idx < 0:
         return ids, g
     keep = ids != padding_idx
@@ -17,7 +17,7 @@ def _kept(ids: Tensor, g: Tensor, padding_idx: int | None) -> tuple[Tensor, Tens
 
 
 def _rows_by_id(ids: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """(distinct ids, g summed over equal ones [distinct, d])."""
+    """Return (distinct ids, g summed over equal ids [distinct, d])."""
     distinct, place = ids.unique(return_inverse=True)
     return distinct, g.new_zeros(len(distinct), g.shape[1]).index_add_(0, place, g)
 
@@ -41,11 +41,11 @@ def embedding_weighted_sum(
     kept = [(c, *_kept(ids[i], g[i], padding_idx)) for i, c in live(factors)]
     if not kept:
         return
-    # only the rows that occur: a float64 copy of a whole vocabulary would dwarf the step
+    # only the rows that occur, because a float64 copy of the table would exceed the memory of the step
     distinct = torch.cat([rows for _, rows, _ in kept]).unique()
     total = out.new_zeros(len(distinct), out.shape[1], dtype=torch.float64)
     for c, rows, values in kept:
-        # a sample's own tokens first: what cancels among them never rounds a neighbour's share
-        own, sums = _rows_by_id(rows, values.double())
-        total.index_add_(0, torch.searchsorted(distinct, own), sums, alpha=c)
+        # each sample is summed first, so that terms that cancel within it do not round another sample's gradient
+        sample_ids, sums = _rows_by_id(rows, values.double())
+        total.index_add_(0, torch.searchsorted(distinct, sample_ids), sums, alpha=c)
     out.index_add_(0, distinct, total.to(out.dtype))

@@ -1,4 +1,4 @@
-"""Norms and weighted sums of many layers, one after the other, each by its family's backend."""
+"""Norms and weighted sums of many layers, computed one layer after another by its family's backend."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from dpkernels.backends.layer import GroupedLayer
 
 
 def norms_of(layer: GroupedLayer) -> tuple[Tensor, ...]:
-    """A layer's squared norms [B], one a parameter, by the backend of its family."""
-    found = registry.implementation(layer.norm_op, layer.device_type)(*layer.tensors, **layer.options)
-    return found if isinstance(found, tuple) else (found,)
+    """Return a layer's squared norms [B], one a parameter, from the backend of its family."""
+    norms = registry.implementation(layer.norm_op, layer.device_type)(*layer.tensors, **layer.options)
+    return norms if isinstance(norms, tuple) else (norms,)
 
 
 @registry.composition
@@ -26,12 +26,12 @@ def total_norm_sq(layers: Sequence[GroupedLayer]) -> Tensor:
         for part in norms_of(layer):
             total += part.double()
             parts += 1
-    # each addition loses at most 2⁻⁵³ of the sum
+    # the error of each addition is at most 2⁻⁵³ of the sum
     return round_up(total * (1 + (parts + 1) * 2.0**-52))
 
 
 def add_layer(layer: GroupedLayer, factors: Tensor) -> None:
-    """By the backend of the layer's family: the norm's bound is on what that one adds."""
+    """Add a layer's weighted sum by the backend of its family, because a norm bounds the sum of its own backend."""
     function = registry.implementation(layer.sum_op, factors.device.type)
     function(*layer.tensors, factors, *layer.outs, **layer.options)
 

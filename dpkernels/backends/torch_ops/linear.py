@@ -16,7 +16,7 @@ from dpkernels.backends.bounds import (
 from dpkernels.backends.torch_ops.samples import frames_of, live, sample, square_of, vector
 
 TILE = 1 << 18
-"""Entries in a block of one sample's gradient: 1 MiB of float32, 2 MiB of float64, to stay in cache."""
+"""Entries in a block of one sample's gradient: 1 MiB of float32 or 2 MiB of float64, which fits the cache."""
 
 GRAM_ROWS = 256
 """Frames in one block of rows of a Gram matrix."""
@@ -24,14 +24,14 @@ GRAM_ROWS = 256
 GRAM_BELOW = 0.4
 """`auto` takes the Gram form when T < GRAM_BELOW · 2pd/(p+d).
 
-By FLOPs the factor would be 1; this Gram is float64, at half the rate or less, and in narrow products.
+By FLOPs the factor would be 1, but this Gram form is computed in float64, at half the rate or less, in narrow products.
 Measured on 2 cores (AVX-512, MKL), d = p = 1024: T = 188 Gram 8.1 ms, direct 13.8 ms; T = 750 Gram 73 ms,
 direct 36 ms.
 """
 
 
 def _product(x: Tensor, g: Tensor) -> Tensor:
-    """gᵀx [p, d] of one sample's x [L, d] and g [L, p], by CHUNK frames, the pieces added in float64."""
+    """gᵀx [p, d] of one sample's x [L, d] and g [L, p], by CHUNK frames, with the pieces added in float64."""
     if len(x) <= CHUNK:
         return g.T @ x
     total = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
@@ -67,9 +67,9 @@ def linear_square(x: Tensor, g: Tensor, method: str, dtype: torch.dtype) -> tupl
     """(‖Ĝ‖², e) of one sample, both 0-d float64.
 
     The Gram form is computed in float64: products of float32 entries are exact there, and its bound on the
-    square, (γ_d + γ_p + 6γ_T)·S² with u = 2⁻⁵³, is below γ_CHUNK²·S² in float32, the least that direct could
-    state. A float32 Gram would be too loose for all but short samples (2γ_1024·S² is 2 % of the square at T =
-    188), and every sample would be computed twice. So no sample needs to be redone by direct.
+    square, (γ_d + γ_p + 6γ_T)·S² with u = 2⁻⁵³, is below γ_CHUNK²·S² in float32, the smallest bound of
+    the direct form. So no sample needs a second computation by direct. A float32 Gram would be too loose for all but
+    short samples (2γ_1024·S² is 2 % of the square at T = 188), and most samples would be computed twice.
     """
     frames, p, d = len(x), g.shape[1], x.shape[1]
     of_sum, floor = product_error(frames, p * d, dtype)

@@ -1,4 +1,4 @@
-"""Noise, grid and division of finished sums, composed from PyTorch and the normals of their own op."""
+"""Noise, grid and division of finished sums, composed from PyTorch and the op `chacha20_normal`."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The sweep composed of torch's calls: the same arithmetic in the same order as csrc/common/sweep.h, several passes."""
+"""The step composed from PyTorch, in several passes, with the arithmetic and the order of csrc/common/optim.h."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def _gradient(
     grid: float,
     divisor: float,
 ) -> Tensor:
-    """round((total + noise_scale·z)/grid)·grid/divisor in float32; `total` is cleared."""
+    """round((total + noise_scale·z)/grid)·grid/divisor in float32; `total` is set to 0."""
     unit = grid or 1.0
     noised = total / unit  # exact
     if noise_scale > 0:
@@ -28,7 +28,7 @@ def _gradient(
 
 
 def _random_16(key: Tensor, nonce: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """16 uniform bits an entry, from the stream's bytes 2j and 2j + 1."""
+    """Return 16 uniform bits an entry, from the stream's bytes 2j and 2j + 1."""
     keystream = registry.implementation("chacha20_keystream", device.type)
     count = shape.numel()
     stream = keystream(bytes(key.tolist()), 0, bytes(nonce.tolist()), -(-count // 32), device=device)

@@ -1,13 +1,13 @@
-"""Whether the Triton kernels can run here. Importing this imports neither triton nor torch."""
+"""Whether the Triton kernels can run on this machine. This module imports neither triton nor torch when loaded."""
 
 import importlib.util
 
 OLDEST = (8, 0)
-"""Compute capability from which the kernels' matrix instructions and float64 arithmetic exist as assumed."""
+"""The lowest compute capability with the matrix instructions and float64 arithmetic that the kernels use."""
 
 
 def interpreting() -> bool:
-    """Whether triton was told (TRITON_INTERPRET=1) to interpret kernels in Python: for tests, on CPU tensors.
+    """Whether TRITON_INTERPRET=1 makes triton interpret kernels in Python, for tests on CPU tensors.
 
     Triton reads the variable when a kernel is defined, so it must be set before anything imports triton.
     """
@@ -17,7 +17,7 @@ def interpreting() -> bool:
 
 
 def unavailable_reason(device_type: str) -> str:
-    """Why Triton kernels cannot run on such a device; "" if they can."""
+    """Return why Triton kernels cannot run on such a device; "" if they can."""
     if device_type not in ("cpu", "cuda"):
         return f"there are no Triton kernels for {device_type}"
     if importlib.util.find_spec("triton") is None:

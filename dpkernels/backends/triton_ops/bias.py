@@ -1,7 +1,7 @@
-"""Bias: Σ_t g_it, its norm and weighted sum, one read of g.
+"""Bias: Σ_t g_it, its norm and weighted sum, with one read of g.
 
-Frames are added in float32, BT at a time, and those sums in float64: a term meets at most BT float32 roundings. The
-bound is by entries: entry j is off by at most γ Σ_t |g_tj|, and these magnitudes are summed beside it.
+Frames are added in float32, BT at a time, and those sums in float64, so a term meets at most BT float32 roundings. The
+bound is per entry: the error of entry j is at most γ Σ_t |g_tj|, and the kernel also sums these magnitudes.
 """
 
 import triton.language as tl

@@ -1,6 +1,6 @@
-"""Rounding on a GPU: how many roundings a term of a kernel's sum can meet, tensor cores included.
+"""Rounding on a GPU: the largest number of roundings of a term in a kernel's sum, tensor cores included.
 
-The argument from these counts to a norm that is never short is in `dpkernels.backends.bounds`: if every product of
+`dpkernels.backends.bounds` derives from these counts that no norm is too small: if every product of
 an entry carries at most κ roundings, each of relative size u = 2⁻²⁴ of the terms' absolute values, then the computed
 gradient is within γ S of the exact one, γ = κu/(1−κu) and S = Σ_t ‖x_t‖‖g_t‖, and so is what the weighted sum adds.
 
@@ -9,7 +9,7 @@ not, so n terms give κ = n. The divisions and approximate functions of PTX are 
 
 **Tensor cores** do not round to nearest. An instruction forms products of 16-bit inputs exactly and adds them, with
 the accumulator, in blocks: all terms of a block are aligned to the largest of them and cut off below, added exactly,
-and the sum is cut off to float32. Assumed, with K and e of the architecture (`TensorCore`), and nothing else:
+and the sum is cut off to float32. The bound assumes only this, with K and e of the architecture (`TensorCore`):
 
 1. a block takes K products, or more, and the accumulator;
 2. a term loses at most 2^-(23+e) of the largest term of its block in the alignment, each of the K + 1;
@@ -19,18 +19,18 @@ and the sum is cut off to float32. Assumed, with K and e of the architecture (`T
 With A ≥ every partial sum of the terms' absolute values, a block loses at most (K + 1)·2^-(23+e)·A + 2⁻²³·A. That is
 ((K + 1)·2^(1-e) + 2) u A a block, and a K-th of it a product: `TensorCore.roundings`, where float32 arithmetic has 1.
 An accumulation counts by the blocks that it *could* fill, not by its terms: a tile that is partly empty counts whole.
-So nothing is assumed of which products share a block and in which order blocks are added.
+So the bound does not assume which products share a block, nor in which order blocks are added.
 
 | tensor core | K | e | roundings a product |
 |---|---|---|---|
 | sm_80, sm_86, sm_89 | 8 | 1 | 1.375 |
 | sm_90, by mma.sync and by wgmma; sm_100, by tcgen05; sm_120 | 16 | 2 | 0.65625 |
-| V100, the coarsest that was found; assumed of every other | 4 | 0 | 3 |
+| V100, the coarsest known; assumed for every other GPU | 4 | 0 | 3 |
 
 All of these cut off (round toward zero) both times, and keep subnormal factors and results. Xie et al. and Khattak and
 Mikaitis built models that agree bit for bit with the GPUs, the former also for wgmma and tcgen05, and name the same K
-and e; Fasi et al. found V100's, and A100's K. That a GPU does as its architecture is known to is checked on it, when it
-is first used (`tensor_cores`), and by `tests/ops/test_tensor_cores.py` at length.
+and e; Fasi et al. found V100's, and A100's K. `tensor_cores` tests at a GPU's first
+use whether it rounds as its architecture should; `tests/ops/test_tensor_cores.py` tests this in detail.
 
 For the subnormal factors of 2., S is Σ_t (‖x_t‖ + δ√d)(‖g_t‖ + δ√p), δ being the smallest normal number, or more.
 
@@ -52,7 +52,7 @@ UNIT = 2.0**-24
 """u of float32."""
 
 TINIEST = 2.0**-126
-"""What a float32 result below the smallest normal number can lose (it may be flushed to 0)."""
+"""The largest error of a float32 result below the smallest normal number, which may be flushed to 0."""
 
 SLACK = 1.0 + 2.0**-30
 """Covers the float64 arithmetic of sums of squares and of the bounds themselves, chains below 2²² operations."""
@@ -63,11 +63,11 @@ ROUNDINGS_FMA = 1.0
 
 @dataclass(frozen=True)
 class TensorCore:
-    """What is assumed of a tensor core with 16-bit factors and a float32 accumulator.
+    """The assumed properties of a tensor core with 16-bit factors and a float32 accumulator.
 
     Attributes:
-        block: K, products, at least, that are aligned and added together with the accumulator; it divides 16.
-        extra: e, bits, at least, that the alignment keeps below the 23 of a float32.
+        block: K, the least number of products that are aligned and added with the accumulator; it divides 16.
+        extra: e, the least number of bits that the alignment keeps below the 23 of a float32.
     """
 
     block: int
@@ -80,7 +80,7 @@ class TensorCore:
 
 
 COARSEST = TensorCore(4, 0)
-"""The coarsest that was found in any NVIDIA GPU (V100)."""
+"""The coarsest tensor core known in any NVIDIA GPU (V100)."""
 
 TENSOR_CORES = {
     80: TensorCore(8, 1),
@@ -90,30 +90,30 @@ TENSOR_CORES = {
     100: TensorCore(16, 2),
     120: TensorCore(16, 2),
 }
-"""By compute capability × 10, where it is published. Not by generation: sm_87, 103, 110 and 121 are not."""
+"""Published tensor cores, by compute capability × 10. None is published for sm_87, 103, 110 and 121."""
 
 CHAIN = 64
 """Products in one accumulation of a matrix product.
 
-Twice as many would halve the pieces, which are added in float32, and double the rest: for a sum of 1024 at 0.65625
-roundings a product, 84 + 1 + 8 against 42 + 1 + 16. From 1,000 to 4,000 terms 64 is within a tenth of the best.
+Twice as many would halve the pieces, which are added in float32, and double the other roundings: for a sum of 1024 at
+0.65625 roundings a product, 84 + 1 + 8 against 42 + 1 + 16. From 1,000 to 4,000 terms 64 is within a tenth of the best.
 """
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """δ: above what a factor counts as, at least, in a product of a tensor core; 0 where none is used.
+    """Return δ, above the value that a tensor core assumes for a subnormal factor; 0 if none is used.
 
-    Twice the smallest normal number: then ‖x_t‖ + δ√d is not below what it stands for where the tensor core itself
+    δ is twice the smallest normal number, so that ‖x_t‖ + δ√d stays an upper bound where the tensor core itself
     computes ‖x_t‖² (half-Gram's diagonal) and loses most of it.
     """
     return 0.0 if dtype == torch.float32 else 2.0 * float(torch.finfo(dtype).smallest_normal)
 
 
 def tensor_core(architecture: int) -> TensorCore:
-    """What is assumed of an architecture (compute capability × 10): the coarsest where nothing is published."""
+    """Return the tensor core of an architecture (compute capability × 10): the coarsest if none is published."""
     return TENSOR_CORES.get(architecture, COARSEST)
 
 
 def roundings(dtype: torch.dtype, architecture: int) -> float:
-    """Roundings a product meets in one accumulation of `tl.dot`: float32 is computed without tensor cores."""
+    """Return the roundings of a product in one accumulation of `tl.dot`, which uses no tensor cores for float32."""
     return ROUNDINGS_FMA if dtype == torch.float32 else tensor_core(architecture).roundings

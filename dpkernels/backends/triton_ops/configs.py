@@ -1,11 +1,11 @@
-"""Tiles, warps and pipeline stages of every kernel: the only place for them.
+"""The table of tiles, warps and pipeline stages of every kernel.
 
-A table and no autotuning: what a kernel runs with is the same on every run and every machine of a kind, a key never
-holds a batch size or a length, and every entry is compiled ahead for every architecture by
-`python -m bench.gpu.triton_table`. Entries for 16-bit tensors are among the fastest of those tried on an H100 for
-layers of 1024×1024 and 1024×4096 at T = 188 and 750 (bench/results/nvidia-h100-80gb-hbm3/tune.json has some that are
-faster still, and were not yet tested there); the others are chosen by registers and shared memory, those of one
-architecture where the one of all would spill on it.
+The table replaces autotuning: a kernel's configuration is the same on every run and every machine of a kind, a key does
+not contain a batch size or a length, and `python -m bench.gpu.triton_table` compiles every entry for every
+architecture. Entries for 16-bit tensors are among the fastest of those tried on an H100 for
+layers of 1024×1024 and 1024×4096 at T = 188 and 750 (bench/results/nvidia-h100-80gb-hbm3/tune.json lists
+faster ones that are untested there). The others are chosen by registers and shared memory; an architecture has an entry
+of its own if the common one would spill on it.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of tiles by the name of the kernel's constexpr, and how a program runs."""
+    """Tile sizes by the name of the kernel's constexpr, and a program's warps and stages."""
 
     tiles: dict[str, int]
     warps: int = 4
@@ -28,7 +28,7 @@ class Config:
 
 
 ANY = 0
-"""In place of an architecture: all that have no entry of their own."""
+"""Key for all architectures without an entry of their own."""
 
 CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     # kernel: {(bytes of an element, compute capability × 10): ...}
@@ -134,14 +134,14 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
 
 
 def config(kernel: str, dtype: torch.dtype, architecture: int, aligned: bool = True) -> Config:
-    """The entry for a kernel on inputs of a dtype.
+    """Return the entry for a kernel on inputs of a dtype.
 
     Args:
-        kernel: its function's name.
-        dtype: of the tensors it reads.
+        kernel: the name of the kernel's function.
+        dtype: the dtype of the tensors that the kernel reads.
         architecture: compute capability × 10, such as 90; 0 in the interpreter.
-        aligned: whether it reads 16 bytes at a time; where not, addresses take registers, and the entry of
-            "kernel unaligned", if there is one, has smaller tiles.
+        aligned: whether the kernel reads 16 bytes at a time. If not, addresses take registers, and the entry
+            "kernel unaligned", if it exists, has smaller tiles.
     """
     entries = CONFIGS[kernel]
     if not aligned:
@@ -155,11 +155,11 @@ SUMS: dict[str, tuple[str, ...]] = {
     "linear": ("linear_sum", "grouped_sums"),
     "lora": ("lora_pieces", "grouped_sums"),
 }
-"""The kernels that may make a family's weighted sum."""
+"""The kernels that may compute a family's weighted sum."""
 
 
 def extremes(kernels: tuple[str, ...], tile: str, dtype: torch.dtype, architecture: int) -> tuple[int, int]:
-    """(smallest, largest) size of a tile over kernels and layouts: for a bound that must hold whichever is met."""
+    """Return (smallest, largest) tile size over kernels and layouts, for a bound that must hold for each of them."""
     sizes = [
         config(kernel, dtype, architecture, aligned).tiles[tile]
         for kernel in kernels

@@ -1,8 +1,8 @@
 """Depthwise conv1d: Σ_t g_ct x_c(ts + jδ − π) for channels c and taps j, its norm and weighted sum.
 
-A program takes BC channels of one sample and K taps. BT threads share its frames, EACH neighbouring ones to a thread
-at a time, so that a frame of x which serves several of them is read once into a register and otherwise from L1. Only
-tiles at a border have masks. The norm reads a SPAN of frames once before, for the bound, with many loads in flight.
+A program computes BC channels of one sample and K taps. BT threads share its frames, EACH neighbouring ones a thread at
+a time, so that a frame of x that several of them use is read once into a register, and otherwise from L1. Only border
+tiles have masks. The norm first reads a SPAN of frames for the bound, with many loads in flight.
 
 Products are added in float32, one sum for each thread, over SPAN frames, and all else is float64: a term meets its
 product's rounding and at most SPAN/BT others, or as many as there are frames. The bound: tap (c, j) is off by at most
@@ -25,7 +25,7 @@ from dpkernels.backends.triton_ops.launching import (
 )
 
 MOST_TAPS = 12
-"""Of one program, whose sums are in registers: a longer filter is shared out evenly among several."""
+"""The taps of one program, whose sums are in registers: a longer filter is divided evenly among programs."""
 
 _VECTOR = 8
 """Channels that strides are multiples of, where the compiler may read several at once."""

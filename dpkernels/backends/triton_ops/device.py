@@ -1,7 +1,7 @@
 """Functions that the kernels share.
 
-Integer arguments of kernels are never specialised (`kernel` in `launching`): the code that runs, and with it the
-order in which a sum is made, depends on types, the layer's shape and the layout, not on a batch's size or padding.
+Integer arguments of kernels are never specialised (`kernel` in `launching`): the code, and with it the order
+of a sum, depends on types, the layer's shape and the layout, but not on a batch's size or padding.
 """
 
 import triton
@@ -16,7 +16,7 @@ SLACK = tl.constexpr(bounds.SLACK)
 
 @triton.jit
 def frames_of(lengths, sample, frames):
-    """L_i: lengths[i] held to [0, T] (a GPU cannot raise), or T where `lengths` is None."""
+    """L_i: lengths[i] clamped to [0, T] (a GPU cannot raise), or T if `lengths` is None."""
     n = frames + tl.zeros((), tl.int32)
     if lengths is not None:
         n = tl.minimum(tl.maximum(tl.load(lengths + sample), 0), frames).to(tl.int32)
@@ -25,19 +25,19 @@ def frames_of(lengths, sample, frames):
 
 @triton.jit
 def frames_added(factor, lengths, sample, frames):
-    """L_i of a sample that a weighted sum reads; 0 where its factor is 0: multiplying by 0 would keep a NaN."""
+    """L_i of a sample in a weighted sum; 0 if its factor is 0, because multiplying by 0 would keep a NaN."""
     return tl.where(factor != 0.0, frames_of(lengths, sample, frames), 0)
 
 
 @triton.jit
 def weighted(factor, product):
-    """factor·product in float64; 0, by selection, where the factor is 0, whatever the product."""
+    """factor·product in float64; 0 if the factor is 0, for any product."""
     return tl.where(factor != 0.0, factor.to(tl.float64) * product.to(tl.float64), 0.0)
 
 
 @triton.jit
 def times(value, ALIGN: tl.constexpr):
-    """An integer out of which `launching.rows` took the divisor ALIGN, whole again: the compiler sees the divisor."""
+    """Multiply an integer that `launching.rows` divided by ALIGN, so that the compiler knows the divisor."""
     if ALIGN > 1:
         value = value * ALIGN
     return value
@@ -111,7 +111,7 @@ def roundings_of(n, LEAST: tl.constexpr, MOST: tl.constexpr, PER_TERM: tl.conste
 
 @triton.jit
 def gamma(roundings):
-    """κu/(1−κu) in float64; infinite where so many roundings leave no bound."""
+    """κu/(1−κu) in float64; infinite if κu is so large that there is no bound."""
     nu = roundings * tl.full((), UNIT, tl.float64)
     return tl.where(nu < 0.5, nu / (1.0 - nu), float("inf"))
 
@@ -125,14 +125,14 @@ def float64_of(high, low):
 
 @triton.jit
 def upper_square(square, error):
-    """(√square + error)² of float64 values ≥ 0 as float32, rounded up; NaN and infinity stay what they are."""
+    """(√square + error)² of float64 values ≥ 0 as float32, rounded up; NaN and infinity are kept."""
     norm = tl.sqrt(square * SLACK) + error
     return round_up(norm * norm * SLACK)
 
 
 @triton.jit
 def round_up(exact):
-    """The least float32 that is not below a float64 ≥ 0; NaN and infinity stay what they are."""
+    """The least float32 that is not below a float64 ≥ 0; NaN and infinity are kept."""
     nearest = exact.to(tl.float32)
     # the next float32 above a non-negative one has the next bit pattern
     above = (nearest.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)

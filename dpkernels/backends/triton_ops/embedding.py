@@ -1,8 +1,8 @@
 """Embeddings: g summed over equal ids of a sample, its norm; and the same sums, weighted, added to the table's rows.
 
-Positions are sorted by id (torch.sort, stable, so the order is the only one there is), and a program looks after the
-run of equal ids that begins at its position; programs of other positions end at once. Nothing waits for the device,
-and no two programs write to one row. Rows of g are added BT at a time in float32, and those sums in float64.
+Positions are sorted by id (torch.sort, stable, so the order is unique), and a program adds the run
+of equal ids that begins at its position; programs of other positions return at once. The host does not wait for the
+device, and no two programs write to one row. Rows of g are added BT at a time in float32, and those sums in float64.
 
 A sample's kept ids are sorted to the front, so that neither the rest of the batch nor padding tokens move them.
 """
@@ -135,7 +135,7 @@ def _taking_part(ids: Tensor, padding_idx: int | None) -> Tensor:
 
 
 def _by_rows(g: Tensor) -> tuple[tuple[Any, ...], int]:
-    """`rows` of g with its features adjacent: rows are gathered, and from any other layout not worth it."""
+    """`rows` of g, copied if its features are not adjacent, because gathering rows is slow in other layouts."""
     return rows(g if g.stride(2) == 1 else g.contiguous())
 
 

@@ -1,10 +1,10 @@
-"""Norms and weighted sums of many layers: LoRA, narrow linear layers and per-sample vectors go out together.
+"""Norms and weighted sums of many layers, with common launches for LoRA, narrow linear layers and per-sample vectors.
 
-What a launch costs the host is more than what most of these layers cost the GPU. So layers with a few columns on one
-side, and gradients that are materialised already, are done by one launch for all of a kind; the others one by one, by
-their own family's op. Addresses are sent with each call; the list of pieces, which depends on shapes only, is kept.
+For most of these layers, a launch takes the host longer than the kernel takes the GPU. So one launch of a kind computes
+all layers with a few columns on one side, and all materialised gradients; the op of its own family computes each other
+layer. Each call sends addresses; the list of pieces depends on shapes only, and is cached.
 
-Bounds do not depend on who makes the sum: a norm's covers all kernels of `configs.SUMS`.
+A norm's bound covers all kernels of `configs.SUMS`, so it holds for each of them.
 """
 
 import functools
@@ -44,10 +44,11 @@ from dpkernels.backends.triton_ops.launching import (
 from dpkernels.backends.triton_ops.lora import rank_columns
 
 _NARROW = 32
-"""Columns up to which a side of a linear layer counts as narrow."""
+"""The largest number of columns of a narrow side of a linear layer."""
 
 _FEWEST_PROGRAMS = 256
-"""Below it a sum goes layer by layer: a program does all samples of a piece, and too few would leave the GPU idle."""
+"""With fewer programs, sums are computed layer by layer: a program adds all samples of a piece, and few programs would
+leave the GPU idle."""
 
 _GROUPED = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -60,13 +61,13 @@ _TYPES = {
 
 
 class Form(NamedTuple):
-    """What is common to all problems of one shape: a model has hundreds of layers and a handful of these.
+    """The common part of all problems of one shape: a model has hundreds of layers but few forms.
 
     Attributes:
-        kernel: the one that does them.
-        kind: what one launch has in common: dtypes of tensors and out, ALIGN of wide and narrow, R.
-        pieces: in how many pieces of BN columns a problem is done.
-        before, after: of a row of the table, what stands between the addresses and the first piece, and behind it.
+        kernel: the kernel that computes the problems.
+        kind: the common properties of one launch: dtypes of tensors and out, ALIGN of wide and narrow, R.
+        pieces: the number of pieces of BN columns in a problem.
+        before, after: the fields of a table row before and after the first piece; addresses precede both.
     """
 
     kernel: Any
@@ -79,9 +80,9 @@ class Form(NamedTuple):
 def _form(
     kernel: Any, wide: Tensor, narrow: Tensor | None, scaling: float, out: Tensor | None, by_columns: bool
 ) -> Form | None:
-    """The form of a problem, or None for one that cannot go with others.
+    """Return the form of a problem, or None if it cannot share a launch.
 
-    kernel: the one that will do it, which says what BN is. by_columns: whether out is [n, r] and not [r, n].
+    kernel: the kernel that computes it, which determines BN. by_columns: whether out is [n, r] and not [r, n].
     """
     if not wide.numel() or (narrow is not None and not narrow.numel()):
         return None
@@ -111,10 +112,10 @@ class Problem(NamedTuple):
     """wideᵀ narrow of every sample, times a scaling; a vector has no narrow.
 
     Attributes:
-        form: what it has in common with others.
+        form: the part in common with other problems.
         wide: the [B, T, n] tensor, which starts at a multiple of 16 bytes.
-        narrow: the [B, T, r] tensor, which does too.
-        out: [n, r], [r, n] or [n] that the sum is added to, contiguous.
+        narrow: the [B, T, r] tensor, which starts at such a multiple too.
+        out: contiguous [n, r], [r, n] or [n], to which the sum is added.
     """
 
     form: Form
@@ -123,7 +124,7 @@ class Problem(NamedTuple):
     out: Tensor | None
 
     def fields(self, first: int) -> list[int]:
-        """Its row of the table, with its first piece."""
+        """Return the problem's row of the table, with its first piece."""
         form, wide, narrow, out = self
         narrow_address = 0 if narrow is None else narrow.data_ptr()
         out_address = 0 if out is None else out.data_ptr()
@@ -132,49 +133,49 @@ class Problem(NamedTuple):
 
 @dataclass
 class Group:
-    """Problems of one kind: what one launch does."""
+    """The problems of one kind, which one launch computes."""
 
     problems: list[Problem] = field(default_factory=list)
 
     @property
     def like(self) -> Tensor:
-        """A tensor of its device and dtype."""
+        """A tensor of the group's device and dtype."""
         return self.problems[0].wide
 
     @property
     def kernel(self) -> Any:
-        """The kernel that does it."""
+        """The group's kernel."""
         return self.form.kernel
 
     @property
     def form(self) -> Form:
-        """That of its first problem: of one kind, and by one kernel, are all."""
+        """The form of the first problem; all problems have its kind and kernel."""
         return self.problems[0].form
 
     @property
     def vectors(self) -> bool:
-        """Whether its problems have no narrow side."""
+        """Whether the problems have no narrow side."""
         return bool(self.form.kind[4] == 0)
 
     def constants(self, *, sums: bool) -> dict[str, Any]:
-        """The constexprs of its kernels."""
+        """Return the constexprs of the group's kernel."""
         dtype, out, w_align, n_align, columns = self.form.kind
-        found = {"DTYPE": _TYPES[dtype], "W_ALIGN": w_align}
+        constexprs = {"DTYPE": _TYPES[dtype], "W_ALIGN": w_align}
         if sums:
             assert out is not None
-            found["OUT_DTYPE"] = _TYPES[out]
+            constexprs["OUT_DTYPE"] = _TYPES[out]
         if columns:
-            found |= {"N_ALIGN": n_align, "R": columns, "UPCAST": upcast(self.like)}
-        return found
+            constexprs |= {"N_ALIGN": n_align, "R": columns, "UPCAST": upcast(self.like)}
+        return constexprs
 
     @property
     def aligned(self) -> bool:
-        """Whether its configuration is that of aligned tensors."""
+        """Whether the configuration is that of aligned tensors."""
         return self.vectors or bool(self.form.kind[2] > 1)
 
     @property
     def pieces(self) -> int:
-        """Of all its problems: the programs of a sum."""
+        """The number of pieces of all problems, which is the number of programs of a sum."""
         return sum(problem.form.pieces for problem in self.problems)
 
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -201,9 +202,9 @@ class Group:
 
 @functools.lru_cache(maxsize=64)
 def _work(counts: tuple[int, ...], begins: tuple[bool, ...], device: torch.device, stream: int) -> Tensor:
-    """[pieces, 2] int32: (problem, piece), piece by piece for problems in a row of which only the first `begins`.
+    """Return (problem, piece) [pieces, 2] int32. A problem that does not begin a set alternates with those before it.
 
-    One a stream: an entry that is dropped goes back to the memory of the stream it was made on.
+    The cache has one entry a stream, because a dropped entry's memory returns to the stream on which it was allocated.
     """
     del stream
     sets: list[list[int]] = []
@@ -211,19 +212,21 @@ def _work(counts: tuple[int, ...], begins: tuple[bool, ...], device: torch.devic
         if first:
             sets.append([])
         sets[-1].append(problem)
-    work = [(problem, piece) for one in sets for piece in range(counts[one[0]]) for problem in one]
+    work = [
+        (problem, piece) for members in sets for piece in range(counts[members[0]]) for problem in members
+    ]
     return torch.tensor(work, dtype=torch.int32, device="cpu").view(-1, 2).to(device)
 
 
 def _groups(problems: Iterable[Problem]) -> list[Group]:
-    found: dict[tuple[Any, ...], Group] = {}
+    groups: dict[tuple[Any, ...], Group] = {}
     for problem in problems:
-        found.setdefault(problem.form.kind, Group()).problems.append(problem)
-    return list(found.values())
+        groups.setdefault(problem.form.kind, Group()).problems.append(problem)
+    return list(groups.values())
 
 
 Pairs = tuple[tuple[Tensor, Tensor | None, float, bool], ...]
-"""(wide, narrow or None, scaling, whether out is [n, r]) of each product that a layer's gradients are made of."""
+"""(wide, narrow or None, scaling, whether out is [n, r]) of each product in a layer's gradients."""
 
 
 def _of_lora(layer: GroupedLayer) -> Pairs | None:
@@ -248,21 +251,21 @@ _PAIRS: dict[str, Callable[[GroupedLayer], Pairs | None]] = {
     "bias": _of_bias,
     "linear": _of_linear,
 }
-"""By kind, what goes together with others; None for a layer that its own family's op must do."""
+"""For each kind, the function that returns a layer's pairs, or None if the op of its family must compute it."""
 
 
 def _problems(
     layer: GroupedLayer, kernels: tuple[Any, Any], forms: dict[tuple[Any, ...], Form | None]
 ) -> list[Problem] | None:
-    """The problems that a layer is made of, or None for one that its own family's op must do.
+    """Return a layer's problems, or None if the op of its family must compute it.
 
-    kernels: for products and for vectors. forms: those of the layers before it in this call, by what decides them.
+    kernels: those for products and for vectors. forms: a cache of this call's forms.
     """
     of_kind = _PAIRS.get(layer.kind)
     pairs = of_kind(layer) if of_kind and layer.tensors[-1].dtype in _GROUPED else None
     if pairs is None:
         return None
-    found = []
+    problems = []
     for i, (wide, narrow, scaling, by_columns) in enumerate(pairs):
         out = layer.outs[i] if layer.outs else None
         wide, narrow = aligned(wide), None if narrow is None else aligned(narrow)
@@ -275,33 +278,33 @@ def _problems(
         form = forms[key]
         if form is None or not (out is None or out.is_contiguous()):
             return None
-        found.append(Problem(form, wide, narrow, out))
-    return found
+        problems.append(Problem(form, wide, narrow, out))
+    return problems
 
 
 def _split(
     given: Iterable[GroupedLayer], kernels: tuple[Any, Any]
 ) -> tuple[list[Problem], list[GroupedLayer]]:
-    """Problems of the layers that go together, and the other layers."""
+    """Return the problems of layers that share launches, and the other layers."""
     problems: list[Problem] = []
     rest: list[GroupedLayer] = []
-    ours: dict[str, bool] = {}
+    grouped: dict[str, bool] = {}
     forms: dict[tuple[Any, ...], Form | None] = {}
     for layer in given:
-        if layer.kind not in ours:
-            # A family that another backend serves goes to that one: a norm's bound is on what its own sum adds.
+        if layer.kind not in grouped:
+            # Another backend computes the families that it serves, because a norm bounds the sum of its own backend.
             function = registry.implementation(layer.sum_op, layer.device_type)
-            ours[layer.kind] = function.__module__.startswith(__package__)
-        mine = _problems(layer, kernels, forms) if ours[layer.kind] else None
-        if mine is None:
+            grouped[layer.kind] = function.__module__.startswith(__package__)
+        layer_problems = _problems(layer, kernels, forms) if grouped[layer.kind] else None
+        if layer_problems is None:
             rest.append(layer)
         else:
-            problems += mine
+            problems += layer_problems
     return problems, rest
 
 
 def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
-    """The norms of a group's problems into columns of norms [B, columns], from first_column on."""
+    """Write the norms of a group's problems to columns of norms [B, columns], from first_column on."""
     x, batch, pieces = group.like, len(norms), group.pieces
     work, table = group.tables()
     partials = scratch(x, batch, pieces, 2)

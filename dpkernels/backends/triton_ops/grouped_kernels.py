@@ -37,13 +37,13 @@ OUT_COLUMN, OUT_RANK, SCALE = tl.constexpr(13), tl.constexpr(14), tl.constexpr(1
 
 @triton.jit
 def address(row, FIELD: tl.constexpr, DTYPE: tl.constexpr):
-    """A tensor's address, which the caller has made sure is a multiple of 16 bytes."""
+    """A tensor's address, which the caller guarantees to be a multiple of 16 bytes."""
     return tl.multiple_of(tl.load(row + FIELD).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
 def integer(row, FIELD: tl.constexpr):
-    """A size: 32 bits."""
+    """A size, in 32 bits."""
     return tl.load(row + FIELD).to(tl.int32)
 
 

@@ -1,4 +1,4 @@
-"""From tensors to kernel arguments: strides, alignment, configurations, the one place that launches."""
+"""Kernel arguments from tensors (strides, alignment, configurations), and the only function that launches."""
 
 import functools
 import struct
@@ -13,13 +13,13 @@ from dpkernels.backends import registry
 from dpkernels.backends.triton_ops import availability, configs
 
 INTERPRETED = availability.interpreting()
-"""Decided when kernels are defined, hence when this package is imported."""
+"""Whether kernels are interpreted, decided when they are defined, that is when this package is imported."""
 
 _ALIGN_BYTES = 16
 _ALIGNS = (16, 8)
-"""Elements: with strides and sizes divisible by one of them, loads are as wide as the hardware's (8: a small rank)."""
+"""Divisors, in elements, of strides and sizes for which loads have the hardware's full width (8 for small ranks)."""
 
-# what every launch says: whether a·b + c may be one instruction (a bound never minds; Triton's default will change)
+# a·b + c may be one instruction in every launch: the bounds hold either way, and Triton's default will change
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -40,7 +40,7 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def _capability(device: torch.device) -> int:
-    # asked several times a layer, and torch asks the driver each time
+    # called several times a layer, and torch queries the driver each time
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -57,8 +57,8 @@ def launch(
 
     Args:
         function: the kernel.
-        programs: how many; 0 launches nothing.
-        like: a tensor of the device it runs on and of the dtype that it reads.
+        programs: the number of programs; 0 launches nothing.
+        like: a tensor of the kernel's device and input dtype.
         arguments: tensors, integers, None.
         aligned: whether the configuration is for tensors that `rows` found aligned.
         constants: constexprs besides those of the configuration.
@@ -72,7 +72,7 @@ def launch(
 def execute(
     function: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    """Hand a kernel to Triton, on `device`'s current stream. `bench.gpu.triton_table` puts a compiler in its place."""
+    """Launch a kernel on `device`'s current stream. `bench.gpu.triton_table` replaces this function by a compiler."""
     if device.type != "cuda":
         function[programs,](*arguments, **keywords, **OPTIONS)
         return
@@ -81,31 +81,31 @@ def execute(
 
 
 def tiles(size: int, tile: int) -> int:
-    """How many tiles cover `size`."""
+    """Return the number of tiles that cover `size`."""
     return -(-size // tile)
 
 
 def tile_of(function: Any, like: Tensor, name: str, aligned: bool = True) -> int:
-    """The size of a tile in the configuration that `launch` will use."""
+    """Return the size of a tile in the configuration that `launch` uses."""
     return configs.config(function.__name__, like.dtype, architecture(like.device), aligned).tiles[name]
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it does not start at a multiple of 16 bytes, as all allocations do."""
+    """Return the tensor, or a copy if it does not start at a multiple of 16 bytes, as every allocation does."""
     return tensor.clone() if not tensor.is_meta and tensor.data_ptr() % _ALIGN_BYTES else tensor
 
 
 def rows(tensor: Tensor) -> tuple[tuple[Any, ...], int]:
-    """A [B, T, n] tensor as kernel arguments, and the constexpr ALIGN that they go with.
+    """Return a [B, T, n] tensor as kernel arguments, and their constexpr ALIGN.
 
     Returns:
-        (tensor, stride of B, of T, of n, n) and ALIGN: 0 for any strides; 1 where features are adjacent; 16 or 8
-        where, on top, n and the other strides are multiples of it, which are then passed divided by it
+        (tensor, stride of B, of T, of n, n) and ALIGN: 0 for any strides; 1 if features are adjacent; 16 or 8
+        if, in addition, n and the other strides are multiples of it. These are then passed divided by it
         (`device.times`).
     """
     tensor = aligned(tensor)
     width = tensor.shape[2]
-    # a stride over one entry means nothing, so it must not decide anything
+    # the stride of a dimension of size 1 is arbitrary, so it must have no influence
     batch, frame, feature = (s if n > 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     if feature != 1 and width > 1:
         return (tensor, batch, frame, feature, width), 0
@@ -116,35 +116,35 @@ def rows(tensor: Tensor) -> tuple[tuple[Any, ...], int]:
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """A vector (lengths, factors) as kernels read it: contiguous and aligned."""
+    """Return a vector (lengths, factors) contiguous and aligned, as kernels require."""
     return None if tensor is None else aligned(tensor.contiguous())
 
 
 def float64_bits(value: float) -> tuple[int, int]:
-    """The upper and lower 32 bits of a float64, for `device.float64_of`: kernels' integers are 32 bits, as an `int`
-    annotation is to Triton (a larger one is an OverflowError)."""
+    """Return the upper and lower 32 bits of a float64, for `device.float64_of`. Triton reads an `int` annotation as 32
+    bits, and raises OverflowError for a larger integer."""
     low, high = struct.unpack("<ii", struct.pack("<d", value))
     return high, low
 
 
 def float64_int(value: float) -> int:
-    """The bits of a float64 as an int64, for a table in memory."""
+    """Return the bits of a float64 as an int64, for a table in memory."""
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
 
 
 def upcast(tensor: Tensor) -> bool:
-    """Whether products must be made of float32 copies: the interpreter has none of bfloat16."""
+    """Whether products need float32 copies, because the interpreter cannot multiply bfloat16."""
     return INTERPRETED and tensor.dtype == torch.bfloat16
 
 
 def scratch(like: Tensor, *shape: int) -> Tensor:
-    """Uninitialised float64 memory."""
+    """Return uninitialised float64 memory."""
     return torch.empty(shape, dtype=torch.float64, device=like.device)
 
 
 def float64_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Leaves float64 inputs, which only tests have, to the torch composition: a norm and its sum alike."""
+    """Dispatch float64 inputs, which only tests have, to the torch composition, for norms and sums alike."""
 
     @functools.wraps(function)
     def op(*arguments: Any, **options: Any) -> Any:

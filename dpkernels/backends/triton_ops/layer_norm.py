@@ -1,8 +1,8 @@
 """LayerNorm and RMSNorm weights: Σ_t x̂_it ⊙ g_it, its norm and weighted sum, one read of x̂ and of g.
 
-Products of BT frames are formed and added in float32, and those sums in float64: a term meets its product's rounding
-and at most BT others. The bound is by entries: entry j is off by at most γ Σ_t |x̂_tj g_tj|, and these magnitudes are
-summed beside it.
+Products of BT frames are computed and added in float32, and those sums in float64, so a term meets its product's
+rounding and at most BT others. The bound is per entry: the error of entry j is at most γ Σ_t |x̂_tj g_tj|, and the
+kernel also sums these magnitudes.
 """
 
 import triton

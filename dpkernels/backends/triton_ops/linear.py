@@ -1,7 +1,7 @@
-"""Linear layers: norms by half-Gram or direct, sample by sample as its own length says, and weighted sums.
+"""Linear layers: norms by half-Gram or direct, chosen by each sample's length, and weighted sums.
 
-Nothing of size T×T or p×d reaches device memory, and the host waits for nothing: which samples a kernel computes is
-decided on the device, from lengths, the layer's shape, and the flags of samples whose gram bound was too loose.
+No matrix of size T×T or p×d reaches device memory, and the host does not wait: the device decides which samples a
+kernel computes, from lengths, the layer's shape, and the flags of samples whose gram bound was too loose.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ _METHODS = {"auto": 0, "gram": 1, "direct": 2}
 
 
 class _Norms:
-    """One call of `linear_norm_sq`: what its launches have in common, and the launches."""
+    """One call of `linear_norm_sq`: its launches, and the arguments that they share."""
 
     def __init__(self, x: Tensor, g: Tensor, lengths: Tensor | None, method: str) -> None:
         (self.batch, self.frames, self.d), self.p = x.shape, g.shape[2]
@@ -177,10 +177,10 @@ class _Norms:
 
 
 def _most_by_gram(method: str, frames: int, p: int, d: int) -> int:
-    """The longest sample that `linear_kernels.by_gram` may give to half-Gram; 0 where it gives it none."""
+    """Return the longest sample that `linear_kernels.by_gram` may choose half-Gram for; 0 if there is none."""
     if method != "auto":
         return frames if method == "gram" else 0
-    # A length at which both take as many operations goes to direct there, and must not be left out of its passes.
+    # At equal operations `by_gram` chooses direct, whose passes must include that length.
     return min(frames, (2 * p * d - 1) // (p + d)) if p and d else 0
 
 

@@ -1,16 +1,16 @@
 """LoRA: norms and weighted sums of both factors' gradients, dhᵀx for A and s gᵀh for B, from one read of x and g.
 
-Each is a wide matrix [T, n] (x or g) against a narrow one [T, r] (dh or h). One launch does both: a program takes a
-strip of BN columns of one of the wide matrices and up to R columns of the narrow one, and makes wideᵀ narrow [BN, R]
-by `device.product`, BT frames at a time.
+Each is the product of a wide matrix [T, n] (x or g) and a narrow one [T, r] (dh or h). One launch computes both: a
+program takes a strip of BN columns of one wide matrix and up to R columns of its narrow one, and computes wideᵀ narrow
+[BN, R] by `device.product`, BT frames at a time.
 
 **Norms.** Entries are squared and added in float64. The bound is by strips: the entries of a strip are off by at most
 γ Σ_t ‖wide_t‖‖narrow_t‖ over the strip's columns, and the errors of different strips are of different entries, so
-they add in squares. These norms of rows come from the tiles that are there anyway, in float32, and are made 2⁻¹⁴
-larger, which covers their own rounding (squares and sums: (BN + BT + 4)u < 2⁻¹⁵; PTX's approximate square roots:
+they add in squares. These norms of rows are computed from the loaded tiles in float32 and enlarged by
+2⁻¹⁴, which covers their own rounding (squares and sums: (BN + BT + 4)u < 2⁻¹⁵; PTX's approximate square roots:
 2⁻²²), and never 0: a square below 2⁻¹²⁶ counts as that, and δ of `bounds` is added.
 
-**Gradients.** The same products, kept: float32 by sample, so that x and g are read once and then can be freed.
+**Gradients.** The same products, stored in float32 by sample, so that x and g are read once and can then be freed.
 
 **Sums.** A program adds SAMPLES samples, each times its factor, in float64; their sums go to memory once for each
 such group and are added in order.
@@ -47,12 +47,12 @@ from dpkernels.backends.triton_ops.launching import (
 )
 
 _MOST_COLUMNS = 32
-"""Columns of a narrow matrix that one program takes: larger ranks are done in several."""
+"""Columns of a narrow matrix in one program; a larger rank takes several programs."""
 
 
 @triton.jit
 def strip(piece, rank_tiles, BN: tl.constexpr, R: tl.constexpr):
-    """The columns of the wide matrix and those of the narrow one that make up a piece."""
+    """The columns of the wide matrix and those of the narrow one in a piece."""
     return piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
 
 

@@ -1,8 +1,8 @@
-"""Whether this GPU's tensor cores round as `bounds` assumes of its architecture, asked of them at their first use.
+"""The test, at a GPU's first use, whether its tensor cores round as `bounds` assumes for its architecture.
 
-What is asked are inner products by the `product` of the kernels, one accumulation each, whose results say what was cut
-off. A GPU that answers otherwise, and one of which nothing is published, is given the coarsest bound that is known.
-`bench.gpu.tensor_cores` asks much more, and searches for errors above the bound; this takes a launch an instruction.
+The test computes inner products by the kernels' `product`, one accumulation each, whose results show what was cut off.
+A GPU that fails it, or whose rounding is not published, gets the coarsest known bound. This test takes one launch an
+instruction; `bench.gpu.tensor_cores` tests far more, and searches for errors above the bound.
 """
 
 import functools
@@ -70,17 +70,17 @@ def instruction(dtype: torch.dtype, chain: int, rows: int = TILES[0]) -> str:
     )
     if hasattr(compiled, "result"):
         compiled = compiled.result()
-    found = re.search(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", compiled.asm["ptx"])
-    return found[0] if found else "none"
+    match = re.search(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", compiled.asm["ptx"])
+    return match[0] if match else "none"
 
 
-# ---- what is asked when a GPU is first used ------------------------------------------------------------------
+# ---- the test at a GPU's first use ----------------------------------------------------------------------------
 
 
 def questions(core: bounds.TensorCore, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows a, b [n, CHAIN], the results of a device that rounds as assumed, and how far off it may be, each [n].
+    """Return rows a, b [n, CHAIN], the results of a device that rounds as assumed, and their tolerances, each [n].
 
-    A large term and its negative cancel; what is left of a small one beside them says how it was cut.
+    A large term and its negative cancel; the rest of a small term beside them shows how it was cut.
     """
     chain, k, info = bounds.CHAIN, core.block, torch.finfo(dtype)
     big, kept, lost = 2.0**8, 2.0 ** (16 - 23 - core.extra), 2.0 ** (16 - 40)
@@ -112,18 +112,18 @@ def questions(core: bounds.TensorCore, dtype: torch.dtype) -> tuple[Tensor, Tens
 def answers_as_assumed(
     core: bounds.TensorCore, dtype: torch.dtype, dots: Callable[[Tensor, Tensor], Tensor]
 ) -> bool:
-    """Whether `dots`, rows' inner products as float32, rounds as assumed of such a tensor core, or better."""
+    """Whether `dots`, rows' inner products as float32, rounds as assumed for such a tensor core, or better."""
     a, b, expected, slack = questions(core, dtype)
     return bool(((dots(a, b).double().cpu() - expected).abs() <= slack).all())
 
 
 @functools.cache
 def trusted(device: torch.device, dtype: torch.dtype) -> int:
-    """The architecture by which to bound 16-bit products on a CUDA device: its own, or 0 for the coarsest."""
+    """Return the architecture that bounds 16-bit products on a CUDA device: its own, or 0 for the coarsest."""
     number, name = launching.architecture(device), str(dtype).removeprefix("torch.")
     if number not in bounds.TENSOR_CORES:
         logger.info(
-            "sm_%d: no model of its tensor cores is published; norms assume the coarsest known", number
+            "sm_%d: its tensor cores' rounding is not published; norms use the coarsest known bound", number
         )
         return 0
     for rows in TILES:
@@ -133,8 +133,8 @@ def trusted(device: torch.device, dtype: torch.dtype) -> int:
 
         if not answers_as_assumed(bounds.TENSOR_CORES[number], dtype, dots):
             logger.warning(
-                "the tensor cores of this sm_%d GPU do not round %s as is published; norms assume the coarsest known, "
-                "and are a little larger; python -m bench.gpu.tensor_cores shows how they differ",
+                "the tensor cores of this sm_%d GPU do not round %s as published; norms use the coarsest known bound, "
+                "and are slightly larger; python -m bench.gpu.tensor_cores shows the differences",
                 number,
                 name,
             )
@@ -143,7 +143,7 @@ def trusted(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def roundings(like: Tensor) -> float:
-    """Roundings that a product of tensors such as `like` meets in one accumulation, for kernels' PER_TERM."""
+    """Return the roundings of a product of `like`'s dtype in one accumulation, for kernels' PER_TERM."""
     if like.device.type != "cuda" or like.dtype == torch.float32:
         return bounds.roundings(like.dtype, launching.architecture(like.device))
     return bounds.roundings(like.dtype, trusted(like.device, like.dtype))

@@ -1,4 +1,4 @@
-"""What families share whose per-sample gradient is a small vector, and the last step of every norm."""
+"""Helpers of families whose per-sample gradient is a small vector, and the last step of every norm."""
 
 import torch
 import triton.language as tl
@@ -47,7 +47,7 @@ def finish_norms(
     else:
         roundings = roundings_of(n, LEAST, MOST, PER_TERM)
     relative = gamma(roundings)
-    # 2: the norm's own error and the sum's. The magnitude itself may be short by `relative`.
+    # 2: the error of the norm and that of the sum. The magnitude may be too small by `relative`.
     error = 2.0 * relative / (1.0 - relative) * tl.sqrt(magnitude)
     lost = tl.full((), 4.0 * TINIEST, tl.float64) * n * tl.sqrt(tl.full((), 1.0, tl.float64) * entries)
     error += tl.where(magnitude == 0.0, 0.0, lost)

@@ -326,7 +326,7 @@ class DPOptimizer(WrappedOptimizer):
 
     def _noised_gradients(self, draw: int) -> dict[nn.Parameter, Tensor]:
         """round((sum + σ·S·N(0, 1))/grid)·grid / expected batch size, in float64, rounded once to the parameter's
-        dtype (by the sweep: to float32): the sweep's arithmetic, operation by operation.
+        dtype (by the fused step: to float32): the fused step's arithmetic, operation by operation.
 
         The sums are overwritten: closing the batch clears them.
         """

@@ -34,8 +34,8 @@ LINES = (
             "tests/privacy/accounting/test_ledger.py::test_one_ledger_serves_one_process_at_a_time": "two runs cannot use one ledger at the same time",
             "tests/privacy/accounting/test_ledger.py::test_the_ledger_says_nothing_about_the_data": "runs over different data write the same lines",
             "tests/privacy/accounting/test_ledger.py::test_a_folder_that_is_not_there_is_named": "a ledger in a missing folder is refused by name",
-            "tests/privacy/step/test_sweep.py::test_a_step_is_on_disk_before_the_sweep": "a step's line is on disk before the fused step",
-            "tests/privacy/step/test_sweep.py::test_a_refused_step_changes_nothing": "a step beyond the target changes no parameter",
+            "tests/privacy/step/test_fused.py::test_a_step_is_on_disk_before_the_fused_step": "a step's line is on disk before the fused step",
+            "tests/privacy/step/test_fused.py::test_a_refused_step_changes_nothing": "a step beyond the target changes no parameter",
             "tests/privacy/guards/test_bypasses.py::test_a_ledger_replaced_while_in_use_is_noticed": "a ledger that is deleted or replaced while in use is noticed",
             "tests/privacy/guards/test_bypasses.py::test_steps_that_only_a_checkpoint_knew_of_reach_the_ledger": "steps that only a checkpoint knew of are written to the ledger",
             "tests/privacy/guards/test_bypasses.py::test_a_forked_process_does_not_split_the_count": "a forked process cannot count steps of its own",
@@ -153,7 +153,7 @@ LINES = (
                 """if taken:  # with the next step
                 self._ledger.spend_step()""",
                 "tests/privacy/accounting/test_ledger.py::test_a_step_is_on_disk_before_it_is_applied",
-                "tests/privacy/step/test_sweep.py::test_a_step_is_on_disk_before_the_sweep",
+                "tests/privacy/step/test_fused.py::test_a_step_is_on_disk_before_the_fused_step",
             ),
             Fault(
                 "no fsync",
@@ -171,7 +171,7 @@ LINES = (
             self._fused_step(self._stream.next_draw())
         self._spend()
         self._guard.at_step()""",
-                "tests/privacy/step/test_sweep.py::test_a_refused_step_changes_nothing",
+                "tests/privacy/step/test_fused.py::test_a_refused_step_changes_nothing",
             ),
             Fault(
                 "batch size in the ledger",

@@ -9,9 +9,9 @@ LINES = (
         tests={
             "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step": "the noise has deviation σS on every parameter, for one, several or no micro-batches, in the fused and the unfused step",
             "tests/privacy/step/test_noise.py::test_the_divisor_is_the_expected_batch_size": "the noised sum is divided by the expected batch size, not by the actual one",
-            "tests/privacy/step/test_sweep.py::test_the_sweep_equals_noise_and_then_the_optimizers_step": "the fused step equals noise and then the optimizer's own step",
-            "tests/privacy/step/test_sweep.py::test_a_failure_in_the_middle_is_spent_and_its_batch_gone": "a step that fails half-way is counted, and its batch is never released again",
-            "tests/privacy/step/test_sweep.py::test_nothing_is_changed_before_everything_is_allocated": "a step that runs out of memory while it allocates changes no parameter",
+            "tests/privacy/step/test_fused.py::test_the_fused_step_equals_noise_and_then_the_optimizers_step": "the fused step equals noise and then the optimizer's own step",
+            "tests/privacy/step/test_fused.py::test_a_failure_in_the_middle_is_spent_and_its_batch_gone": "a step that fails half-way is counted, and its batch is never released again",
+            "tests/privacy/step/test_fused.py::test_nothing_is_changed_before_everything_is_allocated": "a step that runs out of memory while it allocates changes no parameter",
             "tests/privacy/guards/test_bypasses.py::test_what_is_accounted_cannot_be_changed_afterwards": "σ, C, the sensitivity and the divisor cannot be set after make_private",
             "tests/privacy/guards/test_bypasses.py::test_a_batch_processed_in_part_is_refused_and_costs_nothing": "step() refuses a batch of which examples are missing, and counts nothing",
             "tests/privacy/guards/test_bypasses.py::test_an_interrupt_within_a_backward_invalidates_the_batch": "a batch whose backward was interrupted is not released",
@@ -147,7 +147,7 @@ LINES = (
                 "dpkernels/privacy/step/fused.py",
                 '"weight_decay": float(group["weight_decay"])',
                 '"weight_decay": 0.0',
-                "tests/privacy/step/test_sweep.py::test_the_sweep_equals_noise_and_then_the_optimizers_step[AdamW]",
+                "tests/privacy/step/test_fused.py::test_the_fused_step_equals_noise_and_then_the_optimizers_step[AdamW]",
             ),
             Fault(
                 "sums kept that a failure invalidated",
@@ -193,7 +193,7 @@ LINES = (
 """,
                 """            pass
 """,
-                "tests/privacy/step/test_sweep.py::test_a_failure_in_the_middle_is_spent_and_its_batch_gone",
+                "tests/privacy/step/test_fused.py::test_a_failure_in_the_middle_is_spent_and_its_batch_gone",
             ),
             Fault(
                 "a halved micro-batch of which a half is lost",
@@ -212,7 +212,7 @@ LINES = (
                 """        for params in _by_device(group["params"], trained)
         if [_run(optimizer, _prepare(optimizer, group, params, trained, False), sums, release, stream, draw, False)]
     ]""",
-                "tests/privacy/step/test_sweep.py::test_nothing_is_changed_before_everything_is_allocated",
+                "tests/privacy/step/test_fused.py::test_nothing_is_changed_before_everything_is_allocated",
             ),
         ),
     ),
@@ -223,8 +223,8 @@ LINES = (
             "tests/privacy/step/test_noise.py::test_noise_and_sums_are_float64_with_bf16_parameters": "noise and sums are float64 where parameters are bfloat16",
             "tests/privacy/step/test_noise.py::test_the_grid_is_a_power_of_two_far_below_the_noise": "the release's grid is a power of two, 2¹² to 2¹³ below the noise",
             "tests/privacy/step/test_noise.py::test_what_is_released_lies_on_the_grid": "every released value lies on the grid, in the fused and the unfused step",
-            "tests/privacy/step/test_sweep.py::test_noise_is_not_bf16_with_bf16_parameters": "the fused step's noise has more bits than bfloat16",
-            "tests/privacy/step/test_sweep.py::test_bf16_parameters_keep_float32_state_through_a_checkpoint": "the optimizer's state stays float32 through a checkpoint",
+            "tests/privacy/step/test_fused.py::test_noise_is_not_bf16_with_bf16_parameters": "the fused step's noise has more bits than bfloat16",
+            "tests/privacy/step/test_fused.py::test_bf16_parameters_keep_float32_state_through_a_checkpoint": "the optimizer's state stays float32 through a checkpoint",
         },
         faults=(
             Fault(
@@ -257,7 +257,7 @@ LINES = (
     torch._foreach_add_(totals, [part.bfloat16().double() for part in noise])
     common["noise_scale"] = 0.0
 """,
-                "tests/privacy/step/test_sweep.py::test_noise_is_not_bf16_with_bf16_parameters",
+                "tests/privacy/step/test_fused.py::test_noise_is_not_bf16_with_bf16_parameters",
             ),
             Fault(
                 "a release on no grid, in the unfused step",
@@ -292,7 +292,7 @@ LINES = (
                 "dpkernels/privacy/step/optimizer.py",
                 "restore_wide_states(self.original_optimizer, state_dict)",
                 "pass",
-                "tests/privacy/step/test_sweep.py::test_bf16_parameters_keep_float32_state_through_a_checkpoint",
+                "tests/privacy/step/test_fused.py::test_bf16_parameters_keep_float32_state_through_a_checkpoint",
             ),
         ),
     ),

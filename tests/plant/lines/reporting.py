@@ -18,7 +18,7 @@ LINES = (
         faults=(
             Fault(
                 "fresh masks in the recomputation",
-                "asr_finetune/models/checkpointing.py",
+                "dpkernels/blocks.py",
                 'enable({"use_reentrant": False, **options})',
                 'enable({"use_reentrant": False, "preserve_rng_state": False, **options})',
                 "tests/asr_finetune/models/test_checkpointing.py::test_the_masks_of_dropout_are_those_of_the_forward",

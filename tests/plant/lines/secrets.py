@@ -17,8 +17,8 @@ LINES = (
             "tests/privacy/step/test_noise.py::test_keys_are_never_pickled_or_copied": "what holds a key cannot be pickled or copied",
             "tests/privacy/step/test_noise.py::test_more_than_one_process_is_refused": "more than one process is refused, and costs nothing",
             "tests/privacy/step/test_noise.py::test_ranks_draw_from_streams_of_their_own": "ranks under one key draw from streams of their own",
-            "tests/privacy/step/test_sweep.py::test_one_stream_for_two_parameters_is_refused": "the fused step refuses one nonce for two parameters",
-            "tests/privacy/step/test_sweep.py::test_stochastic_rounding_keeps_small_updates": "stochastic rounding draws from streams of its own",
+            "tests/privacy/step/test_fused.py::test_one_stream_for_two_parameters_is_refused": "the fused step refuses one nonce for two parameters",
+            "tests/privacy/step/test_fused.py::test_stochastic_rounding_keeps_small_updates": "stochastic rounding draws from streams of its own",
             "tests/privacy/guards/test_bypasses.py::test_generators_are_seeded_anew_by_make_private": "make_private seeds the global generators anew",
             "tests/privacy/guards/test_bypasses.py::test_workers_draw_from_secret_seeds_also_where_the_loader_has_a_generator": "the loader's workers draw from secret seeds, not from the loader's generator",
             "tests/privacy/sampling/test_seeds.py::test_a_seed_set_before_the_loop_is_replaced_and_said": "a seed that is set between batches is replaced, with a warning",
@@ -89,7 +89,7 @@ LINES = (
                 "dpkernels/ops/_secrets.py",
                 "if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):",
                 "if False:",
-                "tests/privacy/step/test_sweep.py::test_one_stream_for_two_parameters_is_refused",
+                "tests/privacy/step/test_fused.py::test_one_stream_for_two_parameters_is_refused",
             ),
             Fault(
                 "noise drawn by step number after a rollback",
@@ -110,7 +110,7 @@ LINES = (
                 "dpkernels/privacy/rng/streams.py",
                 "nonce(PURPOSE_ROUNDING, index, draw)",
                 "nonce(PURPOSE_NOISE, index, draw)",
-                "tests/privacy/step/test_sweep.py::test_stochastic_rounding_keeps_small_updates",
+                "tests/privacy/step/test_fused.py::test_stochastic_rounding_keeps_small_updates",
             ),
             Fault(
                 "key in repr",

@@ -78,7 +78,7 @@ def test_noise_is_sigma_on_the_sum_once_a_step(parts: tuple[tuple[int, ...], ...
     check_noise(a_fixed_run(apart=apart), *parts)
 
 
-# --- planted faults of line 7 and 8, each with the batch that shows it; those of the one sweep are in test_sweep.py
+# --- planted faults of line 7 and 8, each with the batch that shows it; those of the fused step are in test_fused.py
 
 
 Gradients = dict[nn.Parameter, Tensor]

@@ -1,7 +1,7 @@
-// The last sweep of a private step, CPU and CUDA: noise, division, the optimizer's update, and the sums
-// cleared, each buffer read once and written once.
+// The fused noise-and-optimizer step, CPU and CUDA: it adds noise, divides, updates the parameters and clears
+// the sums, and reads and writes each buffer once.
 //
-// For entry j of a tensor, with z_j the normals that dpk_cpu_chacha20_normal makes of (key, nonce) from
+// For entry j of a tensor, with z_j the normals of dpk_cpu_chacha20_normal for (key, nonce) from
 // counter 0 on:
 //
 //     gradient_j  = round((sum_j + noise_scale z_j) / grid) grid / divisor      in float64, then float32
@@ -10,8 +10,8 @@
 //
 // With noise_scale == 0 nothing is drawn, with grid == 0 nothing is rounded to it. The bits are the same for
 // every thread count, instruction set and device.
-#ifndef DPK_SWEEP_KERNELS_H
-#define DPK_SWEEP_KERNELS_H
+#ifndef DPK_OPTIM_KERNELS_H
+#define DPK_OPTIM_KERNELS_H
 
 #include "dpk_types.h"
 
@@ -31,7 +31,7 @@ typedef struct {
   dpk_dtype dtype;  // of the parameter: F32, or BF16 (computed in float32, rounded when written)
   uint8_t nonce[12];
   uint8_t rounding_nonce[12];  // read where stochastic_rounding is set and dtype is BF16
-} dpk_sweep_tensor;
+} dpk_optim_tensor;
 
 typedef struct {
   const uint8_t* key;  // 32 bytes
@@ -55,20 +55,20 @@ typedef struct {
   int32_t nesterov;
 } dpk_sgd;
 
-DPK_API dpk_status dpk_cpu_noise_adamw(const dpk_sweep_tensor* tensors, int64_t tensor_count,
+DPK_API dpk_status dpk_cpu_noise_adamw(const dpk_optim_tensor* tensors, int64_t tensor_count,
                                        const dpk_noise* noise, const dpk_adam* adam, int32_t threads);
-DPK_API dpk_status dpk_cpu_noise_sgd(const dpk_sweep_tensor* tensors, int64_t tensor_count,
+DPK_API dpk_status dpk_cpu_noise_sgd(const dpk_optim_tensor* tensors, int64_t tensor_count,
                                      const dpk_noise* noise, const dpk_sgd* sgd, int32_t threads);
 
 // `tensors`, `noise` and the options are host memory, read before the call returns; what they point to is
 // device memory.
-DPK_API dpk_status dpk_cuda_noise_adamw(const dpk_sweep_tensor* tensors, int64_t tensor_count,
+DPK_API dpk_status dpk_cuda_noise_adamw(const dpk_optim_tensor* tensors, int64_t tensor_count,
                                         const dpk_noise* noise, const dpk_adam* adam, void* stream);
-DPK_API dpk_status dpk_cuda_noise_sgd(const dpk_sweep_tensor* tensors, int64_t tensor_count,
+DPK_API dpk_status dpk_cuda_noise_sgd(const dpk_optim_tensor* tensors, int64_t tensor_count,
                                       const dpk_noise* noise, const dpk_sgd* sgd, void* stream);
 
 #ifdef __cplusplus
 }
 #endif
 
-#endif  // DPK_SWEEP_KERNELS_H
+#endif  // DPK_OPTIM_KERNELS_H

@@ -1,10 +1,10 @@
-// Entry points of the sweep on the CPU: checks, and pieces of all parameters for the threads.
+// Entry points of the fused step on the CPU: checks, and pieces of all parameters for the threads.
 #include <algorithm>
 #include <vector>
 
+#include "common/optim_arguments.h"
 #include "common/parallel.h"
-#include "common/sweep_arguments.h"
-#include "cpu/sweep_isa.h"
+#include "cpu/optim_isa.h"
 
 namespace dpk {
 namespace {
@@ -13,8 +13,8 @@ constexpr int64_t kPieceEntries = 8192;  // some 30 µs
 static_assert(kPieceEntries % (kNormalsPerBlock * kRoundingsPerBlock) == 0,
               "streams are cut at whole blocks");
 
-SweepPiece piece_of(const dpk_sweep_tensor& tensor, const dpk_noise& noise, int64_t start) {
-  SweepPiece piece;
+OptimPiece piece_of(const dpk_optim_tensor& tensor, const dpk_noise& noise, int64_t start) {
+  OptimPiece piece;
   piece.half = tensor.dtype == DPK_BF16;
   const int64_t width = piece.half ? 2 : 4;
   piece.parameter = static_cast<char*>(tensor.parameter) + width * start;
@@ -33,7 +33,7 @@ SweepPiece piece_of(const dpk_sweep_tensor& tensor, const dpk_noise& noise, int6
 
 // run(piece, index of its tensor) for all pieces of all tensors.
 template <class Run>
-void for_each_piece(const dpk_sweep_tensor* tensors, int64_t count, const dpk_noise& noise, int32_t threads,
+void for_each_piece(const dpk_optim_tensor* tensors, int64_t count, const dpk_noise& noise, int32_t threads,
                     Run&& run) {
   if (threads < 1) invalid_argument("threads is %d; it must be 1 or more", static_cast<int>(threads));
   std::vector<int64_t> first_piece(static_cast<size_t>(count) + 1);  // of each tensor, and their number
@@ -55,7 +55,7 @@ void for_each_piece(const dpk_sweep_tensor* tensors, int64_t count, const dpk_no
 }  // namespace
 }  // namespace dpk
 
-dpk_status dpk_cpu_noise_adamw(const dpk_sweep_tensor* tensors, int64_t tensor_count, const dpk_noise* noise,
+dpk_status dpk_cpu_noise_adamw(const dpk_optim_tensor* tensors, int64_t tensor_count, const dpk_noise* noise,
                                const dpk_adam* adam, int32_t threads) {
   using namespace dpk;
   return guard([&] {
@@ -64,23 +64,23 @@ dpk_status dpk_cpu_noise_adamw(const dpk_sweep_tensor* tensors, int64_t tensor_c
     check_tensors(tensors, tensor_count, 2);
     std::vector<AdamPlan> plans;
     for (int64_t i = 0; i < tensor_count; ++i) plans.push_back(adam_plan(*adam, *noise, tensors[i].step));
-    const auto sweep = DPK_DISPATCH(sweep_adam);
-    for_each_piece(tensors, tensor_count, *noise, threads, [&](const SweepPiece& piece, int64_t tensor) {
-      sweep(piece, plan, plans[static_cast<size_t>(tensor)]);
+    const auto step = DPK_DISPATCH(optim_adam);
+    for_each_piece(tensors, tensor_count, *noise, threads, [&](const OptimPiece& piece, int64_t tensor) {
+      step(piece, plan, plans[static_cast<size_t>(tensor)]);
     });
   });
 }
 
-dpk_status dpk_cpu_noise_sgd(const dpk_sweep_tensor* tensors, int64_t tensor_count, const dpk_noise* noise,
+dpk_status dpk_cpu_noise_sgd(const dpk_optim_tensor* tensors, int64_t tensor_count, const dpk_noise* noise,
                              const dpk_sgd* sgd, int32_t threads) {
   using namespace dpk;
   return guard([&] {
     const NoisePlan plan = noise_plan(*noise);
     check_sgd(*sgd);
     check_tensors(tensors, tensor_count, sgd->momentum != 0 ? 1 : 0);
-    const auto sweep = DPK_DISPATCH(sweep_sgd);
-    for_each_piece(tensors, tensor_count, *noise, threads, [&](const SweepPiece& piece, int64_t tensor) {
-      sweep(piece, plan, sgd_plan(*sgd, *noise, tensors[tensor].step));
+    const auto step = DPK_DISPATCH(optim_sgd);
+    for_each_piece(tensors, tensor_count, *noise, threads, [&](const OptimPiece& piece, int64_t tensor) {
+      step(piece, plan, sgd_plan(*sgd, *noise, tensors[tensor].step));
     });
   });
 }

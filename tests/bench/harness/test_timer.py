@@ -70,7 +70,7 @@ def test_time_ends_the_rounds_but_not_before_the_least() -> None:
 
 
 def test_no_rounds_is_an_error() -> None:
-    with pytest.raises(ValueError, match="rounds must be >= 1"):
+    with pytest.raises(ValueError, match="rounds: expected an integer ≥ 1"):
         interleave({}, rounds=0)
 
 

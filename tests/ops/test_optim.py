@@ -14,7 +14,7 @@ from torch import Tensor
 from dpkernels import ops
 from dpkernels.backends import native, registry, triton_ops
 from tests.ops import conftest
-from tests.ops.tolerances import SWEEP_GRADIENT, SWEEP_OFF
+from tests.ops.tolerances import FUSED_GRADIENT, FUSED_OFF
 
 KEY = bytes(range(32))
 # Odd sizes, empty, several dimensions, more than one piece of a thread (8192 entries).
@@ -52,7 +52,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield from conftest.use(request.param, monkeypatch)
 
 
-def test_triton_has_no_sweep_of_its_own() -> None:
+def test_triton_has_no_fused_step() -> None:
     assert not any(hasattr(triton_ops, op) for op in ("noise_adamw", "noise_sgd"))
 
 
@@ -90,7 +90,7 @@ class State:
             total.copy_(drawn(generator, total.shape, torch.float64) * 5)
 
     def step(self, step: int, **options: Any) -> None:
-        """Fill the sums and sweep."""
+        """Fill the sums and take a fused step."""
         self.fill(step)
         given = dict(OPTIMIZERS[self.name])
         common = {
@@ -160,7 +160,7 @@ def test_equals_noise_then_torchs_optimizer(name: str, dtype: torch.dtype, backe
     for step in (1, 2, 3):
         state.step(step)
     for ours, theirs in zip(state.params, of_torch(name, start, dtype, 3), strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), **SWEEP_OFF)
+        torch.testing.assert_close(ours.double(), theirs.double(), **FUSED_OFF)
     assert not any(total.any() for total in state.sums)
 
 
@@ -174,7 +174,7 @@ def test_the_released_gradient_is_that_of_noise_alone(name: str, backend: str) -
     for ours, exact in zip(found, expected, strict=True):
         # The same bits of the same normals; the reference's own differ in the last place of a float64.
         off = (ours != exact).float().mean() if ours.numel() else 0
-        assert off <= SWEEP_GRADIENT
+        assert off <= FUSED_GRADIENT
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -255,7 +255,7 @@ def test_bf16_parameters_have_float32_arithmetic(name: str, backend: str) -> Non
     for ours, exact in zip(half.params, wide.params, strict=True):
         torch.testing.assert_close(ours.float(), exact.bfloat16().float(), rtol=2**-7, atol=1e-30)
         share = (ours != exact.bfloat16()).float().mean() if ours.numel() else 0
-        assert share <= SWEEP_GRADIENT  # a tie may fall otherwise in the reference
+        assert share <= FUSED_GRADIENT  # a tie may fall otherwise in the reference
     for ours, exact in zip(half.firsts, wide.firsts, strict=True):
         torch.testing.assert_close(ours, exact)
 
@@ -364,7 +364,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"nonces": [bytes(12)]}, ValueError, "nonces: expected 2"),
         ({"nonces": [bytes(12), bytes(8)]}, ValueError, r"^nonces\[1\]: expected 12 bytes"),
         ({"nonces": ["n" * 12, bytes(12)]}, TypeError, r"^nonces\[0\]: expected bytes; given str"),
-        ({"nonces": [bytes(12), bytes(12)]}, ValueError, "all different"),
+        ({"nonces": [bytes(12), bytes(12)]}, ValueError, "distinct nonces"),
         (
             {"rounding_nonces": [bytes(8), b"\2" * 12]},
             ValueError,
@@ -375,7 +375,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
             TypeError,
             r"^rounding_nonces\[1\]: expected bytes; given int",
         ),
-        ({"rounding_nonces": [bytes(12), b"\2" * 12]}, ValueError, "all different"),
+        ({"rounding_nonces": [bytes(12), b"\2" * 12]}, ValueError, "distinct nonces"),
         ({"rounding_nonces": [b"\2" * 12]}, ValueError, "rounding_nonces: expected 2"),
         ({"noise_scale": -1.0}, ValueError, "noise_scale: expected"),
         ({"noise_scale": math.nan}, ValueError, "noise_scale: expected"),
@@ -474,7 +474,7 @@ def test_a_tensor_given_twice_is_refused() -> None:
     """A tied parameter listed twice would be noised and stepped on by two threads at once."""
     p, total = torch.ones(4), torch.zeros(4, dtype=torch.float64)
     other = torch.zeros(4, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"params\[1\]: expected memory of its own"):
+    with pytest.raises(ValueError, match=r"params\[1\]: expected separate memory"):
         ops.noise_sgd(
             [p, p],
             [total, other],
@@ -491,7 +491,7 @@ def test_a_tensor_given_twice_is_refused() -> None:
 @pytest.mark.parametrize("grid", [2.0**-1074, 2.0**-1030])
 def test_a_grid_without_an_inverse_is_refused(grid: float) -> None:
     """1/grid would be infinite, and every parameter NaN."""
-    with pytest.raises(ValueError, match="grid: expected one of the noise's size"):
+    with pytest.raises(ValueError, match="grid: expected a grid near the noise's scale"):
         ops.noise_sgd(
             [torch.ones(4)],
             [torch.zeros(4, dtype=torch.float64)],

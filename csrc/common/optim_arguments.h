@@ -1,11 +1,11 @@
-// Checks and plans of the sweep that its CPU and CUDA entry points share.
+// Checks and plans that the CPU and CUDA entry points of the fused step share.
 #pragma once
 
 #include <cmath>
 
 #include "common/chacha20_arguments.h"
-#include "common/sweep.h"
-#include "sweep_kernels.h"
+#include "common/optim.h"
+#include "optim_kernels.h"
 
 namespace dpk {
 
@@ -29,11 +29,11 @@ inline NoisePlan noise_plan(const dpk_noise& noise) {
 }
 
 // `states`: how many of first and second the optimizer keeps.
-inline void check_tensors(const dpk_sweep_tensor* tensors, int64_t count, int states) {
+inline void check_tensors(const dpk_optim_tensor* tensors, int64_t count, int states) {
   if (count < 0)
     invalid_argument("tensor_count is %lld; it must be 0 or more", static_cast<long long>(count));
   for (int64_t i = 0; i < count; ++i) {
-    const dpk_sweep_tensor& t = tensors[i];
+    const dpk_optim_tensor& t = tensors[i];
     const long long n = i;
     if (t.count < 0) invalid_argument("tensor %lld: count is %lld", n, static_cast<long long>(t.count));
     if (t.dtype != DPK_F32 && t.dtype != DPK_BF16)

@@ -1,7 +1,7 @@
 // The optimizer's update on the GPU, of one entry and of the eight that a lane holds.
 #pragma once
 
-#include "common/sweep.h"
+#include "common/optim.h"
 #include "cuda/instructions.cuh"
 
 namespace dpk {

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bench.cases import native as native_bench
-from bench.gpu import optim as sweep_gpu
+from bench.gpu import optim as optim_gpu
 from dpkernels.backends import native
 from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from tests.ops import emulated
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 needs_native = pytest.mark.skipif(
     native.library("cpu").handle is None, reason=native.library("cpu").reason or "the CPU library loads"
 )
@@ -29,7 +29,7 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def sweep(name: str, given: sweep_gpu.Buffers) -> None:
+def fused_step(name: str, given: optim_gpu.Buffers) -> None:
     settings = ctypes.byref(given.noise), ctypes.byref(given.options)
     call(name, given.table, ctypes.c_int64(len(given.table)), *settings, None)
 
@@ -37,10 +37,10 @@ def sweep(name: str, given: sweep_gpu.Buffers) -> None:
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_awkward_buffers_get_the_cpus_bits(dtype: torch.dtype) -> None:
-    exact, found = (sweep_gpu.awkward("cpu", dtype, most=5000) for _ in range(2))
+    exact, found = (optim_gpu.awkward("cpu", dtype, most=5000) for _ in range(2))
     exact.library()
-    sweep("dpk_cuda_noise_adamw", found)
-    assert sweep_gpu.same(found.everything(), exact.everything())
+    fused_step("dpk_cuda_noise_adamw", found)
+    assert optim_gpu.same(found.everything(), exact.everything())
     assert not any(
         bool(tensor.isnan().any()) for tensor in exact.everything()
     )  # its bits are nobody's promise
@@ -48,15 +48,15 @@ def test_awkward_buffers_get_the_cpus_bits(dtype: torch.dtype) -> None:
 
 @needs_native
 def test_extreme_words_get_the_cpus_bits() -> None:
-    words = sweep_gpu.extreme_words()
+    words = optim_gpu.extreme_words()
     words = torch.cat((words[:379_000:17], words[-4000:])).contiguous()
     found = torch.full(words.shape, float("nan"), dtype=torch.float64)
     call("bench_box_muller", pointer(words), ctypes.c_int64(len(words)), pointer(found), None)
-    assert sweep_gpu.same([found], [native_chacha20.box_muller(words)])
+    assert optim_gpu.same([found], [native_chacha20.box_muller(words)])
 
 
 def test_short_roots_and_quotients_are_correctly_rounded() -> None:
-    a, b = (t[::400].contiguous() for t in sweep_gpu.all_mantissas())
+    a, b = (t[::400].contiguous() for t in optim_gpu.all_mantissas())
     assert 1 <= float(b.min()) < float(b.max()) < 4
     roots, quotients = torch.zeros_like(a), torch.zeros_like(a)
     call(
@@ -68,7 +68,7 @@ def test_short_roots_and_quotients_are_correctly_rounded() -> None:
         pointer(quotients),
         None,
     )
-    assert sweep_gpu.same([roots, quotients], sweep_gpu.rounded(a, b))
+    assert optim_gpu.same([roots, quotients], optim_gpu.rounded(a, b))
 
 
 # Random123's known answers for philox4x32-10.
@@ -93,14 +93,14 @@ def test_philox_is_philox(counter: list[int], key: list[int], answer: list[int])
 
 
 @needs_native
-def test_the_philox_sweep_draws_unit_normals() -> None:
+def test_the_philox_step_draws_unit_normals() -> None:
     """The comparison does the same work: without the noise's stream, nothing differs."""
-    buffers = sweep_gpu.Buffers(40_000, 2, "cpu")
+    buffers = optim_gpu.Buffers(40_000, 2, "cpu")
     for first in buffers.firsts:
         first.zero_()
     for total in buffers.sums:
         total.zero_()
-    sweep("bench_noise_adamw_philox", buffers)
+    fused_step("bench_noise_adamw_philox", buffers)
     z = torch.cat(buffers.firsts).double() / (0.1 * 3.0 / 64.0)
     assert abs(float(z.mean())) < 5 / 200
     assert abs(float(z.var()) - 1) < 5 * 2**0.5 / 200
@@ -117,5 +117,5 @@ def test_the_build_has_the_librarys_flags() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sweep_gpu.main([]) == 2
+    assert optim_gpu.main([]) == 2
     assert "sees no CUDA device" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.cases.optim import NON_PRIVATE, PHILOX, PLAIN, SWEEP
+from bench.cases.optim import FUSED, NON_PRIVATE, PHILOX, PLAIN
 from bench.reports import kernel as kernel_report
 from bench.reports import report
 
@@ -22,7 +22,7 @@ ABOUT = {
 }
 
 
-def of_sweep(milliseconds: float, bytes_: float) -> dict[str, float]:
+def of_step(milliseconds: float, bytes_: float) -> dict[str, float]:
     return {"queued": milliseconds / 1e3, "iqr": 4e-6, "called": milliseconds / 1e3, "bytes": bytes_}
 
 
@@ -33,12 +33,12 @@ SAVED: dict[str, dict[str, Any]] = {
         "copy_bytes_per_s": 3e12,
         "tensors": 100,
         "sweeps": {
-            "200000000": {SWEEP: of_sweep(3.0, 8e9), NON_PRIVATE: of_sweep(2.0, 5.6e9)},
+            "200000000": {FUSED: of_step(3.0, 8e9), NON_PRIVATE: of_step(2.0, 5.6e9)},
             "20000000": {
-                SWEEP: of_sweep(0.3, 8e8),
-                PHILOX: of_sweep(0.29, 8e8),
-                NON_PRIVATE: of_sweep(0.2, 5.6e8),
-                PLAIN: of_sweep(0.9, 8.8e8),
+                FUSED: of_step(0.3, 8e8),
+                PHILOX: of_step(0.29, 8e8),
+                NON_PRIVATE: of_step(0.2, 5.6e8),
+                PLAIN: of_step(0.9, 8.8e8),
             },
         },
         "normals_count": 10**8,
@@ -93,8 +93,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_sweeps_table_has_time_share_and_ratio() -> None:
-    text = kernel_report.sweep(SAVED["sweep"])
+def test_the_fused_steps_table_has_time_share_and_ratio() -> None:
+    text = kernel_report.fused_step(SAVED["sweep"])
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0].count("|") == rows[1].count("|") == 6
     assert rows[2] == "| 20,000,000 | **dpkernels** | **0.300 ± 0.002** | **88.9%** | **1.50×** |"
@@ -110,7 +110,7 @@ def test_the_sweeps_table_has_time_share_and_ratio() -> None:
 
 def test_what_failed_is_named() -> None:
     wrong = SAVED["sweep"] | {"checks": {"bits": True, "others": False}}
-    assert "**wrong bits: others**" in kernel_report.sweep(wrong)
+    assert "**wrong bits: others**" in kernel_report.fused_step(wrong)
     unsound = SAVED["many_normals"] | {"figures": [{"name": "lag 3", "sound": False}]}
     assert "**1 of 1 figures are out of their limits: lag 3**" in kernel_report.many_normals(unsound)
     coarse = SAVED["tensor_cores"] | {"faults": ["blocks of 8"]}

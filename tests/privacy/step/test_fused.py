@@ -1,4 +1,4 @@
-"""The step in one sweep: what it equals, what it leaves, when it is not used, and the faults of noise planted in it."""
+"""The fused step: what it equals, what it leaves, when it is not used, and the faults of noise planted in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpkernels import ops
 from dpkernels.privacy import BudgetExhausted, DPOptimizer, read_ledger
 from dpkernels.privacy.rng import streams as noise_module
 from dpkernels.privacy.rng.streams import PURPOSE_NOISE, PURPOSE_ROUNDING, SecretStream, grid_of, nonce
-from dpkernels.privacy.step import fused as sweep_module
+from dpkernels.privacy.step import fused as fused_module
 from dpkernels.privacy.step.fused import Release, uncovered
 from tests.privacy.private_run import KEY, Net, Run, private_run, train
 from tests.privacy.step.test_noise import (
@@ -70,7 +70,7 @@ def close(first: Run, second: Run, **tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_sweep_equals_noise_and_then_the_optimizers_step(
+def test_the_fused_step_equals_noise_and_then_the_optimizers_step(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     make = OPTIMIZERS[name]
@@ -151,7 +151,7 @@ def test_bf16_parameters_keep_float32_state_through_a_checkpoint(name: str) -> N
     run.optimizer.load_state_dict(saved)
     for key, value in kept.items():
         assert torch.equal(run.optimizer.state[run.model.last.weight][key], value)
-    # torch's own step wants the parameters' dtype, and the sweep takes that up again.
+    # torch's own step wants the parameters' dtype, and the fused step takes that up again.
     handle = run.optimizer.original_optimizer.register_step_pre_hook(lambda *_: None)
     run.release((3,))
     handle.remove()
@@ -199,7 +199,7 @@ def test_gradients_are_kept_only_when_asked_for() -> None:
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))  # finds its own, and takes no offence
 
 
-def test_the_sums_are_cleared_by_the_sweep_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sums_are_cleared_by_the_fused_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(OPTIMIZERS["SGD"])
     run.optimizer.begin_logical_batch(2)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
@@ -210,12 +210,12 @@ def test_the_sums_are_cleared_by_the_sweep_alone(monkeypatch: pytest.MonkeyPatch
     assert not any(total.any() for total in run.optimizer._batch.sums.values())
 
 
-def check_line_before_the_sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_line_before_the_fused_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = private_run(ledger=path)
     seen = []
     real = ops.noise_sgd
     monkeypatch.setattr(
-        sweep_module.ops,
+        fused_module.ops,
         "noise_sgd",
         lambda *a, **k: (seen.append(read_ledger(path).steps), real(*a, **k))[1],
     )
@@ -224,11 +224,11 @@ def check_line_before_the_sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [1], "the step was applied before its line was on disk"
 
 
-def test_a_step_is_on_disk_before_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_line_before_the_sweep(tmp_path / "ledger.jsonl", monkeypatch)
+def test_a_step_is_on_disk_before_the_fused_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_line_before_the_fused_step(tmp_path / "ledger.jsonl", monkeypatch)
 
 
-def test_planted_line_after_the_sweep_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_line_after_the_fused_step_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(self: DPOptimizer, draw: int, original: Callable = DPOptimizer._fused_step) -> None:
         original(self, draw)
         spend()
@@ -237,9 +237,9 @@ def test_planted_line_after_the_sweep_is_caught(tmp_path: Path, monkeypatch: pyt
         outer.setattr(DPOptimizer, "_fused_step", late)
         run = private_run(ledger=tmp_path / "ledger.jsonl")
         spend, run.optimizer._spend = run.optimizer._spend, lambda: None
-        outer.setitem(check_line_before_the_sweep.__globals__, "private_run", lambda **_: run)
+        outer.setitem(check_line_before_the_fused_step.__globals__, "private_run", lambda **_: run)
         with pytest.raises(AssertionError, match="before its line"):
-            check_line_before_the_sweep(tmp_path / "ledger.jsonl", monkeypatch)
+            check_line_before_the_fused_step(tmp_path / "ledger.jsonl", monkeypatch)
 
 
 def test_a_refused_step_changes_nothing() -> None:
@@ -268,7 +268,7 @@ def test_a_failure_in_the_middle_is_spent_and_its_batch_gone(monkeypatch: pytest
             raise MemoryError("out of memory")
         real(*args, **options)
 
-    monkeypatch.setattr(sweep_module.ops, "noise_adamw", second_fails)
+    monkeypatch.setattr(fused_module.ops, "noise_adamw", second_fails)
     run.optimizer.begin_logical_batch(2)
     run.optimizer.backward(run.loss_fn(run.model, run.data[[0, 1]]))
     with pytest.raises(MemoryError):
@@ -371,7 +371,7 @@ def test_a_step_patched_on_the_class_is_called(monkeypatch: pytest.MonkeyPatch) 
     assert called
 
 
-def test_stochastic_rounding_without_the_sweep_is_refused_and_costs_nothing() -> None:
+def test_stochastic_rounding_without_the_fused_step_is_refused_and_costs_nothing() -> None:
     run = a_run(UNCOVERED["amsgrad"][0])
     run.optimizer.stochastic_rounding = True
     with pytest.raises(RuntimeError, match=r"needs the fused noise-and-optimizer step.*amsgrad"):
@@ -401,7 +401,7 @@ def test_schedulers_see_their_step(on_the_wrapped: bool, caplog: pytest.LogCaptu
     assert "separate passes" not in caplog.text
 
 
-# --- faults of noise, planted in the sweep. test_noise.py plants them in the other path.
+# --- faults of noise, planted in the fused step. test_noise.py plants them in the other path.
 
 
 def wrap(monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]) -> None:
@@ -414,7 +414,7 @@ def wrap(monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]) -> None:
         if given:
             real(**given)
 
-    monkeypatch.setattr(sweep_module.ops, "noise_sgd", invalidated)
+    monkeypatch.setattr(fused_module.ops, "noise_sgd", invalidated)
 
 
 def skip_without_gradient(given: dict[str, Any], real: Callable) -> None:
@@ -543,7 +543,7 @@ def test_planted_rounding_from_the_noises_stream_is_refused(monkeypatch: pytest.
         run.optimizer.step()
 
 
-def test_training_by_the_loader_goes_through_the_sweep(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_by_the_loader_goes_through_the_fused_step(caplog: pytest.LogCaptureFixture) -> None:
     run = a_run(OPTIMIZERS["AdamW"])
     assert train(run, 4) == 4
     assert "separate passes" not in caplog.text

@@ -1,14 +1,14 @@
-// The sweep over a piece of one parameter by one thread, compiled once per instruction set.
+// The fused step over a piece of one parameter, by one thread, compiled once per instruction set.
 #pragma once
 
 #include "common/isa.h"
-#include "common/sweep.h"
+#include "common/optim.h"
 
 namespace dpk {
 
 // Entries [0, count) of a piece: the streams stand at its first entry, which is a multiple of
 // kRoundingsPerBlock.
-struct SweepPiece {
+struct OptimPiece {
   void* parameter;
   double* sum;
   float* first;
@@ -23,8 +23,8 @@ struct SweepPiece {
 // noise_sum: noised() in place, on `count` entries from where the stream stands.
 #define DPK_DECLARE(isa)                                                                         \
   namespace isa {                                                                                \
-  void sweep_adam(const SweepPiece& piece, const NoisePlan& noise, const AdamPlan&);             \
-  void sweep_sgd(const SweepPiece& piece, const NoisePlan& noise, const SgdPlan&);               \
+  void optim_adam(const OptimPiece& piece, const NoisePlan& noise, const AdamPlan&);             \
+  void optim_sgd(const OptimPiece& piece, const NoisePlan& noise, const SgdPlan&);               \
   void noise_sum(const ChaChaState& stream, double* sum, int64_t count, const NoisePlan& noise); \
   }
 DPK_FOR_EACH_ISA(DPK_DECLARE)

@@ -1,7 +1,7 @@
-// For measurements and checks on a GPU only, no part of the library: the sweep with Philox in place of
+// For measurements and checks on a GPU only, no part of the library: the fused step with Philox in place of
 // ChaCha20, and the normals of given words. bench/cases/native.py builds it.
 #include "common/status.h"
-#include "cuda/sweep_kernel.cuh"
+#include "cuda/optim_kernel.cuh"
 #include "philox.cuh"
 
 namespace dpk {
@@ -30,7 +30,7 @@ __global__ void philox_kernel(uint4 counter, uint2 key, uint32_t* words) {
 #define BENCH_API extern "C" __attribute__((visibility("default")))
 
 // dpk_cuda_noise_adamw with Philox's words.
-BENCH_API dpk_status bench_noise_adamw_philox(const dpk_sweep_tensor* tensors, int64_t tensor_count,
+BENCH_API dpk_status bench_noise_adamw_philox(const dpk_optim_tensor* tensors, int64_t tensor_count,
                                               const dpk_noise* noise, const dpk_adam* adam, void* stream) {
   return dpk::noise_adamw<dpk::Philox>(tensors, tensor_count, noise, adam, stream);
 }

@@ -1,8 +1,7 @@
-// What the last sweep of a private step does to one entry: noise, division, the optimizer's update; host and
-// device code alike.
+// The fused step of one entry, in host and device code: noise, division, and the optimizer's update.
 //
 // As in chacha20.h, no multiplication is fused with an addition in the files that include this, and every
-// operation is correctly rounded: a CPU and a GPU make the same bits of the same sum.
+// operation is correctly rounded: a CPU and a GPU compute the same bits.
 #pragma once
 
 #include <math.h>

@@ -1,4 +1,4 @@
-#include "cpu/sweep_isa.h"
+#include "cpu/optim_isa.h"
 
 #include "cpu/chacha20_lanes.h"
 
@@ -16,10 +16,10 @@ inline void prefetch(const void* start, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 1, 3);
 }
 
-// The normals of entries [start, start + count), and meanwhile their buffers' lines, so that memory is waited
-// for while there is something to compute. A few lines at a time: a core has room for some twenty that are on
-// their way.
-void draw_and_fetch(const SweepPiece& piece, int64_t start, int64_t count, double* z) {
+// Computes the normals of entries [start, start + count) and prefetches the lines of their buffers, so that
+// computation hides the memory's latency. It prefetches a few lines at a time, because a core can have about
+// twenty in flight.
+void draw_and_fetch(const OptimPiece& piece, int64_t start, int64_t count, double* z) {
   constexpr int64_t kRound = kBlockLanes * kNormalsPerBlock;
   const int64_t width = piece.half ? 2 : 4;
   ChaChaState stream = piece.noise;
@@ -34,7 +34,7 @@ void draw_and_fetch(const SweepPiece& piece, int64_t start, int64_t count, doubl
   }
 }
 
-// Copied, so that the compiler need not fear that writing a buffer changes the plan.
+// A copy, so that the compiler knows that writing a buffer does not change the plan.
 void gradients(double* sum, const double* z, int64_t count, NoisePlan plan, float* gradient) {
   if (plan.draws && plan.rounds) {
     plan.draws = plan.rounds = true;
@@ -102,7 +102,7 @@ void update(const float* gradient, int64_t count, const SgdPlan& plan, float* pa
 }
 
 template <class Plan>
-void sweep(const SweepPiece& piece, const NoisePlan& noise, const Plan& plan) {
+void fused_step(const OptimPiece& piece, const NoisePlan& noise, const Plan& plan) {
   alignas(64) double z[kChunk];
   alignas(64) float gradient[kChunk], wide[kChunk];
   for (int64_t start = 0; start < piece.count; start += kChunk) {
@@ -133,12 +133,12 @@ void sweep(const SweepPiece& piece, const NoisePlan& noise, const Plan& plan) {
 
 }  // namespace
 
-void sweep_adam(const SweepPiece& piece, const NoisePlan& noise, const AdamPlan& plan) {
-  sweep(piece, noise, plan);
+void optim_adam(const OptimPiece& piece, const NoisePlan& noise, const AdamPlan& plan) {
+  fused_step(piece, noise, plan);
 }
 
-void sweep_sgd(const SweepPiece& piece, const NoisePlan& noise, const SgdPlan& plan) {
-  sweep(piece, noise, plan);
+void optim_sgd(const OptimPiece& piece, const NoisePlan& noise, const SgdPlan& plan) {
+  fused_step(piece, noise, plan);
 }
 
 void noise_sum(const ChaChaState& stream, double* sum, int64_t count, const NoisePlan& noise) {

@@ -1,7 +1,7 @@
-// The sweep on the GPU, as a template on the generator of its random words: the library instantiates it with
-// ChaCha20, the benchmarks also with Philox (bench/native).
+// The fused step on the GPU, as a template on the generator of its random words: the library instantiates it
+// with ChaCha20, the benchmarks also with Philox (bench/native).
 //
-// A warp takes 256 entries of one parameter, a tile, and warps have nothing to do with each other. Each lane
+// A warp takes 256 entries of one parameter, a tile, and warps are independent of each other. Each lane
 // computes one block of the cipher, hence 8 normals, in registers; they pass through the warp's own shared
 // memory, so that the lanes then touch consecutive pairs of entries: 16 bytes of the sum, 8 of every float
 // buffer. A lane loads all of its four pairs before it computes with the first.
@@ -11,9 +11,9 @@
 
 #include <algorithm>
 
-#include "common/sweep_arguments.h"
+#include "common/optim_arguments.h"
 #include "cuda/launch.h"
-#include "cuda/sweep_update.cuh"
+#include "cuda/optim_update.cuh"
 
 namespace dpk {
 namespace {
@@ -39,7 +39,7 @@ struct ChaCha {
 };
 
 template <class Plan>
-struct Entry : dpk_sweep_tensor {
+struct Entry : dpk_optim_tensor {
   Plan plan;
   bool half;     // its parameter is bfloat16
   bool aligned;  // every buffer, to 16 bytes
@@ -142,7 +142,7 @@ __device__ __forceinline__ void whole_tile(NoisePlan noise, const Entry<Plan>& t
   }
 }
 
-// The end of a tensor, buffers that are not aligned, and a sweep without noise or grid: entry by entry.
+// The end of a tensor, buffers that are not aligned, and a step without noise or grid: entry by entry.
 template <class Plan>
 __device__ __forceinline__ void ragged_tile(const NoisePlan& noise, const Entry<Plan>& t, int64_t start,
                                             int lane, const double2* normals, const uint32_t* random) {
@@ -173,7 +173,7 @@ __device__ __forceinline__ void ragged_tile(const NoisePlan& noise, const Entry<
 }
 
 template <class Plan, class Generator>
-__global__ void __launch_bounds__(kThreads) sweep_kernel(const __grid_constant__ Batch<Plan> batch) {
+__global__ void __launch_bounds__(kThreads) optim_kernel(const __grid_constant__ Batch<Plan> batch) {
   __shared__ double2 all_normals[kThreads / kLanes][kTilePairs];
   __shared__ uint32_t all_random[kThreads / kLanes][kTilePairs];
   const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(const __grid_constant__
            : whole_tile<float2, false>(batch.noise, t, start, lane, normals, random);
 }
 
-inline bool aligned(const dpk_sweep_tensor& t) {
+inline bool aligned(const dpk_optim_tensor& t) {
   uintptr_t all = 0;
   for (const void* buffer : {t.parameter, static_cast<void*>(t.sum), static_cast<void*>(t.first),
                              static_cast<void*>(t.second), t.gradient})
@@ -227,8 +227,8 @@ inline bool aligned(const dpk_sweep_tensor& t) {
 
 // plan_of(tensor) gives its optimizer's constants.
 template <class Generator, class Plan, class PlanOf>
-void sweep(const char* op, const dpk_sweep_tensor* tensors, int64_t count, const dpk_noise& noise,
-           void* stream, PlanOf&& plan_of) {
+void fused_step(const char* op, const dpk_optim_tensor* tensors, int64_t count, const dpk_noise& noise,
+                void* stream, PlanOf&& plan_of) {
   static_assert(sizeof(Batch<Plan>) <= kArgumentBytes, "a kernel's arguments");
   Batch<Plan> batch;
   memcpy(batch.key, noise.key, sizeof(batch.key));
@@ -239,7 +239,7 @@ void sweep(const char* op, const dpk_sweep_tensor* tensors, int64_t count, const
     int64_t blocks = 0;
     std::fill(batch.first_block, batch.first_block + kTensorsPerLaunch, UINT32_MAX);
     for (int i = 0; i < here; ++i) {
-      const dpk_sweep_tensor& t = tensors[done + i];
+      const dpk_optim_tensor& t = tensors[done + i];
       batch.tensors[i] = {t, plan_of(t), t.dtype == DPK_BF16, aligned(t)};
       batch.first_block[i] = static_cast<uint32_t>(blocks);
       blocks += (t.count + kEntries - 1) / kEntries;
@@ -247,32 +247,33 @@ void sweep(const char* op, const dpk_sweep_tensor* tensors, int64_t count, const
         invalid_argument("%lld entries in one launch", static_cast<long long>(blocks * kEntries));
     }
     if (blocks == 0) continue;
-    launch(sweep_kernel<Plan, Generator>, blocks, kThreads, stream, batch);
+    launch(optim_kernel<Plan, Generator>, blocks, kThreads, stream, batch);
     check_launch(op, blocks * kEntries, "entries");
   }
 }
 
 template <class Generator>
-dpk_status noise_adamw(const dpk_sweep_tensor* tensors, int64_t tensor_count, const dpk_noise* noise,
+dpk_status noise_adamw(const dpk_optim_tensor* tensors, int64_t tensor_count, const dpk_noise* noise,
                        const dpk_adam* adam, void* stream) {
   return guard([&] {
     noise_plan(*noise);
     check_adam(*adam);
     check_tensors(tensors, tensor_count, 2);
-    sweep<Generator, AdamPlan>("noise_adamw", tensors, tensor_count, *noise, stream,
-                               [&](const dpk_sweep_tensor& t) { return adam_plan(*adam, *noise, t.step); });
+    fused_step<Generator, AdamPlan>(
+        "noise_adamw", tensors, tensor_count, *noise, stream,
+        [&](const dpk_optim_tensor& t) { return adam_plan(*adam, *noise, t.step); });
   });
 }
 
 template <class Generator>
-dpk_status noise_sgd(const dpk_sweep_tensor* tensors, int64_t tensor_count, const dpk_noise* noise,
+dpk_status noise_sgd(const dpk_optim_tensor* tensors, int64_t tensor_count, const dpk_noise* noise,
                      const dpk_sgd* sgd, void* stream) {
   return guard([&] {
     noise_plan(*noise);
     check_sgd(*sgd);
     check_tensors(tensors, tensor_count, sgd->momentum != 0 ? 1 : 0);
-    sweep<Generator, SgdPlan>("noise_sgd", tensors, tensor_count, *noise, stream,
-                              [&](const dpk_sweep_tensor& t) { return sgd_plan(*sgd, *noise, t.step); });
+    fused_step<Generator, SgdPlan>("noise_sgd", tensors, tensor_count, *noise, stream,
+                                   [&](const dpk_optim_tensor& t) { return sgd_plan(*sgd, *noise, t.step); });
   });
 }
 
