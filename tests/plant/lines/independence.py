@@ -54,8 +54,8 @@ LINES = (
             "tests/asr_finetune/models/test_precision.py::test_what_an_utterance_adds_does_not_know_the_rest_of_its_batch_under_autocast": "under autocast an utterance's contribution does not depend on its batch",
             "tests/asr_finetune/models/test_precision.py::test_the_runs_self_check_asks_in_its_own_arithmetic_too": "a run's self-check is done in the run's own arithmetic, too",
             "tests/test_blocks.py::test_what_training_runs_is_what_the_self_check_ran": "training runs the compiled code that the self-check ran",
-            "tests/asr_finetune/models/test_compiling.py::test_the_self_check_hooks_nothing_that_is_compiled_by_whichever_way": "the self-check puts no hooks into compiled modules",
-            "tests/asr_finetune/models/test_compiling.py::test_a_buffer_that_a_compiled_block_writes_is_still_refused": "buffers that compiled code writes are refused",
+            "tests/test_blocks.py::test_the_self_check_hooks_nothing_that_is_compiled_by_whichever_way": "the self-check puts no hooks into compiled modules",
+            "tests/test_blocks.py::test_a_buffer_that_a_compiled_block_writes_is_still_refused": "buffers that compiled code writes are refused",
             "tests/interop/test_peft.py::test_the_self_check_takes_the_fused_path": "the self-check runs LoRA layers as training does",
         },
         faults=(
@@ -233,7 +233,7 @@ LINES = (
                 "if False:",
                 "tests/privacy/guards/test_bypasses.py::test_buffers_that_record_the_data_are_refused_by_name",
                 "tests/privacy/guards/test_bypasses.py::test_buffers_that_change_after_the_last_backward_are_refused_by_name",
-                "tests/asr_finetune/models/test_compiling.py::test_a_buffer_that_a_compiled_block_writes_is_still_refused",
+                "tests/test_blocks.py::test_a_buffer_that_a_compiled_block_writes_is_still_refused",
             ),
             Fault(
                 "buffers looked at before a backward only",
@@ -322,7 +322,7 @@ LINES = (
                 "dpkernels/privacy/self_check/probing.py",
                 "within = {inner for module in compiled(model) for inner in module.modules()}",
                 "within: set[nn.Module] = set()",
-                "tests/asr_finetune/models/test_compiling.py::test_the_self_check_hooks_nothing_that_is_compiled_by_whichever_way",
+                "tests/test_blocks.py::test_the_self_check_hooks_nothing_that_is_compiled_by_whichever_way",
                 "tests/test_blocks.py::test_what_training_runs_is_what_the_self_check_ran",
             ),
             Fault(
