@@ -16,7 +16,7 @@ from dpkernels.privacy import DPDataLoader, DPOptimizer, PrivacyEngine
 KEY = bytes(range(32))
 
 
-class Apart(torch.optim.SGD):
+class Unfused(torch.optim.SGD):
     """SGD that the fused step does not cover, being a class of its own: noise first, then its step."""
 
 
@@ -108,11 +108,11 @@ def private_run(
     accountant: str = "pld",
     lr: float = 0.0,
     dtype: torch.dtype = torch.float32,
-    apart: bool = False,
+    unfused: bool = False,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     **arguments: Any,
 ) -> Run:
-    """`apart`: noise and the optimizer's step as two passes, where the default is the fused step."""
+    """`unfused`: noise and the optimizer's step as two passes, where the default is the fused step."""
     generator = torch.Generator().manual_seed(7)
     features = torch.randn(examples, 4, 6, generator=generator).to(dtype)
     data = TensorDataset(features, torch.randint(0, 3, (examples,), generator=generator))
@@ -120,7 +120,7 @@ def private_run(
         torch.manual_seed(1)
         model = Net()
     model = model.to(dtype)
-    make = optimizer or (Apart if apart else torch.optim.SGD)
+    make = optimizer or (Unfused if unfused else torch.optim.SGD)
     wrapped = make([p for p in model.parameters() if p.requires_grad], lr=lr)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="noise_key|noise_multiplier=0")

@@ -383,9 +383,9 @@ def test_nothing_of_a_batch_is_left_after_its_step() -> None:
     assert float(run.release(())["last.weight"].abs().max()) == 0
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
-def test_no_noise_is_left_in_the_sums(apart: bool) -> None:
-    run = private_run(sigma=1.0, apart=apart)
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
+def test_no_noise_is_left_in_the_sums(unfused: bool) -> None:
+    run = private_run(sigma=1.0, unfused=unfused)
     for parts in ((0, 1),), (), ((2,), (3,)):
         run.release(*parts)
         assert all(not total.any() for total in run.optimizer._batch.sums.values())

@@ -91,8 +91,8 @@ def test_unequal_lengths_are_refused_with_the_mend(folders: dict[str, Path], fam
 def test_an_unusable_utterance_has_loss_and_gradient_zero(folders: dict[str, Path], family: str) -> None:
     recognizer = small_models.load(folders[family])
     empty = recognizer.empty_item()
-    mates = [] if recognizer.equal_lengths_only else [small_models.items(recognizer)[0]]
-    batch = recognizer.collate([{**empty, "index": 0}, *mates])
+    others = [] if recognizer.equal_lengths_only else [small_models.items(recognizer)[0]]
+    batch = recognizer.collate([{**empty, "index": 0}, *others])
     loss = recognizer.loss_per_example(recognizer.model, batch)[0]
     assert float(loss.detach()) == 0
     assert not gradient(recognizer, loss).any()

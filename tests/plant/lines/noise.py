@@ -27,29 +27,29 @@ LINES = (
                 "indices.setdefault(parameter.device, []).append(index)",
                 """if bool(self._batch.of(parameter).any()):
                 indices.setdefault(parameter.device, []).append(index)""",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-apart]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-unfused]",
             ),
             Fault(
                 "skipped on empty batches, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
                 "noise_scale=release.noise_scale,",
                 "noise_scale=release.noise_scale if self._batch.examples else 0.0,",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-apart]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-unfused]",
             ),
             Fault(
                 "σ on the mean, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
                 "noise_scale=release.noise_scale,",
                 "noise_scale=release.noise_scale * release.divisor,",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-apart]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-unfused]",
             ),
             Fault(
                 "÷ actual batch size, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
                 "divisor=release.divisor,",
                 "divisor=max(self._batch.examples, 1),",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-apart]",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-apart]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-unfused]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-unfused]",
             ),
             Fault(
                 "twice, in the unfused step",
@@ -62,7 +62,7 @@ LINES = (
                 noise_scale=release.noise_scale,
                 divisor=1,
             )""",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-apart]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-unfused]",
             ),
             Fault(
                 "σ forgotten, in both steps",
@@ -82,8 +82,8 @@ LINES = (
             noise_scale=self._release.noise_scale,
             divisor=1,
         )""",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-sweep]",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-apart]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-fused]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-unfused]",
             ),
             Fault(
                 "skipped without a gradient, in the fused step",
@@ -94,7 +94,7 @@ LINES = (
     if not all(bool(total.any()) for total in totals):
         common["noise_scale"] = 0.0
 """,
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-sweep]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-fused]",
             ),
             Fault(
                 "skipped on empty batches, in the fused step",
@@ -105,14 +105,14 @@ LINES = (
     if not any(bool(total.any()) for total in totals):
         common["noise_scale"] = 0.0
 """,
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-sweep]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-fused]",
             ),
             Fault(
                 "σ on the mean, in the fused step",
                 "dpkernels/privacy/step/fused.py",
                 '"noise_scale": release.noise_scale,',
                 '"noise_scale": release.noise_scale * release.divisor,',
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-sweep]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-fused]",
             ),
             Fault(
                 "÷ actual batch size, in the fused step",
@@ -121,8 +121,8 @@ LINES = (
 """,
                 """            Release(self._release.noise_scale, self._release.grid, max(self._batch.examples, 1)),
 """,
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-sweep]",
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-sweep]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[four micro-batches-fused]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[empty-fused]",
             ),
             Fault(
                 "twice, in the fused step",
@@ -133,7 +133,7 @@ LINES = (
     secrets = stream.noise_secrets(part.indices, draw=draw + 1000)
     ops.noise_sums(totals, **secrets, noise_scale=release.noise_scale, divisor=1)
 """,
-                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-sweep]",
+                "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-fused]",
             ),
             Fault(
                 "a divisor that is not the expected batch size",
@@ -264,14 +264,14 @@ LINES = (
                 "dpkernels/privacy/step/optimizer.py",
                 "grid=release.grid,",
                 "grid=0.0,",
-                "tests/privacy/step/test_noise.py::test_what_is_released_lies_on_the_grid[apart]",
+                "tests/privacy/step/test_noise.py::test_what_is_released_lies_on_the_grid[unfused]",
             ),
             Fault(
                 "a release on no grid, in the fused step",
                 "dpkernels/privacy/step/fused.py",
                 '"grid": release.grid,',
                 '"grid": 0.0,',
-                "tests/privacy/step/test_noise.py::test_what_is_released_lies_on_the_grid[sweep]",
+                "tests/privacy/step/test_noise.py::test_what_is_released_lies_on_the_grid[fused]",
             ),
             Fault(
                 "a release on too fine a grid",

@@ -60,14 +60,14 @@ LINES = (
                 "**self._stream.noise_secrets(mine, draw=draw),",
                 """key=torch.Generator().manual_seed(draw).get_state()[:32].numpy().tobytes(),
                 nonces=self._stream.noise_secrets(mine, draw=draw)["nonces"],""",
-                "tests/privacy/step/test_noise.py::test_torch_seeds_do_not_touch_noise_or_sampling[apart]",
+                "tests/privacy/step/test_noise.py::test_torch_seeds_do_not_touch_noise_or_sampling[unfused]",
             ),
             Fault(
                 "noise under a known seed, in the fused step",
                 "dpkernels/privacy/rng/streams.py",
                 '"key": self._key,',
                 '"key": np.random.default_rng(draw).bytes(KEY_BYTES),',
-                "tests/privacy/step/test_noise.py::test_torch_seeds_do_not_touch_noise_or_sampling[sweep]",
+                "tests/privacy/step/test_noise.py::test_torch_seeds_do_not_touch_noise_or_sampling[fused]",
             ),
             Fault(
                 "sampling under a known seed",

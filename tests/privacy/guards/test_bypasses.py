@@ -53,7 +53,7 @@ def test_a_frozen_parameter_with_a_gradient_is_refused() -> None:
 
 def test_planted_unchecked_gradient_moves_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_module, "check_no_gradient", lambda parameters: None)
-    assert stepping_with_a_raw_gradient(private_run(model=half_frozen(), lr=1.0, apart=True)) == 1.0
+    assert stepping_with_a_raw_gradient(private_run(model=half_frozen(), lr=1.0, unfused=True)) == 1.0
 
 
 def test_the_fused_step_would_not_step_a_raw_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,14 +74,14 @@ def test_the_fused_step_equals_noise_and_then_the_optimizers_step(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     make = OPTIMIZERS[name]
-    swept, apart = a_run(make), a_run(lambda p, lr: hook_on(make(p, lr)))
+    fused, unfused = a_run(make), a_run(lambda p, lr: hook_on(make(p, lr)))
     for parts in (((0, 1, 2), (3,)), (), ((4, 5),)):
-        released = [run.release(*parts) for run in (swept, apart)]
+        released = [run.release(*parts) for run in (fused, unfused)]
         for key in released[0]:
             assert torch.equal(released[0][key], released[1][key]), f"{key}: the release differs in its bits"
-    close(swept, apart, rtol=1e-5, atol=1e-6)
+    close(fused, unfused, rtol=1e-5, atol=1e-6)
     assert caplog.text.count("hooks are registered") == 1
-    ours, theirs = swept.optimizer.state_dict(), apart.optimizer.state_dict()
+    ours, theirs = fused.optimizer.state_dict(), unfused.optimizer.state_dict()
     assert ours["param_groups"] == theirs["param_groups"]
     assert ours["state"].keys() == theirs["state"].keys()
     for number, state in ours["state"].items():

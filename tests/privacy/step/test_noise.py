@@ -72,10 +72,10 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
 @pytest.mark.parametrize("parts", BATCHES.values(), ids=BATCHES)
-def test_noise_is_sigma_on_the_sum_once_a_step(parts: tuple[tuple[int, ...], ...], apart: bool) -> None:
-    check_noise(a_fixed_run(apart=apart), *parts)
+def test_noise_is_sigma_on_the_sum_once_a_step(parts: tuple[tuple[int, ...], ...], unfused: bool) -> None:
+    check_noise(a_fixed_run(unfused=unfused), *parts)
 
 
 # --- planted faults of line 7 and 8, each with the batch that shows it; those of the fused step are in test_fused.py
@@ -153,12 +153,12 @@ def test_planted_noise_faults_are_caught(
 ) -> None:
     monkeypatch.setattr(DPOptimizer, "_noised_gradients", fault)
     with pytest.raises(AssertionError):
-        check_noise(a_fixed_run(apart=True), *BATCHES[batch])
+        check_noise(a_fixed_run(unfused=True), *BATCHES[batch])
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
-def test_planted_noise_per_micro_batch_is_caught(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = a_fixed_run(apart=apart)
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
+def test_planted_noise_per_micro_batch_is_caught(unfused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_fixed_run(unfused=unfused)
     optimizer, add = run.optimizer, run.optimizer._batch.add
 
     def noisy(records: list, factors: Tensor) -> None:
@@ -203,7 +203,7 @@ def total_before_rounding(run: Run, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 def test_noise_and_sums_are_float64_with_bf16_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = a_run(dtype=torch.bfloat16, apart=True)
+    run = a_run(dtype=torch.bfloat16, unfused=True)
     run.optimizer._release = Release(1.0, grid_of(1.0), 8)  # powers of two: bfloat16's own grid stays visible
     total = total_before_rounding(run, monkeypatch)
     assert total.dtype == torch.float64
@@ -233,7 +233,7 @@ def test_planted_bf16_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         return exact.view(total.shape).bfloat16().double()
 
     plain_noise(monkeypatch, coarse)
-    run = private_run(sigma=1.0, clip=1.0, dtype=torch.bfloat16, apart=True)
+    run = private_run(sigma=1.0, clip=1.0, dtype=torch.bfloat16, unfused=True)
     run.optimizer._release = Release(
         1.0, grid_of(1.0), 8
     )  # a power of two: bfloat16's own grid stays visible
@@ -249,10 +249,10 @@ def test_the_grid_is_a_power_of_two_far_below_the_noise(scale: float) -> None:
     assert grid_of(0.0) == 0
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
-def test_what_is_released_lies_on_the_grid(apart: bool) -> None:
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
+def test_what_is_released_lies_on_the_grid(unfused: bool) -> None:
     """Whatever the sum's own last bits: releases of two batches have the same set of possible values."""
-    run = a_run(apart=apart)
+    run = a_run(unfused=unfused)
     grid = grid_of(SIGMA * run.optimizer.sensitivity)
     for parts in (((0, 1, 2),), ()):
         for name, gradient in run.release(*parts).items():
@@ -260,10 +260,10 @@ def test_what_is_released_lies_on_the_grid(apart: bool) -> None:
             assert torch.equal(steps, steps.round()), name
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
-def test_planted_release_off_the_grid_is_caught(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
+def test_planted_release_off_the_grid_is_caught(unfused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer_module, "grid_of", lambda scale: grid_of(scale) / 2**10)
-    run = a_run(apart=apart)
+    run = a_run(unfused=unfused)
     monkeypatch.undo()
     gradient = run.release((0, 1, 2))["last.weight"]
     steps = gradient * EXPECTED / grid_of(SIGMA * run.optimizer.sensitivity)
@@ -318,11 +318,11 @@ def test_planted_keys_that_are_shared_are_caught(shared: str, monkeypatch: pytes
         check_engines_keys_are_fresh()
 
 
-def check_seeds_touch_nothing(apart: bool) -> None:
+def check_seeds_touch_nothing(unfused: bool) -> None:
     """Two runs, their global generators seeded alike once they are made (make_private seeds them anew)."""
     noise, joined = [], []
     for _ in range(2):
-        run = a_run(apart=apart)
+        run = a_run(unfused=unfused)
         torch.manual_seed(3)
         np.random.seed(3)
         random.seed(3)
@@ -332,9 +332,9 @@ def check_seeds_touch_nothing(apart: bool) -> None:
     assert joined[0] != joined[1], "a seed fixes who is sampled"
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["sweep", "apart"])
-def test_torch_seeds_do_not_touch_noise_or_sampling(apart: bool) -> None:
-    check_seeds_touch_nothing(apart)
+@pytest.mark.parametrize("unfused", [False, True], ids=["fused", "unfused"])
+def test_torch_seeds_do_not_touch_noise_or_sampling(unfused: bool) -> None:
+    check_seeds_touch_nothing(unfused)
 
 
 def test_planted_noise_of_torchs_generator_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_planted_noise_of_torchs_generator_is_caught(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SecretSeeds, "renew", lambda self: None)  # each batch is seeded anew
     monkeypatch.setattr(SecretSeeds, "replaced", lambda self: [])
     with pytest.raises(AssertionError, match="fixes the noise"):
-        check_seeds_touch_nothing(apart=True)
+        check_seeds_touch_nothing(unfused=True)
 
 
 @pytest.mark.parametrize("source", [np.random.bytes, random.randbytes, bytes_of_torch])
@@ -355,7 +355,7 @@ def test_planted_sampling_by_a_seeded_generator_is_caught(
     monkeypatch.setattr(SecretSeeds, "renew", lambda self: None)  # each batch is seeded anew
     monkeypatch.setattr(SecretSeeds, "replaced", lambda self: [])
     with pytest.raises(AssertionError, match="fixes who is sampled"):
-        check_seeds_touch_nothing(apart=False)
+        check_seeds_touch_nothing(unfused=False)
 
 
 def check_streams_distinct() -> None:
@@ -386,7 +386,7 @@ def test_planted_nonce_without_parameter_is_caught(monkeypatch: pytest.MonkeyPat
 
 
 def check_rank_streams() -> None:
-    """Under one key, what a test may fix, ranks draw apart; no shift of the counter makes one the other's."""
+    """Under one key, what a test may fix, ranks draw differently; no shift of the counter makes one the other's."""
     streams = [
         ops.chacha20_normal(4096, key=KEY, nonce=noise_module.nonce(PURPOSE_NOISE, 3, 7, rank))
         for rank in (0, 1, 2)
