@@ -177,12 +177,12 @@ def _check(row: Row, function: object, case: OpCase, limit: float) -> None:
             row.reason = "it has no sampler for this layer"
         return
     pairs = list(zip(given if isinstance(given, tuple) else [given], case.exact, strict=True))
-    error = max(_error(one, truth) for one, truth in pairs)
+    error = max(_error(value, truth) for value, truth in pairs)
     row.error = float(f"{error:.1e}")
     below = row.contender.startswith("dpkernels") and case.op.endswith("norm_sq")
     if not error <= limit:
         row.status, row.reason = WRONG, f"off by {error:.1e} (limit {limit:.0e})"
-    elif below and any(bool((one.double() < _unrounded(truth)).any()) for one, truth in pairs):
+    elif below and any(bool((value.double() < _unrounded(truth)).any()) for value, truth in pairs):
         row.status, row.reason = WRONG, "a norm below the exact one"
 
 

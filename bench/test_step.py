@@ -51,8 +51,8 @@ def test_largest_batch(bench: Bench, name: str) -> None:
 
 
 def _curve(bench: Bench, case: Case, axis: str, points: list[tuple[Case, int, int]]) -> None:
-    for one, size, frames in points:
-        bench.run("step", one, size, frames, axis=axis, rounds=3, seconds=12, with_memory=True)
+    for point_case, size, frames in points:
+        bench.run("step", point_case, size, frames, axis=axis, rounds=3, seconds=12, with_memory=True)
 
 
 @pytest.mark.parametrize("name", ["parakeet-lora"])

@@ -114,7 +114,7 @@ def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
     )
 
 
-def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recognizer:
+def _load_ctc(config: ModelConfig, architecture: Any, options: dict[str, Any]) -> Recognizer:
     if config.window_seconds is not None:
         raise ConfigError(
             f"model.window_seconds={config.window_seconds:g} is for Whisper; a CTC model takes any length: "
@@ -137,11 +137,11 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
             "needs a vocabulary, and the old one must keep its own: set new_head true and vocabulary characters "
             "(or own, the checkpoint's), or neither"
         )
-    processor = _ctc_processor(config, found)
+    processor = _ctc_processor(config, architecture)
     options |= {"new_head": config.new_head, "vocabulary": config.vocabulary}
     if config.new_head:
-        _classes_of_a_new_head(config, found, processor.tokenizer)
-    elif found.vocab_size is None:
+        _classes_of_a_new_head(config, architecture, processor.tokenizer)
+    elif architecture.vocab_size is None:
         raise ConfigError(
             f"model.name={config.name!r}: its configuration names no vocabulary, so it has no output layer: set "
             "model.new_head=true and model.vocabulary=characters"
@@ -150,37 +150,37 @@ def _load_ctc(config: ModelConfig, found: Any, options: dict[str, Any]) -> Recog
         torch.manual_seed(0)  # a public seed of the new layer's initialisation
         # Eager attention gives NaN on fully masked rows, which padding creates; sdpa does not.
         model, info = _read(
-            transformers.AutoModelForCTC, config, config=found, attn_implementation="sdpa", **_LOAD
+            transformers.AutoModelForCTC, config, config=architecture, attn_implementation="sdpa", **_LOAD
         )
         head = head_name(model)
         check_weights(config.name, model, info, head=head, new_head=config.new_head)
         if config.new_head:
             model.get_submodule(head).reset_parameters()
-    check_tokenizer(config.name, processor.tokenizer, found.vocab_size)
-    check_blank(config.name, processor.tokenizer, found.vocab_size, found.pad_token_id)
+    check_tokenizer(config.name, processor.tokenizer, architecture.vocab_size)
+    check_blank(config.name, processor.tokenizer, architecture.vocab_size, architecture.pad_token_id)
     return CTCRecognizer(_placed(model, config), processor, **options)
 
 
-def _ctc_processor(config: ModelConfig, found: Any) -> Any:
+def _ctc_processor(config: ModelConfig, architecture: Any) -> Any:
     """The checkpoint's processor, or its feature extractor with a new tokenizer for characters."""
     if config.vocabulary != "characters":
         return _read(transformers.AutoProcessor, config)
     extractor = _read(transformers.AutoFeatureExtractor, config)
-    return processor_class(found.model_type)(extractor, ctc_tokenizer(CHARACTERS, "characters"))
+    return processor_class(architecture.model_type)(extractor, ctc_tokenizer(CHARACTERS, "characters"))
 
 
-def _classes_of_a_new_head(config: ModelConfig, found: Any, tokenizer: Any) -> None:
+def _classes_of_a_new_head(config: ModelConfig, architecture: Any, tokenizer: Any) -> None:
     """Set the tokenizer's classes and blank in the model's configuration, for a new output layer.
 
     The checkpoint's own are kept if its tokenizer fits them, so that plain transformers loads the base model unchanged.
     """
     needed = classes_needed(tokenizer)
     if config.vocabulary == "characters":
-        found.vocab_size, found.pad_token_id = needed, tokenizer.pad_token_id
-    elif found.vocab_size is None or found.vocab_size < needed:
-        found.vocab_size = needed
-        if found.pad_token_id is None:
-            found.pad_token_id = tokenizer.pad_token_id
+        architecture.vocab_size, architecture.pad_token_id = needed, tokenizer.pad_token_id
+    elif architecture.vocab_size is None or architecture.vocab_size < needed:
+        architecture.vocab_size = needed
+        if architecture.pad_token_id is None:
+            architecture.pad_token_id = tokenizer.pad_token_id
 
 
 def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:

@@ -153,12 +153,12 @@ class _DryRun(Run):
         ledger = self.folder.ledger
         started = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
         self.sigma = started[0].mechanism.noise_multiplier if started else sigma_of(config, sampling)
-        found = (
+        summary = (
             f"σ = {self.sigma:g}{' (its ledger)' if started else ''}: {steps:,} steps, Poisson at rate "
             f"{sampling.sample_rate:.5f} of {sampling.units:,} {sampling.unit}s"
         )
         if self.sigma == 0:
-            return f"NOT PRIVATE, {found}: without noise ε is infinite"
+            return f"NOT PRIVATE, {summary}: without noise ε is infinite"
         spends = epsilon(
             self.sigma,
             sampling.sample_rate,
@@ -168,14 +168,14 @@ class _DryRun(Run):
             max_batch_size=privacy.max_batch_size,
             dataset_size=sampling.units,
         )
-        found += f"; would spend ε = {spends:.3f} at δ = {privacy.delta:g}"
+        summary += f"; would spend ε = {spends:.3f} at δ = {privacy.delta:g}"
         if privacy.epsilon is not None:
-            found += f", target {privacy.epsilon:g}"
+            summary += f", target {privacy.epsilon:g}"
             if spends > privacy.epsilon:
-                found += ": it would stop early"
+                summary += ": it would stop early"
         if privacy.delta * sampling.units >= 1:
-            found += f"\nWARNING: δ is not below 1 / {sampling.units:,}: such a δ would allow publishing one of them"
-        return found
+            summary += f"\nWARNING: δ is not below 1 / {sampling.units:,}: such a δ would allow publishing one of them"
+        return summary
 
     @as_config_error()
     def memory(self) -> str:
@@ -204,14 +204,14 @@ class _DryRun(Run):
             (peak.micro_batch, f"micro-batch of {width} × {speech.longest:.1f} s{recomputed}"),
         )
         listed = " + ".join(f"{size(part)} {name}" for part, name in parts)
-        found = f"predicted peak {size(peak.total)} ({listed}) of the {size(available)} of {device}"
+        prediction = f"predicted peak {size(peak.total)} ({listed}) of the {size(available)} of {device}"
         if peak.total > MARGIN * available:
             raise ConfigError(
-                f"{found}, of which {MARGIN:.0%} can be used: lower train.physical_batch_size, or choose a method that "
-                "trains less; "
+                f"{prediction}, of which {MARGIN:.0%} can be used: lower train.physical_batch_size, or choose a method "
+                "that trains less; "
                 f"`asr-finetune plan --config ... --gpu-memory {available / 2**30:.0f}` finds one that fits"
             )
-        return found
+        return prediction
 
     def gradients(self) -> str:
         super().gradients()

@@ -75,9 +75,9 @@ def generated(folder: Path, count: int) -> Corpus:
     for index, seconds in enumerate(librispeech_like_seconds(count)):
         path = folder / f"{index}.flac"
         soundfile.write(path, speech_like(float(seconds), index), RATE)
-        own = soundfile.info(str(path))
+        header = soundfile.info(str(path))
         utterances.append(
-            Utterance(str(index), path, None, None, "some words", None, own.frames / own.samplerate)
+            Utterance(str(index), path, None, None, "some words", None, header.frames / header.samplerate)
         )
     return Corpus(utterances)
 
@@ -95,16 +95,19 @@ def padding(seconds: np.ndarray, batch: int, width: int, draws: int = 20) -> dic
         "by length": lambda drawn: micro_batches(drawn, width, frames),
         "by length, frame budget": lambda drawn: micro_batches(drawn, batch, frames, budget),
     }
-    padded, parts, own = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0), 0
+    padded, parts, unpadded = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0), 0
     for _ in range(draws):
         drawn = np.flatnonzero(random.random(len(frames)) < min(batch / len(frames), 1.0))
-        own += int(frames[drawn].sum())
+        unpadded += int(frames[drawn].sum())
         for name, split in splits.items():
             batches = split(drawn)
             parts[name] += len(batches)
             padded[name] += sum(len(part) * int(frames[part].max()) for part in batches)
     return {
-        name: {"padding": round(1 - own / padded[name], 4), "micro_batches": round(parts[name] / draws, 1)}
+        name: {
+            "padding": round(1 - unpadded / padded[name], 4),
+            "micro_batches": round(parts[name] / draws, 1),
+        }
         for name in splits
     }
 

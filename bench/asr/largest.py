@@ -95,11 +95,11 @@ def of(steps: Steps, step: float) -> Entry:
         return {"reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     cost = (peaks[1] - peaks[0]) / (_SMALL[1] - _SMALL[0])
     room = torch.cuda.mem_get_info()[1] - peaks[1]
-    found = largest(steps.fits, _SMALL[1] + int(0.97 * room / cost), step)
+    largest_size = largest(steps.fits, _SMALL[1] + int(0.97 * room / cost), step)
     return {
-        "largest": found,
-        "seconds": steps.seconds.get(found),
-        "rate": round(found / steps.seconds[found], 1) if found else None,
+        "largest": largest_size,
+        "seconds": steps.seconds.get(largest_size),
+        "rate": round(largest_size / steps.seconds[largest_size], 1) if largest_size else None,
         "bytes_an_utterance": round(cost),
     }
 

@@ -45,9 +45,9 @@ def _figures(row: Mapping[str, Any], rows: Rows) -> str:
 def estimate(row: Mapping[str, Any], rows: Rows) -> float | None:
     """Hours of a recipe that was not run: those of Parakeet's with the same method, at the same FLOPs a second."""
     like = row["recipe"].replace("wav2vec2_bert", "parakeet")
-    for one in rows:
-        if (one["recipe"], one["dtype"]) == (like, row["dtype"]) and "hours" in one:
-            return float(one["hours"] * row["flops"] / one["flops"])
+    for other in rows:
+        if (other["recipe"], other["dtype"]) == (like, row["dtype"]) and "hours" in other:
+            return float(other["hours"] * row["flops"] / other["flops"])
     return None
 
 

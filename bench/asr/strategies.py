@@ -60,7 +60,7 @@ def cpu_seconds(
                     taken[way].append(time.process_time() - began)
                 optimizer.step()
                 optimizer.zero_grad()
-    return {way: statistics.median(found[1:]) for way, found in taken.items()}
+    return {way: statistics.median(seconds[1:]) for way, seconds in taken.items()}
 
 
 def rows(case: Case, size: int, frames: int, rounds: int) -> list[dict[str, Any]]:

@@ -177,8 +177,10 @@ def _ctc_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """−ln p(labels | audio) a frame; the blank is the last class, every utterance fills its frames."""
     size, frames, classes = logits.shape
     log_probs = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
-    whole, own = (frames,) * size, (labels.shape[1],) * size
-    losses = F.ctc_loss(log_probs.transpose(0, 1), labels, whole, own, blank=classes - 1, reduction="none")
+    frame_counts, label_counts = (frames,) * size, (labels.shape[1],) * size
+    losses = F.ctc_loss(
+        log_probs.transpose(0, 1), labels, frame_counts, label_counts, blank=classes - 1, reduction="none"
+    )
     return losses / frames
 
 

@@ -172,7 +172,7 @@ class Maker:
         )
         factors = self._factors(size)
         flops = 2.0 * size * frames * p * d
-        with_factors = [(*one, factors) for one in sets]
+        with_factors = [(*tensors, factors) for tensors in sets]
         yield self._sum("linear_weighted_sum", shape, with_factors, (self._out(p, d),), weighted, flops)
 
     def _lora(self, size: int, frames: int, d: int, p: int) -> Iterator[OpCase]:
@@ -197,7 +197,9 @@ class Maker:
             layers=lambda a: [(of_a, a[0], a[3]), (of_b, a[1], a[2])],
         )
         factors, outs = self._factors(size), (self._out(RANK, d), self._out(p, RANK))
-        yield self._sum("lora_weighted_sum", shape, [(*one, factors) for one in sets], outs, weighted, flops)
+        yield self._sum(
+            "lora_weighted_sum", shape, [(*tensors, factors) for tensors in sets], outs, weighted, flops
+        )
 
     def _small(self, size: int, frames: int, p: int) -> Iterator[OpCase]:
         shape = {"B": size, "T": frames, "p": p}
@@ -217,7 +219,7 @@ class Maker:
             entries,
             layers=lambda a: [(bias, a[0][..., :1], a[0])],
         )
-        with_factors = [(*one, factors) for one in sets]
+        with_factors = [(*tensors, factors) for tensors in sets]
         yield self._sum(
             "bias_weighted_sum",
             shape,
@@ -237,7 +239,7 @@ class Maker:
         yield self._sum(
             "layer_norm_weighted_sum",
             shape,
-            [(*one, factors) for one in pairs],
+            [(*tensors, factors) for tensors in pairs],
             (out,),
             lambda x, g, c: (c.to(g.dtype) @ (x * g).sum(1),),
             2 * entries,
@@ -270,7 +272,7 @@ class Maker:
             entries,
             layers=lambda a: [(table, a[0], a[1])],
         )
-        with_factors = [(*one, factors) for one in sets]
+        with_factors = [(*tensors, factors) for tensors in sets]
         outs = (self._out(VOCABULARY, p),)
         yield self._sum("embedding_weighted_sum", shape, with_factors, outs, weighted, entries)
 
@@ -301,7 +303,7 @@ class Maker:
             padding=pad,
         )
         factors, outs = self._factors(size), (self._out(channels, 1, TAPS),)
-        with_factors = [(*one, factors) for one in sets]
+        with_factors = [(*tensors, factors) for tensors in sets]
         yield self._sum(
             "depthwise_conv1d_weighted_sum", shape, with_factors, outs, weighted, flops, padding=pad
         )
@@ -333,11 +335,11 @@ class Maker:
                 ops.lora_weighted_sum(*layer.tensors, factors, *layer.outs, scaling=1.0)
 
         def plain(layers: list[GroupedLayer], factors: Tensor) -> tuple[Tensor, ...]:
-            c, found = factors[:, None, None], []
+            c, sums = factors[:, None, None], []
             for x, h, g, dh in (layer.tensors for layer in layers):
-                found.append((dh * c.to(dh.dtype)).flatten(0, 1).T @ x.flatten(0, 1))
-                found.append(g.flatten(0, 1).T @ (h * c.to(h.dtype)).flatten(0, 1))
-            return tuple(found)
+                sums.append((dh * c.to(dh.dtype)).flatten(0, 1).T @ x.flatten(0, 1))
+                sums.append(g.flatten(0, 1).T @ (h * c.to(h.dtype)).flatten(0, 1))
+            return tuple(sums)
 
         contenders: dict[str, Callable[..., Any]] = {
             f"dpkernels {name}": fresh(function) for name, function in self._backends("weighted_sums").items()
@@ -365,14 +367,14 @@ def _opacus(
 
     def ghost(*arguments: Any) -> tuple[Tensor, ...]:
         samplers = GradSampleModuleFastGradientClipping.NORM_SAMPLERS
-        found = [samplers[type(layer)](layer, [x], g) for layer, x, g in layers(arguments)]
-        return tuple(next(iter(norms.values())).square() for norms in found)
+        samples = [samplers[type(layer)](layer, [x], g) for layer, x, g in layers(arguments)]
+        return tuple(next(iter(norms.values())).square() for norms in samples)
 
     def hooks(*arguments: Any) -> tuple[Tensor, ...]:
         samplers = GradSampleModule.GRAD_SAMPLERS
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = [samplers[type(layer)](layer, [x], g) for layer, x, g in layers(arguments)]
-        return tuple(next(iter(gradients.values())).flatten(1).square().sum(1) for gradients in found)
+            samples = [samplers[type(layer)](layer, [x], g) for layer, x, g in layers(arguments)]
+        return tuple(next(iter(gradients.values())).flatten(1).square().sum(1) for gradients in samples)
 
     return {OPACUS_GHOST: ghost, OPACUS_HOOKS: hooks}

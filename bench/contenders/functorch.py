@@ -23,10 +23,10 @@ class PerSample(Contender):
         frozen |= {n: b.detach() for n, b in model.named_buffers()}
 
         def loss(parameters: dict[str, Tensor], example: Batch) -> Tensor:
-            one = {name: value.unsqueeze(0) for name, value in example.items()}
-            inputs = {name: value for name, value in one.items() if name != "labels"}
+            micro_batch = {name: value.unsqueeze(0) for name, value in example.items()}
+            inputs = {name: value for name, value in micro_batch.items() if name != "labels"}
             logits = functional_call(model, {**parameters, **frozen}, (), inputs).logits
-            return case.losses(logits, one["labels"]).sum()
+            return case.losses(logits, micro_batch["labels"]).sum()
 
         self._gradients = vmap(grad(loss), in_dims=(None, 0), randomness="error")
 

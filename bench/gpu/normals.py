@@ -85,7 +85,7 @@ class Sums:
         self.columns += z.shape[1]
         wide, wider = square.reshape(-1), cube.reshape(-1)
         fourth = wide * wide
-        one = torch.stack(
+        powers = torch.stack(
             (
                 flat.sum(),
                 wide.sum(),
@@ -97,7 +97,7 @@ class Sums:
                 fourth @ fourth,
             )
         )
-        self._add("powers", one)
+        self._add("powers", powers)
         del wider, cube, fourth
         cell = ((flat + REACH) * PER_UNIT).clamp_(0, 2 * REACH * PER_UNIT - 1).nan_to_num_(0).int()
         self._add("bins", torch.bincount(cell, minlength=2 * REACH * PER_UNIT))
@@ -155,10 +155,10 @@ def figures(sums: Sums) -> list[Figure]:
     """Everything that is judged."""
     n = sums.draws
     kept = {name: value.cpu() for name, value in sums.kept.items()}
-    found = []
+    judged = []
     for power, (mean, variance) in enumerate(MOMENTS, start=1):
         off = float(kept["powers"][power - 1]) / n - mean
-        found.append(Figure(f"moment {power}", off / math.sqrt(variance / n), SINGLE))
+        judged.append(Figure(f"moment {power}", off / math.sqrt(variance / n), SINGLE))
 
     below = kept["bins"].cumsum(0)
     edges = torch.arange(1, len(below), dtype=torch.float64) / PER_UNIT - REACH
@@ -167,7 +167,7 @@ def figures(sums: Sums) -> list[Figure]:
     # Kolmogorov's limit law; over bins the distance is at most that over all draws.
     tail = 2 * sum((-1) ** (j - 1) * math.exp(-2 * j * j * distance * distance) for j in range(1, 101))
     tail = 1.0 if distance < 0.2 else min(1.0, tail)
-    found.append(Figure("Kolmogorov-Smirnov", tail, UNLIKELY, "probability"))
+    judged.append(Figure("Kolmogorov-Smirnov", tail, UNLIKELY, "probability"))
     expected = n * torch.diff(cdf, prepend=torch.zeros(1).double(), append=torch.ones(1).double())
     common = expected >= 20
     counts = torch.cat((kept["bins"][common], kept["bins"][~common].sum()[None])).double()
@@ -176,11 +176,11 @@ def figures(sums: Sums) -> list[Figure]:
     statistic = ((counts - means).square() / means)[filled].sum()
     freedom = torch.tensor(float(filled.sum()) - 1, dtype=torch.float64)
     chance = float(torch.special.gammaincc(freedom / 2, statistic / 2))
-    found.append(Figure(f"chi-square of {int(filled.sum())} bins", chance, UNLIKELY, "probability"))
+    judged.append(Figure(f"chi-square of {int(filled.sum())} bins", chance, UNLIKELY, "probability"))
     for side in ("lower", "upper"):
         for cut, count in zip(TAILS, kept[side].tolist(), strict=True):
             mean = n * math.erfc(cut / math.sqrt(2)) / 2
-            found.append(
+            judged.append(
                 Figure(
                     f"{side} tail beyond {cut}: {count} for {mean:.1f}",
                     of_poisson(count, mean),
@@ -190,20 +190,24 @@ def figures(sums: Sums) -> list[Figure]:
             )
 
     for lag, pairs in sums.pairs.items():
-        found.append(Figure(f"lag {lag}", float(kept[f"lag {lag}"]) / math.sqrt(pairs), SINGLE))
+        judged.append(Figure(f"lag {lag}", float(kept[f"lag {lag}"]) / math.sqrt(pairs), SINGLE))
     for name, deviation in (("", 1.0), ("squares of ", 2.0)):
         lanes = kept[f"{name}lanes"] / (deviation * math.sqrt(sums.rows))
         apart = ~torch.eye(LANES, dtype=torch.bool)
-        found.append(Figure(f"{name}lanes, largest of 8,128", float(lanes[apart].abs().max()), OF_MANY))
+        judged.append(Figure(f"{name}lanes, largest of 8,128", float(lanes[apart].abs().max()), OF_MANY))
         # Each lane has the variance of the whole: E z² = 1, E (z² - 1)² = 2; their variances are 2 and 56.
-        own = (lanes.diagonal() - math.sqrt(sums.rows)) * deviation / math.sqrt(2 if name == "" else 56)
-        found.append(Figure(f"variance of {name}lanes, largest of 128", float(own.abs().max()), OF_MANY))
+        lane_variances = (
+            (lanes.diagonal() - math.sqrt(sums.rows)) * deviation / math.sqrt(2 if name == "" else 56)
+        )
+        judged.append(
+            Figure(f"variance of {name}lanes, largest of 128", float(lane_variances.abs().max()), OF_MANY)
+        )
         streams = kept[f"{name}streams"] / (deviation * math.sqrt(sums.columns))
         for i in range(len(STREAMS)):
             for j in range(i):
                 title = f"{name}streams: {STREAMS[j]}; {STREAMS[i]}"
-                found.append(Figure(title, float(streams[i, j]), SINGLE))
-    return found
+                judged.append(Figure(title, float(streams[i, j]), SINGLE))
+    return judged
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

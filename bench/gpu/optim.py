@@ -56,10 +56,10 @@ def in_turns(
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 2):
         for name, function in contenders.items():
-            one = measure(function)
+            duration = measure(function)
             if turn >= 2:
-                taken[name].append(one)
-    return {name: Samples(tuple(own)) for name, own in taken.items()}
+                taken[name].append(duration)
+    return {name: Samples(tuple(durations)) for name, durations in taken.items()}
 
 
 class Buffers:
@@ -106,14 +106,16 @@ def awkward(device: str, dtype: torch.dtype, most: int = 300_032) -> Buffers:
         tensors = []
         counts = [c for c in (1, 255, 256, 257, 1024, 5000, 70_001, 300_032) if c <= most]
         for count in (*counts, 4099):
-            one = torch.randn(count + 3, generator=generator, dtype=torch.float64)
+            entries = torch.randn(count + 3, generator=generator, dtype=torch.float64)
             if name == "seconds":
-                one = one.square() * 10.0 ** torch.randint(-44, 36, one.shape, generator=generator)
+                entries = entries.square() * 10.0 ** torch.randint(
+                    -44, 36, entries.shape, generator=generator
+                )
             elif name != "params":
                 powers = (-44, 20) if name == "firsts" else (-40, 16)
-                one = one * 10.0 ** torch.randint(*powers, one.shape, generator=generator)
+                entries = entries * 10.0 ** torch.randint(*powers, entries.shape, generator=generator)
             kept = {"params": dtype, "sums": torch.float64}.get(name, torch.float32)
-            values = one.to(kept).to(device)
+            values = entries.to(kept).to(device)
             tensors.append(values[3:] if count == 4099 else values[:count].clone())
         setattr(buffers, name, tensors)
     buffers.retable()

@@ -21,14 +21,14 @@ def random_rows(
 
     spread, signed = (13 * uniform(1)).floor(), uniform(1) < 0.5
 
-    def one() -> Tensor:
+    def matrix() -> Tensor:
         values = (1 + uniform()) * torch.exp2(-(uniform() * spread).round())
         values = torch.where(signed & (uniform() < 0.5), -values, values)
         if tiny:
             values = torch.where(uniform() < 0.2, values * torch.finfo(dtype).smallest_normal / 2, values)
         return values.to(dtype)
 
-    return one(), one()
+    return matrix(), matrix()
 
 
 def ratio(dots: Dots, a: Tensor, b: Tensor, bound: float) -> Tensor:

@@ -298,15 +298,15 @@ def of_this_gpu(cases: Iterable[tuple[torch.dtype, int, int]] = CASES) -> list[F
     from dpkernels.backends.triton_ops import launching, tensor_cores
 
     assumed = bounds.tensor_core(launching.architecture(torch.device("cuda")))
-    found = []
+    experiments = []
     for dtype, chain, rows in cases:
 
         def dots(a: Tensor, b: Tensor, rows: int = rows) -> Tensor:
             return tensor_cores.row_products_of(a, b, rows)
 
         name = tensor_cores.instruction(dtype, chain, rows)
-        found.append(measure(dots, dtype, chain, assumed, instruction=name, device="cuda"))
-    return found
+        experiments.append(measure(dots, dtype, chain, assumed, instruction=name, device="cuda"))
+    return experiments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -325,25 +325,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         architecture = given.architecture or 0
         assumed = bounds.tensor_core(architecture)
         report = {"about": {"device": f"model of {block} products, {extra} extra bits"}}
-        found = [
+        experiments = [
             measure(Model(block, extra), dtype, 64, assumed, rows=200, rounds=20)
             for dtype in (torch.bfloat16, torch.float16)
         ]
     elif torch.cuda.is_available():
         architecture = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-        assumed, found = bounds.tensor_core(architecture), of_this_gpu()
+        assumed, experiments = bounds.tensor_core(architecture), of_this_gpu()
         report = {"about": machine.about("cuda")}
     else:
         print("no GPU here; fix: run this on a machine with one, or give --model", file=sys.stderr)
         return 2
-    faults = [fault for one in found for fault in one.faults(assumed)]
+    faults = [fault for experiment in experiments for fault in experiment.faults(assumed)]
     report |= {
         "architecture": architecture,
         "assumed": asdict(assumed) | {"roundings": assumed.roundings},
         "faults": faults,
     }
     head = json.dumps(report, indent=1, ensure_ascii=False).removesuffix("\n}")
-    lines = ",\n  ".join(json.dumps(asdict(one), ensure_ascii=False) for one in found)
+    lines = ",\n  ".join(json.dumps(asdict(experiment), ensure_ascii=False) for experiment in experiments)
     text = f'{head},\n "found": [\n  {lines}\n ]\n}}'
     print(text)
     if given.output is None and not given.model:

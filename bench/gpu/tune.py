@@ -162,13 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for config in fit:
                 use(name, config)
                 rows.append(row(name, shape, config, median_seconds(calls.call, name), ceilings))
-            for one in rows[first:]:
-                figures = f"{one.microseconds} µs, {one.share:.0%}"
-                print(f"{one.kernel} {one.shape}: {one.config}: {figures}", flush=True)
+            for entry in rows[first:]:
+                figures = f"{entry.microseconds} µs, {entry.share:.0%}"
+                print(f"{entry.kernel} {entry.shape}: {entry.config}: {figures}", flush=True)
     about = machine.about("cuda")
     folder = (options.output or Path(os.environ.get("OUT", "bench/results"))) / about["slug"]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(asdict(one)) for one in rows)
+    lines = ",\n".join(json.dumps(asdict(entry)) for entry in rows)
     head = about | {"ceilings": asdict(ceilings)}
     (folder / "tune.json").write_text(
         f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8"

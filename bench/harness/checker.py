@@ -35,10 +35,10 @@ def one_by_one(case: Case, model: nn.Module, batch: Batch) -> list[dict[str, Ten
     parameters = trained(wide)
     rows = []
     for i in range(len(batch["labels"])):
-        one = {
+        example = {
             n: (v[i : i + 1].double() if v.is_floating_point() else v[i : i + 1]) for n, v in batch.items()
         }
-        loss = case.losses(forward(wide, one), one["labels"]).sum()
+        loss = case.losses(forward(wide, example), example["labels"]).sum()
         rows.append(dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)))
     return rows
 

@@ -204,6 +204,6 @@ class Bench:
             extra_info={name: value for name, value in info.items() if value is not None},
         )
         stats = Metadata(entry, iterations=1, options={"rounds": len(samples.seconds), "interleaved": True})
-        for one in samples.seconds:
-            stats.update(one)
+        for duration in samples.seconds:
+            stats.update(duration)
         session.benchmarks.append(stats)

@@ -109,14 +109,14 @@ def interleave(
                 break
             for name, runner in runners.items():
                 runner.prepare()
-                one = measure(runner.step)
-                taken[name].append(one)
-                spent += one
+                duration = measure(runner.step)
+                taken[name].append(duration)
+                spent += duration
             gc.collect(0)
     finally:
         if was_enabled:
             gc.enable()
-    return {name: Samples(tuple(own)) for name, own in taken.items()}
+    return {name: Samples(tuple(durations)) for name, durations in taken.items()}
 
 
 @dataclass

@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         table.save(verdicts)
         table.PAGE.write_text(table.page(*table.load()), encoding="utf-8")
-    for method, found in table.counts(verdicts).items():
-        print(method, found)
+    for method, by_status in table.counts(verdicts).items():
+        print(method, by_status)
     return int(bool(table.faults(verdicts)))
 
 

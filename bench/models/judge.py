@@ -174,17 +174,17 @@ def largest_error(model: nn.Module, entry: Entry, batch: Batch) -> tuple[float, 
         raise AssertionError(f"norms of the plain gradients: {exact.tolist()}; nothing would be shown")
     with naming(model):
         found_losses, norms, sums = run_private(copy.deepcopy(model), entry, batch)
-    found = [(float((found_losses - losses).abs().max() / losses.abs().max().clamp(min=1e-3)), "the losses")]
+    errors = [(float((found_losses - losses).abs().max() / losses.abs().max().clamp(min=1e-3)), "the losses")]
     short = ((exact - norms) / exact.clamp(min=1e-6)).max()
-    found.append((float(short.clamp(min=0)), "a norm that is too small"))
+    errors.append((float(short.clamp(min=0)), "a norm that is too small"))
     excess = ((norms - exact) / exact.clamp(min=1e-6)).max()
-    found.append((float((excess - LOOSE_NORM).clamp(min=0)), "a norm that is too large"))
+    errors.append((float((excess - LOOSE_NORM).clamp(min=0)), "a norm that is too large"))
     for name, want in expected.items():
         error = (sums[name] - want).reshape(len(want), -1).norm(dim=1)
         # A parameter whose gradient is 0 but for rounding is held to the whole gradient.
         scale = squares[name].sqrt() + 1e-2 * exact + 1e-12
-        found.append((float((error / scale).max()), f"the gradient of {name}"))
-    return max(found, key=lambda item: float("inf") if item[0] != item[0] else item[0])
+        errors.append((float((error / scale).max()), f"the gradient of {name}"))
+    return max(errors, key=lambda item: float("inf") if item[0] != item[0] else item[0])
 
 
 def one_by_one(model: nn.Module, entry: Entry, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -81,9 +81,9 @@ def page(of: dict[str, str], verdicts: list[Verdict]) -> str:
     for verdict in verdicts:
         both.setdefault((verdict.kind, verdict.name, verdict.library), {})[verdict.method] = verdict
     summary = ["| | models | right | refused | wrong | error |", "|---|---|---|---|---|---|"]
-    for method, found in counts(verdicts).items():
+    for method, by_status in counts(verdicts).items():
         title = {"all": "all parameters", "lora": "LoRA"}[method]
-        cells = [sum(found.values()), *(found[status] for status in (RIGHT, REFUSED, WRONG, ERROR))]
+        cells = [sum(by_status.values()), *(by_status[status] for status in (RIGHT, REFUSED, WRONG, ERROR))]
         summary.append(f"| {title} | " + " | ".join(map(str, cells)) + " |")
     releases = ", ".join(f"{package} {version}" for package, version in of.items() if version != "none")
     text = TEXT.format(
@@ -93,10 +93,10 @@ def page(of: dict[str, str], verdicts: list[Verdict]) -> str:
     reasons: list[str] = []
     for kind in kinds:
         text += f"\n## {kind[0].upper()}{kind[1:]}\n\n| model | library | all parameters | LoRA |\n|---|---|---|---|\n"
-        for (of_kind, name, library), found in both.items():
+        for (of_kind, name, library), by_method in both.items():
             if of_kind == kind:
-                mark = " †" if any(v.frozen_norms for v in found.values()) else ""
-                cells = [_cell(found.get(method), reasons) for method in METHODS]
+                mark = " †" if any(v.frozen_norms for v in by_method.values()) else ""
+                cells = [_cell(by_method.get(method), reasons) for method in METHODS]
                 text += f"| {name}{mark} | {library} | {cells[0]} | {cells[1]} |\n"
     if reasons:
         text += "\n## What the refusals say\n\n"

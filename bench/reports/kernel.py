@@ -30,9 +30,9 @@ def fused_step(saved: Saved) -> str:
         "contender must move."
     )
     rows = []
-    for size, found in sorted(saved["sweeps"].items(), key=lambda item: int(item[0])):
-        base = found.get(NON_PRIVATE)
-        for i, (name, row) in enumerate(found.items()):
+    for size, by_contender in sorted(saved["sweeps"].items(), key=lambda item: int(item[0])):
+        base = by_contender.get(NON_PRIVATE)
+        for i, (name, row) in enumerate(by_contender.items()):
             cells = [
                 f"{row['queued'] * 1e3:.3f} ± {row['iqr'] / 2 * 1e3:.3f}",
                 f"{row['bytes'] / row['queued'] / copy:.1%}",
@@ -157,7 +157,7 @@ def tensor_cores(saved: Saved) -> str:
         if saved["faults"]
         else "as assumed or finer"
     )
-    worst = max(one["worst"] for one in saved["found"])
+    worst = max(experiment["worst"] for experiment in saved["found"])
     return (
         f"Tensor cores of {saved['about']['device']} ({_origin(saved)}), {len(saved['found'])} experiments: {verdict} "
         f"(blocks of {assumed['block']} products, {assumed['extra']} extra bits, {assumed['roundings']:.2f} roundings "

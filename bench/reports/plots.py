@@ -74,20 +74,20 @@ def _style() -> Iterator[None]:
 def draw(results: Iterable[Results], folder: Path) -> list[Path]:
     """Every plot that the results have points for; the paths written."""
     written = []
-    for one in results:
-        slug = one.about["slug"]
-        if one.group == "step":
+    for result in results:
+        slug = result.about["slug"]
+        if result.group == "step":
             for axis in ("T", "batch", "rank"):
-                rows = [row for row in one.rows if row.axis == axis]
+                rows = [row for row in result.rows if row.axis == axis]
                 for quantity in ("median_ms", "peak_mib"):
                     figure = curve(rows, axis, quantity)
                     if figure is not None:
                         what = "time" if quantity == "median_ms" else "memory"
                         written += _save(figure, folder / f"{slug}-{what}-over-{axis}")
-        if one.group in ("step", "model"):
-            figure = ratios([row for row in one.rows if row.axis is None], _subtitle(one))
+        if result.group in ("step", "model"):
+            figure = ratios([row for row in result.rows if row.axis is None], _subtitle(result))
             if figure is not None:
-                written += _save(figure, folder / f"{slug}-{one.group}-ratios")
+                written += _save(figure, folder / f"{slug}-{result.group}-ratios")
     return written
 
 
@@ -145,7 +145,9 @@ def ratios(rows: Sequence[Row], subtitle: str) -> Figure | None:
         pairs = list(cases.items())
         lines = [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
         # Side by side the same contenders; a line of panels has no place for one that was not run in it.
-        names = [list(dict.fromkeys(row.contender for _, own in line for row in own)) for line in lines]
+        names = [
+            list(dict.fromkeys(row.contender for _, case_rows in line for row in case_rows)) for line in lines
+        ]
         heights = [0.3 * len(each) + 0.55 for each in names]
         figure = Figure(figsize=(7.2, 0.55 + sum(heights)), layout="constrained")
         panels = figure.subplots(
@@ -157,8 +159,8 @@ def ratios(rows: Sequence[Row], subtitle: str) -> Figure | None:
             height_ratios=[len(each) for each in names],
         )
         highest = max(row.ratio for row in rows if row.ratio is not None)
-        for place, (title, own) in enumerate(pairs):
-            _panel(panels.flat[place], title, names[place // 2], own)
+        for place, (title, case_rows) in enumerate(pairs):
+            _panel(panels.flat[place], title, names[place // 2], case_rows)
             panels.flat[place].set_xlim(0, 1.18 * highest)
         for axes in list(panels.flat)[len(cases) :]:
             axes.set_visible(False)
@@ -171,7 +173,7 @@ def _panel(axes: Axes, title: str, names: Sequence[str], panel_rows: Sequence[Ro
     axes.set_title(title)
     axes.axvline(1.0, color="#595959", linewidth=1.0, linestyle=(0, (1, 1.5)))
     for place, name in enumerate(names):
-        _bar(axes, place, name, next((one for one in panel_rows if one.contender == name), None))
+        _bar(axes, place, name, next((row for row in panel_rows if row.contender == name), None))
     axes.set_yticks(range(len(names)), names)
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text().startswith("dpkernels") else "normal")
@@ -222,11 +224,11 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, flo
     to_points = 72 / figure.dpi
     ends = sorted(ends, key=lambda end: end[2])
     heights = [float(axes.transData.transform((x, y))[1]) * to_points for _, x, y, _ in ends]
-    for (name, x, y, color), own, height in zip(ends, heights, spread(heights, 11.5), strict=True):
+    for (name, x, y, color), end_height, height in zip(ends, heights, spread(heights, 11.5), strict=True):
         axes.annotate(
             name,
             (x, y),
-            xytext=(9, height - own),
+            xytext=(9, height - end_height),
             textcoords="offset points",
             color=color,
             fontsize=8.5,

@@ -57,7 +57,7 @@ def of_case(case: Case, size: int, frames: int, *, steps: int) -> dict[str, dict
             for row in taken.key_averages():
                 kind = kind_of(row.key)
                 times[kind] = times.get(kind, 0.0) + row.self_cpu_time_total / 1e3 / steps
-        profiles[name] = {kind: round(ms, 2) for kind, ms in sorted(times.items(), key=lambda one: -one[1])}
+        profiles[name] = {kind: round(ms, 2) for kind, ms in sorted(times.items(), key=lambda item: -item[1])}
     return profiles
 
 
@@ -85,11 +85,11 @@ def markdown(saved: Mapping[str, Any]) -> str:
         f"Where the time goes, {saved['about']['device']}, {saved['shape']}: self times by torch's profiler, ms a "
         f"step (profiling adds some; commit {saved['about']['commit']}, {saved['about']['date'][:10]})."
     ]
-    for name, found in saved["cases"].items():
-        kinds = dict.fromkeys(kind for times in found.values() for kind in times)
-        lines = [f"| {CASES[name].title} | " + " | ".join(found) + " |", "|---|" + "--:|" * len(found)]
+    for name, profiles in saved["cases"].items():
+        kinds = dict.fromkeys(kind for times in profiles.values() for kind in times)
+        lines = [f"| {CASES[name].title} | " + " | ".join(profiles) + " |", "|---|" + "--:|" * len(profiles)]
         for kind in kinds:
-            cells = (f"{times[kind]:.0f}" if kind in times else "" for times in found.values())
+            cells = (f"{times[kind]:.0f}" if kind in times else "" for times in profiles.values())
             lines.append(f"| {kind} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

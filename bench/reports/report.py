@@ -28,7 +28,7 @@ def found(folder: Path, device: str | None = None) -> list[Results]:
     """All results under a folder (of one device), in the order of the groups."""
     paths = sorted(folder.glob(f"{device or '*'}/*.json"))
     results = [load(path) for path in paths if path.stem in GROUPS]
-    return sorted(results, key=lambda one: (one.about["slug"], GROUPS.index(one.group)))
+    return sorted(results, key=lambda result: (result.about["slug"], GROUPS.index(result.group)))
 
 
 def replace_section(text: str, section: str) -> str:
@@ -47,9 +47,9 @@ def replace_section(text: str, section: str) -> str:
 def targets(all_results: Sequence[Results]) -> list[str]:
     """The stated targets of a step at T = 150 on a CPU, each with what was measured and whether it is met."""
     lines = []
-    for one in all_results:
-        for row in main_rows(one):
-            if one.group != "step" or not row.contender.startswith("dpkernels") or row.status != OK:
+    for result in all_results:
+        for row in main_rows(result):
+            if result.group != "step" or not row.contender.startswith("dpkernels") or row.status != OK:
                 continue
             lora = "r" in row.shape
             wanted = [("time, × non-private", row.ratio, 1.10 if lora else 1.25, False)]
@@ -62,7 +62,7 @@ def targets(all_results: Sequence[Results]) -> list[str]:
                     continue
                 met = value >= limit if more else value <= limit
                 words = f"{row.title}: {what} {value:.2f} ({'≥' if more else '≤'} {limit})"
-                lines.append(f"{'met   ' if met else 'MISSED'} {one.about['slug']}: {words}")
+                lines.append(f"{'met   ' if met else 'MISSED'} {result.about['slug']}: {words}")
     return lines
 
 

@@ -23,26 +23,34 @@ def main_rows(results: Results) -> list[Row]:
 
 def largest_batches(results: Iterable[Results]) -> dict[tuple[str, str], Row]:
     """(case, contender) -> the row that holds its largest batch."""
-    return {(r.case, r.contender): r for one in results for r in one.rows if r.largest_batch is not None}
+    return {
+        (r.case, r.contender): r for result in results for r in result.rows if r.largest_batch is not None
+    }
 
 
 def markdown(all_results: Sequence[Results]) -> str:
     """For each device a line that says what it is, and a table of all contenders."""
     parts = []
-    for own, rows in _by_device(all_results):
+    for device_results, rows in _by_device(all_results):
         units = (
             " A whole optimizer step: forward, backward, clip, noise, AdamW. Time: median ± half the interquartile "
             "range. × non-private: smaller is better; faster than Opacus: larger is better. Memory: peak of the step "
             "beyond model and batch."
         )
-        parts += [_header(own) + units, _table(rows), *_notes(rows), *_not_run(rows), *_batches(own)]
+        parts += [
+            _header(device_results) + units,
+            _table(rows),
+            *_notes(rows),
+            *_not_run(rows),
+            *_batches(device_results),
+        ]
     return "\n\n".join(parts)
 
 
 def summary(all_results: Sequence[Results]) -> str:
     """One table: of each case, device by device, the private step of the default strategy; then what each device is."""
     lines, notes = [], []
-    for own, rows in _by_device(all_results):
+    for device_results, rows in _by_device(all_results):
         absent = _absent(rows)
         base = {row.place: row for row in rows if row.contender == NON_PRIVATE}
         private = [row for row in rows if row.contender == _DEFAULT]
@@ -50,7 +58,7 @@ def summary(all_results: Sequence[Results]) -> str:
             plain = base.get(row.place)
             lines.append(
                 [
-                    _device(own) if row is private[0] else "",
+                    _device(device_results) if row is private[0] else "",
                     f"{row.title}, {_shape(row)}",
                     milliseconds(plain) if plain else "",
                     milliseconds(row),
@@ -60,7 +68,7 @@ def summary(all_results: Sequence[Results]) -> str:
                 ]
             )
         if private:
-            notes.append(_header(own))
+            notes.append(_header(device_results))
     return "\n\n".join([table.markdown(_SUMMARY, lines, "llrrrrrr"), " ".join(notes)]) if lines else ""
 
 
@@ -78,9 +86,11 @@ _SUMMARY = (
 
 def _by_device(all_results: Sequence[Results]) -> Iterable[tuple[list[Results], list[Row]]]:
     """A device's results of whole steps, and their rows."""
-    for device in dict.fromkeys(one.about["slug"] for one in all_results):
-        device_results = [one for one in all_results if one.about["slug"] == device and one.group in _SHOWN]
-        rows = [row for one in device_results for row in main_rows(one)]
+    for device in dict.fromkeys(result.about["slug"] for result in all_results):
+        device_results = [
+            result for result in all_results if result.about["slug"] == device and result.group in _SHOWN
+        ]
+        rows = [row for result in device_results for row in main_rows(result)]
         if rows:
             yield device_results, rows
 

@@ -119,10 +119,10 @@ def added(
 @triton.jit
 def zeros(K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
     """K tiles."""
-    found = ()
+    zero_tiles = ()
     for _ in tl.static_range(K):
-        found += (tl.zeros((ROWS, COLUMNS), dtype),)  # type: ignore[assignment]
-    return found
+        zero_tiles += (tl.zeros((ROWS, COLUMNS), dtype),)  # type: ignore[assignment]
+    return zero_tiles
 
 
 @kernel
@@ -178,9 +178,9 @@ def depthwise_conv1d_sums(
     n = g_frames
     if factors is not None:
         n = tl.where(tl.load(factors + sample) != 0.0, g_frames, 0)
-    own = placed(tl.arange(0, BT) * EACH, LAST)
-    x_tile = x_base + own.to(tl.int64) * STRIDE * x_frame
-    g_tile = g_base + own.to(tl.int64) * g_frame
+    offsets = placed(tl.arange(0, BT) * EACH, LAST)
+    x_tile = x_base + offsets.to(tl.int64) * STRIDE * x_frame
+    g_tile = g_base + offsets.to(tl.int64) * g_frame
     full = first_channel + BC <= channels
     totals = zeros(K, BT if LAST else BC, BC if LAST else BT, tl.float64)
     of_g = tl.zeros((BC,), tl.float64)
@@ -198,7 +198,7 @@ def depthwise_conv1d_sums(
             place = t * STRIDE + shift
             x_at, g_at = x_tile + place.to(tl.int64) * x_frame, g_tile + t * g_frame
             inside = (place >= 0) & (place + (BT * EACH - 1) * STRIDE + (K - 1) * DILATION < x_frames)
-            at, start = t + own, place + own * STRIDE
+            at, start = t + offsets, place + offsets * STRIDE
             if full & inside & (t + BT * EACH <= end):
                 sums = added(
                     sums, x_at, x_frame, g_at, g_frame, here, at, end, start, x_frames,

@@ -96,12 +96,12 @@ def embedding_add(
     program, width = tl.program_id(0), times(width, ALIGN)
     position, strip = (program // strips).to(tl.int64), program % strips
     columns = strip * BN + tl.arange(0, BN)
-    own = tl.load(ids + position)
-    begins = (own != tl.load(ids + tl.maximum(position, 1) - 1)) | (position == 0)
+    token_id = tl.load(ids + position)
+    begins = (token_id != tl.load(ids + tl.maximum(position, 1) - 1)) | (position == 0)
     # ids that take no part stand last, beyond the vocabulary
-    end = tl.where(begins & (own < vocabulary), tl.load(ends + position), 0)
+    end = tl.where(begins & (token_id < vocabulary), tl.load(ends + position), 0)
     if position < end:
-        at_row = out + own * width + columns
+        at_row = out + token_id * width + columns
         total = tl.load(at_row, mask=columns < width, other=0.0).to(tl.float64)
         share = tl.zeros((BN,), tl.float64)
         sample = tl.load(order + position) // frames

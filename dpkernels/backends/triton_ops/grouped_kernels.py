@@ -197,12 +197,12 @@ def finish_group(
     sample, problem = (tl.program_id(0) // problems).to(tl.int64), tl.program_id(0) % problems
     row = table + problem * FIELDS
     square, magnitude = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
-    mine = integer(row, PIECES)
-    for first in range(0, mine, BLOCK):
+    problem_pieces = integer(row, PIECES)
+    for first in range(0, problem_pieces, BLOCK):
         piece = first + tl.arange(0, BLOCK)
         at = partials + (sample * pieces + integer(row, FIRST) + piece) * 2
-        square += tl.sum(tl.load(at, mask=piece < mine, other=0.0), axis=0)
-        magnitude += tl.sum(tl.load(at + 1, mask=piece < mine, other=0.0), axis=0)
+        square += tl.sum(tl.load(at, mask=piece < problem_pieces, other=0.0), axis=0)
+        magnitude += tl.sum(tl.load(at + 1, mask=piece < problem_pieces, other=0.0), axis=0)
     n = integer(row, FRAMES)
     relative = gamma(roundings_of(n, LEAST, MOST, PER_TERM))
     error = 2.0 * relative / (1.0 - relative) * tl.sqrt(magnitude)

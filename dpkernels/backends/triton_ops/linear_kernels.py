@@ -177,20 +177,20 @@ def finish_gram(
         return
     one = tl.full((), 1.0, tl.float64)
     strips = GRAM_BT // GRAM_BS
-    mine = (n + GRAM_BT - 1) // GRAM_BT
-    parts, mine = mine * (mine + 1) // 2 * strips, mine * strips
+    sample_blocks = (n + GRAM_BT - 1) // GRAM_BT
+    parts, sample_blocks = sample_blocks * (sample_blocks + 1) // 2 * strips, sample_blocks * strips
     square, terms, of_x, of_g = one * 0.0, one * 0.0, one * 0.0, one * 0.0
     for first in range(0, parts, BLOCK):
         part = first + tl.arange(0, BLOCK)
         square += tl.sum(
             tl.load(partials + sample * pairs * strips + part, mask=part < parts, other=0.0), axis=0
         )
-    for first in range(0, mine, BLOCK):
+    for first in range(0, sample_blocks, BLOCK):
         block = first + tl.arange(0, BLOCK)
         at = diagonals + (sample * blocks * strips + block) * 3
-        terms += tl.sum(tl.load(at, mask=block < mine, other=0.0), axis=0)
-        of_x += tl.sum(tl.load(at + 1, mask=block < mine, other=0.0), axis=0)
-        of_g += tl.sum(tl.load(at + 2, mask=block < mine, other=0.0), axis=0)
+        terms += tl.sum(tl.load(at, mask=block < sample_blocks, other=0.0), axis=0)
+        of_x += tl.sum(tl.load(at + 1, mask=block < sample_blocks, other=0.0), axis=0)
+        of_g += tl.sum(tl.load(at + 2, mask=block < sample_blocks, other=0.0), axis=0)
     int_d, int_p = d + tl.zeros((), tl.int32), p + tl.zeros((), tl.int32)
     roundings = roundings_of(int_d, GRAM_BK, GRAM_BK, PER_TERM) + roundings_of(
         int_p, GRAM_BK, GRAM_BK, PER_TERM
@@ -360,10 +360,12 @@ def finish_direct(
     if by_gram(n, p, d, METHOD):
         terms = tl.load(scale + sample)
     else:
-        mine = (n + ROWS_BT - 1) // ROWS_BT
-        for first in range(0, mine, BLOCK):
+        sample_blocks = (n + ROWS_BT - 1) // ROWS_BT
+        for first in range(0, sample_blocks, BLOCK):
             block = first + tl.arange(0, BLOCK)
-            terms += tl.sum(tl.load(rows + sample * blocks + block, mask=block < mine, other=0.0), axis=0)
+            terms += tl.sum(
+                tl.load(rows + sample * blocks + block, mask=block < sample_blocks, other=0.0), axis=0
+            )
     square = square * (1.0 + gamma(one * (DIRECT_BD + 2))) + one * TINIEST * 2.0 * p * d
     of_norm = gamma(roundings_of(n, DIRECT_BT, DIRECT_BT, PER_TERM))
     of_sum = gamma(roundings_of(n, SUM_LEAST, SUM_MOST, PER_TERM))

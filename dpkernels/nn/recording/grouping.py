@@ -20,18 +20,18 @@ def norms_sq(records: Sequence[Record]) -> list[Tensor]:
 
     One for each device, of the records that can be asked together, and one for each of the others.
     """
-    found: list[Tensor] = []
+    norms: list[Tensor] = []
     together: dict[torch.device, list[GroupedLayer]] = {}
-    asked = sharing_inputs(records)
-    kinds = _sharing(asked, "norm_sq")
-    for record in asked:
+    shared_records = sharing_inputs(records)
+    kinds = _sharing(shared_records, "norm_sq")
+    for record in shared_records:
         layer = record.share() if type(record) in kinds else None
         if layer is None:
-            found.append(record.norm_sq())
+            norms.append(record.norm_sq())
         else:
             together.setdefault(layer.tensors[0].device, []).append(layer)
-    found += [ops.total_norm_sq(layers) for layers in together.values()]
-    return found
+    norms += [ops.total_norm_sq(layers) for layers in together.values()]
+    return norms
 
 
 def add_weighted_sums(

@@ -67,9 +67,9 @@ def audit_ledger(path: Path, privacy: Mapping[str, Any], record: str = "the reco
         "max_batch_size": mechanism.max_batch_size,
         "unit": runs[0].settings["unit"],
     }
-    for key, found in claims.items():
-        if privacy[key] != found:
-            raise ClaimError(f"{record} says privacy.{key}={privacy[key]!r}, the ledger {found!r}")
+    for key, ledger_value in claims.items():
+        if privacy[key] != ledger_value:
+            raise ClaimError(f"{record} says privacy.{key}={privacy[key]!r}, the ledger {ledger_value!r}")
     spent = None
     if mechanism.noise_multiplier > 0:
         spent = claimed_epsilon(privacy, ledger.steps, privacy["delta"], privacy["accountant"])

@@ -334,10 +334,10 @@ class DPOptimizer(WrappedOptimizer):
         indices: dict[torch.device, list[int]] = {}
         for index, parameter in enumerate(self._trained):
             indices.setdefault(parameter.device, []).append(index)
-        for mine in indices.values():
+        for device_indices in indices.values():
             ops.noise_sums(
-                [self._batch.of(self._trained[index]) for index in mine],
-                **self._stream.noise_secrets(mine, draw=draw),
+                [self._batch.of(self._trained[index]) for index in device_indices],
+                **self._stream.noise_secrets(device_indices, draw=draw),
                 noise_scale=release.noise_scale,
                 grid=release.grid,
                 divisor=release.divisor,

@@ -54,11 +54,11 @@ LINES = (
             Fault(
                 "twice, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "for mine in indices.values():",
-                """for mine in indices.values():
+                "for device_indices in indices.values():",
+                """for device_indices in indices.values():
             ops.noise_sums(
-                [self._batch.of(self._trained[index]) for index in mine],
-                **self._stream.noise_secrets(mine, draw=draw + 1000),
+                [self._batch.of(self._trained[index]) for index in device_indices],
+                **self._stream.noise_secrets(device_indices, draw=draw + 1000),
                 noise_scale=release.noise_scale,
                 divisor=1,
             )""",
@@ -231,12 +231,12 @@ LINES = (
                 "bf16 noise, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
                 """            ops.noise_sums(
-                [self._batch.of(self._trained[index]) for index in mine],
-                **self._stream.noise_secrets(mine, draw=draw),
+                [self._batch.of(self._trained[index]) for index in device_indices],
+                **self._stream.noise_secrets(device_indices, draw=draw),
                 noise_scale=release.noise_scale,""",
-                """            sums = [self._batch.of(self._trained[index]) for index in mine]
+                """            sums = [self._batch.of(self._trained[index]) for index in device_indices]
             noise = [torch.zeros_like(total) for total in sums]
-            secrets = self._stream.noise_secrets(mine, draw=draw)
+            secrets = self._stream.noise_secrets(device_indices, draw=draw)
             ops.noise_sums(noise, **secrets, noise_scale=release.noise_scale, divisor=1)
             torch._foreach_add_(sums, [part.bfloat16().double() for part in noise])
             ops.noise_sums(

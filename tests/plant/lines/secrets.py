@@ -57,9 +57,9 @@ LINES = (
             Fault(
                 "noise under a known seed, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "**self._stream.noise_secrets(mine, draw=draw),",
+                "**self._stream.noise_secrets(device_indices, draw=draw),",
                 """key=torch.Generator().manual_seed(draw).get_state()[:32].numpy().tobytes(),
-                nonces=self._stream.noise_secrets(mine, draw=draw)["nonces"],""",
+                nonces=self._stream.noise_secrets(device_indices, draw=draw)["nonces"],""",
                 "tests/privacy/step/test_noise.py::test_torch_seeds_do_not_touch_noise_or_sampling[unfused]",
             ),
             Fault(
