@@ -20,18 +20,18 @@ def norms_sq(records: Sequence[Record]) -> list[Tensor]:
 
     One for each device, of the records that can be asked together, and one for each of the others.
     """
-    norms: list[Tensor] = []
+    squares: list[Tensor] = []
     together: dict[torch.device, list[GroupedLayer]] = {}
-    shared_records = sharing_inputs(records)
-    kinds = _sharing(shared_records, "norm_sq")
-    for record in shared_records:
+    norm_records = sharing_inputs(records)
+    kinds = _sharing(norm_records, "norm_sq")
+    for record in norm_records:
         layer = record.share() if type(record) in kinds else None
         if layer is None:
-            norms.append(record.norm_sq())
+            squares.append(record.norm_sq())
         else:
             together.setdefault(layer.tensors[0].device, []).append(layer)
-    norms += [ops.total_norm_sq(layers) for layers in together.values()]
-    return norms
+    squares += [ops.total_norm_sq(layers) for layers in together.values()]
+    return squares
 
 
 def add_weighted_sums(
