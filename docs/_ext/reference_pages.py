@@ -26,6 +26,12 @@ PACKAGES = (
     "dpkernels.nn",
     "dpkernels.ops",
     "dpkernels.losses",
+    "dpkernels.memory",
+    "dpkernels.blocks",
+    "dpkernels.precision",
+    "dpkernels.plain",
+    "dpkernels.checkpoint",
+    "dpkernels.errors",
     "dpkernels.interop",
     "dpkernels",
     "asr_finetune",
@@ -117,7 +123,10 @@ def directive(module: str, name: str) -> str:
     value: Any = getattr(importlib.import_module(module), name)
     if inspect.isclass(value):
         kind = "autoexception" if issubclass(value, BaseException) else "autoclass"
-        return f".. {kind}:: {module}.{name}\n   :members:\n   :show-inheritance:\n"
+        # The docstring describes a named tuple's fields; autodoc would describe them a second time.
+        fields = getattr(value, "_fields", ()) if issubclass(value, tuple) else ()
+        excluded = f"   :exclude-members: {', '.join(fields)}\n" if fields else ""
+        return f".. {kind}:: {module}.{name}\n   :members:\n{excluded}   :show-inheritance:\n"
     return f".. {'autofunction' if callable(value) else 'autodata'}:: {module}.{name}\n"
 
 
