@@ -69,7 +69,7 @@ def test_the_notebook_runs_cell_by_cell_and_holds_no_outputs(capsys: pytest.Capt
     names: dict[str, Any] = {}
     for number, cell in enumerate(code):
         exec(compile(cell.source, f"{path.name}, code cell {number}", "exec"), names)
-    assert re.search(r"epsilon = 2\.9\d after 20 steps", capsys.readouterr().out)
+    assert re.search(r"epsilon = (2\.9\d|3\.00) after 20 steps", capsys.readouterr().out)
     assert names["plain"][-1] > 0.6
     spent = names["spent"]
     assert spent == sorted(spent)

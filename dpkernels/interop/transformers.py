@@ -54,7 +54,7 @@ class RelativeKeys:
             return args[2]._times(args[1])
         use = getattr(func, "__name__", func)
         raise NotImplementedError(
-            f"distance_embedding: {use} of relative keys has no norm rule; freeze distance_embedding"
+            f"'distance_embedding': {use} of relative keys has no norm rule; freeze 'distance_embedding'"
         )
 
     def _times(self, query: Tensor) -> Tensor:

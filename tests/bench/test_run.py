@@ -61,10 +61,10 @@ def test_plain_pytest_collects_nothing_of_bench() -> None:
     elsewhere = [
         f"--ignore=tests/{name}" for name in ("asr", "interop", "nn", "ops", "privacy")
     ]  # takes long
-    there = ("tests/bench/test_timer.py", ".")
+    there = ("tests/bench/harness/test_timer.py", ".")
     done = run("-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", *elsewhere, *there)
     assert done.returncode == 0, done.stderr
-    assert "tests/bench/test_timer.py::" in done.stdout
+    assert "tests/bench/harness/test_timer.py::" in done.stdout
     assert not [line for line in done.stdout.splitlines() if line.startswith("bench/")]
 
 

@@ -49,7 +49,7 @@ OF_THEIR_OWN = conftest.BACKENDS if conftest.TRITON_DEVICE == "cuda" else confte
 
 @pytest.fixture(params=OF_THEIR_OWN)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from conftest.use(request.param, monkeypatch)
+    yield from conftest.use(request.param, request, monkeypatch)
 
 
 def test_triton_has_no_fused_step() -> None:

@@ -45,7 +45,7 @@ def check_coverage(module: nn.Module) -> None:
     """Raise ValueError naming the trained parameters that have no norm rule."""
     refused = uncovered(module)
     if refused:
-        lines = "".join(f"\n  '{item.name}' ({item.module_type}): {item.reason}" for item in refused)
+        lines = "".join(f"\n  {item.name!r} ({item.module_type}): {item.reason}" for item in refused)
         raise ValueError(
             "trained parameters have no norm rule, so an example's contribution to their gradient has no "
             f"bound:{lines}\nFix: freeze them (requires_grad_(False)) or replace the layer."

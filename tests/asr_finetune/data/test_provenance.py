@@ -134,7 +134,7 @@ def test_test_data_that_is_training_data_is_said(
     assert kept == {"shares_training": shared}
     page = write_report(folder / "run", folder / "r.html").read_text()
     assert "The test data holds training recordings." not in page
-    assert "the trainer has it in not_private/test_data.json" in page
+    assert "recorded in the run's not_private/test_data.json" in page
     assert (data["test"], data["test_split"]) == ("tones.jsonl", split)  # without this machine's folders
 
 

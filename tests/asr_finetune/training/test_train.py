@@ -155,7 +155,7 @@ def test_what_is_not_private_stays_in_its_folder(folder: Path) -> None:
         json.loads(line) for line in (output / "not_private" / "history.jsonl").read_text().splitlines()
     ]
     assert forbidden & keys_of(history) == {"loss", "clip_rate", "mean_norm", "non_finite", "examples"}
-    assert "No epsilon covers it" in (output / "not_private" / "README.txt").read_text()
+    assert "No epsilon covers them" in (output / "not_private" / "README.txt").read_text()
 
 
 KILLED = """

@@ -45,7 +45,7 @@ def tables(
     """(exit status, rows) of the command on the direct kernel in bfloat16, once for each of `faults`."""
     script = folder / "table.py"  # a file: Triton reads a kernel's source
     script.write_text(
-        f"import json, sys\n{fault}\nfrom bench import triton_table\n"
+        f"import json, sys\n{fault}\nfrom bench.gpu import triton_table\n"
         f"for number, one in enumerate({faults!r}):\n"
         "    plant(one)\n"
         "    print(triton_table.main([*sys.argv[1:], f'--output={number}.json']), file=sys.stderr)\n"

@@ -70,7 +70,7 @@ def test_planted_faults_are_found() -> None:
         "refuses": CANNOT
     }
     assert verdicts["refuses"].reason == "for a reason"
-    assert "off by" in verdicts["after the sum"].reason
+    assert "relative error" in verdicts["after the sum"].reason
 
 
 def test_some_examples_are_clipped_and_some_are_not() -> None:

@@ -87,7 +87,7 @@ def test_it_says_what_attach_does_and_leaves_the_model_as_it_is(kind: str) -> No
         with pytest.raises(ValueError, match="no per-sample norm rule") as raised:
             attach(model)
         for row in table.refused:
-            assert f"\n  {row.name} (" in str(raised.value)
+            assert f"\n  {row.name!r} (" in str(raised.value)
             assert f"{row.module_type}): {row.refusal}" in str(raised.value)
             assert row.refusal in str(table)
         refused = {row.name for row in table.refused}
