@@ -31,6 +31,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+import dpkernels.ops  # noqa: F401 - hands the ops' definitions to the registry
 from dpkernels.backends import registry, triton_ops
 from dpkernels.backends.layer import GroupedLayer
 from dpkernels.backends.triton_ops import availability, launching

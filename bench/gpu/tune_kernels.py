@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dpkernels.ops  # noqa: F401 - hands the ops' definitions to the registry
 from dpkernels.backends import triton_ops
 from dpkernels.backends.layer import GroupedLayer
 from dpkernels.backends.triton_ops import configs
