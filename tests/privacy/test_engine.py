@@ -171,7 +171,10 @@ def test_every_argument_is_carried_or_checked() -> None:
     carried = {field.name for field in dataclasses.fields(RunArguments)}
     checked = REFUSALS.keys() - {"secure_mode"}
     assert carried.isdisjoint(checked)
-    given = set(inspect.signature(PrivacyEngine.make_private).parameters) - {"self", "physical_frames"}  # an old name
+    given = set(inspect.signature(PrivacyEngine.make_private).parameters) - {
+        "self",
+        "physical_frames",
+    }  # an old name
     assert given == carried | checked | {"clipping"}
 
 
