@@ -8,17 +8,6 @@ from torch import Tensor, nn
 from dpkernels.nn import batch_norms_in_training, named_modules, uncovered
 
 
-def check_single_process() -> None:
-    """Raise RuntimeError if torch.distributed runs more than one process."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"torch.distributed runs {distributed.get_world_size()} processes: private training over more than one "
-            "process is refused, since noise, divisor and sampling are not implemented for it; run one process on one "
-            "device"
-        )
-
-
 def check_module(module: nn.Module) -> None:
     """Raise for a wrapped model, BatchNorm in training mode, or nothing trained."""
     wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "GradSampleModule")
@@ -26,7 +15,8 @@ def check_module(module: nn.Module) -> None:
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if type(module).__name__ in wrappers:
         raise ValueError(
-            f"module is wrapped in {type(module).__name__}; give the unwrapped model (module.module)"
+            f"module is wrapped in {type(module).__name__}; give the unwrapped model (module.module). make_private "
+            "itself trains on all processes that torch.distributed runs; gradients are never averaged before they are clipped"
         )
     names = batch_norms_in_training(module)
     if names:

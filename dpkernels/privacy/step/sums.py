@@ -37,13 +37,18 @@ class BatchSums:
         self.attempt = 0
         self.seen: list[Clipped] = []
 
-    def open(self, examples: int) -> None:
-        """Open a logical batch of `examples` examples.
+    def open(self, examples: int, drawn: int) -> None:
+        """Open a logical batch of `drawn` examples, of which this process has `examples`.
 
         Raises:
-            RuntimeError: step() was not called for the previous one.
+            RuntimeError: step() was not called for the previous one, or it is larger than the bound.
         """
         self.check_closed()
+        if self._claimed and drawn > self._bound:
+            raise RuntimeError(
+                f"{drawn} examples in one logical batch (NOT PRIVATE), but the sensitivity is stated for at most "
+                f"{self._bound}, and the private loader's sampling does not exceed it"
+            )
         self.drawn = examples
 
     def check_closed(self) -> None:
