@@ -197,6 +197,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "reports": {"names", "cases", "contenders", "harness"},
         "asr": {"names", "cases", "contenders", "harness"},
         "models": set(),
+        "scaling": {"cases", "contenders", "harness", "compare", "asr"},
         "gpu": {"cases", "harness", "reports"},
         "compare": {"harness"},
         "probe": {"cases", "contenders", "harness"},
