@@ -133,12 +133,8 @@ def first_values(rank: int, group: Any) -> torch.Tensor:
 
 def left_out(rank: int, group: Any, fault: str, ledger: Path) -> dict[str, Any]:
     """A step which one rank must not take: what every rank raised, and what was spent and changed."""
-    run = a_run(
-        group,
-        ledger=ledger,
-        steps=4,
-        **({"target_epsilon": 0.2, "target_delta": 1e-4} if fault == "budget" else {}),
-    )
+    target = {"target_epsilon": 0.2, "target_delta": 1e-4} if fault == "budget" else {}
+    run = a_run(group, ledger=ledger, steps=4, **target)
     before = [p.detach().clone() for p in run.model.parameters()]
     raised = ""
     try:

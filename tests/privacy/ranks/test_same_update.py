@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,4 +123,4 @@ def test_every_piece_has_one_owner(ranks: int) -> None:
         mine = [piece for piece in cut if piece.place == place]
         assert mine[0].start == 0
         assert mine[-1].stop == torch.Size(shape).numel()
-        assert all(a.stop == b.start for a, b in zip(mine, mine[1:], strict=False))
+        assert all(a.stop == b.start for a, b in pairwise(mine))
