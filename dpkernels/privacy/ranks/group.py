@@ -206,7 +206,8 @@ def ranks_of(group: "dist.ProcessGroup | None") -> Ranks:
             if started > 1:
                 raise RuntimeError(
                     f"torchrun started {started} processes, and torch.distributed is not initialised: each would train "
-                    "a model of its own. Call torch.distributed.init_process_group() before make_private"
+                    "a model of its own. Call dpkernels.privacy.join_processes() first, or init_process_group() of "
+                    "torch.distributed"
                 )
             return Ranks()
         group = dist.group.WORLD

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 from dpkernels.files import write_atomically
+from dpkernels.privacy import join_processes
 from tests.privacy.private_run import losses_of, private_run
 
 STEPS = 40
 
 
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    join_processes(timedelta(seconds=60))
     rank = dist.get_rank()
     (folder / f"pid.{rank}").write_text(str(os.getpid()))
     ledger = folder / "ledger.jsonl"
