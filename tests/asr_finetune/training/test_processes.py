@@ -52,6 +52,7 @@ def trained(rank: int, group: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {"steps": result.steps, "epsilon": result.epsilon, "history": result.history}
 
 
+@pytest.mark.slow  # two more interpreters import transformers
 def test_two_processes_train_one_model_and_one_goes_on(folder: Path) -> None:
     values = settings(folder)
     with closing(Processes(folder, 2)) as processes:
