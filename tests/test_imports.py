@@ -166,14 +166,17 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
     },
     "dpkernels.privacy": {
         "rng": set(),
+        "ranks": set(),
         "guards": {"rng"},
-        "sampling": {"rng", "guards"},
-        "step": {"rng", "guards", "sampling"},
+        "sampling": {"rng", "guards", "ranks"},
+        "step": {"rng", "guards", "sampling", "ranks"},
         "keywords": {"step"},
-        "accounting": {"sampling"},
+        "accounting": {"sampling", "ranks"},
         "self_check": {"rng", "guards", "sampling", "step"},
         "setup": {"rng", "guards", "sampling", "step", "accounting", "keywords"},
-        "engine": {"rng", "guards", "sampling", "step", "accounting", "self_check", "setup", "keywords"},
+        "engine": {
+            *("rng", "ranks", "guards", "sampling", "step", "accounting", "self_check", "setup", "keywords"),
+        },
     },
     "asr_finetune": {
         "console": set(),

@@ -50,8 +50,8 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._pid = os.getpid()
-        self._facts: Any = None
-        if self.size > 1:
+        self._facts: dist.ProcessGroup | None = None
+        if group is not None and self.size > 1:
             members = dist.get_process_group_ranks(group)
             self._first = members[0]
             self._facts = group if torch.device("cpu") in group._device_types else _over_cpus(group, members)
@@ -206,7 +206,8 @@ def ranks_of(group: "dist.ProcessGroup | None") -> Ranks:
             if started > 1:
                 raise RuntimeError(
                     f"torchrun started {started} processes, and torch.distributed is not initialised: each would train "
-                    "a model of its own. Call torch.distributed.init_process_group() before make_private"
+                    "a model of its own. Call dpkernels.privacy.join_processes() first, or init_process_group() of "
+                    "torch.distributed"
                 )
             return Ranks()
         group = dist.group.WORLD
