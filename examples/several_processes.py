@@ -10,7 +10,6 @@ step, and what is printed or written comes from one of them.
 """
 
 import argparse
-import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
+from dpkernels.privacy import join_processes, ranks_of
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--examples", type=int, default=2000)
@@ -30,15 +30,11 @@ parser.add_argument("--ledger", type=Path, help="process 0 writes it; default: t
 parser.add_argument("--save", type=Path, help="where process 0 saves model, optimizer and engine")
 options = parser.parse_args()
 
-if "RANK" in os.environ:  # torchrun started this process, and others
-    # gloo between CPUs, NCCL between GPUs. A process that waits this long for another one gives up.
-    dist.init_process_group(timeout=timedelta(minutes=5))
-processes = dist.get_world_size() if dist.is_initialized() else 1
-is_first = not dist.is_initialized() or dist.get_rank() == 0
-device = torch.device("cpu")
-if torch.cuda.is_available():
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
+# Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs, and a GPU for each. A process that
+# waits this long for another one gives up. Without torchrun nothing is joined.
+joined = join_processes(timeout=timedelta(minutes=5))
+ranks = ranks_of(None)  # this process's number, and how many there are
+device = "cuda" if torch.cuda.is_available() else "cpu"
 
 torch.manual_seed(0)  # data and model have to be the same in all processes; noise and sampling take no seed
 features = torch.randn(options.examples, 20)
@@ -74,20 +70,16 @@ with torch.no_grad():
     x, y = (part.to(device) for part in data.tensors)
     accuracy = (model(x).argmax(1) == y).float().mean()
     fingerprint = torch.cat([p.double().flatten() for p in model.parameters()]).norm().item()
-fingerprints = [fingerprint]
-if dist.is_initialized():
-    fingerprints = [0.0] * processes
-    dist.all_gather_object(fingerprints, fingerprint)
-assert len(set(fingerprints)) == 1, "the processes have different parameters"
+assert len(set(ranks.gathered(fingerprint))) == 1, "the processes have different parameters"
 
 # The optimizer's state is in parts, and every process has to be there where it is put together.
 saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "engine": engine.state_dict()}
-if is_first:
-    print(f"{processes} process{'es' if processes > 1 else ''}, the same parameters in each")
+if ranks.is_first:
+    print(f"{ranks.size} process{'es' if ranks.size > 1 else ''}, the same parameters in each")
     print(f"accuracy on the training data (NOT PRIVATE): {accuracy:.1%}")
     print(f"epsilon = {engine.get_epsilon():.2f} at delta = {1e-4:.1e}")
     if options.save is not None:
         torch.save(saved, options.save)  # one file, for any number of processes
 engine.close()
-if dist.is_initialized():
+if joined:
     dist.destroy_process_group()

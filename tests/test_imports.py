@@ -201,7 +201,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "asr": {"names", "cases", "contenders", "harness"},
         "models": set(),
         "scaling": {"cases", "contenders", "harness", "compare", "asr"},
-        "gpu": {"cases", "harness", "reports"},
+        "gpu": {"cases", "contenders", "harness", "reports"},
         "compare": {"harness"},
         "probe": {"cases", "contenders", "harness"},
         "conftest": {"harness"},

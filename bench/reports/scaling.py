@@ -86,9 +86,9 @@ def _traffic(saved: Saved) -> str:
     head = (
         "**Bytes of such a step, and its meetings.** An entry: what the buffers hold, over the trained entries (8 and "
         "4, and the padding). Planned: from the parts' sizes; given: the buffers with which the collectives were "
-        "called; to be sent: by a process of a ring, which NCCL uses; sent: what the TCP connections of rank 0 carried, "
-        "by the kernel's count, facts included. gloo sends more: it makes a reduce-scatter of an all-reduce, twice the "
-        "bytes. A meeting: the two exchanges of facts of a step, when no process is late."
+        "called; to be sent: by a process of a ring, as NCCL makes it; sent: what the TCP connections of rank 0 "
+        "carried, by the kernel's count, facts included. gloo's reduce-scatter sends as much as an all-reduce, twice "
+        "the bytes of a ring. A meeting: the two exchanges of facts of a step, when no process is late."
     )
     lines = []
     for row in saved["rows"]:
