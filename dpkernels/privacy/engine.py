@@ -27,6 +27,7 @@ from dpkernels.privacy.ranks.agreement import check_same_run, take_first_values
 from dpkernels.privacy.ranks.group import SET_UP, Ranks, ranks_of
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, secret_key
+from dpkernels.privacy.sampling.digests import digests_of
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
 from dpkernels.privacy.self_check.batch_independence import check_batch_independence
@@ -266,7 +267,10 @@ class PrivacyEngine:
         """Make sure that all ranks begin the same run, from the same values, and draw the same batches."""
         if ranks.size > 1:
             module, fixed = setup.arguments.module, self._noise_stream.fixed
-            check_same_run(ranks, run_identity(setup, self.accountant, fixed), named_tensors(module))
+            with ranks.meeting(SET_UP):
+                constants = run_identity(setup, self.accountant, fixed)
+                constants["examples"] = digests_of(setup.arguments.data_loader.dataset)
+            check_same_run(ranks, constants, named_tensors(module))
             take_first_values(ranks, trained_parameters(module).values())
             if not fixed:
                 self._sampling_stream = SecretStream.with_secret(ranks.first(secret_key))

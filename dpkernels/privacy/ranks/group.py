@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -84,7 +85,7 @@ class Ranks:
             )
 
     @contextmanager
-    def meeting(self, operation: str, facts: Callable[[], Mapping[str, int]] = dict) -> Iterator[None]:
+    def meeting(self, operation: str, facts: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
         """Meet all ranks after the checks in this block; an exception that one rank's block raises ends all of them.
 
         Args:
@@ -99,7 +100,7 @@ class Ranks:
             yield
             return
         error: Exception | None = None
-        values: Mapping[str, int] = {}
+        values: Mapping[str, Any] = {}
         try:
             yield
             values = facts()
@@ -107,7 +108,7 @@ class Ranks:
             error = refusal
         self._agree(operation, error, values)
 
-    def _agree(self, operation: str, error: Exception | None, facts: Mapping[str, int]) -> None:
+    def _agree(self, operation: str, error: Exception | None, facts: Mapping[str, Any]) -> None:
         digest = int.from_bytes(hashlib.sha256(repr(sorted(facts.items())).encode()).digest()[:7], "little")
         mine = torch.tensor([_OPERATIONS.index(operation), int(error is not None), digest])
         all_ranks = torch.empty(self.size, len(mine), dtype=torch.int64)
@@ -147,7 +148,7 @@ class Ranks:
             try:
                 told = [(True, function())]
             except Exception as error:  # noqa: BLE001  as above
-                failure, told = error, [(False, error)]
+                failure, told = error, [(False, _sendable(error))]
         self._told(dist.broadcast_object_list, told, self._first)
         if failure is not None:
             raise failure
@@ -191,6 +192,15 @@ class Ranks:
                 f"{timeout_of(self._facts).total_seconds():.0f} s (the timeout of init_process_group). Start the run "
                 f"again; it resumes from its last checkpoint. torch's error: {error}"
             ) from error
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself, or its message if it does not survive pickling: every rank must get one of them."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  an exception's own code is called
+        return RanksError(f"{type(error).__name__} on rank 0: {error}")
+    return error
 
 
 def ranks_of(group: "dist.ProcessGroup | None") -> Ranks:
