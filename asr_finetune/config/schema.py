@@ -242,7 +242,7 @@ class TrainConfig:
     num_workers: Natural = 0
     """processes that read audio"""
     cache_features: StrictBool = True
-    """keep the features in memory after the first pass"""
+    """keep the features in memory, up to 4 GiB a corpus, from the check of the audio or the first pass on"""
 
 
 @explained

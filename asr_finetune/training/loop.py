@@ -163,8 +163,7 @@ class _EpsilonDisplay:
 def _validate(run: Run) -> None:
     """Add a point to the curve, measured on public data."""
     assert run.valid is not None
-    corpus, dataset = run.valid
-    result = evaluate(run.recognizer, corpus, run.config.evaluate, dataset=dataset)
+    result = evaluate(run.recognizer, run.valid.corpus, run.config.evaluate, dataset=run.valid)
     low, high = result.wer_ci or (None, None)
     point = {
         "step": run.step,
