@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from dpkernels.backends import registry
+from dpkernels.ops.layers import KINDS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -106,6 +110,17 @@ def test_products_in_one_chain_fail_the_command(tmp_path: Path) -> None:
     [(status, rows)] = tables(tmp_path, "90", ONE_CHAIN)
     assert status == 1
     assert {row["cut"] for row in rows} == {False}
+
+
+def test_every_family_with_triton_kernels_is_in_the_table() -> None:
+    from bench.gpu import triton_table
+
+    called = {
+        family: {op for op, _, _ in triton_table.examples(family, torch.float32, "aligned")}
+        for family in triton_table.families()
+    }
+    assert called == {family: set(registry.families()[family]) for family in called}
+    assert called.keys() >= set(KINDS)
 
 
 def test_a_16_bit_product_without_tensor_cores_is_a_fault() -> None:
