@@ -17,6 +17,7 @@ from dpkernels.backends.native_ops import chacha20 as native_chacha20
 from dpkernels.backends.native_ops import optim as native_optim
 from tests.ops import emulated
 from tests.ops.test_optim import KEY, NOISE, OPTIMIZERS, SHAPES, State, nonces
+from tests.slow import covering
 
 pytestmark = pytest.mark.skipif(
     native.library("cpu").handle is None, reason=native.library("cpu").reason or "the CPU library loads"
@@ -71,8 +72,9 @@ def test_normals(count: int, dtype: torch.dtype, shift: int) -> None:
     assert not memory[count + shift :].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), covering(OPTIMIZERS, [torch.float32, torch.bfloat16], together=1), ids=str
+)
 def test_fused_step(name: str, dtype: torch.dtype) -> None:
     def step() -> list[Tensor]:
         state = State(name, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from dpkernels import PrivacyEngine
 from dpkernels.blocks import checkpoint_blocks
 from dpkernels.memory import LiveMemory, MemoryEstimator, Peak
 from tests.asr_finetune import small_models, tones
-from tests.slow import slow_unless
+from tests.slow import covering
 
 FAMILIES = ["parakeet", "wav2vec2-bert", "wav2vec2", "whisper"]
 SPEECH = Speech(mean=0.8, longest=1.0, labels_per_second=4.0)
@@ -71,12 +70,7 @@ def prepared(folder: Path, kind: Any) -> Recognizer:
 
 @pytest.mark.parametrize(
     ("name", "kind", "strategy"),
-    slow_unless(
-        lambda name, kind, strategy: (
-            strategies().index(strategy) == FAMILIES.index(name) or name == "parakeet"
-        ),
-        itertools.product(FAMILIES, ["lora", "full"], strategies()),
-    ),
+    covering(FAMILIES, ["lora", "full"], strategies(), together=1),
 )
 def test_live_bytes_are_predicted(folders: dict[str, Path], name: str, kind: str, strategy: str) -> None:
     recognizer = prepared(folders[name], kind)
@@ -86,6 +80,7 @@ def test_live_bytes_are_predicted(folders: dict[str, Path], name: str, kind: str
     assert predicted.total == pytest.approx(measured(recognizer, item, 3, strategy), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "strategy"), [("lora", "bookkeeping"), ("full", "two_pass")])
 def test_live_bytes_with_checkpointing_are_predicted(
     folders: dict[str, Path], kind: str, strategy: str
