@@ -296,33 +296,38 @@ def test_a_saved_model_is_float32_and_keeps_what_was_trained(
         assert torch.equal(parameter, saved[name].float()), name
 
 
+def test_a_loaded_recogniser_computes_without_tf32(folders: dict[str, Path]) -> None:
+    """By the older switches, which a process may set without forgoing the newer ones."""
+    backends = torch.backends
+    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+        small_models.load(folders["parakeet"])
+        places = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+        assert {place.fp32_precision for place in places} == {"ieee"}
+    finally:
+        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+
+
 _TF32 = """
-import os, sys, torch
+import sys, torch
 from asr_finetune.config.schema import ModelConfig
 from asr_finetune.models.loading import load_recognizer
-
-def check(set_before):
-    if set_before == "elsewhere":  # what places that say "none" follow; a notebook may have set it
-        torch.backends.fp32_precision = "tf32"
-    load_recognizer(ModelConfig(sys.argv[1], device="cpu"))
-    b = torch.backends
-    places = (b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul)
-    assert {place.fp32_precision for place in places} == {"ieee"}, set_before
-    if set_before != "elsewhere":
-        with b.cudnn.flags(enabled=False):  # as transformers' own CTC loss has it: it reads the older switch
-            assert not b.cuda.matmul.allow_tf32
-
-torch.set_num_threads(1)
-for set_before in ("nowhere", "elsewhere"):
-    child = os.fork()
-    if not child:
-        check(set_before)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0, set_before
+if sys.argv[2] == "elsewhere":  # what places that say "none" follow; a notebook may have set it
+    torch.backends.fp32_precision = "tf32"
+load_recognizer(ModelConfig(sys.argv[1], device="cpu"))
+b = torch.backends
+places = (b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.matmul)
+assert {place.fp32_precision for place in places} == {"ieee"}
+if sys.argv[2] != "elsewhere":
+    with b.cudnn.flags(enabled=False):  # as transformers' own CTC loss has it: it reads the older switch
+        assert not b.cuda.matmul.allow_tf32
 """
 
 
-def test_a_loaded_recogniser_computes_without_tf32(folders: dict[str, Path]) -> None:
-    """In processes of their own: the switches are the process's. The two share what it takes to import torch."""
-    command = [sys.executable, "-W", "ignore", "-c", _TF32, str(folders["parakeet"])]
+@pytest.mark.slow
+@pytest.mark.parametrize("set_before", ["nowhere", "elsewhere"])
+def test_a_loaded_recogniser_computes_without_tf32_from_the_start(folders: dict[str, Path], set_before: str) -> None:
+    """In a process of its own: the switches are the process's."""
+    command = [sys.executable, "-W", "ignore", "-c", _TF32, str(folders["parakeet"]), set_before]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[3])
