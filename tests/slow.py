@@ -28,13 +28,16 @@ def in_turns(*parameters: Iterable[Any]) -> list[Any]:
     return slow_unless(lambda *values: values in quick, [values for _, values in combinations])
 
 
-def covering(*parameters: Iterable[Any], together: int = 2, also: Collection[tuple[Any, ...]] = ()) -> list[Any]:
+def covering(
+    *parameters: Iterable[Any], together: int = 2, also: Collection[tuple[Any, ...]] = ()
+) -> list[Any]:
     """Every combination of the parameters' values, slow but for the few that cover all values, or pairs of values.
 
     Args:
         parameters: the values of each.
         together: the values of this many parameters occur in every combination in some quick case. With 1 there are
-            about as many quick cases as the longest parameter has values, with 2 (pairwise) as the two longest have pairs.
+            about as many quick cases as the longest parameter has values, with 2 (pairwise) as the two longest have
+            pairs of values.
         also: combinations that are quick too.
     """
     combinations = list(itertools.product(*parameters))

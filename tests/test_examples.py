@@ -28,7 +28,7 @@ SHOWN = {
     "speech": r"nothing was written or spent; a run would start[\s\S]*epsilon 7\.\d+ at delta 0\.01[\s\S]*report\.html",
     "strategies": r"the same update with every strategy",
 }
-# The others take seconds. What they use is tested on its own, and their names by `test_names_of_this_project_are_there`.
+# The others take seconds. What they use has tests of its own; see also `test_names_of_this_project_are_there`.
 QUICK = ("custom_layer", "opacus_before", "resume", "strategies")
 FLAGS = {"image_classifier": ["--steps", "4"], "gpt2_lora": ["--steps", "4"]}
 NEEDS = {
@@ -50,7 +50,11 @@ def test_names_of_this_project_are_there(name: str) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("dpkernels", "asr_finetune")):
             used += [(str(node.module), alias.name) for alias in node.names]
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dpkernels":
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "dpkernels"
+        ):
             used.append(("dpkernels", node.attr))
     assert used
     assert [name for name in used if not hasattr(importlib.import_module(name[0]), name[1])] == []

@@ -23,7 +23,9 @@ def test_the_ten_lines_run(
     """As written, and with a target whose noise takes a second to find in place of six."""
     monkeypatch.chdir(tmp_path)
     assert TEN_LINES.count("target_epsilon=8,") == 1
-    exec(compile(TEN_LINES.replace("target_epsilon=8,", f"target_epsilon={target},"), "README.md", "exec"), {})
+    exec(
+        compile(TEN_LINES.replace("target_epsilon=8,", f"target_epsilon={target},"), "README.md", "exec"), {}
+    )
     assert 0.93 * target < float(capsys.readouterr().out.split()[-1]) <= target
     assert (tmp_path / "ledger.jsonl").read_text().count('"kind": "step"') == 20
 

@@ -80,14 +80,22 @@ def rules(pytestconfig: pytest.Config) -> Any:
 
 @pytest.mark.parametrize(
     ("benchmarks", "collected"),
-    [(False, {"tests", "tests/test_readme.py"}), (True, {"bench", "bench/test_ops.py", "bench/test_step.py"})],
+    [
+        (False, {"tests", "tests/test_readme.py"}),
+        (True, {"bench", "bench/test_ops.py", "bench/test_step.py"}),
+    ],
 )
 def test_either_tests_or_chosen_benchmarks_are_collected(
     rules: Any, benchmarks: bool, collected: set[str]
 ) -> None:
-    files = ("tests/test_readme.py", *(f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model")))
+    files = (
+        "tests/test_readme.py",
+        *(f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model")),
+    )
     config = asked(benchmark=benchmarks)
-    found = {path for path in ("tests", "bench", *files) if not rules.pytest_ignore_collect(ROOT / path, config)}
+    found = {
+        path for path in ("tests", "bench", *files) if not rules.pytest_ignore_collect(ROOT / path, config)
+    }
     assert found - {"tests"} == collected - {"tests"}  # a folder of tests is entered either way
     rules.pytest_configure(config)
     assert config.args == ([str(ROOT / "bench")] if benchmarks else [])

@@ -117,7 +117,9 @@ def test_what_a_sample_adds_is_within_the_clipping_norm(backend: str, family: st
 @pytest.mark.parametrize("family", OF_FRAMES)
 def test_cancellation(bounded_backend: str, family: str) -> None:
     """A true norm of 10⁻⁶ of the terms is not under-estimated, nor does what is added exceed C."""
-    size = (2, 50, 24, 20) if bounded_backend == "triton" else (8, 150, 24, 20)  # interpreted kernels are slow
+    size = (
+        (2, 50, 24, 20) if bounded_backend == "triton" else (8, 150, 24, 20)
+    )  # interpreted kernels are slow
     case = cancelling(family, *size)
     if family == "embedding":
         case = replace(case, norm_options={"padding_idx": None}, sum_options={})

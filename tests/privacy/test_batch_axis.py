@@ -81,7 +81,9 @@ def test_shared_tensors_stay_shared_at_every_batch_size(name: str) -> None:
         check(run_of(name), batch, "bookkeeping")
 
 
-@pytest.mark.parametrize(("name", "strategy"), covering(zoo.MODELS, ["mixed", "two_pass", "per_layer"], together=1))
+@pytest.mark.parametrize(
+    ("name", "strategy"), covering(zoo.MODELS, ["mixed", "two_pass", "per_layer"], together=1)
+)
 def test_shared_tensors_stay_shared_in_every_strategy(name: str, strategy: str) -> None:
     run = run_of(name, strategy)
     for batch in (zoo.T, *BATCHES):
@@ -119,7 +121,9 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    covering(REFUSED, ["bookkeeping", "two_pass", "per_layer"], together=1, also=[("rows rolled", "bookkeeping")]),
+    covering(
+        REFUSED, ["bookkeeping", "two_pass", "per_layer"], together=1, also=[("rows rolled", "bookkeeping")]
+    ),
 )
 def test_rows_that_are_not_the_examples_are_refused(name: str, strategy: str) -> None:
     """Without the row check: see `test_planted_no_row_check_lets_permuted_rows_through`."""

@@ -171,7 +171,9 @@ ODD = ["relative_k_proj", "linear_q", "feature_projection.projection"]
 
 @pytest.mark.parametrize(
     ("targets", "family", "kind"),
-    covering([(*POINTWISE,), (*POINTWISE, *ODD)], ["parakeet", "wav2vec2-bert"], ["lora", "dp_rp"], together=1),
+    covering(
+        [(*POINTWISE,), (*POINTWISE, *ODD)], ["parakeet", "wav2vec2-bert"], ["lora", "dp_rp"], together=1
+    ),
 )
 def test_lora_on_any_choice_of_linear_layers_and_pointwise_convolutions(
     folders: dict[str, Path], family: str, kind: str, targets: tuple[str, ...], tmp_path: Path

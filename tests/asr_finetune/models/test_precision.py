@@ -327,7 +327,9 @@ if sys.argv[2] != "elsewhere":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("set_before", ["nowhere", "elsewhere"])
-def test_a_loaded_recogniser_computes_without_tf32_from_the_start(folders: dict[str, Path], set_before: str) -> None:
+def test_a_loaded_recogniser_computes_without_tf32_from_the_start(
+    folders: dict[str, Path], set_before: str
+) -> None:
     """In a process of its own: the switches are the process's."""
     command = [sys.executable, "-W", "ignore", "-c", _TF32, str(folders["parakeet"]), set_before]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[3])

@@ -110,7 +110,9 @@ def _count_calls(model: nn.Module) -> Counter[str]:
 
 @pytest.mark.parametrize(
     ("family", "strategy", "kind", "blocks"),
-    covering(["parakeet", "wav2vec2-bert", "whisper"], STRATEGIES, ["lora", "full"], ["plain", "checkpointed"]),
+    covering(
+        ["parakeet", "wav2vec2-bert", "whisper"], STRATEGIES, ["lora", "full"], ["plain", "checkpointed"]
+    ),
 )
 def test_a_recognisers_clipped_sum_is_that_of_one_by_one_gradients(
     folders: dict[str, Path], family: str, strategy: str, kind: str, blocks: str
@@ -136,7 +138,8 @@ def rehearsed(recognizer: Recognizer, strategy: str) -> int:
         return stage.peak(losses, 8).micro_batch
 
 
-@pytest.mark.slow  # quick: test_checkpointing_holds_less of test_memory_plan.py, and tests/privacy/step/test_strategies.py
+# Quick: test_checkpointing_holds_less of test_memory_plan.py, and what tests/privacy/step/test_strategies.py measures.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_checkpointing_saves_memory_only_where_records_are_streamed(
     folders: dict[str, Path], kind: str
