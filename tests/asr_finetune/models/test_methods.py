@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -17,7 +18,7 @@ from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
 from dpkernels import PrivacyEngine
 from tests.asr_finetune import small_models
-from tests.slow import covering
+from tests.slow import covering, slow_unless
 
 ATTENTION = {
     "parakeet": ("q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"),
@@ -55,6 +56,9 @@ EXPECTED: dict[str, Callable[[str, str], bool]] = {
     "bitfit": lambda name, family: is_bias(name),
     "head": lambda name, family: name.startswith(HEADS.get(family, "lm_head.")),
 }
+
+
+ADAPTERS_QUICK = [("parakeet", "lora"), ("wav2vec2-bert", "dp_rp"), ("whisper", "lora")]
 
 
 def prepared(folder: Path, kind: str, **options: Any) -> Recognizer:
@@ -108,7 +112,12 @@ def test_exactly_these_parameters_train_and_all_take_a_private_step(
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize(("family", "kind"), covering(small_models.FAMILIES, ["lora", "dp_rp"], together=1))
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    slow_unless(
+        lambda *case: case in ADAPTERS_QUICK, itertools.product(small_models.FAMILIES, ["lora", "dp_rp"])
+    ),
+)
 def test_adapters_load_in_plain_peft(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
 ) -> None:

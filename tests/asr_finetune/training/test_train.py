@@ -303,7 +303,7 @@ def test_no_key_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert not any(key in content or key.hex().encode() in content for key in keys)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow_cases(signal.SIGINT)])
 def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     config = small(folder)
     handler = signal.getsignal(number)

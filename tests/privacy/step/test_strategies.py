@@ -67,8 +67,9 @@ def test_a_second_step_uses_fresh_norms_in_every_strategy(strategy: str) -> None
     check_sum(run, strategy)
 
 
-@both_ways
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "checkpointed"), covering(STRATEGIES, [False, True], together=1), ids=way
+)
 def test_a_half_precision_base_with_float32_adapters(strategy: str, checkpointed: bool) -> None:
     run = run_of(strategy, "lora", half=True, checkpointed=checkpointed)
     assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16, torch.float32}
