@@ -86,6 +86,7 @@ def tables(
     return found
 
 
+@pytest.mark.slow
 def test_the_direct_kernel_compiles_for_every_architecture(tmp_path: Path) -> None:
     [(status, rows)] = tables(tmp_path, "80,90,100")
     assert status == 0
@@ -98,6 +99,7 @@ def test_the_direct_kernel_compiles_for_every_architecture(tmp_path: Path) -> No
         assert row["cut"] is True
 
 
+@pytest.mark.slow
 def test_a_spill_too_much_shared_memory_and_a_missing_wgmma_fail_the_command(tmp_path: Path) -> None:
     spills, shared, matrix = tables(tmp_path, "90", TILES, (SPILLS, TOO_MUCH_SHARED, NO_WGMMA))
     assert [status for status, _ in (spills, shared, matrix)] == [1, 1, 1]
@@ -106,6 +108,7 @@ def test_a_spill_too_much_shared_memory_and_a_missing_wgmma_fail_the_command(tmp
     assert {row["matrix"] for row in matrix[1]} == {"mma.sync"}
 
 
+@pytest.mark.slow
 def test_products_in_one_chain_fail_the_command(tmp_path: Path) -> None:
     [(status, rows)] = tables(tmp_path, "90", ONE_CHAIN)
     assert status == 1
