@@ -71,7 +71,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker would need a file handle for each cached tensor.
-        cache = None if self._cache is None else {}
+        cache: dict[int, dict[str, torch.Tensor]] | None = None if self._cache is None else {}
         return {**self.__dict__, "_cache": cache, "_cached_bytes": 0, "_full": False}
 
     def check_audio(self, reporter: Reporter, name: str) -> None:

@@ -76,7 +76,7 @@ LINES = (
             Fault(
                 "draws that are not compared",
                 "dpkernels/privacy/step/optimizer.py",
-                '"drawn batch": self._drawn, ',
+                '            "drawn batch": self._drawn,\n',
                 "",
                 f"{_STEP}[draws-drawn batch]",
             ),
