@@ -166,14 +166,17 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
     },
     "dpkernels.privacy": {
         "rng": set(),
-        "guards": {"rng"},
-        "sampling": {"rng", "guards"},
-        "step": {"rng", "guards", "sampling"},
+        "ranks": set(),
+        "guards": {"rng", "ranks"},
+        "sampling": {"rng", "ranks", "guards"},
+        "step": {"rng", "ranks", "guards", "sampling"},
         "keywords": {"step"},
-        "accounting": {"sampling"},
+        "accounting": {"ranks", "sampling"},
         "self_check": {"rng", "guards", "sampling", "step"},
         "setup": {"rng", "guards", "sampling", "step", "accounting", "keywords"},
-        "engine": {"rng", "guards", "sampling", "step", "accounting", "self_check", "setup", "keywords"},
+        "engine": {
+            *("rng", "ranks", "guards", "sampling", "step", "accounting", "self_check", "setup", "keywords")
+        },
     },
     "asr_finetune": {
         "console": set(),

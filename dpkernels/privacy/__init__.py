@@ -6,6 +6,7 @@ from dpkernels.privacy.accounting.budget import BudgetExhausted
 from dpkernels.privacy.accounting.ledger import LedgerError, read_ledger
 from dpkernels.privacy.accounting.plan import DELTAS, NoisePlan, detection_bounds, plan_noise
 from dpkernels.privacy.engine import PrivacyEngine
+from dpkernels.privacy.ranks.sharded import shard_frozen
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling
@@ -39,4 +40,5 @@ __all__ = [
     "plan_noise",
     "plan_sampling",
     "read_ledger",
+    "shard_frozen",
 ]

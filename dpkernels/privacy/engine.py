@@ -24,7 +24,9 @@ from dpkernels.privacy.keywords import (
     strategy_called,
 )
 from dpkernels.privacy.ranks.agreement import check_same_run, take_first_values
+from dpkernels.privacy.ranks.gathers import Gathers
 from dpkernels.privacy.ranks.group import SET_UP, Ranks, ranks_of
+from dpkernels.privacy.ranks.sharded import check_sharded, sharded_modules
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, secret_key
 from dpkernels.privacy.sampling.loader import DPDataLoader
@@ -259,6 +261,7 @@ class PrivacyEngine:
                 target_epsilon=target_epsilon,
                 target_delta=target_delta,
             )
+            check_sharded(module, ranks)
             setup = resolve_setup(run, self.accountant, ranks.size)
         return self._build(setup, ranks)
 
@@ -268,6 +271,8 @@ class PrivacyEngine:
             module, fixed = setup.arguments.module, self._noise_stream.fixed
             check_same_run(ranks, run_identity(setup, self.accountant, fixed), named_tensors(module))
             take_first_values(ranks, trained_parameters(module).values())
+            if sharded := sharded_modules(module):
+                Gathers(ranks, sharded)
             if not fixed:
                 self._sampling_stream = SecretStream.with_secret(ranks.first(secret_key))
         self._ranks = ranks

@@ -137,7 +137,11 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
     )
 
 
-_OF_ONE_PROCESS = ("arguments", "layers", "physical_batch_size")  # a rank with less memory may take smaller ones
+_OF_ONE_PROCESS = (
+    "arguments",
+    "layers",
+    "physical_batch_size",
+)  # a rank with less memory may take smaller ones
 
 
 def run_identity(setup: Setup, accountant: str, fixed_key: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of, named_modules
 from dpkernels.privacy.guards.buffers import BufferWatch, buffer_marks, changed_buffers
+from dpkernels.privacy.guards.gathered import GatheredWatch
 from dpkernels.privacy.guards.graph import check_graph, scales_at_last
 from dpkernels.privacy.guards.parameters import ParameterWatch
 from dpkernels.privacy.guards.preconditions import (
@@ -85,6 +86,7 @@ class ModelGuard:
         self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer, seeds: SecretSeeds | None
     ) -> None:
         self.trained = trained_parameters(model)
+        self._gathered = GatheredWatch(model)
         # The parameters themselves, since a later tensor could get the identity of a freed one.
         self._frozen = _frozen(model)
         self._model = model
@@ -106,6 +108,7 @@ class ModelGuard:
 
     def before_logical_batch(self) -> None:
         """Start the watch of the parameters, and seed as `before_pass` does."""
+        self._gathered.drop()
         self._parameter_watch.open()
         self.before_pass()
 
@@ -170,10 +173,14 @@ class ModelGuard:
                 "elsewhere, a functional call, a fused layer, a penalty on weights). Use the weight through "
                 "its layer only, or freeze it."
             )
+        self._gathered.check()
+        self._gathered.drop()
         self._parameter_watch.check()
 
     def before_step(self) -> None:
         """Raise RuntimeError for batch norms in training, or changed parameters or buffers."""
+        self._gathered.check()
+        self._gathered.drop()
         now = snapshot(modules_of(self._model))
         self._check_batch_norms(now)
         self._check_parameters(now)
@@ -184,6 +191,10 @@ class ModelGuard:
     def at_step(self) -> None:
         """End the watch of the parameters: the step and the training loop after it may write them."""
         self._parameter_watch.forget()
+
+    def after_failure(self) -> None:
+        """Make a sharded model ready for another forward after a forward or backward that raised."""
+        self._gathered.reset()
 
     def before_release(self) -> None:
         """Raise RuntimeError if buffers changed; compares their values at every call."""

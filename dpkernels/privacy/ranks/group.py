@@ -16,13 +16,15 @@ T = TypeVar("T")
 
 # Operations in which all ranks must meet. A rank that enters another one is reported by name.
 SET_UP, STEP, STATE, LOAD = "make_private", "optimizer.step", "optimizer.state_dict", "load_state_dict"
-_OPERATIONS = (SET_UP, STEP, STATE, LOAD)
+SHARD = "shard_frozen"
+_OPERATIONS = (SET_UP, STEP, STATE, LOAD, SHARD)
 _HINTS = {
     SET_UP: "Start every rank with the same script, data, arguments and versions, and build the model after "
     "torch.manual_seed, with one seed for all",
     STEP: "Every rank has to take each logical batch of the loader, and call step() once for it",
     STATE: "Call it at the same step on every rank",
     LOAD: "Load the same checkpoint on every rank",
+    SHARD: "Load the same weights on every rank, and choose the same trained parameters, before the model is sharded",
 }
 
 
@@ -43,6 +45,7 @@ class Ranks:
         rank: this process's number within the group.
         size: number of processes.
         group: the group that gradients and parameters travel over, or None.
+        while_waiting: called before this process waits for the others; returns when all wait.
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
@@ -51,6 +54,7 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
         self._pid = os.getpid()
         self._facts: Any = None
+        self.while_waiting: Callable[[], None] | None = None
         if self.size > 1:
             members = dist.get_process_group_ranks(group)
             self._first = members[0]
@@ -182,7 +186,19 @@ class Ranks:
         self._told(dist.all_gather_object, values, value)
         return values
 
+    def numbers(self, mine: int) -> list[int]:
+        """The number of every rank, by rank; `while_waiting` is not called."""
+        all_ranks = torch.empty(self.size, 1, dtype=torch.int64)
+        self._sent(dist.all_gather, list(all_ranks), torch.tensor([mine]))
+        numbers: list[int] = all_ranks.flatten().tolist()
+        return numbers
+
     def _told(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        if self.while_waiting is not None:
+            self.while_waiting()
+        self._sent(collective, *arguments)
+
+    def _sent(self, collective: Callable[..., Any], *arguments: Any) -> None:
         try:
             collective(*arguments, group=self._facts)
         except RuntimeError as error:

@@ -65,7 +65,9 @@ def _trained(
     run.optimizer.keep_gradients = keep
     run.optimizer.stochastic_rounding = stochastic_rounding
     taken = steps_of(run, steps, fails=fails_on == rank)
-    gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None} if keep else {}
+    gradients = (
+        {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None} if keep else {}
+    )
     return {
         "parameters": {name: p.detach().clone() for name, p in run.model.named_parameters()} | gradients,
         "examples": taken,
