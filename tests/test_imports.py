@@ -168,14 +168,14 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "rng": set(),
         "ranks": set(),
         "guards": {"rng", "ranks"},
-        "sampling": {"rng", "ranks", "guards"},
-        "step": {"rng", "ranks", "guards", "sampling"},
+        "sampling": {"rng", "guards", "ranks"},
+        "step": {"rng", "guards", "sampling", "ranks"},
         "keywords": {"step"},
-        "accounting": {"ranks", "sampling"},
+        "accounting": {"sampling", "ranks"},
         "self_check": {"rng", "guards", "sampling", "step"},
         "setup": {"rng", "guards", "sampling", "step", "accounting", "keywords"},
         "engine": {
-            *("rng", "ranks", "guards", "sampling", "step", "accounting", "self_check", "setup", "keywords")
+            *("rng", "ranks", "guards", "sampling", "step", "accounting", "self_check", "setup", "keywords"),
         },
     },
     "asr_finetune": {

@@ -1,9 +1,9 @@
 """The watch of gathered weights: no forward may write them, and none outlives the micro-batch it was gathered for.
 
 fully_shard replaces the sharded weights of a module by gathered ones while the module computes. The other guards
-compare the sharded weights, which stay the same objects throughout a run, so gathered ones are dropped before they look:
-a weight that is then another object was replaced by something else. A write to a gathered weight reaches no sharded one,
-but it would change what later examples compute for as long as the weight stays gathered.
+compare the sharded weights, which stay the same objects throughout a run, so gathered ones are dropped before they
+look: a weight that is then another object was replaced by something else. A write to a gathered weight reaches no
+sharded one, but it would change what later examples compute for as long as the weight stays gathered.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class GatheredWatch:
     def _end(self, sharded: ShardedModule) -> None:
         written = []
         for slot, tensor, bits in self._begun.pop(sharded.name, ()):
-            if slot.tensor is not tensor:
-                written.append(slot.name)
-            elif tensor is not None and version_of(tensor) != self._versions[slot.name][1]:
-                written.append(slot.name)
-            elif tensor is not None and bits is not None and not bits.equal(_bits(tensor)):
+            same = slot.tensor is tensor
+            if same and tensor is not None:
+                same = version_of(tensor) == self._versions[slot.name][1]
+                same = same and (bits is None or bits.equal(_bits(tensor)))
+            if not same:
                 written.append(slot.name)
         self._raise_if(written)
 

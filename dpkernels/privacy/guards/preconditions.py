@@ -16,7 +16,8 @@ def check_module(module: nn.Module) -> None:
     if type(module).__name__ in wrappers:
         raise ValueError(
             f"module is wrapped in {type(module).__name__}; give the unwrapped model (module.module). make_private "
-            "itself trains on all processes that torch.distributed runs; gradients are never averaged before they are clipped"
+            "itself trains on all processes that torch.distributed runs; gradients are never averaged before they are "
+            "clipped"
         )
     names = batch_norms_in_training(module)
     if names:

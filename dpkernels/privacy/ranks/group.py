@@ -53,9 +53,9 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._pid = os.getpid()
-        self._facts: Any = None
+        self._facts: dist.ProcessGroup | None = None
         self.while_waiting: Callable[[], None] | None = None
-        if self.size > 1:
+        if group is not None and self.size > 1:
             members = dist.get_process_group_ranks(group)
             self._first = members[0]
             self._facts = group if torch.device("cpu") in group._device_types else _over_cpus(group, members)

@@ -1,4 +1,4 @@
-"""Frozen weights in parts: what torch's fully_shard (FSDP2) made of a model, which of it is refused, and `shard_frozen`.
+"""Frozen weights in parts, by torch's fully_shard (FSDP2): where they are, which are refused, and `shard_frozen`.
 
 fully_shard keeps 1/R of each weight on each of R processes, as a DTensor, and replaces it by the whole weight while its
 module computes. Trained parameters are kept out of it (`ignored_params`): their gradients are clipped on each process,
@@ -173,7 +173,7 @@ def shard_frozen(
             raise ValueError(
                 f"shard_frozen: frozen weights are on {sorted(devices)}; move the model to this rank's device first"
             )
-    if ranks.size == 1 or not frozen:
+    if ranks.group is None or ranks.size == 1 or not frozen:
         return []
     ranks.check_same(SHARD, {f"model's {name!r}": _identity(p) for name, p in frozen.items()})
     from torch.distributed.device_mesh import DeviceMesh

@@ -272,10 +272,11 @@ def _run(
         "maximize": bool(group["maximize"]),
         "grads": part.grads,
     }
+    totals = part.sums
     if isinstance(optimizer, SGD):
         ops.noise_sgd(
             part.params,
-            part.sums,
+            totals,
             part.states.get("momentum_buffer", []),
             part.steps,
             momentum=float(group["momentum"]),
@@ -289,7 +290,7 @@ def _run(
     beta1, beta2 = group["betas"]
     ops.noise_adamw(
         part.params,
-        part.sums,
+        totals,
         part.states["exp_avg"],
         part.states["exp_avg_sq"],
         part.steps,

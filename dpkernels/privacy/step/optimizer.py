@@ -156,15 +156,15 @@ class DPOptimizer(WrappedOptimizer):
         With several processes each holds a part of the state and this is a collective operation: call it on every
         rank. Every rank gets the whole state, of one process's form, which any number of processes can load.
         """
-        if self._ranks.size == 1:
+        whole = self._whole_state() if self._ranks.size > 1 else {}
+        with _state_of(self.original_optimizer, whole):
             return self.original_optimizer.state_dict()
+
+    def _whole_state(self) -> Mapping[Any, dict[str, Any]]:
+        """The state of which every rank holds a part; {} if every rank holds all of it."""
         with self._ranks.meeting(STATE, self._facts):
             self._check_not_diverged()
-        if self._shards.by_parameter or any(self._ranks.gathered(len(self._shards.by_parameter))):
-            whole = self._shards.whole()
-            with _state_of(self.original_optimizer, whole):
-                return self.original_optimizer.state_dict()
-        return self.original_optimizer.state_dict()
+        return self._shards.whole()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the wrapped optimizer's state, from this class's or torch's own state_dict."""
@@ -305,13 +305,12 @@ class DPOptimizer(WrappedOptimizer):
         try:
             draw = self._stream.next_draw()
             self._last_seen = self._batch.seen
-            sums = [self._batch.of(parameter) for parameter in self._trained]
-            self._exchange.sums_to_owners(sums)
+            self._exchange.sums_to_owners(self._sums())
             result = None
             if self._fused:
-                self._fused_step(sums, draw)
+                self._fused_step(draw)
             else:
-                result = self._unfused_step(sums, draw)
+                result = self._unfused_step(draw)
             self._diverged = False
             return result
         finally:
@@ -359,7 +358,11 @@ class DPOptimizer(WrappedOptimizer):
             logger.warning("noise and the optimizer's step are separate passes, which is slower: %s", reason)
         return not reason
 
-    def _fused_step(self, sums: list[Tensor], draw: int) -> None:
+    def _sums(self) -> list[Tensor]:
+        """The sum of every trained parameter. NOT PRIVATE."""
+        return [self._batch.of(parameter) for parameter in self._trained]
+
+    def _fused_step(self, draw: int) -> None:
         """Add noise, divide, update and clear the sums, in one pass over memory."""
         optimizer = self.original_optimizer
         states: MutableMapping[Any, dict[str, Any]] = optimizer.state
@@ -373,7 +376,7 @@ class DPOptimizer(WrappedOptimizer):
             optimizer,
             states,
             self._trained,
-            sums,
+            self._sums(),
             self._spans,
             self._release,
             self._stream,
@@ -386,23 +389,23 @@ class DPOptimizer(WrappedOptimizer):
         self._exchange.to_all(gradients)
         self._guard.publish(dict(zip(self._trained, gradients, strict=False)))
 
-    def _unfused_step(self, sums: list[Tensor], draw: int) -> Any:
+    def _unfused_step(self, draw: int) -> Any:
         """The noised gradients first, then the wrapped optimizer's own step."""
-        if self._ranks.size > 1 and any(self._ranks.gathered(len(self._shards.by_parameter))):
+        if self._ranks.size > 1:
             self._shards.give_back(self.original_optimizer)
         self._batch.dirty = True  # the sums are overwritten
-        gradients = self._noised_gradients(sums, draw)
+        gradients = self._noised_gradients(draw)
         narrow_states(self.original_optimizer, self._trained)
-        self._guard.publish(dict(zip(self._trained, gradients, strict=True)))
+        self._guard.publish(gradients)
         return self.original_optimizer.step()
 
-    def _noised_gradients(self, sums: list[Tensor], draw: int) -> list[Tensor]:
+    def _noised_gradients(self, draw: int) -> dict[nn.Parameter, Tensor]:
         """round((sum + σ·S·N(0, 1))/grid)·grid / expected batch size, in float64, rounded once to the parameter's
         dtype (by the fused step: to float32): the fused step's arithmetic, operation by operation.
 
         The sums are overwritten: closing the batch clears them.
         """
-        release = self._release
+        release, sums = self._release, self._sums()
         pieces: dict[torch.device, list[Piece]] = {}
         for span in self._spans:
             pieces.setdefault(sums[span.place].device, []).extend(span.pieces)
@@ -416,7 +419,7 @@ class DPOptimizer(WrappedOptimizer):
             )
         gradients = [total.to(p.dtype, copy=True) for total, p in zip(sums, self._trained, strict=True)]
         self._exchange.to_all(gradients)
-        return gradients
+        return dict(zip(self._trained, gradients, strict=True))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from tests.plant.lines import (
     indices,
     layers,
     noise,
+    ranks,
     reporting,
     sampling,
     secrets,
@@ -30,5 +31,6 @@ AREAS = (
     indices,
     self_check,
     checkpoints,
+    ranks,
 )
 LINES = sorted((line for area in AREAS for line in area.LINES), key=lambda line: line.number)

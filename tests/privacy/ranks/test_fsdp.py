@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dpkernels.privacy import shard_frozen
 from dpkernels.privacy.ranks.sharded import is_sharded, local_part
 from tests.privacy.ranks.processes import Processes
-from tests.privacy.ranks.test_same_update import LENGTHS, a_run, steps_of
+from tests.privacy.ranks.jobs import a_run, steps_of
+from tests.privacy.ranks.test_same_update import LENGTHS
 
 
 class Block(nn.Module):

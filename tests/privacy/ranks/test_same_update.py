@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dpkernels.privacy import back_propagate
 from dpkernels.privacy.ranks import pieces
-from tests.privacy.private_run import KEY, Run, Unfused, private_run
+from tests.privacy.ranks import jobs
 from tests.privacy.ranks.processes import Processes
 
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": torch.optim.SGD,
-    "momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True),
-    "adamw": torch.optim.AdamW,
-    "unfused": Unfused,
-}
 LENGTHS = [1 + (7 * index) % 11 for index in range(60)]
 SETTINGS: dict[str, dict[str, Any]] = {
     **{f"strategy={name}": {"strategy": name} for name in ("mixed", "two_pass", "per_layer")},
@@ -38,75 +33,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(rank: int, group: Any, **settings: Any) -> dict[str, Any]:
-    """A run of a few steps under a fixed key: what it made."""
-    with pytest.MonkeyPatch.context() as patch:
-        return _trained(rank, group, patch, **settings)
-
-
-def _trained(
-    rank: int,
-    group: Any,
-    patch: pytest.MonkeyPatch,
-    *,
-    steps: int = 5,
-    optimizer: str = "adamw",
-    piece: int = pieces.PIECE_ENTRIES,
-    staged: int | None = None,
-    keep: bool = False,
-    stochastic_rounding: bool = False,
-    fails_on: int | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    patch.setattr(pieces, "PIECE_ENTRIES", piece)
-    if staged is not None:
-        patch.setattr("dpkernels.privacy.ranks.exchange.STAGED_BYTES", staged)
-    run = a_run(group, optimizer=optimizer, **settings)
-    run.optimizer.keep_gradients = keep
-    run.optimizer.stochastic_rounding = stochastic_rounding
-    taken = steps_of(run, steps, fails=fails_on == rank)
-    gradients = (
-        {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None} if keep else {}
-    )
-    return {
-        "parameters": {name: p.detach().clone() for name, p in run.model.named_parameters()} | gradients,
-        "examples": taken,
-        "steps": run.engine.steps,
-    }
-
-
-def a_run(group: Any, *, optimizer: str = "adamw", **settings: Any) -> Run:
-    return private_run(
-        key=KEY,
-        lr=0.05,
-        optimizer=OPTIMIZERS[optimizer],
-        process_group=group,
-        **{"examples": 60, "batch_size": 12, "physical_batch_size": 4, "sigma": 0.5, **settings},
-    )
-
-
-def steps_of(run: Run, steps: int, *, fails: bool = False) -> list[list[int]]:
-    """Take steps; the examples of each that this process got."""
-    taken: list[list[int]] = []
-
-    def losses_of(batch: Any) -> torch.Tensor:
-        if fails and len(batch[0]) > 2:
-            raise torch.OutOfMemoryError("more than two examples")
-        return run.loss_fn(run.model, batch)
-
-    for logical in run.loader:
-        taken.append(sorted(index for part in logical.parts for index in part))
-        back_propagate(run.optimizer, logical, losses_of)
-        run.optimizer.step()
-        if len(taken) == steps:
-            break
-        run.optimizer.zero_grad()
-    return taken
-
-
 @cache
 def _results(processes: Processes, size: int, settings: str, optimizer: str) -> list[dict[str, Any]]:
-    return processes.results(trained, size, **{"optimizer": optimizer, **SETTINGS.get(settings, {})})
+    return processes.results(jobs.trained, size, **{"optimizer": optimizer, **SETTINGS.get(settings, {})})
 
 
 def check_same(processes: Processes, size: int, settings: str, optimizer: str = "adamw") -> None:
@@ -125,7 +54,7 @@ def check_same(processes: Processes, size: int, settings: str, optimizer: str = 
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", jobs.OPTIMIZERS)
 def test_processes_take_the_step_of_one(processes: Processes, size: int, optimizer: str) -> None:
     check_same(processes, size, "", optimizer)
 
@@ -133,6 +62,40 @@ def test_processes_take_the_step_of_one(processes: Processes, size: int, optimiz
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_in_every_setting(processes: Processes, settings: str) -> None:
     check_same(processes, 3, settings)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (4, 2)])
+@pytest.mark.parametrize("settings", ["", "pieces of 7 entries"])
+def test_a_run_goes_on_with_another_number_of_processes(
+    processes: Processes, sizes: tuple[int, int], settings: str, tmp_path: Path
+) -> None:
+    ends = []
+    for before, after in ((1, 1), sizes):
+        checkpoint = tmp_path / f"{before} to {after}"
+        given = {"checkpoint": checkpoint, **SETTINGS.get(settings, {})}
+        first = processes.results(jobs.trained, before, **given)
+        second = processes.results(jobs.trained, after, **given)
+        assert [part["steps"] for part in second] == [2 * first[0]["steps"]] * after
+        ends.append(second[-1])
+    torch.testing.assert_close(ends[0]["parameters"], ends[1]["parameters"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ends[0]["state"], ends[1]["state"], rtol=0, atol=1e-6)
+
+
+def test_each_rank_keeps_its_part_of_the_optimizers_state(processes: Processes) -> None:
+    (whole,) = processes.results(jobs.values_kept, 1)
+    parts = processes.results(jobs.values_kept, 3)
+    assert sum(parts) == whole
+    assert max(parts) < whole
+
+
+def test_fresh_keys_one_draw_and_noise_of_their_own(processes: Processes) -> None:
+    ranks = processes.results(jobs.trained, 3, key=None)
+    assert len({tuple(part["keys"]) for part in ranks}) == 3
+    for step in range(4):  # parts of one draw, in which no example is twice
+        dealt = [index for part in ranks for index in part["examples"][step]]
+        assert len(set(dealt)) == len(dealt)
+    for part in ranks:
+        torch.testing.assert_close(part["parameters"], ranks[0]["parameters"], rtol=0, atol=0)
 
 
 def loads(share: list[list[int]], weights: list[int]) -> list[int]:
@@ -160,4 +123,4 @@ def test_every_piece_has_one_owner(ranks: int) -> None:
         mine = [piece for piece in cut if piece.place == place]
         assert mine[0].start == 0
         assert mine[-1].stop == torch.Size(shape).numel()
-        assert all(a.stop == b.start for a, b in zip(mine, mine[1:], strict=False))
+        assert all(a.stop == b.start for a, b in pairwise(mine))
