@@ -519,6 +519,16 @@ class PrivacyEngine:
         """
         self._require_budget().load_state_dict(state)
 
+    def wait_for_ranks(self) -> None:
+        """Wait until all processes of the run have come here; with one process do nothing.
+
+        Of a model that `fully_shard` has sharded this process meanwhile contributes its part of the weights to forwards
+        and backwards of the others, as it does within `optimizer.step()`. Call it on every rank before a collective
+        operation of your own (a sum of losses, `destroy_process_group`) that ranks reach after different numbers of
+        forwards: after an evaluation on one rank, or on parts of unequal length.
+        """
+        self._ranks.gathered(None)
+
     def close(self) -> None:
         """Close the ledger and release its lock. With a ledger, step() and get_epsilon() then raise LedgerError."""
         if self._budget is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpkernels.privacy import shard_frozen
+from dpkernels.privacy import back_propagate, shard_frozen
 from dpkernels.privacy.ranks.sharded import is_sharded, local_part
-from tests.privacy.ranks.processes import Processes
+from tests.privacy.private_run import losses_of
 from tests.privacy.ranks.jobs import a_run, steps_of
+from tests.privacy.ranks.processes import Failure, Processes
 from tests.privacy.ranks.test_same_update import LENGTHS
 
 
@@ -143,7 +145,13 @@ def test_takes_the_steps_of_whole_replicas(processes: Processes, size: int) -> N
     check_same(processes, size, "")
 
 
-@pytest.mark.parametrize("settings", list(SETTINGS)[1:])
+QUICK = ("strategy=two_pass", "checkpointing", "empty ranks", "out of memory on rank 1")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name],
+)
 def test_in_every_setting(processes: Processes, settings: str) -> None:
     check_same(processes, 2, settings)
 
@@ -155,3 +163,166 @@ def test_a_rank_holds_its_part_of_the_base(processes: Processes, size: int) -> N
     assert sum(parts) == whole["bytes"]
     rows = sum(4 * shape.numel() // shape[0] for shape in whole["base"].values())
     assert max(parts) <= whole["bytes"] / size + rows  # weights are cut between rows
+
+
+BASE = "base_model.model.blocks.1.inner.base_layer"
+
+
+def overwritten(module: nn.Module, *_: Any) -> None:
+    module.weight.add_(1)
+
+
+def overwritten_past_autograd(module: nn.Module, *_: Any) -> None:
+    module.weight.data.mul_(1.5)
+
+
+def replaced(module: nn.Module, *_: Any) -> None:
+    module.weight = nn.Parameter(module.weight * 2, requires_grad=False)
+
+
+def overwritten_in_parts(model: nn.Module, *_: Any) -> None:
+    local_part(model.get_parameter(f"{BASE}.weight")).add_(1)
+
+
+def overwritten_in_parts_past_autograd(model: nn.Module, *_: Any) -> None:
+    local_part(model.get_parameter(f"{BASE}.weight")).data.add_(1)
+
+
+def replaced_between(model: nn.Module, *_: Any) -> None:
+    layer = model.get_submodule(BASE)
+    layer._parameters["weight"] = nn.Parameter(torch.zeros(10, 9), requires_grad=False)
+
+
+# When it happens, and what.
+FAULTS: dict[str, tuple[str, Any]] = {
+    "written": ("forward of the layer", overwritten),
+    "written past autograd": ("forward of the layer", overwritten_past_autograd),
+    "replaced": ("forward of the layer", replaced),
+    "its part written": ("forward of the model", overwritten_in_parts),
+    "its part written past autograd": ("forward of the model", overwritten_in_parts_past_autograd),
+    "written in the backward": ("backward of the layer", overwritten),
+    "replaced before the step": ("step", replaced_between),
+}
+# The gathered weight changes, and is gathered anew before anything else reads it.
+HARMLESS: dict[str, tuple[str, Any]] = {
+    "replaced after the forward": ("forward of the model", replaced_between),
+    "written in the backward past autograd": ("backward of the layer", overwritten_past_autograd),
+}
+
+
+def faulty(rank: int, group: Any, fault: str) -> Tensor:
+    """A step with a fault; the whole weight after it."""
+    when, write = {**FAULTS, **HARMLESS}[fault]
+    model = adapted(shard=group)
+    # One example alone: its backward is not repeated, which autograd would refuse after a write.
+    run = a_run(group, model=model, physical_batch_size=1)
+    layer = model.get_submodule(BASE)
+    hook = torch.no_grad()(write)
+    if when == "backward of the layer":
+        layer.register_full_backward_hook(hook)
+    elif when != "step":
+        (layer if when == "forward of the layer" else model).register_forward_hook(hook)
+    batch = next(iter(run.loader))
+    back_propagate(run.optimizer, batch, lambda part: losses_of(model, part))
+    if when == "step":
+        hook(model)
+    run.optimizer.step()
+    return model.get_parameter(f"{BASE}.weight").full_tensor()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_frozen_weight_must_not_change(processes: Processes, fault: str) -> None:
+    for result in processes.run(faulty, 2, fault):
+        assert isinstance(result, Failure)
+        assert result.kind == "RuntimeError", result
+        assert f"{BASE}.weight" in result.message
+
+
+@pytest.mark.parametrize("fault", HARMLESS)
+def test_a_gathered_weight_ends_with_its_micro_batch(processes: Processes, fault: str) -> None:
+    before = adapted().get_parameter(f"{BASE}.weight")
+    for weight in processes.results(faulty, 2, fault):
+        assert torch.equal(weight, before)
+
+
+def refused(rank: int, group: Any, case: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = adapted(seed=rank if case == "other weights" else 3)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    ignored = set(model.parameters()) - frozen
+    if case == "trained":
+        fully_shard(model, mesh=mesh)
+    elif case == "mixed precision":
+        fully_shard(model, mesh=mesh, ignored_params=ignored, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    elif case == "other processes":
+        fully_shard(
+            model, mesh=DeviceMesh("cpu", torch.arange(dist.get_world_size())), ignored_params=ignored
+        )
+    elif case == "tensor parallel":
+        layer = model.get_submodule(BASE)
+        part = distribute_tensor(layer.weight.detach(), mesh, [Shard(0)])
+        layer.weight = nn.Parameter(part, requires_grad=False)
+    elif case == "without blocks":
+        shard_frozen(model.get_submodule("base_model.model.blocks.0"), process_group=group)
+    elif case == "foreign blocks":
+        shard_frozen(model, [nn.Linear(2, 2)], process_group=group)
+    else:
+        shard_frozen(model, process_group=group)
+        if case == "twice":
+            shard_frozen(model, process_group=group)
+    steps_of(a_run(group, model=model), 1)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "message"),
+    [
+        ("trained", "ValueError", "ignored_params"),
+        ("mixed precision", "RuntimeError", "torch.autocast instead of mp_policy"),
+        ("other processes", "ValueError", r"over the processes \[\d\], and the run's are \[0, 1\]"),
+        ("tensor parallel", "ValueError", "Tensor and pipeline parallel models are refused"),
+        ("without blocks", "ValueError", r"Give blocks=\[...\]"),
+        ("foreign blocks", "ValueError", "not the model's: Linear"),
+        ("twice", "ValueError", "sharded already"),
+        ("other weights", "RanksError", "model's .*bits.*rank 0.*bits.*rank 1"),
+    ],
+)
+def test_refuses(processes: Processes, case: str, kind: str, message: str) -> None:
+    for result in processes.run(refused, 2, case):
+        assert isinstance(result, Failure)
+        assert result.kind == kind, result
+        assert re.search(message, result.message), result.message
+
+
+def unlike(rank: int, group: Any) -> dict[str, Any]:
+    """Rank 0 checks itself and evaluates, in the middle of a batch; rank 1 does neither."""
+    model = adapted(shard=group)
+    run = a_run(group, model=model)
+    for steps, logical in enumerate(run.loader):
+        if rank == 0:
+            run.engine.self_check(losses_of, run.data[:4])
+            with torch.no_grad():
+                model.eval()
+                losses_of(model, run.data[:3])
+                model.train()
+        back_propagate(run.optimizer, logical, lambda part: losses_of(model, part))
+        run.optimizer.step()
+        if steps == 1:
+            break
+    if rank == 0:
+        model.eval()(run.data[:5][0])
+    run.engine.wait_for_ranks()
+    torch.distributed.barrier(group)
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_no_rank_has_to_call_the_model_as_often_as_the_others(processes: Processes) -> None:
+    first, second = processes.results(unlike, 2)
+    like = processes.results(trained, 2, shard=False, steps=2)[0]["parameters"]
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+        torch.testing.assert_close(value, like[name], rtol=1e-6, atol=1e-7)
