@@ -15,6 +15,7 @@ from dpkernels.privacy.guards.graph import check_graph, scales_at_last
 from dpkernels.privacy.guards.parameters import ParameterWatch
 from dpkernels.privacy.guards.preconditions import (
     batch_norm_message,
+    check_forward,
     check_no_gradient,
     quoted,
     some_of,
@@ -95,7 +96,7 @@ class ModelGuard:
         self._buffers = buffer_marks(model)
         self._buffer_watch = BufferWatch(model)
         self._parameter_watch = ParameterWatch(model)
-        tape.before_forward, tape.after_forward = self._parameter_watch.begin, self._after_forward
+        tape.before_forward, tape.after_forward = self._before_forward, self._after_forward
         modules = list(modules_of(model))
         self._initial = snapshot(modules)
         # The modules that have buffers or are batch norms: a snapshot before a backward reads only these.
@@ -199,6 +200,10 @@ class ModelGuard:
     def before_release(self) -> None:
         """Raise RuntimeError if buffers changed; compares their values at every call."""
         self._buffer_watch.compare()
+
+    def _before_forward(self) -> None:
+        check_forward()
+        self._parameter_watch.begin()
 
     def _after_forward(self) -> None:
         """Check the parameters, and record seeded generators: torch.random.fork_rng later restores their seed."""

@@ -260,9 +260,8 @@ def refused(rank: int, group: Any, case: str) -> None:
     elif case == "mixed precision":
         fully_shard(model, mesh=mesh, ignored_params=ignored, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
     elif case == "other processes":
-        fully_shard(
-            model, mesh=DeviceMesh("cpu", torch.arange(dist.get_world_size())), ignored_params=ignored
-        )
+        alone = dist.new_group([rank], use_local_synchronization=True)
+        fully_shard(model, mesh=DeviceMesh.from_group(alone, "cpu"), ignored_params=ignored)
     elif case == "tensor parallel":
         layer = model.get_submodule(BASE)
         part = distribute_tensor(layer.weight.detach(), mesh, [Shard(0)])
