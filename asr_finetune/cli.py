@@ -133,6 +133,9 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    gpus: Annotated[
+        int, typer.Option(help="With --model: also the time on so many GPUs like this machine's, calculated.")
+    ] = 1,
     settings: _Settings = None,
 ) -> None:
     """Show the noise that a target ε needs; with a model, also the time and memory of a run.
@@ -150,12 +153,13 @@ def plan(
     - `asr-finetune plan --examples 28000 --epsilon 8 --delta 1e-6 --batch-size 512 --steps 500 --model
       openai/whisper-tiny.en`
     - `asr-finetune plan --config run.yaml --gpu-memory 80`
+    - `asr-finetune plan --config run.yaml --gpus 8`
     """
     from asr_finetune.planning import command as planning
 
     values = load_yaml(config) if config is not None else None
     tables = planning.run(
-        values, flags, settings or (), examples=examples, seconds=seconds, gpu_memory=gpu_memory
+        values, flags, settings or (), examples=examples, seconds=seconds, gpu_memory=gpu_memory, gpus=gpus
     )
     for table in tables:
         Console().print(table)

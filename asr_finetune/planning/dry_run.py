@@ -227,7 +227,15 @@ class _DryRun(Run):
         """Make the run private with the noise of the stage `privacy`, and without a ledger."""
         config, recognizer = self.config.with_values("privacy", noise_multiplier=self.sigma), self.recognizer
         self.engine, self.optimizer, self.loader = make_private(
-            config, recognizer, plain, self.dataset, lengths, self.reporter, None, config.train.steps
+            config,
+            recognizer,
+            plain,
+            self.dataset,
+            lengths,
+            self.reporter,
+            None,
+            config.train.steps,
+            self.ranks,
         )
 
 

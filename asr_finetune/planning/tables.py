@@ -43,10 +43,10 @@ def plan_table(plan: NoisePlan) -> Table:
     return table
 
 
-def probe_table(measured: Probe) -> Table:
-    """Time and memory, and the parts of a run that they do not include."""
+def probe_table(measured: Probe, devices: int = 1) -> Table:
+    """Time and memory, and the parts of a run that they do not include; with several devices, theirs as calculated."""
     table = Table(title="measured on this machine, synthetic audio", show_header=False, title_justify="left")
-    for row in describe_probe(measured):
+    for row in describe_probe(measured) + (describe_several(measured, devices) if devices > 1 else []):
         table.add_row(*row)
     return table
 
@@ -61,7 +61,7 @@ def describe_probe(measured: Probe) -> list[tuple[str, str]]:
             f"{1000 * measured.seconds_per_example:.1f} ms at {measured.seconds_of_audio:.1f} s of audio",
         ),
         ("time per step, noise and optimizer", duration(measured.seconds_per_step)),
-        ("time in all", duration(measured.total_seconds)),
+        ("time in all", duration(measured.total_seconds())),
         ("  not included", "reading audio and making features, self-check, evaluations, checkpoints"),
         ("weights", size(measured.parameters)),
         ("optimizer state", size(measured.optimizer)),
@@ -70,6 +70,22 @@ def describe_probe(measured: Probe) -> list[tuple[str, str]]:
             "peak memory",
             f"{size(measured.peak)} with {measured.physical_batch_size} utterances of "
             f"{measured.longest_seconds:.1f} s",
+        ),
+    ]
+
+
+def describe_several(measured: Probe, devices: int) -> list[tuple[str, str]]:
+    """(what, value) rows for a run under torchrun on several devices like the one measured."""
+    return [
+        (f"on {devices} of these, calculated: time in all", duration(measured.total_seconds(devices))),
+        (
+            "  not included either",
+            f"the exchange of gradients: each sends {size(measured.sent_per_step(devices))} a step",
+        ),
+        ("  optimizer state of each", size(measured.optimizer / devices)),
+        (
+            "  utterances of each in a step",
+            f"{measured.utterances / devices:,.0f} of {measured.utterances:,.0f}",
         ),
     ]
 

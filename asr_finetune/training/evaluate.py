@@ -16,6 +16,7 @@ from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.training.dataset import SpeechDataset
+from dpkernels.privacy import Ranks
 
 # A fixed seed, so that others can recompute the interval.
 BOOTSTRAP_SEED = 0
@@ -159,6 +160,7 @@ def evaluate(
     dataset: SpeechDataset | None = None,
     reporter: Reporter | None = None,
     name: str = "evaluate",
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Transcribe a corpus and score it.
 
@@ -170,6 +172,7 @@ def evaluate(
             cache.
         reporter: progress; None prints nothing.
         name: of the progress bar.
+        ranks: the processes that share the work; each gets the whole result.
 
     Raises:
         ConfigError: the corpus is empty, or has empty references only.
@@ -180,14 +183,16 @@ def evaluate(
         dataset = SpeechDataset(corpus, recognizer, cache=False, augment=None)
     # Utterances of similar length share a batch: less padding, and the largest batch comes first.
     order = sorted(range(len(utterances)), key=lambda index: -recognizer.length(utterances[index]))
-    hypotheses = [""] * len(utterances)
-    with reporter.bar(name, len(utterances)) as bar:
+    ranks = ranks or Ranks()
+    order = order[ranks.rank :: ranks.size]
+    transcribed: dict[int, str] = {}
+    with reporter.bar(name, len(order)) as bar:
         for start in range(0, len(order), config.batch_size):
             chosen = order[start : start + config.batch_size]
             batch = recognizer.collate([dataset[index] for index in chosen])
             texts = recognizer.transcribe(batch, restrict_to=config.restrict_to)
-            for index, text in zip(chosen, texts, strict=True):
-                hypotheses[index] = text
+            transcribed.update(zip(chosen, texts, strict=True))
             bar.update(min(start + config.batch_size, len(order)))
-    entries = [(item.id, item.text, text) for item, text in zip(utterances, hypotheses, strict=True)]
+    by_index = {index: text for part in ranks.gathered(transcribed) for index, text in part.items()}
+    entries = [(item.id, item.text, by_index[index]) for index, item in enumerate(utterances)]
     return score(entries, config)

@@ -16,6 +16,7 @@ from asr_finetune.config.schema import TrainConfig
 from asr_finetune.console import Reporter
 from asr_finetune.models.recognizer import to_device
 from asr_finetune.training.evaluate import evaluate
+from asr_finetune.training.processes import of_all
 from asr_finetune.training.start import Run
 from dpkernels import checkpoint
 from dpkernels.errors import UserError
@@ -49,6 +50,7 @@ def run_steps(run: Run) -> None:
     config = run.config.train
     total, began = config.steps, time.monotonic()
     before = run.seconds
+    requested: str | None = None
     display = _EpsilonDisplay(run)
     if run.step >= total:
         return
@@ -74,15 +76,16 @@ def run_steps(run: Run) -> None:
             bar.update(run.step, display.facts(entry))
             if config.eval_every and (run.step % config.eval_every == 0 or run.step == total):
                 _validate(run)
-            if stop.requested or run.step == total:
+            requested = next((name for name in run.ranks.gathered(stop.requested) if name), None)
+            if requested or run.step == total:
                 break
             if run.step % config.checkpoint_every == 0:
                 save(run)
         run.seconds = before + time.monotonic() - began
         save(run)
-        if stop.requested:
+        if requested:
             raise Interrupted(
-                f"stopped by {stop.requested} after step {run.step} of {total}; the same command "
+                f"stopped by {requested} after step {run.step} of {total}; the same command "
                 f"continues from here (checkpoint in {run.folder.checkpoint})"
             )
 
@@ -101,7 +104,8 @@ def _backward(run: Run, logical_batch: Iterable[Any]) -> torch.Tensor:
             losses.append(losses_of(batch))
             run.optimizer.backward(losses[-1])
             losses[-1] = losses[-1].detach()
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *(part.double().cpu() for part in losses)])
+    mine = torch.cat([torch.zeros(0, dtype=torch.float64), *(part.double().cpu() for part in losses)])
+    return torch.cat(run.ranks.gathered(mine))
 
 
 def _history_entry(run: Run, losses: torch.Tensor, rate: float, seconds: float) -> dict[str, Any]:
@@ -122,7 +126,7 @@ def _history_entry(run: Run, losses: torch.Tensor, rate: float, seconds: float) 
         "learning_rate": rate,
         "seconds": seconds,
     }
-    stats = run.optimizer.last_step if run.engine else None
+    stats = of_all(run.ranks.gathered(run.optimizer.last_step)) if run.engine else None
     if stats is not None:
         entry |= {"clip_rate": stats.clip_rate, "mean_norm": stats.mean_norm, "non_finite": stats.non_finite}
     return entry
@@ -142,7 +146,7 @@ class _EpsilonDisplay:
     def refresh(self, *, last: bool) -> dict[str, Any]:
         """ε and its step, recomputed in at most `EPSILON_TIME_SHARE` of the time; {} if there is no ε."""
         run = self._run
-        if last or run.seconds >= self._next:
+        if run.ranks.is_first and (last or run.seconds >= self._next):
             began = time.monotonic()
             self._epsilon, self._step = epsilon_spent(run), run.step
             self._next = run.seconds + (time.monotonic() - began) / EPSILON_TIME_SHARE
@@ -164,7 +168,7 @@ def _validate(run: Run) -> None:
     """Add a point to the curve, measured on public data."""
     assert run.valid is not None
     corpus, dataset = run.valid
-    result = evaluate(run.recognizer, corpus, run.config.evaluate, dataset=dataset)
+    result = evaluate(run.recognizer, corpus, run.config.evaluate, dataset=dataset, ranks=run.ranks)
     low, high = result.wer_ci or (None, None)
     point = {
         "step": run.step,
@@ -186,18 +190,16 @@ def epsilon_spent(run: Run) -> float | None:
 
 def save(run: Run) -> None:
     """Write a checkpoint of the run's present state."""
-    checkpoint.save(
-        run.folder.checkpoint,
-        checkpoint.Checkpoint(
-            step=run.step,
-            parameters=dict(checkpoint.kept_parameters(run.recognizer.model)),
-            optimizer=run.optimizer.state_dict(),
-            privacy=run.engine.state_dict() if run.engine else None,
-            random=checkpoint.random_state() if run.engine is None else None,
-            seconds=run.seconds,
-            curve=run.curve,
-        ),
+    state = checkpoint.Checkpoint(
+        step=run.step,
+        parameters=dict(checkpoint.kept_parameters(run.recognizer.model)),
+        optimizer=run.optimizer.state_dict(),
+        privacy=run.engine.state_dict() if run.engine else None,
+        random=checkpoint.random_state() if run.engine is None else None,
+        seconds=run.seconds,
+        curve=run.curve,
     )
+    run.ranks.first(lambda: checkpoint.save(run.folder.checkpoint, state))
 
 
 class StopRequest:

@@ -9,11 +9,12 @@ from typing import Any
 
 from asr_finetune.config.schema import Config
 from asr_finetune.console import Reporter, duration
-from asr_finetune.files import write_json, write_text
+from asr_finetune.files import write_json
 from asr_finetune.training import record
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.evaluate import evaluate
 from asr_finetune.training.loop import Interrupted, epsilon_spent, run_steps
+from asr_finetune.training.processes import joined
 from asr_finetune.training.run_folder import RunFolder
 from asr_finetune.training.setup import recognizer_of
 from asr_finetune.training.start import Finished, Kept, Run
@@ -55,6 +56,9 @@ def train(
     checkpoint again with fresh noise, counts them again, and stops before the target ε is exceeded. For a finished run
     it returns the result.
 
+    Under torchrun all processes train one model: each has its part of every step and of every evaluation, and rank 0
+    prints and writes.
+
     Args:
         config: the run.
         progress: print lines and bars.
@@ -66,9 +70,16 @@ def train(
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
         FileNotFoundError, ValueError: the data or the model cannot be read.
         dpkernels.privacy.SelfCheckError: an utterance's gradient depends on its batch.
+        dpkernels.privacy.RanksError: another of torchrun's processes failed, or has other data or another model.
     """
     config.check_trainable()
-    run = Run(config, Reporter(progress), resume=resume, compare=compare)
+    with joined() as ranks:
+        reporter = Reporter(progress and ranks.is_first)
+        return _train(Run(config, reporter, resume=resume, compare=compare, ranks=ranks))
+
+
+def _train(run: Run) -> TrainResult:
+    config = run.config
     with closing(run):
         try:
             run.walk()  # before the first evaluation, so that errors appear within seconds
@@ -91,10 +102,18 @@ def _evaluate(run: Run, name: str, data: Kept) -> dict[str, Any]:
     """Measure and print error rates, and write the transcripts to the folder `not_private`."""
     corpus, dataset = data
     recognizer, config = dataset.recognizer, run.config
-    result = evaluate(recognizer, corpus, config.evaluate, dataset=dataset, reporter=run.reporter, name=name)
+    result = evaluate(
+        recognizer,
+        corpus,
+        config.evaluate,
+        dataset=dataset,
+        reporter=run.reporter,
+        name=name,
+        ranks=run.ranks,
+    )
     run.reporter.say(f"{name}: {result}")
     lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
-    write_text(run.folder.not_private / f"transcripts_{name}.tsv", lines)
+    run.folder.write(run.folder.not_private / f"transcripts_{name}.tsv", lines)
     run.folder.note_metrics(private=config.privacy.enabled, **{name: result.to_dict()})
     return result.to_dict()
 
@@ -116,7 +135,7 @@ def _evaluate_before(run: Run) -> dict[str, Any] | None:
 
 def _restore(run: Run) -> None:
     """Restore the checkpoint, if there is one, and print the consequences."""
-    saved = checkpoint.load(run.folder.checkpoint)
+    saved = run.checkpoint()
     spent = run.engine.steps if run.engine else 0
     if saved is None:
         lost = f" {spent} steps were spent before the first checkpoint and remain counted." if spent else ""
@@ -156,10 +175,14 @@ def _finish(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> Train
     if run.tests is not None:
         evaluation["after"] = _evaluate(run, "after", run.tests)
     adapters = config.method.kind in ("lora", "dp_rp")
-    run.recognizer.save(folder.path / ("adapter" if adapters else "model"))
     epsilon = epsilon_spent(run)
     values = record.run_record(run, data, evaluation, epsilon)
-    write_json(folder.run, values)
+
+    def write() -> None:
+        run.recognizer.save(folder.path / ("adapter" if adapters else "model"))
+        write_json(folder.run, values)
+
+    run.ranks.first(write)
     if run.engine is None:
         reporter.say("this model is NOT PRIVATE", style="bold red")
     elif epsilon is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from asr_finetune.data.provenance import figures, fingerprint
 from asr_finetune.data.utterance import Problem
 from asr_finetune.files import MissingFile, write_json, write_text
 from dpkernels.errors import UserError
-from dpkernels.privacy import read_ledger
+from dpkernels.privacy import Ranks, read_ledger
 
 # Keys that may change on resume: they affect the place and speed of a run, but neither its expected result nor ε.
 MAY_CHANGE = frozenset(
@@ -66,9 +66,10 @@ def _within(name: str, doc: str) -> Any:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's output."""
+    """A run's output: its paths, and what is written there. Of several processes rank 0 alone reads and writes."""
 
     path: Path
+    ranks: Ranks = field(default_factory=Ranks)
 
     config = _within("config.yaml", "The configuration.")
     ledger = _within("ledger.jsonl", "The privacy ledger.")
@@ -78,6 +79,11 @@ class RunFolder:
     not_private = _within("not_private", "Folder of files that must not be passed on.")
     speakers = _within("not_private/speakers.yaml", "data.speakers and data.exclude_speakers, if given.")
     data = _within("not_private/data.json", "Figures and fingerprint of the training data.")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds a finished run."""
+        return self.ranks.first(self.run.is_file)
 
     @property
     def begun(self) -> bool:
@@ -115,11 +121,14 @@ class RunFolder:
 
         Returns, raises: as `check`.
         """
+        return self.ranks.first(lambda: self._prepare(config, resume=resume))
+
+    def _prepare(self, config: Config, *, resume: bool) -> bool:
         if self.check(config, resume=resume):
             return True
         self.not_private.mkdir(parents=True, exist_ok=True)
         write_text(self.not_private / "README.txt", _NOTICE)
-        self.trim_history(0)
+        self._trim_history(0)
         if not self.config.is_file() or self._changes(config):
             self.metrics.unlink(missing_ok=True)  # they belong to another configuration
         self._write_config(config)
@@ -155,7 +164,8 @@ class RunFolder:
 
     def note_test_data(self, shares_training: bool | None) -> None:
         """Write to not_private/test_data.json whether test data holds training recordings (None: no test data)."""
-        write_json(self.not_private / "test_data.json", {"shares_training": shares_training})
+        if self.ranks.is_first:
+            write_json(self.not_private / "test_data.json", {"shares_training": shares_training})
 
     def note_data(self, corpus: Corpus, *, resuming: bool) -> str:
         """Write the figures of the training data, and its fingerprint under this run's own key.
@@ -165,9 +175,15 @@ class RunFolder:
 
         Raises:
             RunFolderError: the resumed run began with other data.
+            RanksError: another process has other data.
         """
-        current = fingerprint(corpus, self._fingerprint_key())
-        original = (self.read_json(self.data) or {}).get("fingerprint", current)
+        current = fingerprint(corpus, self.ranks.first(self._fingerprint_key))
+        self.ranks.check_same("make_private", {"fingerprint of data.train": current})
+        self.ranks.first(lambda: self._note_data(corpus, current, resuming=resuming))
+        return current
+
+    def _note_data(self, corpus: Corpus, current: str, *, resuming: bool) -> None:
+        original = (self._read_json(self.data) or {}).get("fingerprint", current)
         if resuming and original != current:
             raise RunFolderError(
                 f"output={str(self.path)!r} holds a run that began with other training data: recordings, "
@@ -175,7 +191,6 @@ class RunFolder:
                 "was. Put the data back as it was, or give another --output."
             )
         write_json(self.data, {"fingerprint": current, **figures(corpus)})
-        return current
 
     def _fingerprint_key(self) -> bytes:
         path = self.not_private / "fingerprint.key"
@@ -186,30 +201,47 @@ class RunFolder:
     def note_problems(self, name: str, problems: list[Problem]) -> None:
         """Write the names of unusable recordings to not_private/problems_<name>.tsv."""
         lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in problems)
-        write_text(self.not_private / f"problems_{name}.tsv", lines)
+        self.write(self.not_private / f"problems_{name}.tsv", lines)
 
     def read_json(self, path: Path) -> Any:
-        """The content of a JSON file, or None if the file does not exist."""
+        """The content of a JSON file, or None if the file does not exist. Every process gets what rank 0 reads."""
+        return self.ranks.first(lambda: self._read_json(path))
+
+    def _read_json(self, path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def note_metrics(self, **values: Any) -> None:
         """Add entries to metrics.json."""
-        write_json(self.metrics, {**(self.read_json(self.metrics) or {}), **values})
+        if self.ranks.is_first:
+            write_json(self.metrics, {**(self._read_json(self.metrics) or {}), **values})
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file of the folder."""
+        if self.ranks.is_first:
+            write_text(path, text)
 
     def note_history(self, entry: dict[str, Any]) -> None:
         """Append a line to not_private/history.jsonl."""
+        if not self.ranks.is_first:
+            return
         with open(self.not_private / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of not_private/history.jsonl, without one that a crash cut short."""
+        return self.ranks.first(self._history)
+
+    def _history(self) -> list[dict[str, Any]]:
         path = self.not_private / "history.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
     def trim_history(self, step: int) -> None:
         """Drop the lines after `step`, since those steps are taken again."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history() if entry["step"] <= step)
+        self.ranks.first(lambda: self._trim_history(step))
+
+    def _trim_history(self, step: int) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in self._history() if entry["step"] <= step)
         write_text(self.not_private / "history.jsonl", lines)
 
 

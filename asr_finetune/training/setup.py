@@ -25,7 +25,7 @@ from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.sampling import check_batch, micro_batch_limits, sigma_of, unit_arguments, units
 from dpkernels import PrivacyEngine
 from dpkernels.blocks import CompilerError, checkpoint_blocks, compile_frozen_blocks, has_checkpointing
-from dpkernels.privacy import plan_sampling, read_ledger
+from dpkernels.privacy import Ranks, plan_sampling, read_ledger
 
 SELF_CHECK_EXAMPLES = 3
 SELF_CHECK_LENGTHS = (0.05, 0.4)  # quantiles, from and to
@@ -127,6 +127,7 @@ def make_private(
     reporter: Reporter,
     ledger: Path | None,
     remaining: int,
+    ranks: Ranks,
 ) -> tuple[PrivacyEngine, Any, Iterable[Any]]:
     """The engine, the private optimizer and the private loader for `remaining` more steps.
 
@@ -143,7 +144,7 @@ def make_private(
         persistent_workers=config.train.num_workers > 0,
     )
     sampling = plan_sampling(data_loader, **unit)
-    contents = read_ledger(ledger) if ledger is not None and ledger.exists() else None
+    contents = ranks.first(lambda: read_ledger(ledger) if ledger is not None and ledger.exists() else None)
     spent = contents.steps if contents else 0
     started = [run for run in contents.runs if run.steps] if contents else []
     if started:

@@ -32,6 +32,7 @@ from asr_finetune.training.setup import (
 from dpkernels import PrivacyEngine, checkpoint
 from dpkernels.errors import UserError
 from dpkernels.plain import PlainLoader, PlainOptimizer
+from dpkernels.privacy import Ranks
 
 # stage, in order -> the stages it needs; each stage is the method of `Run` with that name
 STAGES: dict[str, tuple[str, ...]] = {
@@ -64,6 +65,7 @@ class Run:
     resume: bool = True
     compare: str | Path | None = None
     resuming: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
     non_private: dict[str, Any] | None = None
     recognizer: Recognizer = field(init=False)
     corpus: Corpus = field(init=False)
@@ -83,7 +85,7 @@ class Run:
     @property
     def folder(self) -> RunFolder:
         """The output folder."""
-        return RunFolder(Path(self.config.output))
+        return RunFolder(Path(self.config.output), self.ranks)
 
     def walk(self) -> None:
         """Go through STAGES."""
@@ -102,7 +104,7 @@ class Run:
         """
         self.non_private = read_comparison(self.compare)
         self.resuming = self._claim()
-        if self.folder.run.is_file():
+        if self.folder.finished:
             raise Finished(
                 f"{self.folder.run} exists: this run is finished. For another run give another --output."
             )
@@ -208,7 +210,7 @@ class Run:
 
     def _make_private(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
         # For a resumed run the ledger holds σ and the steps spent, and the checkpoint the model's step.
-        saved = checkpoint.load(self.folder.checkpoint)
+        saved = self.checkpoint()
         remaining = self.config.train.steps - (saved.step if saved else 0)
         self.engine, self.optimizer, self.loader = make_private(
             self.config,
@@ -219,9 +221,19 @@ class Run:
             self.reporter,
             self.folder.ledger,
             remaining,
+            self.ranks,
         )
 
+    def checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The last checkpoint, if there is one. Every process gets what rank 0 reads."""
+        return self.ranks.first(lambda: checkpoint.load(self.folder.checkpoint))
+
     def _make_plain(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
+        if self.ranks.size > 1:
+            raise UserError(
+                f"privacy.enabled=false under torchrun with {self.ranks.size} processes: a run without privacy is for "
+                "comparison and takes one process; start it without torchrun"
+            )
         train = self.config.train
         self.optimizer = PlainOptimizer(plain, train.batch_size)
         size, frames = micro_batch_limits(train, lengths)

@@ -6,6 +6,8 @@ from dpkernels.privacy.accounting.budget import BudgetExhausted
 from dpkernels.privacy.accounting.ledger import LedgerError, read_ledger
 from dpkernels.privacy.accounting.plan import DELTAS, NoisePlan, detection_bounds, plan_noise
 from dpkernels.privacy.engine import PrivacyEngine
+from dpkernels.privacy.ranks.group import Ranks, RanksError, ranks_of
+from dpkernels.privacy.ranks.joining import join_processes
 from dpkernels.privacy.ranks.sharded import shard_frozen
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
@@ -26,6 +28,8 @@ __all__ = [
     "LogicalBatch",
     "NoisePlan",
     "PrivacyEngine",
+    "Ranks",
+    "RanksError",
     "Sampling",
     "SelfCheckError",
     "SelfCheckReport",
@@ -35,10 +39,12 @@ __all__ = [
     "claimed_epsilon",
     "detection_bounds",
     "epsilon",
+    "join_processes",
     "micro_batches",
     "noise_multiplier",
     "plan_noise",
     "plan_sampling",
+    "ranks_of",
     "read_ledger",
     "shard_frozen",
 ]

@@ -24,7 +24,7 @@ from dpkernels.privacy.keywords import (
     strategy_called,
 )
 from dpkernels.privacy.ranks.agreement import check_same_run, take_first_values
-from dpkernels.privacy.ranks.gathers import Gathers
+from dpkernels.privacy.ranks.gathers import gathers_of
 from dpkernels.privacy.ranks.group import SET_UP, Ranks, ranks_of
 from dpkernels.privacy.ranks.sharded import check_sharded, sharded_modules
 from dpkernels.privacy.rng.model_draws import SecretSeeds
@@ -272,7 +272,7 @@ class PrivacyEngine:
             check_same_run(ranks, run_identity(setup, self.accountant, fixed), named_tensors(module))
             take_first_values(ranks, trained_parameters(module).values())
             if sharded := sharded_modules(module):
-                Gathers(ranks, sharded)
+                gathers_of(ranks).add(sharded)
             if not fixed:
                 self._sampling_stream = SecretStream.with_secret(ranks.first(secret_key))
         self._ranks = ranks

@@ -20,76 +20,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dpkernels.privacy.ranks.exchange import ALL_GATHER
-from dpkernels.privacy.ranks.group import Ranks, RanksError
+from dpkernels.privacy.ranks.group import BEFORE_WAITING, Ranks, RanksError
 from dpkernels.privacy.ranks.sharded import ShardedModule, local_part
 
 _NONE = -1
 
 
 class Gathers:
-    """Replaces the all-gathers of a model's sharded modules by gathers on request.
+    """Gathers on request for the sharded modules of all models that train over one process group.
 
     Args:
-        ranks: the processes; they then take part in the others' gathers whenever they wait for them.
-        modules: what fully_shard was called on, in the same order on all ranks.
+        ranks: the processes. Whenever one of them waits for the others, it takes part in their gathers.
     """
 
-    def __init__(self, ranks: Ranks, modules: Sequence[ShardedModule]) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._modules = [module for module in modules if module.slots]
-        self._weights = [module.weights() for module in self._modules]
-        self._checked: set[int] = set()
-        for index, module in enumerate(self._modules):
-            module.module.set_custom_all_gather(_Gather(partial(self._gather, index)))
-        ranks.while_waiting = self.serve
+        self._added = 0
+        # A model holds what gathers its modules, so that these entries end with it.
+        self._gatherers: WeakValueDictionary[int, _Gather] = WeakValueDictionary()
+        BEFORE_WAITING[ranks.group] = self.serve
+
+    def add(self, modules: Sequence[ShardedModule]) -> None:
+        """Replace the all-gathers of these modules, which all ranks add in the same order."""
+        for module in modules:
+            if module.slots:
+                gather = self._gatherers[self._added] = _Gather(self, self._added, module)
+                module.module.set_custom_all_gather(gather)
+                self._added += 1
 
     def serve(self) -> None:
         """Take part in the gathers of the others, until no rank needs one."""
-        while self._round(_NONE, _nothing):
+        while self.take_part(_NONE, _nothing):
             pass
 
-    def _gather(self, index: int, output: Tensor, source: Tensor, group: dist.ProcessGroup) -> None:
-        if index not in self._checked:
-            self._check_layout(index, source)
-        self._round(index, lambda: _all_gather(output, source, group))
-
-    def _round(self, mine: int, gather: Callable[[], None]) -> bool:
+    def take_part(self, mine: int, gather: Callable[[], None]) -> bool:
         """Say which module this rank needs, and take part in all gathers; whether there was any."""
         needed = sorted(set(self._ranks.numbers(mine)) - {_NONE})
         for index in needed:
             if index == mine:
                 gather()
             else:
-                source = _flat(self._weights[index])
-                output = source.new_empty(source.numel() * self._ranks.size)
-                _all_gather(output, source, self._weights[index][0].device_mesh.get_group())
+                self._gatherers[index].contribute(self._ranks.size)
         return bool(needed)
 
-    def _check_layout(self, index: int, source: Tensor) -> None:
-        """Raise unless fully_shard gathers this module's weights as a rank that takes part does."""
-        expected = _flat(self._weights[index])
-        if expected.dtype != source.dtype or not torch.equal(expected, source):
-            raise RuntimeError(
-                f"{self._modules[index].name or 'the model'!r} gathers other values than its own sharded weights: "
-                "fully_shard was called with mp_policy or with a list of modules. Use torch.autocast instead of "
-                "mp_policy, and call fully_shard for each module (dpkernels.privacy.shard_frozen(model) does so)"
-            )
-        self._checked.add(index)
+
+def gathers_of(ranks: Ranks) -> Gathers:
+    """The gathers of this process group."""
+    serving = getattr(BEFORE_WAITING.get(ranks.group), "__self__", None)
+    return serving if isinstance(serving, Gathers) else Gathers(ranks)
 
 
 class _Gather:
     """What fully_shard calls in place of its all-gather (`FSDPModule.set_custom_all_gather`)."""
 
-    def __init__(self, gather: Callable[[Tensor, Tensor, dist.ProcessGroup], None]) -> None:
-        self._gather = gather
+    def __init__(self, gathers: Gathers, index: int, module: ShardedModule) -> None:
+        self._gathers = gathers
+        self._index = index
+        self._name = module.name or "the model"
+        self._weights = module.weights()
+        self._checked = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -97,7 +94,27 @@ class _Gather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        self._gather(output_tensor, input_tensor, group)
+        if not self._checked:
+            self._check_layout(input_tensor)
+        self._gathers.take_part(self._index, lambda: _all_gather(output_tensor, input_tensor, group))
+
+    def contribute(self, ranks: int) -> None:
+        """Take part in a gather that other ranks need."""
+        source = _flat(self._weights)
+        _all_gather(
+            source.new_empty(source.numel() * ranks), source, self._weights[0].device_mesh.get_group()
+        )
+
+    def _check_layout(self, source: Tensor) -> None:
+        """Raise unless fully_shard gathers this module's weights as `contribute` does."""
+        expected = _flat(self._weights)
+        if expected.dtype != source.dtype or not torch.equal(expected, source):
+            raise RuntimeError(
+                f"{self._name!r} gathers other values than its own sharded weights: fully_shard was called with "
+                "mp_policy or with a list of modules. Use torch.autocast instead of mp_policy, and call fully_shard "
+                "for each module (dpkernels.privacy.shard_frozen(model) does so)"
+            )
+        self._checked = True
 
 
 def _flat(weights: Sequence[Any]) -> Tensor:

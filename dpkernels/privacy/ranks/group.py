@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,10 @@ _HINTS = {
 }
 
 
+BEFORE_WAITING: "WeakKeyDictionary[Any, Callable[[], None]]" = WeakKeyDictionary()
+"""By process group, what a process does before it waits for the others of it, until all wait: see `gathers`."""
+
+
 class RanksError(UserError, RuntimeError):
     """The processes of a run do not agree, or one of them failed. Nothing was released because of it."""
 
@@ -45,7 +50,6 @@ class Ranks:
         rank: this process's number within the group.
         size: number of processes.
         group: the group that gradients and parameters travel over, or None.
-        while_waiting: called before this process waits for the others; returns when all wait.
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
@@ -54,7 +58,6 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
         self._pid = os.getpid()
         self._facts: dist.ProcessGroup | None = None
-        self.while_waiting: Callable[[], None] | None = None
         if group is not None and self.size > 1:
             members = dist.get_process_group_ranks(group)
             self._first = members[0]
@@ -187,15 +190,15 @@ class Ranks:
         return values
 
     def numbers(self, mine: int) -> list[int]:
-        """The number of every rank, by rank; `while_waiting` is not called."""
+        """The number of every rank, by rank; `BEFORE_WAITING` is not called."""
         all_ranks = torch.empty(self.size, 1, dtype=torch.int64)
         self._sent(dist.all_gather, list(all_ranks), torch.tensor([mine]))
         numbers: list[int] = all_ranks.flatten().tolist()
         return numbers
 
     def _told(self, collective: Callable[..., Any], *arguments: Any) -> None:
-        if self.while_waiting is not None:
-            self.while_waiting()
+        if self.group in BEFORE_WAITING:
+            BEFORE_WAITING[self.group]()
         self._sent(collective, *arguments)
 
     def _sent(self, collective: Callable[..., Any], *arguments: Any) -> None:
@@ -222,7 +225,8 @@ def ranks_of(group: "dist.ProcessGroup | None") -> Ranks:
             if started > 1:
                 raise RuntimeError(
                     f"torchrun started {started} processes, and torch.distributed is not initialised: each would train "
-                    "a model of its own. Call torch.distributed.init_process_group() before make_private"
+                    "a model of its own. Call dpkernels.privacy.join_processes() first, or init_process_group() of "
+                    "torch.distributed"
                 )
             return Ranks()
         group = dist.group.WORLD

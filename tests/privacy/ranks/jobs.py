@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,34 @@ def left_out(rank: int, group: Any, fault: str, ledger: Path) -> dict[str, Any]:
     run.engine.close()
     moved = any(not torch.equal(p, b) for p, b in zip(run.model.parameters(), before, strict=True))
     return {"raised": raised, "steps": run.engine.steps, "moved": moved}
+
+
+def dies(rank: int, group: Any, where: str, ledger: Path) -> dict[str, Any]:
+    """Three steps, in the second of which rank 1 is killed: what the others raised, and what a later step raises."""
+    run = a_run(group, ledger=ledger)
+    steps_of(run, 1)
+    run.optimizer.zero_grad()
+    if rank == 1:
+        _die_in(run, where)
+    raised = []
+    for _ in range(2):
+        try:
+            steps_of(run, 1)
+        except Exception as error:  # noqa: BLE001  what the test compares
+            raised.append(f"{type(error).__name__}: {error}")
+    return {"raised": raised, "steps": run.engine.steps}
+
+
+def _die_in(run: Run, where: str) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    optimizer: Any = run.optimizer
+    if where == "a backward":
+        optimizer.backward = die
+    elif where == "the meeting":
+        optimizer._guard.before_step = die
+    elif where == "the exchange of sums":
+        optimizer._exchange.sums_to_owners = die
+    elif where == "the exchange of parameters":
+        optimizer._exchange.to_all = die

@@ -21,20 +21,23 @@ class JobFailed(AssertionError):
 
 
 class Processes:
-    """PROCESSES processes with a gloo group each of the first 1, 2, ... of them.
+    """Processes with a gloo group each of the first 1, 2, ... of them.
 
     Args:
         folder: where they meet.
+        count: how many.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int = PROCESSES) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "dpkernels.privacy", "tests.privacy.private_run"])
         self._pipes: list[Connection] = []
         self.processes = []
-        for rank in range(PROCESSES):
+        for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(folder / "store"), theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, count, str(folder / "store"), theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -48,7 +51,10 @@ class Processes:
         for rank, pipe in enumerate(self._pipes[:size]):
             if not pipe.poll(WAIT):
                 raise JobFailed(f"rank {rank} hangs in {job.__qualname__}")
-            results.append(pipe.recv())
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append(None)  # it was killed
         return results
 
     def results(self, job: Callable[..., Any], size: int, /, *arguments: Any, **keywords: Any) -> list[Any]:
@@ -79,7 +85,7 @@ class Failure:
         return f"{self.kind}: {self.message}\n{self.trace}"
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
@@ -87,12 +93,12 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, PROCESSES),
+        store=dist.FileStore(store, count),
         rank=rank,
-        world_size=PROCESSES,
+        world_size=count,
         timeout=timedelta(seconds=WAIT / 2),
     )
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, PROCESSES + 1)}
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, count + 1)}
     while True:
         try:
             module, name, size, arguments, keywords = pipe.recv()

@@ -213,8 +213,8 @@ def test_slack_covers_its_derivation_and_reaches_the_noise() -> None:
     for examples in (1, 2**10, 2**15, 2**20):
         # additions of pieces of cancelling examples: n·P·(n + K)·2⁻⁵³, twice
         assert rounding_slack(examples) >= 2 * examples * 2**9 * (examples + 2**17) * 2.0**-53
-        # and what 64 processes sum apart is added up in 64 more
-        assert rounding_slack(examples, 64) >= 2 * (examples * 2**9 + 64) * (examples + 2**17) * 2.0**-53
+    # What 64 processes sum apart is added up in 64 additions more, each counted twice.
+    assert rounding_slack(2**10, 64) - rounding_slack(2**10) >= 2 * 64 * (2**10 + 2**17) * 2.0**-53
     run = private_run(sigma=2.0, clip=0.5)
     assert run.optimizer.sensitivity == 0.5 * (1 + rounding_slack(40))
     with pytest.raises(AssertionError):  # the planted fault: sums kept in float32
