@@ -18,8 +18,8 @@ def check_same_run(
     Args:
         ranks: the processes.
         constants: what defines the run, by name: values with a repr that shows all of them.
-        tensors: name, tensor and whether it is trained, of all parameters and buffers. Of trained ones and of sharded
-            ones only shape and dtype are compared.
+        tensors: name, tensor and whether it is trained, of all parameters and buffers. Of trained ones only shape and
+            dtype are compared, and of sharded ones (`shard_frozen` compares their values while each rank has all).
     """
     if ranks.size == 1:
         return

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,20 @@ T = TypeVar("T")
 
 # Operations in which all ranks must meet. A rank that enters another one is reported by name.
 SET_UP, STEP, STATE, LOAD = "make_private", "optimizer.step", "optimizer.state_dict", "load_state_dict"
-_OPERATIONS = (SET_UP, STEP, STATE, LOAD)
+SHARD = "shard_frozen"
+_OPERATIONS = (SET_UP, STEP, STATE, LOAD, SHARD)
 _HINTS = {
     SET_UP: "Start every rank with the same script, data, arguments and versions, and build the model after "
     "torch.manual_seed, with one seed for all",
     STEP: "Every rank has to take each logical batch of the loader, and call step() once for it",
     STATE: "Call it at the same step on every rank",
     LOAD: "Load the same checkpoint on every rank",
+    SHARD: "Load the same weights on every rank, and choose the same trained parameters, before the model is sharded",
 }
+
+
+BEFORE_WAITING: "WeakKeyDictionary[Any, Callable[[], None]]" = WeakKeyDictionary()
+"""By process group, what a process does before it waits for the others of it, until all wait: see `gathers`."""
 
 
 class RanksError(UserError, RuntimeError):
@@ -183,7 +190,19 @@ class Ranks:
         self._told(dist.all_gather_object, values, value)
         return values
 
+    def numbers(self, mine: int) -> list[int]:
+        """The number of every rank, by rank; `BEFORE_WAITING` is not called."""
+        all_ranks = torch.empty(self.size, 1, dtype=torch.int64)
+        self._sent(dist.all_gather, list(all_ranks), torch.tensor([mine]))
+        numbers: list[int] = all_ranks.flatten().tolist()
+        return numbers
+
     def _told(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        if self.group in BEFORE_WAITING:
+            BEFORE_WAITING[self.group]()
+        self._sent(collective, *arguments)
+
+    def _sent(self, collective: Callable[..., Any], *arguments: Any) -> None:
         try:
             collective(*arguments, group=self._facts)
         except RuntimeError as error:

@@ -251,6 +251,7 @@ class DPOptimizer(WrappedOptimizer):
                 clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward)
         except BaseException:
             self.tape.discard()
+            self._guard.after_failure()
             for parameter in self._trained:
                 parameter.grad = None
             raise
@@ -268,6 +269,7 @@ class DPOptimizer(WrappedOptimizer):
             failed again.
         """
         self.tape.discard()
+        self._guard.after_failure()
         invalidated = self._batch.invalidated
         self._batch.try_again()
         return invalidated
