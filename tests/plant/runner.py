@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import queue
+import re
 import shutil
 import subprocess
 import sys
