@@ -281,8 +281,9 @@ def evaluate(
         recognizer = load_with_adapter(loaded.model, adapter)
     else:
         recognizer = load_recognizer(loaded.model)
-    corpus = load(data, split, loaded.data, reporter, "data", recognizer)
-    result = run_evaluation(recognizer, corpus, loaded.evaluate, reporter=reporter)
+    options = {"cache": loaded.train.cache_features, "cache_states": False}
+    dataset = load(data, split, loaded.data, reporter, "data", recognizer, **options)
+    result = run_evaluation(recognizer, dataset.corpus, loaded.evaluate, dataset=dataset, reporter=reporter)
     reporter.say(str(result))
     if out is not None:
         write_json(out, result.to_dict(hypotheses=True))

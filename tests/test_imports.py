@@ -167,7 +167,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
     "dpkernels.privacy": {
         "rng": set(),
         "ranks": set(),
-        "guards": {"rng"},
+        "guards": {"rng", "ranks"},
         "sampling": {"rng", "guards", "ranks"},
         "step": {"rng", "guards", "sampling", "ranks"},
         "keywords": {"step"},

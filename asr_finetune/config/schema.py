@@ -29,17 +29,15 @@ from asr_finetune.config.values import (
     fields_of,
     help_of,
 )
-from dpkernels.deprecation import warn_renamed
-
-_OLD_STRATEGIES = {"keep_small": "mixed"}
+from dpkernels.deprecation import OLD_STRATEGIES, warn_renamed
 
 
 def _present_strategy(value: Any) -> Any:
     """The present name of a strategy; a deprecated one warns."""
-    if not isinstance(value, str) or value not in _OLD_STRATEGIES:
+    if not isinstance(value, str) or value not in OLD_STRATEGIES:
         return value
-    warn_renamed(f"privacy.strategy={value}", f"privacy.strategy={_OLD_STRATEGIES[value]}")
-    return _OLD_STRATEGIES[value]
+    warn_renamed(f"privacy.strategy={value}", f"privacy.strategy={OLD_STRATEGIES[value]}")
+    return OLD_STRATEGIES[value]
 
 
 @explained
@@ -242,7 +240,7 @@ class TrainConfig:
     num_workers: Natural = 0
     """processes that read audio"""
     cache_features: StrictBool = True
-    """keep the features in memory after the first pass"""
+    """keep the features in memory, up to 4 GiB a corpus, from the check of the audio or the first pass on"""
 
 
 @explained

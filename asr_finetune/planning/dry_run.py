@@ -23,6 +23,8 @@ from asr_finetune.data.corpus import Corpus
 from asr_finetune.planning.memory import MARGIN, losses_of
 from asr_finetune.planning.tables import size
 from asr_finetune.planning.workload import typical_speech
+from asr_finetune.training.augment import SpecAugment
+from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.sampling import sampling_of, sigma_of
 from asr_finetune.training.setup import fitted_corpus, make_private
 from asr_finetune.training.start import STAGES, Run
@@ -125,7 +127,9 @@ class _DryRun(Run):
             f"{self.recognizer.device}, {facts['vocabulary']} classes{' (new)' if facts['new_head'] else ''}"
         )
 
-    def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
+    def _read(
+        self, name: str, source: str, split: str | None, augment: SpecAugment | None = None
+    ) -> tuple[SpeechDataset, str]:
         """Load a corpus, and decode a sample of it."""
         corpus = fitted_corpus(source, split, self.config.data, self.recognizer, training=name == "train")
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
@@ -140,7 +144,7 @@ class _DryRun(Run):
             summary += (
                 f": {len(broken)} do not, and would be left out, e.g. {broken[0].name}: {broken[0].reason}"
             )
-        return corpus, summary
+        return SpeechDataset(corpus, self.recognizer, augment=augment), summary
 
     @as_config_error()
     def privacy(self) -> str:

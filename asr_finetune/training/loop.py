@@ -167,8 +167,9 @@ class _EpsilonDisplay:
 def _validate(run: Run) -> None:
     """Add a point to the curve, measured on public data."""
     assert run.valid is not None
-    corpus, dataset = run.valid
-    result = evaluate(run.recognizer, corpus, run.config.evaluate, dataset=dataset, ranks=run.ranks)
+    result = evaluate(
+        run.recognizer, run.valid.corpus, run.config.evaluate, dataset=run.valid, ranks=run.ranks
+    )
     low, high = result.wer_ci or (None, None)
     point = {
         "step": run.step,

@@ -17,7 +17,7 @@ from asr_finetune.training.loop import Interrupted, epsilon_spent, run_steps
 from asr_finetune.training.processes import joined
 from asr_finetune.training.run_folder import RunFolder
 from asr_finetune.training.setup import recognizer_of
-from asr_finetune.training.start import Finished, Kept, Run
+from asr_finetune.training.start import Finished, Run
 from dpkernels import checkpoint
 from dpkernels.plain import PlainLoader
 
@@ -98,13 +98,12 @@ def _train(run: Run) -> TrainResult:
         return _finish(run, data, {"before": before, "non_private": run.non_private})
 
 
-def _evaluate(run: Run, name: str, data: Kept) -> dict[str, Any]:
+def _evaluate(run: Run, name: str, dataset: SpeechDataset) -> dict[str, Any]:
     """Measure and print error rates, and write the transcripts to the folder `not_private`."""
-    corpus, dataset = data
-    recognizer, config = dataset.recognizer, run.config
+    config = run.config
     result = evaluate(
-        recognizer,
-        corpus,
+        dataset.recognizer,
+        dataset.corpus,
         config.evaluate,
         dataset=dataset,
         reporter=run.reporter,
@@ -129,7 +128,7 @@ def _evaluate_before(run: Run) -> dict[str, Any] | None:
         return noted.get("before")
     if run.config.model.window_seconds is not None:
         published = recognizer_of(run.config.with_values("model", window_seconds=None))
-        tests = tests[0], SpeechDataset(tests[0], published, cache=False)
+        tests = SpeechDataset(tests.corpus, published, cache=False)
     return _evaluate(run, "before", tests)
 
 

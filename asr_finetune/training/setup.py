@@ -20,7 +20,6 @@ from asr_finetune.data.provenance import of_speakers, shared_recordings
 from asr_finetune.data.sources import load_corpus
 from asr_finetune.models.loading import load_recognizer
 from asr_finetune.models.recognizer import Recognizer, fit, to_device
-from asr_finetune.training.augment import SpecAugment
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.sampling import check_batch, micro_batch_limits, sigma_of, unit_arguments, units
 from dpkernels import PrivacyEngine
@@ -48,8 +47,14 @@ def fitted_corpus(
 
 
 def load(
-    source: str, split: str | None, data: DataConfig, reporter: Reporter, name: str, recognizer: Recognizer
-) -> Corpus:
+    source: str,
+    split: str | None,
+    data: DataConfig,
+    reporter: Reporter,
+    name: str,
+    recognizer: Recognizer,
+    **options: Any,
+) -> SpeechDataset:
     """Load the utterances of a corpus that decode and that the recogniser accepts; print a summary and the rest.
 
     Args:
@@ -59,30 +64,22 @@ def load(
         reporter: prints the summary.
         name: the use of the corpus; only for "train" must transcripts be learnable.
         recognizer: utterances that it does not accept are left out.
+        options: of the `SpeechDataset`. With cache=True, the check of the audio fills the cache.
 
     Raises:
         ConfigError: the corpus does not exist, or has no usable utterance.
     """
     corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
+    dataset = SpeechDataset(corpus, recognizer, **options)
     if data.check_audio:
-        corpus = corpus.decoded(reporter, f"{name}: reading audio")
+        dataset.check_audio(reporter, f"{name}: reading audio")
+    corpus = dataset.corpus
     reporter.say(f"{name}: {corpus.summary()}")
     for problem in corpus.problems[:_NAMES_SHOWN]:
         reporter.say(f"  left out {problem.name}: {problem.reason}")
     if len(corpus.problems) > _NAMES_SHOWN:
         reporter.say(f"  and {len(corpus.problems) - _NAMES_SHOWN} more")
-    return corpus
-
-
-def training_dataset(config: Config, corpus: Corpus, recognizer: Recognizer) -> SpeechDataset:
-    """The training data as tensors."""
-    return SpeechDataset(
-        corpus,
-        recognizer,
-        cache=config.train.cache_features,
-        augment=SpecAugment() if config.train.spec_augment else None,
-        target_prefix=config.data.target_prefix,
-    )
+    return dataset
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

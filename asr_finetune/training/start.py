@@ -15,6 +15,7 @@ from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import shared_recordings
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import Recognizer, total_parameters, trained_parameters
+from asr_finetune.training.augment import SpecAugment
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.run_folder import RunFolder, read_comparison
 from asr_finetune.training.sampling import micro_batch_limits
@@ -27,7 +28,6 @@ from asr_finetune.training.setup import (
     prepare_blocks,
     recognizer_of,
     self_check,
-    training_dataset,
 )
 from dpkernels import PrivacyEngine, checkpoint
 from dpkernels.errors import UserError
@@ -52,10 +52,6 @@ class Finished(UserError):
     """The output folder holds a finished run."""
 
 
-# a corpus and its dataset, which keeps the features for several evaluations
-Kept = tuple[Corpus, SpeechDataset]
-
-
 @dataclass
 class Run:
     """A run: the results of its stages, which later stages and the loop need, and its progress."""
@@ -68,12 +64,11 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     non_private: dict[str, Any] | None = None
     recognizer: Recognizer = field(init=False)
-    corpus: Corpus = field(init=False)
-    fingerprint: str = ""
-    tests: Kept | None = None
-    shares_training: bool | None = None
-    valid: Kept | None = None
     dataset: SpeechDataset = field(init=False)
+    fingerprint: str = ""
+    tests: SpeechDataset | None = None
+    shares_training: bool | None = None
+    valid: SpeechDataset | None = None
     engine: PrivacyEngine | None = None
     optimizer: Any = None
     loader: Iterable[Any] = ()
@@ -86,6 +81,11 @@ class Run:
     def folder(self) -> RunFolder:
         """The output folder."""
         return RunFolder(Path(self.config.output), self.ranks)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The training data."""
+        return self.dataset.corpus
 
     def walk(self) -> None:
         """Go through STAGES."""
@@ -126,19 +126,21 @@ class Run:
     def training_data(self) -> str:
         """Load the training data, and check it against the configuration."""
         data = self.config.data
-        self.corpus, summary = self._read("train", data.train, data.train_split)
+        augment = SpecAugment() if self.config.train.spec_augment else None
+        self.dataset, summary = self._read("train", data.train, data.train_split, augment)
         check_data(self.config, self.corpus, self.recognizer)
         self._note_data()
         return summary
 
-    def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
+    def _read(
+        self, name: str, source: str, split: str | None, augment: SpecAugment | None = None
+    ) -> tuple[SpeechDataset, str]:
         """Load a corpus, and write the names of the recordings left out to the folder `not_private`."""
-        corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
-        self.folder.note_problems(name, corpus.problems)
-        return corpus, corpus.summary()
-
-    def _features(self, corpus: Corpus) -> SpeechDataset:
-        return SpeechDataset(corpus, self.recognizer, cache=self.config.train.cache_features)
+        options = {"cache": self.config.train.cache_features, "augment": augment}
+        data = self.config.data
+        dataset = load(source, split, data, self.reporter, name, self.recognizer, **options)
+        self.folder.note_problems(name, dataset.corpus.problems)
+        return dataset, dataset.corpus.summary()
 
     def _note_data(self) -> None:
         self.fingerprint = self.folder.note_data(self.corpus, resuming=self.resuming)
@@ -150,13 +152,12 @@ class Run:
             summary = "data.test is not set: no error rates before and after"
             self.reporter.say(summary)
             return summary
-        corpus, summary = self._read("test", source, self.config.data.test_split)
-        self.tests = corpus, self._features(corpus)
-        shared = len(shared_recordings(self.corpus, corpus))
+        self.tests, summary = self._read("test", source, self.config.data.test_split)
+        shared = len(shared_recordings(self.corpus, self.tests.corpus))
         self.shares_training = shared > 0
         if shared:
             self.reporter.say(
-                f"WARNING: {shared} of {len(corpus)} test recordings are training recordings too. Error rates on "
+                f"WARNING: {shared} of {len(self.tests)} test recordings are training recordings too. Error rates on "
                 "them say nothing about other recordings, and are figures of private data without noise: no "
                 "epsilon covers them. The report states this",
                 style="bold red",
@@ -169,9 +170,9 @@ class Run:
         if not self.config.train.eval_every:
             return "train.eval_every is 0: no curve"
         assert self.config.data.valid is not None  # check_trainable ensures it
-        corpus, summary = self._read("valid", self.config.data.valid, self.config.data.valid_split)
-        check_public(corpus, self.corpus, self.config.privacy.unit)
-        self.valid = corpus, self._features(corpus)
+        valid, summary = self._read("valid", self.config.data.valid, self.config.data.valid_split)
+        check_public(valid.corpus, self.corpus, self.config.privacy.unit)
+        self.valid = valid
         return summary
 
     def method(self) -> str:
@@ -194,7 +195,6 @@ class Run:
     def gradients(self) -> str:
         """Make optimizer and loader; a private run also checks that gradients do not depend on the batch."""
         config, recognizer = self.config, self.recognizer
-        self.dataset = training_dataset(config, self.corpus, recognizer)
         lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
         recognizer.model.train()
         prepare_blocks(config.train, recognizer, self.reporter)

@@ -281,6 +281,27 @@ def _one_layer(case: Case, frames: int) -> nn.Module:
     return _OneLayer(layer, width, kind == "depthwise")
 
 
+class _Residual(nn.Module):
+    """One linear layer, added to its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.proj(x), alpha=0.1)
+
+
+class _Stack(nn.Sequential):
+    """Many small layers: a step's time is almost all Python."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__(*(_Residual(width) for _ in range(layers)))
+
+    def forward(self, input_features: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=super().forward(input_features))
+
+
 def _layer_batch(case: Case, size: int, frames: int, generator: torch.Generator) -> Batch:
     features = torch.randn(size, frames, case.width, generator=generator)
     return {"input_features": features, "labels": torch.zeros(size, 1, dtype=torch.int64)}
@@ -308,6 +329,9 @@ _LAYERS = (
     ("depthwise", "depthwise Conv1d 512, k=9", None),
     *((kind, f"{kind.upper()} 512→512", None) for kind in _RECURRENT),
     ("attention", "MultiheadAttention 512, 8 heads", None),
+)
+FAMILIES["stack"] = Family(
+    lambda case, frames: _Stack(case.width, case.layers), _layer_batch, _layer_losses, ["proj"]
 )
 FAMILIES |= {
     f"{kind}-layer": Family(_one_layer, _layer_batch, _layer_losses, ["layer"]) for kind, *_ in _LAYERS
@@ -339,6 +363,9 @@ CASES = {
             mixed=True,
         ),
         *(Case(f"{kind}-layer", f"One {title}", f"{kind}-layer", rank, 512) for kind, title, rank in _LAYERS),
+        # For `bench.compare --size 2 --frames 2`: the host's time of a step.
+        Case("host-lora", "192 LoRA layers 8→8, r=2", "stack", 2, 8, 192),
+        Case("host-linear", "192 linear layers 8→8", "stack", None, 8, 192),
         # For tests of the benchmarks themselves.
         Case("tiny-lora", "Parakeet-CTC, tiny, LoRA r=2", "parakeet", 2, 32, 1),
         Case("tiny-lora-mixed", "Parakeet-CTC, tiny, LoRA r=2, mixed", "parakeet", 2, 32, 1, mixed=True),

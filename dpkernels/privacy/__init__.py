@@ -8,6 +8,7 @@ from dpkernels.privacy.accounting.plan import DELTAS, NoisePlan, detection_bound
 from dpkernels.privacy.engine import PrivacyEngine
 from dpkernels.privacy.ranks.group import Ranks, RanksError, ranks_of
 from dpkernels.privacy.ranks.joining import join_processes
+from dpkernels.privacy.ranks.sharded import shard_frozen
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling
@@ -45,4 +46,5 @@ __all__ = [
     "plan_sampling",
     "ranks_of",
     "read_ledger",
+    "shard_frozen",
 ]

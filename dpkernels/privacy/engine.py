@@ -24,9 +24,12 @@ from dpkernels.privacy.keywords import (
     strategy_called,
 )
 from dpkernels.privacy.ranks.agreement import check_same_run, take_first_values
+from dpkernels.privacy.ranks.gathers import gathers_of
 from dpkernels.privacy.ranks.group import SET_UP, Ranks, ranks_of
+from dpkernels.privacy.ranks.sharded import check_sharded, sharded_modules
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, secret_key
+from dpkernels.privacy.sampling.digests import digests_of
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
 from dpkernels.privacy.self_check.batch_independence import check_batch_independence
@@ -259,6 +262,7 @@ class PrivacyEngine:
                 target_epsilon=target_epsilon,
                 target_delta=target_delta,
             )
+            check_sharded(module, ranks)
             setup = resolve_setup(run, self.accountant, ranks.size)
         return self._build(setup, ranks)
 
@@ -266,8 +270,13 @@ class PrivacyEngine:
         """Make sure that all ranks begin the same run, from the same values, and draw the same batches."""
         if ranks.size > 1:
             module, fixed = setup.arguments.module, self._noise_stream.fixed
-            check_same_run(ranks, run_identity(setup, self.accountant, fixed), named_tensors(module))
+            with ranks.meeting(SET_UP):
+                constants = run_identity(setup, self.accountant, fixed)
+                constants["examples"] = digests_of(setup.arguments.data_loader.dataset)
+            check_same_run(ranks, constants, named_tensors(module))
             take_first_values(ranks, trained_parameters(module).values())
+            if sharded := sharded_modules(module):
+                gathers_of(ranks).add(sharded)
             if not fixed:
                 self._sampling_stream = SecretStream.with_secret(ranks.first(secret_key))
         self._ranks = ranks
@@ -513,6 +522,16 @@ class PrivacyEngine:
             ValueError: the checkpoint is of another data set or unit.
         """
         self._require_budget().load_state_dict(state)
+
+    def wait_for_ranks(self) -> None:
+        """Wait until all processes of the run have come here; with one process do nothing.
+
+        Of a model that `fully_shard` has sharded this process meanwhile contributes its part of the weights to forwards
+        and backwards of the others, as it does within `optimizer.step()`. Call it on every rank before a collective
+        operation of your own (a sum of losses, `destroy_process_group`) that ranks reach after different numbers of
+        forwards: after an evaluation on one rank, or on parts of unequal length.
+        """
+        self._ranks.gathered(None)
 
     def close(self) -> None:
         """Close the ledger and release its lock. With a ledger, step() and get_epsilon() then raise LedgerError."""

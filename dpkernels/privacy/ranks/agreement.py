@@ -18,8 +18,8 @@ def check_same_run(
     Args:
         ranks: the processes.
         constants: what defines the run, by name: values with a repr that shows all of them.
-        tensors: name, tensor and whether it is trained, of all parameters and buffers. Of trained ones and of sharded
-            ones only shape and dtype are compared.
+        tensors: name, tensor and whether it is trained, of all parameters and buffers. Of trained ones only shape and
+            dtype are compared, and of sharded ones (`shard_frozen` compares their values while each rank has all).
     """
     if ranks.size == 1:
         return
@@ -27,7 +27,7 @@ def check_same_run(
     for name, tensor, trained in tensors:
         kind = f"{'trained' if trained else 'not trained'}, {tensor.dtype}, {tuple(tensor.shape)}"
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
-        facts[f"model's {name}"] = kind if trained or not plain else f"{kind}, bits {_bits(tensor)}"
+        facts[f"model's {name}"] = kind if trained or not plain else f"{kind}, bits {bits_of(tensor)}"
     ranks.check_same(SET_UP, facts)
 
 
@@ -44,7 +44,7 @@ def take_first_values(ranks: Ranks, parameters: Iterable[Tensor]) -> None:
             parameter.copy_(values)
 
 
-def _bits(tensor: Tensor) -> int:
+def bits_of(tensor: Tensor) -> int:
     """A sum over a tensor's bytes, weighted by position."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:

@@ -84,7 +84,7 @@ class Exchange:
             for rows in self._rounds:
                 for piece in _within(rows[rank], places):
                     piece.within(mine).copy_(piece.of(tensors))
-                self._collective(_ALL_GATHER, buffer.view(-1), mine)
+                self._collective(ALL_GATHER, buffer.view(-1), mine)
                 for other, slices in enumerate(rows):
                     for piece in _within(slices, places) if other != rank else ():
                         piece.of(tensors).copy_(piece.within(buffer[other]))
@@ -102,7 +102,7 @@ class Exchange:
 
 # torch 2.13's names, and those before
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _rounds(owned: Sequence[Sequence[Piece]], row: int) -> Iterator[list[list[_Slice]]]:

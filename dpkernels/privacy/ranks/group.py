@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,14 +18,20 @@ T = TypeVar("T")
 
 # Operations in which all ranks must meet. A rank that enters another one is reported by name.
 SET_UP, STEP, STATE, LOAD = "make_private", "optimizer.step", "optimizer.state_dict", "load_state_dict"
-_OPERATIONS = (SET_UP, STEP, STATE, LOAD)
+SHARD = "shard_frozen"
+_OPERATIONS = (SET_UP, STEP, STATE, LOAD, SHARD)
 _HINTS = {
     SET_UP: "Start every rank with the same script, data, arguments and versions, and build the model after "
     "torch.manual_seed, with one seed for all",
     STEP: "Every rank has to take each logical batch of the loader, and call step() once for it",
     STATE: "Call it at the same step on every rank",
     LOAD: "Load the same checkpoint on every rank",
+    SHARD: "Load the same weights on every rank, and choose the same trained parameters, before the model is sharded",
 }
+
+
+BEFORE_WAITING: "WeakKeyDictionary[Any, Callable[[], None]]" = WeakKeyDictionary()
+"""By process group, what a process does before it waits for the others of it, until all wait: see `gathers`."""
 
 
 class RanksError(UserError, RuntimeError):
@@ -84,7 +92,7 @@ class Ranks:
             )
 
     @contextmanager
-    def meeting(self, operation: str, facts: Callable[[], Mapping[str, int]] = dict) -> Iterator[None]:
+    def meeting(self, operation: str, facts: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
         """Meet all ranks after the checks in this block; an exception that one rank's block raises ends all of them.
 
         Args:
@@ -99,7 +107,7 @@ class Ranks:
             yield
             return
         error: Exception | None = None
-        values: Mapping[str, int] = {}
+        values: Mapping[str, Any] = {}
         try:
             yield
             values = facts()
@@ -107,7 +115,7 @@ class Ranks:
             error = refusal
         self._agree(operation, error, values)
 
-    def _agree(self, operation: str, error: Exception | None, facts: Mapping[str, int]) -> None:
+    def _agree(self, operation: str, error: Exception | None, facts: Mapping[str, Any]) -> None:
         digest = int.from_bytes(hashlib.sha256(repr(sorted(facts.items())).encode()).digest()[:7], "little")
         mine = torch.tensor([_OPERATIONS.index(operation), int(error is not None), digest])
         all_ranks = torch.empty(self.size, len(mine), dtype=torch.int64)
@@ -147,7 +155,7 @@ class Ranks:
             try:
                 told = [(True, function())]
             except Exception as error:  # noqa: BLE001  as above
-                failure, told = error, [(False, error)]
+                failure, told = error, [(False, _sendable(error))]
         self._told(dist.broadcast_object_list, told, self._first)
         if failure is not None:
             raise failure
@@ -182,7 +190,19 @@ class Ranks:
         self._told(dist.all_gather_object, values, value)
         return values
 
+    def numbers(self, mine: int) -> list[int]:
+        """The number of every rank, by rank; `BEFORE_WAITING` is not called."""
+        all_ranks = torch.empty(self.size, 1, dtype=torch.int64)
+        self._sent(dist.all_gather, list(all_ranks), torch.tensor([mine]))
+        numbers: list[int] = all_ranks.flatten().tolist()
+        return numbers
+
     def _told(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        if self.group in BEFORE_WAITING:
+            BEFORE_WAITING[self.group]()
+        self._sent(collective, *arguments)
+
+    def _sent(self, collective: Callable[..., Any], *arguments: Any) -> None:
         try:
             collective(*arguments, group=self._facts)
         except RuntimeError as error:
@@ -191,6 +211,15 @@ class Ranks:
                 f"{timeout_of(self._facts).total_seconds():.0f} s (the timeout of init_process_group). Start the run "
                 f"again; it resumes from its last checkpoint. torch's error: {error}"
             ) from error
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself, or its message if it does not survive pickling: every rank must get one of them."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  an exception's own code is called
+        return RanksError(f"{type(error).__name__} on rank 0: {error}")
+    return error
 
 
 def ranks_of(group: "dist.ProcessGroup | None") -> Ranks:

@@ -12,6 +12,7 @@ from dpkernels import ops
 from dpkernels.nn import RowCheck, Tape
 from dpkernels.privacy.guards.model import ModelGuard
 from dpkernels.privacy.guards.preconditions import check_losses
+from dpkernels.privacy.ranks.agreement import bits_of
 from dpkernels.privacy.ranks.exchange import Exchange
 from dpkernels.privacy.ranks.group import STATE, STEP, Ranks
 from dpkernels.privacy.ranks.pieces import Piece, cut, owners
@@ -250,6 +251,7 @@ class DPOptimizer(WrappedOptimizer):
                 clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward)
         except BaseException:
             self.tape.discard()
+            self._guard.after_failure()
             for parameter in self._trained:
                 parameter.grad = None
             raise
@@ -267,6 +269,7 @@ class DPOptimizer(WrappedOptimizer):
             failed again.
         """
         self.tape.discard()
+        self._guard.after_failure()
         invalidated = self._batch.invalidated
         self._batch.try_again()
         return invalidated
@@ -316,9 +319,18 @@ class DPOptimizer(WrappedOptimizer):
             self._batch.close()
             self._rows.note_step()
 
-    def _facts(self) -> dict[str, int]:
-        """What must be the same on all ranks."""
-        return {"steps counted": self._steps(), "drawn batch": self._drawn, "fused step": int(self._fused)}
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on all ranks. Reading the parameters takes time: before the 1st, 2nd, 4th, ... step."""
+        steps = self._steps()
+        facts: dict[str, Any] = {
+            "steps counted": steps,
+            "drawn batch": self._drawn,
+            "fused step": self._fused,
+            "learning rates": [float(group["lr"]) for group in self.param_groups],
+        }
+        if not steps & (steps - 1):
+            facts["trained parameters"] = [bits_of(parameter) for parameter in self._trained]
+        return facts
 
     def _check_not_diverged(self) -> None:
         if self._diverged:

@@ -30,7 +30,7 @@ def given(watch: Watch, ranks: int, rank: int) -> None:
     process: Any = SimpleNamespace(size=ranks, rank=rank, group=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "_REDUCE_SCATTER", watch.counted("sums", nothing))
-        patch.setattr(exchange, "_ALL_GATHER", watch.counted("results", nothing))
+        patch.setattr(exchange, "ALL_GATHER", watch.counted("results", nothing))
         moves = exchange.Exchange(process, owners(cut(parameters), ranks))
         moves.sums_to_owners([p.double() for p in parameters])
         moves.to_all(parameters)

@@ -76,7 +76,7 @@ LINES = (
             Fault(
                 "draws that are not compared",
                 "dpkernels/privacy/step/optimizer.py",
-                '"drawn batch": self._drawn, ',
+                '            "drawn batch": self._drawn,\n',
                 "",
                 f"{_STEP}[draws-drawn batch]",
             ),
@@ -132,6 +132,13 @@ LINES = (
                 "{name: repr(value) for name, value in constants.items()}",
                 "{}",
                 "tests/privacy/ranks/test_agreement.py::test_runs_that_differ_are_refused_by_name[noise multiplier]",
+            ),
+            Fault(
+                "data sets that are numbered otherwise",
+                "dpkernels/privacy/engine.py",
+                'constants["examples"] = digests_of(setup.arguments.data_loader.dataset)',
+                "pass",
+                "tests/privacy/ranks/test_agreement.py::test_models_and_versions_that_differ_are_refused_by_name[order of examples-examples: ]",
             ),
             Fault(
                 "sums of other ranks that stay and count again",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from dpkernels.privacy import back_propagate
 from dpkernels.privacy.ranks import pieces
@@ -112,6 +113,16 @@ def values_kept(rank: int, group: Any) -> int:
     return sum(value.numel() for value in kept)
 
 
+class Backwards(TensorDataset):
+    """The same examples, as a machine has them that lists its files in another order."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        super().__init__(*(tensor.flip(0) for tensor in tensors))
+
+
+Backwards.__name__ = "TensorDataset"
+
+
 def set_up(rank: int, group: Any, settings: list[dict[str, Any]], change: str = "") -> None:
     """make_private with settings of each rank."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
@@ -122,6 +133,8 @@ def set_up(rank: int, group: Any, settings: list[dict[str, Any]], change: str = 
             model[0].weight[0, 0] += 1e-6
     model[0].requires_grad_(change == "frozen on one rank" and rank == 1)
     with pytest.MonkeyPatch.context() as patch:
+        if change == "order of examples" and rank == 1:
+            patch.setattr("tests.privacy.private_run.TensorDataset", Backwards)
         if change == "version" and rank == 1:
             patch.setattr("dpkernels.__version__", "0.0.1")
         a_run(group, model=model, **settings[rank])
@@ -147,6 +160,11 @@ def left_out(rank: int, group: Any, fault: str, ledger: Path) -> dict[str, Any]:
             back_propagate(run.optimizer, logical, lambda batch: run.loss_fn(run.model, batch))
         if fault == "a buffer" and rank == 1:
             run.model.register_buffer("late", torch.zeros(1))
+        if fault == "learning rates" and rank == 1:
+            run.optimizer.param_groups[0]["lr"] = 0.01
+        if fault == "trained parameters" and rank == 1:
+            run.optimizer._guard.at_step()  # whoever changes them between two steps
+            run.model.last.weight.data[0, 0] += 1
         if fault == "ledger" and rank == 0:
             run.engine._budget._ledger.close()  # what a full disk does to it, on the rank that writes
         if fault == "operations" and rank == 1:
@@ -156,6 +174,8 @@ def left_out(rank: int, group: Any, fault: str, ledger: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  what the test compares
         raised = f"{type(error).__name__}: {error}"
     run.engine.close()
+    if fault in ("learning rates", "trained parameters"):
+        return {"raised": raised, "steps": run.engine.steps, "moved": False}
     moved = any(not torch.equal(p, b) for p, b in zip(run.model.parameters(), before, strict=True))
     return {"raised": raised, "steps": run.engine.steps, "moved": moved}
 

@@ -39,6 +39,7 @@ def test_runs_that_differ_are_refused_by_name(processes: Processes, what: str) -
         ("frozen value", "parameter '0.weight'"),
         ("frozen on one rank", "parameter '0.weight'"),
         ("version", "versions"),
+        ("order of examples", "examples: "),
     ],
 )
 def test_models_and_versions_that_differ_are_refused_by_name(
@@ -75,6 +76,8 @@ def test_parameters_begin_with_those_of_rank_0(processes: Processes) -> None:
     ("fault", "message"),
     [
         ("draws", "drawn batch"),
+        ("learning rates", "learning rates: "),
+        ("trained parameters", "trained parameters: "),
         ("a backward left out", "fewer examples were back-propagated"),
         ("a buffer", "late"),
         ("operations", "rank 0 in optimizer.step, rank 1 in optimizer.state_dict"),

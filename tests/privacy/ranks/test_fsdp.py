@@ -1,0 +1,327 @@
+"""A frozen base in parts, by fully_shard: the steps of whole replicas, 1/R of the memory, and guards that still see."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpkernels.privacy import back_propagate, shard_frozen
+from dpkernels.privacy.ranks.sharded import is_sharded, local_part
+from tests.privacy.private_run import losses_of
+from tests.privacy.ranks.jobs import a_run, steps_of
+from tests.privacy.ranks.processes import Failure, Processes
+from tests.privacy.ranks.test_same_update import LENGTHS
+
+
+class Block(nn.Module):
+    """A frozen layer, a LoRA beside it by PEFT, and a frozen norm with a trained bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width + 1)
+        self.outer = nn.Linear(width + 1, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.outer(torch.tanh(self.inner(x))))
+
+
+class Model(nn.Module):
+    """Frozen blocks, a frozen layer before them, a trained head."""
+
+    def __init__(self, width: int = 9, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, width)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(3)])
+        self.head = nn.Linear(width, 3)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.head(x).mean(1)
+
+
+def with_adapters(model: Model) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["inner", "outer"], modules_to_save=["head"], lora_dropout=0.0)
+    )
+    for name, parameter in adapted.named_parameters():
+        if name.endswith("norm.bias"):
+            parameter.requires_grad_(True)
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
+def base_bytes(model: nn.Module) -> int:
+    return sum(local_part(p).nbytes for p in model.parameters() if not p.requires_grad)
+
+
+def adapted(*, shard: Any = None, checkpointing: bool = False, seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    model = with_adapters(Model(checkpointing=checkpointing))
+    if shard is not None:
+        shard_frozen(model, process_group=shard)
+    return model
+
+
+def trained(
+    rank: int,
+    group: Any,
+    *,
+    shard: bool,
+    steps: int = 3,
+    checkpointing: bool = False,
+    fails_on: int = -1,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Steps under a fixed key: the trained parameters, bytes of the base, and examples of each step."""
+    model = adapted(shard=group if shard else None, checkpointing=checkpointing)
+    if rank == fails_on:
+        model.get_submodule("base_model.model.blocks.1.norm").register_forward_hook(out_of_memory)
+    run = a_run(group, model=model, **settings)
+    taken = steps_of(run, steps)
+    return {
+        "parameters": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
+        "base": {n: p.shape for n, p in model.named_parameters() if not p.requires_grad},
+        "sharded": [n for n, p in model.named_parameters() if is_sharded(p)],
+        "bytes": base_bytes(model),
+        "examples": taken,
+        "state": run.optimizer.state_dict()["state"],
+    }
+
+
+def out_of_memory(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    if len(output) > 2 and torch.is_grad_enabled():
+        raise torch.OutOfMemoryError("more than two examples")
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "": {},
+    **{f"strategy={name}": {"strategy": name} for name in ("mixed", "two_pass", "per_layer")},
+    "checkpointing": {"checkpointing": True},
+    "checkpointing, two_pass": {"checkpointing": True, "strategy": "two_pass"},
+    "empty ranks": {"batch_size": 1, "steps": 6},
+    "one example a micro-batch": {"physical_batch_size": 1},
+    "of lengths": {"lengths": LENGTHS, "max_padded_frames": 20},
+    "out of memory on rank 1": {"fails_on": 1},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@cache
+def _results(processes: Processes, size: int, shard: bool, settings: str) -> list[dict[str, Any]]:
+    return processes.results(trained, size, shard=shard, **SETTINGS[settings])
+
+
+def check_same(processes: Processes, size: int, settings: str) -> None:
+    whole = _results(processes, size, False, settings)
+    parts = _results(processes, size, True, settings)
+    assert any(
+        len({len(r["examples"][step]) for r in parts}) > 1 for step in range(len(parts[0]["examples"]))
+    )
+    for one, other in zip(whole, parts, strict=True):
+        assert not one["sharded"]
+        assert other["sharded"] == list(other["base"])
+        assert one["examples"] == other["examples"]
+        for name, value in one["parameters"].items():
+            torch.testing.assert_close(other["parameters"][name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_takes_the_steps_of_whole_replicas(processes: Processes, size: int) -> None:
+    check_same(processes, size, "")
+
+
+QUICK = ("strategy=two_pass", "checkpointing", "empty ranks", "out of memory on rank 1")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name],
+)
+def test_in_every_setting(processes: Processes, settings: str) -> None:
+    check_same(processes, 2, settings)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_holds_its_part_of_the_base(processes: Processes, size: int) -> None:
+    whole = _results(processes, size, False, "")[0]
+    parts = [result["bytes"] for result in _results(processes, size, True, "")]
+    assert sum(parts) == whole["bytes"]
+    rows = sum(4 * shape.numel() // shape[0] for shape in whole["base"].values())
+    assert max(parts) <= whole["bytes"] / size + rows  # weights are cut between rows
+
+
+BASE = "base_model.model.blocks.1.inner.base_layer"
+
+
+def overwritten(module: nn.Module, *_: Any) -> None:
+    module.weight.add_(1)
+
+
+def overwritten_past_autograd(module: nn.Module, *_: Any) -> None:
+    module.weight.data.mul_(1.5)
+
+
+def replaced(module: nn.Module, *_: Any) -> None:
+    module.weight = nn.Parameter(module.weight * 2, requires_grad=False)
+
+
+def overwritten_in_parts(model: nn.Module, *_: Any) -> None:
+    local_part(model.get_parameter(f"{BASE}.weight")).add_(1)
+
+
+def overwritten_in_parts_past_autograd(model: nn.Module, *_: Any) -> None:
+    local_part(model.get_parameter(f"{BASE}.weight")).data.add_(1)
+
+
+def replaced_between(model: nn.Module, *_: Any) -> None:
+    layer = model.get_submodule(BASE)
+    layer._parameters["weight"] = nn.Parameter(torch.zeros(10, 9), requires_grad=False)
+
+
+# When it happens, and what.
+FAULTS: dict[str, tuple[str, Any]] = {
+    "written": ("forward of the layer", overwritten),
+    "written past autograd": ("forward of the layer", overwritten_past_autograd),
+    "replaced": ("forward of the layer", replaced),
+    "its part written": ("forward of the model", overwritten_in_parts),
+    "its part written past autograd": ("forward of the model", overwritten_in_parts_past_autograd),
+    "written in the backward": ("backward of the layer", overwritten),
+    "replaced before the step": ("step", replaced_between),
+}
+# The gathered weight changes, and is gathered anew before anything else reads it.
+HARMLESS: dict[str, tuple[str, Any]] = {
+    "replaced after the forward": ("forward of the model", replaced_between),
+    "written in the backward past autograd": ("backward of the layer", overwritten_past_autograd),
+}
+
+
+def faulty(rank: int, group: Any, fault: str) -> Tensor:
+    """A step with a fault; the whole weight after it."""
+    when, write = {**FAULTS, **HARMLESS}[fault]
+    model = adapted(shard=group)
+    # One example alone: its backward is not repeated, which autograd would refuse after a write.
+    run = a_run(group, model=model, physical_batch_size=1)
+    layer = model.get_submodule(BASE)
+    hook = torch.no_grad()(write)
+    if when == "backward of the layer":
+        layer.register_full_backward_hook(hook)
+    elif when != "step":
+        (layer if when == "forward of the layer" else model).register_forward_hook(hook)
+    batch = next(iter(run.loader))
+    back_propagate(run.optimizer, batch, lambda part: losses_of(model, part))
+    if when == "step":
+        hook(model)
+    run.optimizer.step()
+    return model.get_parameter(f"{BASE}.weight").full_tensor()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_frozen_weight_must_not_change(processes: Processes, fault: str) -> None:
+    for result in processes.run(faulty, 2, fault):
+        assert isinstance(result, Failure)
+        assert result.kind == "RuntimeError", result
+        assert f"{BASE}.weight" in result.message
+
+
+@pytest.mark.parametrize("fault", HARMLESS)
+def test_a_gathered_weight_ends_with_its_micro_batch(processes: Processes, fault: str) -> None:
+    before = adapted().get_parameter(f"{BASE}.weight")
+    for weight in processes.results(faulty, 2, fault):
+        assert torch.equal(weight, before)
+
+
+def refused(rank: int, group: Any, case: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = adapted(seed=rank if case == "other weights" else 3)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    ignored = set(model.parameters()) - frozen
+    if case == "trained":
+        fully_shard(model, mesh=mesh)
+    elif case == "mixed precision":
+        fully_shard(model, mesh=mesh, ignored_params=ignored, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    elif case == "other processes":
+        alone = dist.new_group([rank], use_local_synchronization=True)
+        fully_shard(model, mesh=DeviceMesh.from_group(alone, "cpu"), ignored_params=ignored)
+    elif case == "tensor parallel":
+        layer = model.get_submodule(BASE)
+        part = distribute_tensor(layer.weight.detach(), mesh, [Shard(0)])
+        layer.weight = nn.Parameter(part, requires_grad=False)
+    elif case == "without blocks":
+        shard_frozen(model.get_submodule("base_model.model.blocks.0"), process_group=group)
+    elif case == "foreign blocks":
+        shard_frozen(model, [nn.Linear(2, 2)], process_group=group)
+    else:
+        shard_frozen(model, process_group=group)
+        if case == "twice":
+            shard_frozen(model, process_group=group)
+    steps_of(a_run(group, model=model), 1)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "message"),
+    [
+        ("trained", "ValueError", "ignored_params"),
+        ("mixed precision", "RuntimeError", "torch.autocast instead of mp_policy"),
+        ("other processes", "ValueError", r"over the processes \[\d\], and the run's are \[0, 1\]"),
+        ("tensor parallel", "ValueError", "Tensor and pipeline parallel models are refused"),
+        ("without blocks", "ValueError", r"Give blocks=\[...\]"),
+        ("foreign blocks", "ValueError", "not the model's: Linear"),
+        ("twice", "ValueError", "sharded already"),
+        ("other weights", "RanksError", "model's .*bits.*rank 0.*bits.*rank 1"),
+    ],
+)
+def test_refuses(processes: Processes, case: str, kind: str, message: str) -> None:
+    for result in processes.run(refused, 2, case):
+        assert isinstance(result, Failure)
+        assert result.kind == kind, result
+        assert re.search(message, result.message), result.message
+
+
+def unlike(rank: int, group: Any) -> dict[str, Any]:
+    """Rank 0 checks itself and evaluates, in the middle of a batch; rank 1 does neither."""
+    model = adapted(shard=group)
+    run = a_run(group, model=model)
+    for steps, logical in enumerate(run.loader):
+        if rank == 0:
+            run.engine.self_check(losses_of, run.data[:4])
+            with torch.no_grad():
+                model.eval()
+                losses_of(model, run.data[:3])
+                model.train()
+        back_propagate(run.optimizer, logical, lambda part: losses_of(model, part))
+        run.optimizer.step()
+        if steps == 1:
+            break
+    if rank == 0:
+        model.eval()(run.data[:5][0])
+    run.engine.wait_for_ranks()
+    torch.distributed.barrier(group)
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_no_rank_has_to_call_the_model_as_often_as_the_others(processes: Processes) -> None:
+    first, second = processes.results(unlike, 2)
+    like = processes.results(trained, 2, shard=False, steps=2)[0]["parameters"]
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+        torch.testing.assert_close(value, like[name], rtol=1e-6, atol=1e-7)
