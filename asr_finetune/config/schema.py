@@ -58,6 +58,8 @@ class ModelConfig:
     docs/privacy.md, Rounding"""
     device: Text = "auto"
     """auto (CUDA if available), cpu, cuda, cuda:1, ..."""
+    shard: StrictBool = False
+    """under torchrun: each of R processes keeps 1/R of the frozen weights (methods lora and dp_rp)"""
     revision: Text | None = None
     """revision of a hub id: pin it to make the run repeatable"""
     new_head: StrictBool = False
@@ -354,11 +356,19 @@ class Config:
                 f"train.eval_every={train.eval_every} needs data.valid, which must be public data (private "
                 "data may not steer or describe training): set data.valid, or train.eval_every=0"
             )
+        if self.model.shard and self.method.kind not in ADAPTER_METHODS:
+            raise ConfigError(
+                f"model.shard=true with method.kind={self.method.kind}: such a run saves the whole model, whose "
+                f"weights are then in parts; use {' or '.join(ADAPTER_METHODS)}, or set model.shard to false"
+            )
         if train.warmup_steps >= train.steps and train.warmup_steps:
             raise ConfigError(
                 f"train.warmup_steps={train.warmup_steps} must be below train.steps={train.steps}: lower it"
             )
 
+
+ADAPTER_METHODS = ("lora", "dp_rp")
+"""Methods that train and save an adapter, and leave the model's own weights frozen."""
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,

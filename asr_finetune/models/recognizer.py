@@ -20,6 +20,7 @@ from asr_finetune.data.utterance import Utterance
 from dpkernels.blocks import base_model
 from dpkernels.losses import IGNORED
 from dpkernels.precision import arithmetic, widened, widened_state
+from dpkernels.privacy import gathered_root
 
 SETTINGS = "recognizer.json"
 
@@ -177,7 +178,7 @@ class Recognizer(ABC):
         was_training = self.model.training
         self.model.eval()
         try:
-            with arithmetic(self.dtype, self.device):
+            with gathered_root(self.model), arithmetic(self.dtype, self.device):
                 texts = self._texts(batch, restrict_to)
         finally:
             self.model.train(was_training)

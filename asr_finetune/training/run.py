@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asr_finetune.config.schema import Config
+from asr_finetune.config.schema import ADAPTER_METHODS, Config
 from asr_finetune.console import Reporter, duration
 from asr_finetune.files import write_json
 from asr_finetune.training import record
@@ -173,7 +173,7 @@ def _finish(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> Train
     evaluation["after"] = None
     if run.tests is not None:
         evaluation["after"] = _evaluate(run, "after", run.tests)
-    adapters = config.method.kind in ("lora", "dp_rp")
+    adapters = config.method.kind in ADAPTER_METHODS
     epsilon = epsilon_spent(run)
     values = record.run_record(run, data, evaluation, epsilon)
 

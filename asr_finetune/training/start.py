@@ -32,7 +32,7 @@ from asr_finetune.training.setup import (
 from dpkernels import PrivacyEngine, checkpoint
 from dpkernels.errors import UserError
 from dpkernels.plain import PlainLoader, PlainOptimizer
-from dpkernels.privacy import Ranks
+from dpkernels.privacy import Ranks, shard_frozen
 
 # stage, in order -> the stages it needs; each stage is the method of `Run` with that name
 STAGES: dict[str, tuple[str, ...]] = {
@@ -198,6 +198,8 @@ class Run:
         lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
         recognizer.model.train()
         prepare_blocks(config.train, recognizer, self.reporter)
+        if config.model.shard:
+            shard_frozen(recognizer.model)
         plain = make_optimizer(config.train, recognizer.model)
         if config.privacy.enabled:
             self._make_private(plain, lengths)

@@ -8,7 +8,7 @@ from dpkernels.privacy.accounting.plan import DELTAS, NoisePlan, detection_bound
 from dpkernels.privacy.engine import PrivacyEngine
 from dpkernels.privacy.ranks.group import Ranks, RanksError, ranks_of
 from dpkernels.privacy.ranks.joining import join_processes
-from dpkernels.privacy.ranks.sharded import shard_frozen
+from dpkernels.privacy.ranks.sharded import gathered_root, shard_frozen
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling
@@ -39,6 +39,7 @@ __all__ = [
     "claimed_epsilon",
     "detection_bounds",
     "epsilon",
+    "gathered_root",
     "join_processes",
     "micro_batches",
     "noise_multiplier",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,24 @@ def check_sharded(model: nn.Module, ranks: Ranks) -> None:
             )
 
 
+@contextmanager
+def gathered_root(model: nn.Module) -> Iterator[None]:
+    """Gather the sharded weights outside of the blocks, for code that calls parts of the model and not the model.
+
+    fully_shard gathers these when the model itself is called. A decoder that calls the encoder, and then generates
+    tokens, does not. Nothing happens if the model is not sharded. In a private run, ranks need not enter it equally
+    often.
+    """
+    roots = [module for _, module in _fully_sharded(model)][:1]
+    for root in roots:
+        root.unshard()
+    try:
+        yield
+    finally:
+        for root in roots:
+            root.reshard()
+
+
 def shard_frozen(
     model: nn.Module,
     blocks: Iterable[nn.Module] | None = None,
@@ -234,13 +253,14 @@ def _fully_sharded(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _slots(name: str, module: nn.Module, without: set[int]) -> Iterator[Slot]:
-    """The places of sharded parameters below a module, except below the modules `without`."""
-    for attribute, parameter in module._parameters.items():
-        if is_sharded(parameter):
-            yield Slot(f"{name}.{attribute}" if name else attribute, module, attribute)
+    """The places of sharded parameters below a module, except below the modules `without`, in fully_shard's order: a
+    module's own come after those of its children."""
     for key, child in module._modules.items():
         if child is not None and id(child) not in without:
             yield from _slots(f"{name}.{key}" if name else key, child, without)
+    for attribute, parameter in module._parameters.items():
+        if is_sharded(parameter):
+            yield Slot(f"{name}.{attribute}" if name else attribute, module, attribute)
 
 
 def _some(names: Sequence[str]) -> str:
