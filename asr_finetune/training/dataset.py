@@ -71,7 +71,11 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker would need a file handle for each cached tensor.
-        empty = {"_cache": None if self._cache is None else {}, "_cached_bytes": 0, "_full": False}
+        empty: dict[str, Any] = {
+            "_cache": None if self._cache is None else {},
+            "_cached_bytes": 0,
+            "_full": False,
+        }
         return {**self.__dict__, **empty}
 
     def check_audio(self, reporter: Reporter, name: str) -> None:
