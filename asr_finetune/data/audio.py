@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,17 @@ import soxr
 
 from asr_finetune.data.utterance import AudioError, Utterance
 
+_UNKNOWN_SIZE = 0x7FFF0000  # such sizes are written to headers of streams, whose length is not known then
 HEADER_TOLERANCE = 0.1  # seconds, since an MP3's header counts padding that the decoder drops
 
 
 def duration(source: Path | bytes) -> float:
-    """Seconds of audio, from the file's header; nothing is decoded.
+    """Seconds of audio, from the file's header; see `header`."""
+    return header(source)[0]
+
+
+def header(source: Path | bytes) -> tuple[float, str]:
+    """(seconds of audio, what is in doubt about them or "") from the file's header; nothing is decoded.
 
     Raises:
         AudioError: the file does not exist, is empty, has no samples, or has a format that libsndfile cannot read.
@@ -29,12 +36,21 @@ def duration(source: Path | bytes) -> float:
     if size == 0:
         raise AudioError("the file is empty (0 bytes)")
     try:
-        info = soundfile.info(str(source) if isinstance(source, Path) else io.BytesIO(source))
+        info = soundfile.info(str(source) if isinstance(source, Path) else io.BytesIO(source), verbose=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(_unreadable(error)) from error
+    doubt = _cut_short(info.extra_info)
     if info.frames <= 0 or info.samplerate <= 0:
-        raise AudioError("no samples in the file")
-    return float(info.frames / info.samplerate)
+        raise AudioError(f"no samples in the file{doubt and f' ({doubt})'}")
+    return float(info.frames / info.samplerate), doubt
+
+
+def _cut_short(log: str) -> str:
+    """What libsndfile's log of a header says about an end that is missing; "" if nothing is."""
+    for stated, found in re.findall(r": (\d+) \(should be (\d+)\)", log):
+        if int(found) + 1 < int(stated) < _UNKNOWN_SIZE:
+            return f"cut short: {found} of the {stated} bytes that its header states"
+    return "cut short: its last Ogg page is missing" if "lacks an end-of-stream bit" in log else ""
 
 
 def _unreadable(error: soundfile.LibsndfileError) -> str:
@@ -86,7 +102,11 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
         else:
             raise AudioError("no audio: neither samples nor a file")
         try:
-            samples, rate = soundfile.read(file, dtype="float32")
+            with soundfile.SoundFile(file) as opened:
+                rate, (start, end) = opened.samplerate, utterance.piece or (0.0, None)
+                opened.seek(round(start * rate))
+                count = -1 if end is None else round(end * rate) - round(start * rate)
+                samples = opened.read(count, dtype="float32")
         except soundfile.LibsndfileError as error:
             raise AudioError(_unreadable(error)) from error
         if len(samples) / rate < utterance.seconds - HEADER_TOLERANCE:

@@ -10,16 +10,18 @@ share are noted, and the recordings are not merged.
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 from asr_finetune.config.schema import ConfigError
 from asr_finetune.console import Reporter
 from asr_finetune.data.audio import decode
-from asr_finetune.data.repeats import first_listed
+from asr_finetune.data.repeats import same_audio
 from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
 _SHOWN = 5  # names in a message
@@ -35,12 +37,20 @@ class Corpus:
         problems: the utterances left out, with reasons.
         source: the corpus's source, for messages.
         disputed: names of the recordings that are listed under more than one speaker.
+        cut: names of utterances, one of each recording that several utterances are pieces of.
+        overlapping: such pieces that share samples, in pairs.
+        copied: names of utterances that may be copies, in another format, of one in another source.
+        doubts: utterances that were kept, but should be listened to, with reasons.
     """
 
     utterances: list[Utterance]
     problems: list[Problem] = field(default_factory=list)
     source: str = ""
     disputed: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    overlapping: tuple[tuple[Utterance, Utterance], ...] = ()
+    copied: tuple[str, ...] = ()
+    doubts: list[Problem] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -57,15 +67,21 @@ class Corpus:
 
     @cached_property
     def notes(self) -> list[str]:
-        """Notes on utterances that were kept: ids that several recordings share."""
+        """Notes on utterances that were kept: ids that several recordings share, and copies in another source."""
         ids = Counter(utterance.id for utterance in self.utterances)
         repeated = [name for name, count in ids.items() if count > 1]
-        if not repeated:
-            return []
-        return [
-            f"{len(repeated)} ids belong to more than one recording; each recording counts as an example of its own: "
-            f"{_some(repeated)}"
-        ]
+        notes = []
+        if repeated:
+            notes.append(
+                f"{len(repeated)} ids belong to more than one recording; each recording counts as an example of its "
+                f"own: {_some(repeated)}"
+            )
+        if self.copied:
+            notes.append(
+                f"{len(self.copied)} recordings have the name, transcript and length of one in another source: if they "
+                f"are copies of it, leave them out, since ε does not cover a recording twice: {_some(self.copied)}"
+            )
+        return notes
 
     def summary(self) -> str:
         """Utterances, time and speakers; then the problems, grouped by reason, and the notes."""
@@ -95,18 +111,26 @@ class Corpus:
         return require_utterances(replace(self, utterances=kept, problems=problems))
 
     def distinct(self) -> Corpus:
-        """The corpus with the first listing of each recording; repeats become problems, see `repeats.first_listed`."""
+        """The corpus with the first listing of each recording (or piece of one); repeats become problems."""
         reasons: list[str | None] = []
         disputed: dict[str, None] = {}
-        for place, (item, first) in enumerate(
-            zip(self.utterances, first_listed(self.utterances), strict=True)
-        ):
-            kept = self.utterances[first]
-            repeat = f"the same recording as one listed before: {kept.name}"
-            reasons.append(None if place == first else repeat)
-            if item.speaker != kept.speaker:
-                disputed[kept.name] = None
-        return replace(self.without(reasons), disputed=tuple(disputed))
+        kept: dict[Hashable, dict[Any, Utterance]] = defaultdict(
+            dict
+        )  # recording -> piece -> its first listing
+        for item, label in zip(self.utterances, same_audio(self.utterances), strict=True):
+            first = kept[label].setdefault(item.piece, item)
+            repeat = f"the same recording as one listed before: {first.name}"
+            reasons.append(None if first is item else repeat)
+            if item.speaker != first.speaker:
+                disputed[first.name] = None
+        cut = [sorted(pieces.values(), key=_extent) for pieces in kept.values() if len(pieces) > 1]
+        pairs = ((a, b) for pieces in cut for a, b in pairwise(pieces) if _extent(b)[0] < _extent(a)[1])
+        return replace(
+            self.without(reasons),
+            disputed=tuple(disputed),
+            cut=tuple(pieces[0].name for pieces in cut),
+            overlapping=tuple(pairs),
+        )
 
     def decoded(self, reporter: Reporter, name: str) -> Corpus:
         """The corpus without recordings that do not decode. Every file is decoded once: its header is no proof.
@@ -153,6 +177,11 @@ def require_utterances(corpus: Corpus) -> Corpus:
     )
 
 
-def _some(names: list[str]) -> str:
+def _extent(item: Utterance) -> tuple[float, float]:
+    """Where an utterance starts and ends in its recording, in seconds."""
+    return item.piece or (0.0, item.seconds)
+
+
+def _some(names: Sequence[str]) -> str:
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest

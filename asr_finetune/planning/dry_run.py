@@ -20,6 +20,7 @@ from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.sources import Source, Split
 from asr_finetune.planning.memory import MARGIN, losses_of
 from asr_finetune.planning.tables import size
 from asr_finetune.planning.workload import typical_speech
@@ -125,7 +126,7 @@ class _DryRun(Run):
             f"{self.recognizer.device}, {facts['vocabulary']} classes{' (new)' if facts['new_head'] else ''}"
         )
 
-    def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
+    def _read(self, name: str, source: Source, split: Split) -> tuple[Corpus, str]:
         """Load a corpus, and decode a sample of it."""
         corpus = fitted_corpus(source, split, self.config.data, self.recognizer, training=name == "train")
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)

@@ -13,6 +13,7 @@ from asr_finetune.config.schema import Config
 from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import shared_recordings
+from asr_finetune.data.sources import Source, Split
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import Recognizer, total_parameters, trained_parameters
 from asr_finetune.training.dataset import SpeechDataset
@@ -129,7 +130,7 @@ class Run:
         self._note_data()
         return summary
 
-    def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
+    def _read(self, name: str, source: Source, split: Split) -> tuple[Corpus, str]:
         """Load a corpus, and write the names of the recordings left out to the folder `not_private`."""
         corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
         self.folder.note_problems(name, corpus.problems)
