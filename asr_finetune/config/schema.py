@@ -103,13 +103,13 @@ class DataConfig:
 
     train: Sources
     """private training data: folder, listing (.jsonl, .csv, ...) or `datasets` id, or a list of them"""
-    test: Sources | None = None
+    test: Text | None = None
     """data for the before/after error rates; null: no evaluation"""
     valid: Sources | None = None
     """*public* data for the curve over training; null: no curve"""
     train_split: Splits | None = None
     """value of `split` (listing), split (datasets, Common Voice) or subset (LibriSpeech); a list: of each source"""
-    test_split: Splits | None = None
+    test_split: Text | None = None
     """the same for data.test"""
     valid_split: Splits | None = None
     """the same for data.valid"""

@@ -12,7 +12,12 @@ import soxr
 
 from asr_finetune.data.utterance import AudioError, Utterance
 
+_UNKNOWN_FORMAT = (1, 4)  # libsndfile's errors: a container, or a coding within one, that it does not read
 _UNKNOWN_SIZE = 0x7FFF0000  # such sizes are written to headers of streams, whose length is not known then
+SILENT = 1e-3  # −60 dB: the largest sample of a recording in which nothing can be heard
+CLIPPED = 1e-3  # share of samples at full scale; a peak that was scaled to 1 touches it in fewer
+UNSCALED = 2.0  # decoders of MP3 and Ogg overshoot full scale, by less
+CANCELLED = 0.1  # loudness of the channels' mean over theirs: 0.7 where they are unrelated
 HEADER_TOLERANCE = 0.1  # seconds, since an MP3's header counts padding that the decoder drops
 
 
@@ -38,8 +43,17 @@ def header(source: Path | bytes) -> tuple[float, str]:
     try:
         info = soundfile.info(str(source) if isinstance(source, Path) else io.BytesIO(source), verbose=True)
     except soundfile.LibsndfileError as error:
-        raise AudioError(_unreadable(error)) from error
+        convert = ""
+        if error.code in _UNKNOWN_FORMAT:
+            name = source.name if isinstance(source, Path) else "FILE"
+            convert = f" If it is sound (m4a, aac, wma, webm, ...), convert it: ffmpeg -i {name} {name}.flac"
+        raise AudioError(_unreadable(error) + convert) from error
     doubt = _cut_short(info.extra_info)
+    if info.format == "NIST":  # the log has no sizes, the header has text
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+            stated = re.search(rb"sample_count -i (\d+)", file.read(1024))
+        if stated is not None and info.frames < int(stated[1]):
+            doubt = f"cut short: {info.frames} of the {int(stated[1])} samples that its header states"
     if info.frames <= 0 or info.samplerate <= 0:
         raise AudioError(f"no samples in the file{doubt and f' ({doubt})'}")
     return float(info.frames / info.samplerate), doubt
@@ -85,6 +99,36 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
         AudioError: the recording cannot be decoded, is empty or shorter than stated in its header, or holds NaN or
             infinite samples.
     """
+    samples, rate = _channels(utterance)
+    return samples if samples.ndim == 1 else samples.mean(axis=1), rate
+
+
+def listen(utterance: Utterance) -> str:
+    """What is doubtful about the samples of an utterance, judged by them alone; "" if nothing is.
+
+    Raises:
+        AudioError: see `decode`.
+    """
+    samples, _ = _channels(utterance)
+    peak = float(np.abs(samples).max())
+    if peak < SILENT:
+        return f"silent: its largest sample is {peak:.2g} of full scale"
+    if peak > UNSCALED:
+        return f"not scaled: its largest sample is {peak:.6g}, where full scale is 1"
+    clipped = float((np.abs(samples) >= 0.999).mean())
+    if clipped > CLIPPED:
+        return f"clipped: {clipped:.1%} of its samples are at full scale"
+    loudness = float(np.sqrt(np.mean(samples**2)))
+    left = float(np.sqrt(np.mean(samples.mean(axis=1) ** 2))) if samples.ndim == 2 else loudness
+    if left < CANCELLED * loudness:
+        return (
+            f"channels in antiphase: their mean, which is used, has {left / loudness:.1%} of their loudness"
+        )
+    return ""
+
+
+def _channels(utterance: Utterance) -> tuple[np.ndarray, int]:
+    """`decode` before its channels are averaged: [n] or [n, channels]."""
     if utterance.array is not None:
         if utterance.sampling_rate is None:
             raise AudioError("samples are given without a sampling_rate")
@@ -114,8 +158,6 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
                 f"cut short: {len(samples) / rate:.3f} s of the {utterance.seconds:.3f} s stated in its header"
             )
     samples = samples.astype(np.float32, copy=False)
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1)
     if samples.size == 0:
         raise AudioError("no samples in the file")
     if not np.isfinite(samples).all():

@@ -20,7 +20,7 @@ from typing import Any
 
 from asr_finetune.config.schema import ConfigError
 from asr_finetune.console import Reporter
-from asr_finetune.data.audio import decode
+from asr_finetune.data.audio import listen
 from asr_finetune.data.repeats import same_audio
 from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
@@ -40,7 +40,6 @@ class Corpus:
         cut: names of utterances, one of each recording that several utterances are pieces of.
         overlapping: such pieces that share samples, in pairs.
         copied: names of utterances that may be copies, in another format, of one in another source.
-        doubts: utterances that were kept, but should be listened to, with reasons.
     """
 
     utterances: list[Utterance]
@@ -50,7 +49,6 @@ class Corpus:
     cut: tuple[str, ...] = ()
     overlapping: tuple[tuple[Utterance, Utterance], ...] = ()
     copied: tuple[str, ...] = ()
-    doubts: list[Problem] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -64,6 +62,11 @@ class Corpus:
     def hours(self) -> float:
         """Total duration."""
         return sum(utterance.seconds for utterance in self.utterances) / 3600
+
+    @property
+    def doubts(self) -> list[Problem]:
+        """The utterances that were kept, but should be listened to, with reasons."""
+        return [Problem(item.id, item.doubt, item.place) for item in self.utterances if item.doubt]
 
     @cached_property
     def notes(self) -> list[str]:
@@ -90,10 +93,11 @@ class Corpus:
         speakers = {speaker for speaker in self.speakers if speaker is not None}
         known = f", {len(speakers)} speakers" if speakers else ", speakers unknown"
         lines = [f"{len(self)} utterances, {time}{known}"]
-        if self.problems:
-            kinds = Counter(item.kind for item in self.problems)
+        for problems, what in ((self.problems, "left out"), (self.doubts, "kept, but listen to them")):
+            kinds = Counter(item.kind for item in problems)
             most = "; ".join(f"{count} × {kind}" for kind, count in kinds.most_common(_SHOWN))
-            lines.append(f"{len(self.problems)} left out: {most}")
+            if problems:
+                lines.append(f"{len(problems)} {what}: {most}")
         return "\n".join([*lines, *self.notes])
 
     def without(self, reasons: Iterable[str | None]) -> Corpus:
@@ -133,7 +137,9 @@ class Corpus:
         )
 
     def decoded(self, reporter: Reporter, name: str) -> Corpus:
-        """The corpus without recordings that do not decode. Every file is decoded once: its header is no proof.
+        """The corpus without recordings that do not decode, and with the doubts about those that do.
+
+        Every file is decoded once: its header is no proof.
 
         Args:
             reporter: shows the progress.
@@ -143,20 +149,22 @@ class Corpus:
             ConfigError: no utterance is left.
         """
 
-        def problem(utterance: Utterance) -> str | None:
+        def heard(utterance: Utterance) -> tuple[str | None, Utterance]:
             try:
-                decode(utterance)
+                doubt = utterance.doubt or listen(utterance)
             except AudioError as error:
-                return str(error)
-            return None
+                return str(error), utterance
+            return None, replace(utterance, doubt=doubt) if doubt else utterance
 
-        reasons: list[str | None] = []
+        results: list[tuple[str | None, Utterance]] = []
         threads = ThreadPoolExecutor(os.cpu_count())  # libsndfile works without Python's lock
         with threads, reporter.bar(name, len(self)) as bar:
             for start in range(0, len(self), _CHECKED_AT_ONCE):
-                reasons += threads.map(problem, self.utterances[start : start + _CHECKED_AT_ONCE])
-                bar.update(len(reasons))
-        return self.without(reasons)
+                results += threads.map(heard, self.utterances[start : start + _CHECKED_AT_ONCE])
+                bar.update(len(results))
+        return replace(self, utterances=[item for _, item in results]).without(
+            reason for reason, _ in results
+        )
 
 
 def require_utterances(corpus: Corpus) -> Corpus:

@@ -131,7 +131,8 @@ class _DryRun(Run):
         corpus = fitted_corpus(source, split, self.config.data, self.recognizer, training=name == "train")
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
         sample = Corpus([corpus.utterances[place] for place in places], source=corpus.source)
-        broken = sample.decoded(self.progress, "decoding a sample").problems
+        heard = sample.decoded(self.progress, "decoding a sample")
+        broken, doubts = heard.problems, heard.doubts
         summary = corpus.summary()
         if corpus.problems:
             named = [f"{problem.name}: {problem.reason}" for problem in corpus.problems[:_NAMED]]
@@ -141,6 +142,8 @@ class _DryRun(Run):
             summary += (
                 f": {len(broken)} do not, and would be left out, e.g. {broken[0].name}: {broken[0].reason}"
             )
+        if doubts:
+            summary += f"; listen to {len(doubts)}, e.g. {doubts[0].name}: {doubts[0].reason}"
         return corpus, summary
 
     @as_config_error()

@@ -28,7 +28,7 @@ def units(config: Config, corpus: Corpus) -> int:
     if nameless:
         raise ConfigError(
             f"privacy.unit=speaker needs the speaker of every utterance; {len(nameless)} have none, e.g. "
-            f"{nameless[0]}. Add them to the data (a column `speaker`, or its column: data.columns), or "
+            f"{nameless[0]}. Add them to the data (a column `speaker`, or another that data.columns names), or "
             "set privacy.unit=example"
         )
     if corpus.disputed:

@@ -67,10 +67,11 @@ def load(
     if data.check_audio:
         corpus = corpus.decoded(reporter, f"{name}: reading audio")
     reporter.say(f"{name}: {corpus.summary()}")
-    for problem in corpus.problems[:_NAMES_SHOWN]:
-        reporter.say(f"  left out {problem.name}: {problem.reason}")
-    if len(corpus.problems) > _NAMES_SHOWN:
-        reporter.say(f"  and {len(corpus.problems) - _NAMES_SHOWN} more")
+    for problems, what in ((corpus.problems, "left out"), (corpus.doubts, "listen to")):
+        for problem in problems[:_NAMES_SHOWN]:
+            reporter.say(f"  {what} {problem.name}: {problem.reason}")
+        if len(problems) > _NAMES_SHOWN:
+            reporter.say(f"  and {len(problems) - _NAMES_SHOWN} more")
     return corpus
 
 

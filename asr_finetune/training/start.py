@@ -131,9 +131,9 @@ class Run:
         return summary
 
     def _read(self, name: str, source: Source, split: Split) -> tuple[Corpus, str]:
-        """Load a corpus, and write the names of the recordings left out to the folder `not_private`."""
+        """Load a corpus, and write the names of recordings that are left out or doubtful to `not_private`."""
         corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
-        self.folder.note_problems(name, corpus.problems)
+        self.folder.note_problems(name, corpus.problems, corpus.doubts)
         return corpus, corpus.summary()
 
     def _features(self, corpus: Corpus) -> SpeechDataset:

@@ -71,7 +71,7 @@ def test_a_list_in_the_configuration() -> None:
 
     assert data(train=["a", 7], train_split=["x", None]).data.train == ["a", "7"]
     assert data(train=["a"]).data.train == "a"
-    assert data(train="a", test=["b", "c"]).data.test == ["b", "c"]
+    assert data(train="a", valid=["b", "c"]).data.valid == ["b", "c"]
     for wrong in ([], [[]], {"a": "b"}, ["a", None], 1.5):
         with pytest.raises(ConfigError, match="expected a folder, a file or an id, or a list of them"):
             data(train=wrong)
