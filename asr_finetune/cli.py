@@ -174,7 +174,7 @@ def plan(
         "privacy.unit",
     ),
     *("train.batch_size", "train.physical_batch_size", "train.steps", "train.learning_rate", "train.seed"),
-    "model.device",
+    *("model.device", "model.alphabet"),
 )
 def train(
     flags: dict[str, Any],

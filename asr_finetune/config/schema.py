@@ -69,6 +69,8 @@ class ModelConfig:
     """CTC: train a new output layer on `vocabulary`, drop the old one"""
     vocabulary: Literal["keep", "own", "characters", "words"] = "keep"
     """keep; for a new output layer: own (the checkpoint's) or characters; words: a model built for them"""
+    alphabet: Text | None = None
+    """vocabulary characters: english (the default), german, french, ..., or a *public* text file with each of them"""
 
 
 # What a listing says about a recording -> the usual names of its column, of which the first one there counts.
@@ -188,7 +190,7 @@ class PrivacyConfig:
     epsilon: Positive | None = None
     """target: training stops before it is exceeded; chooses the noise"""
     delta: Delta | None = None
-    """required; well below 1 / number of training units"""
+    """required; at most 0.1 / number of training units"""
     noise_multiplier: NonNegative | None = None
     """the noise multiplier; null: calibrated to epsilon and steps"""
     max_grad_norm: Positive = 1.0

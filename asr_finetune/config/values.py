@@ -79,7 +79,7 @@ Natural = Annotated[_Int, Field(ge=0)]
 Positive = Annotated[_Float, Field(gt=0)]
 NonNegative = Annotated[_Float, Field(ge=0)]
 Share = Annotated[_Float, Field(ge=0, lt=1)]
-Delta = Annotated[_Float, Field(gt=0, lt=1)]
+Delta = Annotated[_Float, Field(gt=0, lt=0.5)]  # above, no number of recordings gives it a meaning
 
 _Section = TypeVar("_Section", bound=type)
 # pydantic's name of an error -> the part of the message after the key and the value

@@ -102,7 +102,9 @@ def _records(source: str, split: str | None, data: DataConfig) -> Iterator[Recor
         return tables.read_table(source, split, data)
     if path.suffix in listings.SUFFIXES:
         if not path.is_file():
-            raise ConfigError(f"data: no file {source!r}: give the path of a {path.suffix} file that exists")
+            raise ConfigError(
+                f"data: no manifest at {source!r}: give the path of a {path.suffix} file that exists"
+            )
         return listings.read_listing(path, split, data)
     if path.is_absolute() or source.startswith((".", "~")) or path.exists():
         raise ConfigError(

@@ -29,7 +29,7 @@ from asr_finetune.training.setup import fitted_corpus, make_private
 from asr_finetune.training.start import STAGES, Run
 from dpkernels.errors import UserError
 from dpkernels.memory import MemoryEstimator
-from dpkernels.privacy import epsilon, read_ledger
+from dpkernels.privacy import SAFE_DELTA_TIMES_N, epsilon, read_ledger
 
 _NAMED = 3  # recordings left out that a check names
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
@@ -179,6 +179,11 @@ class _DryRun(Run):
                 summary += ": it would stop early"
         if privacy.delta * sampling.units >= 1:
             summary += f"\nWARNING: δ is not below 1 / {sampling.units:,}: such a δ would allow publishing one of them"
+        elif privacy.delta * sampling.units > SAFE_DELTA_TIMES_N:
+            summary += (
+                f"\nWARNING: δ is close to 1 / {sampling.units:,}: such a δ may allow publishing one of them; choose "
+                f"at most {SAFE_DELTA_TIMES_N / sampling.units:.1g}"
+            )
         return summary
 
     @as_config_error()

@@ -180,7 +180,7 @@ def test_nothing_left_is_refused_with_the_reason(
     [
         ("./none", "is not there, or nothing that is known here: give a LibriSpeech tree"),
         ("/nowhere/at/all", "is not there, or nothing that is known here: give a LibriSpeech tree"),
-        ("nowhere.jsonl", "no file 'nowhere.jsonl'"),
+        ("nowhere.jsonl", "no manifest at 'nowhere.jsonl'"),
     ],
 )
 def test_no_such_source(source: str, message: str) -> None:
