@@ -95,40 +95,12 @@ def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
 def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
     """The samples of an utterance, [n] float32, one channel, and their rate.
 
+    What is doubtful in them is noted in `utterance.doubts`, if nothing is noted there yet.
+
     Raises:
         AudioError: the recording cannot be decoded, is empty or shorter than stated in its header, or holds NaN or
             infinite samples.
     """
-    samples, rate = _channels(utterance)
-    return samples if samples.ndim == 1 else samples.mean(axis=1), rate
-
-
-def listen(utterance: Utterance) -> str:
-    """What is doubtful about the samples of an utterance, judged by them alone; "" if nothing is.
-
-    Raises:
-        AudioError: see `decode`.
-    """
-    samples, _ = _channels(utterance)
-    peak = float(np.abs(samples).max())
-    if peak < SILENT:
-        return f"silent: its largest sample is {peak:.2g} of full scale"
-    if peak > UNSCALED:
-        return f"not scaled: its largest sample is {peak:.6g}, where full scale is 1"
-    clipped = float((np.abs(samples) >= 0.999).mean())
-    if clipped > CLIPPED:
-        return f"clipped: {clipped:.1%} of its samples are at full scale"
-    loudness = float(np.sqrt(np.mean(samples**2)))
-    left = float(np.sqrt(np.mean(samples.mean(axis=1) ** 2))) if samples.ndim == 2 else loudness
-    if left < CANCELLED * loudness:
-        return (
-            f"channels in antiphase: their mean, which is used, has {left / loudness:.1%} of their loudness"
-        )
-    return ""
-
-
-def _channels(utterance: Utterance) -> tuple[np.ndarray, int]:
-    """`decode` before its channels are averaged: [n] or [n, channels]."""
     if utterance.array is not None:
         if utterance.sampling_rate is None:
             raise AudioError("samples are given without a sampling_rate")
@@ -162,4 +134,24 @@ def _channels(utterance: Utterance) -> tuple[np.ndarray, int]:
         raise AudioError("no samples in the file")
     if not np.isfinite(samples).all():
         raise AudioError("holds NaN or infinite samples")
-    return samples, int(rate)
+    mono = samples.mean(axis=1) if samples.ndim == 2 else samples
+    doubt = "" if utterance.doubts else _doubt(samples, mono)
+    if doubt:
+        utterance.doubts.append(doubt)
+    return mono, int(rate)
+
+
+def _doubt(samples: np.ndarray, mono: np.ndarray) -> str:
+    """What is doubtful in samples [n] or [n, channels] with their mean over channels [n]; "" if nothing is."""
+    peak = float(np.abs(samples).max())
+    if peak < SILENT:
+        return f"silent: its largest sample is {peak:.2g} of full scale"
+    if peak > UNSCALED:
+        return f"not scaled: its largest sample is {peak:.6g}, where full scale is 1"
+    clipped = float((np.abs(samples) >= 0.999).mean())
+    if clipped > CLIPPED:
+        return f"clipped: {clipped:.1%} of its samples are at full scale"
+    left = float(np.sqrt(np.mean(mono**2) / np.mean(samples**2)))
+    if left < CANCELLED:
+        return f"channels in antiphase: their mean, which is used, has {left:.1%} of their loudness"
+    return ""

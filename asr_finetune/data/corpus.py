@@ -20,7 +20,7 @@ from typing import Any
 
 from asr_finetune.config.schema import ConfigError
 from asr_finetune.console import Reporter
-from asr_finetune.data.audio import listen
+from asr_finetune.data.audio import decode
 from asr_finetune.data.repeats import same_audio
 from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
@@ -66,7 +66,7 @@ class Corpus:
     @property
     def doubts(self) -> list[Problem]:
         """The utterances that were kept, but should be listened to, with reasons."""
-        return [Problem(item.id, item.doubt, item.place) for item in self.utterances if item.doubt]
+        return [Problem(item.id, doubt, item.place) for item in self.utterances for doubt in item.doubts]
 
     @cached_property
     def notes(self) -> list[str]:
@@ -137,9 +137,7 @@ class Corpus:
         )
 
     def decoded(self, reporter: Reporter, name: str) -> Corpus:
-        """The corpus without recordings that do not decode, and with the doubts about those that do.
-
-        Every file is decoded once: its header is no proof.
+        """The corpus without recordings that do not decode. Every file is decoded once: its header is no proof.
 
         Args:
             reporter: shows the progress.
@@ -149,22 +147,20 @@ class Corpus:
             ConfigError: no utterance is left.
         """
 
-        def heard(utterance: Utterance) -> tuple[str | None, Utterance]:
+        def problem(utterance: Utterance) -> str | None:
             try:
-                doubt = utterance.doubt or listen(utterance)
+                decode(utterance)
             except AudioError as error:
-                return str(error), utterance
-            return None, replace(utterance, doubt=doubt) if doubt else utterance
+                return str(error)
+            return None
 
-        results: list[tuple[str | None, Utterance]] = []
+        reasons: list[str | None] = []
         threads = ThreadPoolExecutor(os.cpu_count())  # libsndfile works without Python's lock
         with threads, reporter.bar(name, len(self)) as bar:
             for start in range(0, len(self), _CHECKED_AT_ONCE):
-                results += threads.map(heard, self.utterances[start : start + _CHECKED_AT_ONCE])
-                bar.update(len(results))
-        return replace(self, utterances=[item for _, item in results]).without(
-            reason for reason, _ in results
-        )
+                reasons += threads.map(problem, self.utterances[start : start + _CHECKED_AT_ONCE])
+                bar.update(len(reasons))
+        return self.without(reasons)
 
 
 def require_utterances(corpus: Corpus) -> Corpus:

@@ -206,5 +206,5 @@ def _utterance(
         place=record.place,
         digest=digest(source) if isinstance(source, bytes) else None,
         piece=piece,
-        doubt=doubt,
+        doubts=[doubt] if doubt else [],
     )

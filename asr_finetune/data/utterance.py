@@ -93,7 +93,7 @@ class Utterance:
         place: its "file:line" in a manifest, or "".
         digest: the digest of `encoded`, for finding repeats; see `repeats.digest`.
         piece: the (start, end) of the utterance in its file, seconds; None: the whole file.
-        doubt: what its header leaves in doubt ("cut short: ..."), or "".
+        doubts: what is doubtful in it ("cut short: ..."): its header's when it was read, else noted by `audio.decode`.
     """
 
     id: str
@@ -107,7 +107,7 @@ class Utterance:
     place: str = field(default="", compare=False)
     digest: bytes | None = field(default=None, compare=False, repr=False)
     piece: tuple[float, float] | None = None
-    doubt: str = field(default="", compare=False)
+    doubts: list[str] = field(default_factory=list, compare=False)
 
     @property
     def name(self) -> str:

@@ -154,7 +154,7 @@ def test_a_format_is_read(tmp_path: Path, make: Callable[[Path], Path], split: s
     assert [len(read_audio(item, RATE)) for item in corpus.utterances] == [
         pytest.approx(item.seconds * RATE, abs=1) for item in corpus.utterances
     ]
-    assert not any(item.doubt for item in corpus.utterances)
+    assert not corpus.doubts
     lost = [make_ for make_ in (comma_separated, common_voice, kaldi) if make_ is make]
     assert [reason.partition(":")[0] for reason in reasons(corpus).values()] == ["no such file"] * len(lost)
 
