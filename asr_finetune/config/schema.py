@@ -11,8 +11,9 @@ from dataclasses import asdict, field, replace
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, StrictBool
+from pydantic import BeforeValidator, StrictBool, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from asr_finetune.config.values import (
     CHECKS,
@@ -24,6 +25,8 @@ from asr_finetune.config.values import (
     NonNegative,
     Positive,
     Share,
+    Sources,
+    Splits,
     Text,
     explained,
     fields_of,
@@ -64,25 +67,58 @@ class ModelConfig:
     """CTC: train a new output layer on `vocabulary`, drop the old one"""
     vocabulary: Literal["keep", "own", "characters", "words"] = "keep"
     """keep; for a new output layer: own (the checkpoint's) or characters; words: a model built for them"""
+    alphabet: Text | None = None
+    """vocabulary characters: english (the default), german, french, ..., or a *public* text file with each of them"""
+
+
+# What a listing says about a recording -> the usual names of its column, of which the first one there counts.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "audio": ("audio", "audio_filepath", "file_name", "audio_file_name", "audio_file", "path", "file"),
+    "text": ("text", "sentence", "transcription", "transcript"),
+    "speaker": ("speaker", "client_id", "speaker_id"),
+    "id": ("utt_id", "id"),
+    "split": ("split",),
+    "corpus": ("corpus",),
+    "offset": ("offset",),
+    "end": ("end",),
+    "duration": ("duration",),
+    "sampling_rate": ("sampling_rate", "sample_rate"),
+}
+_OLD_COLUMNS = {f"{name}_column": name for name in ("audio", "text", "speaker")}
+
+
+def _columns(value: Any) -> Any:
+    if value is None or (isinstance(value, Mapping) and set(value) <= set(COLUMNS)):
+        return None if value is None else {key: str(name) for key, name in value.items()}
+    raise ConfigError(
+        f"data.columns={value!r}: expected a mapping with some of {', '.join(COLUMNS)}; write e.g. "
+        "`columns: {audio: path, text: sentence}`"
+    )
 
 
 @explained
 @dataclass(frozen=True, config=CHECKS)
 class DataConfig:
-    """The recordings: a LibriSpeech tree, a JSON-lines manifest, or a `datasets` id."""
+    """The recordings, in any of the formats of docs/data.md."""
 
-    train: Text
-    """private training data: LibriSpeech folder, manifest .jsonl, or `datasets` id"""
+    train: Sources
+    """private training data: folder, listing (.jsonl, .csv, ...) or `datasets` id, or a list of them"""
     test: Text | None = None
     """data for the before/after error rates; null: no evaluation"""
-    valid: Text | None = None
+    valid: Sources | None = None
     """*public* data for the curve over training; null: no curve"""
-    train_split: Text | None = None
-    """value of `split` (manifest), split (datasets) or subset (LibriSpeech)"""
+    train_split: Splits | None = None
+    """value of `split` (listing), split (datasets, Common Voice) or subset (LibriSpeech); a list: of each source"""
     test_split: Text | None = None
     """the same for data.test"""
-    valid_split: Text | None = None
+    valid_split: Splits | None = None
     """the same for data.valid"""
+    columns: Annotated[dict[str, str] | None, BeforeValidator(_columns)] = None
+    """names of columns, e.g. {audio: path, text: sentence, speaker: client_id, id: name}; null: the usual ones"""
+    sampling_rate: Count | None = None
+    """Hz of samples in a table that has no column for it"""
+    pieces: Literal["refuse", "examples"] = "refuse"
+    """train on several pieces of one recording (segments): examples: ε then protects one piece, not the recording"""
     corpus: Text | None = None
     """manifest: keep lines with this `corpus` only"""
     speakers: list[Text] | None = None
@@ -101,12 +137,19 @@ class DataConfig:
     """decode every file before training, and leave out those that fail"""
     target_prefix: Text = ""
     """seq2seq: prefix of each transcript (" " for Whisper)"""
-    audio_column: Text = "audio"
-    """`datasets`: column with the audio"""
-    text_column: Text = "text"
-    """`datasets`: column with the transcript"""
-    speaker_column: Text = "speaker"
-    """`datasets`: column with the speaker"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_columns(cls, given: Any) -> Any:
+        """Deprecated keys, `text_column: words`, as the present one, `columns: {text: words}`."""
+        values = dict(given if isinstance(given, Mapping) else given.kwargs or {})
+        old = {_OLD_COLUMNS[key]: values.pop(key) for key in _OLD_COLUMNS if key in values}
+        if not old:
+            return given
+        for name in old:
+            warn_renamed(f"data.{name}_column", f"data.columns={{{name}: ...}}")
+        values["columns"] = {**(values.get("columns") or {}), **old}
+        return values if isinstance(given, Mapping) else ArgsKwargs(given.args, values)
 
     def __post_init__(self) -> None:
         if self.min_seconds >= self.max_seconds:
@@ -145,7 +188,7 @@ class PrivacyConfig:
     epsilon: Positive | None = None
     """target: training stops before it is exceeded; chooses the noise"""
     delta: Delta | None = None
-    """required; well below 1 / number of training units"""
+    """required; at most 0.1 / number of training units"""
     noise_multiplier: NonNegative | None = None
     """the noise multiplier; null: calibrated to epsilon and steps"""
     max_grad_norm: Positive = 1.0
@@ -360,6 +403,7 @@ class Config:
             )
 
 
+OLD_KEYS = {"data": tuple(_OLD_COLUMNS)}  # section -> deprecated keys, which are still accepted
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,

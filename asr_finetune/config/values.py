@@ -49,7 +49,29 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _sources(value: Any) -> Any:
+    """A source of data, or a list of them; a list of one is that one."""
+    items = [_text(item) for item in value] if isinstance(value, list) and value else [_text(value)]
+    if not all(isinstance(item, str) and item for item in items):
+        raise ConfigError(
+            f"{value!r} as data: expected a folder, a file or an id, or a list of them, e.g. [a, b]"
+        )
+    return items[0] if len(items) == 1 else items
+
+
+def _splits(value: Any) -> Any:
+    """A split, or a list with one split (or null) for each source."""
+    items = [_text(item) for item in value] if isinstance(value, list) else [_text(value)]
+    if not all(item is None or isinstance(item, str) for item in items):
+        raise ConfigError(
+            f"{value!r} as split: expected text, or a list with one for each source, e.g. [a, null]"
+        )
+    return items if isinstance(value, list) else items[0]
+
+
 Text = Annotated[str, BeforeValidator(_text)]
+Sources = Annotated[str | list[str], BeforeValidator(_sources)]
+Splits = Annotated[str | list[str | None], BeforeValidator(_splits)]
 _Int = Annotated[int, BeforeValidator(_number)]
 _Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[_Int, Field(ge=1)]
@@ -57,7 +79,7 @@ Natural = Annotated[_Int, Field(ge=0)]
 Positive = Annotated[_Float, Field(gt=0)]
 NonNegative = Annotated[_Float, Field(ge=0)]
 Share = Annotated[_Float, Field(ge=0, lt=1)]
-Delta = Annotated[_Float, Field(gt=0, lt=1)]
+Delta = Annotated[_Float, Field(gt=0, lt=0.5)]  # above, no number of recordings gives it a meaning
 
 _Section = TypeVar("_Section", bound=type)
 # pydantic's name of an error -> the part of the message after the key and the value

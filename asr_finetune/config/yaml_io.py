@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from asr_finetune.config.schema import SECTIONS, Config
+from asr_finetune.config.schema import OLD_KEYS, SECTIONS, Config
 from asr_finetune.config.values import (
     PLACEHOLDER,
     ConfigError,
@@ -126,7 +126,7 @@ def overridden(
         if section not in SECTIONS:
             raise ConfigError(unknown_key(key, section, [*SECTIONS, "output"]))
         known = list(fields_of(SECTIONS[section]))
-        if name not in known:
+        if name not in known and name not in OLD_KEYS.get(section, ()):
             raise ConfigError(unknown_key(key, name, known, prefix=f"{section}."))
         result[section] = {**(result.get(section) or {}), name: value}
     return result

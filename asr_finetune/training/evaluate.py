@@ -167,7 +167,8 @@ def evaluate(
     Args:
         recognizer: decodes greedily, or chooses from `config.restrict_to`.
         corpus: references and audio.
-        config: batch size, restriction, bootstrap, normalisation.
+        config: batch size (1 if the recogniser's result would depend on padding), restriction, bootstrap,
+            normalisation.
         dataset: the corpus's dataset, which caches its features for several evaluations; None: a new one without a
             cache.
         reporter: progress; None prints nothing.
@@ -178,7 +179,10 @@ def evaluate(
         ConfigError: the corpus is empty, or has empty references only.
     """
     reporter = reporter or Reporter(enabled=False)
-    utterances = corpus.utterances
+    utterances, size = corpus.utterances, config.batch_size
+    if recognizer.equal_lengths_only and size > 1:
+        reporter.say(f"{name}: one utterance at a time, since {recognizer.equal_lengths_only}")
+        size = 1
     if dataset is None:
         dataset = SpeechDataset(corpus, recognizer, cache=False, augment=None)
     # Utterances of similar length share a batch: less padding, and the largest batch comes first.
@@ -187,12 +191,12 @@ def evaluate(
     order = order[ranks.rank :: ranks.size]
     transcribed: dict[int, str] = {}
     with reporter.bar(name, len(order)) as bar:
-        for start in range(0, len(order), config.batch_size):
-            chosen = order[start : start + config.batch_size]
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             batch = recognizer.collate([dataset[index] for index in chosen])
             texts = recognizer.transcribe(batch, restrict_to=config.restrict_to)
             transcribed.update(zip(chosen, texts, strict=True))
-            bar.update(min(start + config.batch_size, len(order)))
+            bar.update(min(start + size, len(order)))
     by_index = {index: text for part in ranks.gathered(transcribed) for index, text in part.items()}
     entries = [(item.id, item.text, by_index[index]) for index, item in enumerate(utterances)]
     return score(entries, config)

@@ -17,6 +17,7 @@ import torch
 
 from asr_finetune.config.schema import Config
 from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.sources import Source
 from asr_finetune.training.sampling import units
 from asr_finetune.training.start import Run
 from dpkernels import PrivacyEngine, __version__
@@ -75,9 +76,11 @@ def data_record(config: Config, corpus: Corpus, fingerprint: str) -> dict[str, A
     }
 
 
-def _shown(source: str | None) -> str | None:
-    """A source without the folders of this machine."""
-    return Path(source).name if source is not None and Path(source).is_absolute() else source
+def _shown(source: Source | None) -> str | None:
+    """A source without the folders of this machine; several with a plus sign."""
+    if source is None or isinstance(source, str):
+        return Path(source).name if source is not None and Path(source).is_absolute() else source
+    return " + ".join(str(_shown(one)) for one in source)
 
 
 def _curve_start(config: Config, evaluation: dict[str, Any]) -> float | None:

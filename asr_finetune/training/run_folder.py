@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,11 @@ class RunFolder:
             write_text(path, secrets.token_hex(32) + "\n")
         return bytes.fromhex(path.read_text(encoding="utf-8"))
 
-    def note_problems(self, name: str, problems: list[Problem]) -> None:
-        """Write the names of unusable recordings to not_private/problems_<name>.tsv."""
-        lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in problems)
-        self.write(self.not_private / f"problems_{name}.tsv", lines)
+    def note_problems(self, name: str, problems: list[Problem], doubts: Sequence[Problem] = ()) -> None:
+        """Write the names of unusable recordings to not_private/problems_<name>.tsv, of doubtful ones to doubts_…"""
+        for kind, listed in (("problems", problems), ("doubts", doubts)):
+            lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in listed)
+            self.write(self.not_private / f"{kind}_{name}.tsv", lines)
 
     def read_json(self, path: Path) -> Any:
         """The content of a JSON file, or None if the file does not exist. Every process gets what rank 0 reads."""

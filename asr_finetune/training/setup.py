@@ -17,7 +17,7 @@ from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter, duration
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import of_speakers, shared_recordings
-from asr_finetune.data.sources import load_corpus
+from asr_finetune.data.sources import Source, Split, load_corpus
 from asr_finetune.models.loading import load_recognizer
 from asr_finetune.models.recognizer import Recognizer, fit, to_device
 from asr_finetune.training.dataset import SpeechDataset
@@ -40,15 +40,15 @@ def recognizer_of(config: Config) -> Recognizer:
 
 
 def fitted_corpus(
-    source: str, split: str | None, data: DataConfig, recognizer: Recognizer, *, training: bool = True
+    source: Source, split: Split, data: DataConfig, recognizer: Recognizer, *, training: bool = True
 ) -> Corpus:
     """The utterances of a corpus that the recogniser accepts; see `sources.load_corpus` and `recognizer.fit`."""
     return fit(load_corpus(source, split=split, data=data), recognizer, training=training)
 
 
 def load(
-    source: str,
-    split: str | None,
+    source: Source,
+    split: Split,
     data: DataConfig,
     reporter: Reporter,
     name: str,
@@ -75,10 +75,11 @@ def load(
         dataset.check_audio(reporter, f"{name}: reading audio")
     corpus = dataset.corpus
     reporter.say(f"{name}: {corpus.summary()}")
-    for problem in corpus.problems[:_NAMES_SHOWN]:
-        reporter.say(f"  left out {problem.name}: {problem.reason}")
-    if len(corpus.problems) > _NAMES_SHOWN:
-        reporter.say(f"  and {len(corpus.problems) - _NAMES_SHOWN} more")
+    for problems, what in ((corpus.problems, "left out"), (corpus.doubts, "listen to")):
+        for problem in problems[:_NAMES_SHOWN]:
+            reporter.say(f"  {what} {problem.name}: {problem.reason}")
+        if len(problems) > _NAMES_SHOWN:
+            reporter.say(f"  and {len(problems) - _NAMES_SHOWN} more")
     return dataset
 
 

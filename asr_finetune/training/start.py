@@ -13,6 +13,7 @@ from asr_finetune.config.schema import Config
 from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import shared_recordings
+from asr_finetune.data.sources import Source, Split
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import Recognizer, total_parameters, trained_parameters
 from asr_finetune.training.augment import SpecAugment
@@ -133,13 +134,13 @@ class Run:
         return summary
 
     def _read(
-        self, name: str, source: str, split: str | None, augment: SpecAugment | None = None
+        self, name: str, source: Source, split: Split, augment: SpecAugment | None = None
     ) -> tuple[SpeechDataset, str]:
-        """Load a corpus, and write the names of the recordings left out to the folder `not_private`."""
+        """Load a corpus, and write the names of recordings that are left out or doubtful to `not_private`."""
         options = {"cache": self.config.train.cache_features, "augment": augment}
         data = self.config.data
         dataset = load(source, split, data, self.reporter, name, self.recognizer, **options)
-        self.folder.note_problems(name, dataset.corpus.problems)
+        self.folder.note_problems(name, dataset.corpus.problems, dataset.corpus.doubts)
         return dataset, dataset.corpus.summary()
 
     def _note_data(self) -> None:
