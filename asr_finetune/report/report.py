@@ -19,6 +19,7 @@ from asr_finetune.report import plots
 from asr_finetune.training.run_folder import RunFolder
 from dpkernels.errors import UserError
 from dpkernels.privacy import DELTAS, ClaimError, audit_ledger, claimed_epsilon, detection_bounds
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 # Steps at which the plot of ε is computed.
 _POINTS = 8
@@ -186,7 +187,13 @@ def _render(context: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "small": _small}
+    environment.filters |= {
+        "percent": _percent,
+        "number": _number,
+        "small": _small,
+        "epsilon": shown_epsilon,
+        "sigma": shown_sigma,
+    }
     return environment.get_template("report.html").render(context)
 
 

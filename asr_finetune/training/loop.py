@@ -20,6 +20,7 @@ from asr_finetune.training.start import Run
 from dpkernels import checkpoint
 from dpkernels.errors import UserError
 from dpkernels.privacy import BudgetExhausted, LogicalBatch, back_propagate
+from dpkernels.rounding import shown_epsilon
 
 # Composing ε can take a second; refreshing it takes at most this share of the training time.
 EPSILON_TIME_SHARE = 0.02
@@ -155,7 +156,7 @@ class _EpsilonDisplay:
         loss = "–" if entry["loss"] is None else f"{entry['loss']:.3f}"
         if self._run.engine is None:
             return f"NOT PRIVATE  loss {loss}  {speed}"
-        spent = "∞" if self._epsilon is None else f"{self._epsilon:.2f}"
+        spent = "∞" if self._epsilon is None else shown_epsilon(self._epsilon, 2)
         when = "" if self._step == self._run.step or self._epsilon is None else f" (step {self._step})"
         return f"ε {spent}{when}  [not private: loss {loss}, clipped {entry['clip_rate']:.0%}]  {speed}"
 

@@ -19,6 +19,7 @@ from asr_finetune.training.setup import recognizer_of
 from asr_finetune.training.start import Finished, Kept, Run
 from dpkernels import checkpoint
 from dpkernels.plain import PlainLoader
+from dpkernels.rounding import shown_epsilon
 
 __all__ = ["Interrupted", "TrainResult", "train"]
 
@@ -165,7 +166,7 @@ def _finish(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> Train
     elif epsilon is None:
         reporter.say("this model is NOT PRIVATE: it was trained without noise", style="bold red")
     else:
-        spent = f"epsilon {epsilon:.3f} at delta {config.privacy.delta:g}"
+        spent = f"epsilon {shown_epsilon(epsilon)} at delta {config.privacy.delta:g}"
         reporter.say(f"{spent}, {run.step} steps, {duration(run.seconds)}", style="bold")
     reporter.say(f"written to {folder.path}")
     return _result(folder, values)

@@ -26,6 +26,7 @@ from asr_finetune.training.sampling import check_batch, micro_batch_limits, sigm
 from dpkernels import PrivacyEngine
 from dpkernels.blocks import CompilerError, checkpoint_blocks, compile_frozen_blocks, has_checkpointing
 from dpkernels.privacy import plan_sampling, read_ledger
+from dpkernels.rounding import shown_sigma
 
 SELF_CHECK_EXAMPLES = 3
 SELF_CHECK_LENGTHS = (0.05, 0.4)  # quantiles, from and to
@@ -148,12 +149,12 @@ def make_private(
     started = [run for run in contents.runs if run.steps] if contents else []
     if started:
         sigma = started[0].mechanism.noise_multiplier
-        reporter.say(f"noise multiplier {sigma:g}, as before (ledger: {spent} steps spent)")
+        reporter.say(f"noise multiplier {shown_sigma(sigma)}, as before (ledger: {spent} steps spent)")
     else:
         sigma = sigma_of(config, sampling)
         if privacy.noise_multiplier is None:
             reporter.say(
-                f"noise multiplier {sigma:g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
+                f"noise multiplier {shown_sigma(sigma)} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
                 f"{config.train.steps} steps, sampling rate {sampling.sample_rate:.4g} of {sampling.units:,} "
                 f"{sampling.unit}s"
             )

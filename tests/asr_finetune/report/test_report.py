@@ -10,6 +10,7 @@ import pytest
 from asr_finetune.report import plots
 from asr_finetune.report.report import ReportError, write_report
 from dpkernels.privacy import LedgerError, epsilon
+from dpkernels.rounding import shown_epsilon
 from tests.asr_finetune.report.report_run import (
     DELTA,
     HISTORY,
@@ -85,13 +86,13 @@ def test_says_what_was_spent(page: str) -> None:
     text = visible(page)
     spent = epsilon(SIGMA, RATE, STEPS, DELTA)
     for part in (
-        f"({spent:.3f}, 1 × 10⁻⁵)-differential privacy",
+        f"({shown_epsilon(spent)}, 1 × 10⁻⁵)-differential privacy",
         "add or remove one example",
         "privacy loss distributions (PLD)",
-        f"{epsilon(SIGMA, RATE, STEPS, DELTA, accountant='rdp'):.3f} by RDP",
+        f"{shown_epsilon(epsilon(SIGMA, RATE, STEPS, DELTA, accountant='rdp'))} by RDP",
         "Poisson: each recording joins a step independently with probability 0.05",
         f"Steps accounted for {STEPS}",
-        f"ε from the ledger {spent:.3f}",
+        f"ε from the ledger {shown_epsilon(spent)}",
         "Expected batch size 100 recordings",
         "Units, N 2 000 recordings",
         "It is treated as public",
@@ -286,8 +287,8 @@ def made(folder: Path, values: dict[str, Any]) -> str:
 def test_the_second_opinion_is_the_other_accountants(tmp_path: Path) -> None:
     pld, rdp = (epsilon(SIGMA, RATE, STEPS, DELTA, accountant=name) for name in ("pld", "rdp"))
     text = made(tmp_path, record(accountant="rdp", epsilon=rdp))
-    assert f"({rdp:.3f}, 1 × 10⁻⁵)-differential privacy" in text
-    assert f"Second opinion ε = {pld:.3f} by PLD, a tighter bound" in text
+    assert f"({shown_epsilon(rdp)}, 1 × 10⁻⁵)-differential privacy" in text
+    assert f"Second opinion ε = {shown_epsilon(pld)} by PLD, a tighter bound" in text
     assert "privacy loss distributions (PLD), whichever accountant the run used" in text
 
 
