@@ -1,4 +1,4 @@
-"""The command line: plan, train, evaluate, report, synthesise, demo.
+"""The command line: plan, train, evaluate, report, synthesise, demo; `commands.py` has those on a run's output.
 
 Modules that load torch are imported when a command runs.
 """
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from asr_finetune import commands
 from asr_finetune.config.schema import SECTIONS, Config, ConfigError
 from asr_finetune.config.values import fields_of, help_of, types_within
 from asr_finetune.config.yaml_io import load_yaml, overridden, template
@@ -306,6 +307,9 @@ def report(
 
     written = write_report(run, out if out is not None else run / "report.html")
     typer.echo(f"written to {written}")
+
+
+app.command()(commands.verify)
 
 
 @app.command()

@@ -194,7 +194,8 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "planning": {*LEAVES, "config", "data", "models", "training"},
         "report": {*LEAVES, "config", "data", "models", "training"},
         "demo": {*LEAVES, "config", "data", "models", "training", "planning", "report"},
-        "cli": {*LEAVES, "config", "data", "models", "training", "planning", "report", "demo"},
+        "commands": {*LEAVES, "config", "data", "models", "training", "report"},
+        "cli": {*LEAVES, "config", "data", "models", "training", "planning", "report", "demo", "commands"},
         "__main__": {"cli"},
     },
     "bench": {

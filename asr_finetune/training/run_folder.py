@@ -6,6 +6,7 @@ checkpoint/state.pt         the last checkpoint
 adapter/ or model/          the trained parameters
 metrics.json                error rates before and after
 run.json                    the record of the finished run, from which the report is made
+stopped.json                the same of a run that was stopped and exported (`asr-finetune export`)
 not_private/                losses, clip rates, transcripts, names and figures of recordings: must not be passed on
 """
 
@@ -75,6 +76,7 @@ class RunFolder:
     checkpoint = _within("checkpoint", "Folder of the checkpoint.")
     metrics = _within("metrics.json", "Error rates before and after.")
     run = _within("run.json", "The record of the finished run.")
+    stopped = _within("stopped.json", "The record of a run that was stopped and exported.")
     not_private = _within("not_private", "Folder of files that must not be passed on.")
     speakers = _within("not_private/speakers.yaml", "data.speakers and data.exclude_speakers, if given.")
     data = _within("not_private/data.json", "Figures and fingerprint of the training data.")
@@ -191,6 +193,10 @@ class RunFolder:
     def read_json(self, path: Path) -> Any:
         """The content of a JSON file, or None if the file does not exist."""
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def record(self) -> Any:
+        """The record of the finished run, else of the exported one, else None."""
+        return self.read_json(self.run) or self.read_json(self.stopped)
 
     def note_metrics(self, **values: Any) -> None:
         """Add entries to metrics.json."""
