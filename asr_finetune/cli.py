@@ -309,7 +309,8 @@ def report(
     typer.echo(f"written to {written}")
 
 
-app.command()(commands.verify)
+for command in (commands.transcribe, commands.export, commands.merge, commands.verify):
+    app.command()(command)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from asr_finetune.config.values import (
     CHECKS,
     PLACEHOLDER,
+    ByName,
     ConfigError,
     Count,
     Delta,
@@ -75,14 +76,14 @@ class DataConfig:
 
     train: Text
     """private training data: LibriSpeech folder, manifest .jsonl, or `datasets` id"""
-    test: Text | None = None
-    """data for the before/after error rates; null: no evaluation"""
+    test: ByName | None = None
+    """data for the before/after error rates, or several: {clean: a, other: b}; null: no evaluation"""
     valid: Text | None = None
     """*public* data for the curve over training; null: no curve"""
     train_split: Text | None = None
     """value of `split` (manifest), split (datasets) or subset (LibriSpeech)"""
-    test_split: Text | None = None
-    """the same for data.test"""
+    test_split: ByName | None = None
+    """the same for data.test; for each test set: {clean: test-clean, other: test-other}"""
     valid_split: Text | None = None
     """the same for data.valid"""
     corpus: Text | None = None
@@ -116,6 +117,26 @@ class DataConfig:
                 f"data.min_seconds={self.min_seconds:g} leaves nothing below "
                 f"data.max_seconds={self.max_seconds:g}: lower it"
             )
+        named = [set(values) for values in (self.test, self.test_split) if isinstance(values, dict)]
+        if named and named[0] != named[-1]:
+            raise ConfigError(
+                f"data.test={self.test!r}, data.test_split={self.test_split!r}: give both for the same test sets, or "
+                "one of them once for all"
+            )
+
+    def test_sets(self) -> dict[str, tuple[str, str | None]]:
+        """Source and split of each test set by its name; one without a name is called "test"."""
+        if self.test is None:
+            return {}
+        sources, splits = self.test, self.test_split
+        names = next((values for values in (sources, splits) if isinstance(values, dict)), {"test": None})
+        return {
+            name: (
+                str(sources[name] if isinstance(sources, dict) else sources),
+                splits[name] if isinstance(splits, dict) else splits,
+            )
+            for name in names
+        }
 
 
 @explained

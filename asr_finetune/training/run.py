@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from asr_finetune.config.schema import Config
 from asr_finetune.console import Reporter, duration
 from asr_finetune.files import write_json, write_text
 from asr_finetune.training import record
+from asr_finetune.training.card import write_card
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.evaluate import evaluate
 from asr_finetune.training.loop import Interrupted, epsilon_spent, run_steps
-from asr_finetune.training.run_folder import RunFolder
+from asr_finetune.training.run_folder import RunFolder, as_recorded, weights_folder
 from asr_finetune.training.setup import recognizer_of
 from asr_finetune.training.start import Finished, Kept, Run
 from dpkernels import checkpoint
@@ -85,19 +87,25 @@ def train(
             run.folder.note_test_data(run.shares_training)
         else:
             data["test_shares_training"] = run.shares_training
+            data["left_out"] = dict(Counter(problem.kind for problem in run.corpus.problems))
         return _finish(run, data, {"before": before, "non_private": run.non_private})
 
 
-def _evaluate(run: Run, name: str, data: Kept) -> dict[str, Any]:
+def _evaluate(run: Run, name: str, tests: dict[str, Kept]) -> dict[str, Any] | None:
     """Measure and print error rates, and write the transcripts to the folder `not_private`."""
-    corpus, dataset = data
-    recognizer, config = dataset.recognizer, run.config
-    result = evaluate(recognizer, corpus, config.evaluate, dataset=dataset, reporter=run.reporter, name=name)
-    run.reporter.say(f"{name}: {result}")
-    lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
-    write_text(run.folder.not_private / f"transcripts_{name}.tsv", lines)
-    run.folder.note_metrics(private=config.privacy.enabled, **{name: result.to_dict()})
-    return result.to_dict()
+    config, results = run.config.evaluate, {}
+    for test_set, (corpus, dataset) in tests.items():
+        label = name if test_set == "test" else f"{name}_{test_set}"
+        recognizer = dataset.recognizer
+        result = evaluate(recognizer, corpus, config, dataset=dataset, reporter=run.reporter, name=label)
+        run.reporter.say(f"{label}: {result}")
+        lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
+        write_text(run.folder.not_private / f"transcripts_{label}.tsv", lines)
+        results[test_set] = result.to_dict()
+    recorded = as_recorded(results)
+    if recorded is not None:
+        run.folder.note_metrics(private=run.config.privacy.enabled, **{name: recorded})
+    return recorded
 
 
 def _evaluate_before(run: Run) -> dict[str, Any] | None:
@@ -107,11 +115,14 @@ def _evaluate_before(run: Run) -> dict[str, Any] | None:
     measured). A user's starting point is the checkpoint with its own window, so this function measures that one.
     """
     noted, tests = run.folder.read_json(run.folder.metrics) or {}, run.tests
-    if tests is None or "before" in noted or not run.config.evaluate.before:
+    if not tests or "before" in noted or not run.config.evaluate.before:
         return noted.get("before")
     if run.config.model.window_seconds is not None:
         published = recognizer_of(run.config.with_values("model", window_seconds=None))
-        tests = tests[0], SpeechDataset(tests[0], published, cache=False)
+        tests = {
+            name: (corpus, SpeechDataset(corpus, published, cache=False))
+            for name, (corpus, _) in tests.items()
+        }
     return _evaluate(run, "before", tests)
 
 
@@ -153,13 +164,12 @@ def _finish(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> Train
             "contributed nothing (see not_private/problems_train_later.tsv)",
             style="bold red",
         )
-    evaluation["after"] = None
-    if run.tests is not None:
-        evaluation["after"] = _evaluate(run, "after", run.tests)
-    adapters = config.method.kind in ("lora", "dp_rp")
-    run.recognizer.save(folder.path / ("adapter" if adapters else "model"))
+    evaluation["after"] = _evaluate(run, "after", run.tests)
+    weights = weights_folder(folder.path, config.method)
+    run.recognizer.save(weights)
     epsilon = epsilon_spent(run)
     values = record.run_record(run, data, evaluation, epsilon)
+    write_card(weights, values, folder.path.resolve().name)
     write_json(folder.run, values)
     if run.engine is None:
         reporter.say("this model is NOT PRIVATE", style="bold red")

@@ -68,7 +68,7 @@ class Run:
     recognizer: Recognizer = field(init=False)
     corpus: Corpus = field(init=False)
     fingerprint: str = ""
-    tests: Kept | None = None
+    tests: dict[str, Kept] = field(default_factory=dict)
     shares_training: bool | None = None
     valid: Kept | None = None
     dataset: SpeechDataset = field(init=False)
@@ -100,7 +100,7 @@ class Run:
         Raises:
             Finished: the folder holds a finished run.
         """
-        self.non_private = read_comparison(self.compare)
+        self.non_private = read_comparison(self.compare, list(self.config.data.test_sets()))
         self.resuming = self._claim()
         if self.folder.run.is_file():
             raise Finished(
@@ -142,25 +142,30 @@ class Run:
         self.fingerprint = self.folder.note_data(self.corpus, resuming=self.resuming)
 
     def test_data(self) -> str:
-        """Load the test data, and find whether it holds training recordings."""
-        source = self.config.data.test
-        if source is None:
+        """Load the test sets, and find whether they hold training recordings."""
+        sets = self.config.data.test_sets()
+        if not sets:
             summary = "data.test is not set: no error rates before and after"
             self.reporter.say(summary)
             return summary
-        corpus, summary = self._read("test", source, self.config.data.test_split)
-        self.tests = corpus, self._features(corpus)
+        self.shares_training = False
+        return "\n".join(self._test_set(name, *source) for name, source in sets.items())
+
+    def _test_set(self, name: str, source: str, split: str | None) -> str:
+        label = "test" if name == "test" else f"test_{name}"
+        corpus, summary = self._read(label, source, split)
+        self.tests[name] = corpus, self._features(corpus)
         shared = len(shared_recordings(self.corpus, corpus))
-        self.shares_training = shared > 0
+        self.shares_training = bool(self.shares_training) or shared > 0
         if shared:
             self.reporter.say(
-                f"WARNING: {shared} of {len(corpus)} test recordings are training recordings too. Error rates on "
+                f"WARNING: {shared} of {len(corpus)} {label} recordings are training recordings too. Error rates on "
                 "them say nothing about other recordings, and are figures of private data without noise: no "
                 "epsilon covers them. The report states this",
                 style="bold red",
             )
             summary += f"\nWARNING: {shared} of them are training recordings too: no epsilon covers error rates on them"
-        return summary
+        return summary if name == "test" else f"{name}: {summary}"
 
     def validation_data(self) -> str:
         """Load the public validation data, if the run records a curve."""

@@ -44,11 +44,15 @@ def folders(_small_checkpoints: Checkpoints) -> Iterator[Checkpoints]:
 
 @pytest.fixture(scope="session")
 def _made_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs with LoRA: `finished`, and `stopped` after step 3 of 4 by Ctrl-C."""
+    """Two runs with LoRA: `finished`, and `stopped` after step 3 of 4 by Ctrl-C. The test set `other` misses a file."""
     folder = tmp_path_factory.mktemp("runs")
     tones.write_manifest(folder, 16)
-    tones.write_manifest(folder, 4, seed=1, name="test")
-    values = {"data__test": str(folder / "test.jsonl"), "method__kind": "lora", "method__rank": 2}
+    tests = {
+        name: str(tones.write_manifest(folder, size, seed=size, name=name))
+        for name, size in (("clean", 4), ("other", 5))
+    }
+    (folder / "other" / "2.wav").unlink()
+    values = {"data__test": tests, "method__kind": "lora", "method__rank": 2}
     values |= {"privacy__noise_multiplier": 3.0}  # else the noise is calibrated, which takes seconds
     with tones.one_thread():
         tones.write_model(folder / "model")

@@ -38,7 +38,18 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-COMMANDS = ["plan", "train", "evaluate", "report", "verify", "synthesise", "demo"]
+COMMANDS = [
+    "plan",
+    "train",
+    "evaluate",
+    "report",
+    "transcribe",
+    "export",
+    "merge",
+    "verify",
+    "synthesise",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
