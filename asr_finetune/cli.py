@@ -9,7 +9,6 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +34,8 @@ app = typer.Typer(
 
 def _show_version(requested: bool) -> None:
     if requested:
+        from importlib import metadata
+
         typer.echo(f"asr-finetune {metadata.version('dpkernels')}")
         raise typer.Exit
 
@@ -309,7 +310,7 @@ def report(
     typer.echo(f"written to {written}")
 
 
-for command in (commands.transcribe, commands.export, commands.merge, commands.verify):
+for command in (commands.recipes, commands.transcribe, commands.export, commands.merge, commands.verify):
     app.command()(command)
 
 
@@ -363,9 +364,6 @@ def main() -> None:
     """Entry point. An expected error is printed as a message; the exit code is 2 (130 after an interruption)."""
     warnings.showwarning = show_warning
     warnings.filterwarnings("default", ".* is now called ", DeprecationWarning)  # dpkernels' old names
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # from libraries: a user of the command line cannot fix them
     try:
         app()
     except UserError as error:

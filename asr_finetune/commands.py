@@ -1,4 +1,4 @@
-"""The commands on what a run leaves: transcribe, export and merge its weights, verify its record.
+"""The list of recipes, and the commands on what a run leaves: transcribe, export, merge, verify.
 
 `cli.py` has the commands that make a run.
 """
@@ -14,6 +14,20 @@ from rich.console import Console
 from asr_finetune.console import Reporter, tell
 
 _Run = Annotated[Path, typer.Argument(help="Output folder of a run.", show_default=False)]
+
+
+def recipes() -> None:
+    """List the recipes, configurations that come with the package; `train --config NAME` takes one by its name.
+
+    **Example**
+
+    - `asr-finetune recipes`
+    """
+    from asr_finetune.config.yaml_io import recipe_titles
+
+    titles = recipe_titles()
+    for name, title in titles.items():
+        typer.echo(f"{name.ljust(max(map(len, titles)))}  {title}")
 
 
 def transcribe(

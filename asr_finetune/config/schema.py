@@ -6,6 +6,7 @@ command line's flags and the commented configuration of `asr-finetune train --pr
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, field, replace
 from typing import Annotated, Any, Literal
@@ -144,7 +145,7 @@ class DataConfig:
 class MethodConfig:
     """The trained parameters."""
 
-    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "full"
+    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "lora"
     """full, lora, bitfit (biases), dp_rp (lora, one factor frozen at random), head (output layer)"""
     rank: Count = 8
     """lora, dp_rp: rank of the adapters"""
@@ -287,6 +288,17 @@ class EvaluateConfig:
             raise ConfigError("evaluate.restrict_to=[]: give at least one text, or null for free decoding")
 
 
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class LogConfig:
+    """Logs for TensorBoard."""
+
+    tensorboard: StrictBool = False
+    """write ε, learning rate and the curve to OUTPUT/tensorboard, what ε does not cover to not_private/tensorboard"""
+    not_private: StrictBool = False
+    """also write losses and clip rates, which ε does not cover, to OUTPUT/tensorboard"""
+
+
 def _folder(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"output: expected a folder, got {value!r}; write e.g. `output: runs/first`")
@@ -310,6 +322,8 @@ class Config:
     """the training loop"""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """error rates"""
+    log: LogConfig = field(default_factory=LogConfig)
+    """logs"""
     output: Annotated[str, BeforeValidator(_folder)]
     """the folder that everything is written to"""
 
@@ -377,6 +391,10 @@ class Config:
                 f"train.eval_every={train.eval_every} needs data.valid, which must be public data (private "
                 "data may not steer or describe training): set data.valid, or train.eval_every=0"
             )
+        if self.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "log.tensorboard=true needs the package tensorboard: pip install 'dpkernels[log]', or set it to false"
+            )
         if train.warmup_steps >= train.steps and train.warmup_steps:
             raise ConfigError(
                 f"train.warmup_steps={train.warmup_steps} must be below train.steps={train.steps}: lower it"
@@ -390,4 +408,5 @@ SECTIONS: dict[str, type] = {
     "privacy": PrivacyConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "log": LogConfig,
 }

@@ -11,12 +11,14 @@ import torch
 
 from asr_finetune.config.values import ConfigError
 from asr_finetune.models.ctc import CTCRecognizer
-from asr_finetune.models.recognizer import Recognizer, to_device
+from asr_finetune.models.recognizer import Recognizer, to_device, without_warnings
 from asr_finetune.models.whisper import WhisperRecognizer
 from dpkernels.precision import arithmetic
 
 WINDOW_SECONDS, OVERLAP_SECONDS = 20.0, 4.0  # CTC: of one forward, and shared by two neighbours
 PAUSE_SECONDS = 0.6  # CTC: a longer time without a label ends a segment
+# Whisper's generate() passes arguments to itself in a way that it warns of.
+_OF_GENERATE = "Passing `generation_config` together with generation-related arguments"
 _FRAME_SECONDS = 0.01  # of Whisper's features
 
 Progress = Callable[[float], None]  # gets the seconds that are done
@@ -71,6 +73,7 @@ def _by_whisper(recognizer: WhisperRecognizer, samples: np.ndarray, progress: Pr
         )
     generation = copy.deepcopy(recognizer.base.generation_config)
     generation.no_timestamps_token_id = int(no_timestamps)
+    generation.num_beams, generation.do_sample = 1, False
     features = recognizer.feature_extractor(
         samples,
         sampling_rate=recognizer.sampling_rate,
@@ -82,17 +85,16 @@ def _by_whisper(recognizer: WhisperRecognizer, samples: np.ndarray, progress: Pr
     )
     dtype = next(recognizer.model.parameters()).dtype
     spoken = {"language": recognizer.language, "task": recognizer.task} if recognizer.multilingual else {}
-    result = recognizer.base.generate(
-        features["input_features"].to(recognizer.device, dtype),
-        attention_mask=features["attention_mask"].to(recognizer.device),
-        generation_config=generation,
-        return_timestamps=True,
-        return_segments=True,
-        num_beams=1,
-        do_sample=False,
-        monitor_progress=lambda seek: progress(float(seek[0, 0]) * _FRAME_SECONDS),
-        **spoken,
-    )
+    with without_warnings(_OF_GENERATE):
+        result = recognizer.base.generate(
+            features["input_features"].to(recognizer.device, dtype),
+            attention_mask=features["attention_mask"].to(recognizer.device),
+            generation_config=generation,
+            return_timestamps=True,
+            return_segments=True,
+            monitor_progress=lambda seek: progress(float(seek[0, 0]) * _FRAME_SECONDS),
+            **spoken,
+        )
     found = []
     for segment in result["segments"][0]:
         text = recognizer.tokenizer.decode(segment["tokens"], skip_special_tokens=True).strip()

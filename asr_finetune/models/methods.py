@@ -22,7 +22,13 @@ from torch.nn.utils import parametrize
 
 import dpkernels.nn
 from asr_finetune.config.schema import ConfigError, MethodConfig
-from asr_finetune.models.recognizer import Recognizer, switch_off_shared_randomness, trained_parameters
+from asr_finetune.models.recognizer import (
+    PEFT_ASKS_BY_AN_OLD_NAME,
+    Recognizer,
+    switch_off_shared_randomness,
+    trained_parameters,
+    without_warnings,
+)
 from dpkernels.precision import hold_frozen
 
 _HEADS = ("ctc_head", "lm_head", "proj_out")
@@ -141,7 +147,8 @@ def _with_lora(
         target_modules=chosen,
         modules_to_save=[head] if head else None,
     )
-    adapted = peft.get_peft_model(model, configuration)
+    with without_warnings(PEFT_ASKS_BY_AN_OLD_NAME):
+        adapted = peft.get_peft_model(model, configuration)
     base = str(getattr(model, "name_or_path", "") or "")
     if base and Path(base).is_dir():  # a relative path would be valid in the present working directory only
         configuration.base_model_name_or_path = str(Path(base).resolve())

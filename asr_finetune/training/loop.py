@@ -72,6 +72,7 @@ def run_steps(run: Run) -> None:
             entry = _history_entry(run, losses, rate, time.monotonic() - step_began)
             entry |= display.refresh(last=run.step == total)
             run.folder.note_history(entry)
+            run.log.step(entry)
             bar.update(run.step, display.facts(entry))
             if config.eval_every and (run.step % config.eval_every == 0 or run.step == total):
                 _validate(run)
@@ -175,6 +176,7 @@ def _validate(run: Run) -> None:
         "wer_hi": high,
     }
     run.curve.append(point)
+    run.log.validation(point)
     run.reporter.say(f"step {run.step}, public validation data: {result}")
 
 

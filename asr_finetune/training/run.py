@@ -17,6 +17,7 @@ from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.evaluate import evaluate
 from asr_finetune.training.loop import Interrupted, epsilon_spent, run_steps
 from asr_finetune.training.run_folder import RunFolder, as_recorded, weights_folder
+from asr_finetune.training.run_log import RunLog
 from asr_finetune.training.setup import recognizer_of
 from asr_finetune.training.start import Finished, Kept, Run
 from dpkernels import checkpoint
@@ -81,7 +82,8 @@ def train(
         before = _evaluate_before(run)
         if run.resuming:
             _restore(run)
-        run_steps(run)
+        with closing(RunLog(config.log, run.folder, run.step)) as run.log:
+            run_steps(run)
         data = record.data_record(config, run.corpus, run.fingerprint)
         if config.privacy.enabled:  # an exact fact about the private data: it must not be passed on
             run.folder.note_test_data(run.shares_training)

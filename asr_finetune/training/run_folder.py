@@ -4,6 +4,7 @@ config.yaml                 the configuration the run was started with, without 
 ledger.jsonl                the privacy ledger; each step is written before it is taken
 checkpoint/state.pt         the last checkpoint
 adapter/ or model/          the trained parameters
+tensorboard/                what is public, for TensorBoard (`log.tensorboard`)
 metrics.json                error rates before and after
 run.json                    the record of the finished run, from which the report is made
 stopped.json                the same of a run that was stopped and exported (`asr-finetune export`)
@@ -43,6 +44,8 @@ MAY_CHANGE = frozenset(
         "train.cache_features",
         "train.checkpoint_every",
         "evaluate.batch_size",
+        "log.tensorboard",
+        "log.not_private",
     }
 )
 # Keys of `data` whose values name speakers: they are kept in the folder `not_private`.

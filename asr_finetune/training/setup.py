@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def load(
     Raises:
         ConfigError: the corpus does not exist, or has no usable utterance.
     """
-    corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
+    with reporter.working(f"{name}: reading the list of recordings"):
+        corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
     if data.check_audio:
         corpus = corpus.decoded(reporter, f"{name}: reading audio")
     reporter.say(f"{name}: {corpus.summary()}")
@@ -151,7 +153,8 @@ def make_private(
         sigma = started[0].mechanism.noise_multiplier
         reporter.say(f"noise multiplier {shown_sigma(sigma)}, as before (ledger: {spent} steps spent)")
     else:
-        sigma = sigma_of(config, sampling)
+        with reporter.working("calibrating the noise") if privacy.noise_multiplier is None else nullcontext():
+            sigma = sigma_of(config, sampling)
         if privacy.noise_multiplier is None:
             reporter.say(
                 f"noise multiplier {shown_sigma(sigma)} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
@@ -251,10 +254,13 @@ def self_check(
     singles = [to_device(recognizer.collate([item]), recognizer.device) for item in items]
     batch = to_device(recognizer.collate(items), recognizer.device)
     began = time.monotonic()
-    with recognizer.in_float32():
-        report = engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
-    if recognizer.dtype is not torch.float32:
-        engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
+    with reporter.working(f"self-check: comparing the gradients of {compared}, in a batch and alone"):
+        with recognizer.in_float32():
+            report = engine.self_check(
+                recognizer.loss_per_example, batch, singles=singles, samples=len(items)
+            )
+        if recognizer.dtype is not torch.float32:
+            engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
     modes = (
         ""
         if "train" in report.modes

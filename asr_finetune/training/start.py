@@ -17,6 +17,7 @@ from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import Recognizer, total_parameters, trained_parameters
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.run_folder import RunFolder, read_comparison
+from asr_finetune.training.run_log import RunLog
 from asr_finetune.training.sampling import micro_batch_limits
 from asr_finetune.training.setup import (
     check_data,
@@ -78,6 +79,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
+    log: RunLog = field(init=False)
     warned_of_impossible: bool = False
 
     @property
@@ -118,7 +120,8 @@ class Run:
     def model(self) -> str:
         """Load the recogniser."""
         torch.manual_seed(self.config.train.seed)
-        self.recognizer = recognizer_of(self.config)
+        with self.reporter.working(f"loading {self.config.model.name}"):
+            self.recognizer = recognizer_of(self.config)
         return self.recognizer.name
 
     def training_data(self) -> str:

@@ -43,6 +43,7 @@ COMMANDS = [
     "train",
     "evaluate",
     "report",
+    "recipes",
     "transcribe",
     "export",
     "merge",
