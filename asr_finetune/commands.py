@@ -102,7 +102,7 @@ def export(
     """
     from asr_finetune.training.export import export as write
 
-    typer.echo(f"written to {write(run, output)}")
+    typer.echo(f"written to {write(run, output, say=typer.echo)}")
 
 
 def merge(

@@ -152,6 +152,9 @@ class _DryRun(Run):
         assert privacy.delta is not None  # check_trainable ensures it
         sampling = sampling_of(config, self.corpus)
         ledger = self.folder.ledger
+        if self.origin is not None and self.origin.same_data and not ledger.exists():
+            ledger = self.origin.folder.ledger
+            steps += self.origin.steps
         started = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
         self.sigma = started[0].mechanism.noise_multiplier if started else sigma_of(config, sampling)
         summary = (

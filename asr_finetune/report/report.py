@@ -84,6 +84,7 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         "second_opinion": _second_opinion(privacy) if private else None,
         "unit": {"example": "recording", "speaker": "speaker"}.get(privacy["unit"], "recording"),
         "model": model,
+        "origin": run.get("origin"),
         "method": _settings(run["method"], ("kind", "rank", "alpha", "dropout", "targets", "layers")),
         "training": _settings(
             run["training"],

@@ -2,7 +2,7 @@
 
 An auditor's second opinion must not share faults with the first. This module therefore imports nothing of dpkernels
 that reads ledgers or computes ε: it hashes the ledger's lines, counts its steps and composes them with dp-accounting
-by itself, from the format that `docs/privacy.md` describes.
+by itself, from the format that `docs/results.md` describes.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Like the report, the card is made from the record alone, which holds nothing tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str) -> Path:
     """
     privacy, model, data = record["privacy"], record["model"], record["data"]
     adapter = (folder / "adapter_config.json").is_file()
-    base = Path(model["name"]).name if Path(model["name"]).is_dir() else model["name"]
+    named = model["name"]
+    if adapter:  # which may have been trained on from another adapter
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        named = saved["base_model_name_or_path"] or named
+    base = Path(named).name if Path(named).is_dir() else named
     card = ModelCardData(
-        base_model=None if Path(model["name"]).is_dir() else model["name"],
+        base_model=None if Path(named).is_dir() else named,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="automatic-speech-recognition",
         language=model.get("language"),

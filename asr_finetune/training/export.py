@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from asr_finetune.training.setup import recognizer_of
 from dpkernels import checkpoint
 
 
-def export(run: Path | str, out: Path | str | None = None) -> Path:
+def export(
+    run: Path | str, out: Path | str | None = None, say: Callable[[str], object] = lambda text: None
+) -> Path:
     """Write the adapter (or model) of a run's last checkpoint, with its model card. Data and GPU are not needed.
 
     For a run that is not finished, its record is written to stopped.json, from which `asr-finetune report` makes the
@@ -28,6 +31,7 @@ def export(run: Path | str, out: Path | str | None = None) -> Path:
 
     Args:
         run: the output folder of `asr-finetune train`.
+        say: is told if the last checkpoint is damaged, and the one before it is taken.
         out: the folder of the weights; None: where a finished run has them, RUN/adapter or RUN/model.
 
     Returns:
@@ -43,7 +47,7 @@ def export(run: Path | str, out: Path | str | None = None) -> Path:
             f"run={str(run)!r} has no config.yaml, so no run is there: give its --output folder"
         )
     config = Config.from_dict(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
-    saved = checkpoint.load(folder.checkpoint)
+    saved = checkpoint.load_usable(folder.checkpoint, say)
     if saved is None:
         raise RunFolderError(
             f"run={str(run)!r} has no checkpoint yet: continue it with asr-finetune train; train.checkpoint_every="

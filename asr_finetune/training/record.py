@@ -44,6 +44,7 @@ def run_record(
     """
     privacy = privacy_record(run.config, spent_by(run.engine, run.config) if run.engine else None, epsilon)
     progress = {"steps": run.step, "seconds": run.seconds, "curve": run.curve}
+    progress["origin"] = None if run.origin is None else str(run.origin)
     return _record(run.config, run.recognizer, privacy, data, evaluation, progress)
 
 

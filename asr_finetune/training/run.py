@@ -130,7 +130,7 @@ def _evaluate_before(run: Run) -> dict[str, Any] | None:
 
 def _restore(run: Run) -> None:
     """Restore the checkpoint, if there is one, and print the consequences."""
-    saved = checkpoint.load(run.folder.checkpoint)
+    saved = checkpoint.load_usable(run.folder.checkpoint, run.reporter.say)
     spent = run.engine.steps if run.engine else 0
     if saved is None:
         lost = f" {spent} steps were spent before the first checkpoint and remain counted." if spent else ""

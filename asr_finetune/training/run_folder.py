@@ -2,7 +2,7 @@
 
 config.yaml                 the configuration the run was started with, without the names of speakers
 ledger.jsonl                the privacy ledger; each step is written before it is taken
-checkpoint/state.pt         the last checkpoint
+checkpoint/state.pt         the last checkpoint; previous.pt is the one before
 adapter/ or model/          the trained parameters
 tensorboard/                what is public, for TensorBoard (`log.tensorboard`)
 metrics.json                error rates before and after
@@ -112,7 +112,8 @@ class RunFolder:
         if begun:
             raise RunFolderError(
                 f"output={str(self.path)!r} holds a ledger or a checkpoint, but no config.yaml, so their "
-                "configuration is unknown. Put config.yaml back, or give another --output."
+                "configuration is unknown. Put config.yaml back. (Another --output starts a ledger that does not count "
+                "the steps of this one.)"
             )
         return False
 

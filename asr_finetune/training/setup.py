@@ -26,7 +26,7 @@ from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.sampling import check_batch, micro_batch_limits, sigma_of, unit_arguments, units
 from dpkernels import PrivacyEngine
 from dpkernels.blocks import CompilerError, checkpoint_blocks, compile_frozen_blocks, has_checkpointing
-from dpkernels.privacy import plan_sampling, read_ledger
+from dpkernels.privacy import Sampling, plan_sampling, read_ledger
 from dpkernels.rounding import shown_sigma
 
 SELF_CHECK_EXAMPLES = 3
@@ -150,7 +150,7 @@ def make_private(
     spent = contents.steps if contents else 0
     started = [run for run in contents.runs if run.steps] if contents else []
     if started:
-        sigma = started[0].mechanism.noise_multiplier
+        sigma = _earlier_noise(started[0].mechanism, config, sampling)
         reporter.say(f"noise multiplier {shown_sigma(sigma)}, as before (ledger: {spent} steps spent)")
     else:
         with reporter.working("calibrating the noise") if privacy.noise_multiplier is None else nullcontext():
@@ -179,6 +179,26 @@ def make_private(
         **unit,
     )
     return engine, private, loader
+
+
+def _earlier_noise(earlier: Any, config: Config, sampling: Sampling) -> float:
+    """σ of a ledger's earlier steps, which those to come must be like: ε is stated for one mechanism.
+
+    Raises:
+        ConfigError: the configuration has another sampling or noise.
+    """
+    given = config.privacy.noise_multiplier
+    pairs = {
+        "train.batch_size: the sampling rate": (sampling.sample_rate, earlier.sample_rate),
+        "privacy.max_batch_size": (sampling.max_batch_size, earlier.max_batch_size),
+        "privacy.noise_multiplier": (given or earlier.noise_multiplier, earlier.noise_multiplier),
+    }
+    for key, (value, before) in pairs.items():
+        if value != before:
+            raise ConfigError(
+                f"{key} is {value}, but {before} in the steps that the ledger counts already: continue with the same"
+            )
+    return float(earlier.noise_multiplier)
 
 
 def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:

@@ -16,6 +16,7 @@ from asr_finetune.data.provenance import shared_recordings
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import Recognizer, total_parameters, trained_parameters
 from asr_finetune.training.dataset import SpeechDataset
+from asr_finetune.training.origin import Origin, origin_of
 from asr_finetune.training.run_folder import RunFolder, read_comparison
 from asr_finetune.training.run_log import RunLog
 from asr_finetune.training.sampling import micro_batch_limits
@@ -71,6 +72,7 @@ class Run:
     fingerprint: str = ""
     tests: dict[str, Kept] = field(default_factory=dict)
     shares_training: bool | None = None
+    origin: Origin | None = None
     valid: Kept | None = None
     dataset: SpeechDataset = field(init=False)
     engine: PrivacyEngine | None = None
@@ -130,6 +132,10 @@ class Run:
         self.corpus, summary = self._read("train", data.train, data.train_split)
         check_data(self.config, self.corpus, self.recognizer)
         self._note_data()
+        self.origin = origin_of(self.config, self.corpus)
+        if self.origin is not None:
+            self.reporter.say(f"the starting model is that of {self.origin}")
+            summary += f"\nthe starting model is that of {self.origin}"
         return summary
 
     def _read(self, name: str, source: str, split: str | None) -> tuple[Corpus, str]:
@@ -215,8 +221,10 @@ class Run:
         return ""
 
     def _make_private(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
+        if self.origin is not None:
+            self.origin.continue_ledger(self.folder.ledger)
         # For a resumed run the ledger holds σ and the steps spent, and the checkpoint the model's step.
-        saved = checkpoint.load(self.folder.checkpoint)
+        saved = checkpoint.load_usable(self.folder.checkpoint, self.reporter.say)
         remaining = self.config.train.steps - (saved.step if saved else 0)
         self.engine, self.optimizer, self.loader = make_private(
             self.config,
