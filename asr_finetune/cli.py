@@ -1,4 +1,4 @@
-"""The command line: plan, train, evaluate, report, synthesise, demo.
+"""The command line: plan, train, evaluate, report, synthesise, demo; `commands.py` has those on a run's output.
 
 Modules that load torch are imported when a command runs.
 """
@@ -9,13 +9,13 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from asr_finetune import commands
 from asr_finetune.config.schema import SECTIONS, Config, ConfigError
 from asr_finetune.config.values import fields_of, help_of, types_within
 from asr_finetune.config.yaml_io import load_yaml, overridden, template
@@ -34,6 +34,8 @@ app = typer.Typer(
 
 def _show_version(requested: bool) -> None:
     if requested:
+        from importlib import metadata
+
         typer.echo(f"asr-finetune {metadata.version('dpkernels')}")
         raise typer.Exit
 
@@ -318,6 +320,10 @@ def report(
     typer.echo(f"written to {written}")
 
 
+for command in (commands.recipes, commands.transcribe, commands.export, commands.merge, commands.verify):
+    app.command()(command)
+
+
 @app.command()
 def synthesise(
     texts: Annotated[Path, typer.Option(help="Public sentences, one a line.")],
@@ -368,9 +374,6 @@ def main() -> None:
     """Entry point. An expected error is printed as a message; the exit code is 2 (130 after an interruption)."""
     warnings.showwarning = show_warning
     warnings.filterwarnings("default", ".* is now called ", DeprecationWarning)  # dpkernels' old names
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # from libraries: a user of the command line cannot fix them
     try:
         app()
     except UserError as error:

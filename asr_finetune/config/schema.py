@@ -6,6 +6,7 @@ command line's flags and the commented configuration of `asr-finetune train --pr
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, field, replace
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from pydantic_core import ArgsKwargs
 from asr_finetune.config.values import (
     CHECKS,
     PLACEHOLDER,
+    ByName,
     ConfigError,
     Count,
     Delta,
@@ -103,14 +105,14 @@ class DataConfig:
 
     train: Sources
     """private training data: folder, listing (.jsonl, .csv, ...) or `datasets` id, or a list of them"""
-    test: Text | None = None
-    """data for the before/after error rates; null: no evaluation"""
+    test: ByName | None = None
+    """data for the before/after error rates, or several: {clean: a, other: b}; null: no evaluation"""
     valid: Sources | None = None
     """*public* data for the curve over training; null: no curve"""
     train_split: Splits | None = None
     """value of `split` (listing), split (datasets, Common Voice) or subset (LibriSpeech); a list: of each source"""
-    test_split: Text | None = None
-    """the same for data.test"""
+    test_split: ByName | None = None
+    """the same for data.test; for each test set: {clean: test-clean, other: test-other}"""
     valid_split: Splits | None = None
     """the same for data.valid"""
     columns: Annotated[dict[str, str] | None, BeforeValidator(_columns)] = None
@@ -157,6 +159,26 @@ class DataConfig:
                 f"data.min_seconds={self.min_seconds:g} leaves nothing below "
                 f"data.max_seconds={self.max_seconds:g}: lower it"
             )
+        named = [set(values) for values in (self.test, self.test_split) if isinstance(values, dict)]
+        if named and named[0] != named[-1]:
+            raise ConfigError(
+                f"data.test={self.test!r}, data.test_split={self.test_split!r}: give both for the same test sets, or "
+                "one of them once for all"
+            )
+
+    def test_sets(self) -> dict[str, tuple[str, str | None]]:
+        """Source and split of each test set by its name; one without a name is called "test"."""
+        if self.test is None:
+            return {}
+        sources, splits = self.test, self.test_split
+        names = next((values for values in (sources, splits) if isinstance(values, dict)), {"test": None})
+        return {
+            name: (
+                str(sources[name] if isinstance(sources, dict) else sources),
+                splits[name] if isinstance(splits, dict) else splits,
+            )
+            for name in names
+        }
 
 
 @explained
@@ -164,7 +186,7 @@ class DataConfig:
 class MethodConfig:
     """The trained parameters."""
 
-    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "full"
+    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "lora"
     """full, lora, bitfit (biases), dp_rp (lora, one factor frozen at random), head (output layer)"""
     rank: Count = 8
     """lora, dp_rp: rank of the adapters"""
@@ -307,6 +329,17 @@ class EvaluateConfig:
             raise ConfigError("evaluate.restrict_to=[]: give at least one text, or null for free decoding")
 
 
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class LogConfig:
+    """Logs for TensorBoard."""
+
+    tensorboard: StrictBool = False
+    """write ε, learning rate and the curve to OUTPUT/tensorboard, what ε does not cover to not_private/tensorboard"""
+    not_private: StrictBool = False
+    """also write losses and clip rates, which ε does not cover, to OUTPUT/tensorboard"""
+
+
 def _folder(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"output: expected a folder, got {value!r}; write e.g. `output: runs/first`")
@@ -330,6 +363,8 @@ class Config:
     """the training loop"""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """error rates"""
+    log: LogConfig = field(default_factory=LogConfig)
+    """logs"""
     output: Annotated[str, BeforeValidator(_folder)]
     """the folder that everything is written to"""
 
@@ -397,6 +432,10 @@ class Config:
                 f"train.eval_every={train.eval_every} needs data.valid, which must be public data (private "
                 "data may not steer or describe training): set data.valid, or train.eval_every=0"
             )
+        if self.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "log.tensorboard=true needs the package tensorboard: pip install 'dpkernels[log]', or set it to false"
+            )
         if train.warmup_steps >= train.steps and train.warmup_steps:
             raise ConfigError(
                 f"train.warmup_steps={train.warmup_steps} must be below train.steps={train.steps}: lower it"
@@ -411,4 +450,5 @@ SECTIONS: dict[str, type] = {
     "privacy": PrivacyConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "log": LogConfig,
 }

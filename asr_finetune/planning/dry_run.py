@@ -32,6 +32,7 @@ from asr_finetune.training.start import STAGES, Run
 from dpkernels.errors import UserError
 from dpkernels.memory import MemoryEstimator
 from dpkernels.privacy import SAFE_DELTA_TIMES_N, epsilon, read_ledger
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 _NAMED = 3  # recordings left out that a check names
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
@@ -159,10 +160,13 @@ class _DryRun(Run):
         assert privacy.delta is not None  # check_trainable ensures it
         sampling = sampling_of(config, self.corpus)
         ledger = self.folder.ledger
+        if self.origin is not None and self.origin.same_data and not ledger.exists():
+            ledger = self.origin.folder.ledger
+            steps += self.origin.steps
         started = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
         self.sigma = started[0].mechanism.noise_multiplier if started else sigma_of(config, sampling)
         summary = (
-            f"σ = {self.sigma:g}{' (its ledger)' if started else ''}: {steps:,} steps, Poisson at rate "
+            f"σ = {shown_sigma(self.sigma)}{' (its ledger)' if started else ''}: {steps:,} steps, Poisson at rate "
             f"{sampling.sample_rate:.5f} of {sampling.units:,} {sampling.unit}s"
         )
         if self.sigma == 0:
@@ -176,7 +180,7 @@ class _DryRun(Run):
             max_batch_size=privacy.max_batch_size,
             dataset_size=sampling.units,
         )
-        summary += f"; would spend ε = {spends:.3f} at δ = {privacy.delta:g}"
+        summary += f"; would spend ε = {shown_epsilon(spends)} at δ = {privacy.delta:g}"
         if privacy.epsilon is not None:
             summary += f", target {privacy.epsilon:g}"
             if spends > privacy.epsilon:

@@ -38,7 +38,19 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-COMMANDS = ["plan", "train", "evaluate", "report", "synthesise", "demo"]
+COMMANDS = [
+    "plan",
+    "train",
+    "evaluate",
+    "report",
+    "recipes",
+    "transcribe",
+    "export",
+    "merge",
+    "verify",
+    "synthesise",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

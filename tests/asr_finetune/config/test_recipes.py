@@ -35,7 +35,7 @@ MODELS = ("parakeet", "wav2vec2_bert")
 LIBRISPEECH = [f"{model}_{kind}" for model in MODELS for kind in ("lora", "bitfit", "dp_rp", "full")]
 QUICK = ("wav2vec2_bert_bitfit", "parakeet_warm_start")
 WARM = [f"{model}_warm_start" for model in MODELS]
-SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500", "test-clean")
+SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500", "test-clean", "test-other")
 N, EPSILON, DELTA = 281_241, 10.0, 3.52e-6
 # Noise by hand: calibration takes seconds, and the recipes' own has a test.
 TINY = (
