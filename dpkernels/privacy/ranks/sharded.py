@@ -234,13 +234,14 @@ def _fully_sharded(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _slots(name: str, module: nn.Module, without: set[int]) -> Iterator[Slot]:
-    """The places of sharded parameters below a module, except below the modules `without`."""
-    for attribute, parameter in module._parameters.items():
-        if is_sharded(parameter):
-            yield Slot(f"{name}.{attribute}" if name else attribute, module, attribute)
+    """The places of sharded parameters below a module, except below the modules `without`: in fully_shard's order, in
+    which a module's own parameters follow those of its children."""
     for key, child in module._modules.items():
         if child is not None and id(child) not in without:
             yield from _slots(f"{name}.{key}" if name else key, child, without)
+    for attribute, parameter in module._parameters.items():
+        if is_sharded(parameter):
+            yield Slot(f"{name}.{attribute}" if name else attribute, module, attribute)
 
 
 def _some(names: Sequence[str]) -> str:
