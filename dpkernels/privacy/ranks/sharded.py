@@ -104,6 +104,11 @@ def check_sharded(model: nn.Module, ranks: Ranks) -> None:
     if not isinstance(model, nn.Module):
         return  # `check_module` refuses it
     modules = sharded_modules(model)
+    if any(not hasattr(sharded.module, "reset_iter_state") for sharded in modules):
+        raise ValueError(
+            f"a model that fully_shard has sharded needs a later torch than {torch.__version__}, one whose FSDPModule "
+            "has reset_iter_state (torch 2.13 has it)"
+        )
     trained = [name for name, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
     if trained:
         raise ValueError(

@@ -303,12 +303,13 @@ def faulty(rank: int, group: Any, fault: str) -> Tensor:
     run = a_run(group, model=model, physical_batch_size=1)
     layer = model.get_submodule(BASE)
     hook = torch.no_grad()(write)
-    if when == "backward of the layer":
-        layer.register_full_backward_hook(hook)
-    elif when != "step":
+    if "forward" in when:
         (layer if when == "forward of the layer" else model).register_forward_hook(hook)
     batch = next(iter(run.loader))
-    back_propagate(run.optimizer, batch, lambda part: losses_of(model, part))
+    for number, part in enumerate(batch, 1):
+        if number == len(batch) and when == "backward of the layer":  # no later forward would find it
+            layer.register_full_backward_hook(hook)
+        run.optimizer.backward(losses_of(model, part))
     if when == "step":
         hook(model)
     run.optimizer.step()
