@@ -1,6 +1,6 @@
 """The privacy engine: clipping, noise, Poisson sampling, accounting and the ledger."""
 
-from dpkernels.privacy.accounting.accountant import epsilon, noise_multiplier
+from dpkernels.privacy.accounting.accountant import SAFE_DELTA_TIMES_N, epsilon, noise_multiplier
 from dpkernels.privacy.accounting.audit import AuditedLedger, ClaimError, audit_ledger, claimed_epsilon
 from dpkernels.privacy.accounting.budget import BudgetExhausted
 from dpkernels.privacy.accounting.ledger import LedgerError, read_ledger
@@ -19,6 +19,7 @@ from dpkernels.privacy.step.statistics import StepStats
 
 __all__ = [
     "DELTAS",
+    "SAFE_DELTA_TIMES_N",
     "AuditedLedger",
     "BudgetExhausted",
     "ClaimError",

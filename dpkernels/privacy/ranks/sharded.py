@@ -105,6 +105,11 @@ def check_sharded(model: nn.Module, ranks: Ranks) -> None:
     if not isinstance(model, nn.Module):
         return  # `check_module` refuses it
     modules = sharded_modules(model)
+    if any(not hasattr(sharded.module, "reset_iter_state") for sharded in modules):
+        raise ValueError(
+            f"a model that fully_shard has sharded needs a later torch than {torch.__version__}, one whose FSDPModule "
+            "has reset_iter_state (torch 2.13 has it)"
+        )
     trained = [name for name, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
     if trained:
         raise ValueError(
@@ -253,8 +258,8 @@ def _fully_sharded(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _slots(name: str, module: nn.Module, without: set[int]) -> Iterator[Slot]:
-    """The places of sharded parameters below a module, except below the modules `without`, in fully_shard's order: a
-    module's own come after those of its children."""
+    """The places of sharded parameters below a module, except below the modules `without`: in fully_shard's order, in
+    which a module's own parameters follow those of its children."""
     for key, child in module._modules.items():
         if child is not None and id(child) not in without:
             yield from _slots(f"{name}.{key}" if name else key, child, without)
