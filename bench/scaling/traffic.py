@@ -6,7 +6,6 @@ the collectives are called with. `socket_bytes` is what this process's TCP conne
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import stat
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -69,10 +69,10 @@ def plan(parameters: Sequence[Tensor], processes: int) -> Plan:
     if processes == 1:
         return Plan(entries, 1, len(pieces), 0, 0, 0)
     owned = owners(pieces, processes)
-    lengths = [sum(piece.entries for piece in of_rank) for of_rank in owned]
-    row = max(1, min(max(lengths), exchange.STAGED_BYTES // (SUM_BYTES * processes)))
-    rounds = math.ceil(max(lengths) / row)
-    copies = sum(len(slices) for rows in exchange._rounds(owned, row) for slices in rows)
+    process: Any = SimpleNamespace(size=processes, rank=0)
+    moves = exchange.Exchange(process, owned)
+    rounds, row = len(moves._rounds), moves._row
+    copies = sum(len(slices) for rows in moves._rounds for slices in rows)
     return Plan(entries, processes, len(pieces), rounds, rounds * row * processes, copies)
 
 

@@ -108,7 +108,11 @@ def is_power_of_two(count: int) -> bool:
 def version_of(parameter: Tensor) -> int:
     """Autograd's version counter; of a sharded tensor, also that of its local part."""
     version = 0 if parameter.is_inference() else parameter._version
-    return version + version_of(local_part(parameter)) if is_sharded(parameter) else version
+    if type(parameter) is nn.Parameter or not is_sharded(
+        parameter
+    ):  # thousands in every step: the usual case first
+        return version
+    return version + version_of(local_part(parameter))
 
 
 @torch.no_grad()

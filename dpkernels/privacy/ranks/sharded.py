@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,11 @@ def check_sharded(model: nn.Module, ranks: Ranks) -> None:
     if not isinstance(model, nn.Module):
         return  # `check_module` refuses it
     modules = sharded_modules(model)
+    if any(not hasattr(sharded.module, "reset_iter_state") for sharded in modules):
+        raise ValueError(
+            f"a model that fully_shard has sharded needs a later torch than {torch.__version__}, one whose FSDPModule "
+            "has reset_iter_state (torch 2.13 has it)"
+        )
     trained = [name for name, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
     if trained:
         raise ValueError(
@@ -129,6 +135,24 @@ def check_sharded(model: nn.Module, ranks: Ranks) -> None:
                 f"{name!r} is sharded as {placements} over the processes {mesh.mesh.tolist()}, and the run's are "
                 f"{members}: give fully_shard a one-dimensional mesh of these, and no shard_placement_fn ({_HELPER})"
             )
+
+
+@contextmanager
+def gathered_root(model: nn.Module) -> Iterator[None]:
+    """Gather the sharded weights outside of the blocks, for code that calls parts of the model and not the model.
+
+    fully_shard gathers these when the model itself is called. A decoder that calls the encoder, and then generates
+    tokens, does not. Nothing happens if the model is not sharded. In a private run, ranks need not enter it equally
+    often.
+    """
+    roots = [module for _, module in _fully_sharded(model)][:1]
+    for root in roots:
+        root.unshard()
+    try:
+        yield
+    finally:
+        for root in roots:
+            root.reshard()
 
 
 def shard_frozen(
@@ -234,13 +258,14 @@ def _fully_sharded(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _slots(name: str, module: nn.Module, without: set[int]) -> Iterator[Slot]:
-    """The places of sharded parameters below a module, except below the modules `without`."""
-    for attribute, parameter in module._parameters.items():
-        if is_sharded(parameter):
-            yield Slot(f"{name}.{attribute}" if name else attribute, module, attribute)
+    """The places of sharded parameters below a module, except below the modules `without`: in fully_shard's order, in
+    which a module's own parameters follow those of its children."""
     for key, child in module._modules.items():
         if child is not None and id(child) not in without:
             yield from _slots(f"{name}.{key}" if name else key, child, without)
+    for attribute, parameter in module._parameters.items():
+        if is_sharded(parameter):
+            yield Slot(f"{name}.{attribute}" if name else attribute, module, attribute)
 
 
 def _some(names: Sequence[str]) -> str:

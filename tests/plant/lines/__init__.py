@@ -15,6 +15,7 @@ from tests.plant.lines import (
     secrets,
     self_check,
     sensitivity,
+    sharding,
 )
 
 AREAS = (
@@ -32,5 +33,6 @@ AREAS = (
     self_check,
     checkpoints,
     ranks,
+    sharding,
 )
 LINES = sorted((line for area in AREAS for line in area.LINES), key=lambda line: line.number)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dpkernels import swap
 from dpkernels.privacy import back_propagate, shard_frozen
 from dpkernels.privacy.ranks.sharded import is_sharded, local_part
 from tests.privacy.private_run import losses_of
@@ -165,6 +166,90 @@ def test_a_rank_holds_its_part_of_the_base(processes: Processes, size: int) -> N
     assert max(parts) <= whole["bytes"] / size + rows  # weights are cut between rows
 
 
+class Encoder(nn.Module):
+    """torch's own transformer layers: a block is a private layer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.first(x))).mean(1)
+
+
+class Mixed(nn.Module):
+    """Blocks with convolutions, a weight that two blocks share, a raw trained parameter, and a frozen scalar."""
+
+    class Block(nn.Module):
+        def __init__(self, shared: nn.Linear) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(6, 6, 3, padding=1, groups=2)
+            self.shared = shared
+            self.offset = nn.Parameter(torch.zeros(6))
+            self.scale = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x.transpose(1, 2)).transpose(1, 2)
+            return x + self.scale * self.shared(y + self.offset)
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Linear(6, 6)
+        self.layers = nn.ModuleList([Mixed.Block(shared) for _ in range(2)])
+        self.head = nn.Linear(6, 3)
+        shared.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).mean(1)
+
+
+MODELS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "biases of transformer layers": (Encoder, ("bias",)),
+    "attention's projection": (Encoder, ("in_proj_weight", "head.weight")),
+    "raw parameters": (Mixed, ("offset", "head.weight")),
+    "one conv": (Mixed, ("layers.1.conv.weight",)),
+}
+
+
+def of_model(rank: int, group: Any, name: str, how: str) -> Any:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    make, suffixes = MODELS[name]
+    torch.manual_seed(5)
+    model: nn.Module = make()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name.endswith(suffixes))
+    if how == "private layers first":
+        swap(model)
+    if how == "fully_shard":
+        mesh = DeviceMesh.from_group(group, "cpu")
+        ignored = {p for p in model.parameters() if p.requires_grad or not p.dim()}
+        fully_shard(model.head, mesh=mesh, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, ignored_params=ignored, reshard_after_forward=True)
+    elif how != "whole":
+        blocks = model.layers.layers if make is Encoder else [model.head]
+        shard_frozen(model, blocks, process_group=group)
+    run = a_run(group, model=model)
+    steps_of(run, 2)
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("how", ["shard_frozen", "private layers first", "fully_shard"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_many_kinds(processes: Processes, name: str, how: str) -> None:
+    whole = processes.results(of_model, 2, name, "whole")[0]
+    for parts in processes.results(of_model, 2, name, how):
+        assert parts.keys() == whole.keys()
+        for parameter, value in parts.items():
+            torch.testing.assert_close(value, whole[parameter], rtol=1e-6, atol=1e-7)
+
+
 BASE = "base_model.model.blocks.1.inner.base_layer"
 
 
@@ -218,12 +303,13 @@ def faulty(rank: int, group: Any, fault: str) -> Tensor:
     run = a_run(group, model=model, physical_batch_size=1)
     layer = model.get_submodule(BASE)
     hook = torch.no_grad()(write)
-    if when == "backward of the layer":
-        layer.register_full_backward_hook(hook)
-    elif when != "step":
+    if "forward" in when:
         (layer if when == "forward of the layer" else model).register_forward_hook(hook)
     batch = next(iter(run.loader))
-    back_propagate(run.optimizer, batch, lambda part: losses_of(model, part))
+    for number, part in enumerate(batch, 1):
+        if number == len(batch) and when == "backward of the layer":  # no later forward would find it
+            layer.register_full_backward_hook(hook)
+        run.optimizer.backward(losses_of(model, part))
     if when == "step":
         hook(model)
     run.optimizer.step()
@@ -243,6 +329,27 @@ def test_a_gathered_weight_ends_with_its_micro_batch(processes: Processes, fault
     before = adapted().get_parameter(f"{BASE}.weight")
     for weight in processes.results(faulty, 2, fault):
         assert torch.equal(weight, before)
+
+
+def kept_gathered(rank: int, group: Any, fault: bool) -> dict[str, Tensor]:
+    """Steps with a base that fully_shard keeps gathered after a backward. With the fault the first backward of the
+    batch writes it."""
+    model = adapted(shard=group)
+    run = a_run(group, model=model, physical_batch_size=1)
+    for _, module in model.named_modules():
+        if isinstance(module, torch.distributed.fsdp.FSDPModule):
+            module.set_reshard_after_backward(False)
+    if fault:
+        hook = torch.no_grad()(overwritten_past_autograd)
+        model.get_submodule(BASE).register_full_backward_hook(hook)
+    steps_of(run, 1)
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_write_to_a_gathered_weight_reaches_no_other_example(processes: Processes) -> None:
+    without, with_fault = (processes.results(kept_gathered, 2, fault)[0] for fault in (False, True))
+    for name, value in without.items():
+        assert torch.equal(value, with_fault[name]), name
 
 
 def refused(rank: int, group: Any, case: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from dpkernels.privacy import PrivacyEngine
+from dpkernels.privacy import PrivacyEngine, read_ledger
 from tests.privacy.private_run import Net, losses_of
 from tests.privacy.ranks.jobs import a_run, steps_of
 from tests.privacy.ranks.processes import Failure, Processes
@@ -157,18 +157,10 @@ accelerator.end_training()
 def test_accelerate_launch_starts_a_run(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        str(script),
-    ]
     root = Path(__file__).resolve().parents[3]
+    launch = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     done = subprocess.run(
-        [*command, str(tmp_path / "ledger.jsonl")],
+        [sys.executable, "-m", *launch, str(script), str(tmp_path / "ledger.jsonl")],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -176,5 +168,4 @@ def test_accelerate_launch_starts_a_run(tmp_path: Path) -> None:
         timeout=240,
     )
     assert "processes 2" in done.stdout, done.stderr
-    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
-    assert sum('"step"' in line for line in lines) >= 3, lines
+    assert [run.steps for run in read_ledger(tmp_path / "ledger.jsonl").runs] == [3]
