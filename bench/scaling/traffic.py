@@ -70,7 +70,7 @@ def plan(parameters: Sequence[Tensor], processes: int) -> Plan:
         return Plan(entries, 1, len(pieces), 0, 0, 0)
     owned = owners(pieces, processes)
     lengths = [sum(piece.entries for piece in of_rank) for of_rank in owned]
-    row = max(1, min(max(lengths), exchange.STAGED_BYTES // (SUM_BYTES * processes)))
+    row = exchange.row_of(owned)
     rounds = math.ceil(max(lengths) / row)
     copies = sum(len(slices) for rows in exchange._rounds(owned, row) for slices in rows)
     return Plan(entries, processes, len(pieces), rounds, rounds * row * processes, copies)
