@@ -6,6 +6,7 @@ the collectives are called with. `socket_bytes` is what this process's TCP conne
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import stat
@@ -14,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -69,10 +69,10 @@ def plan(parameters: Sequence[Tensor], processes: int) -> Plan:
     if processes == 1:
         return Plan(entries, 1, len(pieces), 0, 0, 0)
     owned = owners(pieces, processes)
-    process: Any = SimpleNamespace(size=processes, rank=0)
-    moves = exchange.Exchange(process, owned)
-    rounds, row = len(moves._rounds), moves._row
-    copies = sum(len(slices) for rows in moves._rounds for slices in rows)
+    lengths = [sum(piece.entries for piece in of_rank) for of_rank in owned]
+    row = exchange.row_of(owned)
+    rounds = math.ceil(max(lengths) / row)
+    copies = sum(len(slices) for rows in exchange._rounds(owned, row) for slices in rows)
     return Plan(entries, processes, len(pieces), rounds, rounds * row * processes, copies)
 
 
@@ -121,7 +121,7 @@ def watched(optimizer: DPOptimizer) -> Iterator[Watch]:
     ranks, moves = optimizer._ranks, optimizer._exchange
     with (
         mock.patch.object(exchange, "_REDUCE_SCATTER", watch.counted("sums", exchange._REDUCE_SCATTER)),
-        mock.patch.object(exchange, "ALL_GATHER", watch.counted("results", exchange.ALL_GATHER)),
+        mock.patch.object(exchange, "_ALL_GATHER", watch.counted("results", exchange._ALL_GATHER)),
         mock.patch.object(moves, "sums_to_owners", watch.timed("in", moves.sums_to_owners)),
         mock.patch.object(moves, "to_all", watch.timed("out", moves.to_all)),
         mock.patch.object(ranks, "_told", watch.timed("facts", ranks._told)),
