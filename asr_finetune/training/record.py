@@ -17,7 +17,7 @@ import torch
 
 from asr_finetune.config.schema import Config
 from asr_finetune.data.corpus import Corpus
-from asr_finetune.data.sources import Source
+from asr_finetune.data.sources import Source, Split
 from asr_finetune.training.sampling import units
 from asr_finetune.training.start import Run
 from dpkernels import PrivacyEngine, __version__
@@ -66,21 +66,22 @@ def data_record(config: Config, corpus: Corpus, fingerprint: str) -> dict[str, A
     data = config.data
     return {
         "source": _shown(data.train),
-        "split": data.train_split,
+        "split": _shown(data.train_split),
         "units": units(config, corpus),
+        "pieces": data.pieces == "examples" and config.privacy.unit == "example",
         "fingerprint": fingerprint,
         "test": _shown(data.test),
         "test_split": data.test_split,
         "valid": _shown(data.valid) if config.train.eval_every else None,
-        "valid_split": data.valid_split if config.train.eval_every else None,
+        "valid_split": _shown(data.valid_split) if config.train.eval_every else None,
     }
 
 
-def _shown(source: Source | None) -> str | None:
-    """A source without the folders of this machine; several with a plus sign."""
+def _shown(source: Source | Split) -> str | None:
+    """A source (or split) without the folders of this machine; several with plus signs."""
     if source is None or isinstance(source, str):
         return Path(source).name if source is not None and Path(source).is_absolute() else source
-    return " + ".join(str(_shown(one)) for one in source)
+    return " + ".join(_shown(one) or "all" for one in source)
 
 
 def _curve_start(config: Config, evaluation: dict[str, Any]) -> float | None:

@@ -14,6 +14,7 @@ from asr_finetune.cli import app
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.data.provenance import shared_recordings
 from asr_finetune.data.sources import load_corpus
+from asr_finetune.training.record import data_record
 from tests.asr_finetune.recordings import manifest, options, reasons, texts, write
 
 
@@ -32,6 +33,16 @@ def test_ids_stay_apart(tmp_path: Path) -> None:
     assert texts(corpus) == {"all.jsonl/a": "A", "all.jsonl/b": "B", "y/c": "C", "y/d": "D"}
     assert not corpus.notes
     assert corpus.source == f"{first}, {second}"
+    config = Config.from_dict(
+        {
+            "model": {"name": "m"},
+            "data": {"train": [first, second], "train_split": [None, "dev"]},
+            "output": "o",
+        }
+        | {"privacy": {"enabled": False}}
+    )
+    shown = data_record(config, corpus, "")
+    assert (shown["source"], shown["split"]) == ("all.jsonl + y", "all + dev")
     chosen = load_corpus([first, second], split=[None, "dev"], data=options())
     assert len(chosen) == 4
     assert list(texts(load_corpus([first], data=options()))) == ["a", "b"]
