@@ -14,6 +14,7 @@ LINES = (
             "tests/privacy/accounting/test_accounting.py::test_sigma_of_the_papers_setting": "σ of the paper's setting is the smallest that fits",
             "tests/privacy/accounting/test_accounting.py::test_step_stops_before_it_would_pass_the_target": "the run stops before it would pass its target, and not a step early",
             "tests/privacy/accounting/test_accounting.py::test_delta_of_one_over_n_warns": "δ ≥ 1/N warns, and δ above 0.1/N too",
+            "tests/privacy/accounting/test_accounting.py::test_a_delta_that_needs_no_noise_is_refused": "a δ that would hold without noise is refused",
             "tests/privacy/accounting/test_ledger.py::test_every_step_has_a_line_and_the_run_line_states_the_mechanism": "every step has a line, and the run's line states the mechanism",
             "tests/privacy/accounting/test_ledger.py::test_a_step_is_on_disk_before_it_is_applied": "a step's line is on disk before the step is applied",
             "tests/privacy/accounting/test_ledger.py::test_a_failing_wrapped_step_is_spent_and_its_batch_gone": "a step that fails is counted, and its batch is gone",
