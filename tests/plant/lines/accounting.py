@@ -97,7 +97,7 @@ LINES = (
             Fault(
                 "an earlier run's budget forgotten",
                 "asr_finetune/training/origin.py",
-                "if self.same_data and not ledger.exists():",
+                "if self.begins(ledger):",
                 "if False:",
                 "tests/asr_finetune/training/test_origin.py::test_the_adapter_is_trained_on_and_its_budget_continued",
             ),
