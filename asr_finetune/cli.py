@@ -1,4 +1,4 @@
-"""The command line: plan, train, evaluate, report, synthesise, demo.
+"""The command line: plan, train, evaluate, report, synthesise, demo; `commands.py` has those on a run's output.
 
 Modules that load torch are imported when a command runs.
 """
@@ -9,13 +9,13 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from asr_finetune import commands
 from asr_finetune.config.schema import SECTIONS, Config, ConfigError
 from asr_finetune.config.values import fields_of, help_of, types_within
 from asr_finetune.config.yaml_io import load_yaml, overridden, template
@@ -34,6 +34,8 @@ app = typer.Typer(
 
 def _show_version(requested: bool) -> None:
     if requested:
+        from importlib import metadata
+
         typer.echo(f"asr-finetune {metadata.version('dpkernels')}")
         raise typer.Exit
 
@@ -79,7 +81,8 @@ def _configured(*keys: str) -> Callable[[Callable[..., None]], Callable[..., Non
         section, _, name = key.rpartition(".")
         field = fields_of(SECTIONS[section] if section else Config)[name]
         names = _FLAGS.get(key, (f"--{name.replace('_', '-')}",))
-        hint: Any = next((kind for kind in (int, float) if kind in types_within(field.annotation)), str)
+        kinds = list(types_within(field.annotation))
+        hint: Any = next((kind for kind in (int, float, list[str]) if kind in kinds), str)
         flag = typer.Option(*names, help=help_of(field), show_default=False)
         return inspect.Parameter(
             key.replace(".", "_"),
@@ -98,6 +101,7 @@ def _configured(*keys: str) -> Callable[[Callable[..., None]], Callable[..., Non
 
         def run(**arguments: Any) -> None:
             flags = {key: arguments.pop(parameter.name) for key, parameter in options.items()}
+            flags = {key: None if value == [] else value for key, value in flags.items()}
             command(flags=flags, **arguments)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -176,7 +180,7 @@ def plan(
         "privacy.unit",
     ),
     *("train.batch_size", "train.physical_batch_size", "train.steps", "train.learning_rate", "train.seed"),
-    "model.device",
+    *("model.device", "model.alphabet"),
 )
 def train(
     flags: dict[str, Any],
@@ -216,6 +220,7 @@ def train(
     - `asr-finetune train --config run.yaml --not-private --output runs/plain`
     - `asr-finetune train --config run.yaml --set train.steps=60 --set data.speakers=[anna,ben]`
     - `asr-finetune train --config wav2vec2_bert_lora --train LIBRISPEECH --test LIBRISPEECH --dry-run`
+    - `asr-finetune train --config run.yaml --data LIBRISPEECH --data calls.csv --set data.columns={text: words}`
     """
     values = load_yaml(config) if config is not None else {}
     merged = overridden(values, flags | {"privacy.enabled": False if not_private else None}, settings or ())
@@ -238,7 +243,9 @@ def train(
 @app.command()
 @_configured("model.name", "model.device")
 def evaluate(
-    data: Annotated[str, typer.Option(help="Folder, manifest or `datasets` id.")],
+    data: Annotated[
+        list[str], typer.Option(help="Folder, listing or `datasets` id, see docs/data.md; may be repeated.")
+    ],
     flags: dict[str, Any],
     adapter: Annotated[
         Path | None,
@@ -248,7 +255,7 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split, subset, or a manifest's `split` value.", show_default=False)
+        str | None, typer.Option(help="Split, subset, or a listing's `split` value.", show_default=False)
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the result and all transcripts as JSON.", show_default=False)
@@ -313,6 +320,10 @@ def report(
     typer.echo(f"written to {written}")
 
 
+for command in (commands.recipes, commands.transcribe, commands.export, commands.merge, commands.verify):
+    app.command()(command)
+
+
 @app.command()
 def synthesise(
     texts: Annotated[Path, typer.Option(help="Public sentences, one a line.")],
@@ -363,9 +374,6 @@ def main() -> None:
     """Entry point. An expected error is printed as a message; the exit code is 2 (130 after an interruption)."""
     warnings.showwarning = show_warning
     warnings.filterwarnings("default", ".* is now called ", DeprecationWarning)  # dpkernels' old names
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # from libraries: a user of the command line cannot fix them
     try:
         app()
     except UserError as error:

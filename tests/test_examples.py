@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.slow import slow_cases
 
@@ -25,6 +28,7 @@ SHOWN = {
     "opacus_after": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "opacus_before": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "resume": r"checkpoint of step 5; the ledger holds 7 steps\n12 steps are spent.*\n.*: 12 steps in 2 runs",
+    "several_processes": r"1 process, the same parameters in each\n.*\nepsilon = [78]\.\d+ at delta = 1\.0e-04",
     "speech": r"nothing was written or spent; a run would start[\s\S]*epsilon 7\.\d+ at delta 0\.01[\s\S]*report\.html",
     "strategies": r"the same update with every strategy",
 }
@@ -79,6 +83,26 @@ def test_runs_from_top_to_bottom(
         runpy.run_path(str(path), run_name="__main__")
     assert re.search(SHOWN[name], capsys.readouterr().out), name
     assert not list(tmp_path.iterdir()), "a run by default leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_several_processes_run_it_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, FOLDER / "several_processes.py", "--ledger", "ledger.jsonl", "--save", "model.pt"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = SHOWN["several_processes"].replace("1 process,", "2 processes,")
+    assert re.search(shown, done.stdout), done.stdout
+    assert (tmp_path / "ledger.jsonl").read_text().count('"kind": "step"') == 20
+    saved = torch.load(tmp_path / "model.pt")
+    states = saved["optimizer"]["state"]
+    assert [tuple(state["exp_avg"].shape) for state in states.values()] == [(64, 20), (64,), (2, 64), (2,)]
 
 
 @pytest.fixture

@@ -6,17 +6,20 @@ command line's flags and the commented configuration of `asr-finetune train --pr
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, field, replace
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, StrictBool
+from pydantic import BeforeValidator, StrictBool, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from asr_finetune.config.values import (
     CHECKS,
     PLACEHOLDER,
+    ByName,
     ConfigError,
     Count,
     Delta,
@@ -24,6 +27,8 @@ from asr_finetune.config.values import (
     NonNegative,
     Positive,
     Share,
+    Sources,
+    Splits,
     Text,
     explained,
     fields_of,
@@ -58,31 +63,66 @@ class ModelConfig:
     docs/privacy.md, Rounding"""
     device: Text = "auto"
     """auto (CUDA if available), cpu, cuda, cuda:1, ..."""
+    shard: StrictBool = False
+    """under torchrun: each of R processes keeps 1/R of the frozen weights (methods lora and dp_rp)"""
     revision: Text | None = None
     """revision of a hub id: pin it to make the run repeatable"""
     new_head: StrictBool = False
     """CTC: train a new output layer on `vocabulary`, drop the old one"""
     vocabulary: Literal["keep", "own", "characters", "words"] = "keep"
     """keep; for a new output layer: own (the checkpoint's) or characters; words: a model built for them"""
+    alphabet: Text | None = None
+    """vocabulary characters: english (the default), german, french, ..., or a *public* text file with each of them"""
+
+
+# What a listing says about a recording -> the usual names of its column, of which the first one there counts.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "audio": ("audio", "audio_filepath", "file_name", "audio_file_name", "audio_file", "path", "file"),
+    "text": ("text", "sentence", "transcription", "transcript"),
+    "speaker": ("speaker", "client_id", "speaker_id"),
+    "id": ("utt_id", "id"),
+    "split": ("split",),
+    "corpus": ("corpus",),
+    "offset": ("offset",),
+    "end": ("end",),
+    "duration": ("duration",),
+    "sampling_rate": ("sampling_rate", "sample_rate"),
+}
+_OLD_COLUMNS = {f"{name}_column": name for name in ("audio", "text", "speaker")}
+
+
+def _columns(value: Any) -> Any:
+    if value is None or (isinstance(value, Mapping) and set(value) <= set(COLUMNS)):
+        return None if value is None else {key: str(name) for key, name in value.items()}
+    raise ConfigError(
+        f"data.columns={value!r}: expected a mapping with some of {', '.join(COLUMNS)}; write e.g. "
+        "`columns: {audio: path, text: sentence}`"
+    )
 
 
 @explained
 @dataclass(frozen=True, config=CHECKS)
 class DataConfig:
-    """The recordings: a LibriSpeech tree, a JSON-lines manifest, or a `datasets` id."""
+    """The recordings, in any of the formats of docs/data.md."""
 
-    train: Text
-    """private training data: LibriSpeech folder, manifest .jsonl, or `datasets` id"""
-    test: Text | None = None
-    """data for the before/after error rates; null: no evaluation"""
-    valid: Text | None = None
+    train: Sources
+    """private training data: folder, listing (.jsonl, .csv, ...) or `datasets` id, or a list of them"""
+    test: ByName | None = None
+    """data for the before/after error rates, or several: {clean: a, other: b}; null: no evaluation"""
+    valid: Sources | None = None
     """*public* data for the curve over training; null: no curve"""
-    train_split: Text | None = None
-    """value of `split` (manifest), split (datasets) or subset (LibriSpeech)"""
-    test_split: Text | None = None
-    """the same for data.test"""
-    valid_split: Text | None = None
+    train_split: Splits | None = None
+    """value of `split` (listing), split (datasets, Common Voice) or subset (LibriSpeech); a list: of each source"""
+    test_split: ByName | None = None
+    """the same for data.test; for each test set: {clean: test-clean, other: test-other}"""
+    valid_split: Splits | None = None
     """the same for data.valid"""
+    columns: Annotated[dict[str, str] | None, BeforeValidator(_columns)] = None
+    """names of columns, e.g. {audio: path, text: sentence, speaker: client_id, id: name}; null: the usual ones"""
+    sampling_rate: Count | None = None
+    """Hz of samples in a table that has no column for it"""
+    pieces: Literal["refuse", "examples"] = "refuse"
+    """train on several pieces of one recording (segments): examples: ε then protects one piece, not the recording"""
     corpus: Text | None = None
     """manifest: keep lines with this `corpus` only"""
     speakers: list[Text] | None = None
@@ -101,12 +141,19 @@ class DataConfig:
     """decode every file before training, and leave out those that fail"""
     target_prefix: Text = ""
     """seq2seq: prefix of each transcript (" " for Whisper)"""
-    audio_column: Text = "audio"
-    """`datasets`: column with the audio"""
-    text_column: Text = "text"
-    """`datasets`: column with the transcript"""
-    speaker_column: Text = "speaker"
-    """`datasets`: column with the speaker"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_columns(cls, given: Any) -> Any:
+        """Deprecated keys, `text_column: words`, as the present one, `columns: {text: words}`."""
+        values = dict(given if isinstance(given, Mapping) else given.kwargs or {})
+        old = {_OLD_COLUMNS[key]: values.pop(key) for key in _OLD_COLUMNS if key in values}
+        if not old:
+            return given
+        for name in old:
+            warn_renamed(f"data.{name}_column", f"data.columns={{{name}: ...}}")
+        values["columns"] = {**(values.get("columns") or {}), **old}
+        return values if isinstance(given, Mapping) else ArgsKwargs(given.args, values)
 
     def __post_init__(self) -> None:
         if self.min_seconds >= self.max_seconds:
@@ -114,6 +161,26 @@ class DataConfig:
                 f"data.min_seconds={self.min_seconds:g} leaves nothing below "
                 f"data.max_seconds={self.max_seconds:g}: lower it"
             )
+        named = [set(values) for values in (self.test, self.test_split) if isinstance(values, dict)]
+        if named and named[0] != named[-1]:
+            raise ConfigError(
+                f"data.test={self.test!r}, data.test_split={self.test_split!r}: give both for the same test sets, or "
+                "one of them once for all"
+            )
+
+    def test_sets(self) -> dict[str, tuple[str, str | None]]:
+        """Source and split of each test set by its name; one without a name is called "test"."""
+        if self.test is None:
+            return {}
+        sources, splits = self.test, self.test_split
+        names = next((values for values in (sources, splits) if isinstance(values, dict)), {"test": None})
+        return {
+            name: (
+                str(sources[name] if isinstance(sources, dict) else sources),
+                splits[name] if isinstance(splits, dict) else splits,
+            )
+            for name in names
+        }
 
 
 @explained
@@ -121,7 +188,7 @@ class DataConfig:
 class MethodConfig:
     """The trained parameters."""
 
-    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "full"
+    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "lora"
     """full, lora, bitfit (biases), dp_rp (lora, one factor frozen at random), head (output layer)"""
     rank: Count = 8
     """lora, dp_rp: rank of the adapters"""
@@ -145,7 +212,7 @@ class PrivacyConfig:
     epsilon: Positive | None = None
     """target: training stops before it is exceeded; chooses the noise"""
     delta: Delta | None = None
-    """required; well below 1 / number of training units"""
+    """required; at most 0.1 / number of training units"""
     noise_multiplier: NonNegative | None = None
     """the noise multiplier; null: calibrated to epsilon and steps"""
     max_grad_norm: Positive = 1.0
@@ -264,6 +331,17 @@ class EvaluateConfig:
             raise ConfigError("evaluate.restrict_to=[]: give at least one text, or null for free decoding")
 
 
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class LogConfig:
+    """Logs for TensorBoard."""
+
+    tensorboard: StrictBool = False
+    """write ε, learning rate and the curve to OUTPUT/tensorboard, what ε does not cover to not_private/tensorboard"""
+    not_private: StrictBool = False
+    """also write losses and clip rates, which ε does not cover, to OUTPUT/tensorboard"""
+
+
 def _folder(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"output: expected a folder, got {value!r}; write e.g. `output: runs/first`")
@@ -287,6 +365,8 @@ class Config:
     """the training loop"""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """error rates"""
+    log: LogConfig = field(default_factory=LogConfig)
+    """logs"""
     output: Annotated[str, BeforeValidator(_folder)]
     """the folder that everything is written to"""
 
@@ -354,12 +434,25 @@ class Config:
                 f"train.eval_every={train.eval_every} needs data.valid, which must be public data (private "
                 "data may not steer or describe training): set data.valid, or train.eval_every=0"
             )
+        if self.model.shard and self.method.kind not in ADAPTER_METHODS:
+            raise ConfigError(
+                f"model.shard=true with method.kind={self.method.kind}: such a run saves the whole model, whose "
+                f"weights are then in parts; use {' or '.join(ADAPTER_METHODS)}, or set model.shard to false"
+            )
+        if self.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "log.tensorboard=true needs the package tensorboard: pip install 'dpkernels[log]', or set it to false"
+            )
         if train.warmup_steps >= train.steps and train.warmup_steps:
             raise ConfigError(
                 f"train.warmup_steps={train.warmup_steps} must be below train.steps={train.steps}: lower it"
             )
 
 
+ADAPTER_METHODS = ("lora", "dp_rp")
+"""Methods that train and save an adapter, and leave the model's own weights frozen."""
+
+OLD_KEYS = {"data": tuple(_OLD_COLUMNS)}  # section -> deprecated keys, which are still accepted
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -367,4 +460,5 @@ SECTIONS: dict[str, type] = {
     "privacy": PrivacyConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "log": LogConfig,
 }

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,9 +18,11 @@ from pydantic.fields import FieldInfo
 
 from dpkernels.errors import UserError
 
+_SET_NAME = re.compile(r"[\w-]+")  # it is a part of file names
 PLACEHOLDER = "..."  # stands in a printed configuration for a value that only the user knows
 # Options of every section. The text under a field is its help, which `--print-config` shows.
-CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+# Validators are built when a section is first made: `--help` needs the fields only.
+CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True)
 
 
 class ConfigError(UserError, ValueError):
@@ -49,7 +52,48 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _sources(value: Any) -> Any:
+    """A source of data, or a list of them; a list of one is that one."""
+    items = [_text(item) for item in value] if isinstance(value, list) and value else [_text(value)]
+    if not all(isinstance(item, str) and item for item in items):
+        raise ConfigError(
+            f"{value!r} as data: expected a folder, a file or an id, or a list of them, e.g. [a, b]"
+        )
+    return items[0] if len(items) == 1 else items
+
+
+def _splits(value: Any) -> Any:
+    """A split, or a list with one split (or null) for each source."""
+    items = [_text(item) for item in value] if isinstance(value, list) else [_text(value)]
+    if not all(item is None or isinstance(item, str) for item in items):
+        raise ConfigError(
+            f"{value!r} as split: expected text, or a list with one for each source, e.g. [a, null]"
+        )
+    return items if isinstance(value, list) else items[0]
+
+
+def _by_name(value: Any) -> Any:
+    """One value, or a mapping with one for each test set."""
+    if isinstance(_text(value), str):
+        return _text(value)
+    named = {name: _text(item) for name, item in value.items()} if isinstance(value, Mapping) else {}
+    names_fit = all(isinstance(name, str) and _SET_NAME.fullmatch(name) for name in named)
+    if (
+        not named
+        or not names_fit
+        or not all(item is None or isinstance(item, str) for item in named.values())
+    ):
+        raise ConfigError(
+            f"{value!r} as test data: expected text, or a name (letters, digits, - and _) and a source or split for "
+            "each test set, e.g. {clean: test_clean.jsonl, other: test_other.jsonl}"
+        )
+    return named
+
+
 Text = Annotated[str, BeforeValidator(_text)]
+Sources = Annotated[str | list[str], BeforeValidator(_sources)]
+Splits = Annotated[str | list[str | None], BeforeValidator(_splits)]
+ByName = Annotated[str | dict[str, str | None], BeforeValidator(_by_name)]
 _Int = Annotated[int, BeforeValidator(_number)]
 _Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[_Int, Field(ge=1)]
@@ -57,7 +101,7 @@ Natural = Annotated[_Int, Field(ge=0)]
 Positive = Annotated[_Float, Field(gt=0)]
 NonNegative = Annotated[_Float, Field(ge=0)]
 Share = Annotated[_Float, Field(ge=0, lt=1)]
-Delta = Annotated[_Float, Field(gt=0, lt=1)]
+Delta = Annotated[_Float, Field(gt=0, lt=0.5)]  # above, no number of recordings gives it a meaning
 
 _Section = TypeVar("_Section", bound=type)
 # pydantic's name of an error -> the part of the message after the key and the value

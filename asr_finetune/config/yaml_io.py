@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from asr_finetune.config.schema import SECTIONS, Config
+from asr_finetune.config.schema import OLD_KEYS, SECTIONS, Config
 from asr_finetune.config.values import (
     PLACEHOLDER,
     ConfigError,
@@ -31,6 +31,15 @@ _COMMENT_COLUMN = 44
 def recipes() -> list[str]:
     """Names of the recipes that come with the package, as `--config` takes them."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_titles() -> dict[str, str]:
+    """The first line of each recipe, by name."""
+    return {name: _title(RECIPES / f"{name}.yaml") for name in recipes()}
+
+
+def _title(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").rstrip(".:")
 
 
 def find(path: str | Path) -> Path:
@@ -126,7 +135,7 @@ def overridden(
         if section not in SECTIONS:
             raise ConfigError(unknown_key(key, section, [*SECTIONS, "output"]))
         known = list(fields_of(SECTIONS[section]))
-        if name not in known:
+        if name not in known and name not in OLD_KEYS.get(section, ()):
             raise ConfigError(unknown_key(key, name, known, prefix=f"{section}."))
         result[section] = {**(result.get(section) or {}), name: value}
     return result

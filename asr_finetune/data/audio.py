@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,22 @@ import soxr
 
 from asr_finetune.data.utterance import AudioError, Utterance
 
+_UNKNOWN_FORMAT = (1, 4)  # libsndfile's errors: a container, or a coding within one, that it does not read
+_UNKNOWN_SIZE = 0x7FFF0000  # such sizes are written to headers of streams, whose length is not known then
+SILENT = 1e-3  # −60 dB: the largest sample of a recording in which nothing can be heard
+CLIPPED = 1e-3  # share of samples at full scale; a peak that was scaled to 1 touches it in fewer
+UNSCALED = 2.0  # decoders of MP3 and Ogg overshoot full scale, by less
+CANCELLED = 0.1  # loudness of the channels' mean over theirs: 0.7 where they are unrelated
 HEADER_TOLERANCE = 0.1  # seconds, since an MP3's header counts padding that the decoder drops
 
 
 def duration(source: Path | bytes) -> float:
-    """Seconds of audio, from the file's header; nothing is decoded.
+    """Seconds of audio, from the file's header; see `header`."""
+    return header(source)[0]
+
+
+def header(source: Path | bytes) -> tuple[float, str]:
+    """(seconds of audio, what is in doubt about them or "") from the file's header; nothing is decoded.
 
     Raises:
         AudioError: the file does not exist, is empty, has no samples, or has a format that libsndfile cannot read.
@@ -29,12 +41,30 @@ def duration(source: Path | bytes) -> float:
     if size == 0:
         raise AudioError("the file is empty (0 bytes)")
     try:
-        info = soundfile.info(str(source) if isinstance(source, Path) else io.BytesIO(source))
+        info = soundfile.info(str(source) if isinstance(source, Path) else io.BytesIO(source), verbose=True)
     except soundfile.LibsndfileError as error:
-        raise AudioError(_unreadable(error)) from error
+        convert = ""
+        if error.code in _UNKNOWN_FORMAT:
+            name = source.name if isinstance(source, Path) else "FILE"
+            convert = f" If it is sound (m4a, aac, wma, webm, ...), convert it: ffmpeg -i {name} {name}.flac"
+        raise AudioError(_unreadable(error) + convert) from error
+    doubt = _cut_short(info.extra_info)
+    if info.format == "NIST":  # the log has no sizes, the header has text
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+            stated = re.search(rb"sample_count -i (\d+)", file.read(1024))
+        if stated is not None and info.frames < int(stated[1]):
+            doubt = f"cut short: {info.frames} of the {int(stated[1])} samples that its header states"
     if info.frames <= 0 or info.samplerate <= 0:
-        raise AudioError("no samples in the file")
-    return float(info.frames / info.samplerate)
+        raise AudioError(f"no samples in the file{doubt and f' ({doubt})'}")
+    return float(info.frames / info.samplerate), doubt
+
+
+def _cut_short(log: str) -> str:
+    """What libsndfile's log of a header says about an end that is missing; "" if nothing is."""
+    for stated, found in re.findall(r": (\d+) \(should be (\d+)\)", log):
+        if int(found) + 1 < int(stated) < _UNKNOWN_SIZE:
+            return f"cut short: {found} of the {stated} bytes that its header states"
+    return "cut short: its last Ogg page is missing" if "lacks an end-of-stream bit" in log else ""
 
 
 def _unreadable(error: soundfile.LibsndfileError) -> str:
@@ -65,6 +95,8 @@ def read_audio(utterance: Utterance, rate: int) -> np.ndarray:
 def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
     """The samples of an utterance, [n] float32, one channel, and their rate.
 
+    What is doubtful in them is noted in `utterance.doubts`, if nothing is noted there yet.
+
     Raises:
         AudioError: the recording cannot be decoded, is empty or shorter than stated in its header, or holds NaN or
             infinite samples.
@@ -86,7 +118,11 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
         else:
             raise AudioError("no audio: neither samples nor a file")
         try:
-            samples, rate = soundfile.read(file, dtype="float32")
+            with soundfile.SoundFile(file) as opened:
+                rate, (start, end) = opened.samplerate, utterance.piece or (0.0, None)
+                opened.seek(round(start * rate))
+                count = -1 if end is None else round(end * rate) - round(start * rate)
+                samples = opened.read(count, dtype="float32")
         except soundfile.LibsndfileError as error:
             raise AudioError(_unreadable(error)) from error
         if len(samples) / rate < utterance.seconds - HEADER_TOLERANCE:
@@ -94,10 +130,28 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
                 f"cut short: {len(samples) / rate:.3f} s of the {utterance.seconds:.3f} s stated in its header"
             )
     samples = samples.astype(np.float32, copy=False)
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1)
     if samples.size == 0:
         raise AudioError("no samples in the file")
     if not np.isfinite(samples).all():
         raise AudioError("holds NaN or infinite samples")
-    return samples, int(rate)
+    mono = samples.mean(axis=1) if samples.ndim == 2 else samples
+    doubt = "" if utterance.doubts else _doubt(samples, mono)
+    if doubt:
+        utterance.doubts.append(doubt)
+    return mono, int(rate)
+
+
+def _doubt(samples: np.ndarray, mono: np.ndarray) -> str:
+    """What is doubtful in samples [n] or [n, channels] with their mean over channels [n]; "" if nothing is."""
+    peak = float(np.abs(samples).max())
+    if peak < SILENT:
+        return f"silent: its largest sample is {peak:.2g} of full scale"
+    if peak > UNSCALED:
+        return f"not scaled: its largest sample is {peak:.6g}, where full scale is 1"
+    clipped = float((np.abs(samples) >= 0.999).mean())
+    if clipped > CLIPPED:
+        return f"clipped: {clipped:.1%} of its samples are at full scale"
+    left = float(np.sqrt(np.mean(mono**2) / np.mean(samples**2)))
+    if left < CANCELLED:
+        return f"channels in antiphase: their mean, which is used, has {left:.1%} of their loudness"
+    return ""

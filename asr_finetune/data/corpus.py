@@ -10,17 +10,18 @@ share are noted, and the recordings are not merged.
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from asr_finetune.config.schema import ConfigError
 from asr_finetune.console import Reporter
 from asr_finetune.data.audio import decode
-from asr_finetune.data.repeats import first_listed
+from asr_finetune.data.repeats import same_audio
 from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
 _SHOWN = 5  # names in a message
@@ -36,12 +37,18 @@ class Corpus:
         problems: the utterances left out, with reasons.
         source: the corpus's source, for messages.
         disputed: names of the recordings that are listed under more than one speaker.
+        cut: names of utterances, one of each recording that several utterances are pieces of.
+        overlapping: such pieces that share samples, in pairs.
+        copied: names of utterances that may be copies, in another format, of one in another source.
     """
 
     utterances: list[Utterance]
     problems: list[Problem] = field(default_factory=list)
     source: str = ""
     disputed: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    overlapping: tuple[tuple[Utterance, Utterance], ...] = ()
+    copied: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -56,17 +63,28 @@ class Corpus:
         """Total duration."""
         return sum(utterance.seconds for utterance in self.utterances) / 3600
 
+    @property
+    def doubts(self) -> list[Problem]:
+        """The utterances that were kept, but should be listened to, with reasons."""
+        return [Problem(item.id, doubt, item.place) for item in self.utterances for doubt in item.doubts]
+
     @cached_property
     def notes(self) -> list[str]:
-        """Notes on utterances that were kept: ids that several recordings share."""
+        """Notes on utterances that were kept: ids that several recordings share, and copies in another source."""
         ids = Counter(utterance.id for utterance in self.utterances)
         repeated = [name for name, count in ids.items() if count > 1]
-        if not repeated:
-            return []
-        return [
-            f"{len(repeated)} ids belong to more than one recording; each recording counts as an example of its own: "
-            f"{_some(repeated)}"
-        ]
+        notes = []
+        if repeated:
+            notes.append(
+                f"{len(repeated)} ids belong to more than one recording; each recording counts as an example of its "
+                f"own: {_some(repeated)}"
+            )
+        if self.copied:
+            notes.append(
+                f"{len(self.copied)} recordings have the name, transcript and length of one in another source: if they "
+                f"are copies of it, leave them out, since ε does not cover a recording twice: {_some(self.copied)}"
+            )
+        return notes
 
     def summary(self) -> str:
         """Utterances, time and speakers; then the problems, grouped by reason, and the notes."""
@@ -75,10 +93,11 @@ class Corpus:
         speakers = {speaker for speaker in self.speakers if speaker is not None}
         known = f", {len(speakers)} speakers" if speakers else ", speakers unknown"
         lines = [f"{len(self)} utterances, {time}{known}"]
-        if self.problems:
-            kinds = Counter(item.kind for item in self.problems)
+        for problems, what in ((self.problems, "left out"), (self.doubts, "kept, but listen to them")):
+            kinds = Counter(item.kind for item in problems)
             most = "; ".join(f"{count} × {kind}" for kind, count in kinds.most_common(_SHOWN))
-            lines.append(f"{len(self.problems)} left out: {most}")
+            if problems:
+                lines.append(f"{len(problems)} {what}: {most}")
         return "\n".join([*lines, *self.notes])
 
     def without(self, reasons: Iterable[str | None]) -> Corpus:
@@ -96,18 +115,26 @@ class Corpus:
         return require_utterances(replace(self, utterances=kept, problems=problems))
 
     def distinct(self) -> Corpus:
-        """The corpus with the first listing of each recording; repeats become problems, see `repeats.first_listed`."""
+        """The corpus with the first listing of each recording (or piece of one); repeats become problems."""
         reasons: list[str | None] = []
         disputed: dict[str, None] = {}
-        for place, (item, first) in enumerate(
-            zip(self.utterances, first_listed(self.utterances), strict=True)
-        ):
-            kept = self.utterances[first]
-            repeat = f"the same recording as one listed before: {kept.name}"
-            reasons.append(None if place == first else repeat)
-            if item.speaker != kept.speaker:
-                disputed[kept.name] = None
-        return replace(self.without(reasons), disputed=tuple(disputed))
+        kept: dict[Hashable, dict[Any, Utterance]] = defaultdict(
+            dict
+        )  # recording -> piece -> its first listing
+        for item, label in zip(self.utterances, same_audio(self.utterances), strict=True):
+            first = kept[label].setdefault(item.piece, item)
+            repeat = f"the same recording as one listed before: {first.name}"
+            reasons.append(None if first is item else repeat)
+            if item.speaker != first.speaker:
+                disputed[first.name] = None
+        cut = [sorted(pieces.values(), key=_extent) for pieces in kept.values() if len(pieces) > 1]
+        pairs = ((a, b) for pieces in cut for a, b in pairwise(pieces) if _extent(b)[0] < _extent(a)[1])
+        return replace(
+            self.without(reasons),
+            disputed=tuple(disputed),
+            cut=tuple(pieces[0].name for pieces in cut),
+            overlapping=tuple(pairs),
+        )
 
     def decoded(
         self,
@@ -171,6 +198,11 @@ def require_utterances(corpus: Corpus) -> Corpus:
     )
 
 
-def _some(names: list[str]) -> str:
+def _extent(item: Utterance) -> tuple[float, float]:
+    """Where an utterance starts and ends in its recording, in seconds."""
+    return item.piece or (0.0, item.seconds)
+
+
+def _some(names: Sequence[str]) -> str:
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest

@@ -17,8 +17,8 @@ from asr_finetune.data.utterance import Utterance
 _PIECE = 16 * 1024  # bytes: past headers and the silence that recordings begin with
 
 
-def first_listed(utterances: Sequence[Utterance]) -> list[int]:
-    """For each utterance, the place of the first one whose audio has the same bytes; its own if it is no repeat.
+def same_audio(utterances: Sequence[Utterance]) -> list[Hashable]:
+    """For each utterance a label of its file or bytes; two labels are equal if and only if all their bytes are.
 
     Args:
         utterances: each with a `path`, or with the `digest` of its bytes.
@@ -26,17 +26,21 @@ def first_listed(utterances: Sequence[Utterance]) -> list[int]:
     Raises:
         OSError: a file can no longer be read.
     """
-    alike: list[Hashable] = [None] * len(utterances)  # equal for utterances whose compared parts are equal
+    files = {_source(item): item for item in utterances}  # of a file of many pieces, one utterance
+    alike: dict[Hashable, Hashable] = dict.fromkeys(files)  # equal where the compared parts are equal
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for part in _PARTS:
-            counts = Counter(alike)
-            places = [place for place, label in enumerate(alike) if counts[label] > 1]
-            for place, value in zip(
-                places, threads.map(part, [utterances[place] for place in places]), strict=True
+            counts = Counter(alike.values())
+            left = [source for source, label in alike.items() if counts[label] > 1]
+            for source, value in zip(
+                left, threads.map(part, [files[source] for source in left]), strict=True
             ):
-                alike[place] = (alike[place], value)
-    first: dict[Hashable, int] = {}
-    return [first.setdefault(label, place) for place, label in enumerate(alike)]
+                alike[source] = (alike[source], value)
+    return [alike[_source(item)] for item in utterances]
+
+
+def _source(item: Utterance) -> Hashable:
+    return item.path if item.path is not None else item.digest
 
 
 def _size(item: Utterance) -> Hashable:

@@ -1,6 +1,6 @@
-"""The three sources of a corpus: a LibriSpeech tree, a manifest, a `datasets` table.
+"""The sources of a corpus, in any of the formats of docs/data.md, and several of them as one corpus.
 
-Each source yields records; each record becomes an utterance or a problem.
+A source yields records; each record becomes an utterance or a problem.
 
 `data.text_case` and `data.strip_punctuation` change the training transcripts. `evaluate.normalise` normalises texts for
 scoring separately, references and hypotheses alike. Neither spells out digits, so transcripts with "FIVE" do not match
@@ -9,82 +9,135 @@ a model that writes "5" until one of them is changed.
 
 from __future__ import annotations
 
-import json
+import functools
+import itertools
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from asr_finetune.config.schema import ConfigError, DataConfig
-from asr_finetune.data.audio import duration
+from asr_finetune.data import listings, tables
+from asr_finetune.data.audio import HEADER_TOLERANCE, header
 from asr_finetune.data.corpus import Corpus, require_utterances
+from asr_finetune.data.records import Record
 from asr_finetune.data.repeats import digest
-from asr_finetune.data.utterance import AudioError, DatasetRow, Encoded, Problem, Utterance
-from asr_finetune.hub import hub_answers, unreachable
+from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
-_AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A source's entry for one recording; `reason` if it is unusable, `place` in a manifest."""
-
-    id: str
-    text: str | None = None
-    path: Path | None = None
-    speaker: str | None = None
-    encoded: Encoded | None = None
-    reason: str | None = None
-    place: str = ""
+Source = str | Sequence[str]
+Split = str | Sequence[str | None] | None
+KNOWN = (
+    "a LibriSpeech tree (*.trans.txt), a Common Voice folder (*.tsv and clips/), a Kaldi data folder (wav.scp, text), "
+    "LJSpeech (metadata.csv and wavs/), an audiofolder (metadata.csv or .jsonl), a saved data set, or a folder or file "
+    "of JSON lines (also NeMo's), .csv or .tsv with a header, .parquet or .arrow; or the id of a `datasets` data set"
+)
 
 
-def load_corpus(source: str, *, split: str | None = None, data: DataConfig) -> Corpus:
+def load_corpus(source: Source, *, split: Split = None, data: DataConfig) -> Corpus:
     """Read a corpus: headers and transcripts, no samples.
 
     Args:
-        source: a LibriSpeech tree (a folder with *.trans.txt somewhere below), a manifest (*.jsonl), or a
-            `datasets` id ("name" or "name:configuration"), saved dataset or dataset folder. A manifest's line
-            holds audio (path, relative to the manifest), text, and optionally utt_id, speaker, split and
-            corpus.
-        split: LibriSpeech subset folder ("train-clean-100+train-clean-360"), value of `split` in a manifest,
-            or split of a dataset; None: everything.
-        data: filters, limits, and the preparation of transcripts.
+        source: a folder, a file or an id, in a format of docs/data.md; several of them become one corpus, whose ids
+            begin with the name of their source.
+        split: LibriSpeech subset folder ("train-clean-100+train-clean-360"), value of `split` in a listing, name of
+            one of several listings, or split of a dataset; None: everything. A list has one for each source.
+        data: filters, limits, names of columns, and the preparation of transcripts.
 
     Raises:
-        ConfigError: the source or split does not exist, or has no usable recording. Single unusable recordings and
+        ConfigError: a source or split does not exist, or no recording is usable. Single unusable recordings and
             repeats of a recording are `Corpus.problems` instead.
     """
-    path = Path(source).expanduser()
-    if path.suffix == ".jsonl":
-        if not path.is_file():
-            raise ConfigError(f"data: no manifest at {source!r}: give the path of a .jsonl file that exists")
-        records = _manifest(path, split, data)
-    elif path.is_dir():
-        path = path.resolve()  # the names of the folders above are subset and speaker
-        trees = sorted(path.rglob("*.trans.txt"))
-        records = _librispeech(path, trees, split) if trees else _table(source, split, data)
-    elif path.is_absolute() or source.startswith((".", "~")) or path.exists():
+    sources = [source] if isinstance(source, str) else list(source)
+    splits = [split] * len(sources) if split is None or isinstance(split, str) else list(split)
+    if len(splits) != len(sources):
         raise ConfigError(
-            f"data: {source!r} is not a folder and not a .jsonl manifest: give a LibriSpeech folder, a "
-            "manifest with "
-            "one JSON object a line, or the id of a `datasets` dataset"
+            f"data: {len(splits)} splits for {len(sources)} sources: give one for all, or one for each"
         )
-    else:
-        records = _table(source, split, data)
     speaks = _speaker_filter(data)
     utterances: list[Utterance] = []
     problems: list[Problem] = []
-    for record in records:
-        if not speaks(record.speaker):
-            continue
-        result = _utterance(record, data)
-        if isinstance(result, Problem):
-            problems.append(result)
-        else:
-            utterances.append(result)
-    return require_utterances(Corpus(utterances, problems, source)).distinct()
+    for label, name, part in zip(_labels(sources), sources, splits, strict=True):
+        headers = functools.lru_cache(maxsize=64)(header)  # of recordings that many pieces are cut from
+        for record in _records(name, part, data):
+            if not speaks(record.speaker):
+                continue
+            result = _utterance(replace(record, id=label + record.id), data, headers)
+            if isinstance(result, Problem):
+                problems.append(result)
+            else:
+                utterances.append(result)
+    corpus = require_utterances(Corpus(utterances, problems, ", ".join(sources))).distinct()
+    return replace(corpus, copied=tuple(_copied(corpus, _labels(sources))))
+
+
+def _copied(corpus: Corpus, labels: Sequence[str]) -> Iterator[str]:
+    """Names of the utterances with the name, transcript and length of one in another source.
+
+    They are noted and kept: two people's recordings may agree in these, and whether one person's is an example may not
+    depend on another's.
+    """
+    found: dict[tuple[str, str, float], str] = {}
+    for item in corpus.utterances:
+        label = next(label for label in labels if item.id.startswith(label))
+        if found.setdefault((item.id.removeprefix(label), item.text, round(item.seconds, 2)), label) != label:
+            yield item.name
+
+
+def _labels(sources: Sequence[str]) -> list[str]:
+    """A prefix of the ids of each source; "" if there is only one."""
+    if len(sources) == 1:
+        return [""]
+    names = [Path(source).name for source in sources]
+    return [f"{n}:{name}/" if names.count(name) > 1 else f"{name}/" for n, name in enumerate(names, start=1)]
+
+
+def _records(source: str, split: str | None, data: DataConfig) -> Iterator[Record]:
+    """The records of one source; its format is recognised by its files."""
+    path = Path(source).expanduser()
+    if "://" in source or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise ConfigError(f"data: {source!r} {tables.STREAM}")
+    if path.is_dir():
+        return _folder_records(source, path.resolve(), split, data)
+    if path.suffix in tables.FILES and path.is_file():
+        return tables.read_table(source, split, data)
+    if path.suffix in listings.SUFFIXES:
+        if not path.is_file():
+            raise ConfigError(
+                f"data: no manifest at {source!r}: give the path of a {path.suffix} file that exists"
+            )
+        return listings.read_listing(path, split, data)
+    if path.is_absolute() or source.startswith((".", "~")) or path.exists():
+        raise ConfigError(
+            f"data: {source!r} is {'no format' if path.exists() else 'not there, or nothing'} that is "
+            f"known here: give {KNOWN}"
+        )
+    return tables.read_table(source, split, data)
+
+
+def _folder_records(source: str, path: Path, split: str | None, data: DataConfig) -> Iterator[Record]:
+    if (path / "wav.scp").is_file():
+        return listings.read_kaldi(path, split)
+    if tables.is_saved(path):
+        return tables.read_table(source, split, data)
+    found = listings.find_listings(path, data)
+    if len(found) == 1 and (split is None or split not in found):
+        return listings.read_listing(next(iter(found.values())), split, data)
+    if found:
+        chosen = split.split("+") if split else list(found) if listings.is_audiofolder(found) else []
+        if not chosen or not set(chosen) <= set(found):
+            raise ConfigError(
+                f"data: {source!r} has the splits {', '.join(found)}, which may share recordings: choose with "
+                f"data.train_split (--split), e.g. {next(iter(found))}; given: {split}"
+            )
+        return itertools.chain.from_iterable(
+            listings.read_listing(found[name], None, data) for name in chosen
+        )
+    trees = sorted(path.rglob("*.trans.txt"))  # the names of the folders above are subset and speaker
+    if trees:
+        return listings.read_librispeech(path, trees, split)
+    if any(file for suffix in (*tables.FILES, ".tar") for file in path.rglob(f"*{suffix}")):
+        return tables.read_table(source, split, data)
+    raise ConfigError(f"data: {source!r} is a folder of no format that is known here: give {KNOWN}")
 
 
 def prepare_text(text: str, data: DataConfig) -> str:
@@ -103,7 +156,9 @@ def _speaker_filter(data: DataConfig) -> Callable[[str | None], bool]:
     return lambda speaker: (wanted is None or speaker in wanted) and speaker not in unwanted
 
 
-def _utterance(record: _Record, data: DataConfig) -> Utterance | Problem:
+def _utterance(
+    record: Record, data: DataConfig, headers: Callable[[Path | bytes], tuple[float, str]]
+) -> Utterance | Problem:
     def problem(reason: str) -> Problem:
         return Problem(record.id, reason, record.place)
 
@@ -112,13 +167,29 @@ def _utterance(record: _Record, data: DataConfig) -> Utterance | Problem:
     text = prepare_text(record.text or "", data)
     if not text:
         return problem("no transcript")
+    if "\ufffd" in text:
+        return problem(f"a transcript that is not UTF-8: {text!r}")
     try:
         source = record.encoded.read() if record.encoded is not None else record.path
         if source is None:
             return problem("no audio")
-        seconds = duration(source)
+        seconds, doubt = headers(source) if isinstance(source, Path) else header(source)
     except (AudioError, OSError) as error:
         return problem(str(error))
+    piece = None
+    if record.offset is not None:
+        piece = record.offset, seconds if record.seconds is None else record.offset + record.seconds
+        if not 0 <= piece[0] < piece[1] <= seconds + HEADER_TOLERANCE:
+            return problem(
+                f"a piece outside its recording: {piece[0]:g} to {piece[1]:g} s of {seconds:.3f} s"
+            )
+        piece = piece[0], min(piece[1], seconds)
+        if piece[1] - piece[0] > seconds - HEADER_TOLERANCE:
+            piece = None
+        else:
+            seconds = piece[1] - piece[0]
+    elif record.seconds is not None and abs(record.seconds - seconds) > HEADER_TOLERANCE and not doubt:
+        doubt = f"another length than listed: {seconds:.3f} s in place of {record.seconds:g} s"
     if seconds < data.min_seconds:
         return problem(f"too short: {seconds:.3f} s, below data.min_seconds={data.min_seconds:g}")
     if seconds > data.max_seconds:
@@ -134,175 +205,6 @@ def _utterance(record: _Record, data: DataConfig) -> Utterance | Problem:
         encoded=record.encoded,
         place=record.place,
         digest=digest(source) if isinstance(source, bytes) else None,
+        piece=piece,
+        doubts=[doubt] if doubt else [],
     )
-
-
-def _librispeech(root: Path, transcripts: list[Path], split: str | None) -> Iterator[_Record]:
-    """<root>/[.../]<subset>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt, with <id>.flac beside it."""
-    subsets = {_folder(path, 2) for path in transcripts}
-    wanted = set(split.split("+")) if split else subsets
-    if not wanted <= subsets:
-        raise ConfigError(
-            f"data: no subset {', '.join(sorted(wanted - subsets))!r} in {str(root)!r}; there: "
-            f"{', '.join(sorted(subsets))}"
-        )
-    for listing in transcripts:
-        if _folder(listing, 2) not in wanted:
-            continue
-        speaker, seen = _folder(listing, 1), set()
-        for line in _lines(listing):
-            if not line.strip():
-                continue
-            name, _, text = line.strip().partition(" ")
-            seen.add(name)
-            files = [listing.parent / f"{name}{suffix}" for suffix in _AUDIO_SUFFIXES]
-            path = next((file for file in files if file.is_file()), files[0])
-            yield _Record(name, text, path, speaker)
-        for file in sorted(listing.parent.iterdir()):
-            if file.suffix in _AUDIO_SUFFIXES and file.stem not in seen:
-                yield _Record(file.stem, speaker=speaker, reason=f"no line in its listing: {listing.name}")
-
-
-def _folder(path: Path, up: int) -> str:
-    """The name of the folder `up` levels above the one that holds a file; "" above the root."""
-    return path.parents[min(up, len(path.parents) - 1)].name
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file, without a byte order mark.
-
-    Only line feeds (and the returns before them) end a line: JSON and transcripts may hold U+2028 and the like.
-    """
-    return path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-
-
-def _manifest(path: Path, split: str | None, data: DataConfig) -> Iterator[_Record]:
-    splits: set[str] = set()
-    corpora: set[str] = set()
-    matched = False
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        name = f"{path.name}:{number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield _Record(name, reason=f"not JSON: {error.msg} at column {error.colno}")
-            continue
-        if not isinstance(entry, dict):
-            yield _Record(name, reason="not a JSON object with audio and text")
-            continue
-        splits.add(str(entry.get("split")))
-        corpora.add(str(entry.get("corpus")))
-        if split is not None and entry.get("split") not in split.split("+"):
-            continue
-        if data.corpus is not None and entry.get("corpus") != data.corpus:
-            continue
-        matched = True
-        yield _manifest_record(path, name, entry)
-    if not matched and (split is not None or data.corpus is not None):
-        raise ConfigError(
-            f"data: no line of {str(path)!r} has split={split!r} and data.corpus={data.corpus!r}; "
-            f"splits there: {', '.join(sorted(splits))}; corpora: {', '.join(sorted(corpora))}"
-        )
-
-
-def _manifest_record(path: Path, name: str, entry: dict[str, Any]) -> _Record:
-    audio, text = entry.get("audio"), entry.get("text")
-    stem = Path(audio).stem if isinstance(audio, str) else ""
-    identity = str(entry.get("utt_id") or stem or name)
-    place = "" if identity == name else name
-    speaker = None if entry.get("speaker") is None else str(entry["speaker"])
-    if not isinstance(audio, str) or not audio:
-        return _Record(identity, speaker=speaker, reason="no `audio` path", place=place)
-    if entry.get("offset"):
-        return _Record(
-            identity,
-            speaker=speaker,
-            reason="a piece of a longer recording (`offset`): pieces of one recording would count as several "
-            "examples; cut it into a file of its own if each piece is to be a privacy unit",
-            place=place,
-        )
-    if not isinstance(text, str):
-        return _Record(identity, speaker=speaker, reason="no transcript", place=place)
-    return _Record(identity, text, path.parent / audio, speaker, place=place)
-
-
-def _table(source: str, split: str | None, data: DataConfig) -> Iterator[_Record]:
-    import datasets
-
-    tables = _load_table(source, split)
-    for label, table in tables.items():
-        for option, column in (("audio_column", data.audio_column), ("text_column", data.text_column)):
-            if column not in table.column_names:
-                raise ConfigError(
-                    f"data.{option}={column!r}: {source!r} has the columns {', '.join(table.column_names)}"
-                )
-        # The default decoder (torchcodec) needs FFmpeg; soundfile reads the same bytes.
-        table = table.cast_column(data.audio_column, datasets.Audio(decode=False))
-        rest = table.remove_columns([data.audio_column])
-        for index, row in enumerate(rest):
-            speaker = row.get(data.speaker_column)
-            yield _Record(
-                id=str(row.get("id") or f"{label}-{index}"),
-                text=row[data.text_column],
-                speaker=None if speaker is None else str(speaker),
-                encoded=DatasetRow(table, index, data.audio_column),
-            )
-
-
-def _first_line(error: BaseException) -> str:
-    import datasets
-
-    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # the cause has the reason, e.g. that torchcodec is missing
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Within it, `datasets` reads earlier downloads and sends no request to the hub."""
-    import datasets
-
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True  # load_dataset has no argument for this
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _load_table(source: str, split: str | None) -> dict[str, Any]:
-    """split -> datasets.Dataset."""
-    import datasets
-
-    folder = Path(source).expanduser()
-    name, _, configuration = source.partition(":")
-    away = not folder.is_dir() and not hub_answers(name, kind="dataset")
-    try:
-        if folder.is_dir() and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(str(folder))
-        else:
-            with _offline() if away else nullcontext():
-                loaded = datasets.load_dataset(
-                    str(folder) if folder.is_dir() else name, configuration or None
-                )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        there = f" ({unreachable()}, and there is no earlier download)" if away else ""
-        raise ConfigError(
-            f"data: `datasets` cannot load {source!r}{there}: give a folder with *.trans.txt, a .jsonl manifest, or a "
-            f"dataset id that this machine can download. Its error: {_first_line(error)}"
-        ) from error
-    if isinstance(loaded, datasets.Dataset):
-        if split is not None and str(loaded.split) != split:
-            raise ConfigError(
-                f"data: {source!r} is one table (split {loaded.split}); leave the split {split!r} out"
-            )
-        return {str(loaded.split or "row"): loaded}
-    unknown = set(split.split("+") if split else ()) - set(loaded)
-    if unknown:
-        raise ConfigError(
-            f"data: no split {', '.join(sorted(unknown))!r} in {source!r}; there: "
-            f"{', '.join(map(str, loaded))}"
-        )
-    return {key: loaded[key] for key in (split.split("+") if split else loaded)}

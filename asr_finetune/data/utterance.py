@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import soundfile
+
+_SUBTYPES = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}
 
 
 class AudioError(ValueError):
@@ -27,22 +31,50 @@ class DatasetRow:
     table: Any
     index: int
     column: str
+    sampling_rate: int | None = None  # of samples in a row that does not say it
+    dtype: str = ""  # of samples: the table's rows are Python's numbers
+    root: Path = Path()  # where relative paths start
 
     def read(self) -> bytes:
-        """The file's bytes.
+        """The file's bytes; samples [n] as those of a WAV file.
 
         Raises:
-            AudioError: the row holds neither bytes nor a readable path.
+            AudioError: the row holds neither bytes, nor a readable path, nor samples with a rate.
         """
         audio = self.table[self.index][self.column]
         if audio is None:
             raise AudioError("no audio in this row")
+        if isinstance(audio, bytes):
+            return audio
+        if not isinstance(audio, dict):
+            return self._as_wav(audio, self.sampling_rate)
         if audio.get("bytes") is not None:
             return bytes(audio["bytes"])
-        path = audio.get("path")
-        if not path or not Path(path).is_file():
-            raise AudioError(f"no audio in this row: no bytes, and no file at {path!r}")
-        return Path(path).read_bytes()
+        if audio.get("array") is not None:
+            return self._as_wav(audio["array"], audio.get("sampling_rate") or self.sampling_rate)
+        path = self.root / (audio.get("path") or "")
+        if not path.is_file():
+            raise AudioError(f"no audio in this row: no bytes, and no file at {audio.get('path')!r}")
+        return path.read_bytes()
+
+    def _as_wav(self, audio: Any, rate: int | None) -> bytes:
+        if rate is None:
+            raise AudioError(
+                "samples without their rate: add a column sampling_rate, or set data.sampling_rate"
+            )
+        try:
+            samples = np.asarray(audio, dtype=self.dtype or None)
+        except (TypeError, ValueError):
+            samples = np.empty((0, 0))
+        subtype = _SUBTYPES.get(samples.dtype.name)
+        if samples.ndim != 1 or subtype is None:
+            raise AudioError(
+                f"no samples of one channel: {samples.ndim} axes of {self.dtype or samples.dtype}; store a list of "
+                "float32 within ±1, or of int16"
+            )
+        file = io.BytesIO()
+        soundfile.write(file, samples, int(rate), format="WAV", subtype=subtype)
+        return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -60,6 +92,8 @@ class Utterance:
         encoded: an audio file's bytes held elsewhere, instead of `path`.
         place: its "file:line" in a manifest, or "".
         digest: the digest of `encoded`, for finding repeats; see `repeats.digest`.
+        piece: the (start, end) of the utterance in its file, seconds; None: the whole file.
+        doubts: what is doubtful in it ("cut short: ..."): its header's when it was read, else noted by `audio.decode`.
     """
 
     id: str
@@ -72,6 +106,8 @@ class Utterance:
     encoded: Encoded | None = field(default=None, compare=False, repr=False)
     place: str = field(default="", compare=False)
     digest: bytes | None = field(default=None, compare=False, repr=False)
+    piece: tuple[float, float] | None = None
+    doubts: list[str] = field(default_factory=list, compare=False)
 
     @property
     def name(self) -> str:

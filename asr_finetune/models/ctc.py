@@ -5,8 +5,10 @@ The CTC blank is the class `config.pad_token_id`, as in all CTC models of transf
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 
 from asr_finetune.config.values import ConfigError
 from asr_finetune.data.utterance import Utterance
+from asr_finetune.files import write_text
+from asr_finetune.models.alphabets import ALPHABET_FILE, WORD_DELIMITER
 from asr_finetune.models.recognizer import Recognizer, pad_rows
 from dpkernels.losses import IGNORED, ctc_loss_per_example
 
-BLANK, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"
-# Public and fixed, since a vocabulary from the private transcripts would reveal their content.
-CHARACTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789'", WORD_DELIMITER]
+BLANK, UNKNOWN = "<pad>", "<unk>"
+_PLAIN_APOSTROPHES = str.maketrans("’ʼ＇", "'''")
 SUPPORTED = ("parakeet_ctc", "wav2vec2-bert", "wav2vec2", "wav2vec2-conformer")
 
 
@@ -55,8 +58,13 @@ class CTCRecognizer(Recognizer):
         return {self.input_name: values}
 
     def encode_text(self, text: str) -> Tensor:
-        """See Recognizer."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        """See Recognizer; what the vocabulary lacks is read with plain apostrophes and composed accents."""
+        for spelling in (text, unicodedata.normalize("NFC", text.translate(_PLAIN_APOSTROPHES))):
+            encoded = self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+            if self.tokenizer.unk_token_id not in encoded:
+                break
         return torch.tensor(encoded, dtype=torch.int64)
 
     def label_problem(self, labels: Tensor) -> str | None:
@@ -77,6 +85,14 @@ class CTCRecognizer(Recognizer):
         padded = pad_rows(rows, 0.0)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         return {self.input_name: padded, "attention_mask": mask}
+
+    def save(self, folder: Path | str) -> None:
+        """See Recognizer; with the alphabet of a new output layer, from which an adapter's tokenizer is made anew."""
+        super().save(folder)
+        if self.vocabulary == "characters":
+            classes = self.tokenizer.get_vocab()
+            alphabet = [char for char in sorted(classes, key=classes.__getitem__) if len(char) == 1]
+            write_text(Path(folder) / ALPHABET_FILE, "".join(f"{char}\n" for char in alphabet))
 
     def logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(logits [B, T', V], frames of each utterance [B])."""
@@ -107,9 +123,14 @@ class CTCRecognizer(Recognizer):
         for row, length in zip(logits.argmax(dim=-1).cpu(), lengths.tolist(), strict=True):
             ids = torch.unique_consecutive(row[:length])
             kept = ids[ids != self.blank].tolist()
-            # The ids are collapsed already: a second grouping would turn "hel<blank>lo" into "helo".
-            texts.append(self.tokenizer.decode(kept, group_tokens=False, skip_special_tokens=True).strip())
+            texts.append(self.text_of(kept))
         return texts
+
+    def text_of(self, labels: Sequence[int]) -> str:
+        """The text of a path's labels, repeats collapsed and blanks removed."""
+        # A second grouping would turn "hel<blank>lo" into "helo".
+        text = self.tokenizer.decode(list(labels), group_tokens=False, skip_special_tokens=True)
+        return str(text).strip()
 
     def _scores(self, batch: dict[str, Any], texts: Sequence[str]) -> Tensor:
         logits, lengths = self.logits(self.model, batch)

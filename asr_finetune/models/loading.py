@@ -20,6 +20,7 @@ from torch import nn
 from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.files import MissingFile
 from asr_finetune.hub import hub_answers, unreachable
+from asr_finetune.models.alphabets import ALPHABET_FILE, read_alphabet
 from asr_finetune.models.checkpoint_fit import (
     check_adapter,
     check_blank,
@@ -27,9 +28,15 @@ from asr_finetune.models.checkpoint_fit import (
     check_weights,
     classes_needed,
 )
-from asr_finetune.models.ctc import CHARACTERS, SUPPORTED, CTCRecognizer, ctc_tokenizer, tiny_parakeet
+from asr_finetune.models.ctc import SUPPORTED, CTCRecognizer, ctc_tokenizer, tiny_parakeet
 from asr_finetune.models.methods import head_name
-from asr_finetune.models.recognizer import SETTINGS, Recognizer, quiet_transformers
+from asr_finetune.models.recognizer import (
+    PEFT_ASKS_BY_AN_OLD_NAME,
+    SETTINGS,
+    Recognizer,
+    quiet_transformers,
+    without_warnings,
+)
 from asr_finetune.models.whisper import START, WhisperRecognizer, trim_encoder
 from dpkernels.precision import DTYPES, no_tf32
 
@@ -79,10 +86,10 @@ def load_recognizer(config: ModelConfig) -> Recognizer:
 
 
 def _load_whisper(config: ModelConfig, options: dict[str, Any]) -> Recognizer:
-    if config.new_head or config.vocabulary != "keep":
+    if config.new_head or config.vocabulary != "keep" or config.alphabet is not None:
         raise ConfigError(
-            "model.new_head and model.vocabulary are for CTC models; Whisper's output layer is its token table: "
-            "leave new_head false and vocabulary keep"
+            "model.new_head, model.vocabulary and model.alphabet are for CTC models; Whisper's output layer is its "
+            "token table: leave new_head false, vocabulary keep and alphabet null"
         )
     model, info = _read(transformers.WhisperForConditionalGeneration, config, **_LOAD)
     # transformers computes the sinusoids if the file lacks them.
@@ -137,6 +144,11 @@ def _load_ctc(config: ModelConfig, architecture: Any, options: dict[str, Any]) -
             "needs a vocabulary, and the old one must keep its own: set new_head true and vocabulary characters "
             "(or own, the checkpoint's), or neither"
         )
+    if config.alphabet is not None and config.vocabulary != "characters":
+        raise ConfigError(
+            f"model.alphabet={config.alphabet!r} with model.vocabulary={config.vocabulary}: an alphabet is that of a "
+            "new output layer: set new_head true and vocabulary characters, or leave it null"
+        )
     processor = _ctc_processor(config, architecture)
     options |= {"new_head": config.new_head, "vocabulary": config.vocabulary}
     if config.new_head:
@@ -166,7 +178,8 @@ def _ctc_processor(config: ModelConfig, architecture: Any) -> Any:
     if config.vocabulary != "characters":
         return _read(transformers.AutoProcessor, config)
     extractor = _read(transformers.AutoFeatureExtractor, config)
-    return processor_class(architecture.model_type)(extractor, ctc_tokenizer(CHARACTERS, "characters"))
+    tokenizer = ctc_tokenizer(read_alphabet(config.alphabet), "characters")
+    return processor_class(architecture.model_type)(extractor, tokenizer)
 
 
 def _classes_of_a_new_head(config: ModelConfig, architecture: Any, tokenizer: Any) -> None:
@@ -199,10 +212,13 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
         # Settings without a vocabulary are of versions in which a new layer always had characters.
         default = "characters" if saved["new_head"] else "keep"
         config = replace(config, new_head=saved["new_head"], vocabulary=saved.get("vocabulary", default))
+        alphabet = folder / ALPHABET_FILE
+        config = replace(config, alphabet=str(alphabet) if alphabet.is_file() else None)
     recognizer = load_recognizer(config)
     recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
     try:
-        recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
+        with without_warnings(PEFT_ASKS_BY_AN_OLD_NAME):
+            recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
     except (RuntimeError, ValueError) as error:  # the adapter's shapes or layers are those of another model
         raise ConfigError(
             f"--adapter {folder} does not fit model.name={config.name!r}: give the base model that it was trained on; "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from asr_finetune.config.schema import Config, ConfigError
-from asr_finetune.config.values import PLACEHOLDER, as_config_error
+from asr_finetune.config.values import as_config_error
 from asr_finetune.config.yaml_io import overridden, typed
 from asr_finetune.planning.tables import memory_table, plan_table, probe_table
 from asr_finetune.training.sampling import assumed_sampling, sampling_of
@@ -39,7 +39,7 @@ def run(
             loaded if they name one.
         flags: the command line's flags by key; None: not given.
         settings: "section.key=value"; they override flags.
-        examples: number of units; None: those of the training data.
+        examples: number of units, for which no data is read; None: those of the training data.
         seconds: length of an utterance, used without training data.
         gpu_memory: GiB of the GPU to plan for; None: this machine is measured.
         gpus: number of GPUs like this machine's that share the run.
@@ -56,7 +56,7 @@ def run(
         )
     if gpu_memory is not None and config.model.name == _ABSENT:
         raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
-    _check_given(config, typed(flags, settings), examples)
+    _check_given(config, typed(flags, settings), examples, file=values is not None)
     config.privacy.check()
     recognizer = corpus = None
     if config.data.train != _ABSENT:
@@ -92,7 +92,7 @@ def _configuration(
     if values is None:
         values = {"model": {"name": _ABSENT}, "data": {"train": _ABSENT}}
     config = Config.from_dict(overridden({"output": ".", **values}, flags, settings))
-    if examples is not None and config.data.train == PLACEHOLDER:
+    if examples is not None:
         config = config.with_values("data", train=_ABSENT)
     config.check_filled()
     if not config.privacy.enabled:
@@ -102,10 +102,10 @@ def _configuration(
     return config
 
 
-def _check_given(config: Config, given: Mapping[str, Any], examples: int | None) -> None:
+def _check_given(config: Config, given: Mapping[str, Any], examples: int | None, file: bool) -> None:
     """Check that all sizes of a plan are given: without a configuration file, defaults are not a run's sizes."""
     needed = {"--delta": config.privacy.delta}
-    if config.data.train == _ABSENT:
+    if config.data.train == _ABSENT and not file:
         needed |= {
             "--examples": examples,
             "--batch-size": given.get("train.batch_size"),

@@ -20,6 +20,7 @@ from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
+from asr_finetune.data.sources import Source, Split
 from asr_finetune.planning.memory import MARGIN, losses_of
 from asr_finetune.planning.tables import size
 from asr_finetune.planning.workload import typical_speech
@@ -30,7 +31,8 @@ from asr_finetune.training.setup import fitted_corpus, make_private
 from asr_finetune.training.start import STAGES, Run
 from dpkernels.errors import UserError
 from dpkernels.memory import MemoryEstimator
-from dpkernels.privacy import epsilon, read_ledger
+from dpkernels.privacy import SAFE_DELTA_TIMES_N, epsilon, read_ledger
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 _NAMED = 3  # recordings left out that a check names
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
@@ -128,13 +130,14 @@ class _DryRun(Run):
         )
 
     def _read(
-        self, name: str, source: str, split: str | None, augment: SpecAugment | None = None
+        self, name: str, source: Source, split: Split, augment: SpecAugment | None = None
     ) -> tuple[SpeechDataset, str]:
         """Load a corpus, and decode a sample of it."""
         corpus = fitted_corpus(source, split, self.config.data, self.recognizer, training=name == "train")
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
         sample = Corpus([corpus.utterances[place] for place in places], source=corpus.source)
-        broken = sample.decoded(self.progress, "decoding a sample").problems
+        heard = sample.decoded(self.progress, "decoding a sample")
+        broken, doubts = heard.problems, heard.doubts
         summary = corpus.summary()
         if corpus.problems:
             named = [f"{problem.name}: {problem.reason}" for problem in corpus.problems[:_NAMED]]
@@ -144,6 +147,8 @@ class _DryRun(Run):
             summary += (
                 f": {len(broken)} do not, and would be left out, e.g. {broken[0].name}: {broken[0].reason}"
             )
+        if doubts:
+            summary += f"; listen to {len(doubts)}, e.g. {doubts[0].name}: {doubts[0].reason}"
         return SpeechDataset(corpus, self.recognizer, augment=augment), summary
 
     @as_config_error()
@@ -155,10 +160,13 @@ class _DryRun(Run):
         assert privacy.delta is not None  # check_trainable ensures it
         sampling = sampling_of(config, self.corpus)
         ledger = self.folder.ledger
+        if self.origin is not None and self.origin.same_data and not ledger.exists():
+            ledger = self.origin.folder.ledger
+            steps += self.origin.steps
         started = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
         self.sigma = started[0].mechanism.noise_multiplier if started else sigma_of(config, sampling)
         summary = (
-            f"σ = {self.sigma:g}{' (its ledger)' if started else ''}: {steps:,} steps, Poisson at rate "
+            f"σ = {shown_sigma(self.sigma)}{' (its ledger)' if started else ''}: {steps:,} steps, Poisson at rate "
             f"{sampling.sample_rate:.5f} of {sampling.units:,} {sampling.unit}s"
         )
         if self.sigma == 0:
@@ -172,13 +180,18 @@ class _DryRun(Run):
             max_batch_size=privacy.max_batch_size,
             dataset_size=sampling.units,
         )
-        summary += f"; would spend ε = {spends:.3f} at δ = {privacy.delta:g}"
+        summary += f"; would spend ε = {shown_epsilon(spends)} at δ = {privacy.delta:g}"
         if privacy.epsilon is not None:
             summary += f", target {privacy.epsilon:g}"
             if spends > privacy.epsilon:
                 summary += ": it would stop early"
         if privacy.delta * sampling.units >= 1:
             summary += f"\nWARNING: δ is not below 1 / {sampling.units:,}: such a δ would allow publishing one of them"
+        elif privacy.delta * sampling.units > SAFE_DELTA_TIMES_N:
+            summary += (
+                f"\nWARNING: δ is close to 1 / {sampling.units:,}: such a δ may allow publishing one of them; choose "
+                f"at most {SAFE_DELTA_TIMES_N / sampling.units:.1g}"
+            )
         return summary
 
     @as_config_error()

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from asr_finetune.console import duration
 from dpkernels.privacy import NoisePlan
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 if TYPE_CHECKING:  # they load transformers, which a plan without a model does not need
     from asr_finetune.planning.memory import Fit, MemoryPlan
@@ -18,15 +19,15 @@ def plan_table(plan: NoisePlan) -> Table:
     """The noise, the sampling, and ε over the steps."""
     target = "" if plan.target_epsilon is None else f"target {plan.target_epsilon:g}, "
     table = Table(
-        title=f"ε: {target}spends {plan.epsilon:.3f} at δ = {plan.delta:g}",
+        title=f"ε: {target}spends {shown_epsilon(plan.epsilon)} at δ = {plan.delta:g}",
         show_header=False,
         title_justify="left",
     )
-    table.add_row(f"noise multiplier σ ({plan.accountant.upper()})", f"{plan.noise_multiplier:.3f}")
+    table.add_row(f"noise multiplier σ ({plan.accountant.upper()})", shown_sigma(plan.noise_multiplier))
     if plan.noise_multiplier_other is not None:
-        table.add_row(f"  by {plan.other} it would be", f"{plan.noise_multiplier_other:.3f}")
+        table.add_row(f"  by {plan.other} it would be", shown_sigma(plan.noise_multiplier_other))
     if plan.epsilon_other is not None:
-        table.add_row(f"  ε of this σ by {plan.other}", f"{plan.epsilon_other:.3f}")
+        table.add_row(f"  ε of this σ by {plan.other}", shown_epsilon(plan.epsilon_other))
     sampling = (
         "Poisson" if plan.max_batch_size is None else f"truncated Poisson, at most {plan.max_batch_size:,}"
     )
@@ -39,7 +40,7 @@ def plan_table(plan: NoisePlan) -> Table:
     table.add_row("sampling", f"{sampling}; rate {plan.sample_rate:.5f} ({drawn})")
     table.add_row("steps", f"{plan.steps:,}: each {plan.unit} is drawn {plan.epochs:.1f} times on average")
     for step, value in plan.epsilon_at:
-        table.add_row(f"  ε after step {step:,}", f"{value:.3f}")
+        table.add_row(f"  ε after step {step:,}", shown_epsilon(value))
     return table
 
 

@@ -71,8 +71,12 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker would need a file handle for each cached tensor.
-        cache: dict[int, dict[str, torch.Tensor]] | None = None if self._cache is None else {}
-        return {**self.__dict__, "_cache": cache, "_cached_bytes": 0, "_full": False}
+        empty: dict[str, Any] = {
+            "_cache": None if self._cache is None else {},
+            "_cached_bytes": 0,
+            "_full": False,
+        }
+        return {**self.__dict__, **empty}
 
     def check_audio(self, reporter: Reporter, name: str) -> None:
         """Decode every recording, take those that fail out of the corpus, and cache the others' features.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jiwer
@@ -37,6 +38,7 @@ class Evaluation:
         words: number of reference words, after normalisation.
         hypotheses: (id, normalised reference, normalised hypothesis) of every utterance, in the corpus's
             order.
+        left_out: number of the corpus's recordings that were left out, by the kind of reason.
     """
 
     wer: float
@@ -45,6 +47,7 @@ class Evaluation:
     utterances: int
     words: int
     hypotheses: list[tuple[str, str, str]]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self, *, hypotheses: bool = False) -> dict[str, Any]:
         """Plain values; the texts only on request, since they are the content of the test set."""
@@ -54,6 +57,7 @@ class Evaluation:
             "wer_ci": list(self.wer_ci) if self.wer_ci else None,
             "utterances": self.utterances,
             "words": self.words,
+            "left_out": self.left_out,
         }
         if hypotheses:
             values["hypotheses"] = [list(entry) for entry in self.hypotheses]
@@ -62,7 +66,9 @@ class Evaluation:
     def __str__(self) -> str:
         interval = f" ({self.wer_ci[0]:.1%} to {self.wer_ci[1]:.1%})" if self.wer_ci else ""
         rates = f"WER {self.wer:.1%}{interval}, CER {self.cer:.1%}"
-        return f"{rates} on {self.utterances} utterances, {self.words} words"
+        missing = sum(self.left_out.values())
+        of_all = f" of {self.utterances + missing}" if missing else ""
+        return f"{rates} on {self.utterances}{of_all} utterances, {self.words} words"
 
 
 def normalise(text: str, how: str = "basic") -> str:
@@ -167,7 +173,8 @@ def evaluate(
     Args:
         recognizer: decodes greedily, or chooses from `config.restrict_to`.
         corpus: references and audio.
-        config: batch size, restriction, bootstrap, normalisation.
+        config: batch size (1 if the recogniser's result would depend on padding), restriction, bootstrap,
+            normalisation.
         dataset: the corpus's dataset, which caches its features for several evaluations; None: a new one without a
             cache.
         reporter: progress; None prints nothing.
@@ -178,7 +185,10 @@ def evaluate(
         ConfigError: the corpus is empty, or has empty references only.
     """
     reporter = reporter or Reporter(enabled=False)
-    utterances = corpus.utterances
+    utterances, size = corpus.utterances, config.batch_size
+    if recognizer.equal_lengths_only and size > 1:
+        reporter.say(f"{name}: one utterance at a time, since {recognizer.equal_lengths_only}")
+        size = 1
     if dataset is None:
         dataset = SpeechDataset(corpus, recognizer, cache=False, augment=None)
     # Utterances of similar length share a batch: less padding, and the largest batch comes first.
@@ -187,12 +197,13 @@ def evaluate(
     order = order[ranks.rank :: ranks.size]
     transcribed: dict[int, str] = {}
     with reporter.bar(name, len(order)) as bar:
-        for start in range(0, len(order), config.batch_size):
-            chosen = order[start : start + config.batch_size]
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             batch = recognizer.collate([dataset[index] for index in chosen])
             texts = recognizer.transcribe(batch, restrict_to=config.restrict_to)
             transcribed.update(zip(chosen, texts, strict=True))
-            bar.update(min(start + config.batch_size, len(order)))
+            bar.update(min(start + size, len(order)))
     by_index = {index: text for part in ranks.gathered(transcribed) for index, text in part.items()}
     entries = [(item.id, item.text, by_index[index]) for index, item in enumerate(utterances)]
-    return score(entries, config)
+    left_out = Counter(problem.kind for problem in corpus.problems)
+    return replace(score(entries, config), left_out=dict(left_out))

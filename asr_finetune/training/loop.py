@@ -21,6 +21,7 @@ from asr_finetune.training.start import Run
 from dpkernels import checkpoint
 from dpkernels.errors import UserError
 from dpkernels.privacy import BudgetExhausted, LogicalBatch, back_propagate
+from dpkernels.rounding import shown_epsilon
 
 # Composing ε can take a second; refreshing it takes at most this share of the training time.
 EPSILON_TIME_SHARE = 0.02
@@ -73,6 +74,7 @@ def run_steps(run: Run) -> None:
             entry = _history_entry(run, losses, rate, time.monotonic() - step_began)
             entry |= display.refresh(last=run.step == total)
             run.folder.note_history(entry)
+            run.log.step(entry)
             bar.update(run.step, display.facts(entry))
             if config.eval_every and (run.step % config.eval_every == 0 or run.step == total):
                 _validate(run)
@@ -159,7 +161,7 @@ class _EpsilonDisplay:
         loss = "–" if entry["loss"] is None else f"{entry['loss']:.3f}"
         if self._run.engine is None:
             return f"NOT PRIVATE  loss {loss}  {speed}"
-        spent = "∞" if self._epsilon is None else f"{self._epsilon:.2f}"
+        spent = "∞" if self._epsilon is None else shown_epsilon(self._epsilon, 2)
         when = "" if self._step == self._run.step or self._epsilon is None else f" (step {self._step})"
         return f"ε {spent}{when}  [not private: loss {loss}, clipped {entry['clip_rate']:.0%}]  {speed}"
 
@@ -179,6 +181,7 @@ def _validate(run: Run) -> None:
         "wer_hi": high,
     }
     run.curve.append(point)
+    run.log.validation(point)
     run.reporter.say(f"step {run.step}, public validation data: {result}")
 
 

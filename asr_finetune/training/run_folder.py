@@ -2,10 +2,12 @@
 
 config.yaml                 the configuration the run was started with, without the names of speakers
 ledger.jsonl                the privacy ledger; each step is written before it is taken
-checkpoint/state.pt         the last checkpoint
+checkpoint/state.pt         the last checkpoint; previous.pt is the one before
 adapter/ or model/          the trained parameters
+tensorboard/                what is public, for TensorBoard (`log.tensorboard`)
 metrics.json                error rates before and after
 run.json                    the record of the finished run, from which the report is made
+stopped.json                the same of a run that was stopped and exported (`asr-finetune export`)
 not_private/                losses, clip rates, transcripts, names and figures of recordings: must not be passed on
 """
 
@@ -13,13 +15,14 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.schema import ADAPTER_METHODS, Config, ConfigError, MethodConfig
 from asr_finetune.config.yaml_io import changed_keys
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import figures, fingerprint
@@ -41,6 +44,8 @@ MAY_CHANGE = frozenset(
         "train.cache_features",
         "train.checkpoint_every",
         "evaluate.batch_size",
+        "log.tensorboard",
+        "log.not_private",
     }
 )
 # Keys of `data` whose values name speakers: they are kept in the folder `not_private`.
@@ -76,6 +81,7 @@ class RunFolder:
     checkpoint = _within("checkpoint", "Folder of the checkpoint.")
     metrics = _within("metrics.json", "Error rates before and after.")
     run = _within("run.json", "The record of the finished run.")
+    stopped = _within("stopped.json", "The record of a run that was stopped and exported.")
     not_private = _within("not_private", "Folder of files that must not be passed on.")
     speakers = _within("not_private/speakers.yaml", "data.speakers and data.exclude_speakers, if given.")
     data = _within("not_private/data.json", "Figures and fingerprint of the training data.")
@@ -112,7 +118,8 @@ class RunFolder:
         if begun:
             raise RunFolderError(
                 f"output={str(self.path)!r} holds a ledger or a checkpoint, but no config.yaml, so their "
-                "configuration is unknown. Put config.yaml back, or give another --output."
+                "configuration is unknown. Put config.yaml back. (Another --output starts a ledger that does not count "
+                "the steps of this one.)"
             )
         return False
 
@@ -125,6 +132,7 @@ class RunFolder:
 
     def _prepare(self, config: Config, *, resume: bool) -> bool:
         if self.check(config, resume=resume):
+            self.stopped.unlink(missing_ok=True)  # it says what was spent before
             return True
         self.not_private.mkdir(parents=True, exist_ok=True)
         write_text(self.not_private / "README.txt", _NOTICE)
@@ -198,10 +206,11 @@ class RunFolder:
             write_text(path, secrets.token_hex(32) + "\n")
         return bytes.fromhex(path.read_text(encoding="utf-8"))
 
-    def note_problems(self, name: str, problems: list[Problem]) -> None:
-        """Write the names of unusable recordings to not_private/problems_<name>.tsv."""
-        lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in problems)
-        self.write(self.not_private / f"problems_{name}.tsv", lines)
+    def note_problems(self, name: str, problems: list[Problem], doubts: Sequence[Problem] = ()) -> None:
+        """Write the names of unusable recordings to not_private/problems_<name>.tsv, of doubtful ones to doubts_…"""
+        for kind, listed in (("problems", problems), ("doubts", doubts)):
+            lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in listed)
+            self.write(self.not_private / f"{kind}_{name}.tsv", lines)
 
     def read_json(self, path: Path) -> Any:
         """The content of a JSON file, or None if the file does not exist. Every process gets what rank 0 reads."""
@@ -209,6 +218,10 @@ class RunFolder:
 
     def _read_json(self, path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def record(self) -> Any:
+        """The record of the finished run, else of the exported one, else None."""
+        return self.read_json(self.run) or self.read_json(self.stopped)
 
     def note_metrics(self, **values: Any) -> None:
         """Add entries to metrics.json."""
@@ -245,12 +258,52 @@ class RunFolder:
         write_text(self.not_private / "history.jsonl", lines)
 
 
-def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
+def weights_folder(run: Path, method: MethodConfig) -> Path:
+    """The folder of a run's trained parameters."""
+    return run / ("adapter" if method.kind in ADAPTER_METHODS else "model")
+
+
+def saved_model(folder: Path) -> Path:
+    """The adapter or model in a run's folder; any other folder is returned as it is.
+
+    Raises:
+        RunFolderError: the run was stopped before it wrote one.
+    """
+    for name in ("adapter", "model"):
+        if (folder / name).is_dir():
+            return folder / name
+    if RunFolder(folder).checkpoint.is_dir():
+        raise RunFolderError(
+            f"{str(folder)!r} is a run that was stopped: `asr-finetune export {folder}` writes the adapter or model of "
+            "its last checkpoint"
+        )
+    return folder
+
+
+def by_test_set(evaluation: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The results of an entry of "evaluation" in run.json by test set; a single test set is called "test"."""
+    if evaluation is None:
+        return {}
+    return {"test": dict(evaluation)} if isinstance(evaluation.get("words"), int) else dict(evaluation)
+
+
+def as_recorded(results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The entry of run.json for results by test set, which `by_test_set` reads; None without test sets."""
+    if not results:
+        return None
+    return dict(results["test"]) if list(results) == ["test"] else dict(results)
+
+
+def read_comparison(folder: str | Path | None, test_sets: Sequence[str]) -> dict[str, Any] | None:
     """The error rates after training of a finished run without privacy; None if no folder is given.
+
+    Args:
+        folder: the run's.
+        test_sets: the names of the test sets to compare; none: any.
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
-        ConfigError: the run is private, or has no evaluation.
+        ConfigError: the run is private, has no evaluation, or has other test sets.
     """
     if folder is None:
         return None
@@ -262,4 +315,10 @@ def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
         raise ConfigError(f"--compare {folder}: that run is private; give one trained with --not-private")
     if values["evaluation"]["after"] is None:
         raise ConfigError(f"--compare {folder}: that run was not evaluated (data.test was not set)")
-    return dict(values["evaluation"]["after"])
+    results = by_test_set(values["evaluation"]["after"])
+    if test_sets and set(test_sets) != set(results):
+        raise ConfigError(
+            f"--compare {folder}: that run has the test sets {', '.join(results)}, this one {', '.join(test_sets)}: "
+            "give both the same data.test"
+        )
+    return as_recorded(results)

@@ -21,13 +21,14 @@ def units(config: Config, corpus: Corpus) -> int:
     Raises:
         ConfigError: the unit is a speaker, and an utterance has no speaker, or a recording has several.
     """
+    _check_pieces(config, corpus)
     if not _of_speakers(config):
         return len(corpus)
     nameless = [utterance.id for utterance in corpus.utterances if utterance.speaker is None]
     if nameless:
         raise ConfigError(
             f"privacy.unit=speaker needs the speaker of every utterance; {len(nameless)} have none, e.g. "
-            f"{nameless[0]}. Add them to the data (manifest: `speaker`; datasets: data.speaker_column), or "
+            f"{nameless[0]}. Add them to the data (a column `speaker`, or another that data.columns names), or "
             "set privacy.unit=example"
         )
     if corpus.disputed:
@@ -37,6 +38,27 @@ def units(config: Config, corpus: Corpus) -> int:
             "under one speaker, or leave it out"
         )
     return len(set(corpus.speakers))
+
+
+def _check_pieces(config: Config, corpus: Corpus) -> None:
+    """Check that no sound is in two units: pieces of a recording are the units only where that is said."""
+    if not config.privacy.enabled:
+        return
+    shared = [
+        pair for pair in corpus.overlapping if not _of_speakers(config) or pair[0].speaker != pair[1].speaker
+    ]
+    if shared:
+        first, second = shared[0]
+        raise ConfigError(
+            f"data.train: {len(shared)} pieces share samples with another {config.privacy.unit}'s, e.g. {first.name} "
+            f"and {second.name}, so removing one would not remove what was said: trim them, or leave them out"
+        )
+    if corpus.cut and not _of_speakers(config) and config.data.pieces == "refuse":
+        raise ConfigError(
+            f"data.train: {len(corpus.cut)} recordings are listed in several pieces, e.g. {corpus.cut[0]}; each would "
+            "count as an example, and ε would protect one piece, not the recording. Set data.pieces=examples if that "
+            "is meant, or protect all of a speaker with privacy.unit=speaker"
+        )
 
 
 def unit_arguments(config: Config, corpus: Corpus) -> dict[str, Any]:

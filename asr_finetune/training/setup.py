@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from asr_finetune.config.values import as_config_error
 from asr_finetune.console import Reporter, duration
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import of_speakers, shared_recordings
-from asr_finetune.data.sources import load_corpus
+from asr_finetune.data.sources import Source, Split, load_corpus
 from asr_finetune.models.loading import load_recognizer
 from asr_finetune.models.recognizer import Recognizer, fit, to_device
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.sampling import check_batch, micro_batch_limits, sigma_of, unit_arguments, units
 from dpkernels import PrivacyEngine
 from dpkernels.blocks import CompilerError, checkpoint_blocks, compile_frozen_blocks, has_checkpointing
-from dpkernels.privacy import Ranks, plan_sampling, read_ledger
+from dpkernels.privacy import Ranks, Sampling, plan_sampling, read_ledger
+from dpkernels.rounding import shown_sigma
 
 SELF_CHECK_EXAMPLES = 3
 SELF_CHECK_LENGTHS = (0.05, 0.4)  # quantiles, from and to
@@ -40,15 +42,15 @@ def recognizer_of(config: Config) -> Recognizer:
 
 
 def fitted_corpus(
-    source: str, split: str | None, data: DataConfig, recognizer: Recognizer, *, training: bool = True
+    source: Source, split: Split, data: DataConfig, recognizer: Recognizer, *, training: bool = True
 ) -> Corpus:
     """The utterances of a corpus that the recogniser accepts; see `sources.load_corpus` and `recognizer.fit`."""
     return fit(load_corpus(source, split=split, data=data), recognizer, training=training)
 
 
 def load(
-    source: str,
-    split: str | None,
+    source: Source,
+    split: Split,
     data: DataConfig,
     reporter: Reporter,
     name: str,
@@ -69,16 +71,18 @@ def load(
     Raises:
         ConfigError: the corpus does not exist, or has no usable utterance.
     """
-    corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
+    with reporter.working(f"{name}: reading the list of recordings"):
+        corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
     dataset = SpeechDataset(corpus, recognizer, **options)
     if data.check_audio:
         dataset.check_audio(reporter, f"{name}: reading audio")
     corpus = dataset.corpus
     reporter.say(f"{name}: {corpus.summary()}")
-    for problem in corpus.problems[:_NAMES_SHOWN]:
-        reporter.say(f"  left out {problem.name}: {problem.reason}")
-    if len(corpus.problems) > _NAMES_SHOWN:
-        reporter.say(f"  and {len(corpus.problems) - _NAMES_SHOWN} more")
+    for problems, what in ((corpus.problems, "left out"), (corpus.doubts, "listen to")):
+        for problem in problems[:_NAMES_SHOWN]:
+            reporter.say(f"  {what} {problem.name}: {problem.reason}")
+        if len(problems) > _NAMES_SHOWN:
+            reporter.say(f"  and {len(problems) - _NAMES_SHOWN} more")
     return dataset
 
 
@@ -145,13 +149,14 @@ def make_private(
     spent = contents.steps if contents else 0
     started = [run for run in contents.runs if run.steps] if contents else []
     if started:
-        sigma = started[0].mechanism.noise_multiplier
-        reporter.say(f"noise multiplier {sigma:g}, as before (ledger: {spent} steps spent)")
+        sigma = _earlier_noise(started[0].mechanism, config, sampling)
+        reporter.say(f"noise multiplier {shown_sigma(sigma)}, as before (ledger: {spent} steps spent)")
     else:
-        sigma = sigma_of(config, sampling)
+        with reporter.working("calibrating the noise") if privacy.noise_multiplier is None else nullcontext():
+            sigma = sigma_of(config, sampling)
         if privacy.noise_multiplier is None:
             reporter.say(
-                f"noise multiplier {sigma:g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
+                f"noise multiplier {shown_sigma(sigma)} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
                 f"{config.train.steps} steps, sampling rate {sampling.sample_rate:.4g} of {sampling.units:,} "
                 f"{sampling.unit}s"
             )
@@ -173,6 +178,26 @@ def make_private(
         **unit,
     )
     return engine, private, loader
+
+
+def _earlier_noise(earlier: Any, config: Config, sampling: Sampling) -> float:
+    """σ of a ledger's earlier steps, which those to come must be like: ε is stated for one mechanism.
+
+    Raises:
+        ConfigError: the configuration has another sampling or noise.
+    """
+    given = config.privacy.noise_multiplier
+    pairs = {
+        "train.batch_size: the sampling rate": (sampling.sample_rate, earlier.sample_rate),
+        "privacy.max_batch_size": (sampling.max_batch_size, earlier.max_batch_size),
+        "privacy.noise_multiplier": (given or earlier.noise_multiplier, earlier.noise_multiplier),
+    }
+    for key, (value, before) in pairs.items():
+        if value != before:
+            raise ConfigError(
+                f"{key} is {value}, but {before} in the steps that the ledger counts already: continue with the same"
+            )
+    return float(earlier.noise_multiplier)
 
 
 def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
@@ -248,10 +273,13 @@ def self_check(
     singles = [to_device(recognizer.collate([item]), recognizer.device) for item in items]
     batch = to_device(recognizer.collate(items), recognizer.device)
     began = time.monotonic()
-    with recognizer.in_float32():
-        report = engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
-    if recognizer.dtype is not torch.float32:
-        engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
+    with reporter.working(f"self-check: comparing the gradients of {compared}, in a batch and alone"):
+        with recognizer.in_float32():
+            report = engine.self_check(
+                recognizer.loss_per_example, batch, singles=singles, samples=len(items)
+            )
+        if recognizer.dtype is not torch.float32:
+            engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
     modes = (
         ""
         if "train" in report.modes

@@ -33,7 +33,7 @@ from asr_finetune.data.audio import read_audio
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.sources import load_corpus
 from asr_finetune.data.utterance import Utterance
-from asr_finetune.models.ctc import CHARACTERS
+from asr_finetune.models.alphabets import CHARACTERS
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.training.dataset import CACHE_BYTES, SpeechDataset

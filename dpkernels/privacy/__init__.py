@@ -1,6 +1,6 @@
 """The privacy engine: clipping, noise, Poisson sampling, accounting and the ledger."""
 
-from dpkernels.privacy.accounting.accountant import epsilon, noise_multiplier
+from dpkernels.privacy.accounting.accountant import SAFE_DELTA_TIMES_N, epsilon, noise_multiplier
 from dpkernels.privacy.accounting.audit import AuditedLedger, ClaimError, audit_ledger, claimed_epsilon
 from dpkernels.privacy.accounting.budget import BudgetExhausted
 from dpkernels.privacy.accounting.ledger import LedgerError, read_ledger
@@ -8,7 +8,7 @@ from dpkernels.privacy.accounting.plan import DELTAS, NoisePlan, detection_bound
 from dpkernels.privacy.engine import PrivacyEngine
 from dpkernels.privacy.ranks.group import Ranks, RanksError, ranks_of
 from dpkernels.privacy.ranks.joining import join_processes
-from dpkernels.privacy.ranks.sharded import shard_frozen
+from dpkernels.privacy.ranks.sharded import gathered_root, shard_frozen
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling
@@ -19,6 +19,7 @@ from dpkernels.privacy.step.statistics import StepStats
 
 __all__ = [
     "DELTAS",
+    "SAFE_DELTA_TIMES_N",
     "AuditedLedger",
     "BudgetExhausted",
     "ClaimError",
@@ -39,6 +40,7 @@ __all__ = [
     "claimed_epsilon",
     "detection_bounds",
     "epsilon",
+    "gathered_root",
     "join_processes",
     "micro_batches",
     "noise_multiplier",

@@ -374,7 +374,7 @@ class PrivacyEngine:
 
         Args:
             target_epsilon: ε > 0 at the end of the run; step() raises BudgetExhausted instead of exceeding it.
-            target_delta: δ in (0, 1); warns if δ >= 1/N.
+            target_delta: δ in (0, 1); warns if δ > 0.1/N.
             epochs: passes over the loader, of round(1/q) steps each.
             steps: the run's steps; the loader ends after them. Give exactly one of epochs and steps.
             module, optimizer, data_loader, max_grad_norm, arguments: as in `make_private`.
@@ -421,7 +421,7 @@ class PrivacyEngine:
         """The ε spent so far at δ, over all steps in the ledger and in this run; ∞ after a step without noise.
 
         Args:
-            delta: δ in (0, 1), default target_delta; warns if δ >= 1/N.
+            delta: δ in (0, 1), default target_delta; warns if δ > 0.1/N.
             accountant: "pld" or "rdp", default the engine's.
 
         Raises:

@@ -38,7 +38,19 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-COMMANDS = ["plan", "train", "evaluate", "report", "synthesise", "demo"]
+COMMANDS = [
+    "plan",
+    "train",
+    "evaluate",
+    "report",
+    "recipes",
+    "transcribe",
+    "export",
+    "merge",
+    "verify",
+    "synthesise",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -93,6 +105,11 @@ SIZE = ("--examples", "500", "--batch-size", "50", "--steps", "10", "--delta", "
         (["plan", "--epsilon", "3", "--set", "privacy.noise_multiplier=1"], "--noise-multiplier: give one"),
         (["plan", "--epsilon", "3", "--set", "privacy.enabled=false"], "privacy.enabled is false"),
         (["plan", *SIZE, "--epsilon", "3", "--set", "privacy.unit=speaker"], "max_examples_per_speaker"),
+        (["plan", *SIZE, "--epsilon", "3", "--delta", "0.5"], "privacy.delta=0.5: must be below 0.5"),
+        (
+            ["train", "--model", "m", "--train", "d", "-o", "o", "--delta", "0.5"],
+            "privacy.delta=0.5: must be below 0.5",
+        ),
         (["plan", *SIZE], "privacy.epsilon and privacy.noise_multiplier are both missing"),
     ],
 )
@@ -104,6 +121,13 @@ def test_expected_errors_are_messages(
     assert message in captured.err
     assert captured.err.startswith("error: ")
     assert "Traceback" not in captured.err
+
+
+def test_a_delta_that_needs_no_noise_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "plan", *SIZE[:5], 1, "--delta", 0.2, "--epsilon", 3) == 2
+    assert "error: target_delta=0.2 must be below 0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
@@ -178,6 +202,18 @@ def test_a_printed_configuration_can_be_planned_before_there_is_data(tmp_path: P
     )
     result = invoke("plan", "--config", config, "--model", tmp_path, *sizes, "--gpu-memory", 80)
     assert "0.10000" in result.output
+    assert "no usable checkpoint" in str(result.exception)  # the model is asked for, the data is not
+
+
+def test_a_plan_of_so_many_examples_reads_no_data(tmp_path: Path) -> None:
+    """The sizes and the method are the file's; the data is not there yet."""
+    (tmp_path / "model").mkdir()
+    by_hand = {"privacy__noise_multiplier": 4.0, "privacy__epsilon": None, "privacy__accountant": "rdp"}
+    values = tones.settings(tmp_path, privacy__delta=1e-4, train__batch_size=50, **by_hand)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    result = invoke("plan", "--config", tmp_path / "run.yaml", "--examples", 500)
+    assert "rate 0.10000" in result.output
+    assert "ε after step 4" in result.output
     assert "no usable checkpoint" in str(result.exception)  # the model is asked for, the data is not
 
 

@@ -183,6 +183,9 @@ def test_gpu_script_refuses_without_a_gpu_and_prints_its_parts() -> None:
     assert "--find-links some-wheels" in lines[0]
     assert "--no-deps --no-build-isolation ." in lines[1]
     assert {"ops", "layers", "step", "model"} <= {line.split()[0] for line in lines}
+    (ranks,) = [line for line in lines if line.startswith("ranks (")]
+    assert ranks.endswith("torch.distributed.run --standalone --nproc-per-node 1 -m bench.gpu.ranks")
+    assert any(line.startswith("ranks-shared") and "--nproc-per-node 2" in line for line in lines)
     assert all("--benchmark-output=some-folder" in line for line in lines if "--benchmark " in line)
     assert run("-m", "bench.gpu.run", "--dry-run", "no-such-part").returncode == 2
     refused = run("-m", "bench.gpu.run", CUDA_VISIBLE_DEVICES="")

@@ -27,6 +27,8 @@ ACCOUNTANTS = ("pld", "rdp")
 DISCRETIZATION = 1e-4
 # For the search of σ only: eight times faster, still an upper bound on ε; the result is refined at DISCRETIZATION.
 SEARCH_DISCRETIZATION = 1e-3
+# δ · N above which a warning says that δ is close to 1/N.
+SAFE_DELTA_TIMES_N = 0.1
 # A smaller σ gives no useful privacy, and its loss distributions exceed memory.
 SMALLEST_SIGMA = 0.05
 # The search returns multiples of 1/1000.
@@ -118,7 +120,10 @@ def check_accountant(accountant: str, *, truncated: bool = False) -> None:
 
 
 def check_delta(delta: float, dataset_size: int | None = None) -> float:
-    """Return δ in (0, 1); warn if δ >= 1/N.
+    """Return δ in (0, 1); warn if δ > `SAFE_DELTA_TIMES_N` / N.
+
+    A mechanism that publishes each record with probability δ, and is silent otherwise, is (0, δ)-private. Of N records
+    it publishes at least one with probability 1 − (1 − δ)^N: 10 % at δ = 0.1/N, 63 % at 1/N.
 
     Raises:
         ValueError: δ outside (0, 1).
@@ -129,6 +134,13 @@ def check_delta(delta: float, dataset_size: int | None = None) -> float:
         warnings.warn(
             f"delta={delta:g} >= 1/N = {1 / dataset_size:g} (N = {dataset_size}): at such a δ, publishing "
             "one record outright would count as private. Choose δ well below 1/N.",
+            stacklevel=3,
+        )
+    elif dataset_size is not None and delta > SAFE_DELTA_TIMES_N / dataset_size:
+        warnings.warn(
+            f"delta={delta:g} is close to 1/N = {1 / dataset_size:g} (N = {dataset_size}): it allows publishing one of "
+            f"the N records with a probability of {-math.expm1(dataset_size * math.log1p(-delta)):.0%}. Choose δ of at "
+            f"most {SAFE_DELTA_TIMES_N:g}/N.",
             stacklevel=3,
         )
     return delta
@@ -295,7 +307,7 @@ def noise_multiplier(
 
     Args:
         target_epsilon: ε > 0.
-        target_delta: δ in (0, 1); warns if δ >= 1/dataset_size.
+        target_delta: δ in (0, 1); warns if δ > 0.1/dataset_size.
         sample_rate: q in (0, 1].
         steps: number of steps >= 1.
         accountant: "pld" or "rdp".
@@ -304,7 +316,7 @@ def noise_multiplier(
 
     Raises:
         TypeError: a target_epsilon that is not a number.
-        ValueError: an argument out of range, or a target for which dp-accounting finds no σ.
+        ValueError: an argument out of range, a δ that needs no noise, or a target for which dp-accounting finds no σ.
     """
     if not isinstance(target_epsilon, Real):
         raise TypeError(f"target_epsilon must be a number, got {target_epsilon!r}")
@@ -314,6 +326,12 @@ def noise_multiplier(
         raise ValueError(f"steps must be >= 1, got {steps}")
     check_accountant(accountant, truncated=max_batch_size is not None)
     check_delta(target_delta, dataset_size)
+    drawn = 1.0 if sample_rate >= 1 else -math.expm1(steps * math.log1p(-sample_rate))
+    if target_delta >= drawn:
+        raise ValueError(
+            f"target_delta={target_delta:g} must be below {drawn:.3g}, the probability that a record is drawn in "
+            f"any of {steps} steps: such a δ holds without noise, and protects nobody. Choose δ well below 1/N"
+        )
 
     def mechanism(sigma: float) -> Mechanism:
         return Mechanism(sample_rate, sigma, dataset_size, max_batch_size)

@@ -115,7 +115,7 @@ class Budget:
         return list(self._runs.values())
 
     def epsilon(self, delta: float, accountant: str | None = None) -> float:
-        """ε spent so far at δ. Written to the ledger, once for each number of steps. Warns if δ >= 1/N."""
+        """ε spent so far at δ. Written to the ledger, once for each number of steps. Warns if δ > 0.1/N."""
         check_delta(delta, self.sampling.units)
         name = self.accountant if accountant is None else accountant
         value = composed_epsilon(self.history, delta, accountant=name)

@@ -1,5 +1,6 @@
 """What the ranks send one another in a step: sums to their owners, and what the owners made of them to all."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,11 @@ class Exchange:
         self._ranks = ranks
         self._owned = owned
         longest = max(sum(piece.entries for piece in pieces) for pieces in owned)
-        self._row = max(1, min(longest, STAGED_BYTES // (8 * ranks.size)))
+        largest = max(1, STAGED_BYTES // (8 * ranks.size))
+        rounds = max(1, math.ceil(longest / largest))
+        self._row = max(
+            1, math.ceil(longest / rounds)
+        )  # rounds of one size: the last is padded by a few entries
         self._rounds = list(_rounds(owned, self._row))
 
     def sums_to_owners(self, sums: Sequence[Tensor]) -> None:

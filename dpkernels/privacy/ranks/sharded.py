@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,24 @@ def check_sharded(model: nn.Module, ranks: Ranks) -> None:
                 f"{name!r} is sharded as {placements} over the processes {mesh.mesh.tolist()}, and the run's are "
                 f"{members}: give fully_shard a one-dimensional mesh of these, and no shard_placement_fn ({_HELPER})"
             )
+
+
+@contextmanager
+def gathered_root(model: nn.Module) -> Iterator[None]:
+    """Gather the sharded weights outside of the blocks, for code that calls parts of the model and not the model.
+
+    fully_shard gathers these when the model itself is called. A decoder that calls the encoder, and then generates
+    tokens, does not. Nothing happens if the model is not sharded. In a private run, ranks need not enter it equally
+    often.
+    """
+    roots = [module for _, module in _fully_sharded(model)][:1]
+    for root in roots:
+        root.unshard()
+    try:
+        yield
+    finally:
+        for root in roots:
+            root.reshard()
 
 
 def shard_frozen(

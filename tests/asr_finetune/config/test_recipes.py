@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from asr_finetune.config.schema import Config
 from asr_finetune.config.yaml_io import RECIPES, load_yaml, overridden, recipes
-from asr_finetune.models.ctc import CHARACTERS, CTCRecognizer, ctc_tokenizer
+from asr_finetune.models.alphabets import CHARACTERS
+from asr_finetune.models.ctc import CTCRecognizer, ctc_tokenizer
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
@@ -34,7 +35,7 @@ MODELS = ("parakeet", "wav2vec2_bert")
 LIBRISPEECH = [f"{model}_{kind}" for model in MODELS for kind in ("lora", "bitfit", "dp_rp", "full")]
 QUICK = ("wav2vec2_bert_bitfit", "parakeet_warm_start")
 WARM = [f"{model}_warm_start" for model in MODELS]
-SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500", "test-clean")
+SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500", "test-clean", "test-other")
 N, EPSILON, DELTA = 281_241, 10.0, 3.52e-6
 # Noise by hand: calibration takes seconds, and the recipes' own has a test.
 TINY = (

@@ -95,6 +95,9 @@ def test_only_files_of_one_size_and_one_middle_are_read_whole(
     assert len(corpus) == 9
     assert whole == []
     assert len(read(manifest(tmp_path, lines([*names, names[4]])))) == 9
+    assert whole == []  # one file is not read to be compared with itself
+    shutil.copy(tmp_path / names[4], tmp_path / "copy.wav")
+    assert len(read(manifest(tmp_path, lines([*names, "copy.wav"])))) == 9
     assert whole == [os.stat(tmp_path / names[4]).st_size] * 2
 
 

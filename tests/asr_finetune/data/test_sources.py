@@ -108,7 +108,7 @@ def test_an_unknown_subset_is_named(tree: Path) -> None:
         ({"audio": "noise.wav", "text": "a"}, "noise", "unreadable audio"),
         ({"audio": "brief.wav", "text": "a"}, "brief", "too short: 0.010 s, below data.min_seconds=0.05"),
         ({"audio": "long.wav", "text": "a"}, "long", "too long: 2.000 s, above data.max_seconds=1"),
-        ({"audio": "good.wav", "text": "a", "offset": 1.5}, "good", "would count as several examples"),
+        ({"audio": "good.wav", "text": "a", "offset": 1.5}, "good", "a piece outside its recording: 1.5"),
         ({"audio": ".", "text": "a"}, "all.jsonl:2", "no such file"),
     ],
 )
@@ -178,8 +178,8 @@ def test_nothing_left_is_refused_with_the_reason(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("./none", "is not a folder and not a .jsonl manifest"),
-        ("/nowhere/at/all", "is not a folder and not a .jsonl manifest"),
+        ("./none", "is not there, or nothing that is known here: give a LibriSpeech tree"),
+        ("/nowhere/at/all", "is not there, or nothing that is known here: give a LibriSpeech tree"),
         ("nowhere.jsonl", "no manifest at 'nowhere.jsonl'"),
     ],
 )

@@ -243,6 +243,9 @@ def test_warnings_stand_in_the_table(folder: Path) -> None:
     assert failed(found) == set()
     assert "24 of them are training recordings too" in found["test data"].found
     assert "δ is not below 1 / 24" in found["privacy"].found
+    near = checks(folder, privacy__delta=0.9 / 24, privacy__noise_multiplier=4.0)
+    assert "δ is close to 1 / 24" in near["privacy"].found
+    assert "WARNING" not in checks(folder, privacy__noise_multiplier=4.0)["privacy"].found
     early = checks(folder, privacy__noise_multiplier=1.0, privacy__epsilon=0.5)
     assert "it would stop early" in early["privacy"].found
 

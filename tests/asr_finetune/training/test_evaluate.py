@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from asr_finetune.config.schema import DataConfig, EvaluateConfig, ModelConfig
+from asr_finetune.console import Reporter
 from asr_finetune.data.sources import load_corpus
 from asr_finetune.models.loading import load_recognizer, load_with_adapter
 from asr_finetune.training.evaluate import bootstrap_interval, evaluate, normalise, score
-from tests.asr_finetune import tones
+from tests.asr_finetune import small_models, tones
 
 BASIC = EvaluateConfig(bootstrap=200)
 
@@ -114,6 +115,20 @@ def test_decoding_may_be_held_to_texts(folder: Path) -> None:
     result = evaluate(recognizer, corpus, EvaluateConfig(bootstrap=0, restrict_to=texts))
     assert {hypothesis for _, _, hypothesis in result.hypotheses} <= set(texts)
     assert not recognizer.model.training
+
+
+@pytest.mark.parametrize("family", small_models.EQUAL_LENGTHS_ONLY)
+def test_a_model_that_padding_changes_is_evaluated_one_by_one_and_says_so(
+    folder: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    recognizer = small_models.load(folders[family])
+    corpus = load_corpus(str(folder / "tones.jsonl"), data=DataConfig(train="-"))
+    result = evaluate(recognizer, corpus, EvaluateConfig(bootstrap=0), reporter=Reporter(), name="test")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"test: one utterance at a time, since {recognizer.equal_lengths_only}" in said
+    one = evaluate(recognizer, corpus, EvaluateConfig(batch_size=1, bootstrap=0), reporter=Reporter())
+    assert one == result
+    assert "one utterance at a time" not in capsys.readouterr().out
 
 
 def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:

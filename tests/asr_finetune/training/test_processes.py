@@ -55,7 +55,7 @@ def trained(rank: int, group: Any, values: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow  # two more interpreters import transformers
 def test_two_processes_train_one_model_and_one_goes_on(folder: Path) -> None:
     values = settings(folder)
-    with closing(Processes(folder, 2)) as processes:
+    with closing(Processes(folder, 2, wait=300.0)) as processes:
         first, second = processes.results(trained, 2, values)
     assert first == second
     assert first["epsilon"] == pytest.approx(epsilon(SIGMA, BATCH / UTTERANCES, STEPS, DELTA))
@@ -93,3 +93,20 @@ def test_statistics_of_all_ranks() -> None:
     parts = [StepStats(3, 1 / 3, 2.0, 1), None, StepStats(1, 1.0, 5.0, 0), StepStats(0, 0.0, 0.0, 0)]
     assert of_all(parts) == StepStats(4, 0.5, 3.0, 1)
     assert of_all([None]) is None
+
+
+@pytest.mark.slow  # two more interpreters import transformers
+@pytest.mark.parametrize("family", ["parakeet", "whisper"])
+def test_frozen_weights_are_in_parts(folder: Path, folders: dict[str, Path], family: str) -> None:
+    changes = {"method__kind": "lora", "train__steps": 2, "model__name": str(folders[family])}
+    values = settings(folder, model__shard=True, **changes)
+    with closing(Processes(folder, 2, wait=300.0)) as processes:
+        first, second = processes.results(trained, 2, values)
+    assert first == second
+    record = json.loads((Path(values["output"]) / "run.json").read_text())
+    alone = settings(folder, output=str(folder / "alone"), **changes)
+    train(Config.from_dict(alone), progress=False)
+    single = json.loads((folder / "alone" / "run.json").read_text())
+    assert record["model"] == single["model"]
+    assert record["evaluation"]["before"] == single["evaluation"]["before"]
+    assert (Path(values["output"]) / "adapter" / "adapter_model.safetensors").is_file()

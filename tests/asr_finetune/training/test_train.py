@@ -251,6 +251,27 @@ def test_a_lost_ledger_is_noticed(folder: Path) -> None:
         train(config, progress=False)
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_damaged_checkpoints_lose_steps_and_never_budget(
+    folder: Path, capsys: pytest.CaptureFixture[str], lost: int
+) -> None:
+    """kill -9 after step 7 of 8, checkpoints at 2, 4 and 6; the last `lost` of the two that are kept are damaged."""
+    config = crash_at(folder, 7, train__checkpoint_every=2)
+    for name in (checkpoint.FILE, checkpoint.PREVIOUS)[:lost]:
+        path = Path(config.output) / "checkpoint" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = train(config)
+    said = " ".join(capsys.readouterr().out.split())
+    again = {1: 4, 2: 0}[lost]
+    assert check_counts(config, result) == 7 + 8 - again
+    assert result.steps == 8
+    assert [entry["step"] for entry in result.history] == list(range(1, 9))
+    assert said.count("is damaged, or not a checkpoint") == lost
+    assert ("resuming from the checkpoint at step 4" in said) == (lost == 1)
+    assert ("no checkpoint yet, starting from step 0. 7 steps were spent" in said) == (lost == 2)
+    assert "another --output" not in said
+
+
 def resumed_twice(folder: Path, config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The parameters of two resumptions from the same checkpoint and ledger."""
     copies = []

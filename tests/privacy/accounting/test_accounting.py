@@ -4,6 +4,7 @@ target."""
 from __future__ import annotations
 
 import math
+import warnings
 
 import dp_accounting
 import pytest
@@ -174,6 +175,32 @@ def test_delta_of_one_over_n_warns() -> None:
     run = private_run()
     with pytest.warns(UserWarning, match="1/N"):
         run.engine.get_epsilon(0.05)
+    with pytest.warns(
+        UserWarning, match=r"delta=0\.0225 is close to 1/N .*probability of 60%.*at most 0\.1/N"
+    ):
+        epsilon(2.0, 0.1, 1, 0.9 / 40, dataset_size=40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epsilon(2.0, 0.1, 1, 0.1 / 40, dataset_size=40)
+
+
+def test_a_delta_that_needs_no_noise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record is drawn with a smaller probability: dp-accounting finds no σ that is just large enough."""
+
+    class SearchedError(Exception):
+        pass
+
+    def search(*_: object) -> float:
+        raise SearchedError
+
+    monkeypatch.setattr(accounting, "_calibrate", search)
+    drawn = 1 - 0.95**10
+    with pytest.raises(ValueError, match=r"target_delta=0\.5 must be below 0\.401, the probability"):
+        noise_multiplier(8, 0.5, 0.05, 10)
+    with pytest.raises(ValueError, match="must be below"):
+        noise_multiplier(8, drawn, 0.05, 10)
+    with pytest.raises(SearchedError):
+        noise_multiplier(8, 0.9 * drawn, 0.05, 10)
 
 
 # --- stopping at the target

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = 4
-WAIT = 60.0  # seconds within which a job ends, or the test fails
+WAIT = 60.0
 
 
 class JobFailed(AssertionError):
@@ -26,9 +26,11 @@ class Processes:
     Args:
         folder: where they meet.
         count: how many.
+        wait: seconds within which a job ends, or the test fails.
     """
 
-    def __init__(self, folder: Path, count: int = PROCESSES) -> None:
+    def __init__(self, folder: Path, count: int = PROCESSES, *, wait: float = WAIT) -> None:
+        self._wait = wait
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "dpkernels.privacy", "tests.privacy.private_run"])
         self._pipes: list[Connection] = []
@@ -49,7 +51,7 @@ class Processes:
             pipe.send((job.__module__, job.__qualname__, size, arguments, keywords))
         results = []
         for rank, pipe in enumerate(self._pipes[:size]):
-            if not pipe.poll(WAIT):
+            if not pipe.poll(self._wait):
                 raise JobFailed(f"rank {rank} hangs in {job.__qualname__}")
             try:
                 results.append(pipe.recv())
