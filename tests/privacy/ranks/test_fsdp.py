@@ -17,6 +17,7 @@ from tests.privacy.private_run import Run, losses_of
 from tests.privacy.ranks.jobs import a_run, steps_of
 from tests.privacy.ranks.processes import Failure, Processes
 from tests.privacy.ranks.test_same_update import LENGTHS
+from tests.slow import slow_unless
 
 
 class Block(nn.Module):
@@ -173,11 +174,10 @@ QUICK = ("strategy=two_pass", "checkpointing", "empty ranks", "out of memory on 
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name],
+    ("settings", "size"), slow_unless(lambda name, _: name in QUICK, [(name, 2) for name in SETTINGS if name])
 )
-def test_in_every_setting(processes: Processes, settings: str) -> None:
-    check_same(processes, 2, settings)
+def test_in_every_setting(processes: Processes, settings: str, size: int) -> None:
+    check_same(processes, size, settings)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -322,8 +322,8 @@ def faulty(rank: int, group: Any, fault: str) -> Tensor:
     """A step with a fault; the whole weight after it."""
     when, write = {**FAULTS, **HARMLESS}[fault]
     model = adapted(shard=group)
-    # One example alone: its backward is not repeated, which autograd would refuse after a write. All examples are drawn,
-    # and each rank has two, so that none waits for one that raised.
+    # One example alone: its backward is not repeated, which autograd would refuse after a write. All examples are
+    # drawn, and each rank has two, so that none waits for one that raised.
     run = a_run(group, model=model, examples=4, batch_size=4, physical_batch_size=1)
     layer = model.get_submodule(BASE)
     hook = torch.no_grad()(write)
