@@ -25,7 +25,7 @@ from dpkernels.privacy.keywords import (
 )
 from dpkernels.privacy.ranks.agreement import check_same_run, take_first_values
 from dpkernels.privacy.ranks.gathers import gathers_of
-from dpkernels.privacy.ranks.group import SET_UP, Ranks, ranks_of
+from dpkernels.privacy.ranks.group import LOAD, SET_UP, WAIT, Ranks, ranks_of
 from dpkernels.privacy.ranks.sharded import check_sharded, sharded_modules
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, secret_key
@@ -314,7 +314,8 @@ class PrivacyEngine:
                 expected_batch_size=setup.sampling.expected_batch_size,
                 batch_bound=setup.bound,
                 stream=self._noise_stream,
-                spend=self._spend,
+                before_step=self._warn_if_unchecked,
+                spend=budget.spend,
                 steps=lambda: self.steps,
                 ranks=ranks,
                 seeds=None if self._noise_stream.fixed else SecretSeeds(),
@@ -515,13 +516,19 @@ class PrivacyEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add the steps that a checkpoint has spent. Call it after make_private. Steps already counted stay counted.
 
+        With several processes it is a collective operation: call it on every rank, with the same checkpoint.
+
         Raises:
             RuntimeError: before make_private.
+            RanksError: another rank loads another checkpoint, or none.
             LedgerError: the ledger lacks the line after which the checkpoint was written (its last lines were
                 removed, or it is another ledger).
             ValueError: the checkpoint is of another data set or unit.
         """
-        self._require_budget().load_state_dict(state)
+        budget = self._require_budget()
+        with self._ranks.meeting(LOAD, lambda: {"steps of": state["runs"]}):
+            pass
+        budget.load_state_dict(state)
 
     def wait_for_ranks(self) -> None:
         """Wait until all processes of the run have come here; with one process do nothing.
@@ -531,15 +538,15 @@ class PrivacyEngine:
         operation of your own (a sum of losses, `destroy_process_group`) that ranks reach after different numbers of
         forwards: after an evaluation on one rank, or on parts of unequal length.
         """
-        self._ranks.gathered(None)
+        with self._ranks.meeting(WAIT):
+            pass
 
     def close(self) -> None:
         """Close the ledger and release its lock. With a ledger, step() and get_epsilon() then raise LedgerError."""
         if self._budget is not None:
             self._budget.close()
 
-    def _spend(self) -> None:
-        self._ranks.check_unchanged()
+    def _warn_if_unchecked(self) -> None:
         if self._warns_unchecked and self.noise_multiplier > 0:
             self._warns_unchecked = False  # once
             warnings.warn(
@@ -547,7 +554,6 @@ class PrivacyEngine:
                 "independent of its batch: call engine.self_check(loss_fn, batch) before training",
                 stacklevel=4,
             )
-        self._require_budget().spend()
 
     def _check_model(self) -> None:
         if self._optimizer is not None:

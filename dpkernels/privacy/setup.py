@@ -154,10 +154,23 @@ def run_identity(setup: Setup, accountant: str, fixed_key: bool) -> dict[str, An
         "accountant": accountant,
         "a fixed noise_key": fixed_key,
         "optimizer": type(run.optimizer).__name__,
+        **_orders(run),
         "data set": f"{type(run.data_loader.dataset).__name__} of {len(run.data_loader.dataset)} examples",  # type: ignore[arg-type]
         "lengths": digest_of(run.lengths),
         "speakers": digest_of(run.speakers),
         "versions": _versions(),
+    }
+
+
+def _orders(run: RunArguments) -> dict[str, Any]:
+    """Parameters are exchanged, and an optimizer's state is saved, by position. A set of names, for example, is in
+    another order in each process."""
+    names = {id(parameter): name for name, parameter in run.module.named_parameters()}
+    trained = [names[id(parameter)] for parameter in trained_parameters(run.module).values()]
+    groups = [[names.get(id(p)) for p in group["params"]] for group in run.optimizer.param_groups]
+    return {
+        "order of trained parameters": digest_of(trained),
+        "optimizer's parameter groups": digest_of(groups),
     }
 
 

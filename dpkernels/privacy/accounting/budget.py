@@ -3,13 +3,13 @@
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import Mechanism, check_delta, composed_epsilon
-from dpkernels.privacy.accounting.ledger import Ledger, LedgerError
-from dpkernels.privacy.ranks.group import Ranks
+from dpkernels.privacy.accounting.ledger import Ledger, LedgerContents, LedgerError, read_ledger
+from dpkernels.privacy.ranks.group import SET_UP, Ranks
 from dpkernels.privacy.sampling.plan import Sampling
 
 # ε is compared with the target this many steps ahead: one composition then serves many steps.
@@ -69,7 +69,15 @@ class Budget:
         self._reported: set[tuple[int, float, str]] = set()
         self._ledger: Ledger | None = None
         self._ledger_hash: str | None = None
-        self._counted(lambda: self._open(ledger, settings))
+        with self._ranks.meeting(SET_UP):
+            seen = _contents(ledger)
+        others = self._ranks.gathered(seen if seen is None else seen.last_hash)
+
+        def open_ledger() -> None:
+            _check_longest(ledger, seen, others)
+            self._open(ledger, settings)
+
+        self._counted(open_ledger)
 
     def _open(self, ledger: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
         """Open the ledger, if there is one, and count what it holds."""
@@ -233,3 +241,27 @@ class Budget:
         return composed_epsilon(
             [*others, (self.mechanism, steps)], self.target_delta, accountant=self.accountant
         )
+
+
+def _contents(ledger: str | os.PathLike[str] | None) -> LedgerContents | None:
+    """What this machine's ledger holds: nothing if it does not exist, None if none is given."""
+    if ledger is None:
+        return None
+    return read_ledger(ledger) if os.path.exists(ledger) else LedgerContents()
+
+
+def _check_longest(
+    ledger: str | os.PathLike[str] | None, seen: LedgerContents | None, others: Sequence[str | None]
+) -> None:
+    """Raise LedgerError if another rank sees lines that rank 0's ledger lacks: those of earlier runs would not count.
+
+    torchrun may start rank 0 on another machine than before.
+    """
+    held = {None} if seen is None else {None, LedgerContents.last_hash, *seen.hashes}
+    for rank, last in enumerate(others):
+        if last not in held:
+            raise LedgerError(
+                f"ledger={str(ledger)!r}: rank {rank} was given a ledger, or sees one with lines, that rank 0 lacks. "
+                "Rank 0 writes it, and the steps in those lines would not count: give every rank the same path, on "
+                "storage that all machines share"
+            )

@@ -18,14 +18,20 @@ def check_same_run(
     Args:
         ranks: the processes.
         constants: what defines the run, by name: values with a repr that shows all of them.
-        tensors: name, tensor and whether it is trained, of all parameters and buffers. Of trained ones only shape and
-            dtype are compared, and of sharded ones (`shard_frozen` compares their values while each rank has all).
+        tensors: name, tensor and whether it is trained, of all parameters and buffers. Of trained ones only shape,
+            dtype and device are compared, and of sharded ones shape and dtype (`shard_frozen` compares their values
+            while each rank has all).
     """
     if ranks.size == 1:
         return
     facts: dict[str, Any] = {name: repr(value) for name, value in constants.items()}
+    # By numbers: each rank has devices of its own, and exchanges the parameters of each apart.
+    devices: dict[torch.device, int] = {}
     for name, tensor, trained in tensors:
-        kind = f"{'trained' if trained else 'not trained'}, {tensor.dtype}, {tuple(tensor.shape)}"
+        kind = f"not trained, {tensor.dtype}, {tuple(tensor.shape)}"
+        if trained:
+            number = devices.setdefault(tensor.device, len(devices))
+            kind = kind.removeprefix("not ") + f", on {tensor.device.type} (device {number} of the model's)"
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
         facts[f"model's {name}"] = kind if trained or not plain else f"{kind}, bits {bits_of(tensor)}"
     ranks.check_same(SET_UP, facts)

@@ -64,11 +64,12 @@ class Gathers:
     def take_part(self, mine: int, gather: Callable[[], None]) -> bool:
         """Say which module this rank needs, and take part in all gathers; whether there was any."""
         needed = sorted(set(self._ranks.numbers(mine)) - {_NONE})
-        for index in needed:
-            if index == mine:
-                gather()
-            else:
-                self._gatherers[index].contribute(self._ranks.size)
+        with self._ranks.exchanging():  # memory may run out on one rank, which then repeats its micro-batch
+            for index in needed:
+                if index == mine:
+                    gather()
+                else:
+                    self._gatherers[index].contribute(self._ranks.size)
         return bool(needed)
 
 

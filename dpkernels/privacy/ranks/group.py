@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 # Operations in which all ranks must meet. A rank that enters another one is reported by name.
 SET_UP, STEP, STATE, LOAD = "make_private", "optimizer.step", "optimizer.state_dict", "load_state_dict"
-SHARD = "shard_frozen"
-_OPERATIONS = (SET_UP, STEP, STATE, LOAD, SHARD)
+SHARD, WAIT = "shard_frozen", "wait_for_ranks"
+_OPERATIONS = (SET_UP, STEP, STATE, LOAD, SHARD, WAIT)
 _HINTS = {
     SET_UP: "Start every rank with the same script, data, arguments and versions, and build the model after "
     "torch.manual_seed, with one seed for all",
@@ -32,6 +32,15 @@ _HINTS = {
 
 BEFORE_WAITING: "WeakKeyDictionary[Any, Callable[[], None]]" = WeakKeyDictionary()
 """By process group, what a process does before it waits for the others of it, until all wait: see `gathers`."""
+
+_BROKEN: "WeakSet[Any]" = WeakSet()
+"""Process groups in which this process left an exchange before its end: see `Ranks.exchanging`."""
+
+
+_FORKED = (
+    "this process was forked from a process of a run on several: it is none of them. Train in the processes that "
+    "torchrun started"
+)
 
 
 class RanksError(UserError, RuntimeError):
@@ -80,16 +89,40 @@ class Ranks:
                 check_joined(None)
             return
         if os.getpid() != self._pid:
-            raise RuntimeError(
-                "this process was forked from a process of a run on several: it is none of them. Train in the "
-                "processes that torchrun started"
-            )
+            raise RuntimeError(_FORKED)
         alive = dist.is_initialized() and dist.get_rank(self.group) == self.rank
         if not alive or dist.get_world_size(self.group) != self.size:
             raise RuntimeError(
                 f"the process group changed since make_private, which ran on {self.size} processes: sampling, divisor "
                 "and noise belong to these. Start the run again; it resumes from its last checkpoint"
             )
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """An exchange that the other ranks wait for: after an exception within it, this process sends nothing more.
+
+        The others still wait for this rank's part of it. They would take whatever it sends next for that part (gloo
+        accepts a message that is too short, and ends the process at one that is too long), so that they have to reach
+        their timeout instead.
+
+        Raises:
+            RanksError: an earlier exchange was left, or this process was forked from the one that joined the group.
+        """
+        if self.size == 1:
+            yield
+            return
+        if os.getpid() != self._pid:
+            raise RanksError(_FORKED)
+        if self.group in _BROKEN:
+            raise RanksError(
+                f"rank {self.rank} left an earlier exchange with the other ranks before its end, and exchanges nothing "
+                "more: start the run again; it resumes from its last checkpoint"
+            )
+        try:
+            yield
+        except BaseException:
+            _BROKEN.add(self.group)
+            raise
 
     @contextmanager
     def meeting(self, operation: str, facts: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
@@ -151,12 +184,13 @@ class Ranks:
             return function()
         told: list[Any] = [None]
         failure: Exception | None = None
-        if self.is_first:
-            try:
-                told = [(True, function())]
-            except Exception as error:  # noqa: BLE001  as above
-                failure, told = error, [(False, _sendable(error))]
-        self._told(dist.broadcast_object_list, told, self._first)
+        with self.exchanging():  # an interrupt may come while the others wait for the result
+            if self.is_first:
+                try:
+                    told = [(True, function())]
+                except Exception as error:  # noqa: BLE001  as above
+                    failure, told = error, [(False, _sendable(error))]
+            self._told(dist.broadcast_object_list, told, self._first)
         if failure is not None:
             raise failure
         succeeded, result = told[0]
@@ -203,14 +237,15 @@ class Ranks:
         self._sent(collective, *arguments)
 
     def _sent(self, collective: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            collective(*arguments, group=self._facts)
-        except RuntimeError as error:
-            raise RanksError(
-                f"rank {self.rank} lost the others: one of them ended, or none answered for "
-                f"{timeout_of(self._facts).total_seconds():.0f} s (the timeout of init_process_group). Start the run "
-                f"again; it resumes from its last checkpoint. torch's error: {error}"
-            ) from error
+        with self.exchanging():
+            try:
+                collective(*arguments, group=self._facts)
+            except RuntimeError as error:
+                raise RanksError(
+                    f"rank {self.rank} lost the others: one of them ended, or none answered for "
+                    f"{timeout_of(self._facts).total_seconds():.0f} s (the timeout of init_process_group). Start the "
+                    f"run again; it resumes from its last checkpoint. torch's error: {error}"
+                ) from error
 
 
 def _sendable(error: Exception) -> Exception:

@@ -14,7 +14,7 @@ from dpkernels.privacy.guards.model import ModelGuard
 from dpkernels.privacy.guards.preconditions import check_losses
 from dpkernels.privacy.ranks.agreement import bits_of
 from dpkernels.privacy.ranks.exchange import Exchange
-from dpkernels.privacy.ranks.group import STATE, STEP, Ranks
+from dpkernels.privacy.ranks.group import LOAD, STATE, STEP, Ranks
 from dpkernels.privacy.ranks.pieces import Piece, cut, owners
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, grid_of
@@ -65,7 +65,8 @@ class DPOptimizer(WrappedOptimizer):
         expected_batch_size: the public constant the noised sum is divided by.
         batch_bound: largest logical batch that the sensitivity is stated for.
         stream: the source of the noise.
-        spend: counts a step durably, or raises; called before a step changes anything.
+        before_step: raises if the step must not be taken; called on each rank before any of them counts it.
+        spend: counts a step durably, or raises on all ranks; called before a step changes anything.
         steps: returns the number of steps counted.
         ranks: the processes of the run.
         seeds: the global generators' secret seeds; None in tests with fixed seeds.
@@ -83,6 +84,7 @@ class DPOptimizer(WrappedOptimizer):
         expected_batch_size: int,
         batch_bound: int,
         stream: SecretStream,
+        before_step: Callable[[], None],
         spend: Callable[[], None],
         steps: Callable[[], int],
         ranks: Ranks,
@@ -95,6 +97,7 @@ class DPOptimizer(WrappedOptimizer):
         self.expected_batch_size = expected_batch_size
         self._strategy = strategy
         self._stream = stream
+        self._before_step = before_step
         self._spend = spend
         self._guard = ModelGuard(model, strategy.tape, optimizer, seeds if noise_multiplier > 0 else None)
         self._rows = RowCheck(strategy.tape)
@@ -108,6 +111,7 @@ class DPOptimizer(WrappedOptimizer):
         self._exchange = Exchange(ranks, owned)
         self._shards = StateShards(ranks, self._exchange, self._trained, self._spans)
         self._drawn = 0  # a digest of the open logical batch
+        self._taken = 0  # steps in this process, since the last load_state_dict
         self._diverged = False
         self._fused = False
         self.keep_gradients = False
@@ -163,15 +167,21 @@ class DPOptimizer(WrappedOptimizer):
 
     def _whole_state(self) -> Mapping[Any, dict[str, Any]]:
         """The state of which every rank holds a part; {} if every rank holds all of it."""
+        self._check_not_diverged()
         with self._ranks.meeting(STATE, self._facts):
-            self._check_not_diverged()
+            pass
         return self._shards.whole()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the wrapped optimizer's state, from this class's or torch's own state_dict."""
-        self._shards.by_parameter.clear()
-        self.original_optimizer.load_state_dict(state_dict)
-        restore_wide_states(self.original_optimizer, state_dict)
+        """Load the wrapped optimizer's state, from this class's or torch's own state_dict.
+
+        With several processes it is a collective operation: call it on every rank, with the same state.
+        """
+        with self._ranks.meeting(LOAD, lambda: {"optimizer's state": _bits_of_state(state_dict)}):
+            self._shards.by_parameter.clear()
+            self.original_optimizer.load_state_dict(state_dict)
+            restore_wide_states(self.original_optimizer, state_dict)
+        self._taken = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
         """Refused: the trained parameters are fixed when the model is made private."""
@@ -294,8 +304,10 @@ class DPOptimizer(WrappedOptimizer):
                 "step(closure) is refused: a closure evaluates the loss within the step, without clipping and noise. "
                 "Call optimizer.backward(losses), then step()."
             )
+        self._ranks.check_unchanged()
+        self._check_not_diverged()  # alone: the others may wait for what this rank did not send
         with self._ranks.meeting(STEP, self._facts):
-            self._check_not_diverged()
+            self._before_step()
             self._batch.check_whole()
             self._guard.before_step()
             self._batch.check_complete()
@@ -304,31 +316,34 @@ class DPOptimizer(WrappedOptimizer):
         self._guard.at_step()
         self._diverged = self._ranks.size > 1  # until the step is complete
         try:
-            draw = self._stream.next_draw()
-            self._last_seen = self._batch.seen
-            self._exchange.sums_to_owners(self._sums())
-            result = None
-            if self._fused:
-                self._fused_step(draw)
-            else:
-                result = self._unfused_step(draw)
+            with self._ranks.exchanging():
+                draw = self._stream.next_draw()
+                self._last_seen = self._batch.seen
+                self._exchange.sums_to_owners(self._sums())
+                result = None
+                if self._fused:
+                    self._fused_step(draw)
+                else:
+                    result = self._unfused_step(draw)
             self._diverged = False
             return result
         finally:
             # The same batch is never released twice, also if the wrapped step failed.
             self._batch.close()
             self._rows.note_step()
+            self._taken += 1
 
     def _facts(self) -> dict[str, Any]:
-        """What must be the same on all ranks. Reading the parameters takes time: before the 1st, 2nd, 4th, ... step."""
-        steps = self._steps()
+        """What must be the same on all ranks. Reading the parameters takes time: before the 1st, 2nd, 4th, ... step of
+        this process, or since it loaded a checkpoint."""
         facts: dict[str, Any] = {
-            "steps counted": steps,
+            "steps counted": self._steps(),
             "drawn batch": self._drawn,
             "fused step": self._fused,
             "learning rates": [float(group["lr"]) for group in self.param_groups],
+            "optimizer.keep_gradients": self.keep_gradients,  # one exchange more
         }
-        if not steps & (steps - 1):
+        if not (self._taken + 1) & self._taken:
             facts["trained parameters"] = [bits_of(parameter) for parameter in self._trained]
         return facts
 
@@ -430,6 +445,16 @@ class DPOptimizer(WrappedOptimizer):
         gradients = [total.to(p.dtype, copy=True) for total, p in zip(sums, self._trained, strict=True)]
         self._exchange.to_all(gradients)
         return dict(zip(self._trained, gradients, strict=True))
+
+
+def _bits_of_state(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """An optimizer's state with the bits of its tensors in their place."""
+    return {
+        number: {
+            name: bits_of(value) if isinstance(value, Tensor) else value for name, value in state.items()
+        }
+        for number, state in state_dict["state"].items()
+    }
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from tests.plant.data import Fault, Line
 
 _SAME = "tests/privacy/ranks/test_same_update.py::test_processes_take_the_step_of_one"
 _SETTING = "tests/privacy/ranks/test_same_update.py::test_in_every_setting"
+_MISUSE = "tests/privacy/ranks/test_misuse.py"
 _STEP = "tests/privacy/ranks/test_agreement.py::test_a_step_that_one_rank_must_not_take_is_taken_by_none"
 
 LINES = (
@@ -24,6 +25,13 @@ LINES = (
             "tests/privacy/ranks/test_agreement.py::test_a_step_without_a_fault_is_counted_by_all_and_written_once": "a step is counted by all ranks and written once",
             "tests/privacy/ranks/test_agreement.py::test_a_group_that_comes_up_later_is_refused_and_costs_nothing": "a process group that comes up after make_private is refused",
             "tests/privacy/ranks/test_agreement.py::test_torchrun_without_a_process_group_is_refused": "processes of torchrun that do not know one another are refused",
+            f"{_MISUSE}::test_what_one_rank_does_alone_is_refused_on_all": "what one rank does alone is refused on all, and costs nothing",
+            f"{_MISUSE}::test_a_rank_that_left_an_exchange_sends_nothing_more": "a rank that failed within an exchange sends nothing that others would take for its part",
+            f"{_MISUSE}::test_a_forked_process_does_not_talk_for_its_parent": "a forked process does not talk for its parent",
+            f"{_MISUSE}::test_parameters_are_compared_when_a_run_resumes": "parameters are compared when a run resumes, whatever its ledger counts",
+            f"{_MISUSE}::test_parameters_in_another_order_are_refused": "parameters in another order are refused",
+            f"{_MISUSE}::test_a_ledger_that_rank_0_does_not_see_is_refused": "steps in a ledger that rank 0 does not see are not forgotten",
+            f"{_MISUSE}::test_augmented_examples_in_another_order_are_told_apart": "augmented examples in another order are told apart",
             "tests/privacy/step/test_clipping.py::test_slack_covers_its_derivation_and_reaches_the_noise": "the sensitivity counts the additions of the ranks' sums",
         },
         faults=(
@@ -155,8 +163,50 @@ LINES = (
                 "tests/privacy/step/test_clipping.py::test_slack_covers_its_derivation_and_reaches_the_noise",
             ),
             Fault(
+                "an exchange more on one rank",
+                "dpkernels/privacy/step/optimizer.py",
+                '            "optimizer.keep_gradients": self.keep_gradients,  # one exchange more\n',
+                "",
+                f"{_MISUSE}::test_what_one_rank_does_alone_is_refused_on_all[keep_gradients-optimizer.keep_gradients: False on rank 0, True on rank 1]",
+            ),
+            Fault(
+                "a rank that goes on after an exchange that it left",
+                "dpkernels/privacy/ranks/group.py",
+                "            _BROKEN.add(self.group)\n",
+                "",
+                f"{_MISUSE}::test_a_rank_that_left_an_exchange_sends_nothing_more[OutOfMemoryError]",
+            ),
+            Fault(
+                "a ledger of another machine that is not looked at",
+                "dpkernels/privacy/accounting/budget.py",
+                "            _check_longest(ledger, seen, others)\n",
+                "",
+                f"{_MISUSE}::test_a_ledger_that_rank_0_does_not_see_is_refused[longer]",
+            ),
+            Fault(
+                "an order of parameters that is not compared",
+                "dpkernels/privacy/setup.py",
+                "        **_orders(run),\n",
+                "",
+                f"{_MISUSE}::test_parameters_in_another_order_are_refused[False-order of trained parameters]",
+            ),
+            Fault(
+                "augmented examples that are not compared",
+                "dpkernels/privacy/sampling/digests.py",
+                "    with same_draws(0):\n        return",
+                "    if True:\n        return",
+                f"{_MISUSE}::test_augmented_examples_in_another_order_are_told_apart[False]",
+            ),
+            Fault(
+                "parameters that are compared by the steps of the ledger",
+                "dpkernels/privacy/step/optimizer.py",
+                "if not (self._taken + 1) & self._taken:",
+                "if not self._steps() & (self._steps() - 1):",
+                f"{_MISUSE}::test_parameters_are_compared_when_a_run_resumes",
+            ),
+            Fault(
                 "a group that is not looked at in a step",
-                "dpkernels/privacy/engine.py",
+                "dpkernels/privacy/step/optimizer.py",
                 "        self._ranks.check_unchanged()\n",
                 "",
                 "tests/privacy/ranks/test_agreement.py::test_a_group_that_comes_up_later_is_refused_and_costs_nothing",
