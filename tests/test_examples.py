@@ -33,7 +33,7 @@ SHOWN = {
     "strategies": r"the same update with every strategy",
 }
 # The others take seconds. What they use has tests of its own; see also `test_names_of_this_project_are_there`.
-QUICK = ("custom_layer", "resume", "strategies")
+QUICK = ("custom_layer", "resume", "several_processes", "strategies")
 FLAGS = {"image_classifier": ["--steps", "4"], "gpt2_lora": ["--steps", "4"]}
 NEEDS = {
     "gpt2_lora": "peft",

@@ -155,7 +155,7 @@ def _shared(device: str) -> Iterator[None]:
         return
     with (
         mock.patch.object(exchange, "_REDUCE_SCATTER", staged(exchange._REDUCE_SCATTER)),
-        mock.patch.object(exchange, "_ALL_GATHER", staged(exchange._ALL_GATHER)),
+        mock.patch.object(exchange, "ALL_GATHER", staged(exchange.ALL_GATHER)),
     ):
         yield
 

@@ -70,7 +70,7 @@ def plan(parameters: Sequence[Tensor], processes: int) -> Plan:
         return Plan(entries, 1, len(pieces), 0, 0, 0)
     owned = owners(pieces, processes)
     lengths = [sum(piece.entries for piece in of_rank) for of_rank in owned]
-    row = max(1, min(max(lengths), exchange.STAGED_BYTES // (SUM_BYTES * processes)))
+    row = exchange.row_of(owned)
     rounds = math.ceil(max(lengths) / row)
     copies = sum(len(slices) for rows in exchange._rounds(owned, row) for slices in rows)
     return Plan(entries, processes, len(pieces), rounds, rounds * row * processes, copies)
@@ -121,7 +121,7 @@ def watched(optimizer: DPOptimizer) -> Iterator[Watch]:
     ranks, moves = optimizer._ranks, optimizer._exchange
     with (
         mock.patch.object(exchange, "_REDUCE_SCATTER", watch.counted("sums", exchange._REDUCE_SCATTER)),
-        mock.patch.object(exchange, "_ALL_GATHER", watch.counted("results", exchange._ALL_GATHER)),
+        mock.patch.object(exchange, "ALL_GATHER", watch.counted("results", exchange.ALL_GATHER)),
         mock.patch.object(moves, "sums_to_owners", watch.timed("in", moves.sums_to_owners)),
         mock.patch.object(moves, "to_all", watch.timed("out", moves.to_all)),
         mock.patch.object(ranks, "_told", watch.timed("facts", ranks._told)),

@@ -45,12 +45,7 @@ class Exchange:
     def __init__(self, ranks: Ranks, owned: Sequence[Sequence[Piece]]) -> None:
         self._ranks = ranks
         self._owned = owned
-        longest = max(sum(piece.entries for piece in pieces) for pieces in owned)
-        largest = max(1, STAGED_BYTES // (8 * ranks.size))
-        rounds = max(1, math.ceil(longest / largest))
-        self._row = max(
-            1, math.ceil(longest / rounds)
-        )  # rounds of one size: the last is padded by a few entries
+        self._row = row_of(owned)
         self._rounds = list(_rounds(owned, self._row))
 
     def sums_to_owners(self, sums: Sequence[Tensor]) -> None:
@@ -108,6 +103,15 @@ class Exchange:
 # torch 2.13's names, and those before
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def row_of(owned: Sequence[Sequence[Piece]]) -> int:
+    """Entries of each rank in a round: as many as fit into STAGED_BYTES, and the same in all rounds, so that the last
+    one is padded by a few entries only."""
+    longest = max(sum(piece.entries for piece in pieces) for pieces in owned)
+    largest = max(1, STAGED_BYTES // (8 * len(owned)))
+    rounds = max(1, math.ceil(longest / largest))
+    return max(1, math.ceil(longest / rounds))
 
 
 def _rounds(owned: Sequence[Sequence[Piece]], row: int) -> Iterator[list[list[_Slice]]]:
