@@ -20,7 +20,8 @@ from tests.privacy.private_run import Net, losses_of
 from tests.privacy.ranks.jobs import a_run, steps_of
 from tests.privacy.ranks.processes import Failure, Processes
 
-DATA = TensorDataset(torch.randn(20, 4, 6), torch.randint(0, 3, (20,)))
+SEED = torch.Generator().manual_seed(4)  # every process has the same data
+DATA = TensorDataset(torch.randn(20, 4, 6, generator=SEED), torch.randint(0, 3, (20,), generator=SEED))
 
 
 def a_net() -> Net:
