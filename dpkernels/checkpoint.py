@@ -6,6 +6,7 @@ The privacy budget spent is in the ledger alone.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,9 +158,10 @@ def _read(path: Path) -> Checkpoint:
     # weights_only: reading a checkpoint must not run code from it.
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # no fault of the file
-        raise
-    except Exception as error:  # a damaged file raises almost anything
+    except Exception as error:  # a damaged file raises almost anything, also EINVAL where it is too short
+        unreadable = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if unreadable or isinstance(error, MemoryError):  # no fault of the file
+            raise
         raise DamagedCheckpoint(f"checkpoint {path} is damaged, or not a checkpoint") from error
     version = values.pop("format", None) if isinstance(values, dict) else None
     if isinstance(version, int) and version != FORMAT:

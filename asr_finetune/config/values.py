@@ -21,8 +21,7 @@ from dpkernels.errors import UserError
 _SET_NAME = re.compile(r"[\w-]+")  # it is a part of file names
 PLACEHOLDER = "..."  # stands in a printed configuration for a value that only the user knows
 # Options of every section. The text under a field is its help, which `--print-config` shows.
-# Validators are built when a section is first made: `--help` needs the fields only.
-CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True)
+CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ConfigError(UserError, ValueError):

@@ -71,7 +71,7 @@ def of_speakers(first: Corpus, other: Corpus) -> list[str]:
 
 
 def _name(item: Utterance) -> tuple[str, str, float]:
-    return item.id, item.text, round(item.seconds, 2)
+    return item.id.removeprefix(item.origin), item.text, round(item.seconds, 2)
 
 
 def _content(item: Utterance) -> bytes | None:

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from asr_finetune.data.utterance import Utterance
 
@@ -26,40 +27,35 @@ def same_audio(utterances: Sequence[Utterance]) -> list[Hashable]:
     Raises:
         OSError: a file can no longer be read.
     """
-    files = {_source(item): item for item in utterances}  # of a file of many pieces, one utterance
-    alike: dict[Hashable, Hashable] = dict.fromkeys(files)  # equal where the compared parts are equal
+    alike: dict[Path, Hashable] = {}  # equal for files whose compared parts are equal
+    alike |= dict.fromkeys(item.path for item in utterances if item.path is not None)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for part in _PARTS:
-            counts = Counter(alike.values())
-            left = [source for source, label in alike.items() if counts[label] > 1]
-            for source, value in zip(
-                left, threads.map(part, [files[source] for source in left]), strict=True
-            ):
-                alike[source] = (alike[source], value)
-    return [alike[_source(item)] for item in utterances]
+        if any(item.path is None for item in utterances):  # of bytes elsewhere only the digest is at hand
+            alike = dict(zip(alike, threads.map(_whole, alike), strict=True))
+        else:
+            for part in _PARTS:
+                counts = Counter(alike.values())
+                left = [path for path, label in alike.items() if counts[label] > 1]
+                for path, value in zip(left, threads.map(part, left), strict=True):
+                    alike[path] = (alike[path], value)
+    return [item.digest if item.path is None else alike[item.path] for item in utterances]
 
 
-def _source(item: Utterance) -> Hashable:
-    return item.path if item.path is not None else item.digest
+def _size(path: Path) -> Hashable:
+    return path.stat().st_size
 
 
-def _size(item: Utterance) -> Hashable:
-    return os.stat(item.path).st_size if item.path is not None else item.digest
-
-
-def _middle(item: Utterance) -> bytes:
-    if item.path is None:
-        return b""
-    with item.path.open("rb") as file:
-        file.seek(max(item.path.stat().st_size - _PIECE, 0) // 2)
+def _middle(path: Path) -> Hashable:
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _PIECE, 0) // 2)
         return file.read(_PIECE)
 
 
-def _whole(item: Utterance) -> bytes | None:
-    return digest(item.path.read_bytes()) if item.path is not None else item.digest
+def _whole(path: Path) -> Hashable:
+    return digest(path.read_bytes())
 
 
-_PARTS: tuple[Callable[[Utterance], Hashable], ...] = (_size, _middle, _whole)
+_PARTS: tuple[Callable[[Path], Hashable], ...] = (_size, _middle, _whole)
 
 
 def digest(content: bytes) -> bytes:

@@ -61,16 +61,16 @@ def load_corpus(source: Source, *, split: Split = None, data: DataConfig) -> Cor
         for record in _records(name, part, data):
             if not speaks(record.speaker):
                 continue
-            result = _utterance(replace(record, id=label + record.id), data, headers)
+            result = _utterance(replace(record, id=label + record.id), data, headers, label)
             if isinstance(result, Problem):
                 problems.append(result)
             else:
                 utterances.append(result)
     corpus = require_utterances(Corpus(utterances, problems, ", ".join(sources))).distinct()
-    return replace(corpus, copied=tuple(_copied(corpus, _labels(sources))))
+    return replace(corpus, copied=tuple(_copied(corpus)))
 
 
-def _copied(corpus: Corpus, labels: Sequence[str]) -> Iterator[str]:
+def _copied(corpus: Corpus) -> Iterator[str]:
     """Names of the utterances with the name, transcript and length of one in another source.
 
     They are noted and kept: two people's recordings may agree in these, and whether one person's is an example may not
@@ -78,8 +78,8 @@ def _copied(corpus: Corpus, labels: Sequence[str]) -> Iterator[str]:
     """
     found: dict[tuple[str, str, float], str] = {}
     for item in corpus.utterances:
-        label = next(label for label in labels if item.id.startswith(label))
-        if found.setdefault((item.id.removeprefix(label), item.text, round(item.seconds, 2)), label) != label:
+        described = item.id.removeprefix(item.origin), item.text, round(item.seconds, 2)
+        if found.setdefault(described, item.origin) != item.origin:
             yield item.name
 
 
@@ -157,7 +157,7 @@ def _speaker_filter(data: DataConfig) -> Callable[[str | None], bool]:
 
 
 def _utterance(
-    record: Record, data: DataConfig, headers: Callable[[Path | bytes], tuple[float, str]]
+    record: Record, data: DataConfig, headers: Callable[[Path | bytes], tuple[float, str]], origin: str
 ) -> Utterance | Problem:
     def problem(reason: str) -> Problem:
         return Problem(record.id, reason, record.place)
@@ -205,6 +205,7 @@ def _utterance(
         encoded=record.encoded,
         place=record.place,
         digest=digest(source) if isinstance(source, bytes) else None,
+        origin=origin,
         piece=piece,
         doubts=[doubt] if doubt else [],
     )

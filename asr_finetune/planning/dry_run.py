@@ -160,7 +160,7 @@ class _DryRun(Run):
         assert privacy.delta is not None  # check_trainable ensures it
         sampling = sampling_of(config, self.corpus)
         ledger = self.folder.ledger
-        if self.origin is not None and self.origin.same_data and not ledger.exists():
+        if self.origin is not None and self.origin.begins(ledger):
             ledger = self.origin.folder.ledger
             steps += self.origin.steps
         started = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []

@@ -82,7 +82,7 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         "ledger": ledger,
         "data": data,
         "second_opinion": _second_opinion(privacy) if private else None,
-        "unit": {"example": "recording", "speaker": "speaker"}.get(privacy["unit"], "recording"),
+        "unit": "speaker" if privacy["unit"] == "speaker" else "piece" if data.get("pieces") else "recording",
         "model": model,
         "origin": run.get("origin"),
         "method": _settings(run["method"], ("kind", "rank", "alpha", "dropout", "targets", "layers")),

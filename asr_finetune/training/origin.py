@@ -6,7 +6,6 @@ the first run's, and every step of both is in ε. On other recordings each run h
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import fingerprint
 from asr_finetune.training.run_folder import RunFolder
 from asr_finetune.training.sampling import units
+from dpkernels.files import write_atomically
 from dpkernels.privacy import read_ledger
 
 
@@ -48,10 +48,15 @@ class Origin:
         )
         return f"run {name}, without privacy: no ε protects the recordings that it was trained on{unknown}"
 
+    def begins(self, ledger: Path) -> bool:
+        """Whether a run's ledger is to begin with the earlier run's steps; one that counts steps has begun."""
+        return self.same_data and not (ledger.exists() and read_ledger(ledger).steps)
+
     def continue_ledger(self, ledger: Path) -> None:
-        """Begin a ledger as a copy of the earlier run's, unless it has begun."""
-        if self.same_data and not ledger.exists():
-            shutil.copyfile(self.folder.ledger, ledger)
+        """Begin a ledger as a copy of the earlier run's, as a whole or not at all, unless it has begun."""
+        if self.begins(ledger):
+            content = self.folder.ledger.read_bytes()
+            write_atomically(ledger, lambda file: file.write(content))
 
 
 def run_of(model: str) -> RunFolder | None:

@@ -103,13 +103,14 @@ def _data_record(config: Config, count: int | None, fingerprint: str | None) -> 
     data = config.data
     return {
         "source": _shown(data.train),
-        "split": data.train_split,
+        "split": _shown(data.train_split),
         "units": count,
+        "pieces": data.pieces == "examples" and config.privacy.unit == "example",
         "fingerprint": fingerprint,
         "test": _shown(data.test),
         "test_split": data.test_split,
         "valid": _shown(data.valid) if config.train.eval_every else None,
-        "valid_split": data.valid_split if config.train.eval_every else None,
+        "valid_split": _shown(data.valid_split) if config.train.eval_every else None,
         "filters": _filters(data),
     }
 
@@ -127,12 +128,12 @@ def _filters(data: DataConfig) -> list[str]:
 
 
 def _shown(source: Any) -> Any:
-    """A source without the folders of this machine; several training sets with a plus sign, test sets by name."""
+    """A source without the folders of this machine; several with plus signs, test sets by name."""
     if isinstance(source, dict):
         return {name: _shown(one) for name, one in source.items()}
     if source is None or isinstance(source, str):
         return Path(source).name if source is not None and Path(source).is_absolute() else source
-    return " + ".join(str(_shown(one)) for one in source)
+    return " + ".join(_shown(one) or "all" for one in source)
 
 
 def _curve_start(config: Config, evaluation: dict[str, Any]) -> float | None:

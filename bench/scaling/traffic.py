@@ -121,7 +121,7 @@ def watched(optimizer: DPOptimizer) -> Iterator[Watch]:
     ranks, moves = optimizer._ranks, optimizer._exchange
     with (
         mock.patch.object(exchange, "_REDUCE_SCATTER", watch.counted("sums", exchange._REDUCE_SCATTER)),
-        mock.patch.object(exchange, "_ALL_GATHER", watch.counted("results", exchange._ALL_GATHER)),
+        mock.patch.object(exchange, "ALL_GATHER", watch.counted("results", exchange.ALL_GATHER)),
         mock.patch.object(moves, "sums_to_owners", watch.timed("in", moves.sums_to_owners)),
         mock.patch.object(moves, "to_all", watch.timed("out", moves.to_all)),
         mock.patch.object(ranks, "_told", watch.timed("facts", ranks._told)),

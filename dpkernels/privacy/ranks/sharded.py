@@ -163,8 +163,14 @@ def shard_frozen(
 ) -> list[str]:
     """Keep 1/R of every frozen weight on each of R processes, by torch's fully_shard: gathered block by block in use.
 
+<<<<<<< HEAD
     Call it on every rank, after the trained parameters are chosen (PEFT, `requires_grad_`) and before the optimizer
     is built and `make_private` is called. Trained parameters stay as they are. With one process nothing changes.
+=======
+    Call it on every rank, after the trained parameters are chosen (PEFT, requires_grad_) and before the optimizer is
+    built and `make_private` is called. Trained parameters stay as they are, and so do frozen factors of LoRA adapters,
+    which are saved with the trained ones. With one process nothing changes.
+>>>>>>> h/par
 
     It calls `fully_shard` on each block and on the model with what a private run needs: the trained parameters in
     `ignored_params`, and a mesh of the run's processes. It also compares the ranks' weights first. fully_shard takes
@@ -204,12 +210,18 @@ def shard_frozen(
     from torch.distributed.fsdp import fully_shard
 
     mesh = DeviceMesh.from_group(ranks.group, devices.pop())
-    # fully_shard cannot cut a scalar or a strided view: these stay whole, like the trained parameters.
-    whole = {p for p in model.parameters() if p.requires_grad or p.dim() == 0 or not p.is_contiguous()}
+    whole = {parameter for name, parameter in model.named_parameters() if _stays_whole(name, parameter)}
     for block in chosen.values():
         fully_shard(block, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     return list(chosen)
+
+
+def _stays_whole(name: str, parameter: nn.Parameter) -> bool:
+    """Whether `shard_frozen` leaves a parameter out: a trained one; a frozen factor of an adapter, which is small and
+    saved with the others; a scalar and a strided view, which fully_shard cannot cut."""
+    adapter = "lora_" in name
+    return parameter.requires_grad or adapter or parameter.dim() == 0 or not parameter.is_contiguous()
 
 
 def _blocks(model: nn.Module, blocks: Iterable[nn.Module] | None) -> dict[str, nn.Module]:

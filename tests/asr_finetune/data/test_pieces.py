@@ -13,6 +13,7 @@ from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.data.audio import read_audio
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import shared_recordings
+from asr_finetune.training.record import data_record
 from asr_finetune.training.sampling import units
 from tests.asr_finetune.recordings import RATE, manifest, noise, read, reasons, texts, write
 
@@ -95,6 +96,8 @@ def test_several_pieces_of_a_recording_are_examples_only_where_that_is_said(tmp_
     ):
         units(config(), corpus)
     assert units(config(pieces="examples"), corpus) == 3
+    assert data_record(config(pieces="examples"), corpus, "")["pieces"]  # the report says so
+    assert not data_record(config(**SPEAKERS), corpus, "")["pieces"]
     assert units(config(**SPEAKERS), corpus) == 1
     assert units(config(enabled=False), corpus) == 3
     assert units(config(), read(kaldi(tmp_path / "one", {"a": "r1 0 0.5", "c": "r2 0 0.5"}))) == 2

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from asr_finetune.cli import app
 from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.data.provenance import shared_recordings
 from asr_finetune.data.sources import load_corpus
+from asr_finetune.training.record import data_record
 from tests.asr_finetune.recordings import manifest, options, reasons, texts, write
 
 
@@ -30,6 +33,16 @@ def test_ids_stay_apart(tmp_path: Path) -> None:
     assert texts(corpus) == {"all.jsonl/a": "A", "all.jsonl/b": "B", "y/c": "C", "y/d": "D"}
     assert not corpus.notes
     assert corpus.source == f"{first}, {second}"
+    config = Config.from_dict(
+        {
+            "model": {"name": "m"},
+            "data": {"train": [first, second], "train_split": [None, "dev"]},
+            "output": "o",
+        }
+        | {"privacy": {"enabled": False}}
+    )
+    shown = data_record(config, corpus, "")
+    assert (shown["source"], shown["split"]) == ("all.jsonl + y", "all + dev")
     chosen = load_corpus([first, second], split=[None, "dev"], data=options())
     assert len(chosen) == 4
     assert list(texts(load_corpus([first], data=options()))) == ["a", "b"]
@@ -63,6 +76,24 @@ def test_a_copy_in_another_format_is_noted(tmp_path: Path) -> None:
     assert "1 recordings have the name, transcript and length of one in another source" in note
     assert "2:all.jsonl/a" in note
     assert not load_corpus(first, data=options()).notes
+
+
+def test_a_file_and_the_same_bytes_in_a_table_are_one_recording(tmp_path: Path) -> None:
+    first = source(tmp_path / "x", "ab")
+    content = [(tmp_path / "x" / "b.wav").read_bytes(), write(tmp_path / "c.wav", seed=3).read_bytes()]
+    table = datasets.Dataset.from_dict({"audio": content, "text": ["B", "C"], "id": ["b", "c"]})
+    table.save_to_disk(str(tmp_path / "table"))
+    corpus = load_corpus([first, str(tmp_path / "table")], data=options())
+    assert list(texts(corpus)) == ["all.jsonl/a", "all.jsonl/b", "table/c"]
+    assert reasons(corpus)["table/b"] == "the same recording as one listed before: all.jsonl/b (all.jsonl:2)"
+
+
+def test_a_test_recording_is_found_in_several_sources(tmp_path: Path) -> None:
+    """As a copy in another format, too."""
+    sources, folder = [source(tmp_path / "x", "ab"), source(tmp_path / "y", "cd")], tmp_path / "z"
+    lines = [{"audio": write(folder / f"{n}.flac", seed=ord(n)).name, "text": n.upper()} for n in "ce"]
+    tested = load_corpus(str(manifest(folder, lines)), data=options())
+    assert shared_recordings(load_corpus(sources, data=options()), tested) == ["c"]
 
 
 def test_a_list_in_the_configuration() -> None:

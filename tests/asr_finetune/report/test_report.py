@@ -237,6 +237,15 @@ def test_run_without_noise_says_so(tmp_path: Path) -> None:
     assert "ε is infinite" in text
 
 
+@pytest.mark.parametrize("pieces", [True, False])
+def test_the_unit_is_a_piece_where_recordings_were_cut(tmp_path: Path, pieces: bool) -> None:
+    values = record()
+    values["data"]["pieces"] = pieces
+    text = visible(write_report(write_run(tmp_path / "run", values), tmp_path / "r.html").read_text())
+    for said in ("a piece of a recording with its transcript", "each piece joins a step", "one piece"):
+        assert (said in text) is pieces
+
+
 def test_careless_delta_is_marked(tmp_path: Path) -> None:
     values = record(delta=1e-3, epsilon=epsilon(SIGMA, RATE, STEPS, 1e-3))
     text = visible(write_report(write_run(tmp_path / "run", values), tmp_path / "r.html").read_text())

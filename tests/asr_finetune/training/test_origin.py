@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dpkernels.privacy import epsilon, read_ledger
 from dpkernels.rounding import shown_epsilon
 from tests.asr_finetune import tones
 from tests.asr_finetune.report.test_report import visible
+from tests.asr_finetune.training.test_train import Crash, at_step, crash
 
 SIGMA, RATE, DELTA, EARLIER = 3.0, 0.5, 1e-3, 4
 
@@ -134,9 +136,28 @@ def test_nothing_private_starts_from_the_same_recordings_without_privacy(
     assert "run plain, without privacy: no ε protects" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_killed_continuation_counts_everything(runs: Path) -> None:
-    from tests.asr_finetune.training.test_train import Crash, at_step, crash
+def test_a_ledger_without_steps_does_not_hide_the_earlier_ones(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that failed leaves a ledger with no step; a copy that a crash cut short would count too few."""
+    base = following(runs, model__name=str(runs / "model"))
+    with monkeypatch.context() as patch:
+        patch.setattr("asr_finetune.training.run.run_steps", crash)
+        with pytest.raises(Crash):
+            train(base, progress=False)
+    ledger = runs / "run" / "ledger.jsonl"
+    assert read_ledger(ledger).steps == 0
+    with monkeypatch.context() as patch:
+        replace = os.replace
+        patch.setattr(os, "replace", lambda *paths: crash() if Path(paths[1]) == ledger else replace(*paths))
+        with pytest.raises(Crash):
+            train(following(runs), progress=False)
+    assert read_ledger(ledger).steps == 0
+    train(following(runs), progress=False)
+    assert read_ledger(ledger).steps == EARLIER + 2
 
+
+def test_a_killed_continuation_counts_everything(runs: Path) -> None:
     config = following(runs)
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 1, crash)

@@ -29,6 +29,12 @@ LINES = (
             "tests/asr_finetune/data/test_repeats.py::test_rows_of_a_table_are_compared_by_their_bytes": "recordings in tables are compared by their bytes",
             "tests/asr_finetune/data/test_repeats.py::test_a_speaker_may_repeat_a_recording": "one speaker's repetitions are left out without an error",
             "tests/asr_finetune/data/test_repeats.py::test_a_recording_of_two_speakers_is_refused_where_speakers_are_protected": "a recording of two speakers is refused where speakers are the unit",
+            "tests/asr_finetune/data/test_pieces.py::test_several_pieces_of_a_recording_are_examples_only_where_that_is_said": "pieces of a recording count as examples only where that is said",
+            "tests/asr_finetune/data/test_pieces.py::test_no_sound_is_in_two_units": "pieces that share samples are refused",
+            "tests/asr_finetune/data/test_pieces.py::test_the_same_piece_again_is_one_example": "a piece that is listed twice is one example",
+            "tests/asr_finetune/data/test_several_sources.py::test_a_recording_in_two_sources_is_one_example_and_named": "a recording in two sources is one example",
+            "tests/asr_finetune/data/test_several_sources.py::test_a_file_and_the_same_bytes_in_a_table_are_one_recording": "also where one source has it as a file and another as bytes",
+            "tests/asr_finetune/data/test_several_sources.py::test_a_test_recording_is_found_in_several_sources": "a copy of a test recording is found in each of several sources",
             "tests/asr_finetune/data/test_provenance.py::test_other_recordings_of_training_speakers_are_not_public_where_speakers_are_protected": "validation data of training speakers is refused where speakers are the unit",
         },
         faults=(
@@ -182,7 +188,7 @@ LINES = (
             Fault(
                 "a recording as often as it is listed",
                 "asr_finetune/data/corpus.py",
-                "None if place == first else repeat",
+                "None if first is item else repeat",
                 "None",
                 "tests/asr_finetune/data/test_repeats.py::test_each_recording_is_kept_once_and_counted_once",
             ),
@@ -203,22 +209,58 @@ LINES = (
             Fault(
                 "rows of a table told apart by nothing",
                 "asr_finetune/data/repeats.py",
-                """else item.digest
-
-
-def _middle""",
-                """else item.id
-
-
-def _middle""",
+                "[item.digest if item.path is None",
+                "[item.id if item.path is None",
                 "tests/asr_finetune/data/test_repeats.py::test_rows_of_a_table_are_compared_by_their_bytes",
             ),
             Fault(
                 "one recording for two speakers",
                 "asr_finetune/data/corpus.py",
-                "if item.speaker != kept.speaker:",
+                "if item.speaker != first.speaker:",
                 "if False:",
                 "tests/asr_finetune/data/test_repeats.py::test_a_recording_of_two_speakers_is_refused_where_speakers_are_protected",
+            ),
+            Fault(
+                "pieces of a recording counted as recordings",
+                "asr_finetune/training/sampling.py",
+                'config.data.pieces == "refuse"',
+                "False",
+                "tests/asr_finetune/data/test_pieces.py::test_several_pieces_of_a_recording_are_examples_only_where_that_is_said",
+            ),
+            Fault(
+                "sound in two examples",
+                "asr_finetune/data/corpus.py",
+                "if _extent(b)[0] < _extent(a)[1]",
+                "if False",
+                "tests/asr_finetune/data/test_pieces.py::test_no_sound_is_in_two_units",
+            ),
+            Fault(
+                "sound of two speakers",
+                "asr_finetune/training/sampling.py",
+                "or pair[0].speaker != pair[1].speaker",
+                "or False",
+                "tests/asr_finetune/data/test_pieces.py::test_no_sound_is_in_two_units",
+            ),
+            Fault(
+                "a piece as often as it is listed",
+                "asr_finetune/data/corpus.py",
+                "setdefault(item.piece, item)",
+                "setdefault(item.name, item)",
+                "tests/asr_finetune/data/test_pieces.py::test_the_same_piece_again_is_one_example",
+            ),
+            Fault(
+                "a file and the same bytes in a table",
+                "asr_finetune/data/repeats.py",
+                "if any(item.path is None for item in utterances):",
+                "if False:",
+                "tests/asr_finetune/data/test_several_sources.py::test_a_file_and_the_same_bytes_in_a_table_are_one_recording",
+            ),
+            Fault(
+                "copies of training recordings told apart by the name of their source",
+                "asr_finetune/data/provenance.py",
+                "item.id.removeprefix(item.origin), item.text",
+                "item.id, item.text",
+                "tests/asr_finetune/data/test_several_sources.py::test_a_test_recording_is_found_in_several_sources",
             ),
             Fault(
                 "validation by training speakers",

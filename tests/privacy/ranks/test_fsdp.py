@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpkernels import swap
+from dpkernels import checkpoint, swap
 from dpkernels.privacy import back_propagate, shard_frozen
 from dpkernels.privacy.ranks.sharded import is_sharded, local_part
-from tests.privacy.private_run import losses_of
+from tests.privacy.private_run import Run, losses_of
 from tests.privacy.ranks.jobs import a_run, steps_of
 from tests.privacy.ranks.processes import Failure, Processes
 from tests.privacy.ranks.test_same_update import LENGTHS
+from tests.slow import slow_unless
 
 
 class Block(nn.Module):
@@ -70,9 +71,14 @@ def base_bytes(model: nn.Module) -> int:
     return sum(local_part(p).nbytes for p in model.parameters() if not p.requires_grad)
 
 
-def adapted(*, shard: Any = None, checkpointing: bool = False, seed: int = 3) -> nn.Module:
+def adapted(
+    *, shard: Any = None, checkpointing: bool = False, frozen: str | None = None, seed: int = 3
+) -> nn.Module:
     torch.manual_seed(seed)
     model = with_adapters(Model(checkpointing=checkpointing))
+    for name, parameter in model.named_parameters():
+        if frozen is not None and frozen in name:
+            parameter.requires_grad_(False)
     if shard is not None:
         shard_frozen(model, process_group=shard)
     return model
@@ -85,11 +91,12 @@ def trained(
     shard: bool,
     steps: int = 3,
     checkpointing: bool = False,
+    frozen: str | None = None,
     fails_on: int = -1,
     **settings: Any,
 ) -> dict[str, Any]:
     """Steps under a fixed key: the trained parameters, bytes of the base, and examples of each step."""
-    model = adapted(shard=group if shard else None, checkpointing=checkpointing)
+    model = adapted(shard=group if shard else None, checkpointing=checkpointing, frozen=frozen)
     if rank == fails_on:
         model.get_submodule("base_model.model.blocks.1.norm").register_forward_hook(out_of_memory)
     run = a_run(group, model=model, **settings)
@@ -100,7 +107,19 @@ def trained(
         "sharded": [n for n, p in model.named_parameters() if is_sharded(p)],
         "bytes": base_bytes(model),
         "examples": taken,
-        "state": run.optimizer.state_dict()["state"],
+        "saved": saved(run),
+    }
+
+
+def saved(run: Run) -> dict[str, Tensor]:
+    """What is saved of a run: PEFT's adapter, what a checkpoint keeps, and the optimizer's state, by name."""
+    from peft import get_peft_model_state_dict
+
+    states = run.optimizer.state_dict()["state"]
+    return {
+        **{f"adapter {name}": value for name, value in get_peft_model_state_dict(run.model).items()},
+        **{f"checkpoint {name}": value for name, value in checkpoint.kept_parameters(run.model).items()},
+        **{f"state {place} {name}": v for place, state in states.items() for name, v in state.items()},
     }
 
 
@@ -119,6 +138,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "of lengths": {"lengths": LENGTHS, "max_padded_frames": 20},
     "out of memory on rank 1": {"fails_on": 1},
     "bfloat16": {"dtype": torch.bfloat16},
+    "DP-RP": {"frozen": "lora_A"},
 }
 
 
@@ -135,10 +155,14 @@ def check_same(processes: Processes, size: int, settings: str) -> None:
     )
     for one, other in zip(whole, parts, strict=True):
         assert not one["sharded"]
-        assert other["sharded"] == list(other["base"])
+        assert other["sharded"] == [name for name in other["base"] if "lora_" not in name]
         assert one["examples"] == other["examples"]
         for name, value in one["parameters"].items():
             torch.testing.assert_close(other["parameters"][name], value, rtol=1e-6, atol=1e-7)
+        assert one["saved"].keys() == other["saved"].keys()
+        for name, value in one["saved"].items():
+            assert type(other["saved"][name]) in (Tensor, nn.Parameter), name
+            torch.testing.assert_close(other["saved"][name], value, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -150,11 +174,10 @@ QUICK = ("strategy=two_pass", "checkpointing", "empty ranks", "out of memory on 
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name],
+    ("settings", "size"), slow_unless(lambda name, _: name in QUICK, [(name, 2) for name in SETTINGS if name])
 )
-def test_in_every_setting(processes: Processes, settings: str) -> None:
-    check_same(processes, 2, settings)
+def test_in_every_setting(processes: Processes, settings: str, size: int) -> None:
+    check_same(processes, size, settings)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -299,8 +322,9 @@ def faulty(rank: int, group: Any, fault: str) -> Tensor:
     """A step with a fault; the whole weight after it."""
     when, write = {**FAULTS, **HARMLESS}[fault]
     model = adapted(shard=group)
-    # One example alone: its backward is not repeated, which autograd would refuse after a write.
-    run = a_run(group, model=model, physical_batch_size=1)
+    # One example alone: its backward is not repeated, which autograd would refuse after a write. All examples are
+    # drawn, and each rank has two, so that none waits for one that raised.
+    run = a_run(group, model=model, examples=4, batch_size=4, physical_batch_size=1)
     layer = model.get_submodule(BASE)
     hook = torch.no_grad()(write)
     if "forward" in when:
