@@ -163,14 +163,9 @@ def shard_frozen(
 ) -> list[str]:
     """Keep 1/R of every frozen weight on each of R processes, by torch's fully_shard: gathered block by block in use.
 
-<<<<<<< HEAD
-    Call it on every rank, after the trained parameters are chosen (PEFT, `requires_grad_`) and before the optimizer
-    is built and `make_private` is called. Trained parameters stay as they are. With one process nothing changes.
-=======
     Call it on every rank, after the trained parameters are chosen (PEFT, requires_grad_) and before the optimizer is
     built and `make_private` is called. Trained parameters stay as they are, and so do frozen factors of LoRA adapters,
     which are saved with the trained ones. With one process nothing changes.
->>>>>>> h/par
 
     It calls `fully_shard` on each block and on the model with what a private run needs: the trained parameters in
     `ignored_params`, and a mesh of the run's processes. It also compares the ranks' weights first. fully_shard takes
