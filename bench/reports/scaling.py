@@ -205,7 +205,7 @@ def _figure(saved: Saved) -> Figure:
     figure.text(
         0.012,
         0.93,
-        "from kernels measured on one, and published rates of NVLink and InfiniBand (nodes of 8)",
+        "from kernels measured on one (Parakeet's rate, by FLOPs) and published rates of the links; nodes of 8",
         color="#595959",
     )
     for column, recipe in enumerate(_SHOWN):

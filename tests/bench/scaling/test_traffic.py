@@ -7,13 +7,14 @@ import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.scaling.traffic import Watch, plan, socket_bytes
+from bench.scaling.traffic import Watch, plan, socket_bytes, watched
+from dpkernels.privacy import DPOptimizer
 from dpkernels.privacy.ranks import exchange
 from dpkernels.privacy.ranks.pieces import cut, owners
 from tests.bench.test_run import run
@@ -53,6 +54,23 @@ def test_the_plan_is_what_the_collectives_are_given(
     longest = max(sum(piece.entries for piece in part) for part in owners(cut(TENSORS), ranks))
     assert ranks * longest <= expected.padded < ranks * (longest + expected.rounds)
     assert expected.bytes_in() >= 8 * expected.entries
+
+
+def test_the_steps_of_an_optimizer_are_watched() -> None:
+    """The names that `watched` puts its counters in place of are there."""
+    names = ["sums_to_owners", "to_all"]
+    moves, ranks = SimpleNamespace(**dict.fromkeys(names, lambda: None)), SimpleNamespace(_told=lambda: None)
+    before = vars(exchange).copy()
+    with watched(cast("DPOptimizer", SimpleNamespace(_ranks=ranks, _exchange=moves))) as watch:
+        assert {name for name, value in vars(exchange).items() if value is not before[name]} == {
+            "_REDUCE_SCATTER",
+            "ALL_GATHER",
+        }
+        moves.sums_to_owners()
+        moves.to_all()
+        ranks._told()
+    assert watch.calls == {"in": 1, "out": 1, "facts": 1}
+    assert vars(exchange) == before
 
 
 def test_one_process_sends_nothing() -> None:
