@@ -207,7 +207,7 @@ class RunFolder:
         return bytes.fromhex(path.read_text(encoding="utf-8"))
 
     def note_problems(self, name: str, problems: list[Problem], doubts: Sequence[Problem] = ()) -> None:
-        """Write the names of unusable recordings to not_private/problems_<name>.tsv, of doubtful ones to doubts_…"""
+        """Write names of unusable recordings to `not_private/problems_<name>.tsv`, of doubtful ones to `doubts_…`"""
         for kind, listed in (("problems", problems), ("doubts", doubts)):
             lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in listed)
             self.write(self.not_private / f"{kind}_{name}.tsv", lines)

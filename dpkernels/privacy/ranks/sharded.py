@@ -163,9 +163,9 @@ def shard_frozen(
 ) -> list[str]:
     """Keep 1/R of every frozen weight on each of R processes, by torch's fully_shard: gathered block by block in use.
 
-    Call it on every rank, after the trained parameters are chosen (PEFT, requires_grad_) and before the optimizer is
-    built and `make_private` is called. Trained parameters stay as they are, and so do frozen factors of LoRA adapters,
-    which are saved with the trained ones. With one process nothing changes.
+    Call it on every rank, after the trained parameters are chosen (PEFT, `requires_grad_`) and before the optimizer
+    is built and `make_private` is called. Trained parameters stay as they are, and so do frozen factors of LoRA
+    adapters, which are saved with the trained ones. With one process nothing changes.
 
     It calls `fully_shard` on each block and on the model with what a private run needs: the trained parameters in
     `ignored_params`, and a mesh of the run's processes. It also compares the ranks' weights first. fully_shard takes
@@ -175,8 +175,8 @@ def shard_frozen(
     Args:
         model: the model, on this rank's device, with the same weights on all ranks.
         blocks: the modules whose weights are gathered together and dropped together. Default the items of the
-            outermost `nn.ModuleList`s (a transformer's layers). Memory holds the weights outside of the blocks, and
-            of about two blocks at a time. A block has to be used by calling it.
+            outermost `nn.ModuleList` objects (a transformer's layers). Memory holds the weights outside of the blocks,
+            and of about two blocks at a time. A block has to be used by calling it.
         process_group: as in `make_private`.
 
     Returns:
