@@ -1,4 +1,4 @@
-"""The command line: plan, train, evaluate, report, synthesise, demo.
+"""The command line: plan, train, evaluate, report, synthesise, demo; `commands.py` has those on a run's output.
 
 Modules that load torch are imported when a command runs.
 """
@@ -9,13 +9,13 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from asr_finetune import commands
 from asr_finetune.config.schema import SECTIONS, Config, ConfigError
 from asr_finetune.config.values import fields_of, help_of, types_within
 from asr_finetune.config.yaml_io import load_yaml, overridden, template
@@ -34,6 +34,8 @@ app = typer.Typer(
 
 def _show_version(requested: bool) -> None:
     if requested:
+        from importlib import metadata
+
         typer.echo(f"asr-finetune {metadata.version('dpkernels')}")
         raise typer.Exit
 
@@ -135,6 +137,9 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    gpus: Annotated[
+        int, typer.Option(help="With --model: also the time on so many GPUs like this machine's, calculated.")
+    ] = 1,
     settings: _Settings = None,
 ) -> None:
     """Show the noise that a target ε needs; with a model, also the time and memory of a run.
@@ -152,12 +157,13 @@ def plan(
     - `asr-finetune plan --examples 28000 --epsilon 8 --delta 1e-6 --batch-size 512 --steps 500 --model
       openai/whisper-tiny.en`
     - `asr-finetune plan --config run.yaml --gpu-memory 80`
+    - `asr-finetune plan --config run.yaml --gpus 8`
     """
     from asr_finetune.planning import command as planning
 
     values = load_yaml(config) if config is not None else None
     tables = planning.run(
-        values, flags, settings or (), examples=examples, seconds=seconds, gpu_memory=gpu_memory
+        values, flags, settings or (), examples=examples, seconds=seconds, gpu_memory=gpu_memory, gpus=gpus
     )
     for table in tables:
         Console().print(table)
@@ -282,8 +288,9 @@ def evaluate(
         recognizer = load_with_adapter(loaded.model, adapter)
     else:
         recognizer = load_recognizer(loaded.model)
-    corpus = load(data, split, loaded.data, reporter, "data", recognizer)
-    result = run_evaluation(recognizer, corpus, loaded.evaluate, reporter=reporter)
+    options = {"cache": loaded.train.cache_features, "cache_states": False}
+    dataset = load(data, split, loaded.data, reporter, "data", recognizer, **options)
+    result = run_evaluation(recognizer, dataset.corpus, loaded.evaluate, dataset=dataset, reporter=reporter)
     reporter.say(str(result))
     if out is not None:
         write_json(out, result.to_dict(hypotheses=True))
@@ -311,6 +318,10 @@ def report(
 
     written = write_report(run, out if out is not None else run / "report.html")
     typer.echo(f"written to {written}")
+
+
+for command in (commands.recipes, commands.transcribe, commands.export, commands.merge, commands.verify):
+    app.command()(command)
 
 
 @app.command()
@@ -363,9 +374,6 @@ def main() -> None:
     """Entry point. An expected error is printed as a message; the exit code is 2 (130 after an interruption)."""
     warnings.showwarning = show_warning
     warnings.filterwarnings("default", ".* is now called ", DeprecationWarning)  # dpkernels' old names
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # from libraries: a user of the command line cannot fix them
     try:
         app()
     except UserError as error:

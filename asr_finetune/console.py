@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -57,6 +58,18 @@ class Reporter:
     def say(self, text: str, *, style: str | None = None) -> None:
         """Print a line or paragraph of plain text."""
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """Show that something whose steps cannot be counted is being done, by a spinner (terminal) or a line (log)."""
+        if not self.console.is_terminal or self.console.quiet:
+            self.say(f"{text} ...")
+            yield
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            progress.add_task(text, total=None)
+            yield
 
     @contextmanager
     def bar(self, name: str, total: int, *, start: int = 0) -> Iterator[Bar]:

@@ -5,6 +5,7 @@
     pytest --benchmark --benchmark-quick                sizes that show that it works, and no more
     python -m bench.reports.report                              README's table, docs/benchmarks.md and plots
     python -m bench.asr.strategies                          time and memory of each, with and without checkpointing
+    python -m bench.scaling                             a step on one and on two processes; .modelled: on many GPUs
     python -m bench.compare HEAD~1 HEAD                 two commits in pairs, and whether they differ
     python -m bench.gpu.run --dry-run                       what a machine with a GPU would run
     python -m bench.gpu.optim                           there: bits and time of the noise and of the update

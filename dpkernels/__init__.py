@@ -33,7 +33,7 @@ _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
 }
 _SUBMODULES = (
     *("nn", "ops", "privacy", "interop", "backends", "opacus"),
-    *("memory", "blocks", "precision", "plain", "errors", "files", "checkpoint"),
+    *("memory", "blocks", "precision", "plain", "errors", "files", "checkpoint", "rounding"),
 )
 
 __all__ = [  # noqa: RUF022 - in the order in which a reader meets them

@@ -6,6 +6,9 @@ The privacy budget spent is in the ledger alone.
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,20 @@ from torch import nn
 from dpkernels.errors import UserError
 from dpkernels.files import write_atomically
 
-FILE = "state.pt"
+FILE, PREVIOUS = "state.pt", "previous.pt"
 FORMAT = 1
+_PUT_BACK = (
+    "Put back the model and method that wrote it. (Without the folder of its checkpoints a run starts its weights "
+    "anew, and its ledger still counts the steps that were spent.)"
+)
 
 
 class CheckpointError(UserError, ValueError):
     """The file is not a checkpoint, or not one of this run."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The file was cut, overwritten or never a checkpoint."""
 
 
 @dataclass
@@ -65,14 +76,14 @@ def restore_parameters(model: nn.Module, saved: dict[str, torch.Tensor]) -> None
     if missing or unknown:
         raise CheckpointError(
             f"checkpoint: it lacks {missing[:3]} and has {unknown[:3]}, which this model does not train: "
-            "another model or method wrote it. Use another folder (--output)."
+            f"another model or method wrote it. {_PUT_BACK}"
         )
     with torch.no_grad():
         for name, parameter in current.items():
             if parameter.shape != saved[name].shape:
                 raise CheckpointError(
                     f"checkpoint: '{name}' has shape {tuple(saved[name].shape)}, but {tuple(parameter.shape)} in the "
-                    "model. Use another folder (--output)."
+                    f"model. {_PUT_BACK}"
                 )
             parameter.copy_(saved[name])
 
@@ -93,31 +104,71 @@ def restore_random(state: dict[str, Any]) -> None:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint atomically: after a crash the folder holds this one or the one before."""
+    """Write the checkpoint atomically, and keep the one before as `PREVIOUS`: after a crash one of them is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {name: value.detach().cpu() for name, value in checkpoint.parameters.items()}
     values = {**vars(checkpoint), "parameters": parameters, "format": FORMAT}
+    if (folder / FILE).is_file():
+        os.replace(folder / FILE, folder / PREVIOUS)
     write_atomically(folder / FILE, lambda file: torch.save(values, file))
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The folder's checkpoint, or None if there is none.
+    """The folder's last checkpoint, or None if there is none.
 
     Raises:
-        CheckpointError: the file is not a checkpoint of this format.
+        DamagedCheckpoint: the file cannot be read to its end; `load_usable` takes the one before.
+        CheckpointError: another version wrote the file.
+        OSError: the file may not be read.
     """
-    path = folder / FILE
-    if not path.is_file():
-        return None
+    files = [path for path in (folder / FILE, folder / PREVIOUS) if path.is_file()]
+    return _read(files[0]) if files else None
+
+
+def load_usable(folder: Path, say: Callable[[str], object]) -> Checkpoint | None:
+    """The folder's last checkpoint that is not damaged, or None if there is none; the run's ledger is not touched.
+
+    A damaged file is renamed to "damaged_*", so that no later checkpoint takes its place as the one before.
+
+    Args:
+        folder: of the checkpoints.
+        say: is told of every damaged file, and what is used instead.
+
+    Raises:
+        CheckpointError, OSError: as `load`.
+    """
+    for name, instead in ((FILE, "the checkpoint before it is used"), (PREVIOUS, "the weights start anew")):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            return _read(path)
+        except DamagedCheckpoint as error:
+            kept = path.with_name(f"damaged_{name}")
+            os.replace(path, kept)
+            if name == FILE and not (folder / PREVIOUS).is_file():
+                instead = "there is none before it, so the weights start anew"
+            say(
+                f"{error}: {instead}. Steps that are taken again count again (the damaged file is kept as {kept.name})"
+            )
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
     # weights_only: reading a checkpoint must not run code from it.
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises almost anything
+    except Exception as error:  # a damaged file raises almost anything, also EINVAL where it is too short
+        unreadable = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if unreadable or isinstance(error, MemoryError):  # no fault of the file
+            raise
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged, or not a checkpoint") from error
+    version = values.pop("format", None) if isinstance(values, dict) else None
+    if isinstance(version, int) and version != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path}: damaged, or not a checkpoint; use another folder (--output)"
-        ) from error
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path}: not a checkpoint of format {FORMAT}; use another folder (--output)"
+            f"checkpoint {path} has format {version}, this version reads {FORMAT}: continue with the version that "
+            "wrote it"
         )
+    if version is None or set(values) != set(Checkpoint.__dataclass_fields__):
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged, or not a checkpoint")
     return Checkpoint(**values)

@@ -5,6 +5,9 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
+OLD_STRATEGIES = {"keep_small": "mixed"}
+"""Old names of strategies, each with its new name."""
+
 
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
     """Warn that `old`, which a caller used, is now called `new`.

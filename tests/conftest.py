@@ -6,6 +6,7 @@ Every test begins from one seed, in whatever order and process it runs: torch se
 test whose weights came of that failed in one run of twelve.
 """
 
+import gc
 import importlib.util
 import os
 import random
@@ -22,6 +23,17 @@ if not torch.cuda.is_available():
         from tests import interpreter
 
         interpreter.speed_up()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays until the end: collections, which some tests ask for, need not walk it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Else native extensions, which find their types alive at the end, report these as leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

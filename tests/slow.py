@@ -1,10 +1,15 @@
 """The mark `slow`: cases that `make test` leaves to `make test-slow`."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
+
+
+def slow_cases(*values: Any) -> list[Any]:
+    """The values of a parameter, each with the mark `slow`."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def slow_unless(quick: Callable[..., bool], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -21,3 +26,28 @@ def in_turns(*parameters: Iterable[Any]) -> list[Any]:
     combinations = [list(zip(*case, strict=True)) for case in placed]
     quick = {values for places, values in combinations if sum(places) % 2 == 0}
     return slow_unless(lambda *values: values in quick, [values for _, values in combinations])
+
+
+def covering(
+    *parameters: Iterable[Any], together: int = 2, also: Collection[tuple[Any, ...]] = ()
+) -> list[Any]:
+    """Every combination of the parameters' values, slow but for the few that cover all values, or pairs of values.
+
+    Args:
+        parameters: the values of each.
+        together: the values of this many parameters occur in every combination in some quick case. With 1 there are
+            about as many quick cases as the longest parameter has values, with 2 (pairwise) as the two longest have
+            pairs of values.
+        also: combinations that are quick too.
+    """
+    combinations = list(itertools.product(*parameters))
+    covered_by = [{*itertools.combinations(enumerate(case), together)} for case in combinations]
+    quick = [combinations.index(case) for case in also]
+    missing = set().union(*covered_by).difference(*(covered_by[number] for number in quick))
+    while missing:
+        quick.append(max(range(len(combinations)), key=lambda number: len(covered_by[number] & missing)))
+        missing -= covered_by[quick[-1]]
+    return [
+        case if number in quick else pytest.param(*case, marks=pytest.mark.slow)
+        for number, case in enumerate(combinations)
+    ]

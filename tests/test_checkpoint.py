@@ -49,7 +49,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
         assert getattr(loaded, name) == getattr(saved, name)
     checkpoint.save(folder, of_step(4, privacy=None))
     assert (stored(folder).step, stored(folder).privacy) == (4, None)
-    assert [path.name for path in folder.iterdir()] == [checkpoint.FILE]
+    assert {path.name for path in folder.iterdir()} == {checkpoint.FILE, checkpoint.PREVIOUS}
 
 
 def half_written(file: BinaryIO) -> None:
@@ -74,7 +74,7 @@ def test_a_crash_while_writing_leaves_the_old_file(
         with pytest.raises(Crash):
             checkpoint.save(tmp_path, of_step(4))
     assert stored(tmp_path).step == 3
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
+    assert len(list(tmp_path.iterdir())) == 1, "a temporary file is left"
 
 
 def test_a_file_is_durable_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +111,10 @@ def cut(path: Path) -> None:
         (lambda path: path.write_bytes(b"text"), "damaged"),
         (cut, "damaged"),
         (lambda path: torch.save({"format": 1, "step": Code()}, path), "damaged, or not a checkpoint"),
-        (lambda path: torch.save([1, 2], path), "not a checkpoint of format"),
-        (lambda path: torch.save({"format": -1}, path), "not a checkpoint of format"),
-        (lambda path: torch.save({}, path), "not a checkpoint of format"),
+        (lambda path: torch.save([1, 2], path), "damaged, or not a checkpoint"),
+        (lambda path: torch.save({"format": -1}, path), "has format -1, this version reads 1"),
+        (lambda path: torch.save({}, path), "damaged, or not a checkpoint"),
+        (lambda path: torch.save({"format": 1, "step": 3}, path), "damaged, or not a checkpoint"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(
@@ -124,6 +125,71 @@ def test_what_is_no_checkpoint_is_refused(
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "step", "said"),
+    [
+        ((), 5, []),
+        ((checkpoint.FILE,), 4, ["the checkpoint before it is used"]),
+        (
+            (checkpoint.FILE, checkpoint.PREVIOUS),
+            None,
+            ["the checkpoint before it is used", "the weights start anew"],
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, damaged: tuple[str, ...], step: int | None, said: list[str]
+) -> None:
+    for number in (3, 4, 5):
+        checkpoint.save(tmp_path, of_step(number))
+    for name in damaged:
+        damage(tmp_path / name)
+    messages: list[str] = []
+    for again in (False, True):  # what is damaged is said once
+        found = checkpoint.load_usable(tmp_path, messages.append)
+        assert (found and found.step) == step, again
+    assert len(messages) == len(said)
+    assert all(part in message for part, message in zip(said, messages, strict=True))
+    checkpoint.save(tmp_path, of_step(6))
+    damage(tmp_path / checkpoint.FILE)
+    found = checkpoint.load_usable(tmp_path, messages.append)
+    assert (found and found.step) == step, "a damaged file took the place of the one before"
+
+
+def test_the_only_checkpoint_may_be_damaged(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, of_step(3))
+    damage(tmp_path / checkpoint.FILE)
+    messages: list[str] = []
+    assert checkpoint.load_usable(tmp_path, messages.append) is None
+    assert "there is none before it, so the weights start anew" in messages[0]
+    assert checkpoint.load_usable(tmp_path / "none", messages.append) is None
+
+
+def test_what_is_not_damaged_is_never_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer version's file, a disk that cannot be read, or too little memory."""
+    checkpoint.save(tmp_path, of_step(3))
+    checkpoint.save(tmp_path, of_step(4))
+    before = (tmp_path / checkpoint.FILE).read_bytes()
+    for error in (PermissionError("no"), MemoryError()):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", lambda *_, error=error, **__: raises(error))
+            with pytest.raises(type(error)):
+                checkpoint.load_usable(tmp_path, print)
+    assert (tmp_path / checkpoint.FILE).read_bytes() == before
+    torch.save({"format": 2}, tmp_path / checkpoint.FILE)
+    with pytest.raises(CheckpointError, match="continue with the version that wrote it"):
+        checkpoint.load_usable(tmp_path, print)
+    assert (tmp_path / checkpoint.FILE).is_file()
+
+
+def raises(error: BaseException) -> None:
+    raise error
 
 
 class Adapted(nn.Module):

@@ -106,7 +106,9 @@ def test_every_example_and_experiment_is_a_page() -> None:
         assert repository_pages.content(ROOT / name, DOCS / page).lstrip().startswith("# "), name
 
 
-def test_the_diagram_is_what_its_script_draws_of_folders_that_exist() -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "design_diagram.py"))
-    assert (DOCS / "design.svg").read_text(encoding="utf-8") == script["drawing"]()
-    assert [path for path in script["BOXES"] if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("name", ["design", "distributed"])
+def test_each_diagram_is_what_its_script_draws(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / f"{name}_diagram.py"))
+    assert script["OUT"] == DOCS / f"{name}.svg"
+    assert script["OUT"].read_text(encoding="utf-8") == script["drawing"]()
+    assert [path for path in script.get("BOXES", ()) if not (ROOT / path).exists()] == []

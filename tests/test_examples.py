@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.slow import slow_cases
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 # What each prints: figures that come of the run.
@@ -21,9 +28,12 @@ SHOWN = {
     "opacus_after": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "opacus_before": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "resume": r"checkpoint of step 5; the ledger holds 7 steps\n12 steps are spent.*\n.*: 12 steps in 2 runs",
+    "several_processes": r"1 process, the same parameters in each\n.*\nepsilon = [78]\.\d+ at delta = 1\.0e-04",
     "speech": r"nothing was written or spent; a run would start[\s\S]*epsilon 7\.\d+ at delta 0\.01[\s\S]*report\.html",
     "strategies": r"the same update with every strategy",
 }
+# The others take seconds. What they use has tests of its own; see also `test_names_of_this_project_are_there`.
+QUICK = ("custom_layer", "resume", "several_processes", "strategies")
 FLAGS = {"image_classifier": ["--steps", "4"], "gpt2_lora": ["--steps", "4"]}
 NEEDS = {
     "gpt2_lora": "peft",
@@ -36,7 +46,25 @@ def test_every_example_has_a_line_here() -> None:
     assert {path.stem for path in FOLDER.glob("*.py")} == set(SHOWN)
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("name", [name for name in SHOWN if name not in QUICK])
+def test_names_of_this_project_are_there(name: str) -> None:
+    """In each example that is slow."""
+    tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    used = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("dpkernels", "asr_finetune")):
+            used += [(str(node.module), alias.name) for alias in node.names]
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "dpkernels"
+        ):
+            used.append(("dpkernels", node.attr))
+    assert used
+    assert [name for name in used if not hasattr(importlib.import_module(name[0]), name[1])] == []
+
+
+@pytest.mark.parametrize("name", [*QUICK, *slow_cases(*(name for name in SHOWN if name not in QUICK))])
 def test_runs_from_top_to_bottom(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -57,18 +85,50 @@ def test_runs_from_top_to_bottom(
     assert not list(tmp_path.iterdir()), "a run by default leaves nothing behind"
 
 
-def test_the_notebook_runs_cell_by_cell_and_holds_no_outputs(capsys: pytest.CaptureFixture[str]) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
+@pytest.mark.slow
+def test_several_processes_run_it_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, FOLDER / "several_processes.py", "--ledger", "ledger.jsonl", "--save", "model.pt"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = SHOWN["several_processes"].replace("1 process,", "2 processes,")
+    assert re.search(shown, done.stdout), done.stdout
+    assert (tmp_path / "ledger.jsonl").read_text().count('"kind": "step"') == 20
+    saved = torch.load(tmp_path / "model.pt")
+    states = saved["optimizer"]["state"]
+    assert [tuple(state["exp_avg"].shape) for state in states.values()] == [(64, 20), (64,), (2, 64), (2,)]
+
+
+@pytest.fixture
+def notebook() -> Any:
     nbformat = pytest.importorskip("nbformat")
-    matplotlib.use("agg")
     (path,) = FOLDER.glob("*.ipynb")
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
+    return nbformat.read(path, as_version=4)
+
+
+def test_the_notebook_is_valid_and_holds_no_outputs(notebook: Any) -> None:
+    pytest.importorskip("nbformat").validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-    names: dict[str, Any] = {}
+    assert code
     for number, cell in enumerate(code):
-        exec(compile(cell.source, f"{path.name}, code cell {number}", "exec"), names)
+        assert cell.outputs == []
+        assert cell.execution_count is None
+        compile(cell.source, f"code cell {number}", "exec")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_cell_by_cell(notebook: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
+        exec(compile(cell.source, f"code cell {number}", "exec"), names)
     assert re.search(r"epsilon = (2\.9\d|3\.00) after 20 steps", capsys.readouterr().out)
     assert names["plain"][-1] > 0.6
     spent = names["spent"]

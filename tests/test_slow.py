@@ -1,6 +1,7 @@
 """`make test` leaves out cases, never a property: what tests/privacy/README.md names has a case that is not slow."""
 
 import importlib
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.slow import in_turns, slow_unless
+from tests.slow import covering, in_turns, slow_unless
 
 TESTS = Path(__file__).resolve().parent
 
@@ -69,6 +70,19 @@ def test_in_turns_every_value_has_a_quick_case_and_half_of_the_cases_are_slow() 
     quick = [case for case in cases if not is_slow(case)]
     assert len(cases) == 6
     assert quick == [("a", 1), ("b", 2), ("c", 1)]
+
+
+@pytest.mark.parametrize(("together", "least"), [(1, 4), (2, 12)])
+def test_few_quick_cases_cover_every_value_or_every_pair(together: int, least: int) -> None:
+    parameters = ["a", "b", "c", "d"], [1, 2, 3], [True, False]
+    cases = covering(*parameters, together=together, also=[("d", 1, False)])
+    quick = [case for case in cases if not is_slow(case)]
+    assert len(cases) == 24
+    assert ("d", 1, False) in quick
+    assert least <= len(quick) <= least + 3
+    seen = {part for case in quick for part in itertools.combinations(enumerate(case), together)}
+    everything = itertools.product(*parameters)
+    assert seen == {part for case in everything for part in itertools.combinations(enumerate(case), together)}
 
 
 def test_the_mark_is_on_what_is_not_quick() -> None:

@@ -6,6 +6,7 @@ command line's flags and the commented configuration of `asr-finetune train --pr
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, field, replace
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from pydantic_core import ArgsKwargs
 from asr_finetune.config.values import (
     CHECKS,
     PLACEHOLDER,
+    ByName,
     ConfigError,
     Count,
     Delta,
@@ -32,17 +34,15 @@ from asr_finetune.config.values import (
     fields_of,
     help_of,
 )
-from dpkernels.deprecation import warn_renamed
-
-_OLD_STRATEGIES = {"keep_small": "mixed"}
+from dpkernels.deprecation import OLD_STRATEGIES, warn_renamed
 
 
 def _present_strategy(value: Any) -> Any:
     """The present name of a strategy; a deprecated one warns."""
-    if not isinstance(value, str) or value not in _OLD_STRATEGIES:
+    if not isinstance(value, str) or value not in OLD_STRATEGIES:
         return value
-    warn_renamed(f"privacy.strategy={value}", f"privacy.strategy={_OLD_STRATEGIES[value]}")
-    return _OLD_STRATEGIES[value]
+    warn_renamed(f"privacy.strategy={value}", f"privacy.strategy={OLD_STRATEGIES[value]}")
+    return OLD_STRATEGIES[value]
 
 
 @explained
@@ -63,6 +63,8 @@ class ModelConfig:
     docs/privacy.md, Rounding"""
     device: Text = "auto"
     """auto (CUDA if available), cpu, cuda, cuda:1, ..."""
+    shard: StrictBool = False
+    """under torchrun: each of R processes keeps 1/R of the frozen weights (methods lora and dp_rp)"""
     revision: Text | None = None
     """revision of a hub id: pin it to make the run repeatable"""
     new_head: StrictBool = False
@@ -105,14 +107,14 @@ class DataConfig:
 
     train: Sources
     """private training data: folder, listing (.jsonl, .csv, ...) or `datasets` id, or a list of them"""
-    test: Text | None = None
-    """data for the before/after error rates; null: no evaluation"""
+    test: ByName | None = None
+    """data for the before/after error rates, or several: {clean: a, other: b}; null: no evaluation"""
     valid: Sources | None = None
     """*public* data for the curve over training; null: no curve"""
     train_split: Splits | None = None
     """value of `split` (listing), split (datasets, Common Voice) or subset (LibriSpeech); a list: of each source"""
-    test_split: Text | None = None
-    """the same for data.test"""
+    test_split: ByName | None = None
+    """the same for data.test; for each test set: {clean: test-clean, other: test-other}"""
     valid_split: Splits | None = None
     """the same for data.valid"""
     columns: Annotated[dict[str, str] | None, BeforeValidator(_columns)] = None
@@ -159,6 +161,26 @@ class DataConfig:
                 f"data.min_seconds={self.min_seconds:g} leaves nothing below "
                 f"data.max_seconds={self.max_seconds:g}: lower it"
             )
+        named = [set(values) for values in (self.test, self.test_split) if isinstance(values, dict)]
+        if named and named[0] != named[-1]:
+            raise ConfigError(
+                f"data.test={self.test!r}, data.test_split={self.test_split!r}: give both for the same test sets, or "
+                "one of them once for all"
+            )
+
+    def test_sets(self) -> dict[str, tuple[str, str | None]]:
+        """Source and split of each test set by its name; one without a name is called "test"."""
+        if self.test is None:
+            return {}
+        sources, splits = self.test, self.test_split
+        names = next((values for values in (sources, splits) if isinstance(values, dict)), {"test": None})
+        return {
+            name: (
+                str(sources[name] if isinstance(sources, dict) else sources),
+                splits[name] if isinstance(splits, dict) else splits,
+            )
+            for name in names
+        }
 
 
 @explained
@@ -166,7 +188,7 @@ class DataConfig:
 class MethodConfig:
     """The trained parameters."""
 
-    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "full"
+    kind: Literal["full", "lora", "bitfit", "dp_rp", "head"] = "lora"
     """full, lora, bitfit (biases), dp_rp (lora, one factor frozen at random), head (output layer)"""
     rank: Count = 8
     """lora, dp_rp: rank of the adapters"""
@@ -285,7 +307,7 @@ class TrainConfig:
     num_workers: Natural = 0
     """processes that read audio"""
     cache_features: StrictBool = True
-    """keep the features in memory after the first pass"""
+    """keep the features in memory, up to 4 GiB a corpus, from the check of the audio or the first pass on"""
 
 
 @explained
@@ -307,6 +329,17 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.restrict_to is not None and not self.restrict_to:
             raise ConfigError("evaluate.restrict_to=[]: give at least one text, or null for free decoding")
+
+
+@explained
+@dataclass(frozen=True, config=CHECKS)
+class LogConfig:
+    """Logs for TensorBoard."""
+
+    tensorboard: StrictBool = False
+    """write ε, learning rate and the curve to OUTPUT/tensorboard, what ε does not cover to not_private/tensorboard"""
+    not_private: StrictBool = False
+    """also write losses and clip rates, which ε does not cover, to OUTPUT/tensorboard"""
 
 
 def _folder(value: Any) -> str:
@@ -332,6 +365,8 @@ class Config:
     """the training loop"""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """error rates"""
+    log: LogConfig = field(default_factory=LogConfig)
+    """logs"""
     output: Annotated[str, BeforeValidator(_folder)]
     """the folder that everything is written to"""
 
@@ -399,11 +434,23 @@ class Config:
                 f"train.eval_every={train.eval_every} needs data.valid, which must be public data (private "
                 "data may not steer or describe training): set data.valid, or train.eval_every=0"
             )
+        if self.model.shard and self.method.kind not in ADAPTER_METHODS:
+            raise ConfigError(
+                f"model.shard=true with method.kind={self.method.kind}: such a run saves the whole model, whose "
+                f"weights are then in parts; use {' or '.join(ADAPTER_METHODS)}, or set model.shard to false"
+            )
+        if self.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "log.tensorboard=true needs the package tensorboard: pip install 'dpkernels[log]', or set it to false"
+            )
         if train.warmup_steps >= train.steps and train.warmup_steps:
             raise ConfigError(
                 f"train.warmup_steps={train.warmup_steps} must be below train.steps={train.steps}: lower it"
             )
 
+
+ADAPTER_METHODS = ("lora", "dp_rp")
+"""Methods that train and save an adapter, and leave the model's own weights frozen."""
 
 OLD_KEYS = {"data": tuple(_OLD_COLUMNS)}  # section -> deprecated keys, which are still accepted
 SECTIONS: dict[str, type] = {
@@ -413,4 +460,5 @@ SECTIONS: dict[str, type] = {
     "privacy": PrivacyConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "log": LogConfig,
 }

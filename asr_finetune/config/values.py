@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from dpkernels.errors import UserError
 
+_SET_NAME = re.compile(r"[\w-]+")  # it is a part of file names
 PLACEHOLDER = "..."  # stands in a printed configuration for a value that only the user knows
 # Options of every section. The text under a field is its help, which `--print-config` shows.
 CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -69,9 +71,28 @@ def _splits(value: Any) -> Any:
     return items if isinstance(value, list) else items[0]
 
 
+def _by_name(value: Any) -> Any:
+    """One value, or a mapping with one for each test set."""
+    if isinstance(_text(value), str):
+        return _text(value)
+    named = {name: _text(item) for name, item in value.items()} if isinstance(value, Mapping) else {}
+    names_fit = all(isinstance(name, str) and _SET_NAME.fullmatch(name) for name in named)
+    if (
+        not named
+        or not names_fit
+        or not all(item is None or isinstance(item, str) for item in named.values())
+    ):
+        raise ConfigError(
+            f"{value!r} as test data: expected text, or a name (letters, digits, - and _) and a source or split for "
+            "each test set, e.g. {clean: test_clean.jsonl, other: test_other.jsonl}"
+        )
+    return named
+
+
 Text = Annotated[str, BeforeValidator(_text)]
 Sources = Annotated[str | list[str], BeforeValidator(_sources)]
 Splits = Annotated[str | list[str | None], BeforeValidator(_splits)]
+ByName = Annotated[str | dict[str, str | None], BeforeValidator(_by_name)]
 _Int = Annotated[int, BeforeValidator(_number)]
 _Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[_Int, Field(ge=1)]

@@ -33,6 +33,15 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def recipe_titles() -> dict[str, str]:
+    """The first line of each recipe, by name."""
+    return {name: _title(RECIPES / f"{name}.yaml") for name in recipes()}
+
+
+def _title(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").rstrip(".:")
+
+
 def find(path: str | Path) -> Path:
     """The file of a path, or of a recipe's name, with or without .yaml.
 

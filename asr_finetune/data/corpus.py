@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from asr_finetune.data.repeats import same_audio
 from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
 _SHOWN = 5  # names in a message
-_CHECKED_AT_ONCE = 256  # recordings that the decoding threads receive at once
+_DECODED_AT_ONCE = 32  # recordings that the decoding threads receive at once, and whose samples are held
 
 
 @dataclass(frozen=True)
@@ -134,29 +134,46 @@ class Corpus:
             overlapping=tuple(pairs),
         )
 
-    def decoded(self, reporter: Reporter, name: str) -> Corpus:
+    def decoded(
+        self,
+        reporter: Reporter,
+        name: str,
+        read: Callable[[Utterance], Any] = decode,
+        use: Callable[[int, Utterance, Any], None] | None = None,
+    ) -> Corpus:
         """The corpus without recordings that do not decode. Every file is decoded once: its header is no proof.
 
         Args:
             reporter: shows the progress.
             name: the name of the progress bar.
+            read: decodes a recording, in one of several threads; raises AudioError if that fails.
+            use: receives each recording that decodes: its place in the corpus returned, the utterance, and the result
+                of `read`, which is not kept. It is called in this thread, in the order of the places.
 
         Raises:
             ConfigError: no utterance is left.
         """
 
-        def problem(utterance: Utterance) -> str | None:
+        def attempt(utterance: Utterance) -> Any:
             try:
-                decode(utterance)
+                return read(utterance)
             except AudioError as error:
-                return str(error)
-            return None
+                return error
 
         reasons: list[str | None] = []
+        place = 0
         threads = ThreadPoolExecutor(os.cpu_count())  # libsndfile works without Python's lock
         with threads, reporter.bar(name, len(self)) as bar:
-            for start in range(0, len(self), _CHECKED_AT_ONCE):
-                reasons += threads.map(problem, self.utterances[start : start + _CHECKED_AT_ONCE])
+            for start in range(0, len(self), _DECODED_AT_ONCE):
+                utterances = self.utterances[start : start + _DECODED_AT_ONCE]
+                for utterance, result in zip(utterances, threads.map(attempt, utterances), strict=True):
+                    if isinstance(result, AudioError):
+                        reasons.append(str(result))
+                        continue
+                    reasons.append(None)
+                    if use is not None:
+                        use(place, utterance, result)
+                    place += 1
                 bar.update(len(reasons))
         return self.without(reasons)
 

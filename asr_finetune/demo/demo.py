@@ -43,6 +43,7 @@ from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.run import train
 from asr_finetune.training.run_folder import RunFolder
 from asr_finetune.training.setup import fitted_corpus
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LONGEST = 3  # digits in an utterance
@@ -300,7 +301,7 @@ def _show(reporter: Reporter, values: dict[str, Any], report: Path, seconds: flo
     before = evaluation["before"]
     labels = (
         ("before", "before fine-tuning"),
-        ("after", f"private: ε = {privacy['epsilon']:.2f}, δ = {privacy['delta']:g}"),
+        ("after", f"private: ε = {shown_epsilon(privacy['epsilon'], 2)}, δ = {privacy['delta']:g}"),
         ("non_private", "the same without privacy"),
     )
     for key, label in labels:
@@ -313,8 +314,8 @@ def _show(reporter: Reporter, values: dict[str, Any], report: Path, seconds: flo
     reporter.console.print(table)
     reporter.say(
         f"{privacy['dataset_size']:,} private utterances, the unit of privacy is one of them; "
-        f"σ = {privacy['noise_multiplier']:g}, C = {privacy['max_grad_norm']:g}, {privacy['steps']} steps of "
-        f"about {privacy['expected_batch_size']} utterances; {privacy['accountant'].upper()} accounting"
+        f"σ = {shown_sigma(privacy['noise_multiplier'])}, C = {privacy['max_grad_norm']:g}, {privacy['steps']} steps "
+        f"of about {privacy['expected_batch_size']} utterances; {privacy['accountant'].upper()} accounting"
     )
     reporter.say(f"private training took {duration(values['seconds'])}, the whole demo {duration(seconds)}")
     reporter.say(f"report: {report}", style="bold")

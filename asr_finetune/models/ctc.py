@@ -123,9 +123,14 @@ class CTCRecognizer(Recognizer):
         for row, length in zip(logits.argmax(dim=-1).cpu(), lengths.tolist(), strict=True):
             ids = torch.unique_consecutive(row[:length])
             kept = ids[ids != self.blank].tolist()
-            # The ids are collapsed already: a second grouping would turn "hel<blank>lo" into "helo".
-            texts.append(self.tokenizer.decode(kept, group_tokens=False, skip_special_tokens=True).strip())
+            texts.append(self.text_of(kept))
         return texts
+
+    def text_of(self, labels: Sequence[int]) -> str:
+        """The text of a path's labels, repeats collapsed and blanks removed."""
+        # A second grouping would turn "hel<blank>lo" into "helo".
+        text = self.tokenizer.decode(list(labels), group_tokens=False, skip_special_tokens=True)
+        return str(text).strip()
 
     def _scores(self, batch: dict[str, Any], texts: Sequence[str]) -> Tensor:
         logits, lengths = self.logits(self.model, batch)

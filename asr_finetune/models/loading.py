@@ -30,7 +30,13 @@ from asr_finetune.models.checkpoint_fit import (
 )
 from asr_finetune.models.ctc import SUPPORTED, CTCRecognizer, ctc_tokenizer, tiny_parakeet
 from asr_finetune.models.methods import head_name
-from asr_finetune.models.recognizer import SETTINGS, Recognizer, quiet_transformers
+from asr_finetune.models.recognizer import (
+    PEFT_ASKS_BY_AN_OLD_NAME,
+    SETTINGS,
+    Recognizer,
+    quiet_transformers,
+    without_warnings,
+)
 from asr_finetune.models.whisper import START, WhisperRecognizer, trim_encoder
 from dpkernels.precision import DTYPES, no_tf32
 
@@ -211,7 +217,8 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
     recognizer = load_recognizer(config)
     recognizer.target_prefix = saved.get("target_prefix", recognizer.target_prefix)
     try:
-        recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
+        with without_warnings(PEFT_ASKS_BY_AN_OLD_NAME):
+            recognizer.model = peft.PeftModel.from_pretrained(recognizer.model, folder)
     except (RuntimeError, ValueError) as error:  # the adapter's shapes or layers are those of another model
         raise ConfigError(
             f"--adapter {folder} does not fit model.name={config.name!r}: give the base model that it was trained on; "

@@ -21,8 +21,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import dpkernels.nn
-from asr_finetune.config.schema import ConfigError, MethodConfig
-from asr_finetune.models.recognizer import Recognizer, switch_off_shared_randomness, trained_parameters
+from asr_finetune.config.schema import ADAPTER_METHODS, ConfigError, MethodConfig
+from asr_finetune.models.recognizer import (
+    PEFT_ASKS_BY_AN_OLD_NAME,
+    Recognizer,
+    switch_off_shared_randomness,
+    trained_parameters,
+    without_warnings,
+)
 from dpkernels.precision import hold_frozen
 
 _HEADS = ("ctc_head", "lm_head", "proj_out")
@@ -49,11 +55,9 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         ConfigError: the model does not have these layers or targets, or a method was applied before.
     """
     model = recognizer.base
-    if recognizer.model is not model:
-        raise ConfigError(
-            f"method.kind={method.kind}: {recognizer.name} has an adapter already; merge it first, or start "
-            "from its base model"
-        )
+    adapter = recognizer.model if recognizer.model is not model else None
+    if adapter is not None:
+        _check_same_adapter(recognizer, method)
     if method.layers == "decoder" and recognizer.kind != "seq2seq":
         raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")
     if method.train_head and recognizer.kind == "seq2seq":
@@ -70,7 +74,9 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     if method.kind == "full":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trainable) and not name.endswith(_NEVER_TRAINED))
-    elif method.kind in ("lora", "dp_rp"):
+    elif adapter is not None:
+        _train_adapter(adapter, method)
+    elif method.kind in ADAPTER_METHODS:
         recognizer.model = _with_lora(recognizer, method, trainable, head if with_head else None)
     elif method.kind == "bitfit":
         _train_biases(model, trainable)
@@ -87,6 +93,37 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         raise ConfigError(
             f"method.kind={method.kind}, layers={method.layers}: nothing is trained in {recognizer.name}"
         )
+
+
+def _check_same_adapter(recognizer: Recognizer, method: MethodConfig) -> None:
+    """Check that the method is the one of the adapter that the recogniser was loaded with, which is trained on.
+
+    Raises:
+        ConfigError: it is not, or an adapter is no PEFT LoRA; the message has the fix.
+    """
+    (adapter,) = recognizer.model.peft_config.values()  # type: ignore[operator]
+    kind, rank = str(adapter.peft_type).rpartition(".")[2].lower(), getattr(adapter, "r", None)
+    given = {"rank": (method.rank, rank), "alpha": (method.alpha, getattr(adapter, "lora_alpha", None))}
+    wrong = [
+        f"method.{key}={value}, the adapter has {own}" for key, (value, own) in given.items() if value != own
+    ]
+    if kind != "lora" or method.kind not in ADAPTER_METHODS:
+        wrong = [f"method.kind={method.kind}, the adapter is {kind}"]
+    elif method.targets is not None or method.layers != "all":
+        wrong.append("method.targets and method.layers: the adapter has its own")
+    if wrong:
+        raise ConfigError(
+            f"model.name={recognizer.name!r} is an adapter, which is trained on as it is: {'; '.join(wrong)}. Set the "
+            "method to the adapter's (targets null, layers all), or merge it first (`asr-finetune merge`)"
+        )
+
+
+def _train_adapter(adapted: nn.Module, method: MethodConfig) -> None:
+    """Train an adapter's factors (of DP-RP the second one only), and the layers that were saved with it."""
+    frozen = ("lora_A",) if method.kind == "dp_rp" else ()
+    for name, parameter in adapted.named_parameters():
+        if any(part in name for part in ("lora_", "modules_to_save")):
+            parameter.requires_grad_(not any(part in name for part in frozen))
 
 
 def head_name(model: nn.Module) -> str:
@@ -141,7 +178,8 @@ def _with_lora(
         target_modules=chosen,
         modules_to_save=[head] if head else None,
     )
-    adapted = peft.get_peft_model(model, configuration)
+    with without_warnings(PEFT_ASKS_BY_AN_OLD_NAME):
+        adapted = peft.get_peft_model(model, configuration)
     base = str(getattr(model, "name_or_path", "") or "")
     if base and Path(base).is_dir():  # a relative path would be valid in the present working directory only
         configuration.base_model_name_or_path = str(Path(base).resolve())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +23,10 @@ from asr_finetune.data.utterance import Utterance
 from dpkernels.blocks import base_model
 from dpkernels.losses import IGNORED
 from dpkernels.precision import arithmetic, widened, widened_state
+from dpkernels.privacy import gathered_root
 
 SETTINGS = "recognizer.json"
+PEFT_ASKS_BY_AN_OLD_NAME = "`is_gradient_checkpointing` is deprecated"
 
 
 class Recognizer(ABC):
@@ -177,7 +182,7 @@ class Recognizer(ABC):
         was_training = self.model.training
         self.model.eval()
         try:
-            with arithmetic(self.dtype, self.device):
+            with gathered_root(self.model), arithmetic(self.dtype, self.device):
                 texts = self._texts(batch, restrict_to)
         finally:
             self.model.train(was_training)
@@ -281,6 +286,29 @@ def fit(corpus: Corpus, recognizer: Recognizer, *, training: bool = True) -> Cor
 def quiet_transformers() -> None:
     """Turn off transformers' progress bars for reading and writing weights, which break those of `Reporter`."""
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def without_warnings(*texts: str) -> Iterator[None]:
+    """Within it, warnings and transformers' log lines that hold one of these texts are not shown.
+
+    For what a user can do nothing about, at the call that causes it.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in texts)
+
+    handlers = logging.getLogger("transformers").handlers
+    with warnings.catch_warnings():
+        for text in texts:
+            warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")
+        for handler in handlers:
+            handler.addFilter(keep)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(keep)
 
 
 def switch_off_shared_randomness(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from asr_finetune.config.values import ConfigError
 from asr_finetune.data.utterance import Utterance
-from asr_finetune.models.recognizer import Recognizer, pad_rows, to_device
+from asr_finetune.models.recognizer import Recognizer, pad_rows, to_device, without_warnings
 from dpkernels.losses import IGNORED, cross_entropy_per_example
 from dpkernels.precision import arithmetic
 
@@ -29,6 +29,8 @@ FRAMES_PER_POSITION = 2  # conv2 has stride 2
 # Speech has about 6 tokens a second at most; a greedy decoder that repeats itself would run to 448. Before fine-tuning,
 # a window much shorter than those of pretraining causes such repetition.
 TOKENS_PER_SECOND, TOKENS_LEAST = 8, 8
+# The encoder has no mask, since its window is always full; and `_generation` sets the limit that is to count.
+_OF_GENERATION = ("The attention mask is not set", "`max_new_tokens` (")
 _NO_CLASS = -1  # a label that no output layer has
 SCORED_AT_ONCE = 512  # sequences in one forward of restricted decoding
 
@@ -203,13 +205,14 @@ class WhisperRecognizer(Recognizer):
         states = self._encode(batch)
         prompt = torch.tensor(self.prompt, device=states.device).expand(len(states), -1)
         # The plain greedy loop, since Whisper's own generate() is for long recordings with timestamps.
-        ids = GenerationMixin.generate(
-            self.base,
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            decoder_input_ids=prompt,
-            decoder_attention_mask=torch.ones_like(prompt),
-            generation_config=self._generation(),
-        )
+        with without_warnings(*_OF_GENERATION):
+            ids = GenerationMixin.generate(
+                self.base,
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                decoder_input_ids=prompt,
+                decoder_attention_mask=torch.ones_like(prompt),
+                generation_config=self._generation(),
+            )
         texts = self.tokenizer.batch_decode(ids[:, len(self.prompt) :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 

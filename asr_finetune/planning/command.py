@@ -30,6 +30,7 @@ def run(
     examples: int | None = None,
     seconds: float | None = None,
     gpu_memory: float | None = None,
+    gpus: int = 1,
 ) -> Iterator[Table]:
     """The tables of a plan, each as soon as it is computed: the noise comes first, since a measurement takes longer.
 
@@ -41,12 +42,18 @@ def run(
         examples: number of units, for which no data is read; None: those of the training data.
         seconds: length of an utterance, used without training data.
         gpu_memory: GiB of the GPU to plan for; None: this machine is measured.
+        gpus: number of GPUs like this machine's that share the run.
 
     Raises:
         ConfigError: values are missing or inconsistent.
         ValueError, FileNotFoundError: the model or the data cannot be read.
     """
     config = _configuration(values, flags, settings, examples)
+    if gpus < 1 or (gpus > 1 and (gpu_memory is not None or config.model.name == _ABSENT)):
+        raise ConfigError(
+            f"plan: --gpus {gpus}: a number from 1 on, of GPUs like the one that is measured here; it needs --model or "
+            "--config, and goes without --gpu-memory, whose micro-batches are those of each GPU"
+        )
     if gpu_memory is not None and config.model.name == _ABSENT:
         raise ConfigError("plan: --gpu-memory needs a model to plan for; give --model or --config as well")
     _check_given(config, typed(flags, settings), examples, file=values is not None)
@@ -67,7 +74,7 @@ def run(
     if gpu_memory is None:
         from asr_finetune.planning.timing import probe
 
-        yield probe_table(probe(config, recognizer, corpus, seconds=seconds))
+        yield probe_table(probe(config, recognizer, corpus, seconds=seconds), gpus)
     else:
         yield memory_table(_fits(config, recognizer, corpus, seconds, gpu_memory))
 

@@ -24,12 +24,15 @@ from asr_finetune.data.sources import Source, Split
 from asr_finetune.planning.memory import MARGIN, losses_of
 from asr_finetune.planning.tables import size
 from asr_finetune.planning.workload import typical_speech
+from asr_finetune.training.augment import SpecAugment
+from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.sampling import sampling_of, sigma_of
 from asr_finetune.training.setup import fitted_corpus, make_private
 from asr_finetune.training.start import STAGES, Run
 from dpkernels.errors import UserError
 from dpkernels.memory import MemoryEstimator
 from dpkernels.privacy import SAFE_DELTA_TIMES_N, epsilon, read_ledger
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 _NAMED = 3  # recordings left out that a check names
 DECODED = 64  # recordings of a corpus that are decoded, evenly spread
@@ -126,7 +129,9 @@ class _DryRun(Run):
             f"{self.recognizer.device}, {facts['vocabulary']} classes{' (new)' if facts['new_head'] else ''}"
         )
 
-    def _read(self, name: str, source: Source, split: Split) -> tuple[Corpus, str]:
+    def _read(
+        self, name: str, source: Source, split: Split, augment: SpecAugment | None = None
+    ) -> tuple[SpeechDataset, str]:
         """Load a corpus, and decode a sample of it."""
         corpus = fitted_corpus(source, split, self.config.data, self.recognizer, training=name == "train")
         places = np.linspace(0, len(corpus) - 1, min(DECODED, len(corpus))).astype(int)
@@ -144,7 +149,7 @@ class _DryRun(Run):
             )
         if doubts:
             summary += f"; listen to {len(doubts)}, e.g. {doubts[0].name}: {doubts[0].reason}"
-        return corpus, summary
+        return SpeechDataset(corpus, self.recognizer, augment=augment), summary
 
     @as_config_error()
     def privacy(self) -> str:
@@ -155,10 +160,13 @@ class _DryRun(Run):
         assert privacy.delta is not None  # check_trainable ensures it
         sampling = sampling_of(config, self.corpus)
         ledger = self.folder.ledger
+        if self.origin is not None and self.origin.begins(ledger):
+            ledger = self.origin.folder.ledger
+            steps += self.origin.steps
         started = [run for run in read_ledger(ledger).runs if run.steps] if ledger.exists() else []
         self.sigma = started[0].mechanism.noise_multiplier if started else sigma_of(config, sampling)
         summary = (
-            f"σ = {self.sigma:g}{' (its ledger)' if started else ''}: {steps:,} steps, Poisson at rate "
+            f"σ = {shown_sigma(self.sigma)}{' (its ledger)' if started else ''}: {steps:,} steps, Poisson at rate "
             f"{sampling.sample_rate:.5f} of {sampling.units:,} {sampling.unit}s"
         )
         if self.sigma == 0:
@@ -172,7 +180,7 @@ class _DryRun(Run):
             max_batch_size=privacy.max_batch_size,
             dataset_size=sampling.units,
         )
-        summary += f"; would spend ε = {spends:.3f} at δ = {privacy.delta:g}"
+        summary += f"; would spend ε = {shown_epsilon(spends)} at δ = {privacy.delta:g}"
         if privacy.epsilon is not None:
             summary += f", target {privacy.epsilon:g}"
             if spends > privacy.epsilon:
@@ -236,7 +244,15 @@ class _DryRun(Run):
         """Make the run private with the noise of the stage `privacy`, and without a ledger."""
         config, recognizer = self.config.with_values("privacy", noise_multiplier=self.sigma), self.recognizer
         self.engine, self.optimizer, self.loader = make_private(
-            config, recognizer, plain, self.dataset, lengths, self.reporter, None, config.train.steps
+            config,
+            recognizer,
+            plain,
+            self.dataset,
+            lengths,
+            self.reporter,
+            None,
+            config.train.steps,
+            self.ranks,
         )
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from asr_finetune.console import duration
 from dpkernels.privacy import NoisePlan
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 if TYPE_CHECKING:  # they load transformers, which a plan without a model does not need
     from asr_finetune.planning.memory import Fit, MemoryPlan
@@ -18,15 +19,15 @@ def plan_table(plan: NoisePlan) -> Table:
     """The noise, the sampling, and ε over the steps."""
     target = "" if plan.target_epsilon is None else f"target {plan.target_epsilon:g}, "
     table = Table(
-        title=f"ε: {target}spends {plan.epsilon:.3f} at δ = {plan.delta:g}",
+        title=f"ε: {target}spends {shown_epsilon(plan.epsilon)} at δ = {plan.delta:g}",
         show_header=False,
         title_justify="left",
     )
-    table.add_row(f"noise multiplier σ ({plan.accountant.upper()})", f"{plan.noise_multiplier:.3f}")
+    table.add_row(f"noise multiplier σ ({plan.accountant.upper()})", shown_sigma(plan.noise_multiplier))
     if plan.noise_multiplier_other is not None:
-        table.add_row(f"  by {plan.other} it would be", f"{plan.noise_multiplier_other:.3f}")
+        table.add_row(f"  by {plan.other} it would be", shown_sigma(plan.noise_multiplier_other))
     if plan.epsilon_other is not None:
-        table.add_row(f"  ε of this σ by {plan.other}", f"{plan.epsilon_other:.3f}")
+        table.add_row(f"  ε of this σ by {plan.other}", shown_epsilon(plan.epsilon_other))
     sampling = (
         "Poisson" if plan.max_batch_size is None else f"truncated Poisson, at most {plan.max_batch_size:,}"
     )
@@ -39,14 +40,14 @@ def plan_table(plan: NoisePlan) -> Table:
     table.add_row("sampling", f"{sampling}; rate {plan.sample_rate:.5f} ({drawn})")
     table.add_row("steps", f"{plan.steps:,}: each {plan.unit} is drawn {plan.epochs:.1f} times on average")
     for step, value in plan.epsilon_at:
-        table.add_row(f"  ε after step {step:,}", f"{value:.3f}")
+        table.add_row(f"  ε after step {step:,}", shown_epsilon(value))
     return table
 
 
-def probe_table(measured: Probe) -> Table:
-    """Time and memory, and the parts of a run that they do not include."""
+def probe_table(measured: Probe, devices: int = 1) -> Table:
+    """Time and memory, and the parts of a run that they do not include; with several devices, theirs as calculated."""
     table = Table(title="measured on this machine, synthetic audio", show_header=False, title_justify="left")
-    for row in describe_probe(measured):
+    for row in describe_probe(measured) + (describe_several(measured, devices) if devices > 1 else []):
         table.add_row(*row)
     return table
 
@@ -61,7 +62,7 @@ def describe_probe(measured: Probe) -> list[tuple[str, str]]:
             f"{1000 * measured.seconds_per_example:.1f} ms at {measured.seconds_of_audio:.1f} s of audio",
         ),
         ("time per step, noise and optimizer", duration(measured.seconds_per_step)),
-        ("time in all", duration(measured.total_seconds)),
+        ("time in all", duration(measured.total_seconds())),
         ("  not included", "reading audio and making features, self-check, evaluations, checkpoints"),
         ("weights", size(measured.parameters)),
         ("optimizer state", size(measured.optimizer)),
@@ -70,6 +71,22 @@ def describe_probe(measured: Probe) -> list[tuple[str, str]]:
             "peak memory",
             f"{size(measured.peak)} with {measured.physical_batch_size} utterances of "
             f"{measured.longest_seconds:.1f} s",
+        ),
+    ]
+
+
+def describe_several(measured: Probe, devices: int) -> list[tuple[str, str]]:
+    """(what, value) rows for a run under torchrun on several devices like the one measured."""
+    return [
+        (f"on {devices} of these, calculated: time in all", duration(measured.total_seconds(devices))),
+        (
+            "  not included either",
+            f"the exchange of gradients: each sends {size(measured.sent_per_step(devices))} a step",
+        ),
+        ("  optimizer state of each", size(measured.optimizer / devices)),
+        (
+            "  utterances of each in a step",
+            f"{measured.utterances / devices:,.0f} of {measured.utterances:,.0f}",
         ),
     ]
 

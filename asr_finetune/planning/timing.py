@@ -37,8 +37,8 @@ class Probe:
         physical_batch_size: utterances in a micro-batch.
         seconds_per_example: forward and private backward, per utterance.
         seconds_per_step: noise and optimizer, once a logical step.
-        total_seconds: utterances in a step × steps × seconds_per_example + steps × seconds_per_step; without reading
-            audio and making features, the self-check, evaluations and checkpoints.
+        steps: number of logical steps.
+        utterances: expected number of utterances in a step.
         parameters: bytes of the weights.
         optimizer: bytes of the optimizer's state.
         sums: bytes of the float64 sums of clipped gradients.
@@ -54,13 +54,25 @@ class Probe:
     physical_batch_size: int
     seconds_per_example: float
     seconds_per_step: float
-    total_seconds: float
+    steps: int
+    utterances: float
     parameters: int
     optimizer: int
     sums: int
     peak: int
     trained_parameters: int
     total_parameters: int
+
+    def total_seconds(self, devices: int = 1) -> float:
+        """Seconds of all steps on so many devices like this one: each has its part of every step's utterances, and of
+        the noise and the optimizer. Reading audio and making features, the self-check, evaluations, checkpoints, and
+        with several devices the exchange of gradients are not included."""
+        return self.steps * (self.utterances * self.seconds_per_example + self.seconds_per_step) / devices
+
+    def sent_per_step(self, devices: int) -> float:
+        """Bytes that each of several devices sends in a step: its sums but its own part of them, 8 bytes an entry, and
+        its part of the parameters to each of the others, in float32."""
+        return (devices - 1) / devices * (self.sums + 4 * self.trained_parameters)
 
 
 @as_config_error()
@@ -113,7 +125,6 @@ def probe(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The first micro-batch is the longest's, the second warms up the ordinary length.
     per_example = float(np.median(taken.micro_batches[2:])) / width
-    steps, utterances = config.train.steps, expected_utterances(config, corpus)
     return Probe(
         device=str(device),
         seconds_of_audio=speech.mean,
@@ -121,7 +132,8 @@ def probe(
         physical_batch_size=width,
         seconds_per_example=per_example,
         seconds_per_step=taken.step,
-        total_seconds=steps * (utterances * per_example + taken.step),
+        steps=config.train.steps,
+        utterances=expected_utterances(config, corpus),
         parameters=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         optimizer=taken.optimizer,
         sums=sum(8 * parameter.numel() for parameter in trained),

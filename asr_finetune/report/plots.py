@@ -21,6 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from dpkernels.rounding import shown_epsilon
+
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 # Text and axes are black on a white page and white on a dark one: `svg` turns this colour into CSS's `currentColor`.
 _INK = "#010203"
@@ -117,7 +119,7 @@ def epsilon_over_steps(points: Sequence[tuple[int, float]], *, target: float | N
         figure, axes = _axes("training step", "ε spent")
         steps, values = zip(*sorted(points), strict=True)
         axes.plot(steps, values, color=BLUE, clip_on=False)
-        _label_end(axes, steps[-1], values[-1], f"{values[-1]:.2f}", BLUE)
+        _label_end(axes, steps[-1], values[-1], shown_epsilon(values[-1], 2), BLUE)
         if target is not None:
             _level(axes, target, f"target {target:g}", ORANGE)
         axes.set_ylim(0, 1.15 * max(values[-1], target or 0.0))
@@ -147,7 +149,7 @@ def wer_against_epsilon(
         raise ValueError("results=[]: there is nothing to plot")
     groups: dict[float, list[float]] = defaultdict(list)
     for result in results:
-        groups[round(float(result["epsilon"]), 2)].append(float(result["wer"]))
+        groups[float(shown_epsilon(float(result["epsilon"]), 2))].append(float(result["wer"]))
     budgets = sorted(groups)
     means = [sum(groups[budget]) / len(groups[budget]) for budget in budgets]
     with _style():

@@ -16,9 +16,10 @@ import jinja2
 from asr_finetune.console import duration
 from asr_finetune.files import write_text
 from asr_finetune.report import plots
-from asr_finetune.training.run_folder import RunFolder
+from asr_finetune.training.run_folder import RunFolder, by_test_set
 from dpkernels.errors import UserError
 from dpkernels.privacy import DELTAS, ClaimError, audit_ledger, claimed_epsilon, detection_bounds
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 # Steps at which the plot of ε is computed.
 _POINTS = 8
@@ -44,15 +45,17 @@ def write_report(run_folder: Path | str, out: Path | str) -> Path:
         dpkernels.privacy.LedgerError: the ledger was tampered with.
     """
     folder = RunFolder(Path(run_folder))
-    run = folder.read_json(folder.run)
+    run = folder.record()
     if run is None:
         raise ReportError(
-            f"run={str(run_folder)!r}: no run.json, so no finished run; finish it with asr-finetune train"
+            f"run={str(run_folder)!r}: no run.json, so no finished run; finish it with asr-finetune train, or "
+            "take what its last checkpoint has with asr-finetune export"
         )
     try:
         page = _render(_context(folder, run))
     except ClaimError as error:
-        raise ReportError(f"{error}: no report is made") from error
+        again = "; export the run again, which was continued" if run.get("stopped") else ""
+        raise ReportError(f"{error}: no report is made{again}") from error
     except (KeyError, jinja2.UndefinedError) as error:
         raise ReportError(
             f"{folder.run} lacks a value ({error}); another version may have written it"
@@ -69,15 +72,6 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
     ledger = audit_ledger(folder.ledger, privacy, folder.run.name) if privacy["enabled"] else None
     private = ledger is not None and ledger.epsilon is not None
     evaluation = run["evaluation"]
-    rows = [
-        {"label": label, **{name: evaluation[key][name] for name in _RATES}}
-        for key, label in (
-            ("before", "before fine-tuning"),
-            ("after", "after, with differential privacy" if private else "after, NOT private"),
-            ("non_private", "the same recipe without privacy"),
-        )
-        if evaluation.get(key) is not None
-    ]
     return {
         "title": "Privacy report",
         "run_name": folder.path.resolve().name,
@@ -90,6 +84,7 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         "second_opinion": _second_opinion(privacy) if private else None,
         "unit": "speaker" if privacy["unit"] == "speaker" else "piece" if data.get("pieces") else "recording",
         "model": model,
+        "origin": run.get("origin"),
         "method": _settings(run["method"], ("kind", "rank", "alpha", "dropout", "targets", "layers")),
         "training": _settings(
             run["training"],
@@ -104,12 +99,10 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
                 "spec_augment",
             ),
         ),
+        "stopped": run.get("stopped", False),
         "steps": run["steps"],
         "time": duration(run["seconds"]),
-        "rows": rows,
-        "headline": [evaluation["before"], evaluation["after"]] if evaluation["before"] else None,
-        "reduction": _reduction(evaluation),
-        "overlap": _overlap(evaluation),
+        "test_sets": _test_sets(data, evaluation, private),
         "scoring": _settings(run["scoring"], ("normalize", "restrict_to")),
         "machine": run["machine"],
         "versions": run["versions"],
@@ -139,17 +132,57 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _reduction(evaluation: Mapping[str, Any]) -> float | None:
+def _test_sets(data: Mapping[str, Any], evaluation: Mapping[str, Any], private: bool) -> list[dict[str, Any]]:
+    """Of each test set its source, its rows of error rates, and what they show."""
+    labels = {
+        "before": "before fine-tuning",
+        "after": "after, with differential privacy" if private else "after, NOT private",
+        "non_private": "the same recipe without privacy",
+    }
+    measured = {key: by_test_set(evaluation.get(key)) for key in labels}
+    names = dict.fromkeys(name for results in measured.values() for name in results)
+    sets = []
+    for name in names:
+        results = {key: sets_of[name] for key, sets_of in measured.items() if name in sets_of}
+        sources = [
+            part[name] if isinstance(part, Mapping) else part for part in (data["test"], data["test_split"])
+        ]
+        sets.append(
+            {
+                "name": name,
+                "source": ", split ".join(filter(None, sources)),
+                "rows": [
+                    {"label": labels[key], **{rate: result[rate] for rate in _RATES}, **_shares(result)}
+                    for key, result in results.items()
+                ],
+                "headline": [results["before"], results["after"]]
+                if {"before", "after"} <= set(results)
+                else None,
+                "reduction": _reduction(results),
+                "overlap": _overlap(results),
+            }
+        )
+    return sets
+
+
+def _shares(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of recordings of a test set, the unusable ones included, and why those were left out."""
+    left_out = result.get("left_out") or {}
+    reasons = ", ".join(f"{count} × {kind}" for kind, count in left_out.items())
+    return {"of": result["utterances"] + sum(left_out.values()), "left_out": reasons}
+
+
+def _reduction(results: Mapping[str, Any]) -> float | None:
     """Share of the word errors that fine-tuning removed (negative if it added some)."""
-    before, after = evaluation.get("before"), evaluation.get("after")
+    before, after = results.get("before"), results.get("after")
     if not before or not after or before["wer"] == 0:
         return None
     return float(1 - after["wer"] / before["wer"])
 
 
-def _overlap(evaluation: Mapping[str, Any]) -> bool:
+def _overlap(results: Mapping[str, Any]) -> bool:
     """Whether the intervals before and after have values in common."""
-    before, after = ((evaluation.get(key) or {}).get("wer_ci") for key in ("before", "after"))
+    before, after = ((results.get(key) or {}).get("wer_ci") for key in ("before", "after"))
     return bool(before and after and before[0] <= after[1] and after[0] <= before[1])
 
 
@@ -186,7 +219,13 @@ def _render(context: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "small": _small}
+    environment.filters |= {
+        "percent": _percent,
+        "number": _number,
+        "small": _small,
+        "epsilon": shown_epsilon,
+        "sigma": shown_sigma,
+    }
     return environment.get_template("report.html").render(context)
 
 

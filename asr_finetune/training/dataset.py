@@ -1,14 +1,16 @@
-"""A corpus as tensors: the items that a recogniser collates, optionally cached in memory after their first use."""
+"""A corpus as tensors: the items that a recogniser collates, optionally cached in memory."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from asr_finetune.config.schema import ConfigError
+from asr_finetune.console import Reporter
 from asr_finetune.data.audio import read_audio
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.utterance import Problem, Utterance
@@ -31,8 +33,10 @@ class SpeechDataset(Dataset[dict[str, Any]]):
     Args:
         corpus: the utterances; the dataset has one item for each, in their order.
         recognizer: turns them into tensors.
-        cache: keep each utterance's features in memory after their first use, up to `CACHE_BYTES` in each
-            process. If the encoder is frozen and nothing is augmented, its output is cached instead.
+        cache: keep each utterance's features in memory, from `check_audio` or their first use on, up to `CACHE_BYTES`.
+            If the encoder is frozen and nothing is augmented, its output is cached instead. Worker processes have
+            caches of their own; a forked one starts with what this process has cached.
+        cache_states: whether to cache a frozen encoder's output, which pays off if items are used several times.
         augment: masks on the features, drawn at every access; refused for raw waveforms.
         target_prefix: prefix of each transcript; "" stands for the recogniser's own (Whisper: a space).
     """
@@ -43,6 +47,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         recognizer: Recognizer,
         *,
         cache: bool = False,
+        cache_states: bool = True,
         augment: SpecAugment | None = None,
         target_prefix: str = "",
     ) -> None:
@@ -56,11 +61,44 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         self.augment = augment
         self.target_prefix = target_prefix or recognizer.target_prefix
         self.problems: list[Problem] = []
+        self.cache_states = cache_states
         self._cache: dict[int, dict[str, torch.Tensor]] | None = {} if cache else None
         self._cached_bytes = 0
+        self._full = False
 
     def __len__(self) -> int:
         return len(self.corpus)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker would need a file handle for each cached tensor.
+        empty: dict[str, Any] = {
+            "_cache": None if self._cache is None else {},
+            "_cached_bytes": 0,
+            "_full": False,
+        }
+        return {**self.__dict__, **empty}
+
+    def check_audio(self, reporter: Reporter, name: str) -> None:
+        """Decode every recording, take those that fail out of the corpus, and cache the others' features.
+
+        Without a cache, or once it is full, the samples are dropped, and a recording is decoded again when it is used.
+        Call it before the first item is used, since it changes the items' places.
+
+        Args:
+            reporter: shows the progress.
+            name: the name of the progress bar.
+
+        Raises:
+            ConfigError: no utterance is left.
+        """
+        if self._cache is None:
+            self.corpus = self.corpus.decoded(reporter, name)
+        else:
+            self.corpus = self.corpus.decoded(reporter, name, self._read, self._fill)
+
+    def _fill(self, index: int, utterance: Utterance, samples: np.ndarray) -> None:
+        if not self._full:
+            self._keep(index, self._encode(utterance, samples))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self._item(index)
@@ -73,12 +111,17 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     def _item(self, index: int) -> dict[str, torch.Tensor]:
         if self._cache is None:
-            return self._encode(index)
+            return self._encode(self.corpus.utterances[index])
         # A worker holds a copy of the model from its start; only this process knows the present frozen parameters.
-        states = self.augment is None and get_worker_info() is None and self.recognizer.can_cache_states()
+        states = (
+            self.cache_states
+            and self.augment is None
+            and get_worker_info() is None
+            and self.recognizer.can_cache_states()
+        )
         item = self._cache.get(index)
         if item is None or ("encoder_states" in item and not states):
-            item = self._encode(index)
+            item = self._encode(self.corpus.utterances[index])
         if states and "encoder_states" not in item:
             item = self.recognizer.cached_inputs(item)
         self._keep(index, item)
@@ -91,6 +134,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
             return
         size = _size(item) - (_size(old) if old is not None else 0)
         if self._cached_bytes + size > CACHE_BYTES:
+            self._full = True
             if old is not None:  # it is out of date
                 del self._cache[index]
                 self._cached_bytes -= _size(old)
@@ -98,12 +142,15 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         self._cache[index] = item
         self._cached_bytes += size
 
-    def _encode(self, index: int) -> dict[str, torch.Tensor]:
-        utterance = self.corpus.utterances[index]
+    def _read(self, utterance: Utterance) -> np.ndarray:
+        return read_audio(utterance, self.recognizer.sampling_rate)
+
+    def _encode(self, utterance: Utterance, samples: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """The item of an utterance; samples: those of the recording, if it has been read."""
         reason = self.recognizer.audio_problem(utterance)
         if reason is None:
             try:
-                samples = read_audio(utterance, self.recognizer.sampling_rate)
+                samples = self._read(utterance) if samples is None else samples
                 return {**self.recognizer.encode_audio(samples), "labels": self._labels(utterance)}
             except ValueError as error:  # AudioError, or a number of samples that the header does not give
                 reason = str(error)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jiwer
@@ -16,6 +17,7 @@ from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.training.dataset import SpeechDataset
+from dpkernels.privacy import Ranks
 
 # A fixed seed, so that others can recompute the interval.
 BOOTSTRAP_SEED = 0
@@ -36,6 +38,7 @@ class Evaluation:
         words: number of reference words, after normalisation.
         hypotheses: (id, normalised reference, normalised hypothesis) of every utterance, in the corpus's
             order.
+        left_out: number of the corpus's recordings that were left out, by the kind of reason.
     """
 
     wer: float
@@ -44,6 +47,7 @@ class Evaluation:
     utterances: int
     words: int
     hypotheses: list[tuple[str, str, str]]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self, *, hypotheses: bool = False) -> dict[str, Any]:
         """Plain values; the texts only on request, since they are the content of the test set."""
@@ -53,6 +57,7 @@ class Evaluation:
             "wer_ci": list(self.wer_ci) if self.wer_ci else None,
             "utterances": self.utterances,
             "words": self.words,
+            "left_out": self.left_out,
         }
         if hypotheses:
             values["hypotheses"] = [list(entry) for entry in self.hypotheses]
@@ -61,7 +66,9 @@ class Evaluation:
     def __str__(self) -> str:
         interval = f" ({self.wer_ci[0]:.1%} to {self.wer_ci[1]:.1%})" if self.wer_ci else ""
         rates = f"WER {self.wer:.1%}{interval}, CER {self.cer:.1%}"
-        return f"{rates} on {self.utterances} utterances, {self.words} words"
+        missing = sum(self.left_out.values())
+        of_all = f" of {self.utterances + missing}" if missing else ""
+        return f"{rates} on {self.utterances}{of_all} utterances, {self.words} words"
 
 
 def normalise(text: str, how: str = "basic") -> str:
@@ -159,6 +166,7 @@ def evaluate(
     dataset: SpeechDataset | None = None,
     reporter: Reporter | None = None,
     name: str = "evaluate",
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Transcribe a corpus and score it.
 
@@ -171,6 +179,7 @@ def evaluate(
             cache.
         reporter: progress; None prints nothing.
         name: of the progress bar.
+        ranks: the processes that share the work; each gets the whole result.
 
     Raises:
         ConfigError: the corpus is empty, or has empty references only.
@@ -184,14 +193,17 @@ def evaluate(
         dataset = SpeechDataset(corpus, recognizer, cache=False, augment=None)
     # Utterances of similar length share a batch: less padding, and the largest batch comes first.
     order = sorted(range(len(utterances)), key=lambda index: -recognizer.length(utterances[index]))
-    hypotheses = [""] * len(utterances)
-    with reporter.bar(name, len(utterances)) as bar:
+    ranks = ranks or Ranks()
+    order = order[ranks.rank :: ranks.size]
+    transcribed: dict[int, str] = {}
+    with reporter.bar(name, len(order)) as bar:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             batch = recognizer.collate([dataset[index] for index in chosen])
             texts = recognizer.transcribe(batch, restrict_to=config.restrict_to)
-            for index, text in zip(chosen, texts, strict=True):
-                hypotheses[index] = text
+            transcribed.update(zip(chosen, texts, strict=True))
             bar.update(min(start + size, len(order)))
-    entries = [(item.id, item.text, text) for item, text in zip(utterances, hypotheses, strict=True)]
-    return score(entries, config)
+    by_index = {index: text for part in ranks.gathered(transcribed) for index, text in part.items()}
+    entries = [(item.id, item.text, by_index[index]) for index, item in enumerate(utterances)]
+    left_out = Counter(problem.kind for problem in corpus.problems)
+    return replace(score(entries, config), left_out=dict(left_out))

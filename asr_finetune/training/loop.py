@@ -16,10 +16,12 @@ from asr_finetune.config.schema import TrainConfig
 from asr_finetune.console import Reporter
 from asr_finetune.models.recognizer import to_device
 from asr_finetune.training.evaluate import evaluate
+from asr_finetune.training.processes import of_all
 from asr_finetune.training.start import Run
 from dpkernels import checkpoint
 from dpkernels.errors import UserError
 from dpkernels.privacy import BudgetExhausted, LogicalBatch, back_propagate
+from dpkernels.rounding import shown_epsilon
 
 # Composing ε can take a second; refreshing it takes at most this share of the training time.
 EPSILON_TIME_SHARE = 0.02
@@ -49,6 +51,7 @@ def run_steps(run: Run) -> None:
     config = run.config.train
     total, began = config.steps, time.monotonic()
     before = run.seconds
+    requested: str | None = None
     display = _EpsilonDisplay(run)
     if run.step >= total:
         return
@@ -71,18 +74,20 @@ def run_steps(run: Run) -> None:
             entry = _history_entry(run, losses, rate, time.monotonic() - step_began)
             entry |= display.refresh(last=run.step == total)
             run.folder.note_history(entry)
+            run.log.step(entry)
             bar.update(run.step, display.facts(entry))
             if config.eval_every and (run.step % config.eval_every == 0 or run.step == total):
                 _validate(run)
-            if stop.requested or run.step == total:
+            requested = next((name for name in run.ranks.gathered(stop.requested) if name), None)
+            if requested or run.step == total:
                 break
             if run.step % config.checkpoint_every == 0:
                 save(run)
         run.seconds = before + time.monotonic() - began
         save(run)
-        if stop.requested:
+        if requested:
             raise Interrupted(
-                f"stopped by {stop.requested} after step {run.step} of {total}; the same command "
+                f"stopped by {requested} after step {run.step} of {total}; the same command "
                 f"continues from here (checkpoint in {run.folder.checkpoint})"
             )
 
@@ -101,7 +106,8 @@ def _backward(run: Run, logical_batch: Iterable[Any]) -> torch.Tensor:
             losses.append(losses_of(batch))
             run.optimizer.backward(losses[-1])
             losses[-1] = losses[-1].detach()
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *(part.double().cpu() for part in losses)])
+    mine = torch.cat([torch.zeros(0, dtype=torch.float64), *(part.double().cpu() for part in losses)])
+    return torch.cat(run.ranks.gathered(mine))
 
 
 def _history_entry(run: Run, losses: torch.Tensor, rate: float, seconds: float) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def _history_entry(run: Run, losses: torch.Tensor, rate: float, seconds: float) 
         "learning_rate": rate,
         "seconds": seconds,
     }
-    stats = run.optimizer.last_step if run.engine else None
+    stats = of_all(run.ranks.gathered(run.optimizer.last_step)) if run.engine else None
     if stats is not None:
         entry |= {"clip_rate": stats.clip_rate, "mean_norm": stats.mean_norm, "non_finite": stats.non_finite}
     return entry
@@ -142,7 +148,7 @@ class _EpsilonDisplay:
     def refresh(self, *, last: bool) -> dict[str, Any]:
         """ε and its step, recomputed in at most `EPSILON_TIME_SHARE` of the time; {} if there is no ε."""
         run = self._run
-        if last or run.seconds >= self._next:
+        if run.ranks.is_first and (last or run.seconds >= self._next):
             began = time.monotonic()
             self._epsilon, self._step = epsilon_spent(run), run.step
             self._next = run.seconds + (time.monotonic() - began) / EPSILON_TIME_SHARE
@@ -155,7 +161,7 @@ class _EpsilonDisplay:
         loss = "–" if entry["loss"] is None else f"{entry['loss']:.3f}"
         if self._run.engine is None:
             return f"NOT PRIVATE  loss {loss}  {speed}"
-        spent = "∞" if self._epsilon is None else f"{self._epsilon:.2f}"
+        spent = "∞" if self._epsilon is None else shown_epsilon(self._epsilon, 2)
         when = "" if self._step == self._run.step or self._epsilon is None else f" (step {self._step})"
         return f"ε {spent}{when}  [not private: loss {loss}, clipped {entry['clip_rate']:.0%}]  {speed}"
 
@@ -163,8 +169,9 @@ class _EpsilonDisplay:
 def _validate(run: Run) -> None:
     """Add a point to the curve, measured on public data."""
     assert run.valid is not None
-    corpus, dataset = run.valid
-    result = evaluate(run.recognizer, corpus, run.config.evaluate, dataset=dataset)
+    result = evaluate(
+        run.recognizer, run.valid.corpus, run.config.evaluate, dataset=run.valid, ranks=run.ranks
+    )
     low, high = result.wer_ci or (None, None)
     point = {
         "step": run.step,
@@ -174,6 +181,7 @@ def _validate(run: Run) -> None:
         "wer_hi": high,
     }
     run.curve.append(point)
+    run.log.validation(point)
     run.reporter.say(f"step {run.step}, public validation data: {result}")
 
 
@@ -186,18 +194,16 @@ def epsilon_spent(run: Run) -> float | None:
 
 def save(run: Run) -> None:
     """Write a checkpoint of the run's present state."""
-    checkpoint.save(
-        run.folder.checkpoint,
-        checkpoint.Checkpoint(
-            step=run.step,
-            parameters=dict(checkpoint.kept_parameters(run.recognizer.model)),
-            optimizer=run.optimizer.state_dict(),
-            privacy=run.engine.state_dict() if run.engine else None,
-            random=checkpoint.random_state() if run.engine is None else None,
-            seconds=run.seconds,
-            curve=run.curve,
-        ),
+    state = checkpoint.Checkpoint(
+        step=run.step,
+        parameters=dict(checkpoint.kept_parameters(run.recognizer.model)),
+        optimizer=run.optimizer.state_dict(),
+        privacy=run.engine.state_dict() if run.engine else None,
+        random=checkpoint.random_state() if run.engine is None else None,
+        seconds=run.seconds,
+        curve=run.curve,
     )
+    run.ranks.first(lambda: checkpoint.save(run.folder.checkpoint, state))
 
 
 class StopRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing import Any
 
 from asr_finetune.config.schema import Config
 from asr_finetune.console import Reporter, duration
-from asr_finetune.files import write_json, write_text
+from asr_finetune.files import write_json
 from asr_finetune.training import record
+from asr_finetune.training.card import write_card
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.evaluate import evaluate
 from asr_finetune.training.loop import Interrupted, epsilon_spent, run_steps
-from asr_finetune.training.run_folder import RunFolder
+from asr_finetune.training.processes import joined
+from asr_finetune.training.run_folder import RunFolder, as_recorded, weights_folder
+from asr_finetune.training.run_log import RunLog
 from asr_finetune.training.setup import recognizer_of
-from asr_finetune.training.start import Finished, Kept, Run
+from asr_finetune.training.start import Finished, Run
 from dpkernels import checkpoint
 from dpkernels.plain import PlainLoader
+from dpkernels.rounding import shown_epsilon
 
 __all__ = ["Interrupted", "TrainResult", "train"]
 
@@ -55,6 +60,9 @@ def train(
     checkpoint again with fresh noise, counts them again, and stops before the target ε is exceeded. For a finished run
     it returns the result.
 
+    Under torchrun all processes train one model: each has its part of every step and of every evaluation, and rank 0
+    prints and writes.
+
     Args:
         config: the run.
         progress: print lines and bars.
@@ -66,9 +74,16 @@ def train(
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
         FileNotFoundError, ValueError: the data or the model cannot be read.
         dpkernels.privacy.SelfCheckError: an utterance's gradient depends on its batch.
+        dpkernels.privacy.RanksError: another of torchrun's processes failed, or has other data or another model.
     """
     config.check_trainable()
-    run = Run(config, Reporter(progress), resume=resume, compare=compare)
+    with joined() as ranks:
+        reporter = Reporter(progress and ranks.is_first)
+        return _train(Run(config, reporter, resume=resume, compare=compare, ranks=ranks))
+
+
+def _train(run: Run) -> TrainResult:
+    config = run.config
     with closing(run):
         try:
             run.walk()  # before the first evaluation, so that errors appear within seconds
@@ -78,25 +93,39 @@ def train(
         before = _evaluate_before(run)
         if run.resuming:
             _restore(run)
-        run_steps(run)
+        with closing(RunLog(config.log, run.folder, run.step)) as run.log:
+            run_steps(run)
         data = record.data_record(config, run.corpus, run.fingerprint)
         if config.privacy.enabled:  # an exact fact about the private data: it must not be passed on
             run.folder.note_test_data(run.shares_training)
         else:
             data["test_shares_training"] = run.shares_training
+            data["left_out"] = dict(Counter(problem.kind for problem in run.corpus.problems))
         return _finish(run, data, {"before": before, "non_private": run.non_private})
 
 
-def _evaluate(run: Run, name: str, data: Kept) -> dict[str, Any]:
+def _evaluate(run: Run, name: str, tests: dict[str, SpeechDataset]) -> dict[str, Any] | None:
     """Measure and print error rates, and write the transcripts to the folder `not_private`."""
-    corpus, dataset = data
-    recognizer, config = dataset.recognizer, run.config
-    result = evaluate(recognizer, corpus, config.evaluate, dataset=dataset, reporter=run.reporter, name=name)
-    run.reporter.say(f"{name}: {result}")
-    lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
-    write_text(run.folder.not_private / f"transcripts_{name}.tsv", lines)
-    run.folder.note_metrics(private=config.privacy.enabled, **{name: result.to_dict()})
-    return result.to_dict()
+    config, results = run.config.evaluate, {}
+    for test_set, dataset in tests.items():
+        label = name if test_set == "test" else f"{name}_{test_set}"
+        result = evaluate(
+            dataset.recognizer,
+            dataset.corpus,
+            config,
+            dataset=dataset,
+            reporter=run.reporter,
+            name=label,
+            ranks=run.ranks,
+        )
+        run.reporter.say(f"{label}: {result}")
+        lines = "".join("\t".join(entry) + "\n" for entry in result.hypotheses)
+        run.folder.write(run.folder.not_private / f"transcripts_{label}.tsv", lines)
+        results[test_set] = result.to_dict()
+    recorded = as_recorded(results)
+    if recorded is not None:
+        run.folder.note_metrics(private=run.config.privacy.enabled, **{name: recorded})
+    return recorded
 
 
 def _evaluate_before(run: Run) -> dict[str, Any] | None:
@@ -106,17 +135,17 @@ def _evaluate_before(run: Run) -> dict[str, Any] | None:
     measured). A user's starting point is the checkpoint with its own window, so this function measures that one.
     """
     noted, tests = run.folder.read_json(run.folder.metrics) or {}, run.tests
-    if tests is None or "before" in noted or not run.config.evaluate.before:
+    if not tests or "before" in noted or not run.config.evaluate.before:
         return noted.get("before")
     if run.config.model.window_seconds is not None:
         published = recognizer_of(run.config.with_values("model", window_seconds=None))
-        tests = tests[0], SpeechDataset(tests[0], published, cache=False)
+        tests = {name: SpeechDataset(one.corpus, published, cache=False) for name, one in tests.items()}
     return _evaluate(run, "before", tests)
 
 
 def _restore(run: Run) -> None:
     """Restore the checkpoint, if there is one, and print the consequences."""
-    saved = checkpoint.load(run.folder.checkpoint)
+    saved = run.checkpoint()
     spent = run.engine.steps if run.engine else 0
     if saved is None:
         lost = f" {spent} steps were spent before the first checkpoint and remain counted." if spent else ""
@@ -152,20 +181,23 @@ def _finish(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> Train
             "contributed nothing (see not_private/problems_train_later.tsv)",
             style="bold red",
         )
-    evaluation["after"] = None
-    if run.tests is not None:
-        evaluation["after"] = _evaluate(run, "after", run.tests)
-    adapters = config.method.kind in ("lora", "dp_rp")
-    run.recognizer.save(folder.path / ("adapter" if adapters else "model"))
+    evaluation["after"] = _evaluate(run, "after", run.tests)
     epsilon = epsilon_spent(run)
     values = record.run_record(run, data, evaluation, epsilon)
-    write_json(folder.run, values)
+
+    def write() -> None:
+        weights = weights_folder(folder.path, config.method)
+        run.recognizer.save(weights)
+        write_card(weights, values, folder.path.resolve().name)
+        write_json(folder.run, values)
+
+    run.ranks.first(write)
     if run.engine is None:
         reporter.say("this model is NOT PRIVATE", style="bold red")
     elif epsilon is None:
         reporter.say("this model is NOT PRIVATE: it was trained without noise", style="bold red")
     else:
-        spent = f"epsilon {epsilon:.3f} at delta {config.privacy.delta:g}"
+        spent = f"epsilon {shown_epsilon(epsilon)} at delta {config.privacy.delta:g}"
         reporter.say(f"{spent}, {run.step} steps, {duration(run.seconds)}", style="bold")
     reporter.say(f"written to {folder.path}")
     return _result(folder, values)

@@ -2,10 +2,12 @@
 
 config.yaml                 the configuration the run was started with, without the names of speakers
 ledger.jsonl                the privacy ledger; each step is written before it is taken
-checkpoint/state.pt         the last checkpoint
+checkpoint/state.pt         the last checkpoint; previous.pt is the one before
 adapter/ or model/          the trained parameters
+tensorboard/                what is public, for TensorBoard (`log.tensorboard`)
 metrics.json                error rates before and after
 run.json                    the record of the finished run, from which the report is made
+stopped.json                the same of a run that was stopped and exported (`asr-finetune export`)
 not_private/                losses, clip rates, transcripts, names and figures of recordings: must not be passed on
 """
 
@@ -13,21 +15,21 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.schema import ADAPTER_METHODS, Config, ConfigError, MethodConfig
 from asr_finetune.config.yaml_io import changed_keys
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import figures, fingerprint
 from asr_finetune.data.utterance import Problem
 from asr_finetune.files import MissingFile, write_json, write_text
 from dpkernels.errors import UserError
-from dpkernels.privacy import read_ledger
+from dpkernels.privacy import Ranks, read_ledger
 
 # Keys that may change on resume: they affect the place and speed of a run, but neither its expected result nor ε.
 MAY_CHANGE = frozenset(
@@ -42,6 +44,8 @@ MAY_CHANGE = frozenset(
         "train.cache_features",
         "train.checkpoint_every",
         "evaluate.batch_size",
+        "log.tensorboard",
+        "log.not_private",
     }
 )
 # Keys of `data` whose values name speakers: they are kept in the folder `not_private`.
@@ -67,18 +71,25 @@ def _within(name: str, doc: str) -> Any:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's output."""
+    """A run's output: its paths, and what is written there. Of several processes rank 0 alone reads and writes."""
 
     path: Path
+    ranks: Ranks = field(default_factory=Ranks)
 
     config = _within("config.yaml", "The configuration.")
     ledger = _within("ledger.jsonl", "The privacy ledger.")
     checkpoint = _within("checkpoint", "Folder of the checkpoint.")
     metrics = _within("metrics.json", "Error rates before and after.")
     run = _within("run.json", "The record of the finished run.")
+    stopped = _within("stopped.json", "The record of a run that was stopped and exported.")
     not_private = _within("not_private", "Folder of files that must not be passed on.")
     speakers = _within("not_private/speakers.yaml", "data.speakers and data.exclude_speakers, if given.")
     data = _within("not_private/data.json", "Figures and fingerprint of the training data.")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds a finished run."""
+        return self.ranks.first(self.run.is_file)
 
     @property
     def begun(self) -> bool:
@@ -107,7 +118,8 @@ class RunFolder:
         if begun:
             raise RunFolderError(
                 f"output={str(self.path)!r} holds a ledger or a checkpoint, but no config.yaml, so their "
-                "configuration is unknown. Put config.yaml back, or give another --output."
+                "configuration is unknown. Put config.yaml back. (Another --output starts a ledger that does not count "
+                "the steps of this one.)"
             )
         return False
 
@@ -116,11 +128,15 @@ class RunFolder:
 
         Returns, raises: as `check`.
         """
+        return self.ranks.first(lambda: self._prepare(config, resume=resume))
+
+    def _prepare(self, config: Config, *, resume: bool) -> bool:
         if self.check(config, resume=resume):
+            self.stopped.unlink(missing_ok=True)  # it says what was spent before
             return True
         self.not_private.mkdir(parents=True, exist_ok=True)
         write_text(self.not_private / "README.txt", _NOTICE)
-        self.trim_history(0)
+        self._trim_history(0)
         if not self.config.is_file() or self._changes(config):
             self.metrics.unlink(missing_ok=True)  # they belong to another configuration
         self._write_config(config)
@@ -156,7 +172,8 @@ class RunFolder:
 
     def note_test_data(self, shares_training: bool | None) -> None:
         """Write to not_private/test_data.json whether test data holds training recordings (None: no test data)."""
-        write_json(self.not_private / "test_data.json", {"shares_training": shares_training})
+        if self.ranks.is_first:
+            write_json(self.not_private / "test_data.json", {"shares_training": shares_training})
 
     def note_data(self, corpus: Corpus, *, resuming: bool) -> str:
         """Write the figures of the training data, and its fingerprint under this run's own key.
@@ -166,9 +183,15 @@ class RunFolder:
 
         Raises:
             RunFolderError: the resumed run began with other data.
+            RanksError: another process has other data.
         """
-        current = fingerprint(corpus, self._fingerprint_key())
-        original = (self.read_json(self.data) or {}).get("fingerprint", current)
+        current = fingerprint(corpus, self.ranks.first(self._fingerprint_key))
+        self.ranks.check_same("make_private", {"fingerprint of data.train": current})
+        self.ranks.first(lambda: self._note_data(corpus, current, resuming=resuming))
+        return current
+
+    def _note_data(self, corpus: Corpus, current: str, *, resuming: bool) -> None:
+        original = (self._read_json(self.data) or {}).get("fingerprint", current)
         if resuming and original != current:
             raise RunFolderError(
                 f"output={str(self.path)!r} holds a run that began with other training data: recordings, "
@@ -176,7 +199,6 @@ class RunFolder:
                 "was. Put the data back as it was, or give another --output."
             )
         write_json(self.data, {"fingerprint": current, **figures(corpus)})
-        return current
 
     def _fingerprint_key(self) -> bytes:
         path = self.not_private / "fingerprint.key"
@@ -188,39 +210,100 @@ class RunFolder:
         """Write the names of unusable recordings to not_private/problems_<name>.tsv, of doubtful ones to doubts_…"""
         for kind, listed in (("problems", problems), ("doubts", doubts)):
             lines = "".join(f"{problem.name}\t{problem.reason}\n" for problem in listed)
-            write_text(self.not_private / f"{kind}_{name}.tsv", lines)
+            self.write(self.not_private / f"{kind}_{name}.tsv", lines)
 
     def read_json(self, path: Path) -> Any:
-        """The content of a JSON file, or None if the file does not exist."""
+        """The content of a JSON file, or None if the file does not exist. Every process gets what rank 0 reads."""
+        return self.ranks.first(lambda: self._read_json(path))
+
+    def _read_json(self, path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def record(self) -> Any:
+        """The record of the finished run, else of the exported one, else None."""
+        return self.read_json(self.run) or self.read_json(self.stopped)
 
     def note_metrics(self, **values: Any) -> None:
         """Add entries to metrics.json."""
-        write_json(self.metrics, {**(self.read_json(self.metrics) or {}), **values})
+        if self.ranks.is_first:
+            write_json(self.metrics, {**(self._read_json(self.metrics) or {}), **values})
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file of the folder."""
+        if self.ranks.is_first:
+            write_text(path, text)
 
     def note_history(self, entry: dict[str, Any]) -> None:
         """Append a line to not_private/history.jsonl."""
+        if not self.ranks.is_first:
+            return
         with open(self.not_private / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of not_private/history.jsonl, without one that a crash cut short."""
+        return self.ranks.first(self._history)
+
+    def _history(self) -> list[dict[str, Any]]:
         path = self.not_private / "history.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
     def trim_history(self, step: int) -> None:
         """Drop the lines after `step`, since those steps are taken again."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history() if entry["step"] <= step)
+        self.ranks.first(lambda: self._trim_history(step))
+
+    def _trim_history(self, step: int) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in self._history() if entry["step"] <= step)
         write_text(self.not_private / "history.jsonl", lines)
 
 
-def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
+def weights_folder(run: Path, method: MethodConfig) -> Path:
+    """The folder of a run's trained parameters."""
+    return run / ("adapter" if method.kind in ADAPTER_METHODS else "model")
+
+
+def saved_model(folder: Path) -> Path:
+    """The adapter or model in a run's folder; any other folder is returned as it is.
+
+    Raises:
+        RunFolderError: the run was stopped before it wrote one.
+    """
+    for name in ("adapter", "model"):
+        if (folder / name).is_dir():
+            return folder / name
+    if RunFolder(folder).checkpoint.is_dir():
+        raise RunFolderError(
+            f"{str(folder)!r} is a run that was stopped: `asr-finetune export {folder}` writes the adapter or model of "
+            "its last checkpoint"
+        )
+    return folder
+
+
+def by_test_set(evaluation: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The results of an entry of "evaluation" in run.json by test set; a single test set is called "test"."""
+    if evaluation is None:
+        return {}
+    return {"test": dict(evaluation)} if isinstance(evaluation.get("words"), int) else dict(evaluation)
+
+
+def as_recorded(results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The entry of run.json for results by test set, which `by_test_set` reads; None without test sets."""
+    if not results:
+        return None
+    return dict(results["test"]) if list(results) == ["test"] else dict(results)
+
+
+def read_comparison(folder: str | Path | None, test_sets: Sequence[str]) -> dict[str, Any] | None:
     """The error rates after training of a finished run without privacy; None if no folder is given.
+
+    Args:
+        folder: the run's.
+        test_sets: the names of the test sets to compare; none: any.
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
-        ConfigError: the run is private, or has no evaluation.
+        ConfigError: the run is private, has no evaluation, or has other test sets.
     """
     if folder is None:
         return None
@@ -232,4 +315,10 @@ def read_comparison(folder: str | Path | None) -> dict[str, Any] | None:
         raise ConfigError(f"--compare {folder}: that run is private; give one trained with --not-private")
     if values["evaluation"]["after"] is None:
         raise ConfigError(f"--compare {folder}: that run was not evaluated (data.test was not set)")
-    return dict(values["evaluation"]["after"])
+    results = by_test_set(values["evaluation"]["after"])
+    if test_sets and set(test_sets) != set(results):
+        raise ConfigError(
+            f"--compare {folder}: that run has the test sets {', '.join(results)}, this one {', '.join(test_sets)}: "
+            "give both the same data.test"
+        )
+    return as_recorded(results)

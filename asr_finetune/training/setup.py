@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from asr_finetune.data.provenance import of_speakers, shared_recordings
 from asr_finetune.data.sources import Source, Split, load_corpus
 from asr_finetune.models.loading import load_recognizer
 from asr_finetune.models.recognizer import Recognizer, fit, to_device
-from asr_finetune.training.augment import SpecAugment
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.sampling import check_batch, micro_batch_limits, sigma_of, unit_arguments, units
 from dpkernels import PrivacyEngine
 from dpkernels.blocks import CompilerError, checkpoint_blocks, compile_frozen_blocks, has_checkpointing
-from dpkernels.privacy import plan_sampling, read_ledger
+from dpkernels.privacy import Ranks, Sampling, plan_sampling, read_ledger
+from dpkernels.rounding import shown_sigma
 
 SELF_CHECK_EXAMPLES = 3
 SELF_CHECK_LENGTHS = (0.05, 0.4)  # quantiles, from and to
@@ -48,8 +49,14 @@ def fitted_corpus(
 
 
 def load(
-    source: Source, split: Split, data: DataConfig, reporter: Reporter, name: str, recognizer: Recognizer
-) -> Corpus:
+    source: Source,
+    split: Split,
+    data: DataConfig,
+    reporter: Reporter,
+    name: str,
+    recognizer: Recognizer,
+    **options: Any,
+) -> SpeechDataset:
     """Load the utterances of a corpus that decode and that the recogniser accepts; print a summary and the rest.
 
     Args:
@@ -59,31 +66,24 @@ def load(
         reporter: prints the summary.
         name: the use of the corpus; only for "train" must transcripts be learnable.
         recognizer: utterances that it does not accept are left out.
+        options: of the `SpeechDataset`. With cache=True, the check of the audio fills the cache.
 
     Raises:
         ConfigError: the corpus does not exist, or has no usable utterance.
     """
-    corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
+    with reporter.working(f"{name}: reading the list of recordings"):
+        corpus = fitted_corpus(source, split, data, recognizer, training=name == "train")
+    dataset = SpeechDataset(corpus, recognizer, **options)
     if data.check_audio:
-        corpus = corpus.decoded(reporter, f"{name}: reading audio")
+        dataset.check_audio(reporter, f"{name}: reading audio")
+    corpus = dataset.corpus
     reporter.say(f"{name}: {corpus.summary()}")
     for problems, what in ((corpus.problems, "left out"), (corpus.doubts, "listen to")):
         for problem in problems[:_NAMES_SHOWN]:
             reporter.say(f"  {what} {problem.name}: {problem.reason}")
         if len(problems) > _NAMES_SHOWN:
             reporter.say(f"  and {len(problems) - _NAMES_SHOWN} more")
-    return corpus
-
-
-def training_dataset(config: Config, corpus: Corpus, recognizer: Recognizer) -> SpeechDataset:
-    """The training data as tensors."""
-    return SpeechDataset(
-        corpus,
-        recognizer,
-        cache=config.train.cache_features,
-        augment=SpecAugment() if config.train.spec_augment else None,
-        target_prefix=config.data.target_prefix,
-    )
+    return dataset
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -128,6 +128,7 @@ def make_private(
     reporter: Reporter,
     ledger: Path | None,
     remaining: int,
+    ranks: Ranks,
 ) -> tuple[PrivacyEngine, Any, Iterable[Any]]:
     """The engine, the private optimizer and the private loader for `remaining` more steps.
 
@@ -144,17 +145,18 @@ def make_private(
         persistent_workers=config.train.num_workers > 0,
     )
     sampling = plan_sampling(data_loader, **unit)
-    contents = read_ledger(ledger) if ledger is not None and ledger.exists() else None
+    contents = ranks.first(lambda: read_ledger(ledger) if ledger is not None and ledger.exists() else None)
     spent = contents.steps if contents else 0
     started = [run for run in contents.runs if run.steps] if contents else []
     if started:
-        sigma = started[0].mechanism.noise_multiplier
-        reporter.say(f"noise multiplier {sigma:g}, as before (ledger: {spent} steps spent)")
+        sigma = _earlier_noise(started[0].mechanism, config, sampling)
+        reporter.say(f"noise multiplier {shown_sigma(sigma)}, as before (ledger: {spent} steps spent)")
     else:
-        sigma = sigma_of(config, sampling)
+        with reporter.working("calibrating the noise") if privacy.noise_multiplier is None else nullcontext():
+            sigma = sigma_of(config, sampling)
         if privacy.noise_multiplier is None:
             reporter.say(
-                f"noise multiplier {sigma:g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
+                f"noise multiplier {shown_sigma(sigma)} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}: "
                 f"{config.train.steps} steps, sampling rate {sampling.sample_rate:.4g} of {sampling.units:,} "
                 f"{sampling.unit}s"
             )
@@ -176,6 +178,26 @@ def make_private(
         **unit,
     )
     return engine, private, loader
+
+
+def _earlier_noise(earlier: Any, config: Config, sampling: Sampling) -> float:
+    """σ of a ledger's earlier steps, which those to come must be like: ε is stated for one mechanism.
+
+    Raises:
+        ConfigError: the configuration has another sampling or noise.
+    """
+    given = config.privacy.noise_multiplier
+    pairs = {
+        "train.batch_size: the sampling rate": (sampling.sample_rate, earlier.sample_rate),
+        "privacy.max_batch_size": (sampling.max_batch_size, earlier.max_batch_size),
+        "privacy.noise_multiplier": (given or earlier.noise_multiplier, earlier.noise_multiplier),
+    }
+    for key, (value, before) in pairs.items():
+        if value != before:
+            raise ConfigError(
+                f"{key} is {value}, but {before} in the steps that the ledger counts already: continue with the same"
+            )
+    return float(earlier.noise_multiplier)
 
 
 def check_data(config: Config, corpus: Corpus, recognizer: Recognizer) -> None:
@@ -251,10 +273,13 @@ def self_check(
     singles = [to_device(recognizer.collate([item]), recognizer.device) for item in items]
     batch = to_device(recognizer.collate(items), recognizer.device)
     began = time.monotonic()
-    with recognizer.in_float32():
-        report = engine.self_check(recognizer.loss_per_example, batch, singles=singles, samples=len(items))
-    if recognizer.dtype is not torch.float32:
-        engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
+    with reporter.working(f"self-check: comparing the gradients of {compared}, in a batch and alone"):
+        with recognizer.in_float32():
+            report = engine.self_check(
+                recognizer.loss_per_example, batch, singles=singles, samples=len(items)
+            )
+        if recognizer.dtype is not torch.float32:
+            engine.check_batch_independence(recognizer.loss_per_example, batch, samples=len(items))
     modes = (
         ""
         if "train" in report.modes

@@ -16,8 +16,11 @@ from asr_finetune.data.provenance import shared_recordings
 from asr_finetune.data.sources import Source, Split
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import Recognizer, total_parameters, trained_parameters
+from asr_finetune.training.augment import SpecAugment
 from asr_finetune.training.dataset import SpeechDataset
+from asr_finetune.training.origin import Origin, origin_of
 from asr_finetune.training.run_folder import RunFolder, read_comparison
+from asr_finetune.training.run_log import RunLog
 from asr_finetune.training.sampling import micro_batch_limits
 from asr_finetune.training.setup import (
     check_data,
@@ -28,11 +31,11 @@ from asr_finetune.training.setup import (
     prepare_blocks,
     recognizer_of,
     self_check,
-    training_dataset,
 )
 from dpkernels import PrivacyEngine, checkpoint
 from dpkernels.errors import UserError
 from dpkernels.plain import PlainLoader, PlainOptimizer
+from dpkernels.privacy import Ranks, shard_frozen
 
 # stage, in order -> the stages it needs; each stage is the method of `Run` with that name
 STAGES: dict[str, tuple[str, ...]] = {
@@ -52,10 +55,6 @@ class Finished(UserError):
     """The output folder holds a finished run."""
 
 
-# a corpus and its dataset, which keeps the features for several evaluations
-Kept = tuple[Corpus, SpeechDataset]
-
-
 @dataclass
 class Run:
     """A run: the results of its stages, which later stages and the loop need, and its progress."""
@@ -65,26 +64,33 @@ class Run:
     resume: bool = True
     compare: str | Path | None = None
     resuming: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
     non_private: dict[str, Any] | None = None
     recognizer: Recognizer = field(init=False)
-    corpus: Corpus = field(init=False)
-    fingerprint: str = ""
-    tests: Kept | None = None
-    shares_training: bool | None = None
-    valid: Kept | None = None
     dataset: SpeechDataset = field(init=False)
+    fingerprint: str = ""
+    tests: dict[str, SpeechDataset] = field(default_factory=dict)
+    shares_training: bool | None = None
+    origin: Origin | None = None
+    valid: SpeechDataset | None = None
     engine: PrivacyEngine | None = None
     optimizer: Any = None
     loader: Iterable[Any] = ()
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
+    log: RunLog = field(init=False)
     warned_of_impossible: bool = False
 
     @property
     def folder(self) -> RunFolder:
         """The output folder."""
-        return RunFolder(Path(self.config.output))
+        return RunFolder(Path(self.config.output), self.ranks)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The training data."""
+        return self.dataset.corpus
 
     def walk(self) -> None:
         """Go through STAGES."""
@@ -101,9 +107,9 @@ class Run:
         Raises:
             Finished: the folder holds a finished run.
         """
-        self.non_private = read_comparison(self.compare)
+        self.non_private = read_comparison(self.compare, list(self.config.data.test_sets()))
         self.resuming = self._claim()
-        if self.folder.run.is_file():
+        if self.folder.finished:
             raise Finished(
                 f"{self.folder.run} exists: this run is finished. For another run give another --output."
             )
@@ -119,58 +125,70 @@ class Run:
     def model(self) -> str:
         """Load the recogniser."""
         torch.manual_seed(self.config.train.seed)
-        self.recognizer = recognizer_of(self.config)
+        with self.reporter.working(f"loading {self.config.model.name}"):
+            self.recognizer = recognizer_of(self.config)
         return self.recognizer.name
 
     def training_data(self) -> str:
         """Load the training data, and check it against the configuration."""
         data = self.config.data
-        self.corpus, summary = self._read("train", data.train, data.train_split)
+        augment = SpecAugment() if self.config.train.spec_augment else None
+        self.dataset, summary = self._read("train", data.train, data.train_split, augment)
         check_data(self.config, self.corpus, self.recognizer)
         self._note_data()
+        self.origin = origin_of(self.config, self.corpus)
+        if self.origin is not None:
+            self.reporter.say(f"the starting model is that of {self.origin}")
+            summary += f"\nthe starting model is that of {self.origin}"
         return summary
 
-    def _read(self, name: str, source: Source, split: Split) -> tuple[Corpus, str]:
+    def _read(
+        self, name: str, source: Source, split: Split, augment: SpecAugment | None = None
+    ) -> tuple[SpeechDataset, str]:
         """Load a corpus, and write the names of recordings that are left out or doubtful to `not_private`."""
-        corpus = load(source, split, self.config.data, self.reporter, name, self.recognizer)
-        self.folder.note_problems(name, corpus.problems, corpus.doubts)
-        return corpus, corpus.summary()
-
-    def _features(self, corpus: Corpus) -> SpeechDataset:
-        return SpeechDataset(corpus, self.recognizer, cache=self.config.train.cache_features)
+        options = {"cache": self.config.train.cache_features, "augment": augment}
+        data = self.config.data
+        dataset = load(source, split, data, self.reporter, name, self.recognizer, **options)
+        self.folder.note_problems(name, dataset.corpus.problems, dataset.corpus.doubts)
+        return dataset, dataset.corpus.summary()
 
     def _note_data(self) -> None:
         self.fingerprint = self.folder.note_data(self.corpus, resuming=self.resuming)
 
     def test_data(self) -> str:
-        """Load the test data, and find whether it holds training recordings."""
-        source = self.config.data.test
-        if source is None:
+        """Load the test sets, and find whether they hold training recordings."""
+        sets = self.config.data.test_sets()
+        if not sets:
             summary = "data.test is not set: no error rates before and after"
             self.reporter.say(summary)
             return summary
-        corpus, summary = self._read("test", source, self.config.data.test_split)
-        self.tests = corpus, self._features(corpus)
+        self.shares_training = False
+        return "\n".join(self._test_set(name, *source) for name, source in sets.items())
+
+    def _test_set(self, name: str, source: str, split: str | None) -> str:
+        label = "test" if name == "test" else f"test_{name}"
+        self.tests[name], summary = self._read(label, source, split)
+        corpus = self.tests[name].corpus
         shared = len(shared_recordings(self.corpus, corpus))
-        self.shares_training = shared > 0
+        self.shares_training = bool(self.shares_training) or shared > 0
         if shared:
             self.reporter.say(
-                f"WARNING: {shared} of {len(corpus)} test recordings are training recordings too. Error rates on "
+                f"WARNING: {shared} of {len(corpus)} {label} recordings are training recordings too. Error rates on "
                 "them say nothing about other recordings, and are figures of private data without noise: no "
                 "epsilon covers them. The report states this",
                 style="bold red",
             )
             summary += f"\nWARNING: {shared} of them are training recordings too: no epsilon covers error rates on them"
-        return summary
+        return summary if name == "test" else f"{name}: {summary}"
 
     def validation_data(self) -> str:
         """Load the public validation data, if the run records a curve."""
         if not self.config.train.eval_every:
             return "train.eval_every is 0: no curve"
         assert self.config.data.valid is not None  # check_trainable ensures it
-        corpus, summary = self._read("valid", self.config.data.valid, self.config.data.valid_split)
-        check_public(corpus, self.corpus, self.config.privacy.unit)
-        self.valid = corpus, self._features(corpus)
+        valid, summary = self._read("valid", self.config.data.valid, self.config.data.valid_split)
+        check_public(valid.corpus, self.corpus, self.config.privacy.unit)
+        self.valid = valid
         return summary
 
     def method(self) -> str:
@@ -193,10 +211,11 @@ class Run:
     def gradients(self) -> str:
         """Make optimizer and loader; a private run also checks that gradients do not depend on the batch."""
         config, recognizer = self.config, self.recognizer
-        self.dataset = training_dataset(config, self.corpus, recognizer)
         lengths = [recognizer.length(utterance) for utterance in self.corpus.utterances]
         recognizer.model.train()
         prepare_blocks(config.train, recognizer, self.reporter)
+        if config.model.shard:
+            shard_frozen(recognizer.model)
         plain = make_optimizer(config.train, recognizer.model)
         if config.privacy.enabled:
             self._make_private(plain, lengths)
@@ -208,8 +227,11 @@ class Run:
         return ""
 
     def _make_private(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
+        if self.origin is not None:
+            origin = self.origin
+            self.ranks.first(lambda: origin.continue_ledger(self.folder.ledger))
         # For a resumed run the ledger holds σ and the steps spent, and the checkpoint the model's step.
-        saved = checkpoint.load(self.folder.checkpoint)
+        saved = self.checkpoint()
         remaining = self.config.train.steps - (saved.step if saved else 0)
         self.engine, self.optimizer, self.loader = make_private(
             self.config,
@@ -220,9 +242,19 @@ class Run:
             self.reporter,
             self.folder.ledger,
             remaining,
+            self.ranks,
         )
 
+    def checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The last checkpoint, if there is one. Every process gets what rank 0 reads."""
+        return self.ranks.first(lambda: checkpoint.load_usable(self.folder.checkpoint, self.reporter.say))
+
     def _make_plain(self, plain: torch.optim.Optimizer, lengths: list[int]) -> None:
+        if self.ranks.size > 1:
+            raise UserError(
+                f"privacy.enabled=false under torchrun with {self.ranks.size} processes: a run without privacy is for "
+                "comparison and takes one process; start it without torchrun"
+            )
         train = self.config.train
         self.optimizer = PlainOptimizer(plain, train.batch_size)
         size, frames = micro_batch_limits(train, lengths)

@@ -184,13 +184,13 @@ def _ctc_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses / frames
 
 
-def _whisper(case: Case, frames: int) -> nn.Module:
+def _whisper_config(case: Case, frames: int) -> Any:
     config = transformers.WhisperConfig(
         d_model=case.width,
         encoder_layers=case.layers,
         decoder_layers=case.layers,
-        encoder_attention_heads=6,
-        decoder_attention_heads=6,
+        encoder_attention_heads=case.width // 64,
+        decoder_attention_heads=case.width // 64,
         encoder_ffn_dim=4 * case.width,
         decoder_ffn_dim=4 * case.width,
         max_source_positions=frames,
@@ -199,7 +199,11 @@ def _whisper(case: Case, frames: int) -> nn.Module:
         activation_dropout=0.0,
     )
     config._attn_implementation = "sdpa"
-    model = transformers.WhisperForConditionalGeneration(config)
+    return config
+
+
+def _whisper(case: Case, frames: int) -> nn.Module:
+    model = transformers.WhisperForConditionalGeneration(_whisper_config(case, frames))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("embed_tokens" not in name and "embed_positions" not in name)
     return model
@@ -212,6 +216,21 @@ def _whisper_batch(case: Case, size: int, frames: int, generator: torch.Generato
         "decoder_input_ids": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
     }
+
+
+def _whisper_encoder(case: Case, frames: int) -> nn.Module:
+    return transformers.WhisperForAudioClassification(_whisper_config(case, frames))
+
+
+def _whisper_encoder_batch(case: Case, size: int, frames: int, generator: torch.Generator) -> Batch:
+    return {
+        "input_features": torch.randn(size, 80, 2 * frames, generator=generator),
+        "labels": torch.randint(0, 2, (size,), generator=generator),
+    }
+
+
+def _class_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -262,6 +281,27 @@ def _one_layer(case: Case, frames: int) -> nn.Module:
     return _OneLayer(layer, width, kind == "depthwise")
 
 
+class _Residual(nn.Module):
+    """One linear layer, added to its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.proj(x), alpha=0.1)
+
+
+class _Stack(nn.Sequential):
+    """Many small layers: a step's time is almost all Python."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__(*(_Residual(width) for _ in range(layers)))
+
+    def forward(self, input_features: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=super().forward(input_features))
+
+
 def _layer_batch(case: Case, size: int, frames: int, generator: torch.Generator) -> Batch:
     features = torch.randn(size, frames, case.width, generator=generator)
     return {"input_features": features, "labels": torch.zeros(size, 1, dtype=torch.int64)}
@@ -274,6 +314,12 @@ def _layer_losses(outputs: Tensor, labels: Tensor) -> Tensor:
 FAMILIES = {
     "parakeet": Family(_parakeet, _parakeet_batch, _ctc_losses, _PARAKEET_TARGETS),
     "whisper": Family(_whisper, _whisper_batch, _token_losses, ["q_proj", "v_proj"]),
+    "whisper-encoder": Family(
+        _whisper_encoder,
+        _whisper_encoder_batch,
+        _class_losses,
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    ),
 }
 
 _RECURRENT: dict[str, Callable[..., nn.Module]] = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -283,6 +329,9 @@ _LAYERS = (
     ("depthwise", "depthwise Conv1d 512, k=9", None),
     *((kind, f"{kind.upper()} 512→512", None) for kind in _RECURRENT),
     ("attention", "MultiheadAttention 512, 8 heads", None),
+)
+FAMILIES["stack"] = Family(
+    lambda case, frames: _Stack(case.width, case.layers), _layer_batch, _layer_losses, ["proj"]
 )
 FAMILIES |= {
     f"{kind}-layer": Family(_one_layer, _layer_batch, _layer_losses, ["layer"]) for kind, *_ in _LAYERS
@@ -295,6 +344,14 @@ CASES = {
         Case("parakeet-full", "Parakeet-CTC 9.7 M, full", "parakeet"),
         Case("whisper-lora", "Whisper-tiny, LoRA r=8", "whisper", 8, 384, 4),
         Case("whisper-full", "Whisper-tiny, full", "whisper", None, 384, 4),
+        Case(
+            "whisper-large-encoder-lora",
+            "Whisper-large's encoder, 2 of 32 layers, LoRA r=16",
+            "whisper-encoder",
+            16,
+            1280,
+            2,
+        ),
         Case("parakeet-600m-lora", "Parakeet-CTC 608.8 M, LoRA r=8", "parakeet", 8, 1024, 24),
         Case(
             "parakeet-600m-lora-mixed",
@@ -306,6 +363,9 @@ CASES = {
             mixed=True,
         ),
         *(Case(f"{kind}-layer", f"One {title}", f"{kind}-layer", rank, 512) for kind, title, rank in _LAYERS),
+        # For `bench.compare --size 2 --frames 2`: the host's time of a step.
+        Case("host-lora", "192 LoRA layers 8→8, r=2", "stack", 2, 8, 192),
+        Case("host-linear", "192 linear layers 8→8", "stack", None, 8, 192),
         # For tests of the benchmarks themselves.
         Case("tiny-lora", "Parakeet-CTC, tiny, LoRA r=2", "parakeet", 2, 32, 1),
         Case("tiny-lora-mixed", "Parakeet-CTC, tiny, LoRA r=2, mixed", "parakeet", 2, 32, 1, mixed=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -15,14 +16,21 @@ from dpkernels.precision import hold_frozen
 
 
 class Private(Contender):
-    """`PrivacyEngine.make_private` with one strategy.
+    """`PrivacyEngine.make_private` with one strategy, on one process or on those of a group.
 
     The data set is the batch and q = 1, so that Poisson sampling draws exactly this batch every time: the public
     loop runs unchanged, and every contender sees the same examples.
     """
 
     def __init__(
-        self, case: Case, model: nn.Module, batch: Batch, settings: Settings, *, strategy: str
+        self,
+        case: Case,
+        model: nn.Module,
+        batch: Batch,
+        settings: Settings,
+        *,
+        strategy: str,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(case, model, batch, settings)
         if case.mixed:  # as asr_finetune does
@@ -37,6 +45,7 @@ class Private(Contender):
                 max_grad_norm=settings.clip,
                 strategy=strategy,
                 physical_batch_size=self.size,
+                process_group=process_group,
             )
         self.optimizer.keep_gradients = (
             settings.lr == 0

@@ -40,6 +40,7 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
     """All parts, in the order in which they depend on each other."""
     pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
     jobs = [
         Part("wheels", (*pip, "--no-index", "--find-links", wheels, "-r", WHEEL_LIST), 3),
         Part("build", (*pip, "--no-build-isolation", "."), 8),
@@ -68,6 +69,9 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
         Part("tune", (python, "-m", "bench.gpu.tune", f"--output={out}"), 4),
         Part("peaks", (python, "-m", "bench.asr.peaks", "--device", "cuda", f"--output={out}/peaks.json"), 3),
         Part("optim", (python, "-m", "bench.gpu.optim"), 3),
+        # Several processes with one GPU: NCCL in a group of one; two that share the GPU.
+        Part("ranks", (*torchrun, "1", "-m", "bench.gpu.ranks"), 3),
+        Part("ranks-shared", (*torchrun, "2", "-m", "bench.gpu.ranks"), 3),
         Part("recipes", (python, "-m", "bench.asr.recipes", "--batch", "256"), 9),
         Part("largest", (python, "-m", "bench.asr.largest", f"--output={out}/largest.json"), 5),
         Part("normals", (python, "-m", "bench.gpu.normals", "--device", "cuda", "--draws", "1e10"), 3),

@@ -12,6 +12,7 @@ kernel without tensor cores, or without wgmma on sm_90, or accumulates in one ch
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import subprocess
@@ -31,10 +32,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-import dpkernels.ops  # noqa: F401 - hands the ops' definitions to the registry
 from dpkernels.backends import registry, triton_ops
 from dpkernels.backends.layer import GroupedLayer
 from dpkernels.backends.triton_ops import availability, launching
+from dpkernels.ops.layers import KINDS
 
 OUTPUT = Path(__file__).resolve().parents[1] / "results" / "triton_table.json"
 ARCHITECTURES = (80, 90, 100)
@@ -86,10 +87,6 @@ class Row:
         return messages
 
 
-GROUPED = ("lora_gradients", "total_norm_sq", "weighted_sums")
-"""Families that are no norm with its weighted sum."""
-
-
 class _Driver:
     """What `JITFunction.warmup` asks of the active driver, for a GPU that is not there."""
 
@@ -119,39 +116,50 @@ def examples(
 
     batch = 4
     factors = torch.empty(batch, device="meta")
-    if family in GROUPED:
+    if family not in KINDS:  # no norm with its weighted sum
         yield from _grouped(family, empty, factors, width, wide)
         return
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
-    outs: tuple[tuple[int, ...], ...]
+    takes = inspect.signature(getattr(triton_ops, f"{family}_norm_sq")).parameters
     # taps: a usual filter's, and the most that a program takes
     for frames, rank, taps in ((188, 16, 5), (3000, 64, 36), (188, 8, 9)):
-        options: dict[str, Any] = {"lengths": lengths}
-        if family == "linear":
-            tensors, outs = (empty(batch, frames, width), empty(batch, frames, wide)), ((wide, width),)
-        elif family == "bias":
-            tensors, outs = (empty(batch, frames, width),), ((width,),)
-        elif family == "lora":
-            widths = (width, rank, wide, rank)
-            tensors, outs = tuple(empty(batch, frames, w) for w in widths), ((rank, width), (wide, rank))
-        elif family == "layer_norm":
-            tensors, outs = (empty(batch, frames, width),) * 2, ((width,),)
-        elif family == "embedding":
-            ids = torch.empty(batch, frames, dtype=torch.int64, device="meta")
-            tensors, outs, options = (ids, empty(batch, frames, width)), ((1000, width),), {}
-        else:
-            tensors, outs, options = (
-                (empty(batch, width, frames),) * 2,
-                ((width, 1, taps),),
-                {"padding": taps // 2},
-            )
-        extra = {"kernel_size": taps} if family == "depthwise_conv1d" else {}
+        tensors, outs = _layer(family, empty, (batch, frames, width, wide), rank, taps)
+        options: dict[str, Any] = {"lengths": lengths} if "lengths" in takes else {}
+        if "padding" in takes:
+            options["padding"] = taps // 2
+        extra = dict.fromkeys(KINDS[family].norm_options, taps)
         yield f"{family}_norm_sq", tensors, {**options, **extra}
         if frames > wide and "lengths" in options:  # without lengths, the host knows that no sample is short
             yield f"{family}_norm_sq", tensors, extra
         for kind in (torch.float64, torch.float32):
             sums = tuple(torch.empty(*shape, dtype=kind, device="meta") for shape in outs)
             yield f"{family}_weighted_sum", (*tensors, factors, *sums), options
+
+
+def _layer(
+    family: str, empty: Callable[..., Tensor], sizes: tuple[int, int, int, int], rank: int, taps: int
+) -> tuple[tuple[Tensor, ...], tuple[tuple[int, ...], ...]]:
+    """The tensors of a layer, and the shapes of its sums.
+
+    Raises:
+        ValueError: the family has no layer here.
+    """
+    batch, frames, width, wide = sizes
+    if family == "linear":
+        return (empty(batch, frames, width), empty(batch, frames, wide)), ((wide, width),)
+    if family == "bias":
+        return (empty(batch, frames, width),), ((width,),)
+    if family == "lora":
+        tensors = tuple(empty(batch, frames, n) for n in (width, rank, wide, rank))
+        return tensors, ((rank, width), (wide, rank))
+    if family == "layer_norm":
+        return (empty(batch, frames, width),) * 2, ((width,),)
+    if family == "embedding":
+        ids = torch.empty(batch, frames, dtype=torch.int64, device="meta")
+        return (ids, empty(batch, frames, width)), ((1000, width),)
+    if family == "depthwise_conv1d":
+        return (empty(batch, width, frames),) * 2, ((width, 1, taps),)
+    raise ValueError(f"family: {family!r} has Triton kernels, but no layer here; add it to `_layer`")
 
 
 def _grouped(
@@ -169,6 +177,10 @@ def _grouped(
         if family == "total_norm_sq":
             yield family, ([*loras, vector],), {}
             continue
+        if family != "weighted_sums":
+            raise ValueError(
+                f"family: {family!r} has Triton kernels, but no calls here; add them to `_grouped`"
+            )
         for kind in (torch.float64, torch.float32):
             of_a, of_b, of_vector = (
                 torch.empty(*shape, dtype=kind, device="meta")

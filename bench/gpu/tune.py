@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.tune_kernels import CANDIDATES, GROUPED_LAYERS, Shape, job
+from bench.gpu.tune_kernels import GROUPED_LAYERS, KERNELS, Shape, job
 from bench.harness import machine
 from bench.harness.floor import Ceilings, measure
 from dpkernels.backends.triton_ops import configs, launching
@@ -134,18 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(CANDIDATES)}; default: all"
-    )
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)}; default: all")
     parser.add_argument("--output", type=Path, help="folder; default: $OUT, or bench/results")
     options = parser.parse_args(arguments)
-    unknown = set(options.kernels) - set(CANDIDATES)
+    unknown = set(options.kernels) - set(KERNELS)
     if unknown:
-        parser.error(f"no such kernel: {', '.join(sorted(unknown))}; they are {', '.join(CANDIDATES)}")
+        parser.error(f"no such kernel: {', '.join(sorted(unknown))}; they are {', '.join(KERNELS)}")
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; run this on a machine with a GPU")
-    names = options.kernels or list(CANDIDATES)
-    items = [(name, CANDIDATES[name][0][0], config) for name in names for config in CANDIDATES[name][1]]
+    names = options.kernels or list(KERNELS)
+    items = [(name, KERNELS[name].shapes[0], config) for name in names for config in KERNELS[name].candidates]
     with multiprocessing.get_context("spawn").Pool(min(len(items), os.cpu_count() or 1)) as pool:
         tried = list(zip(items, pool.map(compiled, items, 1), strict=True))
     for _, error in tried:
@@ -155,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for name in names:
         fit = [config for (kernel, _, config), error in tried if kernel == name and not error]
-        for shape in CANDIDATES[name][0]:
+        for shape in KERNELS[name].shapes:
             calls, first = job(name, shape), len(rows)
             if calls.plain is not None:
                 rows.append(row(name, shape, None, median_seconds(calls.plain, None), ceilings))

@@ -25,57 +25,6 @@ def _config(warps: int, stages: int, **tiles: int) -> configs.Config:
     return configs.Config(tiles, warps, stages)
 
 
-CANDIDATES: dict[str, tuple[tuple[Shape, ...], tuple[configs.Config, ...]]] = {
-    "linear_gram": (
-        LINEAR,
-        (
-            _config(8, 4, BS=128, BT=128, BK=64),
-            _config(8, 3, BS=128, BT=128, BK=64),
-            _config(4, 4, BS=64, BT=128, BK=64),
-            _config(4, 4, BS=64, BT=64, BK=64),
-        ),
-    ),
-    "linear_direct": (
-        LINEAR,
-        (
-            _config(4, 3, BT=64, BP=128, BD=64),
-            _config(8, 4, BT=64, BP=128, BD=128),
-            _config(8, 3, BT=128, BP=128, BD=128),
-        ),
-    ),
-    "linear_sum": (
-        LINEAR,
-        (
-            _config(4, 4, BT=64, BP=64, BD=64),
-            _config(8, 3, BT=64, BP=128, BD=64),
-            _config(16, 4, BT=64, BP=128, BD=128),
-        ),
-    ),
-    "lora_pieces": (
-        LORA,
-        (_config(4, 4, BT=64, BN=64, SAMPLES=4), _config(4, 3, BT=64, BN=128, SAMPLES=4)),
-    ),
-    "lora_forms": (LORA, (_config(4, 4, BT=64, BN=64), _config(4, 3, BT=64, BN=128))),
-    "grouped_norms": (LORA, (_config(4, 2, BT=64, BN=128), _config(4, 3, BT=64, BN=128))),
-    "grouped_sums": (LORA, (_config(4, 3, BT=64, BN=64), _config(4, 3, BT=64, BN=128))),
-    "bias_sums": (
-        NARROW,
-        (_config(4, 1, BT=128, BN=64), _config(4, 1, BT=64, BN=64), _config(4, 1, BT=256, BN=32)),
-    ),
-    "layer_norm_sums": (
-        NARROW,
-        (_config(4, 1, BT=64, BN=32), _config(4, 1, BT=128, BN=32), _config(4, 1, BT=64, BN=64)),
-    ),
-    "depthwise_conv1d_sums": (
-        NARROW,
-        (
-            _config(4, 1, BC=8, BT=16, EACH=2, AHEAD=8, SPAN=1024),
-            _config(4, 1, BC=4, BT=32, EACH=2, AHEAD=8, SPAN=1024),
-            _config(4, 1, BC=16, BT=8, EACH=4, AHEAD=8, SPAN=512),
-            _config(2, 1, BC=4, BT=16, EACH=2, AHEAD=8, SPAN=1024),
-        ),
-    ),
-}
 TAPS = 9
 GROUPED_LAYERS = 24
 
@@ -198,19 +147,82 @@ def _grouped_sums(batches: Sequence[Batch]) -> Job:
     return Job(lambda i: triton_ops.weighted_sums(layers, factors), None)
 
 
-JOBS: dict[str, Callable[[Sequence[Batch]], Job]] = {
-    "linear_gram": _gram,
-    "linear_direct": _direct,
-    "linear_sum": _linear_sum,
-    "lora_pieces": _lora_pieces,
-    "lora_forms": _lora_forms,
-    "grouped_norms": _grouped_norms,
-    "grouped_sums": _grouped_sums,
-    "bias_sums": _bias,
-    "layer_norm_sums": _layer_norm,
-    "depthwise_conv1d_sums": _depthwise,
+@dataclass(frozen=True)
+class Kernel:
+    """What is tuned of one kernel.
+
+    Attributes:
+        job: what runs it, from the batches that its calls take in turn.
+        shapes: the sizes that it is timed at; configurations are compared at the first.
+        candidates: the configurations.
+    """
+
+    job: Callable[[Sequence[Batch]], Job]
+    shapes: tuple[Shape, ...]
+    candidates: tuple[configs.Config, ...]
+
+
+KERNELS: dict[str, Kernel] = {
+    "linear_gram": Kernel(
+        _gram,
+        LINEAR,
+        (
+            _config(8, 4, BS=128, BT=128, BK=64),
+            _config(8, 3, BS=128, BT=128, BK=64),
+            _config(4, 4, BS=64, BT=128, BK=64),
+            _config(4, 4, BS=64, BT=64, BK=64),
+        ),
+    ),
+    "linear_direct": Kernel(
+        _direct,
+        LINEAR,
+        (
+            _config(4, 3, BT=64, BP=128, BD=64),
+            _config(8, 4, BT=64, BP=128, BD=128),
+            _config(8, 3, BT=128, BP=128, BD=128),
+        ),
+    ),
+    "linear_sum": Kernel(
+        _linear_sum,
+        LINEAR,
+        (
+            _config(4, 4, BT=64, BP=64, BD=64),
+            _config(8, 3, BT=64, BP=128, BD=64),
+            _config(16, 4, BT=64, BP=128, BD=128),
+        ),
+    ),
+    "lora_pieces": Kernel(
+        _lora_pieces,
+        LORA,
+        (_config(4, 4, BT=64, BN=64, SAMPLES=4), _config(4, 3, BT=64, BN=128, SAMPLES=4)),
+    ),
+    "lora_forms": Kernel(_lora_forms, LORA, (_config(4, 4, BT=64, BN=64), _config(4, 3, BT=64, BN=128))),
+    "grouped_norms": Kernel(
+        _grouped_norms, LORA, (_config(4, 2, BT=64, BN=128), _config(4, 3, BT=64, BN=128))
+    ),
+    "grouped_sums": Kernel(_grouped_sums, LORA, (_config(4, 3, BT=64, BN=64), _config(4, 3, BT=64, BN=128))),
+    "bias_sums": Kernel(
+        _bias,
+        NARROW,
+        (_config(4, 1, BT=128, BN=64), _config(4, 1, BT=64, BN=64), _config(4, 1, BT=256, BN=32)),
+    ),
+    "layer_norm_sums": Kernel(
+        _layer_norm,
+        NARROW,
+        (_config(4, 1, BT=64, BN=32), _config(4, 1, BT=128, BN=32), _config(4, 1, BT=64, BN=64)),
+    ),
+    "depthwise_conv1d_sums": Kernel(
+        _depthwise,
+        NARROW,
+        (
+            _config(4, 1, BC=8, BT=16, EACH=2, AHEAD=8, SPAN=1024),
+            _config(4, 1, BC=4, BT=32, EACH=2, AHEAD=8, SPAN=1024),
+            _config(4, 1, BC=16, BT=8, EACH=4, AHEAD=8, SPAN=512),
+            _config(2, 1, BC=4, BT=16, EACH=2, AHEAD=8, SPAN=1024),
+        ),
+    ),
 }
-"""What runs each kernel of CANDIDATES."""
+"""The kernels whose tiles are tuned, by the names of `configs.CONFIGS`."""
 
 
 def job(kernel: str, shape: Shape, device: str = "cuda") -> Job:
@@ -225,4 +237,4 @@ def job(kernel: str, shape: Shape, device: str = "cuda") -> Job:
 
     factors = torch.rand(batch, device=device) + 0.1
     tensors = zip(*(normals(width) for width in (d, p, RANK, RANK)), strict=True)
-    return JOBS[kernel]([Batch(x, g, h, dh, factors) for x, g, h, dh in tensors])
+    return KERNELS[kernel].job([Batch(x, g, h, dh, factors) for x, g, h, dh in tensors])

@@ -66,7 +66,7 @@ _STYLE: Any = {
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     with matplotlib.rc_context(_STYLE):
         yield
 
@@ -83,11 +83,11 @@ def draw(results: Iterable[Results], folder: Path) -> list[Path]:
                     figure = curve(rows, axis, quantity)
                     if figure is not None:
                         what = "time" if quantity == "median_ms" else "memory"
-                        written += _save(figure, folder / f"{slug}-{what}-over-{axis}")
+                        written += save(figure, folder / f"{slug}-{what}-over-{axis}")
         if result.group in ("step", "model"):
             figure = ratios([row for row in result.rows if row.axis is None], _subtitle(result))
             if figure is not None:
-                written += _save(figure, folder / f"{slug}-{result.group}-ratios")
+                written += save(figure, folder / f"{slug}-{result.group}-ratios")
     return written
 
 
@@ -101,7 +101,7 @@ def curve(rows: Sequence[Row], axis: str, quantity: str) -> Figure | None:
     lines = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
     if not lines:
         return None
-    with _style():
+    with style():
         # Fixed margins: labels are placed by where the line ends are on the page.
         figure = Figure(figsize=(6.4, 3.6))
         axes = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.745, "bottom": 0.135, "top": 0.92})
@@ -141,7 +141,7 @@ def ratios(rows: Sequence[Row], subtitle: str) -> Figure | None:
             cases.setdefault(title, []).append(row)
     if not any(row.ratio is not None for row in rows):
         return None
-    with _style():
+    with style():
         pairs = list(cases.items())
         lines = [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
         # Side by side the same contenders; a line of panels has no place for one that was not run in it.
@@ -260,10 +260,10 @@ def _subtitle(results: Results) -> str:
     return f"{', '.join(f'{k} = {v}' for k, v in common.items())}; {results.about['device']}{threads}"
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
-    with _style():
+    with style():
         figure.savefig(paths[0], metadata={"Date": None})
         figure.savefig(paths[1], dpi=160, metadata={"Software": None})
     return paths

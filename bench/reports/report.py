@@ -1,7 +1,7 @@
-"""docs/benchmarks.md, the README's table and the plots, from the results files: `python -m bench.reports.report`.
+"""docs/benchmarks.md, the README's table, docs/distributed.md's, and the plots, from the results files.
 
-In both pages the tables stand between `<!-- bench -->` and `<!-- /bench -->`; what is between them is replaced, and
-nothing in it is typed by hand.
+`python -m bench.reports.report` writes them. In every page the tables stand between `<!-- bench -->` and
+`<!-- /bench -->`; what is between them is replaced, and nothing in it is typed by hand.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from bench.harness.checker import OK
 from bench.harness.machine import ROOT
 from bench.harness.results import FOLDER, GROUPS, Results, load
 from bench.reports import kernel as kernel_report
-from bench.reports import plots, profile
+from bench.reports import plots, profile, scaling
 from bench.reports import step as step_report
 from bench.reports.step import main_rows
 
 START, END = "<!-- bench -->", "<!-- /bench -->"
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+DISTRIBUTED = ROOT / "docs" / "distributed.md"
 
 
 def found(folder: Path, device: str | None = None) -> list[Results]:
@@ -77,7 +78,11 @@ def pages(folder: Path, device: str | None = None) -> dict[Path, str]:
     results = found(folder, device)
     parts = [step_report.markdown(results)] if results else []
     parts += profiles(folder, device) + kernel_report.section(folder, device)
-    return {README: step_report.summary(results), BENCHMARKS: "\n\n".join(parts)}
+    return {
+        README: step_report.summary(results),
+        BENCHMARKS: "\n\n".join(parts),
+        DISTRIBUTED: scaling.section(folder, device),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.print:
         print("\n\n".join(sections.values()))
     else:
-        for path in plots.draw(results, options.results / "plots"):
+        drawn = plots.draw(results, options.results / "plots") + scaling.draw(options.results)
+        for path in drawn:
             print(f"drew {path.relative_to(options.results)}")
         for page, section in sections.items():
             try:

@@ -32,6 +32,7 @@ PACKAGES = (
     "dpkernels.plain",
     "dpkernels.checkpoint",
     "dpkernels.errors",
+    "dpkernels.rounding",
     "dpkernels.interop",
     "dpkernels",
     "asr_finetune",

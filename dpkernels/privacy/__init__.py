@@ -6,6 +6,9 @@ from dpkernels.privacy.accounting.budget import BudgetExhausted
 from dpkernels.privacy.accounting.ledger import LedgerError, read_ledger
 from dpkernels.privacy.accounting.plan import DELTAS, NoisePlan, detection_bounds, plan_noise
 from dpkernels.privacy.engine import PrivacyEngine
+from dpkernels.privacy.ranks.group import Ranks, RanksError, ranks_of
+from dpkernels.privacy.ranks.joining import join_processes
+from dpkernels.privacy.ranks.sharded import gathered_root, shard_frozen
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling
@@ -26,6 +29,8 @@ __all__ = [
     "LogicalBatch",
     "NoisePlan",
     "PrivacyEngine",
+    "Ranks",
+    "RanksError",
     "Sampling",
     "SelfCheckError",
     "SelfCheckReport",
@@ -35,9 +40,13 @@ __all__ = [
     "claimed_epsilon",
     "detection_bounds",
     "epsilon",
+    "gathered_root",
+    "join_processes",
     "micro_batches",
     "noise_multiplier",
     "plan_noise",
     "plan_sampling",
+    "ranks_of",
     "read_ledger",
+    "shard_frozen",
 ]

@@ -15,7 +15,7 @@ from dpkernels.nn import attach, detach
 from dpkernels.privacy.accounting import accountant as accounting
 from dpkernels.privacy.accounting.accountant import Mechanism, check_accountant
 from dpkernels.privacy.accounting.budget import Budget
-from dpkernels.privacy.guards.preconditions import check_single_process
+from dpkernels.privacy.guards.preconditions import trained_parameters
 from dpkernels.privacy.keywords import (
     STRATEGIES,
     AccountantName,
@@ -23,14 +23,26 @@ from dpkernels.privacy.keywords import (
     check_opacus_keywords,
     strategy_called,
 )
+from dpkernels.privacy.ranks.agreement import check_same_run, take_first_values
+from dpkernels.privacy.ranks.gathers import gathers_of
+from dpkernels.privacy.ranks.group import LOAD, SET_UP, WAIT, Ranks, ranks_of
+from dpkernels.privacy.ranks.sharded import check_sharded, sharded_modules
 from dpkernels.privacy.rng.model_draws import SecretSeeds
-from dpkernels.privacy.rng.streams import SecretStream
+from dpkernels.privacy.rng.streams import SecretStream, secret_key
+from dpkernels.privacy.sampling.digests import digests_of
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
 from dpkernels.privacy.self_check.batch_independence import check_batch_independence
 from dpkernels.privacy.self_check.findings import SelfCheckReport
 from dpkernels.privacy.self_check.whole import whole_check
-from dpkernels.privacy.setup import RunArguments, Setup, resolve_setup, run_settings
+from dpkernels.privacy.setup import (
+    RunArguments,
+    Setup,
+    named_tensors,
+    resolve_setup,
+    run_identity,
+    run_settings,
+)
 from dpkernels.privacy.step.optimizer import DPOptimizer
 from dpkernels.privacy.step.strategies import strategy_of
 
@@ -67,8 +79,11 @@ class PrivacyEngine:
         self._ledger_path = ledger
         self._noise_stream = SecretStream(noise_key)
         # Sampling has a key of its own and never shares a stream with the noise. A test's fixed key serves both; the
-        # nonce's purpose byte separates them.
-        self._sampling_stream = self._noise_stream if noise_key is not None else SecretStream()
+        # nonce's purpose byte separates them. Draws are counted apart, since the loader draws ahead of the steps.
+        self._sampling_stream = (
+            SecretStream() if noise_key is None else SecretStream.with_secret(noise_key, fixed=True)
+        )
+        self._ranks = Ranks()
         self._budget: Budget | None = None
         self._module: nn.Module | None = None
         self._optimizer: DPOptimizer | None = None
@@ -142,6 +157,7 @@ class PrivacyEngine:
         grad_sample_mode: str | None = None,
         wrap_model: bool = False,
         rand_on_empty: bool = False,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
     ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
         """Make model, optimizer and data loader private, and return the three.
 
@@ -149,6 +165,11 @@ class PrivacyEngine:
         yields Poisson-sampled logical batches, each an iterable of micro-batches. The global generators of
         torch, numpy and Python are seeded from the operating system, and again before each pass and logical
         batch: dropout under a known seed is not private (see `SecretSeeds`).
+
+        Under `torchrun`, after `init_process_group`, all processes train one model: each gets its part of every logical
+        batch, and all constants (batch_size among them) are those of the whole. Call it on every rank with the same
+        model, data and arguments; the trained parameters start from rank 0's values. The sampling key is rank 0's and
+        is sent to the others, so the network between them must be trusted, as it is with gradients and parameters.
 
         Args:
             module: the model. Each trained parameter needs a norm rule; freeze the others.
@@ -190,12 +211,15 @@ class PrivacyEngine:
             noise_generator, criterion: must stay None. batch_first: must stay True.
             grad_sample_mode: None or "ghost". wrap_model, rand_on_empty: must stay False.
                 (Opacus's keywords: each error message has the reason.)
+            process_group: the processes that train together, default all that torch.distributed runs. How long they
+                wait for one another is the timeout of init_process_group.
 
         Raises:
             ValueError: an argument out of range or refused, BatchNorm in training, trained parameters without
                 a rule, an optimizer that does not hold exactly the model's parameters.
             TypeError: an argument of the wrong kind.
-            RuntimeError: more than one process; a second make_private on one engine.
+            RuntimeError: a second make_private on one engine; torchrun without init_process_group.
+            RanksError: the processes' models, data sets, arguments or versions differ, or one of them failed.
             LedgerError: the ledger is damaged, locked, or belongs to another data set.
         """
         if self._optimizer is not None:
@@ -203,49 +227,68 @@ class PrivacyEngine:
                 "make_private: this engine already serves a run; use a new PrivacyEngine (with the same ledger, if "
                 "both runs spend one budget)"
             )
-        check_single_process()
-        strategy = strategy_called(strategy)
-        max_padded_frames = renamed_argument(
-            "physical_frames", physical_frames, "max_padded_frames", max_padded_frames
-        )
-        check_clipping(clipping, max_grad_norm, strategy)
-        check_opacus_keywords(
-            poisson_sampling=poisson_sampling,
-            noise_generator=noise_generator,
-            loss_reduction=loss_reduction,
-            criterion=criterion,
-            batch_first=batch_first,
-            grad_sample_mode=grad_sample_mode,
-            wrap_model=wrap_model,
-            rand_on_empty=rand_on_empty,
-        )
-        run = RunArguments(
-            module=module,
-            optimizer=optimizer,
-            data_loader=data_loader,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            strategy=strategy,
-            physical_batch_size=physical_batch_size,
-            max_batch_size=max_batch_size,
-            unit=unit,
-            speakers=speakers,
-            max_examples_per_speaker=max_examples_per_speaker,
-            lengths=lengths,
-            max_padded_frames=max_padded_frames,
-            steps=steps,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-        )
-        return self._build(resolve_setup(run, self.accountant))
+        ranks = ranks_of(process_group)
+        with ranks.meeting(SET_UP):
+            strategy = strategy_called(strategy)
+            max_padded_frames = renamed_argument(
+                "physical_frames", physical_frames, "max_padded_frames", max_padded_frames
+            )
+            check_clipping(clipping, max_grad_norm, strategy)
+            check_opacus_keywords(
+                poisson_sampling=poisson_sampling,
+                noise_generator=noise_generator,
+                loss_reduction=loss_reduction,
+                criterion=criterion,
+                batch_first=batch_first,
+                grad_sample_mode=grad_sample_mode,
+                wrap_model=wrap_model,
+                rand_on_empty=rand_on_empty,
+            )
+            run = RunArguments(
+                module=module,
+                optimizer=optimizer,
+                data_loader=data_loader,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                strategy=strategy,
+                physical_batch_size=physical_batch_size,
+                max_batch_size=max_batch_size,
+                unit=unit,
+                speakers=speakers,
+                max_examples_per_speaker=max_examples_per_speaker,
+                lengths=lengths,
+                max_padded_frames=max_padded_frames,
+                steps=steps,
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+            )
+            check_sharded(module, ranks)
+            setup = resolve_setup(run, self.accountant, ranks.size)
+        return self._build(setup, ranks)
 
-    def _build(self, setup: Setup) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
+    def _join(self, setup: Setup, ranks: Ranks) -> None:
+        """Make sure that all ranks begin the same run, from the same values, and draw the same batches."""
+        if ranks.size > 1:
+            module, fixed = setup.arguments.module, self._noise_stream.fixed
+            with ranks.meeting(SET_UP):
+                constants = run_identity(setup, self.accountant, fixed)
+                constants["examples"] = digests_of(setup.arguments.data_loader.dataset)
+            check_same_run(ranks, constants, named_tensors(module))
+            take_first_values(ranks, trained_parameters(module).values())
+            if sharded := sharded_modules(module):
+                gathers_of(ranks).add(sharded)
+            if not fixed:
+                self._sampling_stream = SecretStream.with_secret(ranks.first(secret_key))
+        self._ranks = ranks
+
+    def _build(self, setup: Setup, ranks: Ranks) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
         """Attach the model, open the ledger, and return model, optimizer and loader.
 
         A failure detaches the model and closes the ledger.
         """
         run = setup.arguments
         module = run.module
+        self._join(setup, ranks)
         # Outside of the try: if attach raises, nothing was attached, and another engine's tape must stay.
         tape = attach(module, mixed=run.strategy == "mixed")
         budget: Budget | None = None
@@ -258,7 +301,8 @@ class PrivacyEngine:
                 target_delta=run.target_delta,
                 planned_steps=run.steps,
                 ledger=self._ledger_path,
-                settings=run_settings(setup),
+                settings=run_settings(setup, ranks.size),
+                ranks=ranks,
             )
             private = DPOptimizer(
                 run.optimizer,
@@ -270,7 +314,10 @@ class PrivacyEngine:
                 expected_batch_size=setup.sampling.expected_batch_size,
                 batch_bound=setup.bound,
                 stream=self._noise_stream,
-                spend=self._spend,
+                before_step=self._warn_if_unchecked,
+                spend=budget.spend,
+                steps=lambda: self.steps,
+                ranks=ranks,
                 seeds=None if self._noise_stream.fixed else SecretSeeds(),
             )
             loader = DPDataLoader(
@@ -285,6 +332,8 @@ class PrivacyEngine:
                 on_batch=private.begin_logical_batch,
                 steps_taken=lambda: self.steps,
                 attempt=lambda: private.attempt,
+                rank=ranks.rank,
+                ranks=ranks.size,
             )
             logger.info("strategy %s: %s", run.strategy, STRATEGIES[run.strategy])
             self._report_steps_before(budget.steps, run.steps)
@@ -298,6 +347,8 @@ class PrivacyEngine:
 
     def _report_steps_before(self, spent: int, planned: int | None) -> None:
         """Log the steps that the ledger already holds; warn if the step budget is already spent."""
+        if not self._ranks.is_first:
+            return
         if planned is not None and spent >= planned:
             warnings.warn(
                 f"ledger={str(self._ledger_path)!r} already holds {spent} steps, and steps={planned}: the loader is "
@@ -465,21 +516,37 @@ class PrivacyEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add the steps that a checkpoint has spent. Call it after make_private. Steps already counted stay counted.
 
+        With several processes it is a collective operation: call it on every rank, with the same checkpoint.
+
         Raises:
             RuntimeError: before make_private.
+            RanksError: another rank loads another checkpoint, or none.
             LedgerError: the ledger lacks the line after which the checkpoint was written (its last lines were
                 removed, or it is another ledger).
             ValueError: the checkpoint is of another data set or unit.
         """
-        self._require_budget().load_state_dict(state)
+        budget = self._require_budget()
+        with self._ranks.meeting(LOAD, lambda: {"steps of": state["runs"]}):
+            pass
+        budget.load_state_dict(state)
+
+    def wait_for_ranks(self) -> None:
+        """Wait until all processes of the run have come here; with one process do nothing.
+
+        Of a model that `fully_shard` has sharded this process meanwhile contributes its part of the weights to forwards
+        and backwards of the others, as it does within `optimizer.step()`. Call it on every rank before a collective
+        operation of your own (a sum of losses, `destroy_process_group`) that ranks reach after different numbers of
+        forwards: after an evaluation on one rank, or on parts of unequal length.
+        """
+        with self._ranks.meeting(WAIT):
+            pass
 
     def close(self) -> None:
         """Close the ledger and release its lock. With a ledger, step() and get_epsilon() then raise LedgerError."""
         if self._budget is not None:
             self._budget.close()
 
-    def _spend(self) -> None:
-        check_single_process()
+    def _warn_if_unchecked(self) -> None:
         if self._warns_unchecked and self.noise_multiplier > 0:
             self._warns_unchecked = False  # once
             warnings.warn(
@@ -487,7 +554,6 @@ class PrivacyEngine:
                 "independent of its batch: call engine.self_check(loss_fn, batch) before training",
                 stacklevel=4,
             )
-        self._require_budget().spend()
 
     def _check_model(self) -> None:
         if self._optimizer is not None:

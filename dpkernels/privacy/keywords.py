@@ -4,7 +4,7 @@ reason."""
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from dpkernels.deprecation import warn_renamed
+from dpkernels.deprecation import OLD_STRATEGIES, warn_renamed
 from dpkernels.privacy.step.clipping import check_norm, is_per_layer
 
 STRATEGIES = {
@@ -24,10 +24,6 @@ class AccountantName(str):
             f"engine.accountant is the name {str(self)!r} and has no {name!r}: call engine.get_epsilon(delta); "
             "engine.history has the steps spent"
         )
-
-
-OLD_STRATEGIES = {"keep_small": "mixed"}
-"""Deprecated names of strategies."""
 
 
 def strategy_called(strategy: str) -> str:

@@ -1,8 +1,10 @@
 """A private run's arguments, checked, and the constants that follow from them."""
 
+import hashlib
+import math
 import time
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -71,7 +73,7 @@ class Setup:
     physical_batch_size: int
 
 
-def resolve_setup(run: RunArguments, accountant: str) -> Setup:
+def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
     """The setup of a run with these arguments.
 
     The model's layers change class (`swap`) and compute the same; nothing else is changed. Warns where σ = 0.
@@ -79,6 +81,7 @@ def resolve_setup(run: RunArguments, accountant: str) -> Setup:
     Args:
         run: the arguments; `make_private` has checked strategy, clipping and Opacus's keywords.
         accountant: the engine's.
+        ranks: number of processes. A micro-batch is by default this part of the expected batch size.
 
     Raises:
         ValueError, TypeError: as `make_private` does.
@@ -100,7 +103,9 @@ def resolve_setup(run: RunArguments, accountant: str) -> Setup:
     )
     check_accountant(accountant, truncated=mechanism.truncated)
     _check_target(run.target_epsilon, run.target_delta, sampling.units)
-    physical = sampling.expected_batch_size if run.physical_batch_size is None else run.physical_batch_size
+    physical = run.physical_batch_size
+    if physical is None:
+        physical = math.ceil(sampling.expected_batch_size / ranks)
     if physical < 1:
         raise ValueError(f"physical_batch_size must be >= 1, got {run.physical_batch_size}")
     if run.steps is not None and (run.steps < 1 or run.steps != int(run.steps)):
@@ -127,14 +132,65 @@ def resolve_setup(run: RunArguments, accountant: str) -> Setup:
         layers=layers,
         norm=norm,
         bound=bound,
-        sensitivity=sensitivity(norm, bound, sampling.per_unit),
+        sensitivity=sensitivity(norm, bound, sampling.per_unit, ranks),
         physical_batch_size=physical,
     )
 
 
-def run_settings(setup: Setup) -> dict[str, Any]:
+_OF_ONE_PROCESS = (
+    "arguments",
+    "layers",
+    "physical_batch_size",
+)  # a rank with less memory may take smaller ones
+
+
+def run_identity(setup: Setup, accountant: str, fixed_key: bool) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by the name that an error shows."""
+    run = setup.arguments
+    return {
+        **{name: value for name, value in vars(setup).items() if name not in _OF_ONE_PROCESS},
+        **{name: getattr(run, name) for name in ("strategy", "steps", "target_epsilon", "target_delta")},
+        **_clipping_settings(setup.layers),
+        "accountant": accountant,
+        "a fixed noise_key": fixed_key,
+        "optimizer": type(run.optimizer).__name__,
+        **_orders(run),
+        "data set": f"{type(run.data_loader.dataset).__name__} of {len(run.data_loader.dataset)} examples",  # type: ignore[arg-type]
+        "lengths": digest_of(run.lengths),
+        "speakers": digest_of(run.speakers),
+        "versions": _versions(),
+    }
+
+
+def _orders(run: RunArguments) -> dict[str, Any]:
+    """Parameters are exchanged, and an optimizer's state is saved, by position. A set of names, for example, is in
+    another order in each process."""
+    names = {id(parameter): name for name, parameter in run.module.named_parameters()}
+    trained = [names[id(parameter)] for parameter in trained_parameters(run.module).values()]
+    groups = [[names.get(id(p)) for p in group["params"]] for group in run.optimizer.param_groups]
+    return {
+        "order of trained parameters": digest_of(trained),
+        "optimizer's parameter groups": digest_of(groups),
+    }
+
+
+def digest_of(values: Sequence[Any] | None) -> str:
+    """A short digest of a list of public values."""
+    return "none" if values is None else hashlib.sha256(repr(list(values)).encode()).hexdigest()[:16]
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Name and value of every parameter and buffer, and whether it is trained."""
+    for name, parameter in module.named_parameters():
+        yield f"parameter {name!r}", parameter, parameter.requires_grad
+    for name, buffer in module.named_buffers():
+        yield f"buffer {name!r}", buffer, False
+
+
+def run_settings(setup: Setup, processes: int) -> dict[str, Any]:
     """Entries of the ledger's run line beside the mechanism: public constants, the date, versions."""
     return {
+        **({"processes": processes} if processes > 1 else {}),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "max_grad_norm": setup.norm,
         **_clipping_settings(setup.layers),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asr_finetune.report.plots import wer_against_epsilon
+from dpkernels.rounding import shown_epsilon, shown_sigma
 from experiments import runs
 from experiments.fsdd.run import PRIVACY, RESULTS, SPEAKERS
 from experiments.runs import ROOT, between, save, shown
@@ -56,9 +57,11 @@ def main_table() -> str:
             continue
         privacy, steps = done[0]["privacy"], done[0]["steps"]
         values = [float(run["evaluation"]["after"]["wer"]) for run in done]
-        spent = f"{max(run['privacy']['epsilon'] for run in done):.2f}" if privacy["enabled"] else "∞"
+        spent = (
+            shown_epsilon(max(run["privacy"]["epsilon"] for run in done), 2) if privacy["enabled"] else "∞"
+        )
         label = "private" if privacy["enabled"] else "without privacy"
-        sigma = f"{privacy['noise_multiplier']:.3f}" if privacy["enabled"] else "–"
+        sigma = shown_sigma(privacy["noise_multiplier"]) if privacy["enabled"] else "–"
         rows.append(f"| {label} | {spent} | {sigma} | {steps} | {shown(values)} |")
     return "\n".join(rows)
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from asr_finetune.report import plots
+from dpkernels.rounding import shown_sigma
 from experiments import runs
 from experiments.small_scale.run import (
     BASE_EPSILON,
@@ -84,7 +85,7 @@ def table(axis: str) -> str:
                 rows.append(f"| {recogniser.title} | {name} | | | | not run |")
                 continue
             first = results[0]
-            sigma = f"{first['privacy']['noise_multiplier']:.3f}" if first["privacy"]["enabled"] else "–"
+            sigma = shown_sigma(first["privacy"]["noise_multiplier"]) if first["privacy"]["enabled"] else "–"
             parameters = f"{first['model']['trained_parameters']:,}"
             rate = f"{first['training']['learning_rate']:g}"
             values = runs.shown([wer(result) for result in results])

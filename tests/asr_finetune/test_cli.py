@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from asr_finetune import cli, console
 from asr_finetune.config.schema import Config, ConfigError
+from asr_finetune.config.yaml_io import recipes
 from tests.asr_finetune import tones
 
 
@@ -38,7 +40,19 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-COMMANDS = ["plan", "train", "evaluate", "report", "synthesise", "demo"]
+COMMANDS = [
+    "plan",
+    "train",
+    "evaluate",
+    "report",
+    "recipes",
+    "transcribe",
+    "export",
+    "merge",
+    "verify",
+    "synthesise",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,6 +66,24 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
 def test_help_lists_the_commands() -> None:
     listed = re.findall(r"^\W*(\w+)  +\w", invoke("--help").output.partition("Commands")[2], re.MULTILINE)
     assert listed == COMMANDS
+
+
+def test_recipes_are_listed_with_a_line_each() -> None:
+    lines = dict(line.split(None, 1) for line in invoke("recipes").output.splitlines())
+    assert list(lines) == recipes()
+    assert "whisper-tiny.en" in lines["librispeech_whisper_tiny"]
+    assert all(len(title) > 30 for title in lines.values())
+
+
+def test_the_help_loads_nothing_that_is_slow() -> None:
+    slow = ["torch", "numpy", "transformers", "peft", "matplotlib", "dp_accounting", "huggingface_hub"]
+    code = f"import sys, asr_finetune.cli; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_lora_is_the_default_method() -> None:
+    assert yaml.safe_load(invoke("train", "--print-config").output)["method"]["kind"] == "lora"
 
 
 def test_print_config_is_a_configuration() -> None:
@@ -290,7 +322,8 @@ def test_a_new_target_has_its_noise_planned_and_trained_with(tmp_path: Path) -> 
     """--epsilon goes over a noise multiplier of the file."""
     tones.write_manifest(tmp_path, 12)
     tones.write_model(tmp_path / "model")
-    values = tones.settings(tmp_path, privacy__noise_multiplier=9.0, privacy__accountant="rdp")
+    by_rdp = {"privacy__noise_multiplier": 9.0, "privacy__accountant": "rdp"}
+    values = tones.settings(tmp_path, method__kind="head", **by_rdp)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     common = ("--config", tmp_path / "run.yaml", "--epsilon", 1)
     output = invoke("plan", *common).output

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 import torch
 
 from asr_finetune.models.loading import tiny_parakeet
+from asr_finetune.training.run_folder import RunFolder
 
 WORDS = {"low": 300.0, "high": 1200.0}
 RATE = 16000
@@ -62,6 +66,18 @@ def write_model(folder: Path) -> Path:
     """A tiny Parakeet with fresh weights, as a folder that load_recognizer reads."""
     tiny_parakeet(list(WORDS), hidden=32, layers=1, heads=2, channels=8, mels=40).save(folder)
     return folder
+
+
+def interrupt_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C right after a step was applied and counted."""
+    original = RunFolder.note_history
+
+    def note(self: RunFolder, entry: dict[str, Any]) -> None:
+        original(self, entry)
+        if entry["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patch.setattr(RunFolder, "note_history", note)
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -19,23 +19,11 @@ from bench.models.entry import Entry, Kind  # noqa: E402
 from bench.models.judge import ERROR, METHODS, REFUSED, RIGHT, WRONG, judge  # noqa: E402
 from bench.models.zoo import ENTRIES  # noqa: E402
 from dpkernels.nn.layers import linear  # noqa: E402
+from tests.slow import slow_cases  # noqa: E402
 
-# One of each kind, and of each way in which a model is covered or refused; every second one is slow.
-PART = (
-    "BERT",
-    "DeBERTa v3",
-    "GPT-2",
-    "Llama",
-    "M2M-100, NLLB",
-    "Mixtral",
-    "T5",
-    "RWKV",
-    "ViT",
-    "CLIP",
-    "ConvNeXt",
-    "Parakeet CTC",
-    "wav2vec 2.0",
-)
+# One of each kind, and of each way in which a model is covered or refused.
+QUICK = ("BERT", "GPT-2", "ViT", "wav2vec 2.0")
+SLOW = ("CLIP", "ConvNeXt", "DeBERTa v3", "Llama", "M2M-100, NLLB", "Mixtral", "Parakeet CTC", "RWKV", "T5")
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +69,7 @@ def test_the_table_has_the_zoo() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name", [*PART[::2], *(pytest.param(name, marks=pytest.mark.slow) for name in PART[1::2])]
-)
+@pytest.mark.parametrize("name", [*QUICK, *slow_cases(*SLOW)])
 def test_a_part_of_it_is_as_recorded(name: str) -> None:
     (chosen,) = [entry for entry in ENTRIES if entry.name == name and entry.library == "transformers"]
     assert_as_recorded([chosen])

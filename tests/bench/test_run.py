@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_quick_benchmark_end_to_end(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done = run(
@@ -57,6 +60,64 @@ def test_quick_benchmark_end_to_end(tmp_path: Path) -> None:
     assert table.returncode == 0, table.stderr
 
 
+def asked(*paths: str, **options: Any) -> Any:
+    """What conftest.py reads of a `pytest` with these paths and options, without the start of another process."""
+    values = {"benchmark": False, "benchmark_groups": "ops,step", "numprocesses": None, **options}
+    source = pytest.Config.ArgsSource
+    return types.SimpleNamespace(
+        args=[*map(str, paths)],
+        args_source=source.ARGS if paths else source.TESTPATHS,
+        option=types.SimpleNamespace(benchmark_columns=None),
+        getoption=lambda name, default=None: values[name.lstrip("-").replace("-", "_")],
+    )
+
+
+@pytest.fixture
+def rules(pytestconfig: pytest.Config) -> Any:
+    """The conftest.py of the root, as this pytest has loaded it."""
+    return pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "collected"),
+    [
+        (False, {"tests", "tests/test_readme.py"}),
+        (True, {"bench", "bench/test_ops.py", "bench/test_step.py"}),
+    ],
+)
+def test_either_tests_or_chosen_benchmarks_are_collected(
+    rules: Any, benchmarks: bool, collected: set[str]
+) -> None:
+    files = (
+        "tests/test_readme.py",
+        *(f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model")),
+    )
+    config = asked(benchmark=benchmarks)
+    found = {
+        path for path in ("tests", "bench", *files) if not rules.pytest_ignore_collect(ROOT / path, config)
+    }
+    assert found - {"tests"} == collected - {"tests"}  # a folder of tests is entered either way
+    rules.pytest_configure(config)
+    assert config.args == ([str(ROOT / "bench")] if benchmarks else [])
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "message"),
+    [
+        (["bench"], {}, "add --benchmark"),
+        ([], {"benchmark": True, "benchmark_groups": "speed"}, "choose from ops, layers, step, model"),
+        ([], {"benchmark": True, "numprocesses": 2}, "leave out -n"),
+    ],
+)
+def test_usage_errors_are_raised(
+    rules: Any, monkeypatch: pytest.MonkeyPatch, paths: list[str], options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(pytest.UsageError, match=message):
+        rules.pytest_configure(asked(*paths, **options))
+
+
+@pytest.mark.slow
 def test_plain_pytest_collects_nothing_of_bench() -> None:
     elsewhere = [
         f"--ignore=tests/{name}" for name in ("asr", "interop", "nn", "ops", "privacy")
@@ -68,12 +129,14 @@ def test_plain_pytest_collects_nothing_of_bench() -> None:
     assert not [line for line in done.stdout.splitlines() if line.startswith("bench/")]
 
 
+@pytest.mark.slow
 def test_the_benchmarks_collect_nothing_else() -> None:
     done = run("-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "--collect-only", "-q")
     found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert found == {f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,6 +150,7 @@ def test_usage_errors_name_the_mend(arguments: list[str], message: str) -> None:
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_benchmarks_do_not_share_the_cores() -> None:
     pytest.importorskip("xdist")
     done = run("-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "-n", "2")
@@ -94,12 +158,14 @@ def test_benchmarks_do_not_share_the_cores() -> None:
     assert "leave out -n" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_options_are_documented() -> None:
     text = run("-m", "pytest", "--help").stdout
     assert "--benchmark  " in text or "--benchmark\n" in text
     assert "--benchmark-quick" in text
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_fresh_processes() -> None:
     with Server() as server:
         small = server.peak(Job("tiny-lora", "non-private", 1, 16))
@@ -117,6 +183,9 @@ def test_gpu_script_refuses_without_a_gpu_and_prints_its_parts() -> None:
     assert "--find-links some-wheels" in lines[0]
     assert "--no-deps --no-build-isolation ." in lines[1]
     assert {"ops", "layers", "step", "model"} <= {line.split()[0] for line in lines}
+    (ranks,) = [line for line in lines if line.startswith("ranks (")]
+    assert ranks.endswith("torch.distributed.run --standalone --nproc-per-node 1 -m bench.gpu.ranks")
+    assert any(line.startswith("ranks-shared") and "--nproc-per-node 2" in line for line in lines)
     assert all("--benchmark-output=some-folder" in line for line in lines if "--benchmark " in line)
     assert run("-m", "bench.gpu.run", "--dry-run", "no-such-part").returncode == 2
     refused = run("-m", "bench.gpu.run", CUDA_VISIBLE_DEVICES="")

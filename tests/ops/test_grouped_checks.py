@@ -14,11 +14,6 @@ from dpkernels import ops
 from dpkernels.ops import layers
 
 BATCH, FRAMES = 2, 5
-LISTS = {
-    "lora": ("hs", "dhs", "scalings"),
-    "embedding": ("padding_idxs",),
-    "depthwise_conv1d": ("strides", "paddings", "dilations"),
-}
 
 
 def zeros(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,25 +35,29 @@ def layer(kind: str) -> dict[str, Any]:
         geometry = {"strides": 1, "paddings": 1, "dilations": 1, "kernel_sizes": 3}
         tensors = {name: zeros(BATCH, 4, FRAMES) for name in ("x", "g")}
         return tensors | geometry | {"outs": [zeros(4, 1, 3, **out)]}
-    return vector if kind in ("bias", "layer_norm") else tokens | {"outs": [zeros(3, 4, **out)]}
+    if kind == "linear":
+        return tokens | {"outs": [zeros(3, 4, **out)]}
+    if kind in ("bias", "layer_norm"):
+        return vector
+    raise ValueError(f"kind: {kind!r} has no layer here; add one, and its faults to FAULTS and OF_OUTS")
 
 
-def arguments(kind: str, given: list[dict[str, Any]], *lists: str) -> tuple[list[Any], dict[str, list[Any]]]:
-    """(xs, gs, kinds), and the lists of its kind's options."""
-    names = (*LISTS.get(kind, ()), *lists)
-    options = {name: [one[name] for one in given] for name in names}
+def arguments(
+    kind: str, given: list[dict[str, Any]], *, norms: bool
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """(xs, gs, kinds), and the lists that only its kind takes."""
+    options = {name: [one[name] for one in given] for name in layers._kind_columns(layers.KINDS[kind], norms)}
     return [[one["x"] for one in given], [one["g"] for one in given], [kind] * len(given)], options
 
 
 def add(kind: str, given: list[dict[str, Any]]) -> None:
-    lists, options = arguments(kind, given)
+    lists, options = arguments(kind, given, norms=False)
     outs = [out for one in given for out in one["outs"]]
     ops.clip_and_noise(*lists, torch.ones(BATCH), outs, **options)
 
 
 def total(kind: str, given: list[dict[str, Any]]) -> Tensor:
-    extra = ("kernel_sizes",) if kind == "depthwise_conv1d" else ()
-    lists, options = arguments(kind, given, *extra)
+    lists, options = arguments(kind, given, norms=True)
     return ops.total_norm_sq(*lists, **options)
 
 
@@ -112,6 +111,10 @@ def test_ids_of_no_row_are_refused_in_any_layer(fault: dict[str, Any], message: 
     if "rows" not in message:  # a norm knows no table
         with pytest.raises(ValueError, match=f"^{message}"):
             total("embedding", given)
+
+
+def test_every_kind_has_a_fault_of_its_norm() -> None:
+    assert {kind for kind, *_ in FAULTS} == set(layers.KINDS)
 
 
 @pytest.mark.parametrize(("kind", "fault", "error", "name"), FAULTS)

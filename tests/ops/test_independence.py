@@ -11,7 +11,8 @@ from tests.ops.checks import alone_is_the_same
 def test_a_norm_does_not_depend_on_the_rest_of_the_batch(backend: str, family: str) -> None:
     for size in ((5, 33, 24, 12), (3, 7, 5, 3), (2, 1, 3, 1)):
         alone_is_the_same(make(family, *size))
-    alone_is_the_same(make(family, 3, 150, 48, 40, dtype=torch.bfloat16))
+    frames = 70 if backend == "triton" else 150  # interpreted kernels are slow
+    alone_is_the_same(make(family, 3, frames, 48, 40, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("family", WITH_LENGTHS)
@@ -41,7 +42,8 @@ def test_a_sample_with_factor_zero_is_not_read(backend: str, family: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_inputs_give_the_same_bits(backend: str, family: str) -> None:
-    case, factors = make(family, 3, 140, 64, 48), torch.rand(3)
+    size = (2, 70, 40, 33) if backend == "triton" else (2, 140, 64, 48)  # interpreted kernels are slow
+    case, factors = make(family, *size), torch.rand(2)
     first = case.norms() + case.sums(factors)
     clutter = [torch.randn(n) for n in (1001, 77, 4099)]  # other addresses for the second run's memory
     second = case.norms() + case.sums(factors)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpkernels.backends import native
 from dpkernels.ops import chacha20_normal
+from tests.slow import slow_cases
 
 KEY = bytes(range(100, 132))
 PIECE = 1 << 20
@@ -123,8 +124,9 @@ def check(sums: Sums) -> None:
 
 
 @needs_native
-def test_a_hundred_million_draws_are_independent_standard_normals() -> None:
-    check(reduce(pieces(number_of_draws())))
+@pytest.mark.parametrize("draws", [16 * PIECE, *slow_cases(number_of_draws())])
+def test_draws_are_independent_standard_normals(draws: int) -> None:
+    check(reduce(pieces(draws)))
 
 
 def shifted(z: Tensor) -> Tensor:

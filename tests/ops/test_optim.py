@@ -15,6 +15,7 @@ from dpkernels import ops
 from dpkernels.backends import native, registry, triton_ops
 from tests.ops import conftest
 from tests.ops.tolerances import FUSED_GRADIENT, FUSED_OFF
+from tests.slow import covering
 
 KEY = bytes(range(32))
 # Odd sizes, empty, several dimensions, more than one piece of a thread (8192 entries).
@@ -152,8 +153,9 @@ def of_torch(name: str, params: list[Tensor], dtype: torch.dtype, steps: int) ->
     return [p.detach() for p in mine]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), covering(OPTIMIZERS, [torch.float64, torch.float32], together=1), ids=str
+)
 def test_equals_noise_then_torchs_optimizer(name: str, dtype: torch.dtype, backend: str) -> None:
     state = State(name)
     start = [p.clone() for p in state.params]

@@ -21,6 +21,7 @@ from dpkernels.backends import registry
 from dpkernels.backends.triton_ops import bounds, launching, linear_kernels, tensor_cores
 from tests.ops.cases import Case, make
 from tests.ops.checks import never_below
+from tests.slow import covering
 
 HALVES = (torch.bfloat16, torch.float16)
 CORES = sorted({*bounds.TENSOR_CORES.values(), bounds.COARSEST}, key=lambda core: core.block)
@@ -39,8 +40,7 @@ def measure(
 # ---- the probes, on devices in software ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("core", CORES, ids=str)
+@pytest.mark.parametrize(("core", "dtype"), covering(CORES, HALVES, together=1), ids=str)
 def test_an_assumed_device_is_found_out_and_stays_within_its_bound(
     core: bounds.TensorCore, dtype: torch.dtype
 ) -> None:
@@ -60,9 +60,7 @@ def test_an_assumed_device_is_found_out_and_stays_within_its_bound(
         assert found.worst >= 0.6
 
 
-@pytest.mark.parametrize("align", CUTS)
-@pytest.mark.parametrize("final", CUTS)
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("late", "final", "align"), covering([False, True], CUTS, CUTS))
 def test_every_property_of_a_device_is_told_from_the_others(align: str, final: str, late: bool) -> None:
     for block, extra in ((4, 0), (16, 3), (32, 2)):
         device = Model(block, extra, align, final, late)

@@ -105,7 +105,7 @@ def test_a_child_of_a_parent_that_ran_only_torch_computes_too() -> None:
     assert out.strip() == "0"
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_torchs_flush_denormal_changes_no_norm(threads: int) -> None:
     """It is a mode of the calling thread alone, and an input read as 0 is no rounding error: 1e-40 · 1e38 is 0.01."""
     out = _run(

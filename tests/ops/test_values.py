@@ -26,7 +26,7 @@ def test_norms_and_sums(backend: str, family: str, dtype: torch.dtype, size: tup
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bound_costs_little(backend: str, family: str) -> None:
     """Signed bias: always above, and on average by less than the table says."""
-    case = make(family, 4, 300, 64, 48)
+    case = make(family, *((2, 150, 48, 40) if backend == "triton" else (4, 300, 64, 48)))
     assert 0.0 <= not_far_above(case, torch.float32) <= MEAN_EXCESS
 
 
@@ -117,7 +117,10 @@ def test_what_a_sample_adds_is_within_the_clipping_norm(backend: str, family: st
 @pytest.mark.parametrize("family", OF_FRAMES)
 def test_cancellation(bounded_backend: str, family: str) -> None:
     """A true norm of 10⁻⁶ of the terms is not under-estimated, nor does what is added exceed C."""
-    case = cancelling(family, 2 if bounded_backend == "triton" else 8, 150, 24, 20)
+    size = (
+        (2, 50, 24, 20) if bounded_backend == "triton" else (8, 150, 24, 20)
+    )  # interpreted kernels are slow
+    case = cancelling(family, *size)
     if family == "embedding":
         case = replace(case, norm_options={"padding_idx": None}, sum_options={})
     within(case, torch.float32)

@@ -154,6 +154,7 @@ def cpu_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(source, tmp_path_factory.mktemp("cpu"), DPKERNELS_BUILD="cpu")[0]
 
 
+@pytest.mark.slow
 def test_none_gives_a_pure_wheel(none_wheel: Path) -> None:
     assert none_wheel.name == f"dpkernels-{dpkernels.__version__}-py3-none-any.whl"
     assert libraries(none_wheel) == []

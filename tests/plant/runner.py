@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ CAUGHT, NOT_CAUGHT, STALE, TIMEOUT, ERROR = "caught", "NOT CAUGHT", "stale", "ti
 BUILT = ("dpkernels/lib/*.so",)
 # How a test fails where a fault uses a name that its file does not have (any more): this does not show that the test
 # notices the fault.
-MISSING_NAMES = ("NameError:", "UnboundLocalError:", "AttributeError:")
+MISSING_NAMES = re.compile(r"(NameError|UnboundLocalError):|AttributeError: .* has no attribute")
 WORKER = Path(__file__).with_name("worker.py")
 # What tests import before the sources, and takes seconds.
 PRELOADED = (
@@ -139,7 +140,7 @@ class Copy:
             failures = failed(report, tests) if code == 1 and report.is_file() else []
             if failures:
                 name, message = failures[0]
-                return ERROR if message.startswith(MISSING_NAMES) else CAUGHT, f"{name}: {message}"
+                return ERROR if MISSING_NAMES.match(message) else CAUGHT, f"{name}: {message}"
             return ERROR, f"pytest ended with {code}: {' | '.join(said.strip().splitlines()[-3:])}"
 
     def _ask(self, request: list[Any]) -> tuple[int | None, str]:

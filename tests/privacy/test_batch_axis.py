@@ -17,7 +17,7 @@ from dpkernels.nn.recording import row_check
 from dpkernels.privacy import SelfCheckError
 from tests.nn import zoo
 from tests.privacy.private_run import Run, norm_of, private_run
-from tests.slow import in_turns
+from tests.slow import covering
 
 # Each size of the models is the batch's in the first; the larger ones take longer than all of these.
 BATCHES, LARGER = range(1, 9), range(9, 13)
@@ -81,7 +81,9 @@ def test_shared_tensors_stay_shared_at_every_batch_size(name: str) -> None:
         check(run_of(name), batch, "bookkeeping")
 
 
-@pytest.mark.parametrize(("name", "strategy"), in_turns(zoo.MODELS, ["mixed", "two_pass", "per_layer"]))
+@pytest.mark.parametrize(
+    ("name", "strategy"), covering(zoo.MODELS, ["mixed", "two_pass", "per_layer"], together=1)
+)
 def test_shared_tensors_stay_shared_in_every_strategy(name: str, strategy: str) -> None:
     run = run_of(name, strategy)
     for batch in (zoo.T, *BATCHES):
@@ -117,13 +119,17 @@ REFUSED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass", "per_layer"])
-@pytest.mark.parametrize("how", REFUSED.values(), ids=REFUSED.keys())
-def test_rows_that_are_not_the_examples_are_refused(how: Any, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    covering(
+        REFUSED, ["bookkeeping", "two_pass", "per_layer"], together=1, also=[("rows rolled", "bookkeeping")]
+    ),
+)
+def test_rows_that_are_not_the_examples_are_refused(name: str, strategy: str) -> None:
     """Without the row check: see `test_planted_no_row_check_lets_permuted_rows_through`."""
     for batch in (5, 7):
         model = Refused()
-        model.how = how
+        model.how = REFUSED[name]
         run = private_run(model=model, loss_fn=losses, strategy=strategy, physical_batch_size=12)
         with pytest.raises(RowError, match=r"'first': \d of the \d rows of its output gradient"):
             run.release(range(batch))

@@ -175,7 +175,7 @@ def test_every_argument_is_carried_or_checked() -> None:
         "self",
         "physical_frames",
     }  # an old name
-    assert given == carried | checked | {"clipping"}
+    assert given == carried | checked | {"clipping", "process_group"}
 
 
 def test_other_engine_arguments_are_refused() -> None:

@@ -15,6 +15,7 @@ import dpkernels
 from dpkernels.nn import attach, swap
 from dpkernels.privacy.keywords import STRATEGIES
 from tests.nn.layers.test_recurrent import arguments
+from tests.slow import covering
 
 
 class Classifier(nn.Module):
@@ -37,8 +38,7 @@ def losses(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return F.cross_entropy(model(*batch[:2]), batch[2], reduction="none")
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "kind"), covering(STRATEGIES, [nn.LSTM, nn.GRU, nn.RNN], together=1))
 def test_packed_layers_train_and_pass_the_self_check(kind: type[nn.RNNBase], strategy: str) -> None:
     generator = torch.Generator().manual_seed(0)
     ids, lengths, labels = (

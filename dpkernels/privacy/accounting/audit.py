@@ -11,6 +11,7 @@ from typing import Any
 from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import epsilon
 from dpkernels.privacy.accounting.ledger import read_ledger
+from dpkernels.rounding import shown_epsilon
 
 
 class ClaimError(UserError, ValueError):
@@ -75,7 +76,7 @@ def audit_ledger(path: Path, privacy: Mapping[str, Any], record: str = "the reco
         spent = claimed_epsilon(privacy, ledger.steps, privacy["delta"], privacy["accountant"])
         if privacy["epsilon"] is None or privacy["epsilon"] < spent * (1 - 1e-6):
             raise ClaimError(
-                f"{record} says epsilon={privacy['epsilon']}, the ledger's steps spend {spent:.4f} at "
+                f"{record} says epsilon={privacy['epsilon']}, the ledger's steps spend {shown_epsilon(spent, 4)} at "
                 f"delta={privacy['delta']:g}"
                 + (
                     ". Before this version truncated sampling (privacy.max_batch_size) was accounted for removing a "

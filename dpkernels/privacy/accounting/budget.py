@@ -3,11 +3,13 @@
 import math
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import Mechanism, check_delta, composed_epsilon
-from dpkernels.privacy.accounting.ledger import Ledger, LedgerError
+from dpkernels.privacy.accounting.ledger import Ledger, LedgerContents, LedgerError, read_ledger
+from dpkernels.privacy.ranks.group import SET_UP, Ranks
 from dpkernels.privacy.sampling.plan import Sampling
 
 # ε is compared with the target this many steps ahead: one composition then serves many steps.
@@ -33,6 +35,7 @@ class Budget:
         planned_steps: total steps, if known; the first number that is compared with the target.
         ledger: path of the ledger, or None to count in memory.
         settings: further entries of the ledger's run line.
+        ranks: the processes of the run. Rank 0 alone checks the target and writes the ledger; the others count with it.
 
     Raises:
         LedgerError: the ledger is damaged, locked, or belongs to another data set.
@@ -49,6 +52,7 @@ class Budget:
         planned_steps: int | None,
         ledger: str | os.PathLike[str] | None,
         settings: dict[str, Any],
+        ranks: Ranks | None = None,
     ) -> None:
         self.sampling = sampling
         self.mechanism = mechanism
@@ -57,24 +61,38 @@ class Budget:
         self.target_delta = target_delta
         self._planned_steps = planned_steps
         self._pid = os.getpid()
+        self._ranks = Ranks() if ranks is None else ranks
         self._run = os.urandom(8).hex()
         self._runs: dict[str, tuple[Mechanism, int]] = {}
         self._safe_steps = 0
         self._look_ahead = _LOOK_AHEAD
         self._reported: set[tuple[int, float, str]] = set()
         self._ledger: Ledger | None = None
+        self._ledger_hash: str | None = None
+        with self._ranks.meeting(SET_UP):
+            seen = _contents(ledger)
+        others = self._ranks.gathered(seen if seen is None else seen.last_hash)
+
+        def open_ledger() -> None:
+            _check_longest(ledger, seen, others)
+            self._open(ledger, settings)
+
+        self._counted(open_ledger)
+
+    def _open(self, ledger: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
+        """Open the ledger, if there is one, and count what it holds."""
         if ledger is not None:
             constants = {
                 "run": self._run,
-                "unit": sampling.unit,
-                "dataset_size": sampling.units,
-                "adjacency": f"add or remove one {sampling.unit}",
-                "sampling": mechanism.sampling,
-                "mechanism": mechanism.to_dict(),
-                "accountant": accountant,
-                "target_epsilon": target_epsilon,
-                "target_delta": target_delta,
-                "planned_steps": planned_steps,
+                "unit": self.sampling.unit,
+                "dataset_size": self.sampling.units,
+                "adjacency": f"add or remove one {self.sampling.unit}",
+                "sampling": self.mechanism.sampling,
+                "mechanism": self.mechanism.to_dict(),
+                "accountant": self.accountant,
+                "target_epsilon": self.target_epsilon,
+                "target_delta": self.target_delta,
+                "planned_steps": self._planned_steps,
             }
             self._ledger = Ledger(ledger, constants | settings)
             try:
@@ -83,7 +101,16 @@ class Budget:
             except BaseException:
                 self._ledger.close()
                 raise
-        self._runs[self._run] = (mechanism, 0 if self._ledger is None else self._ledger.run.steps)
+        self._runs[self._run] = (self.mechanism, 0 if self._ledger is None else self._ledger.run.steps)
+
+    def _counted(self, count: Callable[[], None]) -> None:
+        """Call `count` on rank 0, and take over what rank 0 then counts. Every rank raises what it raised."""
+
+        def counted() -> tuple[str, dict[str, tuple[Mechanism, int]], str | None]:
+            count()
+            return self._run, self._runs, None if self._ledger is None else self._ledger.last_hash
+
+        self._run, self._runs, self._ledger_hash = self._ranks.first(counted)
 
     @property
     def steps(self) -> int:
@@ -106,7 +133,7 @@ class Budget:
         return value
 
     def spend(self) -> None:
-        """Count one step, on disk if there is a ledger.
+        """Count one step, on disk if there is a ledger, and on all ranks.
 
         Raises:
             BudgetExhausted: the step would exceed the target; nothing is spent.
@@ -118,6 +145,9 @@ class Budget:
                 "this process was forked from the one that called make_private: each of the two would count only "
                 "its own steps. Train in one of them, and call make_private there."
             )
+        self._counted(self._spend)
+
+    def _spend(self) -> None:
         taken = self._runs[self._run][1]
         if self.target_epsilon is not None and not self._fits(taken + 1):
             raise BudgetExhausted(
@@ -138,16 +168,19 @@ class Budget:
             "unit": self.sampling.unit,
             "dataset_size": self.sampling.units,
             "runs": runs,
-            "ledger_sha256": None if self._ledger is None else self._ledger.last_hash,
+            "ledger_sha256": self._ledger_hash if self._ledger is None else self._ledger.last_hash,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add the steps that a checkpoint has spent. Steps already counted stay counted.
+        """Add the steps that a checkpoint has spent, on all ranks. Steps already counted stay counted.
 
         Raises:
             LedgerError: the ledger lacks the line after which the checkpoint was written.
             ValueError: the checkpoint is of another data set or unit.
         """
+        self._counted(lambda: self._load(state))
+
+    def _load(self, state: dict[str, Any]) -> None:
         for key, expected in (("unit", self.sampling.unit), ("dataset_size", self.sampling.units)):
             if state[key] != expected:
                 raise ValueError(
@@ -208,3 +241,27 @@ class Budget:
         return composed_epsilon(
             [*others, (self.mechanism, steps)], self.target_delta, accountant=self.accountant
         )
+
+
+def _contents(ledger: str | os.PathLike[str] | None) -> LedgerContents | None:
+    """What this machine's ledger holds: nothing if it does not exist, None if none is given."""
+    if ledger is None:
+        return None
+    return read_ledger(ledger) if os.path.exists(ledger) else LedgerContents()
+
+
+def _check_longest(
+    ledger: str | os.PathLike[str] | None, seen: LedgerContents | None, others: Sequence[str | None]
+) -> None:
+    """Raise LedgerError if another rank sees lines that rank 0's ledger lacks: those of earlier runs would not count.
+
+    torchrun may start rank 0 on another machine than before.
+    """
+    held = {None} if seen is None else {None, LedgerContents.last_hash, *seen.hashes}
+    for rank, last in enumerate(others):
+        if last not in held:
+            raise LedgerError(
+                f"ledger={str(ledger)!r}: rank {rank} was given a ledger, or sees one with lines, that rank 0 lacks. "
+                "Rank 0 writes it, and the steps in those lines would not count: give every rank the same path, on "
+                "storage that all machines share"
+            )

@@ -10,10 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of, named_modules
 from dpkernels.privacy.guards.buffers import BufferWatch, buffer_marks, changed_buffers
+from dpkernels.privacy.guards.gathered import GatheredWatch
 from dpkernels.privacy.guards.graph import check_graph, scales_at_last
 from dpkernels.privacy.guards.parameters import ParameterWatch
 from dpkernels.privacy.guards.preconditions import (
     batch_norm_message,
+    check_forward,
     check_no_gradient,
     quoted,
     some_of,
@@ -85,6 +87,7 @@ class ModelGuard:
         self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer, seeds: SecretSeeds | None
     ) -> None:
         self.trained = trained_parameters(model)
+        self._gathered = GatheredWatch(model)
         # The parameters themselves, since a later tensor could get the identity of a freed one.
         self._frozen = _frozen(model)
         self._model = model
@@ -93,7 +96,7 @@ class ModelGuard:
         self._buffers = buffer_marks(model)
         self._buffer_watch = BufferWatch(model)
         self._parameter_watch = ParameterWatch(model)
-        tape.before_forward, tape.after_forward = self._parameter_watch.begin, self._after_forward
+        tape.before_forward, tape.after_forward = self._before_forward, self._after_forward
         modules = list(modules_of(model))
         self._initial = snapshot(modules)
         # The modules that have buffers or are batch norms: a snapshot before a backward reads only these.
@@ -106,6 +109,7 @@ class ModelGuard:
 
     def before_logical_batch(self) -> None:
         """Start the watch of the parameters, and seed as `before_pass` does."""
+        self._gathered.drop()
         self._parameter_watch.open()
         self.before_pass()
 
@@ -170,10 +174,14 @@ class ModelGuard:
                 "elsewhere, a functional call, a fused layer, a penalty on weights). Use the weight through "
                 "its layer only, or freeze it."
             )
+        self._gathered.check()
+        self._gathered.drop()
         self._parameter_watch.check()
 
     def before_step(self) -> None:
         """Raise RuntimeError for batch norms in training, or changed parameters or buffers."""
+        self._gathered.check()
+        self._gathered.drop()
         now = snapshot(modules_of(self._model))
         self._check_batch_norms(now)
         self._check_parameters(now)
@@ -185,9 +193,17 @@ class ModelGuard:
         """End the watch of the parameters: the step and the training loop after it may write them."""
         self._parameter_watch.forget()
 
+    def after_failure(self) -> None:
+        """Make a sharded model ready for another forward after a forward or backward that raised."""
+        self._gathered.reset()
+
     def before_release(self) -> None:
         """Raise RuntimeError if buffers changed; compares their values at every call."""
         self._buffer_watch.compare()
+
+    def _before_forward(self) -> None:
+        check_forward()
+        self._parameter_watch.begin()
 
     def _after_forward(self) -> None:
         """Check the parameters, and record seeded generators: torch.random.fork_rng later restores their seed."""

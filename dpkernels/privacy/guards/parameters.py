@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels.privacy.guards.preconditions import some_of
+from dpkernels.privacy.ranks.sharded import is_sharded, local_part
 
 
 class ParameterWatch:
@@ -66,50 +67,63 @@ class ParameterWatch:
         if self._versions is None:
             return
         self._checks += 1
-        now = list(map(_version, self._parameters))
+        now = list(map(version_of, self._parameters))
         moved = set()
         if now != self._versions:
             moved = {i for i, (a, b) in enumerate(zip(self._versions, now, strict=True)) if a != b}
-        everything = last or _is_power_of_two(self._checks)
+        everything = last or is_power_of_two(self._checks)
         bits_now = self._read(self._bits if everything else self._bits.keys() & (self._rewritten | moved))
         written = {i for i, bits in bits_now.items() if not torch.equal(bits, self._bits[i])}
         self._rewritten |= moved & bits_now.keys() - written
         written |= moved - bits_now.keys()
         if written:
-            names = (self._names[place] for place in sorted(written))
-            raise RuntimeError(
-                f"parameters were written while the model computed: {some_of(names)}. They may hold data of the "
-                "examples, which would be released without noise. Move such updates (code books, max_norm, a moving "
-                "average, initialisation from the first batch) from the module to the training loop, after step(), or "
-                "do them before make_private, on public data."
-            )
+            raise RuntimeError(written_message(self._names[place] for place in sorted(written)))
 
     def _note(self) -> None:
         self._begun, self._checks = self._begun + 1, 0
-        self._versions = list(map(_version, self._parameters))
-        everything = _is_power_of_two(self._begun)
+        self._versions = list(map(version_of, self._parameters))
+        everything = is_power_of_two(self._begun)
         self._bits = self._read(range(len(self._parameters)) if everything else self._rewritten)
 
     def _read(self, places: Iterable[int]) -> dict[int, Tensor]:
-        read = ((place, _sum_of_bits(self._parameters[place])) for place in places)
+        read = ((place, sum_of_bits(self._parameters[place])) for place in places)
         return {place: bits for place, bits in read if bits is not None}
 
 
-def _is_power_of_two(count: int) -> bool:
+def written_message(names: Iterable[str]) -> str:
+    """The message that refuses a model which writes these parameters."""
+    return (
+        f"parameters were written while the model computed: {some_of(names)}. They may hold data of the "
+        "examples, which would be released without noise. Move such updates (code books, max_norm, a moving "
+        "average, initialisation from the first batch) from the module to the training loop, after step(), or "
+        "do them before make_private, on public data."
+    )
+
+
+def is_power_of_two(count: int) -> bool:
+    """Whether a count is 1, 2, 4, 8, ..."""
     return not count & (count - 1)
 
 
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
+def version_of(parameter: Tensor) -> int:
+    """Autograd's version counter; of a sharded tensor, also that of its local part."""
+    version = 0 if parameter.is_inference() else parameter._version
+    if type(parameter) is nn.Parameter or not is_sharded(
+        parameter
+    ):  # thousands in every step: the usual case first
+        return version
+    return version + version_of(local_part(parameter))
 
 
 @torch.no_grad()
-def _sum_of_bits(parameter: Tensor) -> Tensor | None:
-    """The sum of a tensor's 64-bit words, int64, for every dtype; a contiguous tensor is not copied.
+def sum_of_bits(parameter: Tensor) -> Tensor | None:
+    """The sum of a tensor's 64-bit words, int64, for every dtype; a contiguous tensor is not copied. Of a sharded
+    tensor it is the local part's.
 
     Returns None if its bits cannot be read: fake tensors have none, and sparse and quantised tensors and subclasses
     have no plain layout. Their version counters are still compared.
     """
+    parameter = local_part(parameter)
     plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided
     if not plain or parameter.is_meta or parameter.is_quantized:
         return None

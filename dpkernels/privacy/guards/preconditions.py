@@ -4,19 +4,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dpkernels.nn import batch_norms_in_training, named_modules, uncovered
-
-
-def check_single_process() -> None:
-    """Raise RuntimeError if torch.distributed runs more than one process."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"torch.distributed runs {distributed.get_world_size()} processes: private training over more than one "
-            "process is refused, since noise, divisor and sampling are not implemented for it; run one process on one "
-            "device"
-        )
 
 
 def check_module(module: nn.Module) -> None:
@@ -26,7 +16,17 @@ def check_module(module: nn.Module) -> None:
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if type(module).__name__ in wrappers:
         raise ValueError(
-            f"module is wrapped in {type(module).__name__}; give the unwrapped model (module.module)"
+            f"module is wrapped in {type(module).__name__}; give the model as it was before it was wrapped (by "
+            "Accelerator.prepare, for example: prepare none of model, optimizer and data loader). make_private itself "
+            "trains on all processes that torch.distributed runs. Gradients are never averaged before they are "
+            "clipped, so DDP's hooks that compress or delay averages have no counterpart; to keep frozen weights in "
+            "parts, use dpkernels.privacy.shard_frozen"
+        )
+    if "_original_forward" in vars(module) and "forward" in vars(module):
+        raise ValueError(
+            f"module ({type(module).__name__}) was prepared by Accelerate for mixed precision, which replaced its "
+            "forward by another that private layers cannot take part in: give the model as it was before "
+            "Accelerator.prepare, and call it under torch.autocast (accelerator.autocast())"
         )
     names = batch_norms_in_training(module)
     if names:
@@ -39,6 +39,16 @@ def check_module(module: nn.Module) -> None:
         )
     if not trained_parameters(module):
         raise ValueError("module has no trained parameters: set requires_grad on those to be trained")
+
+
+def check_forward() -> None:
+    """Raise RuntimeError if a forward with gradients begins within the forward of a DistributedDataParallel."""
+    if torch.is_grad_enabled() and getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+        raise RuntimeError(
+            "the private model is called through DistributedDataParallel, which would average gradients that are not "
+            "clipped, and wait for processes that have no example: call the model that make_private returned, and do "
+            "not wrap it. make_private itself trains on all processes"
+        )
 
 
 def check_coverage(module: nn.Module) -> None:
@@ -57,6 +67,17 @@ def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
     if type(optimizer).__name__ == "DPOptimizer" or not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if type(optimizer).__module__.startswith("accelerate."):
+        scaler = getattr(optimizer, "scaler", None)
+        precision = (
+            "; and for float16 it scales losses, which clipping does not allow: use bfloat16 under torch.autocast"
+            if scaler is not None
+            else ""
+        )
+        raise TypeError(
+            f"optimizer is Accelerate's {type(optimizer).__name__}, which decides itself whether a step is taken"
+            f"{precision}. Give the optimizer as it was before Accelerator.prepare"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(

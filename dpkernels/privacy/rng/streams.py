@@ -51,6 +51,11 @@ def nonce(purpose: int, index: int, draw: int, rank: int = 0) -> bytes:
     return struct.pack("<BBI", purpose, rank, index) + draw.to_bytes(6, "little")
 
 
+def secret_key() -> bytes:
+    """A key from the operating system."""
+    return os.urandom(KEY_BYTES)
+
+
 class SecretStream:
     """ChaCha20 under a key that stays in this process.
 
@@ -62,7 +67,7 @@ class SecretStream:
         TypeError: when pickled or copied.
     """
 
-    __slots__ = ("_draw", "_fixed", "_key", "_pid")
+    __slots__ = ("_draw", "_fixed", "_key", "_pid", "_shared")
 
     def __init__(self, key: bytes | None = None) -> None:
         if key is not None:
@@ -76,9 +81,20 @@ class SecretStream:
                 stacklevel=3,
             )
         self._fixed = key is not None
-        self._key = os.urandom(KEY_BYTES) if key is None else key
+        self._shared = False
+        self._key = secret_key() if key is None else key
         self._draw = 0
         self._pid = os.getpid()
+
+    @classmethod
+    def with_secret(cls, key: bytes, *, fixed: bool = False) -> "SecretStream":
+        """A stream under a key of this run that other processes, or another stream of this process, have, too.
+
+        fixed: whether the key was given for a test (a warning was given then).
+        """
+        stream = cls()
+        stream._key, stream._fixed, stream._shared = key, fixed, True
+        return stream
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(key=<hidden>)"
@@ -98,12 +114,13 @@ class SecretStream:
     def next_draw(self) -> int:
         """A number that this stream has not handed out before; it goes into the nonce."""
         if self._pid != os.getpid():
-            if self._fixed:
+            if self._fixed or self._shared:
+                reason = "noise_key is fixed" if self._fixed else "several processes share its key"
                 raise RuntimeError(
-                    "this process was forked and would repeat its parent's noise, since noise_key is fixed; leave "
-                    "noise_key out"
+                    f"this process was forked and would repeat its parent's draws, since {reason}; leave noise_key "
+                    "out, and train in the processes that called make_private"
                 )
-            self._key, self._draw, self._pid = os.urandom(KEY_BYTES), 0, os.getpid()
+            self._key, self._draw, self._pid = secret_key(), 0, os.getpid()
         self._draw += 1
         return self._draw
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -20,12 +21,20 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
 
     Raises:
         TypeError: not a DataLoader.
-        ValueError: an iterable dataset, a custom sampler or batch sampler, drop_last, no batch size, or an empty
-            dataset; each message has the reason and the fix.
+        ValueError: an iterable dataset, a loader prepared by Accelerate, a custom sampler or batch sampler, drop_last,
+            no batch size, or an empty dataset; each message has the reason and the fix.
     """
     if not isinstance(data_loader, DataLoader):
         raise TypeError(
             f"data_loader must be a torch.utils.data.DataLoader, got {type(data_loader).__name__}"
+        )
+    if any(
+        type(part).__module__.startswith("accelerate.") for part in (data_loader, data_loader.batch_sampler)
+    ):
+        raise ValueError(
+            f"data_loader was prepared by Accelerate ({type(data_loader).__name__}), which deals out fixed batches to "
+            "the processes: give the DataLoader as it was before Accelerator.prepare. The private loader draws from "
+            "all examples, and gives each process its part of each draw"
         )
     if isinstance(data_loader.dataset, IterableDataset):
         raise ValueError(
@@ -36,6 +45,12 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
         raise ValueError(
             "data_loader: batch_sampler and batch_size=None are refused, since Poisson sampling draws the "
             "batches; give batch_size, which becomes the expected batch size"
+        )
+    if isinstance(data_loader.sampler, DistributedSampler):
+        raise ValueError(
+            "data_loader: sampler=DistributedSampler is refused: it deals a fixed part of the data set to each "
+            "process, in batches of a fixed size, and ε accounts for draws from the whole of it. Leave sampler out: "
+            "with several processes, each gets its part of every logical batch"
         )
     if type(data_loader.sampler) not in (RandomSampler, SequentialSampler) or getattr(
         data_loader.sampler, "replacement", False

@@ -1,15 +1,17 @@
 """The private data loader: the user's DataLoader with Poisson-sampled logical batches in place of its batches."""
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from dpkernels.deprecation import renamed_argument, warn_renamed
+from dpkernels.privacy.ranks.pieces import share
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.own_batch import OwnBatch, form_of, on_devices_of, own_batch
 
@@ -20,6 +22,14 @@ class Sampler(Protocol):
     def draw(self) -> np.ndarray:
         """Indices of one logical batch."""
         ...
+
+
+class _Planned(NamedTuple):
+    """A drawn logical batch: this process's micro-batches of it as indices, and of all of it size and digest."""
+
+    parts: list[list[int]]
+    drawn: int
+    digest: int
 
 
 class _Plan:
@@ -34,8 +44,8 @@ class _Plan:
         self,
         sampler: Sampler,
         steps: int,
-        split: Callable[[np.ndarray], list[list[int]]],
-        unread: deque[list[list[int]]],
+        split: Callable[[np.ndarray], _Planned],
+        unread: deque[_Planned],
     ) -> None:
         self._sampler = sampler
         self._split = split
@@ -45,19 +55,19 @@ class _Plan:
 
     def feed(self) -> Iterator[list[int]]:
         """All micro-batches of the pass in order. torch's DataLoader reads them ahead of the training loop."""
-        for parts in self._leftover:
-            yield from parts
+        for batch in self._leftover:
+            yield from batch.parts
         while self._to_draw > 0:
-            yield from self._draw()
+            yield from self._draw().parts
 
-    def _draw(self) -> list[list[int]]:
+    def _draw(self) -> _Planned:
         self._to_draw -= 1
-        parts = self._split(self._sampler.draw())
-        self._unread.append(parts)
-        return parts
+        batch = self._split(self._sampler.draw())
+        self._unread.append(batch)
+        return batch
 
-    def next_parts(self, read_ahead: Callable[[], None]) -> list[list[int]]:
-        """The micro-batches of the next logical batch, as indices; it remains the next one until `hand_out`."""
+    def next_batch(self, read_ahead: Callable[[], None]) -> _Planned:
+        """The next logical batch; it remains the next one until `hand_out`."""
         while not self._unread:
             read_ahead()
         return self._unread[0]
@@ -84,7 +94,9 @@ class DPDataLoader:
         max_padded_frames: largest micro-batch in the unit of `lengths`, padding included. physical_frames: its
             deprecated name.
         before_pass: called when a pass begins; raises if it must not begin.
-        on_batch: called with the number of examples of each logical batch before it is handed out.
+        on_batch: called before each logical batch is handed out, with the number of its examples that this process
+            gets, and `drawn` and `digest` (of all its examples).
+        rank, ranks: this process's number, and the number of processes that share each logical batch.
         attempt: see `LogicalBatch`.
         steps_taken: returns the number of steps taken so far.
     """
@@ -101,9 +113,11 @@ class DPDataLoader:
         max_padded_frames: int | None = None,
         physical_frames: int | None = None,
         before_pass: Callable[[], None],
-        on_batch: Callable[[int], None],
+        on_batch: Callable[..., None],
         steps_taken: Callable[[], int],
         attempt: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.dataset = data_loader.dataset
         self.batch_size = data_loader.batch_size
@@ -119,9 +133,10 @@ class DPDataLoader:
         self._before_pass = before_pass
         self._on_batch = on_batch
         self._attempt = attempt
+        self._rank, self._ranks = rank, ranks
         self._steps_taken = steps_taken
         self._plan: _Plan | None = None
-        self._unread: deque[list[list[int]]] = deque()
+        self._unread: deque[_Planned] = deque()
         feed = _Feed(self)
         workers = data_loader.num_workers
         self._loader = DataLoader(
@@ -187,8 +202,9 @@ class DPDataLoader:
 
         for _ in range(steps):
             check_current()
-            parts = plan.next_parts(read_ahead)
-            self._on_batch(sum(map(len, parts)))
+            planned = plan.next_batch(read_ahead)
+            parts = planned.parts
+            self._on_batch(sum(map(len, parts)), drawn=planned.drawn, digest=planned.digest)
             plan.hand_out()
             batch = LogicalBatch(parts, fetch, self._read, self._attempt)
             yield batch
@@ -221,8 +237,15 @@ class DPDataLoader:
         get_items = getattr(self.dataset, "__getitems__", None)  # torch's own fetcher does the same
         return self.collate_fn(get_items(part) if get_items else [self.dataset[index] for index in part])
 
-    def _split(self, indices: np.ndarray) -> list[list[int]]:
-        return micro_batches(indices, self.physical_batch_size, self._lengths, self.max_padded_frames)
+    def _split(self, indices: np.ndarray) -> _Planned:
+        if self._ranks == 1:
+            mine, digest = indices, 0
+        else:
+            weights = np.ones(len(indices)) if self._lengths is None else self._lengths[indices]
+            mine = indices[share(weights.tolist(), self._ranks)[self._rank]]
+            digest = int.from_bytes(hashlib.sha256(indices.astype("<i8").tobytes()).digest()[:8], "little")
+        parts = micro_batches(mine, self.physical_batch_size, self._lengths, self.max_padded_frames)
+        return _Planned(parts, len(indices), digest)
 
 
 class _Feed:

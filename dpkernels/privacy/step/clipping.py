@@ -132,7 +132,7 @@ def batch_bound(units: int, sample_rate: float, *, per_unit: int = 1, capacity: 
     return bound * per_unit
 
 
-def rounding_slack(examples: int) -> float:
+def rounding_slack(examples: int, ranks: int = 1) -> float:
     """The slack s: one example more or less changes the float64 sum of clipped gradients by at most (1 + s)·C.
 
     The example's own contribution is at most C: clip_factors and the ops guarantee it. In addition, the example
@@ -145,7 +145,8 @@ def rounding_slack(examples: int) -> float:
     for an embedding. (On a GPU an example is added as one piece, times its factor, which is at most C.) A partial
     sum is then below (n + K)·C, a sum of n·P additions lies within n·P·(n + K)·2⁻⁵³·C of the exact one, and two
     neighbouring sums differ by at most twice that more than exact sums do. The factor 2⁻⁵¹ instead of 2⁻⁵² leaves a
-    factor of two for terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens.
+    factor of two for terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens. R processes sum their
+    examples apart, and the R sums are then added: n·P + R additions.
 
     Under per-layer clipping this holds in each layer with C_l in place of C, and √Σ(1 + s)²C_l² = (1 + s)·C.
 
@@ -154,9 +155,10 @@ def rounding_slack(examples: int) -> float:
     those of the others (and gradients materialised there by batched products) round. docs/privacy.md has the
     measured size of this effect.
     """
-    return max(LEAST_SLACK, examples * _PIECES * (examples + _CANCELLATION) * 2.0**-51)
+    additions = examples * _PIECES + (ranks if ranks > 1 else 0)
+    return max(LEAST_SLACK, additions * (examples + _CANCELLATION) * 2.0**-51)
 
 
-def sensitivity(max_grad_norm: float, examples: int, per_unit: int = 1) -> float:
+def sensitivity(max_grad_norm: float, examples: int, per_unit: int = 1, ranks: int = 1) -> float:
     """L2 sensitivity of the sum to one unit: per_unit·C·(1 + rounding_slack)."""
-    return per_unit * max_grad_norm * (1 + rounding_slack(examples))
+    return per_unit * max_grad_norm * (1 + rounding_slack(examples, ranks))

@@ -6,8 +6,8 @@ place and layout, so that a `state_dict` is valid for the fused step, the unfuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from dpkernels import ops
 from dpkernels.privacy.rng.streams import SecretStream
+from dpkernels.privacy.step.states import Span
 
 DTYPES = (torch.float32, torch.bfloat16)
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
@@ -110,116 +111,151 @@ class Release:
 
 @dataclass
 class _Part:
-    """The parameters of one group on one device, and the arguments of their op."""
+    """The pieces of one group on one device, and the arguments of their op.
+
+    counters: torch's counter of each span. buffers: SGD's momentum buffer of each span, to be kept.
+    """
 
     group: Mapping[str, Any]
-    params: list[nn.Parameter]
-    indices: list[int]
-    states: dict[str, list[Tensor]]
-    counters: list[Tensor]
-    steps: list[float]
-    grads: list[Tensor]
+    params: list[Tensor] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    states: dict[str, list[Tensor]] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    counters: list[Tensor] = field(default_factory=list)
+    buffers: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
 
 def take_step(
     optimizer: Optimizer,
+    states: MutableMapping[nn.Parameter, dict[str, Any]],
     trained: Sequence[nn.Parameter],
-    sums: Mapping[nn.Parameter, Tensor],
+    sums: Sequence[Tensor],
+    spans: Sequence[Span],
     release: Release,
     stream: SecretStream,
     draw: int,
     *,
-    keep_gradients: bool,
+    gradients: Sequence[Tensor],
     stochastic_rounding: bool,
-) -> dict[nn.Parameter, Tensor]:
+) -> None:
     """Noise the sums and step, for an optimizer that `uncovered` returns "" for. The sums are 0 afterwards.
 
     Everything is allocated before anything is changed. After an exception in the middle, some of the parameters are
     updated, each with noise added once: less was released than was counted.
 
     Args:
-        optimizer: the wrapped optimizer; its state is updated, in torch's layout and in float32.
-        trained: the trained parameters; their position in this list is their stream's index.
+        optimizer: the wrapped optimizer.
+        states: its state, or this process's part of it: updated, in torch's layout and in float32.
+        trained: the trained parameters.
         sums: the sum of every trained parameter, float64.
+        spans: what this process steps of them. A piece's index is its stream's.
         release: the noise's constants.
         stream: the source of the noise.
         draw: this step's number in the stream.
-        keep_gradients: also return the noised gradients.
+        gradients: tensors like the trained parameters, which get the noised gradients; or none.
         stochastic_rounding: round bfloat16 parameters at random.
-
-    Returns:
-        The noised gradients by parameter if keep_gradients, else an empty dictionary.
     """
+    span_of = {trained[span.place]: span for span in spans}
     parts = [
-        _prepare(optimizer, group, params, trained, keep_gradients)
+        _prepare(optimizer, states, group, these, trained, sums, gradients)
         for group in optimizer.param_groups
-        for params in _by_device(group["params"], trained)
+        for these in _by_device(group["params"], span_of)
     ]
     for part in parts:
-        _run(optimizer, part, sums, release, stream, draw, stochastic_rounding)
+        _run(optimizer, states, part, release, stream, draw, stochastic_rounding)
     if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         optimizer._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper records it
-    return {p: grad for part in parts for p, grad in zip(part.params, part.grads, strict=False)}
 
 
-def _by_device(params: Sequence[nn.Parameter], trained: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    trained_ids = {id(parameter) for parameter in trained}
-    by_device: dict[torch.device, list[nn.Parameter]] = {}
+def _by_device(params: Sequence[nn.Parameter], span_of: Mapping[nn.Parameter, Span]) -> list[list[Span]]:
+    by_device: dict[torch.device, list[Span]] = {}
     for parameter in params:
-        if id(parameter) in trained_ids:
-            by_device.setdefault(parameter.device, []).append(parameter)
+        if parameter in span_of:
+            by_device.setdefault(parameter.device, []).append(span_of[parameter])
     return list(by_device.values())
 
 
 def _prepare(
     optimizer: Optimizer,
+    states: MutableMapping[nn.Parameter, dict[str, Any]],
     group: Mapping[str, Any],
-    params: list[nn.Parameter],
+    spans: Sequence[Span],
     trained: Sequence[nn.Parameter],
-    keep_gradients: bool,
+    sums: Sequence[Tensor],
+    gradients: Sequence[Tensor],
 ) -> _Part:
-    place = {id(parameter): index for index, parameter in enumerate(trained)}
-    grads = [torch.empty_like(p, requires_grad=False) for p in params] if keep_gradients else []
-    part = _Part(group, params, [place[id(p)] for p in params], {}, [], [], grads)
+    part = _Part(group)
+    for span in spans:
+        for piece in span.pieces:
+            part.indices.append(piece.index)
+            part.params.append(piece.of(trained[piece.place]))
+            part.sums.append(piece.of(sums[piece.place]))
+            if gradients:
+                part.grads.append(piece.of(gradients[piece.place]))
     if isinstance(optimizer, SGD):
-        if group["momentum"] != 0:
-            kept = [optimizer.state[p].get("momentum_buffer") for p in params]
-            part.states["momentum_buffer"] = [
-                torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
-                if b is None
-                else b.float().contiguous()
-                for p, b in zip(params, kept, strict=True)
-            ]
-            part.steps = [1.0 if b is None else 2.0 for b in kept]
-        else:
-            part.steps = [1.0] * len(params)
-        return part
-    for p in params:
-        state = optimizer.state[p]
-        kind = torch_optimizer._get_scalar_dtype(group["fused"])
+        _prepare_sgd(states, part, spans, trained)
+    else:
+        _prepare_adam(states, part, spans, trained)
+    return part
+
+
+def _prepare_sgd(
+    states: Mapping[nn.Parameter, dict[str, Any]],
+    part: _Part,
+    spans: Sequence[Span],
+    trained: Sequence[nn.Parameter],
+) -> None:
+    for span in spans:
+        parameter = trained[span.place]
+        momentum = part.group["momentum"] != 0
+        kept = states[parameter].get("momentum_buffer") if momentum else None
+        if momentum:
+            buffer = (
+                torch.zeros_like(span.of(parameter), dtype=torch.float32, requires_grad=False)
+                if kept is None
+                else kept.float().contiguous()
+            )
+            part.buffers[parameter] = buffer
+            part.states.setdefault("momentum_buffer", []).extend(span.cut(buffer))
+        part.steps += [1.0 if kept is None else 2.0] * len(span.pieces)
+
+
+def _prepare_adam(
+    states: Mapping[nn.Parameter, dict[str, Any]],
+    part: _Part,
+    spans: Sequence[Span],
+    trained: Sequence[nn.Parameter],
+) -> None:
+    kind = torch_optimizer._get_scalar_dtype(part.group["fused"])
+    for span in spans:
+        p = trained[span.place]
+        state = states[p]
         if not state:
             # Adam's layout: the counter is on the host unless the group is fused.
-            place_of_step = p.device if group["fused"] else torch.device("cpu")
+            place_of_step = p.device if part.group["fused"] else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=kind, device=place_of_step)
         elif state["step"].dtype != kind:  # from another optimizer; one call increments all counters
             state["step"] = state["step"].to(kind)
         for name in ADAM_STATES:
-            kept_state = state.get(name)
-            if kept_state is None:
-                state[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
-            elif kept_state.dtype != torch.float32 or not kept_state.is_contiguous():
-                state[name] = kept_state.float().contiguous()
-            part.states.setdefault(name, []).append(state[name])
+            kept = state.get(name)
+            if kept is None:
+                state[name] = torch.zeros_like(span.of(p), dtype=torch.float32, requires_grad=False)
+            elif kept.dtype != torch.float32 or not kept.is_contiguous():
+                state[name] = kept.float().contiguous()
+            part.states.setdefault(name, []).extend(span.cut(state[name]))
         part.counters.append(state["step"])
     # One transfer for all counters on a GPU.
-    part.steps = [count + 1.0 for count in torch.stack(part.counters).tolist()]
-    return part
+    counts = torch.stack(part.counters).tolist()
+    for span, count in zip(spans, counts, strict=True):
+        part.steps += [count + 1.0] * len(span.pieces)
 
 
 def _run(
     optimizer: Optimizer,
+    states: MutableMapping[nn.Parameter, dict[str, Any]],
     part: _Part,
-    sums: Mapping[nn.Parameter, Tensor],
     release: Release,
     stream: SecretStream,
     draw: int,
@@ -236,21 +272,20 @@ def _run(
         "maximize": bool(group["maximize"]),
         "grads": part.grads,
     }
-    totals = [sums[p] for p in part.params]
+    totals = part.sums
     if isinstance(optimizer, SGD):
-        buffers = part.states.get("momentum_buffer", [])
         ops.noise_sgd(
             part.params,
             totals,
-            buffers,
+            part.states.get("momentum_buffer", []),
             part.steps,
             momentum=float(group["momentum"]),
             dampening=float(group["dampening"]),
             nesterov=bool(group["nesterov"]),
             **common,
         )
-        for p, buffer in zip(part.params, buffers, strict=False):
-            optimizer.state[p]["momentum_buffer"] = buffer
+        for parameter, buffer in part.buffers.items():
+            states[parameter]["momentum_buffer"] = buffer
         return
     beta1, beta2 = group["betas"]
     ops.noise_adamw(

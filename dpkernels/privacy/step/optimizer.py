@@ -1,8 +1,8 @@
 """The private optimizer: per-sample losses in, one noised gradient a logical batch out."""
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -12,9 +12,14 @@ from dpkernels import ops
 from dpkernels.nn import RowCheck, Tape
 from dpkernels.privacy.guards.model import ModelGuard
 from dpkernels.privacy.guards.preconditions import check_losses
+from dpkernels.privacy.ranks.agreement import bits_of
+from dpkernels.privacy.ranks.exchange import Exchange
+from dpkernels.privacy.ranks.group import LOAD, STATE, STEP, Ranks
+from dpkernels.privacy.ranks.pieces import Piece, cut, owners
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, grid_of
 from dpkernels.privacy.step.fused import Release, narrow_states, restore_wide_states, take_step, uncovered
+from dpkernels.privacy.step.states import StateShards, spans
 from dpkernels.privacy.step.statistics import StepStats, statistics
 from dpkernels.privacy.step.strategies import Clipped, Strategy
 from dpkernels.privacy.step.sums import BatchSums
@@ -60,7 +65,10 @@ class DPOptimizer(WrappedOptimizer):
         expected_batch_size: the public constant the noised sum is divided by.
         batch_bound: largest logical batch that the sensitivity is stated for.
         stream: the source of the noise.
-        spend: counts a step durably, or raises; called before a step changes anything.
+        before_step: raises if the step must not be taken; called on each rank before any of them counts it.
+        spend: counts a step durably, or raises on all ranks; called before a step changes anything.
+        steps: returns the number of steps counted.
+        ranks: the processes of the run.
         seeds: the global generators' secret seeds; None in tests with fixed seeds.
     """
 
@@ -76,7 +84,10 @@ class DPOptimizer(WrappedOptimizer):
         expected_batch_size: int,
         batch_bound: int,
         stream: SecretStream,
+        before_step: Callable[[], None],
         spend: Callable[[], None],
+        steps: Callable[[], int],
+        ranks: Ranks,
         seeds: SecretSeeds | None = None,
     ) -> None:
         super().__init__(optimizer)
@@ -86,12 +97,23 @@ class DPOptimizer(WrappedOptimizer):
         self.expected_batch_size = expected_batch_size
         self._strategy = strategy
         self._stream = stream
+        self._before_step = before_step
         self._spend = spend
         self._guard = ModelGuard(model, strategy.tape, optimizer, seeds if noise_multiplier > 0 else None)
         self._rows = RowCheck(strategy.tape)
         self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0)
-        # A parameter's position is its stream's index.
+        self._steps = steps
+        self._ranks = ranks
         self._trained = list(self._guard.trained.values())
+        # A piece's number is its stream's index. Each has one owner, which adds its noise and steps it.
+        owned = owners(cut(self._trained), ranks.size)
+        self._spans = spans(owned[ranks.rank])
+        self._exchange = Exchange(ranks, owned)
+        self._shards = StateShards(ranks, self._exchange, self._trained, self._spans)
+        self._drawn = 0  # a digest of the open logical batch
+        self._taken = 0  # steps in this process, since the last load_state_dict
+        self._diverged = False
+        self._fused = False
         self.keep_gradients = False
         self.stochastic_rounding = False
         scale = noise_multiplier * sensitivity
@@ -134,13 +156,32 @@ class DPOptimizer(WrappedOptimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, without the sums of an unfinished logical batch and without keys."""
-        return self.original_optimizer.state_dict()
+        """The wrapped optimizer's state, without the sums of an unfinished logical batch and without keys.
+
+        With several processes each holds a part of the state and this is a collective operation: call it on every
+        rank. Every rank gets the whole state, of one process's form, which any number of processes can load.
+        """
+        whole = self._whole_state() if self._ranks.size > 1 else {}
+        with _state_of(self.original_optimizer, whole):
+            return self.original_optimizer.state_dict()
+
+    def _whole_state(self) -> Mapping[Any, dict[str, Any]]:
+        """The state of which every rank holds a part; {} if every rank holds all of it."""
+        self._check_not_diverged()
+        with self._ranks.meeting(STATE, self._facts):
+            pass
+        return self._shards.whole()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the wrapped optimizer's state, from this class's or torch's own state_dict."""
-        self.original_optimizer.load_state_dict(state_dict)
-        restore_wide_states(self.original_optimizer, state_dict)
+        """Load the wrapped optimizer's state, from this class's or torch's own state_dict.
+
+        With several processes it is a collective operation: call it on every rank, with the same state.
+        """
+        with self._ranks.meeting(LOAD, lambda: {"optimizer's state": _bits_of_state(state_dict)}):
+            self._shards.by_parameter.clear()
+            self.original_optimizer.load_state_dict(state_dict)
+            restore_wide_states(self.original_optimizer, state_dict)
+        self._taken = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
         """Refused: the trained parameters are fixed when the model is made private."""
@@ -168,13 +209,20 @@ class DPOptimizer(WrappedOptimizer):
         self._batch.check_closed()
         self._guard.before_pass()
 
-    def begin_logical_batch(self, examples: int) -> None:
-        """Called by the private loader before it hands out a logical batch of `examples` examples.
+    def begin_logical_batch(self, examples: int, *, drawn: int | None = None, digest: int = 0) -> None:
+        """Called by the private loader before it hands out a logical batch.
+
+        Args:
+            examples: the number of its examples that this process gets.
+            drawn: the number of all its examples, with several processes.
+            digest: a digest of all its examples, by which the processes find out whether they hold parts of one draw.
 
         Raises:
             RuntimeError: step() was not called for the previous logical batch.
         """
-        self._batch.open(examples)
+        self._check_not_diverged()
+        self._batch.open(examples, examples if drawn is None else drawn)
+        self._drawn = digest
         self._guard.before_logical_batch()
 
     def note_checked(self, losses: Tensor) -> None:
@@ -213,6 +261,7 @@ class DPOptimizer(WrappedOptimizer):
                 clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward)
         except BaseException:
             self.tape.discard()
+            self._guard.after_failure()
             for parameter in self._trained:
                 parameter.grad = None
             raise
@@ -230,6 +279,7 @@ class DPOptimizer(WrappedOptimizer):
             failed again.
         """
         self.tape.discard()
+        self._guard.after_failure()
         invalidated = self._batch.invalidated
         self._batch.try_again()
         return invalidated
@@ -254,23 +304,55 @@ class DPOptimizer(WrappedOptimizer):
                 "step(closure) is refused: a closure evaluates the loss within the step, without clipping and noise. "
                 "Call optimizer.backward(losses), then step()."
             )
-        self._batch.check_whole()
-        self._guard.before_step()
-        self._batch.check_complete()
-        fused = self._can_fuse()
+        self._ranks.check_unchanged()
+        self._check_not_diverged()  # alone: the others may wait for what this rank did not send
+        with self._ranks.meeting(STEP, self._facts):
+            self._before_step()
+            self._batch.check_whole()
+            self._guard.before_step()
+            self._batch.check_complete()
+            self._fused = self._can_fuse()
         self._spend()
         self._guard.at_step()
+        self._diverged = self._ranks.size > 1  # until the step is complete
         try:
-            draw = self._stream.next_draw()
-            self._last_seen = self._batch.seen
-            if not fused:
-                return self._unfused_step(draw)
-            self._fused_step(draw)
-            return None
+            with self._ranks.exchanging():
+                draw = self._stream.next_draw()
+                self._last_seen = self._batch.seen
+                self._exchange.sums_to_owners(self._sums())
+                result = None
+                if self._fused:
+                    self._fused_step(draw)
+                else:
+                    result = self._unfused_step(draw)
+            self._diverged = False
+            return result
         finally:
             # The same batch is never released twice, also if the wrapped step failed.
             self._batch.close()
             self._rows.note_step()
+            self._taken += 1
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on all ranks. Reading the parameters takes time: before the 1st, 2nd, 4th, ... step of
+        this process, or since it loaded a checkpoint."""
+        facts: dict[str, Any] = {
+            "steps counted": self._steps(),
+            "drawn batch": self._drawn,
+            "fused step": self._fused,
+            "learning rates": [float(group["lr"]) for group in self.param_groups],
+            "optimizer.keep_gradients": self.keep_gradients,  # one exchange more
+        }
+        if not (self._taken + 1) & self._taken:
+            facts["trained parameters"] = [bits_of(parameter) for parameter in self._trained]
+        return facts
+
+    def _check_not_diverged(self) -> None:
+        if self._diverged:
+            raise RuntimeError(
+                "a step failed after it was counted, and the parameters may differ between ranks: start the run again; "
+                "it resumes from its last checkpoint"
+            )
 
     def check_model(self) -> None:
         """Raise RuntimeError if a buffer of the model changed after make_private.
@@ -301,23 +383,41 @@ class DPOptimizer(WrappedOptimizer):
             logger.warning("noise and the optimizer's step are separate passes, which is slower: %s", reason)
         return not reason
 
+    def _sums(self) -> list[Tensor]:
+        """The sum of every trained parameter. NOT PRIVATE."""
+        return [self._batch.of(parameter) for parameter in self._trained]
+
     def _fused_step(self, draw: int) -> None:
         """Add noise, divide, update and clear the sums, in one pass over memory."""
-        gradients = take_step(
-            self.original_optimizer,
+        optimizer = self.original_optimizer
+        states: MutableMapping[Any, dict[str, Any]] = optimizer.state
+        if self._ranks.size > 1:
+            self._shards.take_from(optimizer)
+            states = self._shards.by_parameter
+        gradients = (
+            [torch.empty_like(p, requires_grad=False) for p in self._trained] if self.keep_gradients else []
+        )
+        take_step(
+            optimizer,
+            states,
             self._trained,
-            {parameter: self._batch.of(parameter) for parameter in self._trained},
+            self._sums(),
+            self._spans,
             self._release,
             self._stream,
             draw,
-            keep_gradients=self.keep_gradients,
+            gradients=gradients,
             stochastic_rounding=self.stochastic_rounding,
         )
         self._batch.dirty = False  # take_step has cleared the sums
-        self._guard.publish(gradients)
+        self._exchange.to_all(self._trained)
+        self._exchange.to_all(gradients)
+        self._guard.publish(dict(zip(self._trained, gradients, strict=False)))
 
     def _unfused_step(self, draw: int) -> Any:
         """The noised gradients first, then the wrapped optimizer's own step."""
+        if self._ranks.size > 1:
+            self._shards.give_back(self.original_optimizer)
         self._batch.dirty = True  # the sums are overwritten
         gradients = self._noised_gradients(draw)
         narrow_states(self.original_optimizer, self._trained)
@@ -330,16 +430,39 @@ class DPOptimizer(WrappedOptimizer):
 
         The sums are overwritten: closing the batch clears them.
         """
-        release = self._release
-        indices: dict[torch.device, list[int]] = {}
-        for index, parameter in enumerate(self._trained):
-            indices.setdefault(parameter.device, []).append(index)
-        for device_indices in indices.values():
+        release, sums = self._release, self._sums()
+        pieces: dict[torch.device, list[Piece]] = {}
+        for span in self._spans:
+            pieces.setdefault(sums[span.place].device, []).extend(span.pieces)
+        for of_device in pieces.values():
             ops.noise_sums(
-                [self._batch.of(self._trained[index]) for index in device_indices],
-                **self._stream.noise_secrets(device_indices, draw=draw),
+                [piece.of(sums[piece.place]) for piece in of_device],
+                **self._stream.noise_secrets([piece.index for piece in of_device], draw=draw),
                 noise_scale=release.noise_scale,
                 grid=release.grid,
                 divisor=release.divisor,
             )
-        return {p: self._batch.of(p).to(p.dtype, copy=True) for p in self._trained}
+        gradients = [total.to(p.dtype, copy=True) for total, p in zip(sums, self._trained, strict=True)]
+        self._exchange.to_all(gradients)
+        return dict(zip(self._trained, gradients, strict=True))
+
+
+def _bits_of_state(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """An optimizer's state with the bits of its tensors in their place."""
+    return {
+        number: {
+            name: bits_of(value) if isinstance(value, Tensor) else value for name, value in state.items()
+        }
+        for number, state in state_dict["state"].items()
+    }
+
+
+@contextmanager
+def _state_of(optimizer: torch.optim.Optimizer, whole: Mapping[Any, dict[str, Any]]) -> Iterator[None]:
+    """Give the optimizer this state, and take it away at the end."""
+    optimizer.state.update(whole)
+    try:
+        yield
+    finally:
+        for parameter in whole:
+            del optimizer.state[parameter]

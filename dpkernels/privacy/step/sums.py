@@ -37,13 +37,19 @@ class BatchSums:
         self.attempt = 0
         self.seen: list[Clipped] = []
 
-    def open(self, examples: int) -> None:
-        """Open a logical batch of `examples` examples.
+    def open(self, examples: int, drawn: int) -> None:
+        """Open a logical batch of `drawn` examples, of which this process has `examples`.
 
         Raises:
-            RuntimeError: step() was not called for the previous one.
+            RuntimeError: step() was not called for the previous one, or it is larger than the bound.
         """
         self.check_closed()
+        if self._claimed and drawn > self._bound:
+            raise RuntimeError(
+                f"{drawn} examples in one logical batch (NOT PRIVATE), but the sensitivity is stated for at most "
+                f"{self._bound}, and the private loader's sampling does not exceed it. Take every batch from the "
+                "loader that make_private returned; for larger batches, give its data_loader a larger batch_size."
+            )
         self.drawn = examples
 
     def check_closed(self) -> None:
@@ -129,13 +135,6 @@ class BatchSums:
                 f"{self.examples} that were processed, in a logical batch of {self.drawn} (NOT PRIVATE). Losses have "
                 "shape [B], one for each example. An example that is processed twice in a step, or was not sampled, "
                 "breaks the privacy claim; call zero_grad() to start this batch again."
-            )
-        if total > self._bound:
-            raise RuntimeError(
-                f"optimizer.backward: {total} examples in one logical batch (NOT PRIVATE), but the sensitivity is "
-                f"stated for at most {self._bound}, and the private loader's sampling does not exceed it. Take every "
-                "batch from the loader that make_private returned; for larger batches, give its data_loader a larger "
-                "batch_size."
             )
 
     def check_complete(self) -> None:

@@ -28,12 +28,14 @@ from asr_finetune.training.run import train
 from dpkernels.privacy import noise_multiplier
 from tests.asr_finetune import small_models, tones
 from tests.asr_finetune.recordings import write
+from tests.slow import slow_cases
 
 DOCS = RECIPES.parents[2] / "docs" / "recipes.md"
 MODELS = ("parakeet", "wav2vec2_bert")
 LIBRISPEECH = [f"{model}_{kind}" for model in MODELS for kind in ("lora", "bitfit", "dp_rp", "full")]
+QUICK = ("wav2vec2_bert_bitfit", "parakeet_warm_start")
 WARM = [f"{model}_warm_start" for model in MODELS]
-SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500", "test-clean")
+SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500", "test-clean", "test-other")
 N, EPSILON, DELTA = 281_241, 10.0, 3.52e-6
 # Noise by hand: calibration takes seconds, and the recipes' own has a test.
 TINY = (
@@ -43,7 +45,7 @@ TINY = (
     "train.warmup_steps=1",
     "train.num_workers=0",
     "privacy.delta=1e-3",
-    "privacy.noise_multiplier=0.7",
+    "privacy.noise_multiplier=2.0",
     "method.rank=2",
     "model.device=cpu",
     "evaluate.bootstrap=0",
@@ -154,12 +156,7 @@ def tiny(name: str, stand_ins: dict[str, Path], output: Path, *settings: str) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["parakeet_lora", "wav2vec2_bert_warm_start"]
-    + [
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in (*LIBRISPEECH, *WARM)
-        if name not in ("parakeet_lora", "wav2vec2_bert_warm_start")
-    ],
+    [*QUICK, *slow_cases(*(name for name in (*LIBRISPEECH, *WARM) if name not in QUICK))],
 )
 def test_every_recipe_would_start(stand_ins: dict[str, Path], tmp_path: Path, name: str) -> None:
     checks = check_run(tiny(name, stand_ins, tmp_path / "run"), progress=False)

@@ -40,10 +40,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoResult, st
     return folder, result, out.getvalue()
 
 
-def _entries(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "speech" / "manifest.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's recordings alone."""
+    return demo.make_speech(tmp_path_factory.mktemp("speech"), SMALL, Reporter(False)).parent
 
 
+@pytest.mark.slow
 def test_result_is_what_the_run_recorded(made: tuple[Path, DemoResult, str]) -> None:
     folder, result, printed = made
     run = json.loads((folder / "private" / "run.json").read_text())
@@ -68,6 +71,7 @@ def test_result_is_what_the_run_recorded(made: tuple[Path, DemoResult, str]) -> 
         assert part in printed, part
 
 
+@pytest.mark.slow
 def test_report_is_of_the_private_run(made: tuple[Path, DemoResult, str]) -> None:
     folder, result, _ = made
     page = result.report.read_text()
@@ -77,9 +81,9 @@ def test_report_is_of_the_private_run(made: tuple[Path, DemoResult, str]) -> Non
     assert "public</em> validation data" in page
 
 
-def test_nothing_is_held_out_in_name_only(made: tuple[Path, DemoResult, str]) -> None:
+def test_nothing_is_held_out_in_name_only(speech: Path) -> None:
     """No test text is trained on, no private voice is public, every file is there and says what it says."""
-    entries = _entries(made[0])
+    entries = [json.loads(line) for line in (speech / "manifest.jsonl").read_text().splitlines()]
     texts = {
         split: {entry["text"] for entry in entries if entry["split"] == split}
         for split in ("public", "valid", "train", "test")
@@ -88,12 +92,13 @@ def test_nothing_is_held_out_in_name_only(made: tuple[Path, DemoResult, str]) ->
     assert not set(PRIVATE_VOICES) & (set(PUBLIC_VOICES) | set(VALID_VOICES))
     assert len({entry["audio"] for entry in entries}) == len(entries)
     for entry in entries:
-        assert (made[0] / "speech" / entry["audio"]).is_file()
+        assert (speech / entry["audio"]).is_file()
         assert set(entry["text"].split()) <= set(DIGITS)
     counts = {split: sum(entry["split"] == split for entry in entries) for split in texts}
     assert counts == {"public": 80, "valid": 4, "train": 48, "test": 12}
 
 
+@pytest.mark.slow
 def test_called_again_it_keeps_what_is_there(made: tuple[Path, DemoResult, str]) -> None:
     folder, result, _ = made
     ledger = (folder / "private" / "ledger.jsonl").read_bytes()

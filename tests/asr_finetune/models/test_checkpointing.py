@@ -20,7 +20,8 @@ from asr_finetune.training.run import train
 from asr_finetune.training.setup import prepare_blocks
 from dpkernels.blocks import checkpoint_blocks, has_checkpointing
 from tests.asr_finetune import small_models, tones
-from tests.asr_finetune.training.test_strategies import prepared, summed
+from tests.asr_finetune.training.test_strategies import STRATEGIES, prepared, summed
+from tests.slow import covering
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +40,7 @@ def with_dropout(recognizer: Recognizer) -> Recognizer:
     return recognizer
 
 
-@pytest.mark.parametrize("strategy", ["bookkeeping", "mixed", "two_pass", "per_layer"])
-@pytest.mark.parametrize("family", ["parakeet", "whisper"])
+@pytest.mark.parametrize(("family", "strategy"), covering(["parakeet", "whisper"], STRATEGIES, together=1))
 def test_the_masks_of_dropout_are_those_of_the_forward(
     folders: dict[str, Path], family: str, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +118,7 @@ def test_a_run_turns_it_on_before_the_self_check(
     assert recomputing == [False, True]
 
 
+@pytest.mark.slow
 def test_a_dry_run_predicts_with_it(folder: Path) -> None:
     found: dict[bool, str] = {}
     for checkpointing in (False, True):

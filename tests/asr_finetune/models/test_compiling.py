@@ -64,19 +64,13 @@ def test_blocks_are_the_largest_that_are_frozen(
         assert model.get_submodule(name) is block
 
 
+@pytest.mark.slow  # quick, on a small network: tests/test_blocks.py
 @pytest.mark.parametrize(
     ("family", "method", "strategy", "checkpointed", "by"),
     [
         ("parakeet", {"kind": "lora"}, "bookkeeping", False, "eager"),
-        pytest.param("parakeet", {"kind": "lora"}, "two_pass", True, "aot_eager", marks=pytest.mark.slow),
-        pytest.param(
-            "whisper",
-            {"kind": "lora", "layers": "decoder"},
-            "bookkeeping",
-            False,
-            "aot_eager",
-            marks=pytest.mark.slow,
-        ),
+        ("parakeet", {"kind": "lora"}, "two_pass", True, "aot_eager"),
+        ("whisper", {"kind": "lora", "layers": "decoder"}, "bookkeeping", False, "aot_eager"),
     ],
 )
 def test_a_recognisers_clipped_sums_and_self_check(

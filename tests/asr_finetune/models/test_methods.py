@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -17,7 +18,7 @@ from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
 from dpkernels import PrivacyEngine
 from tests.asr_finetune import small_models
-from tests.slow import in_turns
+from tests.slow import covering, slow_unless
 
 ATTENTION = {
     "parakeet": ("q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"),
@@ -55,8 +56,9 @@ EXPECTED: dict[str, Callable[[str, str], bool]] = {
     "bitfit": lambda name, family: is_bias(name),
     "head": lambda name, family: name.startswith(HEADS.get(family, "lm_head.")),
 }
-EVERY = [(family, kind) for family in small_models.FAMILIES for kind in EXPECTED]
-ADAPTERS = [(family, kind) for family in small_models.FAMILIES for kind in ("lora", "dp_rp")]
+
+
+ADAPTERS_QUICK = [("parakeet", "lora"), ("wav2vec2-bert", "dp_rp"), ("whisper", "lora")]
 
 
 def prepared(folder: Path, kind: str, **options: Any) -> Recognizer:
@@ -95,7 +97,7 @@ def private_step(recognizer: Recognizer, lengths: tuple[int, ...] = small_models
     model.eval()
 
 
-@pytest.mark.parametrize(("family", "kind"), EVERY)
+@pytest.mark.parametrize(("family", "kind"), covering(small_models.FAMILIES, EXPECTED, together=1))
 def test_exactly_these_parameters_train_and_all_take_a_private_step(
     folders: dict[str, Path], family: str, kind: str
 ) -> None:
@@ -110,7 +112,12 @@ def test_exactly_these_parameters_train_and_all_take_a_private_step(
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize(("family", "kind"), ADAPTERS)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    slow_unless(
+        lambda *case: case in ADAPTERS_QUICK, itertools.product(small_models.FAMILIES, ["lora", "dp_rp"])
+    ),
+)
 def test_adapters_load_in_plain_peft(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -130,7 +137,7 @@ def test_adapters_load_in_plain_peft(
     torch.testing.assert_close(small_models.logits(own, batch), expected)
 
 
-@pytest.mark.parametrize(("family", "kind"), in_turns(["parakeet", "wav2vec2-bert"], EXPECTED))
+@pytest.mark.parametrize(("family", "kind"), covering(["parakeet", "wav2vec2-bert"], EXPECTED, together=1))
 def test_an_old_head_trains_with_any_method_where_asked(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -147,7 +154,7 @@ def test_an_old_head_trains_with_any_method_where_asked(
     torch.testing.assert_close(small_models.logits(loaded, batch), small_models.logits(recognizer, batch))
 
 
-@pytest.mark.parametrize(("family", "kind"), in_turns(["parakeet", "wav2vec2-bert"], EXPECTED))
+@pytest.mark.parametrize(("family", "kind"), covering(["parakeet", "wav2vec2-bert"], EXPECTED, together=1))
 def test_a_new_head_trains_with_any_method_and_is_saved(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -173,7 +180,9 @@ ODD = ["relative_k_proj", "linear_q", "feature_projection.projection"]
 
 @pytest.mark.parametrize(
     ("targets", "family", "kind"),
-    in_turns([(*POINTWISE,), (*POINTWISE, *ODD)], ["parakeet", "wav2vec2-bert"], ["lora", "dp_rp"]),
+    covering(
+        [(*POINTWISE,), (*POINTWISE, *ODD)], ["parakeet", "wav2vec2-bert"], ["lora", "dp_rp"], together=1
+    ),
 )
 def test_lora_on_any_choice_of_linear_layers_and_pointwise_convolutions(
     folders: dict[str, Path], family: str, kind: str, targets: tuple[str, ...], tmp_path: Path

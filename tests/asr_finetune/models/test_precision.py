@@ -29,7 +29,7 @@ from dpkernels.privacy import SelfCheckError
 from dpkernels.privacy.self_check.probing import private_backward
 from dpkernels.privacy.step.clipping import total_norm_sq
 from tests.asr_finetune import small_models
-from tests.slow import in_turns
+from tests.slow import covering, slow_unless
 
 KINDS = ("full", "lora", "dp_rp", "bitfit", "head")
 FAMILIES = ("parakeet", "wav2vec2-bert", "wav2vec2", "whisper")
@@ -40,6 +40,9 @@ TAME = [
     for family, kind in EVERY
     if family in ("parakeet", "whisper") or (family == "wav2vec2-bert" and kind in ("full", "bitfit", "head"))
 ]
+COVERING = covering(FAMILIES, KINDS, together=1)
+TAME_QUICK = [("parakeet", "lora"), ("parakeet", "dp_rp"), ("wav2vec2-bert", "full"), ("whisper", "bitfit")]
+TAME_QUICK += [("whisper", "head")]
 RECORDINGS = [(6400, " low"), (9600, " high low"), (12160, " low low high"), (8000, " high")]
 HALF = torch.bfloat16
 
@@ -115,7 +118,7 @@ def test_what_is_trained_is_float32_and_the_rest_is_half(
         assert parameter.dtype == (torch.float32 if whole else HALF), name
 
 
-@pytest.mark.parametrize(("family", "kind"), in_turns(FAMILIES, KINDS))
+@pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_each_utterances_gradient_is_what_autograd_says(
     folders: dict[str, Path], family: str, kind: str
 ) -> None:
@@ -137,20 +140,20 @@ def test_each_utterances_gradient_is_what_autograd_says(
     }
 
 
-@pytest.mark.parametrize(("family", "kind"), in_turns(FAMILIES, KINDS))
+@pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_the_private_sum_is_the_gradient_in_float32(folders: dict[str, Path], family: str, kind: str) -> None:
     exact = one_by_one(prepared(folders[family], kind, "float32"))
     assert distance(privately(prepared(folders[family], kind, "float32")), exact) < 1e-4
 
 
-@pytest.mark.parametrize(("family", "kind"), TAME)
+@pytest.mark.parametrize(("family", "kind"), slow_unless(lambda *case: case in TAME_QUICK, TAME))
 def test_and_near_it_under_autocast(folders: dict[str, Path], family: str, kind: str) -> None:
     """Where these small random models are no worse than a few per cent in bfloat16; padding included."""
     exact = one_by_one(prepared(folders[family], kind, "float32"))
     assert 0 < distance(privately(prepared(folders[family], kind)), exact) < 0.12
 
 
-@pytest.mark.parametrize(("family", "kind"), EVERY)
+@pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_no_utterance_adds_more_than_its_norm_says_under_autocast(
     folders: dict[str, Path], family: str, kind: str
 ) -> None:
@@ -172,7 +175,7 @@ def test_no_utterance_adds_more_than_its_norm_says_under_autocast(
             assert 0 < adds <= (float(norm_sq[sample].sqrt()) if clip is None else clip)
 
 
-@pytest.mark.parametrize(("family", "kind"), EVERY)
+@pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_what_an_utterance_adds_does_not_know_the_rest_of_its_batch_under_autocast(
     folders: dict[str, Path], family: str, kind: str
 ) -> None:
@@ -293,6 +296,19 @@ def test_a_saved_model_is_float32_and_keeps_what_was_trained(
         assert torch.equal(parameter, saved[name].float()), name
 
 
+def test_a_loaded_recogniser_computes_without_tf32(folders: dict[str, Path]) -> None:
+    """By the older switches, which a process may set without forgoing the newer ones."""
+    backends = torch.backends
+    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+        small_models.load(folders["parakeet"])
+        places = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+        assert {place.fp32_precision for place in places} == {"ieee"}
+    finally:
+        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+
+
 _TF32 = """
 import sys, torch
 from asr_finetune.config.schema import ModelConfig
@@ -309,8 +325,11 @@ if sys.argv[2] != "elsewhere":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("set_before", ["nowhere", "elsewhere"])
-def test_a_loaded_recogniser_computes_without_tf32(folders: dict[str, Path], set_before: str) -> None:
+def test_a_loaded_recogniser_computes_without_tf32_from_the_start(
+    folders: dict[str, Path], set_before: str
+) -> None:
     """In a process of its own: the switches are the process's."""
     command = [sys.executable, "-W", "ignore", "-c", _TF32, str(folders["parakeet"]), set_before]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[3])

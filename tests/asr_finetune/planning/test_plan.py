@@ -133,7 +133,7 @@ def test_a_plan_without_a_model_loads_no_transformers() -> None:
         "--examples",
         "1000",
         "--noise-multiplier",
-        "1",
+        "8",
         "--delta",
         "1e-5",
         "--batch-size",

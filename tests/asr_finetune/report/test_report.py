@@ -10,6 +10,7 @@ import pytest
 from asr_finetune.report import plots
 from asr_finetune.report.report import ReportError, write_report
 from dpkernels.privacy import LedgerError, epsilon
+from dpkernels.rounding import shown_epsilon
 from tests.asr_finetune.report.report_run import (
     DELTA,
     HISTORY,
@@ -85,13 +86,13 @@ def test_says_what_was_spent(page: str) -> None:
     text = visible(page)
     spent = epsilon(SIGMA, RATE, STEPS, DELTA)
     for part in (
-        f"({spent:.3f}, 1 × 10⁻⁵)-differential privacy",
+        f"({shown_epsilon(spent)}, 1 × 10⁻⁵)-differential privacy",
         "add or remove one example",
         "privacy loss distributions (PLD)",
-        f"{epsilon(SIGMA, RATE, STEPS, DELTA, accountant='rdp'):.3f} by RDP",
+        f"{shown_epsilon(epsilon(SIGMA, RATE, STEPS, DELTA, accountant='rdp'))} by RDP",
         "Poisson: each recording joins a step independently with probability 0.05",
         f"Steps accounted for {STEPS}",
-        f"ε from the ledger {spent:.3f}",
+        f"ε from the ledger {shown_epsilon(spent)}",
         "Expected batch size 100 recordings",
         "Units, N 2 000 recordings",
         "It is treated as public",
@@ -295,8 +296,8 @@ def made(folder: Path, values: dict[str, Any]) -> str:
 def test_the_second_opinion_is_the_other_accountants(tmp_path: Path) -> None:
     pld, rdp = (epsilon(SIGMA, RATE, STEPS, DELTA, accountant=name) for name in ("pld", "rdp"))
     text = made(tmp_path, record(accountant="rdp", epsilon=rdp))
-    assert f"({rdp:.3f}, 1 × 10⁻⁵)-differential privacy" in text
-    assert f"Second opinion ε = {pld:.3f} by PLD, a tighter bound" in text
+    assert f"({shown_epsilon(rdp)}, 1 × 10⁻⁵)-differential privacy" in text
+    assert f"Second opinion ε = {shown_epsilon(pld)} by PLD, a tighter bound" in text
     assert "privacy loss distributions (PLD), whichever accountant the run used" in text
 
 
@@ -352,3 +353,37 @@ def test_failed_starts_in_the_ledger_do_not_count(tmp_path: Path) -> None:
     text = visible(write_report(run, tmp_path / "r.html").read_text())
     assert f"verified, {STEPS} steps" in text
     assert "Sensitivity of the sum 1.0000001" in text
+
+
+@pytest.mark.parametrize(
+    ("delta", "said"), [(4e-5, "is well below 1/N"), (4.5e-4, "but close to it"), (5e-4, "is not below 1/N")]
+)
+def test_delta_is_judged_against_one_over_n(tmp_path: Path, delta: float, said: str) -> None:
+    text = made(tmp_path, record(delta=delta, epsilon=epsilon(SIGMA, RATE, STEPS, delta)))
+    judgements = ("is well below 1/N", "but close to it", "is not below 1/N")
+    assert [judgement in text for judgement in judgements] == [judgement == said for judgement in judgements]
+
+
+def test_what_was_left_out_is_said_and_of_private_data_not_counted(tmp_path: Path) -> None:
+    values = record()
+    values["data"]["filters"] = ["0.05 to 30 s", "corpus clinic", "chosen speakers only (data.speakers)"]
+    values["evaluation"]["after"]["left_out"] = {"too long": 3, "no such file": 1}
+    text = made(tmp_path / "private", values)
+    for part in (
+        "Filters 0.05 to 30 s; corpus clinic; chosen speakers only (data.speakers)",
+        "How many is an exact figure of the private data",
+        "Left out of the test data: 3 × too long, 1 × no such file.",
+        "150 of 154",
+    ):
+        assert part in text, part
+    absent = ("epsilon", "delta", "target_epsilon", "max_grad_norm", "unit", "accountant", "noise_multiplier")
+    absent += ("adjacency", "sampling", "epsilon_pld", "epsilon_rdp", "steps", "sample_rate", "dataset_size")
+    values["privacy"] |= {"enabled": False, **dict.fromkeys(absent)}
+    values["data"]["left_out"] = {"too short": 7}
+    assert "Left out 7 × too short" in made(tmp_path / "plain", values)
+
+
+def test_what_an_auditor_can_verify_is_said(page: str) -> None:
+    text = visible(page)
+    assert "asr-finetune verify RUN" in text
+    assert "From no file: that this program, unchanged, made the run" in text

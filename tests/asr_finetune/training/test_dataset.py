@@ -13,6 +13,7 @@ import torch
 
 from asr_finetune.config.schema import Config, ConfigError, MethodConfig
 from asr_finetune.console import Reporter
+from asr_finetune.data import audio
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.loading import Recognizer
@@ -83,6 +84,7 @@ def test_a_frozen_encoders_states_are_kept_and_give_the_same_loss(folders: dict[
     assert "encoder_states" not in before  # nothing is frozen yet
     apply_method(recognizer, MethodConfig(kind="lora", rank=2, layers="decoder"))
     assert "input_features" not in cached[0]
+    assert "input_features" in SpeechDataset(corpus, recognizer, cache=True, cache_states=False)[0]
     kept, plain = (recognizer.collate([dataset[0], dataset[1]]) for dataset in (cached, fresh))
     losses = [recognizer.loss_per_example(recognizer.model, batch) for batch in (kept, plain)]
     torch.testing.assert_close(losses[0], losses[1])
@@ -120,7 +122,71 @@ def test_raw_waveforms_have_no_bands_to_mask(folders: dict[str, Path]) -> None:
 def test_a_dataset_goes_to_a_spawned_worker(parakeet: Recognizer) -> None:
     corpus = Corpus([utterance("a")])
     dataset = SpeechDataset(corpus, parakeet, cache=True, augment=SpecAugment(0, time_masks=0))
-    assert same(pickle.loads(pickle.dumps(dataset))[0], dataset[0])
+    item, spawned = dataset[0], pickle.loads(pickle.dumps(dataset))
+    assert not spawned._cache, "each cached tensor would take a file handle"
+    assert same(spawned[0], item)
+
+
+# The check of the audio
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Corpus:
+    """A recording that is cut in half, and three that are whole; no two of one length."""
+    names = ("cut", "a", "b", "c")
+    for place, name in enumerate(names):
+        write(tmp_path / f"{name}.flac", 1 + place / 10)
+    cut = tmp_path / "cut.flac"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    return read(manifest(tmp_path, [{"audio": f"{name}.flac", "text": "low"} for name in names]))
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are decoded, in order."""
+    files: list[str] = []
+    original = audio.soundfile.read
+    monkeypatch.setattr(
+        audio.soundfile, "read", lambda file, **how: files.append(Path(file).stem) or original(file, **how)
+    )
+    return files
+
+
+def test_a_recording_that_is_checked_is_not_decoded_again(
+    parakeet: Recognizer, files: Corpus, decoded: list[str]
+) -> None:
+    dataset = SpeechDataset(files, parakeet, cache=True)
+    dataset.check_audio(Reporter(False), "audio")
+    assert sorted(decoded) == ["a", "b", "c", "cut"]
+    assert [problem.id for problem in dataset.corpus.problems] == ["cut"]
+    assert "unreadable audio" in dataset.corpus.problems[0].reason
+    items = [dataset[index] for index in range(3)]
+    assert len(decoded) == 4
+    fresh = SpeechDataset(dataset.corpus, parakeet)
+    assert [utterance.id for utterance in fresh.corpus.utterances] == ["a", "b", "c"]
+    assert all(same(item, fresh[index]) for index, item in enumerate(items))
+
+
+@pytest.mark.parametrize("held", [None, 0, 1])
+def test_the_check_names_what_does_not_decode_without_room_too(
+    parakeet: Recognizer,
+    files: Corpus,
+    decoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    held: int | None,
+) -> None:
+    """held: the number of recordings whose features fit into the cache; None: there is no cache."""
+    files = replace(files, utterances=files.utterances[::-1])  # the broken one is the last
+    fresh = SpeechDataset(files, parakeet)
+    monkeypatch.setattr(module, "CACHE_BYTES", (held or 0) * module._size(fresh._item(0)))
+    dataset = SpeechDataset(files, parakeet, cache=held is not None)
+    decoded.clear()
+    dataset.check_audio(Reporter(False), "audio")
+    assert [problem.id for problem in dataset.corpus.problems] == ["cut"]
+    assert len(decoded) == 4
+    assert all(same(dataset[index], fresh[index]) for index in range(3))
+    again = 3 - (held or 0)
+    assert len(decoded) == 4 + again + 3  # 3 of the other data set
 
 
 # Recordings that are lost after loading
@@ -190,15 +256,21 @@ def test_training_counts_impossible_labels_and_goes_on(
     assert "".join(capsys.readouterr()).count("1 of 8 losses are not finite (NOT PRIVATE)") == 1
 
 
-def test_training_goes_on_when_recordings_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The units, the sampling rate and ε are those of all the recordings that were loaded."""
+@pytest.mark.parametrize("cached", [False, True])
+def test_training_goes_on_when_recordings_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """The units, the sampling rate and ε are those of all the recordings that were loaded.
+
+    cached: the check of the audio has cached every recording's features, so none is lost.
+    """
     with tones.one_thread():
         tones.write_manifest(tmp_path, 8)
         tones.write_model(tmp_path / "model")
         original = Corpus.decoded
 
-        def decode_and_lose(self: Corpus, reporter: Reporter, name: str) -> Corpus:
-            decoded = original(self, reporter, name)
+        def decode_and_lose(self: Corpus, *arguments: Any) -> Corpus:
+            decoded = original(self, *arguments)
             for name in ("0", "3"):
                 (tmp_path / "tones" / f"{name}.wav").unlink()
             return decoded
@@ -206,6 +278,7 @@ def test_training_goes_on_when_recordings_are_lost(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(Corpus, "decoded", decode_and_lose)
         changes: dict[str, Any] = {"method__kind": "head", "train__batch_size": 8, "train__steps": 2}
         changes |= {"privacy__epsilon": None, "privacy__noise_multiplier": 4.0}
+        changes["train__cache_features"] = cached
         config = Config.from_dict(tones.settings(tmp_path, **changes))
         result = train(config, progress=False)
     assert [entry["examples"] for entry in result.history] == [8, 8]
@@ -215,7 +288,11 @@ def test_training_goes_on_when_recordings_are_lost(tmp_path: Path, monkeypatch: 
     values = json.loads((tmp_path / "run" / "run.json").read_text())
     assert values["privacy"]["dataset_size"] == 8
     assert values["privacy"]["sample_rate"] == 1.0
-    lost = (tmp_path / "run" / "not_private" / "problems_train_later.tsv").read_text()
+    later = tmp_path / "run" / "not_private" / "problems_train_later.tsv"
+    if cached:
+        assert not later.exists()
+        return
+    lost = later.read_text()
     assert [line.split("\t")[0] for line in lost.splitlines()] in (
         ["u0 (tones.jsonl:1)", "u3 (tones.jsonl:4)"],
         ["u3 (tones.jsonl:4)", "u0 (tones.jsonl:1)"],

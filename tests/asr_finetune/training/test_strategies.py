@@ -29,6 +29,7 @@ from dpkernels.nn.recording.row_check import _Weighted
 from dpkernels.privacy import read_ledger
 from tests.asr_finetune import small_models, tones
 from tests.privacy.strategy_models import distance, gradients_one_by_one
+from tests.slow import covering, slow_cases
 
 STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer")
 BOUND = 1.0
@@ -107,16 +108,18 @@ def _count_calls(model: nn.Module) -> Counter[str]:
     return calls
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert", "whisper"])
+@pytest.mark.parametrize(
+    ("family", "strategy", "kind", "blocks"),
+    covering(
+        ["parakeet", "wav2vec2-bert", "whisper"], STRATEGIES, ["lora", "full"], ["plain", "checkpointed"]
+    ),
+)
 def test_a_recognisers_clipped_sum_is_that_of_one_by_one_gradients(
-    folders: dict[str, Path], family: str, strategy: str, kind: str, checkpointed: bool
+    folders: dict[str, Path], family: str, strategy: str, kind: str, blocks: str
 ) -> None:
     recognizer = prepared(folders[family], kind)
     expected = clipped(copy.copy(recognizer), strategy)
-    assert distance(summed(recognizer, strategy, checkpointed=checkpointed), expected) < 5e-4
+    assert distance(summed(recognizer, strategy, checkpointed=blocks == "checkpointed"), expected) < 5e-4
 
 
 # --- what is alive at the highest point, by a rehearsal with fake tensors
@@ -135,6 +138,8 @@ def rehearsed(recognizer: Recognizer, strategy: str) -> int:
         return stage.peak(losses, 8).micro_batch
 
 
+# Quick: test_checkpointing_holds_less of test_memory_plan.py, and what tests/privacy/step/test_strategies.py measures.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_checkpointing_saves_memory_only_where_records_are_streamed(
     folders: dict[str, Path], kind: str
@@ -181,7 +186,7 @@ def run_of(folder: Path, name: str, strategy: str, monkeypatch: pytest.MonkeyPat
     return folder / name, said
 
 
-@pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass", "per_layer"])
+@pytest.mark.parametrize("strategy", ["per_layer", *slow_cases("bookkeeping", "two_pass")])
 def test_training_goes_on_in_halves_when_memory_is_short(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from asr_finetune.training.run_folder import RunFolder, RunFolderError
 from dpkernels import PrivacyEngine, checkpoint
 from dpkernels.privacy import LedgerError, SelfCheckError, epsilon, read_ledger
 from tests.asr_finetune import tones
+from tests.slow import slow_cases
 
 UTTERANCES, BATCH, DELTA, SIGMA = 24, 6, 1e-3, 4.0
 ROOT = Path(__file__).parents[3]
@@ -76,7 +77,7 @@ class Crash(BaseException):
     """The process ends here."""
 
 
-def crash() -> None:
+def crash(*_: Any) -> None:
     raise Crash
 
 
@@ -167,21 +168,31 @@ from asr_finetune.training.run import train
 original = RunFolder.note_history
 def note(self, entry):
     original(self, entry)
-    if entry["step"] == 6:
+    if entry["step"] == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 RunFolder.note_history = note
 train(Config.from_dict(yaml.safe_load(open(sys.argv[1]))), progress=False)
 """
 
 
-def test_killed_and_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """kill -9 after step 6, checkpoint at 4: steps 5 and 6 count twice; the target ε ends the run early."""
-    target = epsilon(SIGMA, BATCH / UTTERANCES, 9, DELTA)
-    config = small(folder, privacy__epsilon=target, data__test=str(folder / "test.jsonl"))
+def kill_at(folder: Path, step: int, **changes: Any) -> Config:
+    """As `crash_at`, by kill -9 in a process of its own."""
+    config = small(folder, **changes)
     (folder / "killed.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-c", KILLED, str(folder / "killed.yaml")]
+    command = [sys.executable, "-c", KILLED, str(folder / "killed.yaml"), str(step)]
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert ended.returncode == -signal.SIGKILL
+    return config
+
+
+@pytest.mark.parametrize("end", [crash_at, *slow_cases(kill_at)])
+def test_killed_and_resumed(
+    folder: Path, capsys: pytest.CaptureFixture[str], end: Callable[..., Config]
+) -> None:
+    """Killed after step 6, checkpoint at 4: steps 5 and 6 count twice; the target ε ends the run early."""
+    target = epsilon(SIGMA, BATCH / UTTERANCES, 9, DELTA)
+    config = end(folder, 6, privacy__epsilon=target, data__test=str(folder / "test.jsonl"))
+    capsys.readouterr()
     output = Path(config.output)
     assert read_ledger(output / "ledger.jsonl").steps == 6
     saved = checkpoint.load(output / "checkpoint")
@@ -240,6 +251,27 @@ def test_a_lost_ledger_is_noticed(folder: Path) -> None:
         train(config, progress=False)
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_damaged_checkpoints_lose_steps_and_never_budget(
+    folder: Path, capsys: pytest.CaptureFixture[str], lost: int
+) -> None:
+    """kill -9 after step 7 of 8, checkpoints at 2, 4 and 6; the last `lost` of the two that are kept are damaged."""
+    config = crash_at(folder, 7, train__checkpoint_every=2)
+    for name in (checkpoint.FILE, checkpoint.PREVIOUS)[:lost]:
+        path = Path(config.output) / "checkpoint" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = train(config)
+    said = " ".join(capsys.readouterr().out.split())
+    again = {1: 4, 2: 0}[lost]
+    assert check_counts(config, result) == 7 + 8 - again
+    assert result.steps == 8
+    assert [entry["step"] for entry in result.history] == list(range(1, 9))
+    assert said.count("is damaged, or not a checkpoint") == lost
+    assert ("resuming from the checkpoint at step 4" in said) == (lost == 1)
+    assert ("no checkpoint yet, starting from step 0. 7 steps were spent" in said) == (lost == 2)
+    assert "another --output" not in said
+
+
 def resumed_twice(folder: Path, config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The parameters of two resumptions from the same checkpoint and ledger."""
     copies = []
@@ -292,7 +324,7 @@ def test_no_key_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert not any(key in content or key.hex().encode() in content for key in keys)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow_cases(signal.SIGINT)])
 def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     config = small(folder)
     handler = signal.getsignal(number)

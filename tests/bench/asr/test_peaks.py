@@ -25,6 +25,7 @@ def test_predictions_and_measurements_agree(case: str, tmp_path: Path) -> None:
         assert sum(row["parts"].values()) == row["predicted"]
 
 
+@pytest.mark.slow
 def test_predictions_need_no_device_and_are_read_back(tmp_path: Path) -> None:
     ahead, output = tmp_path / "ahead.json", tmp_path / "peaks.json"
     arguments = [*FEW, "--case", "tiny-lora", "--strategies", "bookkeeping"]

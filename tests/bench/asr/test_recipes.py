@@ -49,7 +49,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         pytest.param("parakeet_lora", "bfloat16", marks=pytest.mark.slow),
         pytest.param("parakeet_full", "float32", marks=pytest.mark.slow),
-        ("wav2vec2_bert_bitfit", "bfloat16"),
+        pytest.param("wav2vec2_bert_bitfit", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_a_recipe_is_predicted_and_then_run(tmp_path: Path, name: str, dtype: str) -> None:

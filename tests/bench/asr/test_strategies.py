@@ -11,6 +11,7 @@ from bench.asr import strategies
 from bench.reports import kernel as kernel_report
 
 
+@pytest.mark.slow
 def test_each_way_is_timed_and_recomputing_holds_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

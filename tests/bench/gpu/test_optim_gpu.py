@@ -55,6 +55,7 @@ def test_extreme_words_get_the_cpus_bits() -> None:
     assert optim_gpu.same([found], [native_chacha20.box_muller(words)])
 
 
+@pytest.mark.slow
 def test_short_roots_and_quotients_are_correctly_rounded() -> None:
     a, b = (t[::400].contiguous() for t in optim_gpu.all_mantissas())
     assert 1 <= float(b.min()) < float(b.max()) < 4

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from dpkernels.backends import registry
+from dpkernels.ops.layers import KINDS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -82,6 +86,7 @@ def tables(
     return found
 
 
+@pytest.mark.slow
 def test_the_direct_kernel_compiles_for_every_architecture(tmp_path: Path) -> None:
     [(status, rows)] = tables(tmp_path, "80,90,100")
     assert status == 0
@@ -94,6 +99,7 @@ def test_the_direct_kernel_compiles_for_every_architecture(tmp_path: Path) -> No
         assert row["cut"] is True
 
 
+@pytest.mark.slow
 def test_a_spill_too_much_shared_memory_and_a_missing_wgmma_fail_the_command(tmp_path: Path) -> None:
     spills, shared, matrix = tables(tmp_path, "90", TILES, (SPILLS, TOO_MUCH_SHARED, NO_WGMMA))
     assert [status for status, _ in (spills, shared, matrix)] == [1, 1, 1]
@@ -102,10 +108,22 @@ def test_a_spill_too_much_shared_memory_and_a_missing_wgmma_fail_the_command(tmp
     assert {row["matrix"] for row in matrix[1]} == {"mma.sync"}
 
 
+@pytest.mark.slow
 def test_products_in_one_chain_fail_the_command(tmp_path: Path) -> None:
     [(status, rows)] = tables(tmp_path, "90", ONE_CHAIN)
     assert status == 1
     assert {row["cut"] for row in rows} == {False}
+
+
+def test_every_family_with_triton_kernels_is_in_the_table() -> None:
+    from bench.gpu import triton_table
+
+    called = {
+        family: {op for op, _, _ in triton_table.examples(family, torch.float32, "aligned")}
+        for family in triton_table.families()
+    }
+    assert called == {family: set(registry.families()[family]) for family in called}
+    assert called.keys() >= set(KINDS)
 
 
 def test_a_16_bit_product_without_tensor_cores_is_a_fault() -> None:

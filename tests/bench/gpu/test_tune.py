@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.gpu import tune
-from bench.gpu.tune_kernels import CANDIDATES, GROUPED_LAYERS, job
+from bench.gpu.tune_kernels import GROUPED_LAYERS, KERNELS, job
 from bench.harness.floor import Ceilings
 from dpkernels.backends import registry, triton_ops
 from dpkernels.backends.triton_ops import configs, launching
@@ -14,12 +14,12 @@ from dpkernels.backends.triton_ops import configs, launching
 CEILINGS = Ceilings(flops=8e14, bandwidth=3e12)
 
 
-@pytest.mark.parametrize("kernel", CANDIDATES)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_table_holds_a_candidate(kernel: str) -> None:
-    assert configs.config(kernel, torch.bfloat16, 90) in CANDIDATES[kernel][1]
+    assert configs.config(kernel, torch.bfloat16, 90) in KERNELS[kernel].candidates
 
 
-@pytest.mark.parametrize("kernel", CANDIDATES)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_every_job_launches_its_kernel(kernel: str) -> None:
     launched = []
     with (

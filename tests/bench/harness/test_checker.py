@@ -14,6 +14,7 @@ from bench.harness import session
 from bench.harness.checker import CANNOT, OK, WRONG, check, norm, one_by_one, relative_error, total
 from bench.harness.session import Bench
 from bench.names import NON_PRIVATE
+from tests.slow import slow_cases
 
 CASE = CASES["tiny-lora"]
 
@@ -52,7 +53,7 @@ PLANTED = {"after the sum": ClipsAfterTheSum, "one short": ForgetsOneParameter, 
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny-lora", "tiny-lora-mixed", "tiny-full", "lora-layer", "depthwise-layer"]
+    "name", ["tiny-lora-mixed", "lora-layer", "depthwise-layer", *slow_cases("tiny-lora", "tiny-full")]
 )
 def test_every_contender_of_a_case_is_right_or_says_why_not(name: str) -> None:
     case = CASES[name]

@@ -26,6 +26,7 @@ def test_kinds(operator: str, kind: str) -> None:
     assert profile.kind_of(operator) == kind
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_readme_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--cases", "tiny-lora", "--size", "2", "--frames", "32", "--steps", "2"]
     assert profile.main([*arguments, "--output", str(tmp_path)]) == 0

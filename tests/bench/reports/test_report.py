@@ -73,7 +73,9 @@ def test_the_readme_has_the_default_strategy_of_each_case(results: Results) -> N
     assert step_report.summary([]) == ""
 
 
-@pytest.mark.parametrize("page", [report.README, report.BENCHMARKS], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [report.README, report.BENCHMARKS, report.DISTRIBUTED], ids=lambda page: page.name
+)
 def test_the_pages_are_what_the_results_make_of_them(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert report.replace_section(text, report.pages(report.FOLDER)[page]) == text

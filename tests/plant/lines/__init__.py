@@ -9,11 +9,13 @@ from tests.plant.lines import (
     indices,
     layers,
     noise,
+    ranks,
     reporting,
     sampling,
     secrets,
     self_check,
     sensitivity,
+    sharding,
 )
 
 AREAS = (
@@ -30,5 +32,7 @@ AREAS = (
     indices,
     self_check,
     checkpoints,
+    ranks,
+    sharding,
 )
 LINES = sorted((line for area in AREAS for line in area.LINES), key=lambda line: line.number)

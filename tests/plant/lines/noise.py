@@ -24,9 +24,9 @@ LINES = (
             Fault(
                 "skipped without a gradient, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "indices.setdefault(parameter.device, []).append(index)",
-                """if bool(self._batch.of(parameter).any()):
-                indices.setdefault(parameter.device, []).append(index)""",
+                "pieces.setdefault(sums[span.place].device, []).extend(span.pieces)",
+                """if bool(sums[span.place].any()):
+                pieces.setdefault(sums[span.place].device, []).extend(span.pieces)""",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step[one micro-batch-unfused]",
             ),
             Fault(
@@ -54,11 +54,11 @@ LINES = (
             Fault(
                 "twice, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
-                "for device_indices in indices.values():",
-                """for device_indices in indices.values():
+                "for of_device in pieces.values():",
+                """for of_device in pieces.values():
             ops.noise_sums(
-                [self._batch.of(self._trained[index]) for index in device_indices],
-                **self._stream.noise_secrets(device_indices, draw=draw + 1000),
+                [piece.of(sums[piece.place]) for piece in of_device],
+                **self._stream.noise_secrets([piece.index for piece in of_device], draw=draw + 1000),
                 noise_scale=release.noise_scale,
                 divisor=1,
             )""",
@@ -88,9 +88,9 @@ LINES = (
             Fault(
                 "skipped without a gradient, in the fused step",
                 "dpkernels/privacy/step/fused.py",
-                """    totals = [sums[p] for p in part.params]
+                """    totals = part.sums
 """,
-                """    totals = [sums[p] for p in part.params]
+                """    totals = part.sums
     if not all(bool(total.any()) for total in totals):
         common["noise_scale"] = 0.0
 """,
@@ -99,9 +99,9 @@ LINES = (
             Fault(
                 "skipped on empty batches, in the fused step",
                 "dpkernels/privacy/step/fused.py",
-                """    totals = [sums[p] for p in part.params]
+                """    totals = part.sums
 """,
-                """    totals = [sums[p] for p in part.params]
+                """    totals = part.sums
     if not any(bool(total.any()) for total in totals):
         common["noise_scale"] = 0.0
 """,
@@ -127,9 +127,9 @@ LINES = (
             Fault(
                 "twice, in the fused step",
                 "dpkernels/privacy/step/fused.py",
-                """    totals = [sums[p] for p in part.params]
+                """    totals = part.sums
 """,
-                """    totals = [sums[p] for p in part.params]
+                """    totals = part.sums
     secrets = stream.noise_secrets(part.indices, draw=draw + 1000)
     ops.noise_sums(totals, **secrets, noise_scale=release.noise_scale, divisor=1)
 """,
@@ -205,12 +205,13 @@ LINES = (
             Fault(
                 "parameters stepped on while others are being prepared",
                 "dpkernels/privacy/step/fused.py",
-                """        for params in _by_device(group["params"], trained)
+                """        for these in _by_device(group["params"], span_of)
     ]
     for part in parts:
-        _run(optimizer, part, sums, release, stream, draw, stochastic_rounding)""",
-                """        for params in _by_device(group["params"], trained)
-        if [_run(optimizer, _prepare(optimizer, group, params, trained, False), sums, release, stream, draw, False)]
+        _run(optimizer, states, part, release, stream, draw, stochastic_rounding)""",
+                """        for these in _by_device(group["params"], span_of)
+        for part in [_prepare(optimizer, states, group, these, trained, sums, gradients)]
+        if [_run(optimizer, states, part, release, stream, draw, False)]
     ]""",
                 "tests/privacy/step/test_fused.py::test_nothing_is_changed_before_everything_is_allocated",
             ),
@@ -231,16 +232,16 @@ LINES = (
                 "bf16 noise, in the unfused step",
                 "dpkernels/privacy/step/optimizer.py",
                 """            ops.noise_sums(
-                [self._batch.of(self._trained[index]) for index in device_indices],
-                **self._stream.noise_secrets(device_indices, draw=draw),
+                [piece.of(sums[piece.place]) for piece in of_device],
+                **self._stream.noise_secrets([piece.index for piece in of_device], draw=draw),
                 noise_scale=release.noise_scale,""",
-                """            sums = [self._batch.of(self._trained[index]) for index in device_indices]
-            noise = [torch.zeros_like(total) for total in sums]
-            secrets = self._stream.noise_secrets(device_indices, draw=draw)
+                """            totals = [piece.of(sums[piece.place]) for piece in of_device]
+            noise = [torch.zeros_like(total) for total in totals]
+            secrets = self._stream.noise_secrets([piece.index for piece in of_device], draw=draw)
             ops.noise_sums(noise, **secrets, noise_scale=release.noise_scale, divisor=1)
-            torch._foreach_add_(sums, [part.bfloat16().double() for part in noise])
+            torch._foreach_add_(totals, [part.bfloat16().double() for part in noise])
             ops.noise_sums(
-                sums,
+                totals,
                 **secrets,
                 noise_scale=0,""",
                 "tests/privacy/step/test_noise.py::test_noise_and_sums_are_float64_with_bf16_parameters",
@@ -248,9 +249,9 @@ LINES = (
             Fault(
                 "bf16 noise, in the fused step",
                 "dpkernels/privacy/step/fused.py",
-                """    totals = [sums[p] for p in part.params]
+                """    totals = part.sums
 """,
-                """    totals = [sums[p] for p in part.params]
+                """    totals = part.sums
     noise = [torch.zeros_like(total) for total in totals]
     secrets = stream.noise_secrets(part.indices, draw=draw)
     ops.noise_sums(noise, **secrets, noise_scale=release.noise_scale, divisor=1)

@@ -51,12 +51,20 @@ LINES = (
         14,
         "What is not private is marked, and kept out of what others get",
         tests={
+            "tests/asr_finetune/training/test_run_log.py::test_each_value_goes_to_its_folder": "TensorBoard's public folder has no statistic of the data",
             "tests/privacy/step/test_recovery.py::test_a_halving_is_logged_as_not_private": "messages about halved micro-batches are marked",
             "tests/privacy/step/test_per_layer.py::test_layer_statistics_count_an_example_clipped_in_any_layer": "per-layer statistics count an example that was clipped in any layer",
             "tests/privacy/step/test_reporting.py::test_step_statistics_are_right_and_marked_not_private": "step statistics are right and marked",
             "tests/privacy/step/test_reporting.py::test_nothing_kept_holds_statistics_of_the_data": "no statistic of the data is in the ledger or in a state_dict",
         },
         faults=(
+            Fault(
+                "losses in the public log",
+                "asr_finetune/training/run_log.py",
+                'PUBLIC = ("epsilon", "learning_rate")',
+                'PUBLIC = ("epsilon", "learning_rate", "loss")',
+                "tests/asr_finetune/training/test_run_log.py::test_each_value_goes_to_its_folder",
+            ),
             Fault(
                 "clip rate in the ledger",
                 "dpkernels/privacy/engine.py",

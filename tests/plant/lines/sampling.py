@@ -91,7 +91,7 @@ LINES = (
             Fault(
                 "speakers with the sensitivity of an example",
                 "dpkernels/privacy/setup.py",
-                "sensitivity(norm, bound, sampling.per_unit)",
+                "sensitivity(norm, bound, sampling.per_unit, ranks)",
                 "sensitivity(norm, bound)",
                 "tests/privacy/sampling/test_sampling.py::test_speaker_unit_has_sensitivity_k_c",
             ),
@@ -323,10 +323,10 @@ LINES = (
             Fault(
                 "a batch taken from the queue before it is handed out",
                 "dpkernels/privacy/sampling/loader.py",
-                """            self._on_batch(sum(map(len, parts)))
+                """            self._on_batch(sum(map(len, parts)), drawn=planned.drawn, digest=planned.digest)
             plan.hand_out()""",
                 """            plan.hand_out()
-            self._on_batch(sum(map(len, parts)))""",
+            self._on_batch(sum(map(len, parts)), drawn=planned.drawn, digest=planned.digest)""",
                 "tests/privacy/step/test_passes.py::test_a_batch_that_is_refused_comes_next",
             ),
             Fault(
@@ -369,10 +369,10 @@ LINES = (
             Fault(
                 "empty batches left out of a pass",
                 "dpkernels/privacy/sampling/loader.py",
-                "parts = self._split(self._sampler.draw())",
-                """parts: list[list[int]] = []
-        while not parts:
-            parts = self._split(self._sampler.draw())""",
+                "batch = self._split(self._sampler.draw())",
+                """batch = self._split(self._sampler.draw())
+        while not batch.drawn:
+            batch = self._split(self._sampler.draw())""",
                 "tests/privacy/step/test_passes.py::test_every_draw_is_a_step_however_passes_are_left",
             ),
         ),

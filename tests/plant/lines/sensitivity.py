@@ -44,14 +44,14 @@ LINES = (
             Fault(
                 "a slack of sums in whole examples",
                 "dpkernels/privacy/step/clipping.py",
-                "examples * _PIECES * (examples",
-                "examples * (examples",
+                "additions = examples * _PIECES + ",
+                "additions = examples + ",
                 "tests/privacy/step/test_clipping.py::test_slack_covers_its_derivation_and_reaches_the_noise",
             ),
             Fault(
                 "noise without the slack",
                 "dpkernels/privacy/step/clipping.py",
-                "return per_unit * max_grad_norm * (1 + rounding_slack(examples))",
+                "return per_unit * max_grad_norm * (1 + rounding_slack(examples, ranks))",
                 "return per_unit * max_grad_norm",
                 "tests/privacy/step/test_clipping.py::test_slack_covers_its_derivation_and_reaches_the_noise",
             ),
@@ -210,8 +210,8 @@ LINES = (
             Fault(
                 "the sensitivity of a strategy is another",
                 "dpkernels/privacy/setup.py",
-                "sensitivity=sensitivity(norm, bound, sampling.per_unit)",
-                "sensitivity=sensitivity(norm if layers is None else norm / 2, bound, sampling.per_unit)",
+                "sensitivity=sensitivity(norm, bound, sampling.per_unit, ranks)",
+                "sensitivity=sensitivity(norm if layers is None else norm / 2, bound, sampling.per_unit, ranks)",
                 "tests/privacy/step/test_strategies.py::test_epsilon_is_that_of_the_stated_sensitivity",
             ),
         ),

@@ -64,11 +64,11 @@ def test_truncated_poisson_has_its_own_event() -> None:
 
 def test_truncated_poisson_covers_adding_a_unit_too() -> None:
     """dp-accounting's event of N has the unit among the N: what adds one to N is the event of N + 1."""
-    mechanism = Mechanism(0.2, 2.0, dataset_size=50, max_batch_size=10)
+    mechanism = Mechanism(0.2, 4.0, dataset_size=50, max_batch_size=10)
     spent = {}
     for size in (50, 51):
         accountant = PLDAccountant()
-        accountant.compose(dp_accounting.TruncatedSubsampledGaussianDpEvent(size, 0.2, 10, 2.0), 20)
+        accountant.compose(dp_accounting.TruncatedSubsampledGaussianDpEvent(size, 0.2, 10, 4.0), 20)
         spent[size] = accountant.get_epsilon(1e-5)
     assert spent[51] > 1.001 * spent[50]
     assert composed_epsilon([(mechanism, 20)], 1e-5) == pytest.approx(spent[51], rel=1e-9)

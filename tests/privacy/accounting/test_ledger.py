@@ -399,9 +399,9 @@ def test_planted_batch_size_in_the_ledger_is_caught(path: Path, monkeypatch: pyt
     sizes: list[int] = []
     original_begin, original_append = DPOptimizer.begin_logical_batch, Ledger._append
 
-    def begin(self: DPOptimizer, examples: int) -> None:
+    def begin(self: DPOptimizer, examples: int, **of_all: int) -> None:
         sizes.append(examples + len(sizes))
-        original_begin(self, examples)
+        original_begin(self, examples, **of_all)
 
     def append(self: Ledger, entry: dict) -> None:
         original_append(self, {**entry, "examples": sizes[-1] if sizes else 0})

@@ -353,7 +353,7 @@ def _loader(
         physical_batch_size=physical,
         epoch_steps=steps,
         before_pass=lambda: None,
-        on_batch=lambda examples: None,
+        on_batch=lambda examples, **_: None,
         steps_taken=lambda: 0,
     )
 

@@ -485,17 +485,3 @@ def test_keys_are_never_pickled_or_copied(duplicate: Callable) -> None:
     for holder in (run.engine._noise_stream, run.optimizer, run.engine):
         with pytest.raises(TypeError, match=r"never|secret|key"):
             duplicate(holder)
-
-
-def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = a_run()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="2 processes"):
-        a_run()
-    steps = run.engine.steps
-    with pytest.raises(RuntimeError, match="2 processes"):
-        run.release(())
-    assert run.engine.steps == steps
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    a_run()

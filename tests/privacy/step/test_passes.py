@@ -117,7 +117,7 @@ def loader_of(
         physical_batch_size=2,
         epoch_steps=steps,
         before_pass=lambda: None,
-        on_batch=lambda examples: None,
+        on_batch=lambda examples, **_: None,
         steps_taken=lambda: 0,
     )
 
@@ -158,7 +158,7 @@ def test_a_batch_that_could_not_be_read_is_not_left_out(workers: int) -> None:
     loader = loader_of(sampler, workers, data=data, steps=4)
     got: list[list[int]] = []
     handed_out: list[int] = []
-    loader._on_batch = handed_out.append
+    loader._on_batch = lambda examples, **_: handed_out.append(examples)
 
     def read() -> None:
         for logical in loader:
@@ -180,7 +180,7 @@ def test_a_batch_that_is_refused_comes_next() -> None:
     loader = loader_of(sampler, 0)
     refusals = [RuntimeError("refused")]
 
-    def refuse_once(examples: int) -> None:
+    def refuse_once(examples: int, **_: int) -> None:
         if refusals:
             raise refusals.pop()
 
