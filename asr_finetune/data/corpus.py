@@ -118,9 +118,7 @@ class Corpus:
         """The corpus with the first listing of each recording (or piece of one); repeats become problems."""
         reasons: list[str | None] = []
         disputed: dict[str, None] = {}
-        kept: dict[Hashable, dict[Any, Utterance]] = defaultdict(
-            dict
-        )  # recording -> piece -> its first listing
+        kept: dict[Hashable, dict[Any, Utterance]] = defaultdict(dict)  # by recording, then by piece
         for item, label in zip(self.utterances, same_audio(self.utterances), strict=True):
             first = kept[label].setdefault(item.piece, item)
             repeat = f"the same recording as one listed before: {first.name}"

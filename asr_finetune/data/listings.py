@@ -93,7 +93,16 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, object, or why it is none) of each line that is not empty."""
+    """(line, object, or why it is none) of each line that is not empty; or (place, object) of each in a JSON list."""
+    if path.suffix == ".json" and next(lines(path), "").startswith("["):
+        try:
+            entries = json.loads("\n".join(lines(path)))
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"data: {str(path)!r} is no JSON list: {error}; write one object a line"
+            ) from error
+        yield from enumerate((e if isinstance(e, dict) else "not a JSON object" for e in entries), start=1)
+        return
     for number, line in enumerate(lines(path), start=1):
         if not line.strip():
             continue
@@ -193,9 +202,9 @@ def _kaldi_problem(recording: str, file: str) -> str | None:
 def _kaldi_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(first word, rest) of each line; nothing if there is no such file."""
     for line in lines(path) if path.is_file() else ():
-        name, _, rest = line.strip().partition(" ")
+        name, *rest = line.split(maxsplit=1) or [""]  # at a blank or a tab
         if name:
-            yield name, rest.strip()
+            yield name, "".join(rest).strip()
 
 
 def read_librispeech(root: Path, transcripts: Sequence[Path], split: str | None) -> Iterator[Record]:

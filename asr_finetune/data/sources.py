@@ -119,6 +119,8 @@ def _folder_records(source: str, path: Path, split: str | None, data: DataConfig
         return listings.read_kaldi(path, split)
     if tables.is_saved(path):
         return tables.read_table(source, split, data)
+    if (path / "metadata.parquet").is_file():  # an audiofolder's, too
+        return tables.read_table(str(path / "metadata.parquet"), split, data)
     found = listings.find_listings(path, data)
     if len(found) == 1 and (split is None or split not in found):
         return listings.read_listing(next(iter(found.values())), split, data)

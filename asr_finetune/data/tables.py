@@ -38,10 +38,10 @@ def read_table(source: str, split: str | None, data: DataConfig) -> Iterator[Rec
             if paths:
                 yield record_of(row, name, (root,), data)
                 continue
-            speaker = value(row, "speaker", data)
+            speaker, text = value(row, "speaker", data), value(row, "text", data)
             yield Record(
                 id=str(value(row, "id", data) or name),
-                text=value(row, "text", data),
+                text=text if isinstance(text, str) else None,
                 speaker=None if speaker is None else str(speaker),
                 encoded=DatasetRow(
                     table,
@@ -100,9 +100,14 @@ def _load_table(source: str, split: str | None) -> dict[str, Any]:
                 loaded = datasets.load_dataset(str(path) if path.is_dir() else name, configuration or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         there = f" ({unreachable()}, and there is no earlier download)" if away else ""
+        reason = _first_line(error)
+        if "torchcodec" in reason and not path.exists():
+            reason += (
+                f". No need: run `hf download {name} --repo-type dataset --local-dir FOLDER`, and give FOLDER"
+            )
         raise ConfigError(
             f"data: `datasets` cannot load {source!r}{there}: give one of the formats of docs/data.md, or a "
-            f"dataset id that this machine can download. Its error: {_first_line(error)}"
+            f"dataset id that this machine can download. Its error: {reason}"
         ) from error
     if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise ConfigError(f"data: {source!r} {STREAM}")

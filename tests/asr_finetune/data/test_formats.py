@@ -87,7 +87,7 @@ def kaldi(folder: Path) -> Path:
     for name in "ab":
         write(folder / f"{name}.flac")
     (folder / "wav.scp").write_text(f"a {folder}/a.flac\nb b.flac\nc /nowhere/c.flac\n")
-    (folder / "text").write_text("a one two\nb three\nc four\n")
+    (folder / "text").write_text("a one two\nb\tthree\nc four\n")
     (folder / "utt2spk").write_text("a 19\nc 20\n")
     (folder / "spk2utt").write_text("19 a\n20 c\n")
     return folder
@@ -120,6 +120,28 @@ def audiofolder_of_json(folder: Path) -> Path:
     return audiofolder(folder, suffix="jsonl")
 
 
+def audiofolder_of_parquet(folder: Path) -> Path:
+    for name in "ab":
+        write(folder / "audio" / f"{name}.wav")
+    rows = {
+        "file_name": ["audio/a.wav", "audio/b.wav"],
+        "text": ["one two", "three"],
+        "speaker": ["19", None],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(str(folder / "metadata.parquet"))
+    return folder
+
+
+def json_list(folder: Path) -> Path:
+    path = folder / "all.json"
+    rows = [
+        {"audio": write(folder / "a.wav").name, "sentence": "one two", "speaker": 19},
+        {"audio": write(folder / "b.wav").name, "sentence": "three"},
+    ]
+    path.write_text(json.dumps(rows, indent=2))
+    return path
+
+
 def synthesised(folder: Path) -> Path:
     """The folder that `asr-finetune synthesise` writes."""
     entries = [("a", "one two", {"speaker": "19"}), ("b", "three", {})]
@@ -144,6 +166,8 @@ def synthesised(folder: Path) -> Path:
         (audiofolder, None),
         (audiofolder, "train"),
         (audiofolder_of_json, None),
+        (audiofolder_of_parquet, None),
+        (json_list, None),
         (synthesised, None),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from datasets import Features, List, Value
 
+from asr_finetune.config.schema import ConfigError
 from asr_finetune.data.audio import read_audio
 from tests.asr_finetune.recordings import RATE, encoded, noise, read, reasons, texts, write
 
@@ -142,7 +143,7 @@ def test_samples_without_rate_or_scale_are_left_out_with_the_fix(tmp_path: Path)
         read(tmp_path / "a.parquet", sampling_rate=RATE)
     two = datasets.Dataset.from_dict({"audio": [[[0.1, 0.2], [0.3, 0.4]]], "text": ["x"]})
     two.to_parquet(str(tmp_path / "c.parquet"))
-    with pytest.raises(Exception, match="no samples of one channel: 2 axes"):
+    with pytest.raises(ConfigError, match="no samples of one channel: 2 axes"):
         read(tmp_path / "c.parquet", sampling_rate=RATE)
 
 
@@ -154,3 +155,13 @@ def test_deprecated_names_of_columns(tmp_path: Path) -> None:
     ):
         corpus = read(path, audio_column="sound", text_column="words", speaker_column="who")
     assert (texts(corpus), corpus.speakers) == ({"a": "1", "b": "2"}, ["x", "y"])
+
+
+def test_a_transcript_that_is_no_text_is_left_out(tmp_path: Path) -> None:
+    made = datasets.Dataset.from_dict(
+        {"audio": BYTES, "text": [5, 6], "sentence": ["five", "six"], "id": ["a", "b"]}
+    )
+    path = as_parquet(made, tmp_path)
+    assert texts(read(path, columns={"text": "sentence"})) == {"a": "five", "b": "six"}
+    with pytest.raises(ConfigError, match=r"all 2 recordings were left out.*\n  a: no transcript"):
+        read(path)

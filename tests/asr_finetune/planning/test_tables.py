@@ -166,3 +166,18 @@ def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         read(Path("nobody/no-such-data"))
     assert [url.partition("/datasets/")[2] for url in asked] == ["nobody/no-such-data/resolve/main/README.md"]
+
+
+def test_an_audio_folder_on_the_hub_needs_no_torchcodec_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, configuration: str | None) -> None:
+        try:
+            raise ImportError("To support encoding audio data, please install 'torchcodec'.")
+        except ImportError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        ConfigError, match=r"torchcodec.*hf download nobody/audio --repo-type dataset --local-dir"
+    ):
+        read(Path("nobody/audio"))
