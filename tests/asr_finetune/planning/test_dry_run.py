@@ -81,7 +81,7 @@ def test_a_run_that_would_start(folder: Path, kind: str) -> None:
     assert "27,716 parameters" in found["model"].found
     assert "24 utterances" in found["training data"].found
     assert "6 utterances" in found["test data"].found
-    assert "σ = 4:" in found["privacy"].found
+    assert "σ = 4.000:" in found["privacy"].found
     assert "target 8" in found["privacy"].found
     assert "predicted peak" in found["memory"].found
     assert "float64 sums" in found["memory"].found
@@ -121,7 +121,7 @@ def test_a_run_that_is_continued(folder: Path) -> None:
     found = {check.what: check for check in check_run(config, progress=False)}
     assert failed(found) == set()
     assert "its ledger counts 3 steps" in found["output"].found
-    assert "σ = 4 (its ledger)" in found["privacy"].found
+    assert "σ = 4.000 (its ledger)" in found["privacy"].found
     assert ledger.read_bytes() == written
     assert read_ledger(ledger).steps == 3
 
