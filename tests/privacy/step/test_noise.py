@@ -92,7 +92,7 @@ def normals(stream: SecretStream, index: int, draw: int, like: Tensor) -> Tensor
 
 
 def skip_without_gradient(self: DPOptimizer, draw: int) -> Gradients:
-    seen = set(self._batch.sums)
+    seen = {p for p in self._trained if self._batch.of(p).any()}
     return {p: g if p in seen else torch.zeros_like(g) for p, g in ORIGINAL(self, draw).items()}
 
 
