@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 PIECE_ENTRIES = 2**20
-"""Largest number of a parameter's entries that one noise stream serves. It does not depend on the number of ranks, so
-that under a test's fixed key the noise does not either."""
+"""Largest number of a parameter's entries that one noise stream serves."""
+_LEAST_ENTRIES = 2**16
+_PIECES = 2**9
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,25 @@ class Piece:
         return tensor.detach().view(-1)[self.start : self.stop]
 
 
+def piece_entries(total: int) -> int:
+    """Entries of a piece, at most, where `total` entries are trained: a power of two that makes some 512 pieces.
+
+    Larger pieces would not divide evenly among many ranks, and smaller ones cost time on the host. The size does not
+    depend on the number of ranks, so that under a test's fixed key the noise does not either.
+    """
+    even = 1 << (-(-total // _PIECES) - 1).bit_length()
+    return min(max(even, _LEAST_ENTRIES), PIECE_ENTRIES)
+
+
 def cut(parameters: Iterable[Tensor]) -> list[Piece]:
-    """The pieces of the trained parameters, in order: a parameter of at most PIECE_ENTRIES entries is one piece."""
+    """The pieces of the trained parameters, in order: a parameter of at most `piece_entries` entries is one piece."""
+    parameters = list(parameters)
+    most = piece_entries(sum(parameter.numel() for parameter in parameters))
     pieces: list[Piece] = []
     for place, parameter in enumerate(parameters):
         entries = parameter.numel()
-        for start in range(0, max(entries, 1), PIECE_ENTRIES):
-            pieces.append(Piece(len(pieces), place, start, min(start + PIECE_ENTRIES, entries)))
+        for start in range(0, max(entries, 1), most):
+            pieces.append(Piece(len(pieces), place, start, min(start + most, entries)))
     return pieces
 
 

@@ -101,14 +101,16 @@ class StateShards:
             state = self.by_parameter.get(self._trained[span.place], {})
             if state:
                 mine[span.place] = {
-                    name: None if _is_entrywise(value, span.of(self._trained[span.place])) else value
+                    name: None if _is_entrywise(value, span.of(self._trained[span.place])) else _sent(value)
                     for name, value in state.items()
                 }
         kept: dict[int, dict[str, Any]] = {}
         for of_rank in self._ranks.gathered(mine):
             kept |= of_rank
         states: dict[nn.Parameter, dict[str, Any]] = {
-            self._trained[place]: dict(kept[place]) for place in sorted(kept)
+            parameter: {name: _received(value, parameter) for name, value in kept[place].items()}
+            for place, parameter in enumerate(self._trained)
+            if place in kept
         }
         for name in sorted({n for state in kept.values() for n, value in state.items() if value is None}):
             wholes = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in self._trained]
@@ -121,6 +123,22 @@ class StateShards:
                 if name in states.get(parameter, {}):
                     states[parameter][name] = value
         return states
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A counter that torch keeps on its parameter's device: another rank's device has another number."""
+
+    counter: Tensor
+
+
+def _sent(value: Any) -> Any:
+    """A state without entries, for another rank."""
+    return _OnDevice(value.cpu()) if isinstance(value, Tensor) and value.device.type != "cpu" else value
+
+
+def _received(value: Any, parameter: Tensor) -> Any:
+    return value.counter.to(parameter.device) if isinstance(value, _OnDevice) else value
 
 
 def _is_entrywise(value: Any, of: Tensor) -> bool:

@@ -56,8 +56,8 @@ LINES = (
             Fault(
                 "streams of two ranks that coincide",
                 "dpkernels/privacy/ranks/pieces.py",
-                "pieces.append(Piece(len(pieces), place, start, min(start + PIECE_ENTRIES, entries)))",
-                "pieces.append(Piece(len(pieces) // 2, place, start, min(start + PIECE_ENTRIES, entries)))",
+                "pieces.append(Piece(len(pieces), place, start, min(start + most, entries)))",
+                "pieces.append(Piece(len(pieces) // 2, place, start, min(start + most, entries)))",
                 "tests/privacy/ranks/test_same_update.py::test_every_piece_has_one_owner",
             ),
             Fault(

@@ -112,6 +112,13 @@ def test_a_batch_is_dealt_out_by_lengths(ranks: int) -> None:
     assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize(
+    ("total", "entries"), [(0, 2**16), (10**6, 2**16), (2**26, 2**17), (2**26 + 1, 2**18), (10**9, 2**20)]
+)
+def test_pieces_divide_evenly_and_are_few(total: int, entries: int) -> None:
+    assert pieces.piece_entries(total) == entries
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 5, 64])
 def test_every_piece_has_one_owner(ranks: int) -> None:
     shapes = [(1000, 3000), (5,), (), (0,), (2**20 + 1,), (17, 3)]
