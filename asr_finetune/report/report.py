@@ -16,6 +16,7 @@ import jinja2
 from asr_finetune.console import duration
 from asr_finetune.files import write_text
 from asr_finetune.report import plots
+from asr_finetune.training.record import unit_name
 from asr_finetune.training.run_folder import RunFolder, by_test_set
 from dpkernels.errors import UserError
 from dpkernels.privacy import DELTAS, ClaimError, audit_ledger, claimed_epsilon, detection_bounds
@@ -82,7 +83,7 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         "ledger": ledger,
         "data": data,
         "second_opinion": _second_opinion(privacy) if private else None,
-        "unit": "speaker" if privacy["unit"] == "speaker" else "piece" if data.get("pieces") else "recording",
+        "unit": unit_name(run),
         "model": model,
         "origin": run.get("origin"),
         "method": _settings(run["method"], ("kind", "rank", "alpha", "dropout", "targets", "layers")),

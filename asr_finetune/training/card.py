@@ -14,6 +14,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from asr_finetune.files import write_text
+from asr_finetune.training.record import unit_name
 from asr_finetune.training.run_folder import by_test_set
 from dpkernels.rounding import shown_epsilon, shown_sigma
 
@@ -56,7 +57,7 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str) -> Path:
         noun="adapter" if adapter else "model",
         private=privacy["epsilon"] is not None,
         privacy=privacy,
-        unit={"speaker": "speaker"}.get(privacy["unit"], "recording"),
+        unit=unit_name(record),
         units=data["units"],
         model=model,
         method=record["method"],

@@ -7,7 +7,7 @@ keyed fingerprint. Nothing else in it is computed from that data without noise.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -125,6 +125,12 @@ def _filters(data: DataConfig) -> list[str]:
     if data.exclude_speakers is not None:
         filters.append("without chosen speakers (data.exclude_speakers)")
     return filters
+
+
+def unit_name(record: Mapping[str, Any]) -> str:
+    """What the ε of run.json's values protects, in a word: a recording, a piece of one, or a speaker."""
+    example = "piece" if record["data"].get("pieces") else "recording"
+    return "speaker" if record["privacy"]["unit"] == "speaker" else example
 
 
 def _shown(source: Any) -> Any:

@@ -169,6 +169,17 @@ def test_the_card_says_what_was_spent_and_measured(runs: Path) -> None:
     assert not any(f"{loss:.2f}" in text for loss in secrets)
 
 
+@pytest.mark.parametrize("pieces", [True, False])
+def test_a_cards_unit_is_a_piece_where_recordings_were_cut(tmp_path: Path, pieces: bool) -> None:
+    values = record_by_hand()
+    values["model"] |= {"vocabulary": 30, "new_head": False}
+    values["data"]["pieces"] = pieces
+    text = write_card(tmp_path, values, "run").read_text()
+    assert ("The guarantee is for a piece of a recording, not for a recording or a person." in text) is pieces
+    assert ("| Unit of privacy | one piece; " in text) is pieces
+    assert ("The guarantee is for a recording, not for a person." in text) is not pieces
+
+
 @pytest.mark.parametrize(
     "changes",
     [

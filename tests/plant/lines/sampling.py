@@ -30,6 +30,8 @@ LINES = (
             "tests/asr_finetune/data/test_repeats.py::test_a_speaker_may_repeat_a_recording": "one speaker's repetitions are left out without an error",
             "tests/asr_finetune/data/test_repeats.py::test_a_recording_of_two_speakers_is_refused_where_speakers_are_protected": "a recording of two speakers is refused where speakers are the unit",
             "tests/asr_finetune/data/test_pieces.py::test_several_pieces_of_a_recording_are_examples_only_where_that_is_said": "pieces of a recording count as examples only where that is said",
+            "tests/asr_finetune/report/test_report.py::test_the_unit_is_a_piece_where_recordings_were_cut": "the report then calls the unit a piece",
+            "tests/asr_finetune/training/test_export.py::test_a_cards_unit_is_a_piece_where_recordings_were_cut": "so does the model card",
             "tests/asr_finetune/data/test_pieces.py::test_no_sound_is_in_two_units": "pieces that share samples are refused",
             "tests/asr_finetune/data/test_pieces.py::test_the_same_piece_again_is_one_example": "a piece that is listed twice is one example",
             "tests/asr_finetune/data/test_several_sources.py::test_a_recording_in_two_sources_is_one_example_and_named": "a recording in two sources is one example",
@@ -226,6 +228,14 @@ LINES = (
                 'config.data.pieces == "refuse"',
                 "False",
                 "tests/asr_finetune/data/test_pieces.py::test_several_pieces_of_a_recording_are_examples_only_where_that_is_said",
+            ),
+            Fault(
+                "a piece called a recording",
+                "asr_finetune/training/record.py",
+                '"piece" if record["data"].get("pieces")',
+                '"piece" if False',
+                "tests/asr_finetune/report/test_report.py::test_the_unit_is_a_piece_where_recordings_were_cut",
+                "tests/asr_finetune/training/test_export.py::test_a_cards_unit_is_a_piece_where_recordings_were_cut",
             ),
             Fault(
                 "sound in two examples",
