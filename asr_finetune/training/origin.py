@@ -66,6 +66,16 @@ def run_of(model: str) -> RunFolder | None:
     return folder if path.is_dir() and folder.config.is_file() else None
 
 
+def origin_by_ledger(config: Config, ledger: Path) -> Origin | None:
+    """The run that the starting model comes from, without the recordings: a continued ledger begins with that run's."""
+    folder = run_of(config.model.name)
+    if folder is None or not config.privacy.enabled:
+        return None
+    earlier = folder.ledger.read_bytes() if folder.ledger.is_file() else b""
+    steps = read_ledger(folder.ledger).steps if earlier else 0
+    return Origin(folder, steps, bool(steps) and ledger.read_bytes().startswith(earlier), compared=True)
+
+
 def origin_of(config: Config, corpus: Corpus) -> Origin | None:
     """The run that the starting model comes from, and whether it had the same recordings.
 

@@ -19,6 +19,7 @@ import torch
 from asr_finetune.config.schema import Config, DataConfig
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.models.recognizer import Recognizer
+from asr_finetune.training.origin import origin_by_ledger
 from asr_finetune.training.run_folder import RunFolder, by_test_set
 from asr_finetune.training.sampling import units
 from asr_finetune.training.start import Run
@@ -62,6 +63,8 @@ def stopped_record(
     if spent is None:
         data["test_shares_training"] = None
     progress = {"steps": saved.step, "seconds": saved.seconds, "curve": saved.curve, "stopped": True}
+    origin = origin_by_ledger(config, folder.ledger)
+    progress["origin"] = None if origin is None else str(origin)
     privacy = privacy_record(config, spent, epsilon)
     evaluation = {"before": metrics.get("before"), "after": None, "non_private": None}
     return _record(config, recognizer, privacy, data, evaluation, progress)

@@ -17,6 +17,7 @@ from asr_finetune.planning.dry_run import check_run
 from asr_finetune.report.report import write_report
 from asr_finetune.report.verify import verify
 from asr_finetune.training import loop
+from asr_finetune.training.export import export
 from asr_finetune.training.run import train
 from dpkernels.privacy import epsilon, read_ledger
 from dpkernels.rounding import shown_epsilon
@@ -158,14 +159,18 @@ def test_a_ledger_without_steps_does_not_hide_the_earlier_ones(
 
 
 def test_a_killed_continuation_counts_everything(runs: Path) -> None:
-    config = following(runs)
+    config = following(runs, train__steps=3, train__checkpoint_every=1)
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 1, crash)
+        at_step(patch, 2, crash)
         with pytest.raises(Crash):
             train(config, progress=False)
+    export(config.output)  # from the checkpoint of the first step
+    stopped = json.loads((runs / "run" / "stopped.json").read_text())
+    assert stopped["origin"].startswith("run finished, on the same recordings: its 4 steps")
+    assert stopped["privacy"]["steps"] == EARLIER + 2
     result = train(config, progress=False)
-    assert read_ledger(runs / "run" / "ledger.jsonl").steps == EARLIER + 1 + 2
-    assert result.epsilon == pytest.approx(epsilon(SIGMA, RATE, EARLIER + 3, DELTA), rel=1e-9)
+    assert read_ledger(runs / "run" / "ledger.jsonl").steps == EARLIER + 2 + 2
+    assert result.epsilon == pytest.approx(epsilon(SIGMA, RATE, EARLIER + 4, DELTA), rel=1e-9)
 
 
 def test_dp_rp_trains_one_factor_on(runs: Path) -> None:
