@@ -254,12 +254,13 @@ LINES = (
             ),
             Fault(
                 "batch size in the ledger",
-                "dpkernels/privacy/engine.py",
-                "self._require_budget().spend()",
-                """budget = self._require_budget()
-        budget.spend()
-        if budget._ledger is not None and self._optimizer is not None:
-            budget._ledger._append({"kind": "epsilon", "examples": self._optimizer._batch.examples})""",
+                "dpkernels/privacy/step/optimizer.py",
+                "        self._spend()\n",
+                """        self._spend()
+        ledger = self._spend.__self__._ledger
+        if ledger is not None:
+            ledger._append({"kind": "epsilon", "examples": self._batch.examples})
+""",
                 "tests/privacy/accounting/test_ledger.py::test_the_ledger_says_nothing_about_the_data",
             ),
             Fault(

@@ -123,8 +123,8 @@ LINES = (
             Fault(
                 "every rank writes the ledger",
                 "dpkernels/privacy/ranks/group.py",
-                "        if self.is_first:\n            try:",
-                "        if self.is_first or function():\n            try:",
+                "            if self.is_first:\n                try:",
+                "            if self.is_first or function():\n                try:",
                 "tests/privacy/ranks/test_agreement.py::test_a_step_without_a_fault_is_counted_by_all_and_written_once",
             ),
             Fault(

@@ -67,13 +67,13 @@ LINES = (
             ),
             Fault(
                 "clip rate in the ledger",
-                "dpkernels/privacy/engine.py",
-                "self._require_budget().spend()",
-                """budget = self._require_budget()
-        budget.spend()
-        seen = self._optimizer.last_step if self._optimizer is not None else None
-        if budget._ledger is not None and seen is not None:
-            budget._ledger._append({"kind": "epsilon", "clip_rate": seen.clip_rate})""",
+                "dpkernels/privacy/step/optimizer.py",
+                "        self._spend()\n",
+                """        self._spend()
+        ledger, seen = self._spend.__self__._ledger, self.last_step
+        if ledger is not None and seen is not None:
+            ledger._append({"kind": "epsilon", "clip_rate": seen.clip_rate})
+""",
                 "tests/privacy/step/test_reporting.py::test_nothing_kept_holds_statistics_of_the_data",
             ),
             Fault(
