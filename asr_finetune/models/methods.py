@@ -57,6 +57,11 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     model = recognizer.base
     adapter = recognizer.model if recognizer.model is not model else None
     if adapter is not None:
+        if any(parameter.requires_grad for name, parameter in adapter.named_parameters() if "lora_" in name):
+            raise ConfigError(
+                f"method.kind={method.kind}: {recognizer.name} has an adapter already, of a method that was applied to "
+                "it; load it anew"
+            )
         _check_same_adapter(recognizer, method)
     if method.layers == "decoder" and recognizer.kind != "seq2seq":
         raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")

@@ -95,7 +95,7 @@ def test_the_report_shows_each(runs: Path) -> None:
         assert part in text, part
     assert "Left out of the test set other: 1 × no such file." in text
     assert "Left out of the test set clean" not in text
-    assert len(re.findall(r"4 of 5", text)) == 2  # before and after
+    assert len(re.findall(r"4 of 5", text)) == 3  # the headline, before and after
 
 
 def test_training_data_among_any_of_them_is_noticed(runs: Path) -> None:
