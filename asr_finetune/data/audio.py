@@ -118,11 +118,13 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
         else:
             raise AudioError("no audio: neither samples nor a file")
         try:
-            with soundfile.SoundFile(file) as opened:
-                rate, (start, end) = opened.samplerate, utterance.piece or (0.0, None)
-                opened.seek(round(start * rate))
-                count = -1 if end is None else round(end * rate) - round(start * rate)
-                samples = opened.read(count, dtype="float32")
+            frames: dict[str, int] = {}
+            if utterance.piece is not None:
+                rate = soundfile.info(file).samplerate
+                frames = dict(
+                    zip(("start", "stop"), (round(time * rate) for time in utterance.piece), strict=True)
+                )
+            samples, rate = soundfile.read(file, dtype="float32", **frames)
         except soundfile.LibsndfileError as error:
             raise AudioError(_unreadable(error)) from error
         if len(samples) / rate < utterance.seconds - HEADER_TOLERANCE:
