@@ -54,7 +54,7 @@ model, optimizer, loader = engine.make_private_with_epsilon(
     optimizer=torch.optim.AdamW(model.parameters(), lr=3e-2),
     data_loader=DataLoader(data, batch_size=options.batch_size),
     target_epsilon=8,
-    target_delta=1e-4,
+    target_delta=1e-5,
     steps=options.steps,
     max_grad_norm=1.0,
 )
@@ -77,7 +77,7 @@ saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "engi
 if ranks.is_first:
     print(f"{ranks.size} process{'es' if ranks.size > 1 else ''}, the same parameters in each")
     print(f"accuracy on the training data (NOT PRIVATE): {accuracy:.1%}")
-    print(f"epsilon = {engine.get_epsilon():.2f} at delta = {1e-4:.1e}")
+    print(f"epsilon = {engine.get_epsilon():.2f} at delta = {1e-5:.1e}")
     if options.save is not None:
         torch.save(saved, options.save)  # one file, for any number of processes
 engine.close()

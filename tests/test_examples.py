@@ -28,7 +28,7 @@ SHOWN = {
     "opacus_after": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "opacus_before": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "resume": r"checkpoint of step 5; the ledger holds 7 steps\n12 steps are spent.*\n.*: 12 steps in 2 runs",
-    "several_processes": r"1 process, the same parameters in each\n.*\nepsilon = [78]\.\d+ at delta = 1\.0e-04",
+    "several_processes": r"1 process, the same parameters in each\n.*\nepsilon = \d+\.\d+ at delta = 1\.0e-05",
     "speech": r"nothing was written or spent; a run would start[\s\S]*epsilon 7\.\d+ at delta 0\.01[\s\S]*report\.html",
     "strategies": r"the same update with every strategy",
 }
@@ -46,9 +46,9 @@ def test_every_example_has_a_line_here() -> None:
     assert {path.stem for path in FOLDER.glob("*.py")} == set(SHOWN)
 
 
-@pytest.mark.parametrize("name", [name for name in SHOWN if name not in QUICK])
+@pytest.mark.parametrize("name", [name for name in SHOWN if name not in (*QUICK, "opacus_before")])
 def test_names_of_this_project_are_there(name: str) -> None:
-    """In each example that is slow."""
+    """In each example that is slow, but the one that is of Opacus alone."""
     tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
     used = []
     for node in ast.walk(tree):
