@@ -38,11 +38,11 @@ LINES = (
             Fault(
                 "noise on every rank, before the sums are added up",
                 "dpkernels/privacy/step/optimizer.py",
-                "            self._exchange.sums_to_owners(self._sums())\n",
-                """            places = range(len(self._trained))
-            noise = self._stream.noise_secrets(places, draw=draw)
-            ops.noise_sums(self._sums(), **noise, noise_scale=self._release.noise_scale, divisor=1)
-            self._exchange.sums_to_owners(self._sums())
+                "                self._exchange.sums_to_owners(self._sums())\n",
+                """                places = range(len(self._trained))
+                noise = self._stream.noise_secrets(places, draw=draw)
+                ops.noise_sums(self._sums(), **noise, noise_scale=self._release.noise_scale, divisor=1)
+                self._exchange.sums_to_owners(self._sums())
 """,
                 f"{_SAME}[sgd-2]",
             ),
