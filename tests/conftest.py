@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.slow import thin
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -41,3 +43,8 @@ def _one_seed() -> None:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    thin(items)

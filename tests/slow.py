@@ -1,7 +1,8 @@
 """The mark `slow`: cases that `make test` leaves to `make test-slow`."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -51,3 +52,23 @@ def covering(
         case if number in quick else pytest.param(*case, marks=pytest.mark.slow)
         for number, case in enumerate(combinations)
     ]
+
+
+def thin(items: Sequence[pytest.Item]) -> None:
+    """Mark as slow all but every n-th case of the tests with the mark `thinned(n)`.
+
+    Cases that a line of the privacy design or one of its planted faults names stay in the default suite.
+    """
+    from tests.plant.lines import LINES
+
+    named = {test for line in LINES for test in line.tests}
+    named |= {test for line in LINES for fault in line.faults for test in fault.tests}
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("thinned")
+        if mark is None:
+            continue
+        function = item.nodeid.partition("[")[0]
+        if seen[function] % mark.args[0] and item.nodeid not in named:
+            item.add_marker(pytest.mark.slow)
+        seen[function] += 1

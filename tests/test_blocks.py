@@ -124,6 +124,7 @@ def sums(
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass", *slow_cases("mixed", "per_layer")])
 def test_clipped_sums_are_those_of_uncompiled_blocks(strategy: str) -> None:
     backend, graphs, runs = counting()

@@ -64,6 +64,7 @@ def test_names_of_this_project_are_there(name: str) -> None:
     assert [name for name in used if not hasattr(importlib.import_module(name[0]), name[1])] == []
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", [*QUICK, *slow_cases(*(name for name in SHOWN if name not in QUICK))])
 def test_runs_from_top_to_bottom(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

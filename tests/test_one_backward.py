@@ -159,6 +159,7 @@ def relative_distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> floa
     return (difference / sum(float(t.square().sum()) for t in right.values())) ** 0.5
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     names=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=4),
@@ -184,6 +185,7 @@ def test_random_models(
     assert relative_distance(actual, expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sorted(LAYERS))
 def test_each_layer_in_each_dtype(name: str, dtype: torch.dtype) -> None:

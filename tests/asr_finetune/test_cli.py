@@ -318,6 +318,7 @@ def test_a_missing_synthesiser_is_a_message(
     assert "error: pip install it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_new_target_has_its_noise_planned_and_trained_with(tmp_path: Path) -> None:
     """--epsilon goes over a noise multiplier of the file."""
     tones.write_manifest(tmp_path, 12)

@@ -68,6 +68,7 @@ def test_the_table_has_the_zoo() -> None:
     assert {(library, name, method) for library, name in names for method in METHODS} <= set(recorded())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*QUICK, *slow_cases(*SLOW)])
 def test_a_part_of_it_is_as_recorded(name: str) -> None:

@@ -175,6 +175,7 @@ def test_memory_is_measured_in_fresh_processes() -> None:
     assert small < large
 
 
+@pytest.mark.slow
 def test_gpu_script_refuses_without_a_gpu_and_prints_its_parts() -> None:
     dry = run("-m", "bench.gpu.run", "--dry-run", WHEELS="some-wheels", OUT="some-folder")
     assert dry.returncode == 0, dry.stderr

@@ -121,6 +121,7 @@ def test_a_layer_called_twice_is_refused_unless_its_type_is_left_out() -> None:
         assert ghost_norms(Twice(), x, g)["norm.weight"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_import_opacus() -> None:
     code = "import sys, dpkernels; dpkernels.opacus.register; print('opacus' in sys.modules)"
     root = Path(__file__).resolve().parents[2]

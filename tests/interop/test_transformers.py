@@ -201,6 +201,7 @@ def in_float64(make: Callable[[], Made]) -> tuple[nn.Module, Callable[..., Tenso
 MODELS = [parakeet, wav2vec2_bert, whisper, gpt2, bert, llama]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("make", MODELS)
 def test_full_fine_tuning(make: Callable[[], Made]) -> None:
     """In float64, so that a fault in any one parameter shows, however small its gradient is."""

@@ -21,6 +21,7 @@ values = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_exactly_within_and_not_smaller_than_needed(dtype: torch.dtype, backend: str) -> None:

@@ -65,6 +65,7 @@ def test_keystream(blocks: int, shift: int) -> None:
     assert not memory[64 * blocks + shift :].any()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("count", [1, 7, 8, 3001])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -79,6 +80,7 @@ def test_normals(count: int, dtype: torch.dtype, shift: int) -> None:
     assert not memory[count + shift :].any()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     slow_unless(
@@ -122,6 +124,7 @@ def test_buffers_at_odd_addresses() -> None:
     assert_same(*both(step))
 
 
+@pytest.mark.slow
 def test_more_tensors_than_one_launch_holds() -> None:
     def step() -> list[Tensor]:
         counts = [(37 * i) % 100 for i in range(300)]

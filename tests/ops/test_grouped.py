@@ -64,6 +64,7 @@ def test_same_bits_as_layer_by_layer(backend: str) -> None:
     check_same_as_one_by_one()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "out"),
     in_turns([torch.float32, torch.float16, torch.bfloat16], [torch.float64, torch.float32]),

@@ -165,6 +165,7 @@ def radius_shared(z: Tensor) -> Tensor:
     return rounds.view(-1)
 
 
+@pytest.mark.thinned(2)
 @needs_native
 @pytest.mark.parametrize(
     ("fault", "message"),

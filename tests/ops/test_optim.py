@@ -153,6 +153,7 @@ def of_torch(name: str, params: list[Tensor], dtype: torch.dtype, steps: int) ->
     return [p.detach() for p in mine]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "dtype"), covering(OPTIMIZERS, [torch.float64, torch.float32], together=1), ids=str
 )

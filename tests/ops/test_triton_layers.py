@@ -163,6 +163,7 @@ IDS: dict[str, Any] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("kind", "dtype"), in_turns(IDS, [d for d in DTYPES if d != torch.float64]))
 def test_runs_of_equal_ids(triton_backend: str, kind: str, dtype: torch.dtype) -> None:
     ids, g = IDS[kind](3, 40), torch.randn(3, 40, 7).to(dtype)

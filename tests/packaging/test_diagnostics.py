@@ -40,6 +40,7 @@ def library_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     native.library.cache_clear()
 
 
+@pytest.mark.slow
 def test_as_a_program_it_shows_versions_libraries_and_each_op() -> None:
     done = subprocess.run([sys.executable, "-m", "dpkernels"], capture_output=True, text=True, check=True)
     text = " ".join(done.stdout.split())

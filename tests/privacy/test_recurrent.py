@@ -38,6 +38,7 @@ def losses(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return F.cross_entropy(model(*batch[:2]), batch[2], reduction="none")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("strategy", "kind"), covering(STRATEGIES, [nn.LSTM, nn.GRU, nn.RNN], together=1))
 def test_packed_layers_train_and_pass_the_self_check(kind: type[nn.RNNBase], strategy: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -154,6 +154,7 @@ def tiny(name: str, stand_ins: dict[str, Path], output: Path, *settings: str) ->
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [*QUICK, *slow_cases(*(name for name in (*LIBRISPEECH, *WARM) if name not in QUICK))],
@@ -220,6 +221,7 @@ def parameters(name: str, config: Config) -> int:
     return trained_parameters(recognizer.model)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LIBRISPEECH)
 def test_the_table_in_the_docs_is_the_recipes(name: str) -> None:
     first, _ = DOCS.read_text().split("\n## Hours", maxsplit=1)

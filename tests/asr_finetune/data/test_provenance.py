@@ -121,6 +121,7 @@ def test_validation_data_may_not_be_training_data(folder: Path) -> None:
         assert train(with_curve(folder, "valid"), progress=False).steps == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "shared"), [("both", True), ("valid", False)])
 def test_test_data_that_is_training_data_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str], split: str, shared: bool

@@ -67,6 +67,7 @@ def test_a_missing_output_layer_is_refused_with_the_fix(
     assert small_models.load(folder, new_head=True, vocabulary="own").new_head
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", ["lora", "dp_rp"])
 @pytest.mark.parametrize("vocabulary", ["own", "characters"])
 def test_two_loads_of_one_adapter_are_one_model_where_the_output_layer_is_new(

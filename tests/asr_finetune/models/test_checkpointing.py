@@ -40,6 +40,7 @@ def with_dropout(recognizer: Recognizer) -> Recognizer:
     return recognizer
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "strategy"), covering(["parakeet", "whisper"], STRATEGIES, together=1))
 def test_the_masks_of_dropout_are_those_of_the_forward(
     folders: dict[str, Path], family: str, strategy: str, monkeypatch: pytest.MonkeyPatch

@@ -105,6 +105,7 @@ def test_checkpoints_within_a_compiled_block_are_taken_off(folders: dict[str, Pa
     assert all(".decoder" in name for name in on)
 
 
+@pytest.mark.slow
 def test_a_copy_and_a_rehearsal_are_not_compiled(folders: dict[str, Path]) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("compiled")

@@ -102,6 +102,7 @@ def test_adapters_and_models_keep_their_language(folders: dict[str, Path], tmp_p
     assert prompted(load(tmp_path / "adapter", language="en")) == ["<|en|>", "<|translate|>"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["de", None])
 def test_the_report_says_it(language: str | None, tmp_path: Path) -> None:
     run = report_run.record()

@@ -137,6 +137,7 @@ def test_adapters_load_in_plain_peft(
     torch.testing.assert_close(small_models.logits(own, batch), expected)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "kind"), covering(["parakeet", "wav2vec2-bert"], EXPECTED, together=1))
 def test_an_old_head_trains_with_any_method_where_asked(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
@@ -154,6 +155,7 @@ def test_an_old_head_trains_with_any_method_where_asked(
     torch.testing.assert_close(small_models.logits(loaded, batch), small_models.logits(recognizer, batch))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "kind"), covering(["parakeet", "wav2vec2-bert"], EXPECTED, together=1))
 def test_a_new_head_trains_with_any_method_and_is_saved(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path

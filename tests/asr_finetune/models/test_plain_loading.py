@@ -116,6 +116,7 @@ def trained(base: Path, folder: Path, new_head: bool, methods: Sequence[str]) ->
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "methods"),
     [

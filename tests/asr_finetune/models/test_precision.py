@@ -105,6 +105,7 @@ def made_private(engine: PrivacyEngine, recognizer: Recognizer, **options: Any) 
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("family", "kind"), EVERY)
 def test_what_is_trained_is_float32_and_the_rest_is_half(
     folders: dict[str, Path], family: str, kind: str
@@ -118,6 +119,7 @@ def test_what_is_trained_is_float32_and_the_rest_is_half(
         assert parameter.dtype == (torch.float32 if whole else HALF), name
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_each_utterances_gradient_is_what_autograd_says(
     folders: dict[str, Path], family: str, kind: str
@@ -140,12 +142,14 @@ def test_each_utterances_gradient_is_what_autograd_says(
     }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_the_private_sum_is_the_gradient_in_float32(folders: dict[str, Path], family: str, kind: str) -> None:
     exact = one_by_one(prepared(folders[family], kind, "float32"))
     assert distance(privately(prepared(folders[family], kind, "float32")), exact) < 1e-4
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "kind"), slow_unless(lambda *case: case in TAME_QUICK, TAME))
 def test_and_near_it_under_autocast(folders: dict[str, Path], family: str, kind: str) -> None:
     """Where these small random models are no worse than a few per cent in bfloat16; padding included."""
@@ -175,6 +179,7 @@ def test_no_utterance_adds_more_than_its_norm_says_under_autocast(
             assert 0 < adds <= (float(norm_sq[sample].sqrt()) if clip is None else clip)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_what_an_utterance_adds_does_not_know_the_rest_of_its_batch_under_autocast(
     folders: dict[str, Path], family: str, kind: str

@@ -99,6 +99,7 @@ def test_it_writes_draws_and_spends_nothing(folder: Path, monkeypatch: pytest.Mo
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_it_goes_the_way_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise and trained parameters are those that `train` then has; asked the same, σ is not calibrated twice."""
     monkeypatch.setattr(sampling, "noise_multiplier", functools.cache(sampling.noise_multiplier))
@@ -202,6 +203,7 @@ BROKEN: list[tuple[Break, str, str, set[str]]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("damage", "what", "message", "fail"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
 )
@@ -237,6 +239,7 @@ def test_what_is_left_out_is_named_as_in_a_run(folder: Path) -> None:
     assert "\n  ...\n" in found
 
 
+@pytest.mark.slow
 def test_warnings_stand_in_the_table(folder: Path) -> None:
     quick = {"privacy__accountant": "rdp"}  # the other takes seconds at such a delta
     found = checks(folder, data__test=str(folder / "tones.jsonl"), privacy__delta=0.2, **quick)

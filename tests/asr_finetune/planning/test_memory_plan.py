@@ -69,6 +69,7 @@ def prepared(folder: Path, kind: Any) -> Recognizer:
     return recognizer
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("name", "kind", "strategy"),
     covering(FAMILIES, ["lora", "full"], strategies(), together=1),
@@ -120,6 +121,7 @@ def blocks() -> Recognizer:
     return recognizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda", *slow_cases("cpu")])
 def test_checkpointing_holds_less(target: Target) -> None:
     blocks = tiny_parakeet(list(tones.WORDS), hidden=32, layers=3, heads=2, channels=8)

@@ -70,6 +70,7 @@ def test_sizes() -> None:
 LENGTH: dict[str, Any] = {"delta": 1e-4, "steps": 20}
 
 
+@pytest.mark.slow
 def test_the_accountant_of_the_configuration() -> None:
     sampling = sampled(1000, 50)
     pld, rdp = (
@@ -128,6 +129,7 @@ def test_training_with_filled_micro_batches_sees_every_example_once(tmp_path: Pa
     assert [entry["examples"] for entry in result.history] == [12]
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_model_loads_no_transformers() -> None:
     size = [
         "--examples",

@@ -72,6 +72,7 @@ def test_an_honest_run_agrees(run: Path) -> None:
     assert exit_code(run) == 0
 
 
+@pytest.mark.slow
 def test_a_finished_and_a_stopped_run_agree(runs: Path) -> None:
     write_report(runs / "finished", runs / "finished" / "report.html")
     for name in ("finished", "stopped"):
@@ -152,6 +153,7 @@ TAMPERED: dict[str, Callable[[list[bytes]], list[bytes]]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("tampered", TAMPERED)
 def test_a_tampered_ledger_differs(run: Path, tampered: str) -> None:
     ledger = run / "ledger.jsonl"
@@ -210,6 +212,7 @@ def test_carried_steps_count(tmp_path: Path) -> None:
     assert composed(chain, DELTA, "pld") > composed(read_chain(path.read_bytes()), 10 * DELTA, "pld")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_epsilon_is_that_of_dp_accounting(tmp_path: Path, accountant: str) -> None:
     path = tmp_path / "ledger.jsonl"

@@ -74,6 +74,7 @@ def test_a_stopped_run_is_exported_reported_and_verified(runs: Path) -> None:
     assert {"ε in report.html", "ε in adapter/README.md"} <= {finding.what for finding in verify(run)}
 
 
+@pytest.mark.slow
 def test_an_exported_run_can_be_continued(runs: Path) -> None:
     run = runs / "stopped"
     export(run)

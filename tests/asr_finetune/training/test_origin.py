@@ -99,6 +99,7 @@ def test_other_recordings_have_their_own_epsilon(runs: Path, capsys: pytest.Capt
     assert result.epsilon == pytest.approx(epsilon(5.0, RATE, 2, DELTA), rel=1e-9)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -137,6 +138,7 @@ def test_nothing_private_starts_from_the_same_recordings_without_privacy(
     assert "run plain, without privacy: no ε protects" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_a_ledger_without_steps_does_not_hide_the_earlier_ones(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_ledger_without_steps_does_not_hide_the_earlier_ones(
     assert read_ledger(ledger).steps == EARLIER + 2
 
 
+@pytest.mark.slow
 def test_a_killed_continuation_counts_everything(runs: Path) -> None:
     config = following(runs, train__steps=3, train__checkpoint_every=1)
     with pytest.MonkeyPatch.context() as patch:

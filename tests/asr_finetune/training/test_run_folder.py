@@ -148,6 +148,7 @@ def test_what_does_not_decode_is_not_counted(folder: Path, capsys: pytest.Captur
     assert "1 recordings could not be read during training" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_step_stops_before_the_evaluation(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals

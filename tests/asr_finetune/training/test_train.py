@@ -496,6 +496,7 @@ def test_adapters_load_back(folder: Path) -> None:
     assert any(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_method_is_refused(folder: Path) -> None:
     config = crash_at(folder, 6)
     other = small(folder, method__kind="full")

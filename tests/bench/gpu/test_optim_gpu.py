@@ -34,6 +34,7 @@ def fused_step(name: str, given: optim_gpu.Buffers) -> None:
     call(name, given.table, ctypes.c_int64(len(given.table)), *settings, None)
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_awkward_buffers_get_the_cpus_bits(dtype: torch.dtype) -> None:
@@ -46,6 +47,7 @@ def test_awkward_buffers_get_the_cpus_bits(dtype: torch.dtype) -> None:
     )  # its bits are nobody's promise
 
 
+@pytest.mark.slow
 @needs_native
 def test_extreme_words_get_the_cpus_bits() -> None:
     words = optim_gpu.extreme_words()

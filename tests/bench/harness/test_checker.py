@@ -52,6 +52,7 @@ class Refuses(NonPrivate):
 PLANTED = {"after the sum": ClipsAfterTheSum, "one short": ForgetsOneParameter, "NaN": GivesNaN}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["tiny-lora-mixed", "lora-layer", "depthwise-layer", *slow_cases("tiny-lora", "tiny-full")]
 )

@@ -177,6 +177,7 @@ def test_a_saved_private_model_loads_without_this_package(tmp_path: Path) -> Non
     assert done.stdout.split() == ["True", "Linear"], done.stderr
 
 
+@pytest.mark.slow
 def test_a_private_model_can_be_sent_to_a_spawned_process() -> None:
     model = swap(nn.Sequential(nn.Linear(4, 4), nn.PReLU()))
     attach(model)

@@ -68,6 +68,7 @@ CONV2D: list[tuple[tuple[Any, ...], dict[str, Any], type]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", range(len(CONV1D)))
 def test_conv1d(case: int, dtype: torch.dtype) -> None:

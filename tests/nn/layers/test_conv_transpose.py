@@ -75,6 +75,7 @@ def test_conv3d(case: int, dtype: torch.dtype) -> None:
     check(nn.Conv3d(*args, **kwargs, dtype=dtype), torch.randn(3, args[0], *SPACE[3]).to(dtype), kind)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", range(len(TRANSPOSED)))
 def test_transposed(case: int, dtype: torch.dtype) -> None:

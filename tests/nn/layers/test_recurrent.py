@@ -117,6 +117,7 @@ def test_norms_and_sums_are_those_of_each_example_alone(
     )
 
 
+@pytest.mark.thinned(3)
 @ANY_KIND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", ["", "any order"])
@@ -145,6 +146,7 @@ def private_and_plain(layer: nn.RNNBase) -> tuple[nn.RNNBase, nn.RNNBase, Tape]:
     return ghost, layer, attach(ghost)
 
 
+@pytest.mark.thinned(3)
 @ANY_KIND
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("packed", ["", "sorted", "any order"])
@@ -190,6 +192,7 @@ def test_autocast_does_not_hide_a_later_ordinary_use_of_a_weight() -> None:
     assert layer.weight_hh_l0.grad is not None
 
 
+@pytest.mark.thinned(2)
 @ANY_KIND
 def test_gradcheck_of_input_and_first_states(kind: str) -> None:
     layer: Any = swap(KINDS[kind](2, 3, 2, bidirectional=True).double())

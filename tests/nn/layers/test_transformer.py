@@ -135,6 +135,7 @@ def test_gradients_in_other_dtypes(dtype: torch.dtype) -> None:
         check_private(Batched(module, False, masked=False), loss, inputs(count, 3, dtype))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", MODULES)

@@ -243,6 +243,7 @@ def test_an_exhausted_step_changes_nothing() -> None:
     assert run.model.last.weight.equal(before)
 
 
+@pytest.mark.slow
 def test_make_private_with_epsilon_spends_the_whole_budget() -> None:
     run = private_run_with_epsilon(steps=6)
     assert train(run) == 6

@@ -173,6 +173,7 @@ def test_takes_the_steps_of_whole_replicas(processes: Processes, size: int) -> N
 QUICK = ("strategy=two_pass", "checkpointing", "empty ranks", "out of memory on rank 1")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("settings", "size"), slow_unless(lambda name, _: name in QUICK, [(name, 2) for name in SETTINGS if name])
 )
@@ -263,6 +264,7 @@ def of_model(rank: int, group: Any, name: str, how: str) -> Any:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("how", ["shard_frozen", "private layers first", "fully_shard"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_many_kinds(processes: Processes, name: str, how: str) -> None:
@@ -340,6 +342,7 @@ def faulty(rank: int, group: Any, fault: str) -> Tensor:
     return model.get_parameter(f"{BASE}.weight").full_tensor()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_frozen_weight_must_not_change(processes: Processes, fault: str) -> None:
     for result in processes.run(faulty, 2, fault):

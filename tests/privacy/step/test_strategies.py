@@ -49,6 +49,7 @@ def way(value: Any) -> str | None:
 # --- 1, 3, 6: the clipped sum of one-by-one gradients
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("strategy", "kind", "checkpointed"),
     covering(STRATEGIES, KINDS, [False, True], also=[("two_pass", "tied", False)]),
@@ -77,6 +78,7 @@ def test_a_half_precision_base_with_float32_adapters(strategy: str, checkpointed
     assert 0.9 < excess(run) <= 1.0
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("strategy", "kind", "bound", "checkpointed"),
     covering(STRATEGIES, KINDS, [1e-3, 0.3], [False, True], also=[("per_layer", "full", 1e-3, False)]),
@@ -436,6 +438,7 @@ def test_a_weight_read_past_its_layer_is_refused_in_every_strategy(strategy: str
     assert run.engine.steps == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "bound"), [("two_pass", 1.0), ("per_layer", [0.5] * 8)])
 def test_a_target_epsilon_serves_every_strategy(strategy: str, bound: Any) -> None:
     model, data = Net(), private_run().data
