@@ -27,7 +27,7 @@ CAUGHT, NOT_CAUGHT, STALE, TIMEOUT, ERROR = "caught", "NOT CAUGHT", "stale", "ti
 BUILT = ("dpkernels/lib/*.so",)
 # How a test fails where a fault uses a name that its file does not have (any more): this does not show that the test
 # notices the fault.
-MISSING_NAMES = re.compile(r"(NameError|UnboundLocalError):|AttributeError: .* has no attribute")
+MISSING_NAME = re.compile(r"(?:NameError|UnboundLocalError|AttributeError): .*'(\w+)'")
 WORKER = Path(__file__).with_name("worker.py")
 # What tests import before the sources, and takes seconds.
 PRELOADED = (
@@ -119,14 +119,14 @@ class Copy:
         with planted(self.folder, fault) as there:
             if not there:
                 return Outcome(STALE, detail=f"{fault.path} has its text not exactly once")
-            word, detail = self.run_tests(fault.tests, timeout)
+            word, detail = self.run_tests(fault.tests, timeout, fault.new)
         return Outcome(word, time.monotonic() - began, detail)
 
-    def run_tests(self, tests: Sequence[str], timeout: float) -> tuple[str, str]:
+    def run_tests(self, tests: Sequence[str], timeout: float, planted: str = "") -> tuple[str, str]:
         """Run these tests: NOT_CAUGHT where all pass, CAUGHT where one of them fails while it runs.
 
         ERROR is whatever else ends pytest: a module that cannot be imported, a fixture that raises, no test of that
-        name; and a test that fails for a name that is missing.
+        name; and a test that fails since a name is missing that stands in `planted`, the text of the fault.
         """
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
@@ -140,7 +140,9 @@ class Copy:
             failures = failed(report, tests) if code == 1 and report.is_file() else []
             if failures:
                 name, message = failures[0]
-                return ERROR if MISSING_NAMES.match(message) else CAUGHT, f"{name}: {message}"
+                missing = MISSING_NAME.match(message)
+                stale = missing is not None and re.search(rf"\b{missing[1]}\b", planted) is not None
+                return ERROR if stale else CAUGHT, f"{name}: {message}"
             return ERROR, f"pytest ended with {code}: {' | '.join(said.strip().splitlines()[-3:])}"
 
     def _ask(self, request: list[Any]) -> tuple[int | None, str]:

@@ -246,7 +246,7 @@ LINES = (
                 "dpkernels/privacy/step/optimizer.py",
                 """        self._spend()
         self._guard.at_step()""",
-                """        if fused:
+                """        if self._fused:
             self._fused_step(self._stream.next_draw())
         self._spend()
         self._guard.at_step()""",

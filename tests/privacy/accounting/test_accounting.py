@@ -170,10 +170,10 @@ def test_arguments_out_of_range() -> None:
 
 
 def test_delta_of_one_over_n_warns() -> None:
-    with pytest.warns(UserWarning, match="1/N"):
+    with pytest.warns(UserWarning, match=r">= 1/N .*one record outright"):
         epsilon(2.0, 0.1, 1, 1 / 40, dataset_size=40)
     run = private_run()
-    with pytest.warns(UserWarning, match="1/N"):
+    with pytest.warns(UserWarning, match=r">= 1/N .*one record outright"):
         run.engine.get_epsilon(0.05)
     with pytest.warns(
         UserWarning, match=r"delta=0\.0225 is close to 1/N .*probability of 60%.*at most 0\.1/N"
