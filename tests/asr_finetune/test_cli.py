@@ -55,6 +55,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = invoke(command, "--help")
@@ -273,6 +274,7 @@ def test_version() -> None:
     assert (result.exit_code, result.output.split()[0]) == (0, "asr-finetune")
 
 
+@pytest.mark.slow
 def test_a_warning_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -212,6 +212,7 @@ def test_full_fine_tuning(make: Callable[[], Made]) -> None:
     assert len(seen) == sum(len(r.parameters) for r in private.records)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("make", MODELS)
 def test_lora(make: Callable[[], Made]) -> None:
     torch.manual_seed(0)
@@ -225,6 +226,7 @@ def test_lora(make: Callable[[], Made]) -> None:
     check_private(model, loss, batch, tolerance=1e-4)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("make", MODELS)
 def test_state_dict_and_forward_survive_the_swap(make: Callable[[], Made]) -> None:
     torch.manual_seed(0)

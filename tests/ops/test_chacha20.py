@@ -267,6 +267,7 @@ def assert_standard_normal(z: Tensor) -> None:
         assert abs(z.pow(power).mean().item() - mean) < 5 * math.sqrt(variance / n), f"moment {power}"
 
 
+@pytest.mark.slow
 def test_four_million_draws_are_standard_normal() -> None:
     z = draw(4_000_000)
     assert_standard_normal(z)

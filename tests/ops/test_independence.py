@@ -16,6 +16,7 @@ def test_a_norm_does_not_depend_on_the_rest_of_the_batch(backend: str, family: s
     alone_is_the_same(make(family, 3, frames, 48, 40, dtype=torch.bfloat16))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", WITH_LENGTHS)
 def test_a_norm_does_not_depend_on_padding(backend: str, family: str) -> None:
     lengths = torch.tensor([150, 1, 129, 0, 64])

@@ -211,6 +211,7 @@ def restored() -> Iterator[None]:
     native.set_isa("")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "SGD, nesterov"])
 def test_same_bits_for_every_instruction_set_and_thread_count(

@@ -147,6 +147,7 @@ def test_the_guard_changes_no_setting_that_other_threads_see() -> None:
     assert torch.get_float32_matmul_precision() == "medium"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast_changes_no_bit(backend: str, family: str) -> None:
     case, factors = make(family, 2, 50, 24, 12), torch.tensor([0.5, 1.0])

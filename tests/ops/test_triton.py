@@ -119,6 +119,7 @@ def test_every_lora_rank(rank: int, dtype: torch.dtype) -> None:
     alone_is_the_same(case)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", ["linear", "lora", "bias"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_aligned_loads_change_nothing(family: str, dtype: torch.dtype) -> None:

@@ -52,6 +52,7 @@ TAPS = [(1, "contiguous"), (12, "channels last"), (13, "contiguous"), (33, "cont
 
 
 # around depthwise_conv1d.MOST_TAPS
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("taps", "layout"),
     slow_unless(
@@ -71,6 +72,7 @@ def test_any_number_of_taps(triton_backend: str, taps: int, layout: str) -> None
     torch.testing.assert_close(out, 0.5 * exact[0] + 2 * exact[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "geometry",
     [
@@ -100,6 +102,7 @@ def test_more_frames_than_one_float32_sum_takes(triton_backend: str, layout: str
     check(ops.depthwise_conv1d_norm_sq(x, g, kernel_size=3, **geometry), gradients(x, g, 3, geometry))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "dtype"),
     [(7, torch.float32), (8, torch.bfloat16), pytest.param(72, torch.bfloat16, marks=pytest.mark.slow)],

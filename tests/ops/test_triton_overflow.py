@@ -46,6 +46,7 @@ def test_an_overflow_is_noticed_here_and_only_here() -> None:
     assert int(out) == 46341**2 - 2**32
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_and_sums(family: str) -> None:
     """Several tiles each way, a part of one, and samples of unlike lengths."""

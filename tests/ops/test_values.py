@@ -24,6 +24,7 @@ def test_norms_and_sums(backend: str, family: str, dtype: torch.dtype, size: tup
     sums_match(case, dtype, torch.rand(case.batch) - 0.3, start=1.5)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bound_costs_little(backend: str, family: str) -> None:
     """Signed bias: always above, and on average by less than the table says."""

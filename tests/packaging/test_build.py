@@ -232,6 +232,7 @@ def test_the_library_is_the_one_of_this_version(cpu_wheel: Path) -> None:
     assert library.dpk_abi_version() == native.ABI_VERSION
 
 
+@pytest.mark.slow
 def test_auto_without_a_compiler_warns_and_builds_none(
     source: Path, bare_python: Path, tmp_path: Path
 ) -> None:
@@ -267,6 +268,7 @@ REQUESTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "tools", "message"), REQUESTS, ids=["value", "cpu", "cuda", "CXX", "cmake"]
 )

@@ -121,6 +121,7 @@ REFUSED: dict[str, Any] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("name", "strategy"),
     covering(

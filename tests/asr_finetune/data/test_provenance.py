@@ -112,6 +112,7 @@ def with_curve(folder: Path, split: str) -> Config:
     return config(folder, data__valid=manifest, data__valid_split=split, train__eval_every=1)
 
 
+@pytest.mark.slow
 def test_validation_data_may_not_be_training_data(folder: Path) -> None:
     with tones.one_thread():
         with pytest.raises(ConfigError, match=r"data\.valid: 4 of its 8 recordings are training.*again-0"):
@@ -164,6 +165,7 @@ def test_of_the_training_data_only_n_is_released(folder: Path) -> None:
     assert data["fingerprint"] == fingerprint(corpus, bytes.fromhex(key))
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from asr_finetune.training import loop
 

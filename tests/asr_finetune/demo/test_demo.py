@@ -139,6 +139,7 @@ def first_and_last_loss(folder: Path) -> tuple[float, float]:
     return before, loss()
 
 
+@pytest.mark.slow
 def test_a_fresh_small_model_learns(tmp_path: Path) -> None:
     before, after = first_and_last_loss(tmp_path)
     assert after < 0.2 * before

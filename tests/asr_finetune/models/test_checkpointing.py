@@ -54,6 +54,7 @@ def test_the_masks_of_dropout_are_those_of_the_forward(
         assert torch.equal(again[name], value), name
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", sorted(small_models.FAMILIES))
 def test_blocks_are_recomputed_in_training_only(folders: dict[str, Path], family: str) -> None:
     recognizer = prepared(folders[family], "lora")
@@ -98,6 +99,7 @@ def settings(folder: Path, **changes: Any) -> Config:
     return Config.from_dict(tones.settings(folder, **{**values, **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [True, False])
 def test_a_run_turns_it_on_before_the_self_check(
     folder: Path, private: bool, monkeypatch: pytest.MonkeyPatch

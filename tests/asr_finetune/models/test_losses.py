@@ -89,6 +89,7 @@ def no_class(recognizer: Recognizer) -> list[torch.Tensor]:
     return [*found, text[:1].repeat(25)]  # one more than the decoder's positions
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert", "wav2vec2", "whisper"])
 def test_an_impossible_label_adds_nothing_and_moves_no_other_utterance(
     folders: dict[str, Path], family: str

@@ -97,6 +97,7 @@ def private_step(recognizer: Recognizer, lengths: tuple[int, ...] = small_models
     model.eval()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "kind"), covering(small_models.FAMILIES, EXPECTED, together=1))
 def test_exactly_these_parameters_train_and_all_take_a_private_step(
     folders: dict[str, Path], family: str, kind: str
@@ -112,6 +113,7 @@ def test_exactly_these_parameters_train_and_all_take_a_private_step(
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"),
     slow_unless(
@@ -250,6 +252,7 @@ def test_the_encoder_of_a_ctc_model_is_all_but_its_head(folders: dict[str, Path]
     assert everything - names == {"lm_head.weight", "lm_head.bias"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [

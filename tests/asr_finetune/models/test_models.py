@@ -99,6 +99,7 @@ def test_an_unusable_utterance_has_loss_and_gradient_zero(folders: dict[str, Pat
     assert recognizer.transcribe(batch)[0] == recognizer.transcribe(batch, ["low"])[0] == ""
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", CTC)
 def test_lengths_are_the_frames_of_the_output(folders: dict[str, Path], family: str) -> None:
     """For any length that is no problem the features exist, and `length` counts the logits' frames."""
@@ -133,6 +134,7 @@ def test_what_the_vocabulary_or_the_length_forbids_is_named(folders: dict[str, P
     assert "no CTC alignment" in long
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", CTC)
 def test_where_no_problem_is_seen_the_loss_is_finite(folders: dict[str, Path], family: str) -> None:
     """The longest transcript that passes has an alignment, the next has none."""

@@ -157,6 +157,7 @@ def test_and_near_it_under_autocast(folders: dict[str, Path], family: str, kind:
     assert 0 < distance(privately(prepared(folders[family], kind)), exact) < 0.12
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_no_utterance_adds_more_than_its_norm_says_under_autocast(
     folders: dict[str, Path], family: str, kind: str
@@ -217,6 +218,7 @@ def test_the_runs_self_check_asks_in_its_own_arithmetic_too(
             self_check(engine, recognizer, uncached, lengths, 3, Reporter(False))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_near_those_of_float32(folders: dict[str, Path], family: str) -> None:
     recognizer, whole = prepared(folders[family], "lora"), prepared(folders[family], "lora", "float32")

@@ -115,6 +115,7 @@ def test_it_goes_the_way_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert f"{values['model']['trained_parameters']:,} parameters" in found["method"].found
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued(folder: Path) -> None:
     config = crash_at(folder, 3)
     ledger = Path(config.output) / "ledger.jsonl"
@@ -133,6 +134,7 @@ def test_a_run_without_privacy(folder: Path) -> None:
     assert "NOT PRIVATE" in found["privacy"].found
 
 
+@pytest.mark.slow
 def test_a_run_that_protects_speakers(folder: Path) -> None:
     """Eight utterances of four speakers; `plan` states the same rate and ε for the same file."""
     speakers = {"privacy__unit": "speaker", "privacy__max_examples_per_speaker": 3, "train__batch_size": 8}
@@ -218,6 +220,7 @@ def test_what_would_stop_a_run_is_found(
         assert found[other].found.startswith("not checked: needs ")
 
 
+@pytest.mark.slow
 def test_recordings_that_do_not_decode_are_counted(folder: Path) -> None:
     names = [write(folder / "flac" / f"{index}.flac", 1.0, seed=index).name for index in range(12)]
     broken = folder / "flac" / names[3]

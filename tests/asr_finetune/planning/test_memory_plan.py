@@ -95,6 +95,7 @@ def test_live_bytes_with_checkpointing_are_predicted(
     assert predicted.total == pytest.approx(measured(recognizer, item, 4, strategy), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_the_model_as_it_is(folders: dict[str, Path]) -> None:
     recognizer = prepared(folders["parakeet"], "lora")
     before = {name: value.clone() for name, value in recognizer.model.state_dict().items()}
@@ -232,6 +233,7 @@ def test_the_table_says_what_to_set() -> None:
     assert cells[3] == ["", "3.00 GiB"]
 
 
+@pytest.mark.slow
 @estimators
 def test_the_command_shows_it(tmp_path: Path, estimator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     by(estimator, monkeypatch)

@@ -86,6 +86,7 @@ def test_the_accountant_of_the_configuration() -> None:
     assert "noise multiplier σ (RDP)" in rows.columns[0]._cells
 
 
+@pytest.mark.slow
 def test_speakers_are_called_so_and_counted_so(tmp_path: Path) -> None:
     made = plan_noise(sampled(1000, 60, **SPEAKERS), **LENGTH, noise_multiplier=1.0)
     assert (made.units, made.sample_rate, made.per_unit) == (1000, 60 / 3000, 3)
@@ -115,6 +116,7 @@ def test_micro_batches_are_filled_up_to_so_many_of_the_longest(tmp_path: Path) -
     assert micro_batch_limits(filled, [10, 40, 20]) == (8, 80)  # at most the logical batch
 
 
+@pytest.mark.slow
 def test_training_with_filled_micro_batches_sees_every_example_once(tmp_path: Path) -> None:
     tones.write_model(tmp_path / "model")
     tones.write_manifest(tmp_path, 12)

@@ -246,6 +246,7 @@ def test_the_unit_is_a_piece_where_recordings_were_cut(tmp_path: Path, pieces: b
         assert (said in text) is pieces
 
 
+@pytest.mark.slow
 def test_careless_delta_is_marked(tmp_path: Path) -> None:
     values = record(delta=1e-3, epsilon=epsilon(SIGMA, RATE, STEPS, 1e-3))
     text = visible(write_report(write_run(tmp_path / "run", values), tmp_path / "r.html").read_text())

@@ -257,6 +257,7 @@ def test_training_counts_impossible_labels_and_goes_on(
     assert "".join(capsys.readouterr()).count("1 of 8 losses are not finite (NOT PRIVATE)") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_training_goes_on_when_recordings_are_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool

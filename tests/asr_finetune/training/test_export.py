@@ -202,6 +202,7 @@ def test_a_card_of_any_mechanism(tmp_path: Path, changes: dict[str, Any]) -> Non
         write_card(tmp_path, {**values, "privacy": {**values["privacy"], "epsilon": float("nan")}}, "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["parakeet", "whisper"])
 def test_a_merged_model_writes_what_the_adapter_writes(folders: Any, tmp_path: Path, family: str) -> None:
     recognizer = prepared(folders[family], "lora")

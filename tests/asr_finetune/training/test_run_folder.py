@@ -74,6 +74,7 @@ def test_what_cannot_be_trained_is_found_before_the_first_evaluation(
     assert evaluations == ["before", "after"]
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_its_self_check_leaves_no_noise_and_no_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_models_that_take_equal_lengths_only_pass_the_self_check(
     assert "the gradients of 2 utterances of one length (feat_extract_norm" in said
 
 
+@pytest.mark.slow
 def test_what_does_not_decode_is_not_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples, rate = soundfile.read(folder / "tones" / "5.wav")
     damaged = folder / "tones" / "5.flac"
@@ -191,6 +193,7 @@ def test_a_signal_in_the_last_evaluation_is_not_swallowed(
     assert train(small(folder), progress=False).steps == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("valid", "window", "starts"), [("test", None, True), ("public", None, False)])
 def test_where_the_curve_starts(folder: Path, valid: str, window: float | None, starts: bool) -> None:
     tones.write_manifest(folder, 3, seed=2, name="public")

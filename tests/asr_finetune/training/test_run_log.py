@@ -71,6 +71,7 @@ def test_nothing_is_written_unless_asked(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_and_its_continuation(runs: Path) -> None:
     values: dict[str, Any] = tones.settings(
         runs,

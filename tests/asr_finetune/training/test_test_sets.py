@@ -118,6 +118,7 @@ def test_training_data_among_any_of_them_is_noticed(runs: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_comparison_needs_the_same_test_sets(runs: Path) -> None:
     plain = {"privacy__enabled": False, "method__kind": "head", "train__steps": 1}
     tests = {"clean": str(runs / "clean.jsonl"), "other": str(runs / "other.jsonl")}

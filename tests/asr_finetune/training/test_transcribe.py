@@ -99,6 +99,7 @@ def marks(seconds: float, silent: tuple[float, float] = (-1.0, -1.0)) -> np.ndar
     return np.where(heard, numbers, 0.0).astype(np.float32)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("seconds", [0.5, 19.9, 20.0, 20.1, 36.0, 36.5, 71.0])
 def test_windows_lose_and_repeat_nothing(folders: Any, seconds: float) -> None:
     done: list[float] = []

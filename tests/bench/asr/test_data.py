@@ -46,6 +46,7 @@ def test_padding_of_real_utterances(manifest: str) -> None:
     assert found["by length, frame budget"]["micro_batches"] < found["by length"]["micro_batches"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_rates_and_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "data.json"
     data.main(["--count", "6", "--batch", "64", "--width", "4", "--output", str(output)])

@@ -91,6 +91,7 @@ def test_another_shape_is_infinitely_wrong() -> None:
     assert relative_error({"a": torch.zeros(1, 2)}, {"a": torch.zeros(2)}) == float("inf")
 
 
+@pytest.mark.slow
 def test_a_wrong_contender_gets_no_time(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = {NON_PRIVATE: NonPrivate, **PLANTED}
     monkeypatch.setattr(session, "registry", lambda: contenders)

@@ -134,6 +134,7 @@ def test_targets_say_what_was_missed(results: Results) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_the_same_twice(results: Results, tmp_path: Path) -> None:
     paths = plots.draw([results], tmp_path / "a")
     assert {path.name for path in paths} == {

@@ -68,6 +68,7 @@ def test_parts_of_many_examples_are_nearly_equal() -> None:
     assert uneven_parts(16, 8) > uneven_parts(256, 8)
 
 
+@pytest.mark.slow
 def test_the_plot_is_drawn_the_same_twice(tmp_path: Path) -> None:
     for name in ("a", "b"):
         target = tmp_path / name / scaling.CALCULATED

@@ -67,6 +67,7 @@ TRANSPOSED: list[tuple[int, tuple[Any, ...], dict[str, Any], type]] = [
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", range(len(CONV3D)))
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -112,6 +112,7 @@ def inputs(count: int, batch: int, dtype: torch.dtype = torch.float64) -> tuple[
     return tuple(torch.randn(batch, n, D, dtype=dtype) for n in (T, S)[:count])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", MODULES)
 def test_gradients_are_each_examples_own(name: str, batch_first: bool) -> None:

@@ -411,6 +411,7 @@ def refused(rank: int, group: Any, case: str) -> None:
     steps_of(a_run(group, model=model), 1)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("case", "kind", "message"),
     [

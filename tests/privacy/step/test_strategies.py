@@ -61,6 +61,7 @@ def test_every_strategy_sums_one_by_one_clipped_gradients(
     check_sum(run_of(strategy, kind, checkpointed=checkpointed), strategy)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_second_step_uses_fresh_norms_in_every_strategy(strategy: str) -> None:
     run = run_of(strategy)
@@ -68,6 +69,7 @@ def test_a_second_step_uses_fresh_norms_in_every_strategy(strategy: str) -> None
     check_sum(run, strategy)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("strategy", "checkpointed"), covering(STRATEGIES, [False, True], together=1), ids=way
 )
@@ -171,6 +173,7 @@ def test_streaming_takes_less_memory_than_bookkeeping_when_checkpointed(
     assert peak_bytes("per_layer", monkeypatch) < 0.8 * book
 
 
+@pytest.mark.slow
 def test_each_backward_recomputes_each_checkpointed_block_once() -> None:
     for strategy, times in (("bookkeeping", 1), ("two_pass", 2), ("per_layer", 1)):
         run = run_of(strategy, checkpointed=True)
