@@ -61,7 +61,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
             yield made
 
 
-@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("word", "old", "new", "test"),
     [

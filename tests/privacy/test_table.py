@@ -48,7 +48,6 @@ def test_a_line_has_faults_or_says_why_it_has_none(line: Line) -> None:
     assert line.tests or line.without
 
 
-@pytest.mark.thinned(3)
 @by_line
 def test_every_test_of_a_line_exists_and_runs_by_default(line: Line) -> None:
     for test, holds in line.tests.items():
@@ -65,7 +64,6 @@ def test_faults_have_names_of_their_own() -> None:
     ] == []
 
 
-@pytest.mark.thinned(3)
 @by_line
 def test_the_faults_of_a_line_can_be_planted(line: Line) -> None:
     for fault in line.faults:
