@@ -152,7 +152,6 @@ def modules() -> list[tuple[str, Path]]:
     return named
 
 
-@pytest.mark.thinned(3)
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_go_one_way(package: str) -> None:
     mine = [(module, path) for module, path in modules() if package_of(module) == package]
