@@ -125,6 +125,7 @@ def sums(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass", *slow_cases("mixed", "per_layer")])
 def test_clipped_sums_are_those_of_uncompiled_blocks(strategy: str) -> None:
     backend, graphs, runs = counting()

@@ -122,7 +122,7 @@ def off(given: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Tensor]
     return {name: given[name] / exact[name] - 1.0 for name in exact}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", CASES)
 def test_norms_are_the_exact_ones_rounded_up(name: str, dtype: torch.dtype) -> None:

@@ -34,7 +34,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("method", METHODS)
 def test_right_for_every_batch_size(method: str) -> None:
     """Also where the batch is as large as a side, the length, the rank or the vocabulary."""
@@ -54,7 +54,7 @@ def test_coverage_tells_the_rule_in_words(method: str) -> None:
     assert "ParameterDict" not in str(table)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_private_model_is_saved_whole_and_its_adapter_loads_in_plain_peft(
     method: str, tmp_path: Path
@@ -105,7 +105,7 @@ class OfFloats(Net):
         return self.head(self.second(torch.tanh(self.first(self.embed(ids))))).mean(1)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass", "mixed"])
 @pytest.mark.parametrize("method", ["LoRA on embeddings", "DoRA", "IA3", "VeRA", "OFT", "trainable tokens"])
 def test_a_private_step_is_the_sum_of_clipped_gradients(method: str, strategy: str) -> None:
@@ -138,7 +138,7 @@ def test_adapters_of_a_scaled_embedding(method: str) -> None:
     torch.testing.assert_close(private.losses, squares(model, ids), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_base_with_float32_adapters(method: str) -> None:
     """dtypes and values are PEFT's; so is the sum of gradients."""

@@ -65,7 +65,7 @@ def test_keystream(blocks: int, shift: int) -> None:
     assert not memory[64 * blocks + shift :].any()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("count", [1, 7, 8, 3001])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

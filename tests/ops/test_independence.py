@@ -7,7 +7,7 @@ from tests.ops.cases import FAMILIES, WITH_LENGTHS, make
 from tests.ops.checks import alone_is_the_same
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_norm_does_not_depend_on_the_rest_of_the_batch(backend: str, family: str) -> None:
     for size in ((5, 33, 24, 12), (3, 7, 5, 3), (2, 1, 3, 1)):
@@ -16,14 +16,14 @@ def test_a_norm_does_not_depend_on_the_rest_of_the_batch(backend: str, family: s
     alone_is_the_same(make(family, 3, frames, 48, 40, dtype=torch.bfloat16))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", WITH_LENGTHS)
 def test_a_norm_does_not_depend_on_padding(backend: str, family: str) -> None:
     lengths = torch.tensor([150, 1, 129, 0, 64])
     alone_is_the_same(make(family, 5, 150, 37, 29, lengths=lengths))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("method", ["auto", "gram", "direct"])
 def test_large_linear_norms_do_not_depend_on_the_rest_of_the_batch(bounded_backend: str, method: str) -> None:
     """Sizes at which BLAS blocks, threads and aligns; the odd width moves the alignment of each sample."""
@@ -43,7 +43,7 @@ def test_a_sample_with_factor_zero_is_not_read(backend: str, family: str) -> Non
         assert torch.equal(given, clean)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_inputs_give_the_same_bits(backend: str, family: str) -> None:
     size = (2, 70, 40, 33) if backend == "triton" else (2, 140, 64, 48)  # interpreted kernels are slow
@@ -65,7 +65,7 @@ def poisoned() -> object:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_uninitialised_memory_is_used(backend: str, family: str, request: pytest.FixtureRequest) -> None:
     factors = torch.tensor([0.5, 0.0, 1.0])

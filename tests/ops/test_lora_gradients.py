@@ -9,7 +9,7 @@ from tests.ops.cases import SCALING, make
 from tests.ops.tolerances import DTYPES, SUM_OFF
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "size", [(3, 7, 5, 4, 3), (2, 70, 130, 257, 8), (1, 1, 1, 1, 1), (2, 600, 33, 40, 17)]

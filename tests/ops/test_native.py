@@ -140,7 +140,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa("")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_and_sums_match_the_reference(

@@ -153,7 +153,7 @@ def of_torch(name: str, params: list[Tensor], dtype: torch.dtype, steps: int) ->
     return [p.detach() for p in mine]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("name", "dtype"), covering(OPTIMIZERS, [torch.float64, torch.float32], together=1), ids=str
 )
@@ -211,7 +211,7 @@ def restored() -> Iterator[None]:
     native.set_isa("")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "SGD, nesterov"])
 def test_same_bits_for_every_instruction_set_and_thread_count(

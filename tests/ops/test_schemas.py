@@ -61,7 +61,7 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (*case.tensors.values(), torch.rand(3), *outs), case.sum_options
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("op", TENSOR_OPS)
 def test_opcheck(op: str) -> None:
     args, kwargs = arguments(op)

@@ -61,7 +61,7 @@ def test_an_assumed_device_is_found_out_and_stays_within_its_bound(
         assert found.worst >= 0.6
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("late", "final", "align"), covering([False, True], CUTS, CUTS))
 def test_every_property_of_a_device_is_told_from_the_others(align: str, final: str, late: bool) -> None:
     for block, extra in ((4, 0), (16, 3), (32, 2)):
@@ -95,7 +95,7 @@ def short(a: Tensor, b: Tensor) -> Tensor:
 # ---- planted: devices that are coarser than assumed ----------------------------------------------------------
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("block", "extra"), [(4, 0), (16, 1), (8, 1), (16, 0)])
 def test_catches_a_coarser_device_by_its_properties_and_by_its_error(

@@ -46,7 +46,7 @@ def varied(dtype: torch.dtype = torch.float32) -> list[Case]:
     return [*cases, make("linear", 3, 40, 50, 60, dtype=dtype)]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_sum_of_all_layers(backend: str, dtype: torch.dtype) -> None:
     never_below_nor_far_above(varied(dtype))

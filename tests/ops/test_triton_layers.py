@@ -72,7 +72,7 @@ def test_any_number_of_taps(triton_backend: str, taps: int, layout: str) -> None
     torch.testing.assert_close(out, 0.5 * exact[0] + 2 * exact[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     "geometry",
     [

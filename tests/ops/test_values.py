@@ -15,7 +15,7 @@ OF_FRAMES = [family for family in FAMILIES if family != "depthwise_conv1d"]  # t
 GRID = [(torch.float32, size) for size in SIZES] + [(dtype, (2, 139, 33, 17)) for dtype in DTYPES[1:]]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("dtype", "size"), GRID, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_and_sums(backend: str, family: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
@@ -24,7 +24,7 @@ def test_norms_and_sums(backend: str, family: str, dtype: torch.dtype, size: tup
     sums_match(case, dtype, torch.rand(case.batch) - 0.3, start=1.5)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bound_costs_little(backend: str, family: str) -> None:
     """Signed bias: always above, and on average by less than the table says."""
@@ -78,7 +78,7 @@ def test_padding_ids_are_not_read(backend: str) -> None:
         assert case.norms(padding_idx=none)[0].isnan().all()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layout_does_not_matter(backend: str, family: str) -> None:
     """Transposed, strided and offset inputs, such as a pointwise convolution's."""
@@ -101,7 +101,7 @@ def test_a_strided_out_is_added_to_in_place(backend: str, family: str) -> None:
         assert out.abs().sum() > 0
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_float32_out_is_rounded_once(backend: str, family: str) -> None:
     """Many samples into float32: off by one rounding, not by one for each sample."""
@@ -111,7 +111,7 @@ def test_a_float32_out_is_rounded_once(backend: str, family: str) -> None:
         assert ((rounded.double() - exact).abs() <= 2.0**-23 * exact.abs() + 1e-30).all()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_sample_adds_is_within_the_clipping_norm(backend: str, family: str) -> None:
     batch = 3 if backend == "triton" else 6  # a sum for each sample: interpreted kernels are slow
@@ -119,7 +119,7 @@ def test_what_a_sample_adds_is_within_the_clipping_norm(backend: str, family: st
         added_within(make(family, batch, 50, 24, 12, dtype=dtype), 0.1)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", OF_FRAMES)
 def test_cancellation(bounded_backend: str, family: str) -> None:
     """A true norm of 10⁻⁶ of the terms is not under-estimated, nor does what is added exceed C."""
@@ -133,7 +133,7 @@ def test_cancellation(bounded_backend: str, family: str) -> None:
     added_within(case, 1e-3)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("epsilon", [2.0**-20, 2.0**-8])
 @pytest.mark.parametrize("method", ["auto", "gram", "direct"])
 def test_cancellation_by_either_method(bounded_backend: str, method: str, epsilon: float) -> None:

@@ -74,7 +74,7 @@ def check(run: Run, batch: int, strategy: str) -> None:
         )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_shared_tensors_stay_shared_at_every_batch_size(name: str) -> None:
     """A fresh model each time: that the first batch is as large as T, or the number of heads, changes nothing."""
@@ -82,7 +82,7 @@ def test_shared_tensors_stay_shared_at_every_batch_size(name: str) -> None:
         check(run_of(name), batch, "bookkeeping")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("name", "strategy"), covering(zoo.MODELS, ["mixed", "two_pass", "per_layer"], together=1)
 )

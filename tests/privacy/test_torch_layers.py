@@ -53,7 +53,7 @@ def run_of(strategy: str = "bookkeeping", **options: Any) -> Run:
     return private_run(sigma=0, clip=BOUND, model=Translating(**options), strategy=strategy)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("options", [{"batch_first": False}, {"batch_first": True, "checkpointed": True}])
 @pytest.mark.parametrize("strategy", ["bookkeeping", "mixed", "two_pass", "per_layer"])
 def test_the_sum_is_that_of_one_by_one_clipped_gradients(strategy: str, options: dict[str, Any]) -> None:

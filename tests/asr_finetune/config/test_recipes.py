@@ -221,7 +221,7 @@ def parameters(name: str, config: Config) -> int:
     return trained_parameters(recognizer.model)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", LIBRISPEECH)
 def test_the_table_in_the_docs_is_the_recipes(name: str) -> None:
     first, _ = DOCS.read_text().split("\n## Hours", maxsplit=1)

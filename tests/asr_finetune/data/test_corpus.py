@@ -134,7 +134,7 @@ def test_a_literal_special_token_is_text_to_whisper(folders: dict[str, Path]) ->
 CTC = [family for family in small_models.FAMILIES if family != "whisper"]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("family", "new_head"), [*((f, False) for f in small_models.FAMILIES), *((f, True) for f in CTC)]
 )

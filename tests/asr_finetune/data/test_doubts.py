@@ -81,7 +81,7 @@ def content(kind: str, subtype: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("kind", "subtype"), CUT)
 def test_a_file_that_was_cut_in_half_is_never_taken_for_a_whole_one(
     tmp_path: Path, kind: str, subtype: str

@@ -102,7 +102,7 @@ def saved(made: datasets.Dataset, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("save", "kind"),
     [

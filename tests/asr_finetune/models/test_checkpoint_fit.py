@@ -85,7 +85,7 @@ def test_two_loads_of_one_adapter_are_one_model_where_the_output_layer_is_new(
         torch.testing.assert_close(small_models.logits(loaded, batch), expected)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("new", [{}, {"new_head": True, "vocabulary": "characters"}], ids=["keep", "new"])
 @pytest.mark.parametrize(
     ("family", "key"),

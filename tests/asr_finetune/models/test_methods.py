@@ -252,7 +252,7 @@ def test_the_encoder_of_a_ctc_model_is_all_but_its_head(folders: dict[str, Path]
     assert everything - names == {"lm_head.weight", "lm_head.bias"}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [

@@ -117,6 +117,7 @@ def trained(base: Path, folder: Path, new_head: bool, methods: Sequence[str]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "methods"),
     [

@@ -105,7 +105,7 @@ def made_private(engine: PrivacyEngine, recognizer: Recognizer, **options: Any) 
     )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("family", "kind"), EVERY)
 def test_what_is_trained_is_float32_and_the_rest_is_half(
     folders: dict[str, Path], family: str, kind: str

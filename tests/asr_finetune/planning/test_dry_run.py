@@ -205,7 +205,7 @@ BROKEN: list[tuple[Break, str, str, set[str]]] = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("damage", "what", "message", "fail"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
 )

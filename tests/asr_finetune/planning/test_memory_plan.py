@@ -69,7 +69,7 @@ def prepared(folder: Path, kind: Any) -> Recognizer:
     return recognizer
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "strategy"),
     covering(FAMILIES, ["lora", "full"], strategies(), together=1),
@@ -122,6 +122,7 @@ def blocks() -> Recognizer:
     return recognizer
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda", *slow_cases("cpu")])
 def test_checkpointing_holds_less(target: Target) -> None:

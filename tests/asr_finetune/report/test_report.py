@@ -357,6 +357,7 @@ def test_failed_starts_in_the_ledger_do_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("delta", "said"), [(4e-5, "is well below 1/N"), (4.5e-4, "but close to it"), (5e-4, "is not below 1/N")]
 )

@@ -213,6 +213,7 @@ def test_carried_steps_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_epsilon_is_that_of_dp_accounting(tmp_path: Path, accountant: str) -> None:
     path = tmp_path / "ledger.jsonl"

@@ -192,7 +192,7 @@ def test_the_check_names_what_does_not_decode_without_room_too(
 # Recordings that are lost after loading
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "wav2vec2-bert", "whisper"])
 @pytest.mark.parametrize("content", [None, b"", b"damaged"])
 def test_a_lost_recording_is_silence_without_labels(

@@ -108,7 +108,7 @@ def _count_calls(model: nn.Module) -> Counter[str]:
     return calls
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("family", "strategy", "kind", "blocks"),
     covering(
@@ -187,6 +187,7 @@ def run_of(folder: Path, name: str, strategy: str, monkeypatch: pytest.MonkeyPat
     return folder / name, said
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["per_layer", *slow_cases("bookkeeping", "two_pass")])
 def test_training_goes_on_in_halves_when_memory_is_short(

@@ -91,7 +91,7 @@ def not_a_number(z: Tensor) -> Tensor:
     return torch.cat((z[:, :-1], torch.full_like(z[:, :1], float("nan"))), 1)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("fault", "name"),
     [

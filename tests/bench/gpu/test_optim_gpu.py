@@ -35,6 +35,7 @@ def fused_step(name: str, given: optim_gpu.Buffers) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_awkward_buffers_get_the_cpus_bits(dtype: torch.dtype) -> None:

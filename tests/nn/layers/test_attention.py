@@ -112,7 +112,7 @@ def case(name: str, batch_first: bool, dtype: torch.dtype) -> tuple[Attending, t
     return Attending(attention, which, masks, **options), batch
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_each_examples_own(name: str, batch_first: bool) -> None:
@@ -127,7 +127,7 @@ def test_gradients_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
     check_private(model, lambda m, *xs: loss(m, *xs).float(), batch)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_input_gradients_are_torchs(name: str, batch_first: bool) -> None:

@@ -68,7 +68,7 @@ CONV2D: list[tuple[tuple[Any, ...], dict[str, Any], type]] = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", range(len(CONV1D)))
 def test_conv1d(case: int, dtype: torch.dtype) -> None:
@@ -76,7 +76,7 @@ def test_conv1d(case: int, dtype: torch.dtype) -> None:
     check(nn.Conv1d(*args, **kwargs, dtype=dtype), torch.randn(3, args[0], 9).to(dtype), kind)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", range(len(CONV2D)))
 def test_conv2d(case: int, dtype: torch.dtype) -> None:

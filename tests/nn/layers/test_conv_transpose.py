@@ -67,7 +67,7 @@ TRANSPOSED: list[tuple[int, tuple[Any, ...], dict[str, Any], type]] = [
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", range(len(CONV3D)))
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -76,7 +76,7 @@ def test_conv3d(case: int, dtype: torch.dtype) -> None:
     check(nn.Conv3d(*args, **kwargs, dtype=dtype), torch.randn(3, args[0], *SPACE[3]).to(dtype), kind)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", range(len(TRANSPOSED)))
 def test_transposed(case: int, dtype: torch.dtype) -> None:

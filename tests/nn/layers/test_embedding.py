@@ -18,7 +18,7 @@ def squares(model: nn.Module, ids: Tensor) -> Tensor:
     return (torch.tanh(y) ** 2).flatten(1).sum(1)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4,), (4, 6), (4, 2, 3)])
 @pytest.mark.parametrize("padding_idx", [None, 0, -1])
@@ -135,7 +135,7 @@ SHARED: dict[str, Any] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("batch", range(1, 8))
 @pytest.mark.parametrize("use", SHARED.values(), ids=SHARED.keys())
 def test_ids_that_examples_share_at_every_batch_size(use: Any, batch: int) -> None:

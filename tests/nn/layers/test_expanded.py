@@ -154,7 +154,7 @@ class Using(nn.Module):
         return self.child(x) * self.use(self.raw, x)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("batch", [1, 3, 4, 5])
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 def test_uses_of_a_raw_parameter_of_a_module_with_children(use: Any, batch: int) -> None:

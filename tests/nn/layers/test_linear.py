@@ -17,7 +17,7 @@ def squares(model: nn.Module, x: Tensor) -> Tensor:
     return (y * y).flatten(1).float().sum(1) if y.dtype != torch.float64 else (y * y).flatten(1).sum(1)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("shape", [(5, 6), (5, 3, 6), (5, 2, 3, 6), (5, 1, 6), (1, 3, 6)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -20,7 +20,7 @@ def lora(dtype: torch.dtype = torch.float32, dropout: float = 0.0, bias: bool = 
     return layer
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)])
 @pytest.mark.parametrize("bias", [True, False])

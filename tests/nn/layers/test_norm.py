@@ -46,7 +46,7 @@ NORMS: list[Any] = [
 ]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", NORMS)
 @pytest.mark.parametrize("shape", [(4, 2, 6), (4, 3, 2, 6)])

@@ -117,7 +117,7 @@ def test_norms_and_sums_are_those_of_each_example_alone(
     )
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @ANY_KIND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", ["", "any order"])
@@ -146,7 +146,7 @@ def private_and_plain(layer: nn.RNNBase) -> tuple[nn.RNNBase, nn.RNNBase, Tape]:
     return ghost, layer, attach(ghost)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @ANY_KIND
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("packed", ["", "sorted", "any order"])

@@ -58,7 +58,7 @@ def states_of(cell: nn.Module, batch: int) -> list[Tensor]:
     return [torch.randn(batch, 4) for _ in range(1 + isinstance(cell, nn.LSTMCell))]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @ANY_KIND
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])

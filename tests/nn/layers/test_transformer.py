@@ -112,7 +112,7 @@ def inputs(count: int, batch: int, dtype: torch.dtype = torch.float64) -> tuple[
     return tuple(torch.randn(batch, n, D, dtype=dtype) for n in (T, S)[:count])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", MODULES)
 def test_gradients_are_each_examples_own(name: str, batch_first: bool) -> None:
@@ -136,7 +136,7 @@ def test_gradients_in_other_dtypes(dtype: torch.dtype) -> None:
         check_private(Batched(module, False, masked=False), loss, inputs(count, 3, dtype))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", MODULES)

@@ -41,7 +41,7 @@ def only_materialised(records: list[Record]) -> bool:
     return not rest and any(type(r) is ExpandedRecord for r in records)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.usefixtures("always_materialised")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("args", "kwargs", "kind"), CONV1D + CONV2D)

@@ -142,7 +142,7 @@ def elements_of_the_merge(model: nn.Module) -> int:
     return elements.count
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_cost_is_linear_in_the_calls(kind: str) -> None:
     few, many = (elements_of_the_merge(MODELS[kind](steps)) for steps in (8, 32))

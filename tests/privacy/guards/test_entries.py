@@ -78,7 +78,7 @@ NAMED = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("how", NAMED)
 def test_what_a_forward_writes_is_seen_whichever_way_it_is_entered(how: str, entry: str) -> None:

@@ -48,7 +48,7 @@ def run_of(loss: object, strategy: str, label: int, length: int = FRAMES) -> Run
     return run
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("strategy", ["bookkeeping", "mixed", "two_pass", "per_layer"])
 @pytest.mark.parametrize(
     ("loss", "label", "length"),

@@ -27,7 +27,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_runs_that_differ_are_refused_by_name(processes: Processes, what: str) -> None:
     settings, message = DIFFERENT[what]
@@ -73,7 +73,7 @@ def test_parameters_begin_with_those_of_rank_0(processes: Processes) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -264,7 +264,7 @@ def of_model(rank: int, group: Any, name: str, how: str) -> Any:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("how", ["shard_frozen", "private layers first", "fully_shard"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_many_kinds(processes: Processes, name: str, how: str) -> None:
@@ -411,7 +411,7 @@ def refused(rank: int, group: Any, case: str) -> None:
     steps_of(a_run(group, model=model), 1)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("case", "kind", "message"),
     [

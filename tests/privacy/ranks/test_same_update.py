@@ -53,14 +53,14 @@ def check_same(processes: Processes, size: int, settings: str, optimizer: str = 
         assert sorted(dealt) == examples
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("optimizer", jobs.OPTIMIZERS)
 def test_processes_take_the_step_of_one(processes: Processes, size: int, optimizer: str) -> None:
     check_same(processes, size, "", optimizer)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_in_every_setting(processes: Processes, settings: str) -> None:
     check_same(processes, 3, settings)

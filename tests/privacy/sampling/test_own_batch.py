@@ -353,7 +353,7 @@ def time_first() -> Made:
     return made, lambda model, batch: losses(model, (batch[0].transpose(0, 1), *batch[1:]))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("made", [weighted, of_a_dataclass, lists_of_tensors, time_first])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("given", [None, 3], ids=["its own", "given"])

@@ -117,7 +117,7 @@ def trained(path: Path, strategy: str, **options: Any) -> tuple[Run, list[int], 
     return run, counts, said
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.filterwarnings("ignore:no self_check")
 @pytest.mark.parametrize(("strategy", "point"), POINTS)
 def test_training_out_of_memory_gives_the_parameters_of_training_in_memory(

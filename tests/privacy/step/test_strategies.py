@@ -49,7 +49,7 @@ def way(value: Any) -> str | None:
 # --- 1, 3, 6: the clipped sum of one-by-one gradients
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("strategy", "kind", "checkpointed"),
     covering(STRATEGIES, KINDS, [False, True], also=[("two_pass", "tied", False)]),
@@ -80,7 +80,7 @@ def test_a_half_precision_base_with_float32_adapters(strategy: str, checkpointed
     assert 0.9 < excess(run) <= 1.0
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("strategy", "kind", "bound", "checkpointed"),
     covering(STRATEGIES, KINDS, [1e-3, 0.3], [False, True], also=[("per_layer", "full", 1e-3, False)]),
