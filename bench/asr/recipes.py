@@ -50,6 +50,7 @@ from bench.harness.results import FOLDER
 from dpkernels import PrivacyEngine
 from dpkernels.memory import MemoryEstimator
 from dpkernels.precision import DTYPES, no_tf32
+from dpkernels.privacy import Ranks
 
 RECIPES = [
     f"{model}_{kind}"
@@ -155,7 +156,8 @@ def private_run(
     drawn = replace(config, train=replace(config.train, batch_size=batch, num_workers=0))
     prepare_blocks(config.train, recognizer, Reporter(False))
     plain = make_optimizer(config.train, recognizer.model)
-    return make_private(drawn, recognizer, plain, data, data.lengths(recognizer), Reporter(False), None, 2)  # type: ignore[arg-type]
+    lengths = data.lengths(recognizer)
+    return make_private(drawn, recognizer, plain, data, lengths, Reporter(False), None, 2, Ranks())  # type: ignore[arg-type]
 
 
 def measure_peak(config: Config, device: str) -> Entry:
