@@ -44,7 +44,7 @@ _FORKED = (
 
 
 class RanksError(UserError, RuntimeError):
-    """The processes of a run do not agree, or one of them failed. Nothing was released because of it."""
+    """The processes of a run do not agree, or one of them failed; the message says whether a step was counted."""
 
 
 class Ranks:
@@ -164,6 +164,9 @@ class Ranks:
             self._refuse(operation, error, refused)
         if len(set(digests)) > 1:
             self.check_same(operation, facts)
+            raise RanksError(
+                f"{operation}: the ranks' facts have other digests. Nothing was released. {_HINTS[STEP]}"
+            )
 
     def _refuse(self, operation: str, error: Exception | None, refused: list[int]) -> NoReturn:
         said: list[Any] = [None] * self.size
