@@ -17,6 +17,12 @@ from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.reference.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.reference.noise import noise_sums
 from dpkernels.reference.optim import noise_adamw, noise_sgd
+from dpkernels.reference.transducer import (
+    transducer_cells,
+    transducer_gradients,
+    transducer_lattice,
+    transducer_scores,
+)
 
 __all__ = [
     "DEFINITIONS",
@@ -40,5 +46,9 @@ __all__ = [
     "noise_sgd",
     "noise_sums",
     "total_norm_sq",
+    "transducer_cells",
+    "transducer_gradients",
+    "transducer_lattice",
+    "transducer_scores",
     "weighted_sums",
 ]
