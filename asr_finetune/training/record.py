@@ -215,6 +215,7 @@ def privacy_record(config: Config, spent: Spent | None, epsilon: float | None) -
         "delta": privacy.delta if spent else None,
         "target_epsilon": privacy.epsilon if spent else None,
         "max_grad_norm": privacy.max_grad_norm if spent else None,
+        "clipping": privacy.clipping if spent else None,
         "unit": privacy.unit if spent else None,
         "accountant": privacy.accountant if spent else None,
         "max_batch_size": privacy.max_batch_size if spent else None,

@@ -179,7 +179,7 @@ class PrivacyEngine:
                 replaced, since a known seed would make the workers' random augmentation predictable.
             noise_multiplier: σ; the noise on the sum has standard deviation σ × sensitivity. 0 is not private (ε =
                 ∞) and warns.
-            max_grad_norm: C, the clipping norm of the whole gradient (flat clipping). With strategy="per_layer" C is
+            max_grad_norm: C, the clipping norm of the whole gradient. With strategy="per_layer" C is
                 the root of the sum of the layers' squared norms, and each of the P trained parameters has norm C/√P;
                 or give these norms, by name or in the order of named_parameters().
             strategy: "bookkeeping": one backward that keeps x and g of trained layers until the norms are
@@ -206,8 +206,11 @@ class PrivacyEngine:
             physical_frames: the deprecated name of max_padded_frames.
             steps: total steps of the run, those in the ledger included; the loader ends after them.
             target_epsilon, target_delta: step() raises BudgetExhausted instead of exceeding this ε.
-            clipping: "flat" only ("per_layer" is accepted with strategy="per_layer"). loss_reduction: "mean" only:
-                the sum is divided by the expected batch size.
+            clipping: "flat": each gradient is scaled by min(1, C/‖g‖). "automatic": by C/(‖g‖ + γ), γ = 0.01, so that C
+                needs no tuning: it only multiplies the learning rate (of SGD; AdamW does not see it). Either way an
+                example adds at most C, and the noise is the same. ("per_layer" is accepted with
+                strategy="per_layer".)
+            loss_reduction: "mean" only: the sum is divided by the expected batch size.
             noise_generator, criterion: must stay None. batch_first: must stay True.
             grad_sample_mode: None or "ghost". wrap_model, rand_on_empty: must stay False.
                 (Opacus's keywords: each error message has the reason.)
@@ -250,6 +253,7 @@ class PrivacyEngine:
                 data_loader=data_loader,
                 noise_multiplier=noise_multiplier,
                 max_grad_norm=max_grad_norm,
+                clipping=clipping,
                 strategy=strategy,
                 physical_batch_size=physical_batch_size,
                 max_batch_size=max_batch_size,
@@ -307,7 +311,7 @@ class PrivacyEngine:
             private = DPOptimizer(
                 run.optimizer,
                 model=module,
-                strategy=strategy_of(run.strategy, tape, setup.norm, setup.layers),
+                strategy=strategy_of(run.strategy, tape, setup.rule, setup.layers),
                 noise_multiplier=setup.mechanism.noise_multiplier,
                 max_grad_norm=setup.norm,
                 sensitivity=setup.sensitivity,

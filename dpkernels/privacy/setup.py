@@ -22,7 +22,14 @@ from dpkernels.privacy.guards.preconditions import (
     trained_parameters,
 )
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, speaker_ids
-from dpkernels.privacy.step.clipping import PerLayerClipNorms, batch_bound, per_layer_clip_norms, sensitivity
+from dpkernels.privacy.step.clipping import (
+    AUTOMATIC_STABILITY,
+    ClipRule,
+    PerLayerClipNorms,
+    batch_bound,
+    per_layer_clip_norms,
+    sensitivity,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,7 @@ class RunArguments:
     data_loader: DataLoader
     noise_multiplier: float
     max_grad_norm: float | Sequence[float] | Mapping[str, float]
+    clipping: str
     strategy: str
     physical_batch_size: int | None
     max_batch_size: int | None
@@ -57,6 +65,7 @@ class Setup:
         sampling: the sampled units and their probability.
         mechanism: the mechanism of each step, for the accountant.
         layers: clipping norms by parameter under "per_layer", else None.
+        rule: how the norm of a whole gradient decides its factor (not under "per_layer").
         norm: C, or √ΣC_l² by layers.
         bound: largest logical batch that the sensitivity is stated for, in examples.
         sensitivity: S of the sum to one unit.
@@ -67,6 +76,7 @@ class Setup:
     sampling: Sampling
     mechanism: Mechanism
     layers: PerLayerClipNorms | None
+    rule: ClipRule
     norm: float
     bound: int
     sensitivity: float
@@ -130,6 +140,7 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
         sampling=sampling,
         mechanism=mechanism,
         layers=layers,
+        rule=ClipRule(norm, AUTOMATIC_STABILITY if run.clipping == "automatic" else None),
         norm=norm,
         bound=bound,
         sensitivity=sensitivity(norm, bound, sampling.per_unit, ranks),
@@ -150,7 +161,7 @@ def run_identity(setup: Setup, accountant: str, fixed_key: bool) -> dict[str, An
     return {
         **{name: value for name, value in vars(setup).items() if name not in _OF_ONE_PROCESS},
         **{name: getattr(run, name) for name in ("strategy", "steps", "target_epsilon", "target_delta")},
-        **_clipping_settings(setup.layers),
+        **_clipping_settings(setup),
         "accountant": accountant,
         "a fixed noise_key": fixed_key,
         "optimizer": type(run.optimizer).__name__,
@@ -193,7 +204,7 @@ def run_settings(setup: Setup, processes: int) -> dict[str, Any]:
         **({"processes": processes} if processes > 1 else {}),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "max_grad_norm": setup.norm,
-        **_clipping_settings(setup.layers),
+        **_clipping_settings(setup),
         "sensitivity": setup.sensitivity,
         "max_examples_per_unit": setup.sampling.per_unit,
         "expected_batch_size": setup.sampling.expected_batch_size,
@@ -223,13 +234,13 @@ def _check_lengths(lengths: Sequence[int] | None, max_padded_frames: int | None,
         raise ValueError(f"max_padded_frames={max_padded_frames} must be >= 1, and needs lengths")
 
 
-def _clipping_settings(layers: PerLayerClipNorms | None) -> dict[str, Any]:
-    if layers is None:
-        return {"clipping": "flat"}
-    return {
-        "clipping": "per_layer",
-        "per_layer_clip_norms": "uniform" if layers.given is None else dict(layers.given),
-    }
+def _clipping_settings(setup: Setup) -> dict[str, Any]:
+    if setup.layers is not None:
+        given = setup.layers.given
+        return {"clipping": "per_layer", "per_layer_clip_norms": "uniform" if given is None else dict(given)}
+    if setup.rule.stability is not None:
+        return {"clipping": "automatic", "stability": setup.rule.stability}
+    return {"clipping": "flat"}
 
 
 def _versions() -> dict[str, str]:

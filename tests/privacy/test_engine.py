@@ -168,7 +168,7 @@ def test_every_keyword_of_opacus_is_known_and_documented() -> None:
 
 
 def test_every_argument_is_carried_or_checked() -> None:
-    """make_private's arguments are those of the run, Opacus's that take one value, and clipping."""
+    """make_private's arguments are those of the run, and Opacus's that take one value."""
     carried = {field.name for field in dataclasses.fields(RunArguments)}
     checked = REFUSALS.keys() - {"secure_mode"}
     assert carried.isdisjoint(checked)
@@ -176,7 +176,7 @@ def test_every_argument_is_carried_or_checked() -> None:
         "self",
         "physical_frames",
     }  # an old name
-    assert given == carried | checked | {"clipping", "process_group"}
+    assert given == carried | checked | {"process_group"}
 
 
 def test_other_engine_arguments_are_refused() -> None:

@@ -2,8 +2,8 @@
 
 | strategy | backwards | holds until it ends | clipping |
 |---|---|---|---|
-| bookkeeping, mixed | 1 | every record of the backward | flat |
-| two_pass | 2 | the graph; [B] numbers for each layer | flat |
+| bookkeeping, mixed | 1 | every record of the backward | flat or automatic |
+| two_pass | 2 | the graph; [B] numbers for each layer | flat or automatic |
 | per_layer | 1 | nothing | each layer on its own |
 
 Every strategy holds the records of tied and reused parameters to the end of a backward, since they must be merged.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.nn import Record, Tape, norms_sq
-from dpkernels.privacy.step.clipping import PerLayerClipNorms, add_up, total_norm_sq
+from dpkernels.privacy.step.clipping import ClipRule, PerLayerClipNorms, add_up, total_norm_sq
 
 Add = Callable[[Sequence[Record], Tensor], None]
 """add(records, factors [B]) adds the weighted sums of the records to the logical batch's sums."""
@@ -72,9 +72,9 @@ class BookKeeping(Strategy):
     Source: Bu et al. 2023, arXiv:2210.00038 (book-keeping).
     """
 
-    def __init__(self, tape: Tape, max_grad_norm: float) -> None:
+    def __init__(self, tape: Tape, rule: ClipRule) -> None:
         super().__init__(tape)
-        self._max_grad_norm = max_grad_norm
+        self._rule = rule
 
     def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
         """Compute norms, then factors, then sums."""
@@ -85,7 +85,7 @@ class BookKeeping(Strategy):
         check()
         with torch.no_grad():
             norm_sq = total_norm_sq(records, batch_size, losses.device)
-            factors = ops.clip_factors(norm_sq, self._max_grad_norm)
+            factors = self._rule.factors(norm_sq)
         add(records, factors)
         return Clipped(norm_sq, factors)
 
@@ -97,18 +97,18 @@ class TwoPass(Strategy):
     losses by c_i instead would add rounding, which in half precision is far above the norms' bounds.
 
     **The bound does not assume that the second backward repeats the first.** Let n_il be the first backward's bound on
-    example i's norm in layer l, N_i² = Σ_l n_il², c_i ≤ C/N_i, and n'_il the second backward's bound, of the same
-    tensors that are summed. The layer is summed with c_i·min(1, n_il/n'_il), so the example adds at most
-    √Σ_l (c_i·n_il)² = c_i·N_i ≤ C for any second backward. If the two have the same bits the factor is c_i.
+    example i's norm in layer l, N_i² = Σ_l n_il², c_i ≤ C/N_i (either clip rule), and n'_il the second backward's
+    bound, of the same tensors that are summed. The layer is summed with c_i·min(1, n_il/n'_il), so the example adds at
+    most √Σ_l (c_i·n_il)² = c_i·N_i ≤ C for any second backward. If the two have the same bits the factor is c_i.
     A second backward that differs by more than rounding would sum a gradient that was not measured. It is refused
     (`REPEAT_TOLERANCE`) to protect the training result.
 
     Source: Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679 (ghost clipping in two passes).
     """
 
-    def __init__(self, tape: Tape, max_grad_norm: float) -> None:
+    def __init__(self, tape: Tape, rule: ClipRule) -> None:
         super().__init__(tape)
-        self._max_grad_norm = max_grad_norm
+        self._rule = rule
 
     def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
         """Compute norms and factors, then the sums from a second backward.
@@ -126,7 +126,7 @@ class TwoPass(Strategy):
         check()
         with torch.no_grad():
             norm_sq = add_up(first.values(), batch_size, device)
-            factors = ops.clip_factors(norm_sq, self._max_grad_norm)
+            factors = self._rule.factors(norm_sq)
             allowed = REPEAT_TOLERANCE * norm_sq.sqrt()
             moved = torch.zeros(batch_size, dtype=torch.bool, device=device)
 
@@ -185,11 +185,11 @@ class PerLayer(Strategy):
             return Clipped(add_up(norms, batch_size, device), least)
 
 
-def strategy_of(name: str, tape: Tape, max_grad_norm: float, layers: PerLayerClipNorms | None) -> Strategy:
+def strategy_of(name: str, tape: Tape, rule: ClipRule, layers: PerLayerClipNorms | None) -> Strategy:
     """The strategy of a name that `keywords.strategy_called` returns; `layers` for "per_layer" only."""
     if layers is not None:
         return PerLayer(tape, layers)
-    return TwoPass(tape, max_grad_norm) if name == "two_pass" else BookKeeping(tape, max_grad_norm)
+    return TwoPass(tape, rule) if name == "two_pass" else BookKeeping(tape, rule)
 
 
 def _norm_sq(record: Record, device: torch.device) -> Tensor:

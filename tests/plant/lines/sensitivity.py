@@ -137,7 +137,12 @@ LINES = (
         5,
         "Clippings of another sensitivity are accounted as such, or refused",
         tests={
-            "tests/privacy/step/test_clipping.py::test_clipping_other_than_flat_is_refused_with_the_reason": "adaptive and automatic clipping, and norms that are not finite and positive, are refused",
+            "tests/privacy/step/test_clipping.py::test_clipping_other_than_flat_is_refused_with_the_reason": "adaptive clipping, and norms that are not finite and positive, are refused",
+            "tests/privacy/step/test_automatic_clipping.py::test_the_sum_is_that_of_automatic_clipping": "automatic clipping scales each whole gradient by C/(‖g‖ + γ), in each strategy",
+            "tests/privacy/step/test_automatic_clipping.py::test_no_example_adds_more_than_c": "no example adds more than C under automatic clipping, however small its gradient is",
+            "tests/privacy/step/test_automatic_clipping.py::test_sensitivity_noise_and_epsilon_are_those_of_flat_clipping": "the sensitivity of automatic clipping is that of flat clipping",
+            "tests/privacy/step/test_automatic_clipping.py::test_the_ledger_says_how_it_was_clipped": "the ledger records automatic clipping and its γ",
+            "tests/ops/test_clip_factors.py::test_automatic_factors_are_exactly_within_and_hardly_smaller": "in exact arithmetic the factors of automatic clipping keep a gradient within C",
             "tests/privacy/step/test_per_layer.py::test_layer_sensitivity_is_the_root_of_the_sum_of_squares": "the sensitivity of per-layer clipping is the root of the sum of the squared norms",
             "tests/privacy/step/test_per_layer.py::test_layer_norms_keep_to_the_budget_exactly": "in exact arithmetic the layers' norms stay within that sensitivity, however they are grouped",
             "tests/privacy/step/test_per_layer.py::test_layer_norms_can_be_given_by_name_and_in_order": "norms given by name or in order are applied to the right layers",
@@ -147,6 +152,34 @@ LINES = (
             "tests/privacy/step/test_strategies.py::test_epsilon_is_that_of_the_stated_sensitivity": "the same σ and sampling give the same ε in every strategy",
         },
         faults=(
+            Fault(
+                "automatic clipping without the root",
+                "dpkernels/backends/torch_ops/clip.py",
+                "(square.sqrt() + stability)",
+                "(square + stability)",
+                "tests/ops/test_clip_factors.py::test_automatic_factors_are_exactly_within_and_hardly_smaller",
+            ),
+            Fault(
+                "automatic factors rounded to the nearest",
+                "dpkernels/backends/torch_ops/clip.py",
+                "    usable = square.isfinite() & (square >= 0.0)\n    return torch.where(\n        usable, round_down(factor), torch.zeros((), dtype=torch.float32, device=norm_sq.device)\n    )\n\n\ndef automatic",
+                "    usable = square.isfinite() & (square >= 0.0)\n    return torch.where(\n        usable, factor.float(), torch.zeros((), dtype=torch.float32, device=norm_sq.device)\n    )\n\n\ndef automatic",
+                "tests/ops/test_clip_factors.py::test_automatic_factors_are_exactly_within_and_hardly_smaller",
+            ),
+            Fault(
+                "γ of automatic clipping left out of the ledger",
+                "dpkernels/privacy/setup.py",
+                'return {"clipping": "automatic", "stability": setup.rule.stability}',
+                'return {"clipping": "flat"}',
+                "tests/privacy/step/test_automatic_clipping.py::test_the_ledger_says_how_it_was_clipped",
+            ),
+            Fault(
+                "automatic clipping by half the norm",
+                "dpkernels/privacy/step/clipping.py",
+                "ops.automatic_clip_factors(norm_sq, self.norm, self.stability)",
+                "ops.automatic_clip_factors(norm_sq / 4, self.norm, self.stability)",
+                "tests/privacy/step/test_automatic_clipping.py::test_no_example_adds_more_than_c",
+            ),
             Fault(
                 "the largest norm for the sensitivity",
                 "dpkernels/privacy/step/clipping.py",
@@ -172,7 +205,7 @@ LINES = (
             Fault(
                 "other clippings accepted",
                 "dpkernels/privacy/keywords.py",
-                'if clipping != "flat" and (clipping, strategy) != ("per_layer", "per_layer"):',
+                'if clipping not in ("flat", "automatic") and (clipping, strategy) != ("per_layer", "per_layer"):',
                 "if False:",
                 "tests/privacy/step/test_clipping.py::test_clipping_other_than_flat_is_refused_with_the_reason",
             ),
