@@ -160,10 +160,10 @@ LINES = (
                 "tests/ops/test_clip_factors.py::test_automatic_factors_are_exactly_within_and_hardly_smaller",
             ),
             Fault(
-                "automatic factors rounded to the nearest",
+                "automatic factors that are rounded up",
                 "dpkernels/backends/torch_ops/clip.py",
-                "    usable = square.isfinite() & (square >= 0.0)\n    return torch.where(\n        usable, round_down(factor), torch.zeros((), dtype=torch.float32, device=norm_sq.device)\n    )\n\n\ndef automatic",
-                "    usable = square.isfinite() & (square >= 0.0)\n    return torch.where(\n        usable, factor.float(), torch.zeros((), dtype=torch.float32, device=norm_sq.device)\n    )\n\n\ndef automatic",
+                "(square.sqrt() + stability) * (1.0 - 2.0**-50)",
+                "(square.sqrt() + stability) * (1.0 + 2.0**-24)",
                 "tests/ops/test_clip_factors.py::test_automatic_factors_are_exactly_within_and_hardly_smaller",
             ),
             Fault(
@@ -234,10 +234,8 @@ LINES = (
             Fault(
                 "clipping by layers called flat in the ledger",
                 "dpkernels/privacy/setup.py",
-                """    if layers is None:
-        return {""",
-                """    if True:
-        return {""",
+                "    if setup.layers is not None:",
+                "    if False:",
                 "tests/privacy/step/test_per_layer.py::test_the_ledger_says_how_it_was_clipped",
             ),
             Fault(
