@@ -223,6 +223,8 @@ class PrivacyConfig:
     """the protected unit: one utterance, or all utterances of a speaker"""
     max_examples_per_speaker: Count | None = None
     """unit speaker: the most utterances of one speaker in a step"""
+    clipping_unit: Literal["example", "speaker"] | None = None
+    """unit speaker: what is clipped to C: a speaker's utterances together (null), or each utterance, with more noise"""
     max_batch_size: Count | None = None
     """truncated Poisson: a batch never exceeds it; null: no limit"""
     accountant: Literal["pld", "rdp"] = "pld"

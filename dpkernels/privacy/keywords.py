@@ -71,6 +71,22 @@ def check_clipping(
     check_norm(max_grad_norm)
 
 
+def clips_speakers(clipping_unit: str | None, unit: str) -> bool:
+    """Whether a speaker's examples are clipped together: by default where the protected unit is the speaker.
+
+    Raises:
+        ValueError: an unknown unit, or speakers where examples are the protected unit.
+    """
+    if clipping_unit not in (None, "example", "speaker"):
+        raise ValueError(f"clipping_unit={clipping_unit!r}: expected 'example' or 'speaker'")
+    if clipping_unit == "speaker" and unit != "speaker":
+        raise ValueError(
+            f"clipping_unit='speaker' with unit={unit!r}: only where speakers are sampled are their examples in one "
+            "batch; use unit='speaker', or leave clipping_unit out"
+        )
+    return unit == "speaker" and clipping_unit != "example"
+
+
 class Refusal(NamedTuple):
     """The values of one of Opacus's keywords that mean the same here, and the message for every other value.
 

@@ -21,6 +21,7 @@ from dpkernels.privacy.guards.preconditions import (
     check_optimizer,
     trained_parameters,
 )
+from dpkernels.privacy.keywords import clips_speakers
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, speaker_ids
 from dpkernels.privacy.step.clipping import (
     AUTOMATIC_STABILITY,
@@ -43,6 +44,7 @@ class RunArguments:
     noise_multiplier: float
     max_grad_norm: float | Sequence[float] | Mapping[str, float]
     clipping: str
+    clipping_unit: str | None
     strategy: str
     physical_batch_size: int | None
     max_batch_size: int | None
@@ -67,6 +69,7 @@ class Setup:
         layers: clipping norms by parameter under "per_layer", else None.
         rule: how the norm of a whole gradient decides its factor (not under "per_layer").
         norm: C, or √ΣC_l² by layers.
+        whole_units: whether the examples of a speaker are clipped together: the sensitivity is that of one gradient.
         bound: largest logical batch that the sensitivity is stated for, in examples.
         sensitivity: S of the sum to one unit.
         physical_batch_size: largest micro-batch, in examples.
@@ -78,6 +81,7 @@ class Setup:
     layers: PerLayerClipNorms | None
     rule: ClipRule
     norm: float
+    whole_units: bool
     bound: int
     sensitivity: float
     physical_batch_size: int
@@ -113,11 +117,19 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
     )
     check_accountant(accountant, truncated=mechanism.truncated)
     _check_target(run.target_epsilon, run.target_delta, sampling.units)
+    whole_units = clips_speakers(run.clipping_unit, run.unit)
+    together = sampling.per_unit if whole_units else 1
     physical = run.physical_batch_size
     if physical is None:
-        physical = math.ceil(sampling.expected_batch_size / ranks)
+        physical = max(math.ceil(sampling.expected_batch_size / ranks), together)
     if physical < 1:
         raise ValueError(f"physical_batch_size must be >= 1, got {run.physical_batch_size}")
+    if physical < together:
+        raise ValueError(
+            f"physical_batch_size={physical} is below max_examples_per_speaker={together}: a speaker's examples are "
+            "clipped together, and so stand in one micro-batch. Raise the one, lower the other, or use "
+            "clipping_unit='example', whose noise is max_examples_per_speaker times larger"
+        )
     if run.steps is not None and (run.steps < 1 or run.steps != int(run.steps)):
         raise ValueError(f"steps must be a whole number >= 1, got {run.steps}")
     _check_lengths(run.lengths, run.max_padded_frames, len(run.data_loader.dataset))  # type: ignore[arg-type]
@@ -142,8 +154,9 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
         layers=layers,
         rule=ClipRule(norm, AUTOMATIC_STABILITY if run.clipping == "automatic" else None),
         norm=norm,
+        whole_units=whole_units,
         bound=bound,
-        sensitivity=sensitivity(norm, bound, sampling.per_unit, ranks),
+        sensitivity=sensitivity(norm, bound, 1 if whole_units else sampling.per_unit, ranks),
         physical_batch_size=physical,
     )
 
@@ -205,6 +218,7 @@ def run_settings(setup: Setup, processes: int) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "max_grad_norm": setup.norm,
         **_clipping_settings(setup),
+        "clipping_unit": "speaker" if setup.whole_units else "example",
         "sensitivity": setup.sensitivity,
         "max_examples_per_unit": setup.sampling.per_unit,
         "expected_batch_size": setup.sampling.expected_batch_size,

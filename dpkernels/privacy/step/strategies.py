@@ -32,7 +32,7 @@ additions on a GPU change it by rounding; other dropout masks, or changed inputs
 
 
 class Clipped(NamedTuple):
-    """Norms and clipping factors of a micro-batch's examples. NOT PRIVATE.
+    """Norms and clipping factors of what a micro-batch's gradients are clipped as, examples or speakers. NOT PRIVATE.
 
     norm_sq: [B] float64, the squared norm of the whole gradient before clipping, rounded up. factors: [B] float32,
     the factor in the sum, 0 for an example that was left out; under per-layer clipping, the smallest of its factors.
@@ -43,27 +43,37 @@ class Clipped(NamedTuple):
 
 
 class Strategy(ABC):
-    """Clips and sums one micro-batch. `tape` is the model's."""
+    """Clips and sums one micro-batch. `tape` is the model's.
+
+    Where speakers are clipped as speakers, `unit` consecutive examples are one of them, and are clipped together: the
+    records are those of the sums of their gradients (`Record.of_units`), and B is the number of speakers.
+    """
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
     @abstractmethod
-    def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
-        """Back-propagate losses.sum() (losses: [B]) and `add` each example's contribution.
+    def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
+        """Back-propagate losses.sum() (losses: [B·unit]) and `add` the contribution of each example, or speaker.
 
         Raises the errors of the backward, `add` and `check`; the tape may then be open.
         """
 
-    def _stream(self, losses: Tensor, take: Callable[[Record], None], *, again: bool = False) -> None:
+    def _stream(
+        self, losses: Tensor, take: Callable[[Record], None], unit: int, *, again: bool = False
+    ) -> None:
         """Run one backward and pass every record to `take` as soon as it is complete.
 
         again: whether another backward over the same graph follows.
         """
-        self.tape.open(losses.shape[0], sink=take)
+
+        def of_unit(record: Record) -> None:
+            take(_of_units(record, unit))
+
+        self.tape.open(losses.shape[0], sink=of_unit)
         losses.sum().backward(retain_graph=again)
         for record in self.tape.close(again=again):
-            take(record)
+            of_unit(record)
 
 
 class BookKeeping(Strategy):
@@ -76,12 +86,12 @@ class BookKeeping(Strategy):
         super().__init__(tape)
         self._rule = rule
 
-    def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
+    def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
         """Compute norms, then factors, then sums."""
-        batch_size = losses.shape[0]
-        self.tape.open(batch_size)
+        batch_size = losses.shape[0] // unit
+        self.tape.open(losses.shape[0])
         losses.sum().backward()
-        records = self.tape.close()
+        records = [_of_units(record, unit) for record in self.tape.close()]
         check()
         with torch.no_grad():
             norm_sq = total_norm_sq(records, batch_size, losses.device)
@@ -110,19 +120,19 @@ class TwoPass(Strategy):
         super().__init__(tape)
         self._rule = rule
 
-    def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
+    def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
         """Compute norms and factors, then the sums from a second backward.
 
         Raises RuntimeError if the second backward differs from the first by more than rounding.
         """
-        batch_size, device = losses.shape[0], losses.device
+        batch_size, device = losses.shape[0] // unit, losses.device
         first: dict[tuple[nn.Parameter, ...], Tensor] = {}
 
         @torch.no_grad()
         def measure(record: Record) -> None:
             first[record.parameters] = _norm_sq(record, device)
 
-        self._stream(losses, measure, again=True)
+        self._stream(losses, measure, unit, again=True)
         check()
         with torch.no_grad():
             norm_sq = add_up(first.values(), batch_size, device)
@@ -137,7 +147,7 @@ class TwoPass(Strategy):
             moved.logical_or_(~((again.sqrt() - before.sqrt()).abs() <= allowed))
             add([record], _within(factors, before, again))
 
-        self._stream(losses, weigh)
+        self._stream(losses, weigh, unit)
         check()
         moved.logical_and_(factors > 0)  # an example with factor 0 adds 0 in either case
         if first or int(moved.sum()):
@@ -165,9 +175,9 @@ class PerLayer(Strategy):
         super().__init__(tape)
         self._norms = norms
 
-    def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
+    def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
         """Compute norm, factor and sum, record by record."""
-        batch_size, device = losses.shape[0], losses.device
+        batch_size, device = losses.shape[0] // unit, losses.device
         norms: list[Tensor] = []
         least = torch.ones(batch_size, device=device)
 
@@ -179,7 +189,7 @@ class PerLayer(Strategy):
             norms.append(norm_sq)
             torch.minimum(least, factors, out=least)
 
-        self._stream(losses, clip)
+        self._stream(losses, clip, unit)
         check()
         with torch.no_grad():
             return Clipped(add_up(norms, batch_size, device), least)
@@ -190,6 +200,10 @@ def strategy_of(name: str, tape: Tape, rule: ClipRule, layers: PerLayerClipNorms
     if layers is not None:
         return PerLayer(tape, layers)
     return TwoPass(tape, rule) if name == "two_pass" else BookKeeping(tape, rule)
+
+
+def _of_units(record: Record, unit: int) -> Record:
+    return record if unit == 1 else record.of_units(unit)
 
 
 def _norm_sq(record: Record, device: torch.device) -> Tensor:
