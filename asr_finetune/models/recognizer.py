@@ -1,4 +1,4 @@
-"""The base class of all recognisers; `ctc.py` and `whisper.py` have the two kinds."""
+"""The base class of all recognisers; `kinds.py` lists the kinds."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from dpkernels.precision import arithmetic, widened, widened_state
 from dpkernels.privacy import gathered_root
 
 SETTINGS = "recognizer.json"
+KindName = Literal["ctc", "seq2seq", "transducer"]
 PEFT_ASKS_BY_AN_OLD_NAME = "`is_gradient_checkpointing` is deprecated"
 
 
@@ -37,7 +38,7 @@ class Recognizer(ABC):
         processor: transformers' processor (feature extractor and tokenizer).
         name: folder or hub id that it was loaded from.
         sampling_rate: sampling rate of its input audio, Hz.
-        kind: "ctc" or "seq2seq".
+        kind: "ctc", "seq2seq" or "transducer"; see `kinds.py`.
         target_prefix: prefix of training texts, and of texts scored by restricted decoding.
         new_head: the output layer is freshly initialised and must be trained along with any method.
         vocabulary: the kind of its classes, as in `model.vocabulary`; "keep" if the output layer is not new.
@@ -46,7 +47,7 @@ class Recognizer(ABC):
         equal_lengths_only: why batches of unequal lengths are refused, or "" if padding has no effect.
     """
 
-    kind: ClassVar[Literal["ctc", "seq2seq"]]
+    kind: ClassVar[KindName]
 
     def __init__(
         self,

@@ -38,8 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from asr_finetune.config.schema import Config
 from asr_finetune.config.yaml_io import load_yaml
 from asr_finetune.console import Reporter
-from asr_finetune.models.alphabets import CHARACTERS
-from asr_finetune.models.ctc import CTCRecognizer, ctc_tokenizer
+from asr_finetune.models.alphabets import CHARACTERS, ctc_tokenizer
+from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
 from asr_finetune.planning.memory import losses_of

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from asr_finetune.config.schema import Config
 from asr_finetune.config.yaml_io import RECIPES, load_yaml, overridden, recipes
-from asr_finetune.models.alphabets import CHARACTERS
-from asr_finetune.models.ctc import CTCRecognizer, ctc_tokenizer
+from asr_finetune.models.alphabets import CHARACTERS, ctc_tokenizer
+from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
