@@ -1,6 +1,6 @@
-"""CTC recognisers: Parakeet, Wav2Vec2-BERT, Wav2Vec2, Wav2Vec2-Conformer.
+"""CTC recognisers.
 
-The CTC blank is the class `config.pad_token_id`, as in all CTC models of transformers.
+Any model type of transformers' `AutoModelForCTC` is one; `architecture.py` reads its blank and its output lengths.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -19,10 +18,11 @@ from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.data.utterance import Utterance
 from asr_finetune.files import write_text
 from asr_finetune.models.alphabets import ALPHABET_FILE, WORD_DELIMITER, ctc_tokenizer, read_alphabet
+from asr_finetune.models.architecture import blank_of, head_name, output_lengths, processor_class, set_blank
 from asr_finetune.models.checkpoint import LOAD, placed, read
 from asr_finetune.models.checkpoint_fit import check_blank, check_tokenizer, check_weights, classes_needed
-from asr_finetune.models.methods import head_name
-from asr_finetune.models.recognizer import KindName, Recognizer, pad_rows
+from asr_finetune.models.examine import examine
+from asr_finetune.models.recognizer import KindName, Recognizer
 from dpkernels.losses import IGNORED, ctc_loss_per_example
 
 _PLAIN_APOSTROPHES = str.maketrans("’ʼ＇", "'''")
@@ -36,25 +36,8 @@ class CTCRecognizer(Recognizer):
 
     def __init__(self, model: nn.Module, processor: Any, **options: Any) -> None:
         super().__init__(model, processor, **options)
-        config = self.base.config
-        if config.model_type in ("wav2vec2", "wav2vec2-conformer"):
-            self.input_name = "input_values"
-        self.blank = int(config.pad_token_id)
-        if config.model_type == "wav2vec2-conformer":
-            self.equal_lengths_only = "Wav2Vec2-Conformer's convolutions ignore the attention mask"
-        elif self.input_name == "input_values" and getattr(config, "feat_extract_norm", "") == "group":
-            self.equal_lengths_only = 'feat_extract_norm="group" normalises over the padded length'
-
-    def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
-        """See Recognizer; only the utterance's own frames are kept, so that only `collate` adds padding."""
-        encoded = self.feature_extractor(
-            array, sampling_rate=self.sampling_rate, return_tensors="pt", return_attention_mask=True
-        )
-        values, mask = encoded[self.input_name][0], encoded["attention_mask"][0].bool()
-        values = values[mask].float()
-        if len(values) == 0 or not torch.isfinite(values).all():
-            raise ValueError(f"{len(array)} samples are too few for {type(self.feature_extractor).__name__}")
-        return {self.input_name: values}
+        self.blank = int(blank_of(self.base.config))
+        self._lengths = output_lengths(self.base)
 
     def encode_text(self, text: str) -> Tensor:
         """See Recognizer; what the vocabulary lacks is read with plain apostrophes and composed accents."""
@@ -72,19 +55,6 @@ class CTCRecognizer(Recognizer):
             return f"the blank as a label: {self.tokenizer.convert_ids_to_tokens(self.blank)!r} in the transcript"
         return super().label_problem(labels)
 
-    def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        rows = [item[self.input_name] for item in items]
-        lengths = torch.tensor([len(row) for row in rows])
-        if self.equal_lengths_only and int(lengths.min()) != int(lengths.max()):
-            raise ConfigError(
-                f"{self.name}: a batch of unequal lengths ({int(lengths.min())} to {int(lengths.max())}) would "
-                f"change utterances' gradients: {self.equal_lengths_only}. Set train.physical_batch_size=1 and "
-                "evaluate.batch_size=1, or use a model that masks its padding (Parakeet, Wav2Vec2-BERT)"
-            )
-        padded = pad_rows(rows, 0.0)
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        return {self.input_name: padded, "attention_mask": mask}
-
     def save(self, folder: Path | str) -> None:
         """See Recognizer; with the alphabet of a new output layer, from which an adapter's tokenizer is made anew."""
         super().save(folder)
@@ -95,18 +65,16 @@ class CTCRecognizer(Recognizer):
 
     def logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(logits [B, T', V], frames of each utterance [B])."""
-        mask = batch["attention_mask"]
-        inputs = batch[self.input_name].to(next(model.parameters()).dtype)
-        logits = model(**{self.input_name: inputs}, attention_mask=mask).logits
-        return logits, self.frames(mask.sum(dim=1))
+        logits = model(**self.inputs.arguments(batch, next(model.parameters()).dtype)).logits
+        return logits, self.frames(batch["attention_mask"].sum(dim=1))
+
+    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """See Recognizer; the logits."""
+        return self.logits(model, batch)
 
     def frames(self, inputs: Tensor) -> Tensor:
         """Numbers of output frames [B] for numbers of input frames [B] (Wav2Vec2: samples)."""
-        model = self.base
-        if hasattr(model, "_get_subsampling_output_length"):
-            lengths = model._get_subsampling_output_length(inputs)
-        else:
-            lengths = model._get_feat_extract_output_lengths(inputs)
+        lengths: Tensor = self._lengths(inputs)
         return lengths.to(torch.int64)
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -144,14 +112,7 @@ class CTCRecognizer(Recognizer):
         return int(self.frames(torch.tensor([max(self._input_frames(utterance), 1)]))[0])
 
     def _input_frames(self, utterance: Utterance) -> int:
-        samples = self.samples(utterance)
-        if self.input_name == "input_values":
-            return samples
-        extractor = self.feature_extractor
-        if hasattr(extractor, "hop_length"):  # Parakeet
-            return samples // int(extractor.hop_length)
-        # Kaldi's windows of 25 ms every 10 ms, at 16 kHz
-        return max((samples - 400) // 160 + 1, 0) // int(extractor.stride)
+        return self.inputs.frames(self.samples(utterance))
 
     def audio_problem(self, utterance: Utterance) -> str | None:
         """See Recognizer."""
@@ -242,8 +203,10 @@ def load_ctc(config: ModelConfig, architecture: Any, options: dict[str, Any]) ->
         if config.new_head:
             model.get_submodule(head).reset_parameters()
     check_tokenizer(config.name, processor.tokenizer, architecture.vocab_size)
-    check_blank(config.name, processor.tokenizer, architecture.vocab_size, architecture.pad_token_id)
-    return CTCRecognizer(placed(model, config), processor, **options)
+    check_blank(config.name, processor.tokenizer, architecture)
+    recognizer = CTCRecognizer(placed(model, config), processor, **options)
+    examine(recognizer)
+    return recognizer
 
 
 def _ctc_processor(config: ModelConfig, architecture: Any) -> Any:
@@ -262,14 +225,9 @@ def _classes_of_a_new_head(config: ModelConfig, architecture: Any, tokenizer: An
     """
     needed = classes_needed(tokenizer)
     if config.vocabulary == "characters":
-        architecture.vocab_size, architecture.pad_token_id = needed, tokenizer.pad_token_id
+        architecture.vocab_size = needed
+        set_blank(architecture, tokenizer.pad_token_id)
     elif architecture.vocab_size is None or architecture.vocab_size < needed:
         architecture.vocab_size = needed
-        if architecture.pad_token_id is None:
-            architecture.pad_token_id = tokenizer.pad_token_id
-
-
-def processor_class(model_type: str) -> Any:
-    """transformers' processor for a CTC model type."""
-    names = {"parakeet_ctc": "ParakeetProcessor", "wav2vec2-bert": "Wav2Vec2BertProcessor"}
-    return getattr(transformers, names.get(model_type, "Wav2Vec2Processor"))
+        if blank_of(architecture) is None:
+            set_blank(architecture, tokenizer.pad_token_id)

@@ -20,13 +20,8 @@ from asr_finetune.models.checkpoint import NoSuchModel, cached_hub_answers, read
 from asr_finetune.models.checkpoint_fit import check_adapter
 from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.kinds import kind_of
-from asr_finetune.models.recognizer import (
-    PEFT_ASKS_BY_AN_OLD_NAME,
-    SETTINGS,
-    Recognizer,
-    quiet_transformers,
-    without_warnings,
-)
+from asr_finetune.models.quiet import PEFT_ASKS_BY_AN_OLD_NAME, quiet_transformers, without_warnings
+from asr_finetune.models.recognizer import SETTINGS, Recognizer
 from asr_finetune.models.tiny import tiny_parakeet
 from asr_finetune.models.whisper import WhisperRecognizer
 from dpkernels.precision import DTYPES

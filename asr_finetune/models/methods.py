@@ -22,16 +22,11 @@ from torch.nn.utils import parametrize
 
 import dpkernels.nn
 from asr_finetune.config.schema import ADAPTER_METHODS, ConfigError, MethodConfig
-from asr_finetune.models.recognizer import (
-    PEFT_ASKS_BY_AN_OLD_NAME,
-    Recognizer,
-    switch_off_shared_randomness,
-    trained_parameters,
-    without_warnings,
-)
+from asr_finetune.models.architecture import HEADS, head_name
+from asr_finetune.models.quiet import PEFT_ASKS_BY_AN_OLD_NAME, without_warnings
+from asr_finetune.models.recognizer import Recognizer, switch_off_shared_randomness, trained_parameters
 from dpkernels.precision import hold_frozen
 
-_HEADS = ("ctc_head", "lm_head", "proj_out")
 # Whisper's sinusoids are constants; the embedding of the model's own masks is unused, since these are switched off.
 _NEVER_TRAINED = ("encoder.embed_positions.weight", "masked_spec_embed")
 _CONFORMER_TARGETS = ["linear_q", "linear_k", "linear_v", "linear_out", "intermediate_dense", "output_dense"]
@@ -131,18 +126,13 @@ def _train_adapter(adapted: nn.Module, method: MethodConfig) -> None:
             parameter.requires_grad_(not any(part in name for part in frozen))
 
 
-def head_name(model: nn.Module) -> str:
-    """The output layer's name."""
-    return next(name for name in _HEADS if hasattr(model, name))
-
-
 def _within(model: Any, layers: str) -> tuple[str, ...]:
     """Prefixes of the names of the parameters and modules that may be trained."""
     if layers == "all":
         return ("",)
     if hasattr(model, "proj_out"):
         return (f"model.{layers}.",)
-    return tuple(f"{name}." for name, _ in model.named_children() if name not in _HEADS)
+    return tuple(f"{name}." for name, _ in model.named_children() if name not in HEADS)
 
 
 def _train(module: nn.Module) -> None:

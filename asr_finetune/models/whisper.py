@@ -21,10 +21,12 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.data.utterance import Utterance
+from asr_finetune.models.architecture import head_name
 from asr_finetune.models.checkpoint import LOAD, placed, read
 from asr_finetune.models.checkpoint_fit import check_tokenizer, check_weights
-from asr_finetune.models.methods import head_name
-from asr_finetune.models.recognizer import KindName, Recognizer, pad_rows, to_device, without_warnings
+from asr_finetune.models.inputs import pad_rows
+from asr_finetune.models.quiet import without_warnings
+from asr_finetune.models.recognizer import KindName, Recognizer, to_device
 from dpkernels.losses import IGNORED, cross_entropy_per_example
 from dpkernels.precision import arithmetic
 
@@ -116,6 +118,11 @@ class WhisperRecognizer(Recognizer):
     @property
     def _most_labels(self) -> int:
         return int(self.base.config.max_target_positions) - len(self.prompt) + 1
+
+    @property
+    def input_name(self) -> str:
+        """See Recognizer."""
+        return "input_features"
 
     def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
         """See Recognizer; silence fills the window."""

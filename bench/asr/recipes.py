@@ -116,7 +116,9 @@ def recogniser(config: Config, device: str) -> CTCRecognizer:
             # transformers' N(0, 0.02) lets the signal vanish in the subsampling: the self-check compared rounding
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 module.reset_parameters()
-        processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=16_000), tokenizer=None)
+        names = ["input_features", "attention_mask"]
+        extractor = SimpleNamespace(sampling_rate=16_000, model_input_names=names)
+        processor = SimpleNamespace(feature_extractor=extractor, tokenizer=None)
         recognizer = CTCRecognizer(
             model,
             processor,

@@ -215,7 +215,9 @@ def parameters(name: str, config: Config) -> int:
         else:
             classes = len(ctc_tokenizer(CHARACTERS, "characters"))
             model = transformers.Wav2Vec2BertForCTC(transformers.Wav2Vec2BertConfig(vocab_size=classes))
-        processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=16000), tokenizer=None)
+        names = ["input_features", "attention_mask"]
+        extractor = SimpleNamespace(sampling_rate=16000, model_input_names=names)
+        processor = SimpleNamespace(feature_extractor=extractor, tokenizer=None)
         recognizer = CTCRecognizer(model, processor, name=name, new_head=config.model.new_head)
         apply_method(recognizer, config.method)
     return trained_parameters(recognizer.model)
