@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
@@ -50,6 +50,15 @@ def output_lengths(model: nn.Module) -> Callable[[Tensor], Tensor]:
         f"{type(model).__name__} does not say how many frames its output has (a method {' or '.join(_LENGTHS)}), so "
         "losses cannot be told from padding: use a model type that does"
     )
+
+
+def attention(config: Any, classes: Mapping[str, str]) -> str:
+    """The attention implementation to load a model with, whose class is in a mapping from model type to name.
+
+    Eager attention gives NaN on fully masked rows, which padding creates in some models; sdpa does not.
+    """
+    model_class = getattr(transformers, classes[config.model_type])
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def processor_class(model_type: str) -> Any:

@@ -13,12 +13,20 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
 
 from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.data.utterance import Utterance
 from asr_finetune.files import write_text
 from asr_finetune.models.alphabets import ALPHABET_FILE, WORD_DELIMITER, ctc_tokenizer, read_alphabet
-from asr_finetune.models.architecture import blank_of, head_name, output_lengths, processor_class, set_blank
+from asr_finetune.models.architecture import (
+    attention,
+    blank_of,
+    head_name,
+    output_lengths,
+    processor_class,
+    set_blank,
+)
 from asr_finetune.models.checkpoint import LOAD, placed, read
 from asr_finetune.models.checkpoint_fit import check_blank, check_tokenizer, check_weights, classes_needed
 from asr_finetune.models.examine import examine
@@ -26,7 +34,6 @@ from asr_finetune.models.recognizer import KindName, Recognizer
 from dpkernels.losses import IGNORED, ctc_loss_per_example
 
 _PLAIN_APOSTROPHES = str.maketrans("’ʼ＇", "'''")
-SUPPORTED = ("parakeet_ctc", "wav2vec2-bert", "wav2vec2", "wav2vec2-conformer")
 
 
 class CTCRecognizer(Recognizer):
@@ -194,9 +201,12 @@ def load_ctc(config: ModelConfig, architecture: Any, options: dict[str, Any]) ->
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a public seed of the new layer's initialisation
-        # Eager attention gives NaN on fully masked rows, which padding creates; sdpa does not.
         model, info = read(
-            transformers.AutoModelForCTC, config, config=architecture, attn_implementation="sdpa", **LOAD
+            transformers.AutoModelForCTC,
+            config,
+            config=architecture,
+            attn_implementation=attention(architecture, auto.MODEL_FOR_CTC_MAPPING_NAMES),
+            **LOAD,
         )
         head = head_name(model)
         check_weights(config.name, model, info, head=head, new_head=config.new_head)

@@ -24,18 +24,24 @@ import dpkernels.nn
 from asr_finetune.config.schema import ADAPTER_METHODS, ConfigError, MethodConfig
 from asr_finetune.models.architecture import HEADS, head_name
 from asr_finetune.models.quiet import PEFT_ASKS_BY_AN_OLD_NAME, without_warnings
-from asr_finetune.models.recognizer import Recognizer, switch_off_shared_randomness, trained_parameters
+from asr_finetune.models.recognizer import (
+    KindName,
+    Recognizer,
+    switch_off_shared_randomness,
+    trained_parameters,
+)
 from dpkernels.precision import hold_frozen
 
 # Whisper's sinusoids are constants; the embedding of the model's own masks is unused, since these are switched off.
 _NEVER_TRAINED = ("encoder.embed_positions.weight", "masked_spec_embed")
-_CONFORMER_TARGETS = ["linear_q", "linear_k", "linear_v", "linear_out", "intermediate_dense", "output_dense"]
-_DEFAULT_TARGETS = {
-    "whisper": ["q_proj", "v_proj"],
-    "parakeet_ctc": ["q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"],
-    "wav2vec2-bert": _CONFORMER_TARGETS,
-    "wav2vec2": ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"],
-    "wav2vec2-conformer": _CONFORMER_TARGETS,
+# The names of linear layers of attention and feed-forward blocks. SEW-D's query_proj and key_proj also project relative
+# positions, which examples share, so that they have no gradient of an example.
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "value_proj")
+_CONFORMER_ATTENTION = ("linear_q", "linear_k", "linear_v", "linear_out")
+_FEED_FORWARD = ("intermediate_dense", "output_dense", "linear1", "linear2", "dense")
+_DEFAULT_TARGETS: dict[KindName, tuple[str, ...]] = {
+    "ctc": (*_ATTENTION, *_CONFORMER_ATTENTION, *_FEED_FORWARD),
+    "seq2seq": ("q_proj", "v_proj", "query", "value"),
 }
 
 
@@ -152,8 +158,15 @@ def _with_lora(
     import peft
 
     model = recognizer.base
-    targets = method.targets or _DEFAULT_TARGETS[model.config.model_type]
+    targets = method.targets or _DEFAULT_TARGETS[recognizer.kind]
     chosen = _adapted(model, targets, trainable)
+    unused = recognizer.unused_layers.intersection(chosen)
+    if unused and method.targets:
+        raise ConfigError(
+            f"method.targets={targets}: {min(unused)} is not called in the model's forward, which reads its weight, so "
+            "that LoRA would change nothing: leave it out, or set targets to null"
+        )
+    chosen = [name for name in chosen if name not in unused]
     if not chosen:
         known = sorted(
             {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _adaptable(module)}
