@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from torch import nn
 
-from asr_finetune.config.schema import ConfigError
+from asr_finetune.config.schema import ConfigError, ModelConfig
+from asr_finetune.models.architecture import blank_of
 
 _SHOWN = 3
 # Never used here, since the model's own masks and its batch norms' training mode are switched off.
@@ -26,8 +26,49 @@ _NEW_HEAD = (
 )
 
 
+def refuse_ctc_options(config: ModelConfig) -> None:
+    """Check that no option is given which is for a CTC model.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if config.new_head or config.vocabulary != "keep" or config.alphabet is not None:
+        raise ConfigError(
+            "model.new_head, model.vocabulary and model.alphabet are for CTC models; the output layer of a "
+            "sequence-to-sequence model (Whisper) is its token table: leave new_head false, vocabulary keep and "
+            "alphabet null"
+        )
+    if config.target_lang is not None:
+        raise ConfigError(
+            f"model.target_lang={config.target_lang!r} is for CTC models with an adapter for each language (MMS); "
+            "Whisper's language is model.language: leave it null"
+        )
+
+
+def refuse_whisper_options(config: ModelConfig, model: str) -> None:
+    """Check that no option is given which is for Whisper.
+
+    Args:
+        config: the options.
+        model: what the model is instead, for the message.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if config.window_seconds is not None:
+        raise ConfigError(
+            f"model.window_seconds={config.window_seconds:g} is for Whisper; a {model} model takes any length: "
+            "leave it null"
+        )
+    if config.language is not None or config.task is not None:
+        raise ConfigError(
+            f"model.language={config.language}, model.task={config.task}: they are for Whisper; a {model} model writes "
+            "what it was trained on: leave them null"
+        )
+
+
 def check_weights(
-    name: str, model: nn.Module, info: Mapping[str, Any], *, head: str, new_head: bool, constants: str = ""
+    name: str, model: Any, info: Mapping[str, Any], *, head: str, new_head: bool, constants: str = ""
 ) -> None:
     """Check that every weight that the model uses came from the checkpoint.
 
@@ -66,9 +107,8 @@ def check_weights(
     if not faults:
         return
     of_the_head = all(key.startswith(f"{head}.") for key in missing | shapes.keys())
-    fix = (
-        _NEW_HEAD if of_the_head and head != "proj_out" else "give a complete checkpoint of this architecture"
-    )
+    renewable = of_the_head and not model.config.is_encoder_decoder
+    fix = _NEW_HEAD if renewable else "give a complete checkpoint of this architecture"
     raise ConfigError(
         f"model.name={name!r}: {' and '.join(faults)}; transformers would initialise them at random: {fix}"
     )
@@ -105,18 +145,22 @@ def check_tokenizer(name: str, tokenizer: Any, classes: int, *, fix: str = _NEW_
         )
 
 
-def check_blank(name: str, tokenizer: Any, classes: int, blank: int | None) -> None:
-    """Check that the CTC blank, the configuration's padding token, is a class, and not a token of a text.
+def check_blank(name: str, tokenizer: Any, config: Any) -> None:
+    """Check that the CTC blank of a model's configuration is a class, and not a token of a text.
 
     Raises:
         ConfigError: it is not.
     """
-    start = f"model.name={name!r}: pad_token_id={blank} in its config.json must be the CTC blank, but "
+    blank, classes = blank_of(config), config.vocab_size
+    key = "blank_token_id" if hasattr(config, "blank_token_id") else "pad_token_id"
+    start = f"model.name={name!r}: {key}={blank} in its config.json must be the CTC blank, but "
     if blank is None or not 0 <= blank < classes:
         raise ConfigError(
             f"{start}the output layer has the classes 0 to {classes - 1}: set it to the class of the blank"
         )
-    if blank != tokenizer.pad_token_id and blank in tokenizer.get_vocab().values():
+    # A text has no special token. The padding may be another one than the blank only where the two have two names.
+    unspoken = {tokenizer.pad_token_id, *(tokenizer.all_special_ids if key == "blank_token_id" else ())}
+    if blank not in unspoken and blank in tokenizer.get_vocab().values():
         raise ConfigError(
             f"{start}its tokenizer has {tokenizer.convert_ids_to_tokens(blank)!r} there and the padding "
             f"{tokenizer.pad_token!r} at {tokenizer.pad_token_id}: make them agree"

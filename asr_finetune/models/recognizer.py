@@ -1,32 +1,35 @@
-"""The base class of all recognisers; `ctc.py` and `whisper.py` have the two kinds."""
+"""The base class of all recognisers; `kinds.py` lists the kinds."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import re
-import warnings
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
+from asr_finetune.config.values import ConfigError
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.utterance import Utterance
+from asr_finetune.models.architecture import output_lengths
+from asr_finetune.models.inputs import AudioInputs, pad_rows
+from asr_finetune.models.quiet import quiet_transformers
 from dpkernels.blocks import base_model
 from dpkernels.losses import IGNORED
 from dpkernels.precision import arithmetic, widened, widened_state
 from dpkernels.privacy import gathered_root
 
 SETTINGS = "recognizer.json"
-PEFT_ASKS_BY_AN_OLD_NAME = "`is_gradient_checkpointing` is deprecated"
+_PLAIN_APOSTROPHES = str.maketrans("’ʼ＇", "'''")
+KindName = Literal["ctc", "seq2seq", "transducer"]
 
 
 class Recognizer(ABC):
@@ -37,16 +40,16 @@ class Recognizer(ABC):
         processor: transformers' processor (feature extractor and tokenizer).
         name: folder or hub id that it was loaded from.
         sampling_rate: sampling rate of its input audio, Hz.
-        kind: "ctc" or "seq2seq".
+        kind: "ctc", "seq2seq" or "transducer"; see `kinds.py`.
         target_prefix: prefix of training texts, and of texts scored by restricted decoding.
         new_head: the output layer is freshly initialised and must be trained along with any method.
         vocabulary: the kind of its classes, as in `model.vocabulary`; "keep" if the output layer is not new.
         dtype: dtype of its arithmetic; see `dpkernels.precision`.
-        input_name: name of the features in an item and in the model's arguments.
         equal_lengths_only: why batches of unequal lengths are refused, or "" if padding has no effect.
+        unused_layers: names of the layers that are not called in a forward; see `examine.py`, which sets both.
     """
 
-    kind: ClassVar[Literal["ctc", "seq2seq"]]
+    kind: ClassVar[KindName]
 
     def __init__(
         self,
@@ -71,8 +74,8 @@ class Recognizer(ABC):
         self.target_prefix = target_prefix
         self.dtype = dtype
         self.sampling_rate = int(self.feature_extractor.sampling_rate)
-        self.input_name = "input_features"
         self.equal_lengths_only = ""
+        self.unused_layers: frozenset[str] = frozenset()
         switch_off_shared_randomness(self.base)
 
     @property
@@ -90,13 +93,25 @@ class Recognizer(ABC):
         """The device of the model."""
         return next(self.model.parameters()).device
 
-    @abstractmethod
+    @cached_property
+    def inputs(self) -> AudioInputs:
+        """How audio becomes the model's inputs."""
+        return AudioInputs(self.feature_extractor)
+
+    @property
+    def input_name(self) -> str:
+        """Name of the features in an item, in a batch, and in the model's arguments."""
+        return self.inputs.name
+
     def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
         """Samples [n] at `sampling_rate` -> input_features [T, F] or input_values [n], float32, by name.
+
+        Only the utterance's own frames are kept, so that only `collate` adds padding.
 
         Raises:
             ValueError: the model cannot take this audio (`audio_problem` returns the reason beforehand).
         """
+        return {self.input_name: self.inputs.encode(array)}
 
     @abstractmethod
     def encode_text(self, text: str) -> Tensor:
@@ -104,6 +119,25 @@ class Recognizer(ABC):
 
         Text that looks like a special token ("<pad>") is treated as ordinary text.
         """
+
+    def token_ids(self, text: str) -> list[int]:
+        """The text's tokens; what the vocabulary lacks is read with plain apostrophes and composed accents."""
+        for spelling in (text, unicodedata.normalize("NFC", text.translate(_PLAIN_APOSTROPHES))):
+            ids = self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if self.tokenizer.unk_token_id not in ids:
+                break
+        return list(ids)
+
+    def unknown_words(self, text: str) -> str | None:
+        """Which words of a text the vocabulary lacks, as a problem; None if it has all of them."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown not in self.token_ids(self.target_prefix + text):
+            return None
+        words = [word for word in text.split() if unknown in self.token_ids(word)]
+        return (
+            f"not in the vocabulary: {', '.join(words)!r}; see data.text_case, data.strip_punctuation and "
+            "model.vocabulary"
+        )
 
     def label_problem(self, labels: Tensor) -> str | None:
         """Why labels [L] from `encode_text` cannot be learnt, judged by their values; None if they can."""
@@ -116,9 +150,12 @@ class Recognizer(ABC):
     def length(self, utterance: Utterance) -> int:
         """The cost of an utterance, for batches of similar lengths: encoder frames, plus tokens if seq2seq."""
 
-    @abstractmethod
     def audio_problem(self, utterance: Utterance) -> str | None:
         """Why the model cannot take an utterance's audio, judged by its length alone; None if it can."""
+        # A single frame has no variance for the normalisation.
+        if self.inputs.frames(self.samples(utterance)) < 2 or self.output_frames(utterance) < 1:
+            return f"too short for the model: {utterance.seconds:.3f} s"
+        return None
 
     @abstractmethod
     def text_problem(self, utterance: Utterance) -> str | None:
@@ -129,6 +166,10 @@ class Recognizer(ABC):
         device = next(model.parameters()).device
         with arithmetic(self.dtype, device):
             return self._losses(model, to_device(batch, device))
+
+    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(outputs [B, T', ...], frames of each utterance [B]): what padding must not change; see `examine.py`."""
+        raise NotImplementedError(f"{type(self).__name__} takes no audio of different lengths")
 
     @abstractmethod
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -142,9 +183,17 @@ class Recognizer(ABC):
     def _scores(self, batch: dict[str, Any], texts: Sequence[str]) -> Tensor:
         """ln p(text | audio), [B, number of texts]."""
 
-    @abstractmethod
     def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The padded inputs of a batch."""
+        rows = [item[self.input_name] for item in items]
+        least, most = min(map(len, rows)), max(map(len, rows))
+        if self.equal_lengths_only and least != most:
+            raise ConfigError(
+                f"{self.name}: a batch of unequal lengths ({least} to {most}) would change utterances' gradients: "
+                f"{self.equal_lengths_only}. Set train.physical_batch_size=1 and evaluate.batch_size=1, or use a model "
+                "that masks its padding (Parakeet, Wav2Vec2-BERT)"
+            )
+        return self.inputs.collate(rows)
 
     def empty_item(self) -> dict[str, Tensor]:
         """The item of an unusable utterance: silence and no labels, so that its loss and gradient are 0."""
@@ -261,6 +310,18 @@ class Recognizer(ABC):
             "trained_parameters": trained_parameters(self.model),
         }
 
+    @cached_property
+    def _lengths(self) -> Callable[[Tensor], Tensor]:
+        return output_lengths(self.base)
+
+    def frames(self, inputs: Tensor) -> Tensor:
+        """Numbers of output frames [B] for numbers of input frames [B] (of a raw waveform: samples)."""
+        return torch.as_tensor(self._lengths(inputs)).to(torch.int64)
+
+    def output_frames(self, utterance: Utterance) -> int:
+        """Number of output frames of an utterance."""
+        return int(self.frames(torch.tensor(max(self.inputs.frames(self.samples(utterance)), 1))))
+
     def samples(self, utterance: Utterance) -> int:
         """Samples of an utterance at the model's rate."""
         return math.floor(utterance.seconds * self.sampling_rate)
@@ -281,34 +342,6 @@ def fit(corpus: Corpus, recognizer: Recognizer, *, training: bool = True) -> Cor
         return recognizer.text_problem(utterance) if reason is None and training else reason
 
     return corpus.without(map(problem, corpus.utterances))
-
-
-def quiet_transformers() -> None:
-    """Turn off transformers' progress bars for reading and writing weights, which break those of `Reporter`."""
-    transformers.utils.logging.disable_progress_bar()
-
-
-@contextmanager
-def without_warnings(*texts: str) -> Iterator[None]:
-    """Within it, warnings and transformers' log lines that hold one of these texts are not shown.
-
-    For what a user can do nothing about, at the call that causes it.
-    """
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in texts)
-
-    handlers = logging.getLogger("transformers").handlers
-    with warnings.catch_warnings():
-        for text in texts:
-            warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")
-        for handler in handlers:
-            handler.addFilter(keep)
-        try:
-            yield
-        finally:
-            for handler in handlers:
-                handler.removeFilter(keep)
 
 
 def switch_off_shared_randomness(model: nn.Module) -> None:
@@ -344,15 +377,6 @@ def trained_parameters(model: nn.Module) -> int:
 def total_parameters(model: nn.Module) -> int:
     """Number of values; a tensor shared by several modules counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def pad_rows(rows: Sequence[Tensor], value: float) -> Tensor:
-    """Tensors [Lᵢ, ...] -> [B, max Lᵢ, ...], filled with `value` on the right."""
-    longest = max(len(row) for row in rows)
-    out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), value)
-    for index, row in enumerate(rows):
-        out[index, : len(row)] = row
-    return out
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
