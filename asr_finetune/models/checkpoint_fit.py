@@ -15,6 +15,7 @@ import peft
 from torch import nn
 
 from asr_finetune.config.schema import ConfigError
+from asr_finetune.models.architecture import blank_of
 
 _SHOWN = 3
 # Never used here, since the model's own masks and its batch norms' training mode are switched off.
@@ -105,18 +106,22 @@ def check_tokenizer(name: str, tokenizer: Any, classes: int, *, fix: str = _NEW_
         )
 
 
-def check_blank(name: str, tokenizer: Any, classes: int, blank: int | None) -> None:
-    """Check that the CTC blank, the configuration's padding token, is a class, and not a token of a text.
+def check_blank(name: str, tokenizer: Any, config: Any) -> None:
+    """Check that the CTC blank of a model's configuration is a class, and not a token of a text.
 
     Raises:
         ConfigError: it is not.
     """
-    start = f"model.name={name!r}: pad_token_id={blank} in its config.json must be the CTC blank, but "
+    blank, classes = blank_of(config), config.vocab_size
+    key = "blank_token_id" if hasattr(config, "blank_token_id") else "pad_token_id"
+    start = f"model.name={name!r}: {key}={blank} in its config.json must be the CTC blank, but "
     if blank is None or not 0 <= blank < classes:
         raise ConfigError(
             f"{start}the output layer has the classes 0 to {classes - 1}: set it to the class of the blank"
         )
-    if blank != tokenizer.pad_token_id and blank in tokenizer.get_vocab().values():
+    # A text has no special token. The padding may be another one than the blank only where the two have two names.
+    unspoken = {tokenizer.pad_token_id, *(tokenizer.all_special_ids if key == "blank_token_id" else ())}
+    if blank not in unspoken and blank in tokenizer.get_vocab().values():
         raise ConfigError(
             f"{start}its tokenizer has {tokenizer.convert_ids_to_tokens(blank)!r} there and the padding "
             f"{tokenizer.pad_token!r} at {tokenizer.pad_token_id}: make them agree"

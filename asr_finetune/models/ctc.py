@@ -1,61 +1,50 @@
-"""CTC recognisers: Parakeet, Wav2Vec2-BERT, Wav2Vec2, Wav2Vec2-Conformer; and small new ones.
+"""CTC recognisers.
 
-The CTC blank is the class `config.pad_token_id`, as in all CTC models of transformers.
+Any model type of transformers' `AutoModelForCTC` is one; `architecture.py` reads its blank and its output lengths.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
 
-from asr_finetune.config.values import ConfigError
+from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.data.utterance import Utterance
 from asr_finetune.files import write_text
-from asr_finetune.models.alphabets import ALPHABET_FILE, WORD_DELIMITER
-from asr_finetune.models.recognizer import Recognizer, pad_rows
+from asr_finetune.models.alphabets import ALPHABET_FILE, WORD_DELIMITER, ctc_tokenizer, read_alphabet
+from asr_finetune.models.architecture import (
+    attention,
+    blank_of,
+    head_name,
+    output_lengths,
+    processor_class,
+    set_blank,
+)
+from asr_finetune.models.checkpoint import LOAD, placed, read
+from asr_finetune.models.checkpoint_fit import check_blank, check_tokenizer, check_weights, classes_needed
+from asr_finetune.models.examine import examine
+from asr_finetune.models.recognizer import KindName, Recognizer
 from dpkernels.losses import IGNORED, ctc_loss_per_example
 
-BLANK, UNKNOWN = "<pad>", "<unk>"
 _PLAIN_APOSTROPHES = str.maketrans("’ʼ＇", "'''")
-SUPPORTED = ("parakeet_ctc", "wav2vec2-bert", "wav2vec2", "wav2vec2-conformer")
 
 
 class CTCRecognizer(Recognizer):
     """A CTC model; items hold input_features [T, F], or input_values [n] for Wav2Vec2 and its Conformer."""
 
-    kind: ClassVar[Literal["ctc", "seq2seq"]] = "ctc"
+    kind: ClassVar[KindName] = "ctc"
 
     def __init__(self, model: nn.Module, processor: Any, **options: Any) -> None:
         super().__init__(model, processor, **options)
-        config = self.base.config
-        if config.model_type in ("wav2vec2", "wav2vec2-conformer"):
-            self.input_name = "input_values"
-        self.blank = int(config.pad_token_id)
-        if config.model_type == "wav2vec2-conformer":
-            self.equal_lengths_only = "Wav2Vec2-Conformer's convolutions ignore the attention mask"
-        elif self.input_name == "input_values" and getattr(config, "feat_extract_norm", "") == "group":
-            self.equal_lengths_only = 'feat_extract_norm="group" normalises over the padded length'
-
-    def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
-        """See Recognizer; only the utterance's own frames are kept, so that only `collate` adds padding."""
-        encoded = self.feature_extractor(
-            array, sampling_rate=self.sampling_rate, return_tensors="pt", return_attention_mask=True
-        )
-        values, mask = encoded[self.input_name][0], encoded["attention_mask"][0].bool()
-        values = values[mask].float()
-        if len(values) == 0 or not torch.isfinite(values).all():
-            raise ValueError(f"{len(array)} samples are too few for {type(self.feature_extractor).__name__}")
-        return {self.input_name: values}
+        self.blank = int(blank_of(self.base.config))
+        self._lengths = output_lengths(self.base)
 
     def encode_text(self, text: str) -> Tensor:
         """See Recognizer; what the vocabulary lacks is read with plain apostrophes and composed accents."""
@@ -73,19 +62,6 @@ class CTCRecognizer(Recognizer):
             return f"the blank as a label: {self.tokenizer.convert_ids_to_tokens(self.blank)!r} in the transcript"
         return super().label_problem(labels)
 
-    def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        rows = [item[self.input_name] for item in items]
-        lengths = torch.tensor([len(row) for row in rows])
-        if self.equal_lengths_only and int(lengths.min()) != int(lengths.max()):
-            raise ConfigError(
-                f"{self.name}: a batch of unequal lengths ({int(lengths.min())} to {int(lengths.max())}) would "
-                f"change utterances' gradients: {self.equal_lengths_only}. Set train.physical_batch_size=1 and "
-                "evaluate.batch_size=1, or use a model that masks its padding (Parakeet, Wav2Vec2-BERT)"
-            )
-        padded = pad_rows(rows, 0.0)
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        return {self.input_name: padded, "attention_mask": mask}
-
     def save(self, folder: Path | str) -> None:
         """See Recognizer; with the alphabet of a new output layer, from which an adapter's tokenizer is made anew."""
         super().save(folder)
@@ -96,18 +72,16 @@ class CTCRecognizer(Recognizer):
 
     def logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(logits [B, T', V], frames of each utterance [B])."""
-        mask = batch["attention_mask"]
-        inputs = batch[self.input_name].to(next(model.parameters()).dtype)
-        logits = model(**{self.input_name: inputs}, attention_mask=mask).logits
-        return logits, self.frames(mask.sum(dim=1))
+        logits = model(**self.inputs.arguments(batch, next(model.parameters()).dtype)).logits
+        return logits, self.frames(batch["attention_mask"].sum(dim=1))
+
+    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """See Recognizer; the logits."""
+        return self.logits(model, batch)
 
     def frames(self, inputs: Tensor) -> Tensor:
         """Numbers of output frames [B] for numbers of input frames [B] (Wav2Vec2: samples)."""
-        model = self.base
-        if hasattr(model, "_get_subsampling_output_length"):
-            lengths = model._get_subsampling_output_length(inputs)
-        else:
-            lengths = model._get_feat_extract_output_lengths(inputs)
+        lengths: Tensor = self._lengths(inputs)
         return lengths.to(torch.int64)
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -145,14 +119,7 @@ class CTCRecognizer(Recognizer):
         return int(self.frames(torch.tensor([max(self._input_frames(utterance), 1)]))[0])
 
     def _input_frames(self, utterance: Utterance) -> int:
-        samples = self.samples(utterance)
-        if self.input_name == "input_values":
-            return samples
-        extractor = self.feature_extractor
-        if hasattr(extractor, "hop_length"):  # Parakeet
-            return samples // int(extractor.hop_length)
-        # Kaldi's windows of 25 ms every 10 ms, at 16 kHz
-        return max((samples - 400) // 160 + 1, 0) // int(extractor.stride)
+        return self.inputs.frames(self.samples(utterance))
 
     def audio_problem(self, utterance: Utterance) -> str | None:
         """See Recognizer."""
@@ -194,117 +161,83 @@ def ctc_frames_needed(labels: Tensor) -> int:
     return len(labels) + int((labels[1:] == labels[:-1]).sum())
 
 
-def ctc_tokenizer(vocabulary: Sequence[str], unit: Literal["words", "characters"]) -> Any:
-    """A CTC tokenizer for whole words or single characters; the blank is class 0.
-
-    Args:
-        vocabulary: words, or characters with `WORD_DELIMITER` in place of the space.
-        unit: the unit of one label.
-
-    Raises:
-        ConfigError: the vocabulary is empty, or has a repeated or reserved entry, a character of several letters, or a
-            word with white space; the message names the entry.
-    """
-    if not vocabulary:
-        raise ConfigError("vocabulary=[]: give the words or characters to recognise")
-    repeated = [entry for entry, count in Counter(vocabulary).items() if count > 1]
-    if repeated:
+def load_ctc(config: ModelConfig, architecture: Any, options: dict[str, Any]) -> CTCRecognizer:
+    """The recogniser of a CTC checkpoint; see `asr_finetune.models.kinds.Kind.load`."""
+    if config.window_seconds is not None:
         raise ConfigError(
-            f"vocabulary: {_named(repeated)} more than once: each entry is one class, so leave the repeats out"
+            f"model.window_seconds={config.window_seconds:g} is for Whisper; a CTC model takes any length: "
+            "leave it null"
         )
-    reserved = [entry for entry in vocabulary if entry in (BLANK, UNKNOWN, "")]
-    if reserved:
+    if config.language is not None or config.task is not None:
         raise ConfigError(
-            f"vocabulary: {_named(reserved)} is reserved (as {BLANK!r}, {UNKNOWN!r} and '' are): leave it out"
+            f"model.language={config.language}, model.task={config.task}: they are for Whisper; a CTC model writes "
+            "what it was trained on: leave them null"
         )
-    long = [entry for entry in vocabulary if len(entry) > 1]
-    if unit == "characters" and long:
+    if config.vocabulary == "words":
         raise ConfigError(
-            f"vocabulary: {_named(long)} of several letters, but a character is a single letter: leave it out, or give "
-            "unit='words'"
+            "model.vocabulary=words: the list of words must be public, and is not in the configuration; build the "
+            "recogniser with asr_finetune.models.loading.tiny_parakeet(words), save it, and load that folder with "
+            "vocabulary keep"
         )
-    spaced = [entry for entry in vocabulary if entry.split() != [entry]]
-    if unit == "words" and spaced:
+    if config.new_head != (config.vocabulary in ("own", "characters")):
         raise ConfigError(
-            f"vocabulary: {_named(spaced)} with white space, which ends a word: give its words separately"
+            f"model.new_head={config.new_head} with model.vocabulary={config.vocabulary}: a new output layer "
+            "needs a vocabulary, and the old one must keep its own: set new_head true and vocabulary characters "
+            "(or own, the checkpoint's), or neither"
         )
-    entries = [BLANK, UNKNOWN, *vocabulary]
-    core = Tokenizer(WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token=UNKNOWN))
-    if unit == "words":
-        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    else:
-        core.normalizer = normalizers.Sequence(
-            [normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), WORD_DELIMITER)]
+    if config.alphabet is not None and config.vocabulary != "characters":
+        raise ConfigError(
+            f"model.alphabet={config.alphabet!r} with model.vocabulary={config.vocabulary}: an alphabet is that of a "
+            "new output layer: set new_head true and vocabulary characters, or leave it null"
         )
-        core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-        core.decoder = decoders.Sequence([decoders.Replace(WORD_DELIMITER, " "), decoders.Fuse()])
-    return transformers.ParakeetTokenizer(tokenizer_object=core, pad_token=BLANK, unk_token=UNKNOWN)
-
-
-def tiny_parakeet(
-    vocabulary: Sequence[str],
-    *,
-    unit: Literal["words", "characters"] | None = None,
-    hidden: int = 128,
-    layers: int = 4,
-    heads: int = 4,
-    channels: int = 64,
-    mels: int = 80,
-    seed: int = 0,
-    **encoder: Any,
-) -> CTCRecognizer:
-    """A small ParakeetForCTC with fresh weights. It runs the same code as the 608.8 M-parameter model.
-
-    Args:
-        vocabulary: words or characters; it becomes part of the model, so it must be public.
-        unit: the unit of one label; None: characters if every entry is one letter, else words.
-        hidden: width; the feed-forward layers are 4 times as wide.
-        layers: conformer blocks.
-        heads: attention heads.
-        channels: channels of the subsampling convolutions.
-        mels: log-mel bins.
-        seed: public seed of the initialisation.
-        encoder: more fields of transformers' ParakeetEncoderConfig.
-
-    Raises:
-        ConfigError: `ctc_tokenizer` refuses the vocabulary, or the heads do not divide the width.
-    """
-    if hidden % heads:
-        raise ConfigError(f"tiny_parakeet: hidden={hidden} is not a multiple of heads={heads}")
-    unit = unit or ("characters" if all(len(entry) == 1 for entry in vocabulary) else "words")
-    tokenizer = ctc_tokenizer(vocabulary, unit)
-    config = transformers.ParakeetCTCConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        encoder_config={
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * hidden,
-            "subsampling_conv_channels": channels,
-            "num_mel_bins": mels,
-            "dropout": 0.0,
-            "activation_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "layerdrop": 0.0,
-            **encoder,
-        },
-    )
-    config._attn_implementation = "sdpa"
+    processor = _ctc_processor(config, architecture)
+    options |= {"new_head": config.new_head, "vocabulary": config.vocabulary}
+    if config.new_head:
+        _classes_of_a_new_head(config, architecture, processor.tokenizer)
+    elif architecture.vocab_size is None:
+        raise ConfigError(
+            f"model.name={config.name!r}: its configuration names no vocabulary, so it has no output layer: set "
+            "model.new_head=true and model.vocabulary=characters"
+        )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.ParakeetForCTC(config)
-        for module in model.modules():
-            # transformers initialises convolutions from N(0, 0.02), since checkpoints overwrite them: in the
-            # subsampling of a small new model the signal would vanish, and the model would learn nothing.
-            if isinstance(module, nn.Conv1d | nn.Conv2d):
-                module.reset_parameters()
-    extractor = transformers.ParakeetFeatureExtractor(feature_size=mels)
-    processor = transformers.ParakeetProcessor(extractor, tokenizer)
-    return CTCRecognizer(model.eval(), processor, name="tiny-parakeet")
+        torch.manual_seed(0)  # a public seed of the new layer's initialisation
+        model, info = read(
+            transformers.AutoModelForCTC,
+            config,
+            config=architecture,
+            attn_implementation=attention(architecture, auto.MODEL_FOR_CTC_MAPPING_NAMES),
+            **LOAD,
+        )
+        head = head_name(model)
+        check_weights(config.name, model, info, head=head, new_head=config.new_head)
+        if config.new_head:
+            model.get_submodule(head).reset_parameters()
+    check_tokenizer(config.name, processor.tokenizer, architecture.vocab_size)
+    check_blank(config.name, processor.tokenizer, architecture)
+    recognizer = CTCRecognizer(placed(model, config), processor, **options)
+    examine(recognizer)
+    return recognizer
 
 
-def _named(entries: Sequence[str]) -> str:
-    """The first of some entries, and how many more there are."""
-    more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
-    return f"{entries[0]!r}{more}"
+def _ctc_processor(config: ModelConfig, architecture: Any) -> Any:
+    """The checkpoint's processor, or its feature extractor with a new tokenizer for characters."""
+    if config.vocabulary != "characters":
+        return read(transformers.AutoProcessor, config)
+    extractor = read(transformers.AutoFeatureExtractor, config)
+    tokenizer = ctc_tokenizer(read_alphabet(config.alphabet), "characters")
+    return processor_class(architecture.model_type)(extractor, tokenizer)
+
+
+def _classes_of_a_new_head(config: ModelConfig, architecture: Any, tokenizer: Any) -> None:
+    """Set the tokenizer's classes and blank in the model's configuration, for a new output layer.
+
+    The checkpoint's own are kept if its tokenizer fits them, so that plain transformers loads the base model unchanged.
+    """
+    needed = classes_needed(tokenizer)
+    if config.vocabulary == "characters":
+        architecture.vocab_size = needed
+        set_blank(architecture, tokenizer.pad_token_id)
+    elif architecture.vocab_size is None or architecture.vocab_size < needed:
+        architecture.vocab_size = needed
+        if blank_of(architecture) is None:
+            set_blank(architecture, tokenizer.pad_token_id)

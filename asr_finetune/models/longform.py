@@ -11,7 +11,8 @@ import torch
 
 from asr_finetune.config.values import ConfigError
 from asr_finetune.models.ctc import CTCRecognizer
-from asr_finetune.models.recognizer import Recognizer, to_device, without_warnings
+from asr_finetune.models.quiet import without_warnings
+from asr_finetune.models.recognizer import Recognizer, to_device
 from asr_finetune.models.whisper import WhisperRecognizer
 from dpkernels.precision import arithmetic
 

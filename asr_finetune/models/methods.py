@@ -22,25 +22,26 @@ from torch.nn.utils import parametrize
 
 import dpkernels.nn
 from asr_finetune.config.schema import ADAPTER_METHODS, ConfigError, MethodConfig
+from asr_finetune.models.architecture import HEADS, head_name
+from asr_finetune.models.quiet import PEFT_ASKS_BY_AN_OLD_NAME, without_warnings
 from asr_finetune.models.recognizer import (
-    PEFT_ASKS_BY_AN_OLD_NAME,
+    KindName,
     Recognizer,
     switch_off_shared_randomness,
     trained_parameters,
-    without_warnings,
 )
 from dpkernels.precision import hold_frozen
 
-_HEADS = ("ctc_head", "lm_head", "proj_out")
 # Whisper's sinusoids are constants; the embedding of the model's own masks is unused, since these are switched off.
 _NEVER_TRAINED = ("encoder.embed_positions.weight", "masked_spec_embed")
-_CONFORMER_TARGETS = ["linear_q", "linear_k", "linear_v", "linear_out", "intermediate_dense", "output_dense"]
-_DEFAULT_TARGETS = {
-    "whisper": ["q_proj", "v_proj"],
-    "parakeet_ctc": ["q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"],
-    "wav2vec2-bert": _CONFORMER_TARGETS,
-    "wav2vec2": ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"],
-    "wav2vec2-conformer": _CONFORMER_TARGETS,
+# The names of linear layers of attention and feed-forward blocks. SEW-D's query_proj and key_proj also project relative
+# positions, which examples share, so that they have no gradient of an example.
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "value_proj")
+_CONFORMER_ATTENTION = ("linear_q", "linear_k", "linear_v", "linear_out")
+_FEED_FORWARD = ("intermediate_dense", "output_dense", "linear1", "linear2", "dense")
+_DEFAULT_TARGETS: dict[KindName, tuple[str, ...]] = {
+    "ctc": (*_ATTENTION, *_CONFORMER_ATTENTION, *_FEED_FORWARD),
+    "seq2seq": ("q_proj", "v_proj", "query", "value"),
 }
 
 
@@ -131,18 +132,13 @@ def _train_adapter(adapted: nn.Module, method: MethodConfig) -> None:
             parameter.requires_grad_(not any(part in name for part in frozen))
 
 
-def head_name(model: nn.Module) -> str:
-    """The output layer's name."""
-    return next(name for name in _HEADS if hasattr(model, name))
-
-
 def _within(model: Any, layers: str) -> tuple[str, ...]:
     """Prefixes of the names of the parameters and modules that may be trained."""
     if layers == "all":
         return ("",)
     if hasattr(model, "proj_out"):
         return (f"model.{layers}.",)
-    return tuple(f"{name}." for name, _ in model.named_children() if name not in _HEADS)
+    return tuple(f"{name}." for name, _ in model.named_children() if name not in HEADS)
 
 
 def _train(module: nn.Module) -> None:
@@ -162,8 +158,15 @@ def _with_lora(
     import peft
 
     model = recognizer.base
-    targets = method.targets or _DEFAULT_TARGETS[model.config.model_type]
+    targets = method.targets or _DEFAULT_TARGETS[recognizer.kind]
     chosen = _adapted(model, targets, trainable)
+    unused = recognizer.unused_layers.intersection(chosen)
+    if unused and method.targets:
+        raise ConfigError(
+            f"method.targets={targets}: {min(unused)} is not called in the model's forward, which reads its weight, so "
+            "that LoRA would change nothing: leave it out, or set targets to null"
+        )
+    chosen = [name for name in chosen if name not in unused]
     if not chosen:
         known = sorted(
             {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _adaptable(module)}

@@ -1,32 +1,32 @@
-"""The base class of all recognisers; `ctc.py` and `whisper.py` have the two kinds."""
+"""The base class of all recognisers; `kinds.py` lists the kinds."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
+from asr_finetune.config.values import ConfigError
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.utterance import Utterance
+from asr_finetune.models.inputs import AudioInputs, pad_rows
+from asr_finetune.models.quiet import quiet_transformers
 from dpkernels.blocks import base_model
 from dpkernels.losses import IGNORED
 from dpkernels.precision import arithmetic, widened, widened_state
 from dpkernels.privacy import gathered_root
 
 SETTINGS = "recognizer.json"
-PEFT_ASKS_BY_AN_OLD_NAME = "`is_gradient_checkpointing` is deprecated"
+KindName = Literal["ctc", "seq2seq", "transducer"]
 
 
 class Recognizer(ABC):
@@ -37,16 +37,16 @@ class Recognizer(ABC):
         processor: transformers' processor (feature extractor and tokenizer).
         name: folder or hub id that it was loaded from.
         sampling_rate: sampling rate of its input audio, Hz.
-        kind: "ctc" or "seq2seq".
+        kind: "ctc", "seq2seq" or "transducer"; see `kinds.py`.
         target_prefix: prefix of training texts, and of texts scored by restricted decoding.
         new_head: the output layer is freshly initialised and must be trained along with any method.
         vocabulary: the kind of its classes, as in `model.vocabulary`; "keep" if the output layer is not new.
         dtype: dtype of its arithmetic; see `dpkernels.precision`.
-        input_name: name of the features in an item and in the model's arguments.
         equal_lengths_only: why batches of unequal lengths are refused, or "" if padding has no effect.
+        unused_layers: names of the layers that are not called in a forward; see `examine.py`, which sets both.
     """
 
-    kind: ClassVar[Literal["ctc", "seq2seq"]]
+    kind: ClassVar[KindName]
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class Recognizer(ABC):
         self.target_prefix = target_prefix
         self.dtype = dtype
         self.sampling_rate = int(self.feature_extractor.sampling_rate)
-        self.input_name = "input_features"
         self.equal_lengths_only = ""
+        self.unused_layers: frozenset[str] = frozenset()
         switch_off_shared_randomness(self.base)
 
     @property
@@ -90,13 +90,25 @@ class Recognizer(ABC):
         """The device of the model."""
         return next(self.model.parameters()).device
 
-    @abstractmethod
+    @cached_property
+    def inputs(self) -> AudioInputs:
+        """How audio becomes the model's inputs."""
+        return AudioInputs(self.feature_extractor)
+
+    @property
+    def input_name(self) -> str:
+        """Name of the features in an item, in a batch, and in the model's arguments."""
+        return self.inputs.name
+
     def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
         """Samples [n] at `sampling_rate` -> input_features [T, F] or input_values [n], float32, by name.
+
+        Only the utterance's own frames are kept, so that only `collate` adds padding.
 
         Raises:
             ValueError: the model cannot take this audio (`audio_problem` returns the reason beforehand).
         """
+        return {self.input_name: self.inputs.encode(array)}
 
     @abstractmethod
     def encode_text(self, text: str) -> Tensor:
@@ -130,6 +142,10 @@ class Recognizer(ABC):
         with arithmetic(self.dtype, device):
             return self._losses(model, to_device(batch, device))
 
+    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(outputs [B, T', ...], frames of each utterance [B]): what padding must not change; see `examine.py`."""
+        raise NotImplementedError(f"{type(self).__name__} takes no audio of different lengths")
+
     @abstractmethod
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """`loss_per_example` of a batch on the model's device."""
@@ -142,9 +158,17 @@ class Recognizer(ABC):
     def _scores(self, batch: dict[str, Any], texts: Sequence[str]) -> Tensor:
         """ln p(text | audio), [B, number of texts]."""
 
-    @abstractmethod
     def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The padded inputs of a batch."""
+        rows = [item[self.input_name] for item in items]
+        least, most = min(map(len, rows)), max(map(len, rows))
+        if self.equal_lengths_only and least != most:
+            raise ConfigError(
+                f"{self.name}: a batch of unequal lengths ({least} to {most}) would change utterances' gradients: "
+                f"{self.equal_lengths_only}. Set train.physical_batch_size=1 and evaluate.batch_size=1, or use a model "
+                "that masks its padding (Parakeet, Wav2Vec2-BERT)"
+            )
+        return self.inputs.collate(rows)
 
     def empty_item(self) -> dict[str, Tensor]:
         """The item of an unusable utterance: silence and no labels, so that its loss and gradient are 0."""
@@ -283,34 +307,6 @@ def fit(corpus: Corpus, recognizer: Recognizer, *, training: bool = True) -> Cor
     return corpus.without(map(problem, corpus.utterances))
 
 
-def quiet_transformers() -> None:
-    """Turn off transformers' progress bars for reading and writing weights, which break those of `Reporter`."""
-    transformers.utils.logging.disable_progress_bar()
-
-
-@contextmanager
-def without_warnings(*texts: str) -> Iterator[None]:
-    """Within it, warnings and transformers' log lines that hold one of these texts are not shown.
-
-    For what a user can do nothing about, at the call that causes it.
-    """
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in texts)
-
-    handlers = logging.getLogger("transformers").handlers
-    with warnings.catch_warnings():
-        for text in texts:
-            warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")
-        for handler in handlers:
-            handler.addFilter(keep)
-        try:
-            yield
-        finally:
-            for handler in handlers:
-                handler.removeFilter(keep)
-
-
 def switch_off_shared_randomness(model: nn.Module) -> None:
     """Switch off LayerDrop and the model's own SpecAugment, in the configuration and in the modules.
 
@@ -344,15 +340,6 @@ def trained_parameters(model: nn.Module) -> int:
 def total_parameters(model: nn.Module) -> int:
     """Number of values; a tensor shared by several modules counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def pad_rows(rows: Sequence[Tensor], value: float) -> Tensor:
-    """Tensors [Lᵢ, ...] -> [B, max Lᵢ, ...], filled with `value` on the right."""
-    longest = max(len(row) for row in rows)
-    out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), value)
-    for index, row in enumerate(rows):
-        out[index, : len(row)] = row
-    return out
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

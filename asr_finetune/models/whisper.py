@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from asr_finetune.config.values import ConfigError
+from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.data.utterance import Utterance
-from asr_finetune.models.recognizer import Recognizer, pad_rows, to_device, without_warnings
+from asr_finetune.models.architecture import head_name
+from asr_finetune.models.checkpoint import LOAD, placed, read
+from asr_finetune.models.checkpoint_fit import check_tokenizer, check_weights
+from asr_finetune.models.inputs import pad_rows
+from asr_finetune.models.quiet import without_warnings
+from asr_finetune.models.recognizer import KindName, Recognizer, to_device
 from dpkernels.losses import IGNORED, cross_entropy_per_example
 from dpkernels.precision import arithmetic
 
@@ -44,7 +50,7 @@ class WhisperRecognizer(Recognizer):
     timestamps) is not learnt: losses and scores are those of the text and the end token.
     """
 
-    kind: ClassVar[Literal["ctc", "seq2seq"]] = "seq2seq"
+    kind: ClassVar[KindName] = "seq2seq"
 
     def __init__(
         self,
@@ -112,6 +118,11 @@ class WhisperRecognizer(Recognizer):
     @property
     def _most_labels(self) -> int:
         return int(self.base.config.max_target_positions) - len(self.prompt) + 1
+
+    @property
+    def input_name(self) -> str:
+        """See Recognizer."""
+        return "input_features"
 
     def encode_audio(self, array: np.ndarray) -> dict[str, Tensor]:
         """See Recognizer; silence fills the window."""
@@ -306,3 +317,40 @@ def trim_encoder(model: Any, seconds: float, hop_seconds: float = 0.01) -> None:
     model.model.decoder.max_source_positions = positions
     for config in (model.config, encoder.config, model.model.decoder.config):
         config.max_source_positions = positions
+
+
+def load_whisper(config: ModelConfig, architecture: Any, options: dict[str, Any]) -> WhisperRecognizer:
+    """The recogniser of a Whisper checkpoint; see `asr_finetune.models.kinds.Kind.load`."""
+    if config.new_head or config.vocabulary != "keep" or config.alphabet is not None:
+        raise ConfigError(
+            "model.new_head, model.vocabulary and model.alphabet are for CTC models; Whisper's output layer is its "
+            "token table: leave new_head false, vocabulary keep and alphabet null"
+        )
+    model, info = read(transformers.WhisperForConditionalGeneration, config, **LOAD)
+    # transformers computes the sinusoids if the file lacks them.
+    check_weights(
+        config.name,
+        model,
+        info,
+        head=head_name(model),
+        new_head=False,
+        constants="encoder.embed_positions.weight",
+    )
+    if config.window_seconds is not None:
+        trim_encoder(model, config.window_seconds)
+    processor = read(transformers.WhisperProcessor, config)
+    # Without its files transformers builds an empty tokenizer, and every transcript would be the end token alone.
+    if processor.tokenizer.convert_tokens_to_ids(START) != model.config.decoder_start_token_id:
+        raise ConfigError(
+            f"model.name={config.name!r}: its tokenizer does not have the model's token {START}: add the "
+            "checkpoint's tokenizer.json (or vocab.json and merges.txt)"
+        )
+    check_tokenizer(
+        config.name,
+        processor.tokenizer,
+        model.config.vocab_size,
+        fix="enlarge the token table (resize_token_embeddings) and save it",
+    )
+    return WhisperRecognizer(
+        placed(model, config), processor, language=config.language, task=config.task, **options
+    )

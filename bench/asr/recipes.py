@@ -38,8 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from asr_finetune.config.schema import Config
 from asr_finetune.config.yaml_io import load_yaml
 from asr_finetune.console import Reporter
-from asr_finetune.models.alphabets import CHARACTERS
-from asr_finetune.models.ctc import CTCRecognizer, ctc_tokenizer
+from asr_finetune.models.alphabets import CHARACTERS, ctc_tokenizer
+from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
 from asr_finetune.planning.memory import losses_of
@@ -116,7 +116,9 @@ def recogniser(config: Config, device: str) -> CTCRecognizer:
             # transformers' N(0, 0.02) lets the signal vanish in the subsampling: the self-check compared rounding
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 module.reset_parameters()
-        processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=16_000), tokenizer=None)
+        names = ["input_features", "attention_mask"]
+        extractor = SimpleNamespace(sampling_rate=16_000, model_input_names=names)
+        processor = SimpleNamespace(feature_extractor=extractor, tokenizer=None)
         recognizer = CTCRecognizer(
             model,
             processor,

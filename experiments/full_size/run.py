@@ -80,7 +80,9 @@ def recognizer_of(family: str, blocks: int = 24) -> CTCRecognizer:
         torch.set_default_dtype(default)
     randomise(model)
     # The recogniser's own path from features to losses; no audio or text is made, so it needs no processor.
-    processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=RATE), tokenizer=None)
+    names = ["input_features", "attention_mask"]
+    extractor = SimpleNamespace(sampling_rate=RATE, model_input_names=names)
+    processor = SimpleNamespace(feature_extractor=extractor, tokenizer=None)
     return CTCRecognizer(model.train(), processor, name=family)
 
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from asr_finetune.files import write_json
-from asr_finetune.models.ctc import BLANK, UNKNOWN
+from asr_finetune.models.alphabets import BLANK, UNKNOWN
 from bench.harness.machine import about
 from bench.harness.table import markdown
 from experiments.runs import ROOT, between

@@ -9,7 +9,7 @@ import pytest
 
 from asr_finetune.config.schema import Config
 from asr_finetune.training.run import Interrupted, train
-from tests.asr_finetune import small_models, tones
+from tests.asr_finetune import families, small_models, tones
 
 
 class Checkpoints(dict[str, Path]):
@@ -25,7 +25,7 @@ class Checkpoints(dict[str, Path]):
             if name == "multilingual":
                 small_models.whisper(folder, multilingual=True)
             else:
-                small_models.FAMILIES[name](folder)
+                {**small_models.FAMILIES, **families.FAMILIES}[name](folder)
         self[name] = folder
         return folder
 

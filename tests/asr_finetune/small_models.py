@@ -30,14 +30,14 @@ LETTERS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ghilow")
 WINDOW_SECONDS = 1.0
 _WHISPER_SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>")
 _WHISPER_LAST = ("<|translate|>", "<|notimestamps|>")
-_NO_DROPOUT = {
+NO_DROPOUT = {
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "activation_dropout": 0.0,
     "final_dropout": 0.0,
 }
-_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-_RAW = {
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+RAW = {
     "vocab_size": len(LETTERS),
     "pad_token_id": 0,
     "conv_dim": (8, 8, 8),
@@ -46,8 +46,8 @@ _RAW = {
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2,
     "feat_proj_dropout": 0.0,
-    **_SIZES,
-    **_NO_DROPOUT,
+    **SIZES,
+    **NO_DROPOUT,
 }
 
 
@@ -65,19 +65,19 @@ def wav2vec2_bert(folder: Path) -> None:
         right_max_position_embeddings=2,
         feat_proj_dropout=0.0,
         conformer_conv_dropout=0.0,
-        **_SIZES,
-        **_NO_DROPOUT,
+        **SIZES,
+        **NO_DROPOUT,
     )
     extractor = transformers.SeamlessM4TFeatureExtractor(feature_size=8, num_mel_bins=8, stride=2)
-    processor = transformers.Wav2Vec2BertProcessor(extractor, _letter_tokenizer(folder))
-    _save(folder, transformers.Wav2Vec2BertForCTC, config, processor)
+    processor = transformers.Wav2Vec2BertProcessor(extractor, letter_tokenizer(folder))
+    save(folder, transformers.Wav2Vec2BertForCTC, config, processor)
 
 
 def wav2vec2(folder: Path, *, norm: str = "layer") -> None:
     config = transformers.Wav2Vec2Config(
-        feat_extract_norm=norm, do_stable_layer_norm=norm == "layer", conv_bias=norm == "layer", **_RAW
+        feat_extract_norm=norm, do_stable_layer_norm=norm == "layer", conv_bias=norm == "layer", **RAW
     )
-    _save(folder, transformers.Wav2Vec2ForCTC, config, _raw_processor(folder))
+    save(folder, transformers.Wav2Vec2ForCTC, config, raw_processor(folder))
 
 
 def wav2vec2_group(folder: Path) -> None:
@@ -92,9 +92,9 @@ def wav2vec2_conformer(folder: Path) -> None:
         position_embeddings_type="relative",
         max_source_positions=200,
         conformer_conv_dropout=0.0,
-        **_RAW,
+        **RAW,
     )
-    _save(folder, transformers.Wav2Vec2ConformerForCTC, config, _raw_processor(folder))
+    save(folder, transformers.Wav2Vec2ConformerForCTC, config, raw_processor(folder))
 
 
 def whisper(folder: Path, *, multilingual: bool = False) -> None:
@@ -123,7 +123,7 @@ def whisper(folder: Path, *, multilingual: bool = False) -> None:
         generation["task_to_id"] = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
     extractor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     processor = transformers.WhisperProcessor(extractor, tokenizer)
-    model = _save(folder, transformers.WhisperForConditionalGeneration, config, processor)
+    model = save(folder, transformers.WhisperForConditionalGeneration, config, processor)
     generation["_from_model_config"] = False  # else a loader makes it anew and forgets these
     for key, value in generation.items():
         setattr(model.generation_config, key, value)
@@ -196,16 +196,16 @@ def randomised(model: nn.Module) -> None:
                 parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
 
 
-def _letter_tokenizer(folder: Path) -> Any:
+def letter_tokenizer(folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "vocab.json"
     path.write_text(json.dumps({token: index for index, token in enumerate(LETTERS)}))
     return transformers.Wav2Vec2CTCTokenizer(str(path))
 
 
-def _raw_processor(folder: Path) -> Any:
+def raw_processor(folder: Path) -> Any:
     extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
-    return transformers.Wav2Vec2Processor(extractor, _letter_tokenizer(folder))
+    return transformers.Wav2Vec2Processor(extractor, letter_tokenizer(folder))
 
 
 def _whisper_tokenizer(folder: Path) -> Any:
@@ -225,7 +225,7 @@ def same_start(make: Callable[[], Any]) -> Any:
         return make()
 
 
-def _save(folder: Path, kind: Any, config: Any, processor: Any) -> nn.Module:
+def save(folder: Path, kind: Any, config: Any, processor: Any) -> nn.Module:
     model: Any = same_start(lambda: kind(config))
     randomised(model)
     model.save_pretrained(folder)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from asr_finetune.config.schema import Config
 from asr_finetune.config.yaml_io import RECIPES, load_yaml, overridden, recipes
-from asr_finetune.models.alphabets import CHARACTERS
-from asr_finetune.models.ctc import CTCRecognizer, ctc_tokenizer
+from asr_finetune.models.alphabets import CHARACTERS, ctc_tokenizer
+from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.loading import tiny_parakeet
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
@@ -215,7 +215,9 @@ def parameters(name: str, config: Config) -> int:
         else:
             classes = len(ctc_tokenizer(CHARACTERS, "characters"))
             model = transformers.Wav2Vec2BertForCTC(transformers.Wav2Vec2BertConfig(vocab_size=classes))
-        processor = SimpleNamespace(feature_extractor=SimpleNamespace(sampling_rate=16000), tokenizer=None)
+        names = ["input_features", "attention_mask"]
+        extractor = SimpleNamespace(sampling_rate=16000, model_input_names=names)
+        processor = SimpleNamespace(feature_extractor=extractor, tokenizer=None)
         recognizer = CTCRecognizer(model, processor, name=name, new_head=config.model.new_head)
         apply_method(recognizer, config.method)
     return trained_parameters(recognizer.model)

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from asr_finetune.cli import app
 from asr_finetune.config.schema import ConfigError, MethodConfig, ModelConfig
 from asr_finetune.models.alphabets import ALPHABETS, CHARACTERS, read_alphabet
-from asr_finetune.models.ctc import tiny_parakeet
-from asr_finetune.models.loading import load_with_adapter
+from asr_finetune.models.loading import load_with_adapter, tiny_parakeet
 from asr_finetune.models.methods import apply_method
 from tests.asr_finetune import small_models
 from tests.asr_finetune.recordings import utterance

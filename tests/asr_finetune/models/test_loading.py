@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from asr_finetune.config.schema import ConfigError, ModelConfig
-from asr_finetune.models import loading as models
+from asr_finetune.models import checkpoint
 from asr_finetune.models.loading import WhisperRecognizer, load_recognizer, tiny_parakeet
 from tests.asr_finetune import small_models
 from tests.asr_finetune.small_models import recording
@@ -144,9 +144,9 @@ def test_the_hub_is_read_where_it_answers(
             return name
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
-    models._hub_answers.cache_clear()
+    checkpoint.cached_hub_answers.cache_clear()
     config = ModelConfig("somebody/model", revision="v1")
-    assert models._read(Reader, config) == "somebody/model"
+    assert checkpoint.read(Reader, config) == "somebody/model"
     assert seen == [{"revision": "v1", **asked}]
 
 
@@ -163,9 +163,9 @@ def test_a_model_that_the_hub_does_not_have_says_so(monkeypatch: pytest.MonkeyPa
         raise huggingface_hub.errors.HfHubHTTPError("401", response=response)
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refused)
-    models._hub_answers.cache_clear()
+    checkpoint.cached_hub_answers.cache_clear()
     with pytest.raises(ConfigError, match=r"no such folder, and the hub does not give it.*says: 401 Client"):
-        models._read(Reader, ModelConfig("nobody/no-such-model"))
+        checkpoint.read(Reader, ModelConfig("nobody/no-such-model"))
 
 
 @pytest.mark.parametrize(

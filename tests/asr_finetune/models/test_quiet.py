@@ -13,7 +13,7 @@ import transformers
 
 from asr_finetune.config.schema import ModelConfig
 from asr_finetune.models.loading import load_with_adapter
-from asr_finetune.models.recognizer import without_warnings
+from asr_finetune.models.quiet import without_warnings
 from tests.asr_finetune import small_models
 from tests.asr_finetune.models.test_methods import prepared
 
