@@ -32,9 +32,9 @@ class JointRecord(Record):
     **Each utterance's gradient g_iᵀx_i is materialised from its cells.** It has H·p entries, its cells C·(H+p): 21 MB
     and 339 MB of float32 at T = 188, U = 50, H = 640, p = 8,198. With it, norm and sum together take 4·C·H·p operations
     (one product for the logits, one for the gradient). Without it, each of the two needs both products, 8·C·H·p. A Gram
-    matrix of the cells, C²·(H+p) operations, is cheaper than the second product only for C below H·p/(H+p), 594 here,
-    where all of this is small. Where the gradients of all B utterances exceed `GRADIENTS_BYTES`, they are not kept
-    for the sum but made again.
+    matrix of the cells, C²·(H+p) operations, is cheaper than the second product only for C below 2·H·p/(H+p), 1,187
+    here, where all of this is small. Where the gradients of all B utterances exceed `GRADIENTS_BYTES`, they are not
+    kept for the sum but made again.
 
     **Rounding.** Norm and sum read the same materialised values. Where these are made twice, their second norm is
     taken too, and an utterance's factor is reduced if it is the larger one, so that the bound does not rest on a
