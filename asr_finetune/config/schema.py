@@ -51,13 +51,15 @@ class ModelConfig:
     """The recogniser, and how it is loaded."""
 
     name: Text
-    """folder or hub id of a CTC or Whisper checkpoint in Hugging Face format"""
+    """folder or hub id of a CTC or sequence-to-sequence checkpoint in Hugging Face format: docs/recognisers.md"""
     window_seconds: Positive | None = None
     """Whisper: trim the encoder to that many seconds (faster); CTC: leave null"""
     language: Text | None = None
     """multilingual Whisper: de, German, ...; null: the checkpoint's own, else English"""
     task: Literal["transcribe", "translate"] | None = None
     """multilingual Whisper: null: the checkpoint's own, else transcribe"""
+    target_lang: Text | None = None
+    """Wav2Vec2 with an adapter for each language (MMS): nld, deu, ...; null: the one in the checkpoint's weights"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of matrix products and frozen weights (autocast); trained parameters are float32. Half types: see
     docs/privacy.md, Rounding"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -15,9 +15,30 @@ HEADS = ("ctc_head", "lm_head", "proj_out")
 _LENGTHS = ("_get_subsampling_output_length", "_get_feat_extract_output_lengths")
 
 
-def head_name(model: nn.Module) -> str:
+def head_name(model: Any) -> str:
     """The output layer's name."""
-    return next(name for name in HEADS if hasattr(model, name))
+    head = next((getattr(model, name) for name in HEADS if hasattr(model, name)), None)
+    head = head or model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def decoder_config(config: Any) -> Any:
+    """The configuration of a sequence-to-sequence model's decoder: a part of the model's, or the whole."""
+    return getattr(config, "decoder", None) or config
+
+
+def token(model: Any, name: str) -> Any:
+    """A special token of a sequence-to-sequence model, by the name of its key ("eos_token_id"); None if it is not set.
+
+    It is looked up in the model's configuration, in its decoder's, and in the generation configuration.
+    """
+    for config in (model.config, decoder_config(model.config), model.generation_config):
+        value = getattr(config, name, None)
+        if isinstance(value, list):
+            value = value[0]
+        if value is not None:
+            return int(value)
+    return None
 
 
 def blank_of(config: Any) -> Any:
@@ -52,12 +73,11 @@ def output_lengths(model: nn.Module) -> Callable[[Tensor], Tensor]:
     )
 
 
-def attention(config: Any, classes: Mapping[str, str]) -> str:
-    """The attention implementation to load a model with, whose class is in a mapping from model type to name.
+def attention(model_class: Any) -> str:
+    """The attention implementation to load a model of a class with.
 
     Eager attention gives NaN on fully masked rows, which padding creates in some models; sdpa does not.
     """
-    model_class = getattr(transformers, classes[config.model_type])
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 

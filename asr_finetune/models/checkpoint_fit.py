@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from torch import nn
 
-from asr_finetune.config.schema import ConfigError
+from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.models.architecture import blank_of
 
 _SHOWN = 3
@@ -27,8 +26,49 @@ _NEW_HEAD = (
 )
 
 
+def refuse_ctc_options(config: ModelConfig) -> None:
+    """Check that no option is given which is for a CTC model.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if config.new_head or config.vocabulary != "keep" or config.alphabet is not None:
+        raise ConfigError(
+            "model.new_head, model.vocabulary and model.alphabet are for CTC models; the output layer of a "
+            "sequence-to-sequence model (Whisper) is its token table: leave new_head false, vocabulary keep and "
+            "alphabet null"
+        )
+    if config.target_lang is not None:
+        raise ConfigError(
+            f"model.target_lang={config.target_lang!r} is for CTC models with an adapter for each language (MMS); "
+            "Whisper's language is model.language: leave it null"
+        )
+
+
+def refuse_whisper_options(config: ModelConfig, model: str) -> None:
+    """Check that no option is given which is for Whisper.
+
+    Args:
+        config: the options.
+        model: what the model is instead, for the message.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if config.window_seconds is not None:
+        raise ConfigError(
+            f"model.window_seconds={config.window_seconds:g} is for Whisper; a {model} model takes any length: "
+            "leave it null"
+        )
+    if config.language is not None or config.task is not None:
+        raise ConfigError(
+            f"model.language={config.language}, model.task={config.task}: they are for Whisper; a {model} model writes "
+            "what it was trained on: leave them null"
+        )
+
+
 def check_weights(
-    name: str, model: nn.Module, info: Mapping[str, Any], *, head: str, new_head: bool, constants: str = ""
+    name: str, model: Any, info: Mapping[str, Any], *, head: str, new_head: bool, constants: str = ""
 ) -> None:
     """Check that every weight that the model uses came from the checkpoint.
 
@@ -67,9 +107,8 @@ def check_weights(
     if not faults:
         return
     of_the_head = all(key.startswith(f"{head}.") for key in missing | shapes.keys())
-    fix = (
-        _NEW_HEAD if of_the_head and head != "proj_out" else "give a complete checkpoint of this architecture"
-    )
+    renewable = of_the_head and not model.config.is_encoder_decoder
+    fix = _NEW_HEAD if renewable else "give a complete checkpoint of this architecture"
     raise ConfigError(
         f"model.name={name!r}: {' and '.join(faults)}; transformers would initialise them at random: {fix}"
     )

@@ -5,7 +5,6 @@ Any model type of transformers' `AutoModelForCTC` is one; `architecture.py` read
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,17 +22,21 @@ from asr_finetune.models.architecture import (
     attention,
     blank_of,
     head_name,
-    output_lengths,
     processor_class,
     set_blank,
 )
 from asr_finetune.models.checkpoint import LOAD, placed, read
-from asr_finetune.models.checkpoint_fit import check_blank, check_tokenizer, check_weights, classes_needed
+from asr_finetune.models.checkpoint_fit import (
+    check_blank,
+    check_tokenizer,
+    check_weights,
+    classes_needed,
+    refuse_whisper_options,
+)
 from asr_finetune.models.examine import examine
 from asr_finetune.models.recognizer import KindName, Recognizer
+from asr_finetune.models.target_lang import load_target_lang
 from dpkernels.losses import IGNORED, ctc_loss_per_example
-
-_PLAIN_APOSTROPHES = str.maketrans("’ʼ＇", "'''")
 
 
 class CTCRecognizer(Recognizer):
@@ -41,20 +44,16 @@ class CTCRecognizer(Recognizer):
 
     kind: ClassVar[KindName] = "ctc"
 
-    def __init__(self, model: nn.Module, processor: Any, **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, processor: Any, *, target_lang: str | None = None, **options: Any
+    ) -> None:
         super().__init__(model, processor, **options)
         self.blank = int(blank_of(self.base.config))
-        self._lengths = output_lengths(self.base)
+        self.target_lang = target_lang
 
     def encode_text(self, text: str) -> Tensor:
-        """See Recognizer; what the vocabulary lacks is read with plain apostrophes and composed accents."""
-        for spelling in (text, unicodedata.normalize("NFC", text.translate(_PLAIN_APOSTROPHES))):
-            encoded = self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
-            if self.tokenizer.unk_token_id not in encoded:
-                break
-        return torch.tensor(encoded, dtype=torch.int64)
+        """See Recognizer."""
+        return torch.tensor(self.token_ids(text), dtype=torch.int64)
 
     def label_problem(self, labels: Tensor) -> str | None:
         """See Recognizer; the blank is not a label either."""
@@ -78,11 +77,6 @@ class CTCRecognizer(Recognizer):
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """See Recognizer; the logits."""
         return self.logits(model, batch)
-
-    def frames(self, inputs: Tensor) -> Tensor:
-        """Numbers of output frames [B] for numbers of input frames [B] (Wav2Vec2: samples)."""
-        lengths: Tensor = self._lengths(inputs)
-        return lengths.to(torch.int64)
 
     def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """−ln p(y | x) in nats of each utterance; see `dpkernels.losses.ctc_loss_per_example`."""
@@ -115,34 +109,24 @@ class CTCRecognizer(Recognizer):
         return torch.stack(columns, dim=1)
 
     def length(self, utterance: Utterance) -> int:
-        """Output frames."""
-        return int(self.frames(torch.tensor([max(self._input_frames(utterance), 1)]))[0])
-
-    def _input_frames(self, utterance: Utterance) -> int:
-        return self.inputs.frames(self.samples(utterance))
-
-    def audio_problem(self, utterance: Utterance) -> str | None:
         """See Recognizer."""
-        # A single frame has no variance for the normalisation.
-        if self._input_frames(utterance) < 2 or self.length(utterance) < 1:
-            return f"too short for the model: {utterance.seconds:.3f} s"
-        return None
+        return self.output_frames(utterance)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "target_lang": self.target_lang}
+
+    def describe(self) -> dict[str, Any]:
+        """See Recognizer; with the language whose adapter was loaded."""
+        return {**super().describe(), "target_lang": self.target_lang}
 
     def text_problem(self, utterance: Utterance) -> str | None:
         """See Recognizer."""
         labels = self.encode_text(self.target_prefix + utterance.text)
         if len(labels) == 0:
             return "no transcript left after tokenisation"
-        problem = self.label_problem(labels)
+        problem = self.label_problem(labels) or self.unknown_words(utterance.text)
         if problem is not None:
             return problem
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and bool((labels == unknown).any()):
-            words = [word for word in utterance.text.split() if unknown in self.encode_text(word)]
-            return (
-                f"not in the vocabulary: {', '.join(words)!r}; see data.text_case, data.strip_punctuation and "
-                "model.vocabulary"
-            )
         delimiter = getattr(self.tokenizer, "word_delimiter_token", None) or WORD_DELIMITER
         if delimiter in utterance.text:
             spaced = self.encode_text(self.target_prefix + utterance.text.replace(delimiter, " "))
@@ -163,16 +147,7 @@ def ctc_frames_needed(labels: Tensor) -> int:
 
 def load_ctc(config: ModelConfig, architecture: Any, options: dict[str, Any]) -> CTCRecognizer:
     """The recogniser of a CTC checkpoint; see `asr_finetune.models.kinds.Kind.load`."""
-    if config.window_seconds is not None:
-        raise ConfigError(
-            f"model.window_seconds={config.window_seconds:g} is for Whisper; a CTC model takes any length: "
-            "leave it null"
-        )
-    if config.language is not None or config.task is not None:
-        raise ConfigError(
-            f"model.language={config.language}, model.task={config.task}: they are for Whisper; a CTC model writes "
-            "what it was trained on: leave them null"
-        )
+    refuse_whisper_options(config, "CTC")
     if config.vocabulary == "words":
         raise ConfigError(
             "model.vocabulary=words: the list of words must be public, and is not in the configuration; build the "
@@ -190,8 +165,23 @@ def load_ctc(config: ModelConfig, architecture: Any, options: dict[str, Any]) ->
             f"model.alphabet={config.alphabet!r} with model.vocabulary={config.vocabulary}: an alphabet is that of a "
             "new output layer: set new_head true and vocabulary characters, or leave it null"
         )
+    model_class = getattr(transformers, auto.MODEL_FOR_CTC_MAPPING_NAMES[architecture.model_type])
+    if config.new_head and model_class._tied_weights_keys:
+        raise ConfigError(
+            f"model.new_head: the encoder of {model_class.__name__} reads its own output layer's result, and has "
+            "learnt to: leave new_head false, and vocabulary keep"
+        )
+    if config.new_head and config.target_lang is not None:
+        raise ConfigError(
+            f"model.new_head with model.target_lang={config.target_lang!r}: a language has its own output layer: leave "
+            "target_lang null, or new_head false"
+        )
     processor = _ctc_processor(config, architecture)
-    options |= {"new_head": config.new_head, "vocabulary": config.vocabulary}
+    options |= {
+        "new_head": config.new_head,
+        "vocabulary": config.vocabulary,
+        "target_lang": config.target_lang,
+    }
     if config.new_head:
         _classes_of_a_new_head(config, architecture, processor.tokenizer)
     elif architecture.vocab_size is None:
@@ -202,18 +192,20 @@ def load_ctc(config: ModelConfig, architecture: Any, options: dict[str, Any]) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a public seed of the new layer's initialisation
         model, info = read(
-            transformers.AutoModelForCTC,
+            model_class,
             config,
             config=architecture,
-            attn_implementation=attention(architecture, auto.MODEL_FOR_CTC_MAPPING_NAMES),
+            attn_implementation=attention(model_class),
             **LOAD,
         )
         head = head_name(model)
         check_weights(config.name, model, info, head=head, new_head=config.new_head)
         if config.new_head:
             model.get_submodule(head).reset_parameters()
-    check_tokenizer(config.name, processor.tokenizer, architecture.vocab_size)
-    check_blank(config.name, processor.tokenizer, architecture)
+    if config.target_lang is not None:
+        load_target_lang(config, model, processor.tokenizer)
+    check_tokenizer(config.name, processor.tokenizer, model.config.vocab_size)
+    check_blank(config.name, processor.tokenizer, model.config)
     recognizer = CTCRecognizer(placed(model, config), processor, **options)
     examine(recognizer)
     return recognizer

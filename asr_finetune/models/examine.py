@@ -37,9 +37,12 @@ def examine(recognizer: Recognizer) -> None:
     """
     rate = recognizer.sampling_rate
     items = [recognizer.encode_audio(noise(round(seconds * rate))) for seconds in SECONDS]
-    with arithmetic(torch.float32, recognizer.device), _calls(recognizer.base) as called:
+    with arithmetic(torch.float32, recognizer.device):
         alone = [_outputs(recognizer, [item])[0] for item in items]
         together = _outputs(recognizer, items)
+    labelled = {**items[0], "labels": torch.zeros(1, dtype=torch.int64)}
+    with _calls(recognizer.base) as called:
+        recognizer.loss_per_example(recognizer.model, recognizer.collate([labelled]))
     layers = {name for name, module in recognizer.base.named_modules() if _is_layer(module)}
     recognizer.unused_layers = frozenset(layers - called)
     if any(_difference(padded, own) > _CHANGED for padded, own in zip(together, alone, strict=True)):

@@ -72,6 +72,11 @@ class AudioInputs:
         step, first = self._rule
         return max((samples - first) // step + 1, 0)
 
+    def samples(self, frames: int) -> int:
+        """Samples of so many frames, roughly: the inverse of `frames`."""
+        step, first = self._rule
+        return max(frames - 1, 0) * step + first
+
     def _extract(self, array: np.ndarray) -> Any:
         return self.extractor(
             array,

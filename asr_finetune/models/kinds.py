@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto as auto
 from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.models.ctc import load_ctc
 from asr_finetune.models.recognizer import KindName, Recognizer
+from asr_finetune.models.seq2seq import load_seq2seq
 from asr_finetune.models.whisper import load_whisper
 
 
@@ -40,12 +41,29 @@ class Kind:
         return sorted(self.listed.keys() - EXCEPTIONS.keys())
 
 
+_SEQ2SEQ = auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 KINDS = (
     Kind("ctc", auto.MODEL_FOR_CTC_MAPPING_NAMES, load_ctc),
-    Kind("seq2seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, load_whisper),
+    Kind("seq2seq", {"whisper": _SEQ2SEQ["whisper"]}, load_whisper),
+    Kind("seq2seq", {key: _SEQ2SEQ[key] for key in _SEQ2SEQ if key != "whisper"}, load_seq2seq),
 )
-# Model type -> why it is refused, and what to use.
-EXCEPTIONS = dict.fromkeys(auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.keys() - {"whisper"}, "not yet")
+# Why a listed model type is refused, and what to use. Three reasons are common: a speech encoder feeds a language
+# model, the decoder begins with several tokens of its processor's, the model is no recogniser.
+_CHAT = "its transcript follows a chat prompt that holds the audio, in one decoder; use Whisper, or a CTC model type"
+_PROMPT = (
+    "its decoder begins with a prompt that only its own processor writes; use Whisper, or a CTC model type"
+)
+_OTHER = "it makes speech or music, not transcripts; use Whisper, or a CTC model type"
+EXCEPTIONS: dict[str, str] = {
+    **dict.fromkeys(
+        ("fun_asr_nano", "granite_speech", "granite_speech_plus", "kyutai_speech_to_text"), _CHAT
+    ),
+    **dict.fromkeys(("omniasr", "qwen3_asr", "vibevoice_asr", "voxtral", "voxtral_realtime"), _CHAT),
+    **dict.fromkeys(("canary", "cohere_asr", "seamless_m4t", "seamless_m4t_v2"), _PROMPT),
+    **dict.fromkeys(("dia", "pop2piano", "vibevoice"), _OTHER),
+    "moonshine_streaming": "its encoder reads audio in windows whose lengths it does not state; use moonshine",
+    "speecht5": "its decoder is shared with speech synthesis, behind prenets; use speech_to_text or Whisper",
+}
 
 
 def kind_of(name: str, architecture: Any) -> Kind:

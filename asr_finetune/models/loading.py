@@ -69,7 +69,7 @@ def load_with_adapter(config: ModelConfig, folder: Path) -> Recognizer:
         raise MissingFile(f"--adapter {folder}: no {_ADAPTER} there; give a run's adapter folder")
     settings = folder / SETTINGS
     saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    config = _as_saved(config, saved, "window_seconds", "language", "task")
+    config = _as_saved(config, saved, "window_seconds", "language", "task", "target_lang")
     if "new_head" in saved:
         # Settings without a vocabulary are of versions in which a new layer always had characters.
         default = "characters" if saved["new_head"] else "keep"

@@ -1,4 +1,4 @@
-"""Transcripts of audio of any length, with times: Whisper's own long-form decoding, and overlapping windows for CTC."""
+"""Transcripts of audio of any length, with times: Whisper's own long-form decoding, windows for others."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def transcribe_long(recognizer: Recognizer, samples: np.ndarray, progress: Progr
     """The transcript of a recording of any length.
 
     Whisper decodes segment by segment with its own timestamps (transformers' `generate`). A CTC model reads overlapping
-    windows; of each overlap the half counts that is further from the window's edge.
+    windows; of each overlap the half counts that is further from the window's edge. Another sequence-to-sequence model
+    reads one window after the other, each a segment, and may lose a word that a window's edge cuts.
 
     Args:
         recognizer: in any mode; it is evaluated.
@@ -59,8 +60,9 @@ def transcribe_long(recognizer: Recognizer, samples: np.ndarray, progress: Progr
     with arithmetic(recognizer.dtype, recognizer.device):
         if isinstance(recognizer, WhisperRecognizer):
             return _by_whisper(recognizer, samples, progress)
-        assert isinstance(recognizer, CTCRecognizer)
-        return list(_by_ctc(recognizer, samples, progress))
+        if isinstance(recognizer, CTCRecognizer):
+            return list(_by_ctc(recognizer, samples, progress))
+        return list(_by_pieces(recognizer, samples, progress))
 
 
 def _by_whisper(recognizer: WhisperRecognizer, samples: np.ndarray, progress: Progress) -> list[Segment]:
@@ -102,6 +104,20 @@ def _by_whisper(recognizer: WhisperRecognizer, samples: np.ndarray, progress: Pr
         if text:
             found.append(Segment(float(segment["start"]), min(float(segment["end"]), seconds), text))
     return found
+
+
+def _by_pieces(recognizer: Recognizer, samples: np.ndarray, progress: Progress) -> Iterator[Segment]:
+    rate = recognizer.sampling_rate
+    size = round(WINDOW_SECONDS * rate)
+    for start in range(0, len(samples), size):
+        piece = samples[start : start + size]
+        end = (start + len(piece)) / rate
+        # The rest behind the last whole window may be too short for a frame.
+        if recognizer.inputs.frames(len(piece)) > 1:
+            (text,) = recognizer.transcribe(recognizer.collate([recognizer.encode_audio(piece)]))
+            if text:
+                yield Segment(start / rate, end, text)
+        progress(end)
 
 
 def _by_ctc(recognizer: CTCRecognizer, samples: np.ndarray, progress: Progress) -> Iterator[Segment]:

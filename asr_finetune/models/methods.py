@@ -1,6 +1,7 @@
 """The trained parameters: all, adapters, biases, or the output layer::
 
-    full     every parameter, except those under weight norm (Wav2Vec2's positions), which have no norm rule
+    full     every parameter that has a norm rule: not those under weight norm (Wav2Vec2's positions), and not those of
+             layers that the model does not call but reads (WavLM's attention)
     lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj), or on any
              choice of linear layers and pointwise convolutions that `method.targets` names
     bitfit   the biases of linear and convolution layers; those of norms stay frozen
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -68,13 +68,13 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")
     if method.train_head and recognizer.kind == "seq2seq":
         raise ConfigError(
-            "method.train_head: Whisper's output layer is its token table, which it reads without adapters: leave it "
-            "false"
+            "method.train_head: a sequence-to-sequence model's (Whisper's) output layer is its token table, which it "
+            "reads without adapters: leave it false"
         )
     with_head = recognizer.new_head or method.train_head
     switch_off_shared_randomness(model)
     dpkernels.nn.freeze_batch_norm(model)
-    trainable = _within(model, method.layers)
+    trainable = _within(recognizer, method.layers)
     model.requires_grad_(False)
     head = head_name(model)
     if method.kind == "full":
@@ -91,6 +91,8 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             module.requires_grad_(False)
+    for name in recognizer.unused_layers:
+        model.get_submodule(name).requires_grad_(False)
     if with_head and method.kind in ("full", "bitfit"):
         _train(model.get_submodule(head))
     if recognizer.dtype is not torch.float32:
@@ -132,12 +134,14 @@ def _train_adapter(adapted: nn.Module, method: MethodConfig) -> None:
             parameter.requires_grad_(not any(part in name for part in frozen))
 
 
-def _within(model: Any, layers: str) -> tuple[str, ...]:
+def _within(recognizer: Recognizer, layers: str) -> tuple[str, ...]:
     """Prefixes of the names of the parameters and modules that may be trained."""
+    model = recognizer.base
     if layers == "all":
         return ("",)
-    if hasattr(model, "proj_out"):
-        return (f"model.{layers}.",)
+    if recognizer.kind == "seq2seq":
+        part = model.get_encoder() if layers == "encoder" else model.get_decoder()
+        return tuple(f"{name}." for name, module in model.named_modules() if module is part)
     return tuple(f"{name}." for name, _ in model.named_children() if name not in HEADS)
 
 
@@ -186,8 +190,14 @@ def _with_lora(
         target_modules=chosen,
         modules_to_save=[head] if head else None,
     )
-    with without_warnings(PEFT_ASKS_BY_AN_OLD_NAME):
-        adapted = peft.get_peft_model(model, configuration)
+    try:
+        with without_warnings(PEFT_ASKS_BY_AN_OLD_NAME):
+            adapted = peft.get_peft_model(model, configuration)
+    except NotImplementedError as error:  # raised by transformers where PEFT asks for a model's embeddings
+        raise ConfigError(
+            f"method.kind={method.kind}: PEFT adds no adapters to {type(model).__name__}, and would load none: set it "
+            f"to bitfit, head or full; transformers says: {str(error).splitlines()[0]}"
+        ) from error
     base = str(getattr(model, "name_or_path", "") or "")
     if base and Path(base).is_dir():  # a relative path would be valid in the present working directory only
         configuration.base_model_name_or_path = str(Path(base).resolve())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from asr_finetune.config.values import ConfigError
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.utterance import Utterance
+from asr_finetune.models.architecture import output_lengths
 from asr_finetune.models.inputs import AudioInputs, pad_rows
 from asr_finetune.models.quiet import quiet_transformers
 from dpkernels.blocks import base_model
@@ -26,6 +28,7 @@ from dpkernels.precision import arithmetic, widened, widened_state
 from dpkernels.privacy import gathered_root
 
 SETTINGS = "recognizer.json"
+_PLAIN_APOSTROPHES = str.maketrans("’ʼ＇", "'''")
 KindName = Literal["ctc", "seq2seq", "transducer"]
 
 
@@ -117,6 +120,25 @@ class Recognizer(ABC):
         Text that looks like a special token ("<pad>") is treated as ordinary text.
         """
 
+    def token_ids(self, text: str) -> list[int]:
+        """The text's tokens; what the vocabulary lacks is read with plain apostrophes and composed accents."""
+        for spelling in (text, unicodedata.normalize("NFC", text.translate(_PLAIN_APOSTROPHES))):
+            ids = self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if self.tokenizer.unk_token_id not in ids:
+                break
+        return list(ids)
+
+    def unknown_words(self, text: str) -> str | None:
+        """Which words of a text the vocabulary lacks, as a problem; None if it has all of them."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown not in self.token_ids(self.target_prefix + text):
+            return None
+        words = [word for word in text.split() if unknown in self.token_ids(word)]
+        return (
+            f"not in the vocabulary: {', '.join(words)!r}; see data.text_case, data.strip_punctuation and "
+            "model.vocabulary"
+        )
+
     def label_problem(self, labels: Tensor) -> str | None:
         """Why labels [L] from `encode_text` cannot be learnt, judged by their values; None if they can."""
         outside = labels[(labels < 0) | (labels >= self.classes)]
@@ -128,9 +150,12 @@ class Recognizer(ABC):
     def length(self, utterance: Utterance) -> int:
         """The cost of an utterance, for batches of similar lengths: encoder frames, plus tokens if seq2seq."""
 
-    @abstractmethod
     def audio_problem(self, utterance: Utterance) -> str | None:
         """Why the model cannot take an utterance's audio, judged by its length alone; None if it can."""
+        # A single frame has no variance for the normalisation.
+        if self.inputs.frames(self.samples(utterance)) < 2 or self.output_frames(utterance) < 1:
+            return f"too short for the model: {utterance.seconds:.3f} s"
+        return None
 
     @abstractmethod
     def text_problem(self, utterance: Utterance) -> str | None:
@@ -284,6 +309,18 @@ class Recognizer(ABC):
             "total_parameters": total_parameters(self.model),
             "trained_parameters": trained_parameters(self.model),
         }
+
+    @cached_property
+    def _lengths(self) -> Callable[[Tensor], Tensor]:
+        return output_lengths(self.base)
+
+    def frames(self, inputs: Tensor) -> Tensor:
+        """Numbers of output frames [B] for numbers of input frames [B] (of a raw waveform: samples)."""
+        return torch.as_tensor(self._lengths(inputs)).to(torch.int64)
+
+    def output_frames(self, utterance: Utterance) -> int:
+        """Number of output frames of an utterance."""
+        return int(self.frames(torch.tensor(max(self.inputs.frames(self.samples(utterance)), 1))))
 
     def samples(self, utterance: Utterance) -> int:
         """Samples of an utterance at the model's rate."""

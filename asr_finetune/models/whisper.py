@@ -1,5 +1,4 @@
-"""Whisper: mean token loss per utterance, greedy or restricted decoding, an encoder trimmed to a short
-window.
+"""Whisper: languages and tasks, an encoder trimmed to a short window, and its cached outputs.
 
 Whisper's encoder always computes its full window, 30 s by default. For short recordings `trim_encoder` cuts the window
 (and the position table) to a few seconds, and the encoder's cost shrinks in proportion.
@@ -9,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
@@ -23,25 +22,16 @@ from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.architecture import head_name
 from asr_finetune.models.checkpoint import LOAD, placed, read
-from asr_finetune.models.checkpoint_fit import check_tokenizer, check_weights
-from asr_finetune.models.inputs import pad_rows
-from asr_finetune.models.quiet import without_warnings
-from asr_finetune.models.recognizer import KindName, Recognizer, to_device
-from dpkernels.losses import IGNORED, cross_entropy_per_example
+from asr_finetune.models.checkpoint_fit import check_tokenizer, check_weights, refuse_ctc_options
+from asr_finetune.models.recognizer import to_device
+from asr_finetune.models.seq2seq import Seq2SeqRecognizer
 from dpkernels.precision import arithmetic
 
 START = "<|startoftranscript|>"
 FRAMES_PER_POSITION = 2  # conv2 has stride 2
-# Speech has about 6 tokens a second at most; a greedy decoder that repeats itself would run to 448. Before fine-tuning,
-# a window much shorter than those of pretraining causes such repetition.
-TOKENS_PER_SECOND, TOKENS_LEAST = 8, 8
-# The encoder has no mask, since its window is always full; and `_generation` sets the limit that is to count.
-_OF_GENERATION = ("The attention mask is not set", "`max_new_tokens` (")
-_NO_CLASS = -1  # a label that no output layer has
-SCORED_AT_ONCE = 512  # sequences in one forward of restricted decoding
 
 
-class WhisperRecognizer(Recognizer):
+class WhisperRecognizer(Seq2SeqRecognizer):
     """A Whisper model. Items hold input_features [T, F] of the whole window, or encoder_states [S, d] when
     cached.
 
@@ -49,8 +39,6 @@ class WhisperRecognizer(Recognizer):
     its generation configuration, else English and transcription. The decoder's prompt (start, language, task, no
     timestamps) is not learnt: losses and scores are those of the text and the end token.
     """
-
-    kind: ClassVar[KindName] = "seq2seq"
 
     def __init__(
         self,
@@ -66,9 +54,6 @@ class WhisperRecognizer(Recognizer):
         generation = self.base.generation_config
         self.multilingual = bool(getattr(generation, "is_multilingual", False))
         self.language, self.task = self._spoken(language, task)
-        self.prompt = self._prompt()
-        self.end = int(self.base.config.eos_token_id)
-        self._added = frozenset(self.tokenizer.get_added_vocab().values())
 
     def _spoken(self, language: str | None, task: str | None) -> tuple[str | None, str | None]:
         """The language's code and the task; None for an English-only model."""
@@ -91,7 +76,9 @@ class WhisperRecognizer(Recognizer):
         generation.language, generation.task = language_code(language), task
         return language_code(language), task
 
-    def _prompt(self) -> list[int]:
+    @cached_property
+    def prompt(self) -> list[int]:
+        """See Seq2SeqRecognizer; the start, language and task of a multilingual model, no timestamps."""
         generation = self.base.generation_config
         prompt = [int(self.base.config.decoder_start_token_id)]
         if self.multilingual:
@@ -116,10 +103,6 @@ class WhisperRecognizer(Recognizer):
         return positions * FRAMES_PER_POSITION * int(self.feature_extractor.hop_length)
 
     @property
-    def _most_labels(self) -> int:
-        return int(self.base.config.max_target_positions) - len(self.prompt) + 1
-
-    @property
     def input_name(self) -> str:
         """See Recognizer."""
         return "input_features"
@@ -136,18 +119,6 @@ class WhisperRecognizer(Recognizer):
             return_tensors="pt",
         )["input_features"][0]
         return {"input_features": features.T.contiguous()}
-
-    def encode_text(self, text: str) -> Tensor:
-        """See Recognizer; the text's tokens and the end token, without the decoder's prompt."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return torch.tensor([*ids, self.end], dtype=torch.int64)
-
-    def label_problem(self, labels: Tensor) -> str | None:
-        """See Recognizer; tokens that a text cannot contain (languages, times, an early end) are not labels."""
-        special = [token for token in labels[:-1].tolist() if token in self._added]
-        if special:
-            return f"a special token as a label: {self.tokenizer.convert_ids_to_tokens(special)}"
-        return super().label_problem(labels)
 
     def _inputs(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         name = "encoder_states" if "encoder_states" in items[0] else "input_features"
@@ -176,86 +147,25 @@ class WhisperRecognizer(Recognizer):
         """Encoder states [B, S, d]."""
         if "encoder_states" in batch:
             return self._cached(batch, self.model)
-        features = batch["input_features"].transpose(1, 2).to(next(self.model.parameters()).dtype)
-        states: Tensor = self.base.model.encoder(features).last_hidden_state
+        states: Tensor = self.base.model.encoder(**self._arguments(self.model, batch)).last_hidden_state
         return states
+
+    def _encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=self._encode(batch))}
+
+    def _arguments(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        if "encoder_states" in batch:
+            return {"encoder_outputs": BaseModelOutput(last_hidden_state=self._cached(batch, model))}
+        features = batch["input_features"].transpose(1, 2)
+        return {"input_features": features.to(next(model.parameters()).dtype)}
+
+    def _seconds(self, batch: dict[str, Any]) -> float:
+        return self.window_seconds
 
     def _cached(self, batch: dict[str, Any], model: nn.Module) -> Tensor:
         """Cached encoder states in the model's dtype, which may differ from the one they were cached in."""
         states: Tensor = batch["encoder_states"]
         return states.to(next(model.parameters()).dtype)
-
-    def _losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Mean −ln p over an utterance's tokens and its end; see `dpkernels.losses.cross_entropy_per_example`."""
-        decoder, labels = self._teacher_forcing(batch["labels"])
-        inputs: dict[str, Any]
-        if "encoder_states" in batch:
-            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=self._cached(batch, model))}
-        else:
-            features = batch["input_features"].transpose(1, 2)
-            inputs = {"input_features": features.to(next(model.parameters()).dtype)}
-        logits = model(**inputs, decoder_input_ids=decoder, use_cache=False).logits
-        return cross_entropy_per_example(logits, labels)
-
-    def _teacher_forcing(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels [B, L] -> (decoder_input_ids, labels), both [B, P−1+L] with a prompt of P tokens.
-
-        L is cut to the decoder's positions. All labels of an utterance with more labels are replaced by one that is no
-        class, so that its loss is infinite and its gradient 0.
-        """
-        prompt = labels.new_tensor(self.prompt).expand(len(labels), -1)
-        cut = (labels[:, self._most_labels :] != IGNORED).any(dim=1, keepdim=True)
-        labels = labels[:, : self._most_labels].masked_fill(cut, _NO_CLASS)
-        # No learnt position reads padding, or a label that is no class.
-        known = (labels[:, :-1] >= 0) & (labels[:, :-1] < self.classes)
-        previous = labels[:, :-1].masked_fill(~known, self.end)
-        unlearnt = labels.new_full((len(labels), len(self.prompt) - 1), IGNORED)
-        return torch.cat([prompt, previous], dim=1), torch.cat([unlearnt, labels], dim=1)
-
-    def _decode(self, batch: dict[str, Any]) -> list[str]:
-        states = self._encode(batch)
-        prompt = torch.tensor(self.prompt, device=states.device).expand(len(states), -1)
-        # The plain greedy loop, since Whisper's own generate() is for long recordings with timestamps.
-        with without_warnings(*_OF_GENERATION):
-            ids = GenerationMixin.generate(
-                self.base,
-                encoder_outputs=BaseModelOutput(last_hidden_state=states),
-                decoder_input_ids=prompt,
-                decoder_attention_mask=torch.ones_like(prompt),
-                generation_config=self._generation(),
-            )
-        texts = self.tokenizer.batch_decode(ids[:, len(self.prompt) :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    def _generation(self) -> GenerationConfig:
-        """Greedy decoding without the symbols that the checkpoint suppresses, limited by the window's length."""
-        checkpoint, config = self.base.generation_config, self.base.config
-        most = int(config.max_target_positions) - len(self.prompt)
-        return GenerationConfig(
-            max_new_tokens=min(most, TOKENS_LEAST + math.ceil(TOKENS_PER_SECOND * self.window_seconds)),
-            num_beams=1,
-            do_sample=False,
-            suppress_tokens=checkpoint.suppress_tokens,
-            begin_suppress_tokens=checkpoint.begin_suppress_tokens,
-            decoder_start_token_id=self.prompt[0],
-            eos_token_id=self.end,
-            pad_token_id=self.end,
-        )
-
-    def _scores(self, batch: dict[str, Any], texts: Sequence[str]) -> Tensor:
-        states = self._encode(batch)
-        labels = pad_rows([self.encode_text(self.target_prefix + text) for text in texts], IGNORED)
-        decoder, learnt = self._teacher_forcing(labels.to(states.device))
-        rows = max(SCORED_AT_ONCE // len(texts), 1)
-        scores = []
-        for part in states.split(rows):
-            outputs = BaseModelOutput(last_hidden_state=part.repeat_interleave(len(texts), dim=0))
-            logits = self.base(
-                encoder_outputs=outputs, decoder_input_ids=decoder.repeat(len(part), 1), use_cache=False
-            ).logits
-            losses = cross_entropy_per_example(logits, learnt.repeat(len(part), 1), reduction="sum")
-            scores.append(-losses.view(len(part), len(texts)))
-        return torch.cat(scores)
 
     def length(self, utterance: Utterance) -> int:
         """Encoder positions, the same for all, plus tokens."""
@@ -271,13 +181,6 @@ class WhisperRecognizer(Recognizer):
             f"longer than the encoder's window: {seconds:.2f} s, the window has {self.window_seconds:g} s; "
             "raise model.window_seconds (30 at most)"
         )
-
-    def text_problem(self, utterance: Utterance) -> str | None:
-        """See Recognizer."""
-        labels = self.encode_text(self.target_prefix + utterance.text)
-        if len(labels) > self._most_labels:
-            return f"too many tokens: {len(labels)}, the decoder takes {self._most_labels} at most"
-        return self.label_problem(labels)
 
     def _settings(self) -> dict[str, Any]:
         facts = {"window_seconds": self.window_seconds, "language": self.language, "task": self.task}
@@ -321,11 +224,7 @@ def trim_encoder(model: Any, seconds: float, hop_seconds: float = 0.01) -> None:
 
 def load_whisper(config: ModelConfig, architecture: Any, options: dict[str, Any]) -> WhisperRecognizer:
     """The recogniser of a Whisper checkpoint; see `asr_finetune.models.kinds.Kind.load`."""
-    if config.new_head or config.vocabulary != "keep" or config.alphabet is not None:
-        raise ConfigError(
-            "model.new_head, model.vocabulary and model.alphabet are for CTC models; Whisper's output layer is its "
-            "token table: leave new_head false, vocabulary keep and alphabet null"
-        )
+    refuse_ctc_options(config)
     model, info = read(transformers.WhisperForConditionalGeneration, config, **LOAD)
     # transformers computes the sinusoids if the file lacks them.
     check_weights(

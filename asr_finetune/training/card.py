@@ -43,7 +43,7 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str) -> Path:
         base_model=None if Path(named).is_dir() else named,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="automatic-speech-recognition",
-        language=model.get("language"),
+        language=model.get("language") or model.get("target_lang"),
         tags=["differential-privacy"] if privacy["epsilon"] is not None else ["not-private"],
         model_name=name,
         eval_results=_results(record),
@@ -130,7 +130,7 @@ def _adapter_code(base: str, model: Mapping[str, Any]) -> str:
         more = (
             f" It was trained with a window of {model['window_seconds']:g} s of audio: with plain transformers, cut "
             "the base model's encoder to it."
-            if model["window_seconds"] != 30
+            if model.get("window_seconds", 30) != 30
             else ""
         )
     else:
@@ -141,6 +141,8 @@ def _adapter_code(base: str, model: Mapping[str, Any]) -> str:
             if model["new_head"]
             else ""
         )
+        if model.get("target_lang"):
+            options = f', target_lang="{model["target_lang"]}", ignore_mismatched_sizes=True'
     return (
         f"{ours}{more}\n\n```python\nimport peft, transformers\n\n"
         'processor = transformers.AutoProcessor.from_pretrained("THIS_FOLDER")\n'

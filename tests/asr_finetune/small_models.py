@@ -17,10 +17,10 @@ from asr_finetune.data.utterance import Utterance
 from asr_finetune.models.loading import (
     CTCRecognizer,
     Recognizer,
-    WhisperRecognizer,
     load_recognizer,
     tiny_parakeet,
 )
+from asr_finetune.models.seq2seq import Seq2SeqRecognizer
 
 RATE = 16000
 WORDS = ("low", "high")
@@ -174,13 +174,13 @@ def batch_and_singles(recognizer: Recognizer) -> tuple[dict[str, Any], list[dict
 
 
 def logits(recognizer: Recognizer, batch: dict[str, Any]) -> torch.Tensor:
-    """The model's logits [B, T, V], Whisper's after its prompt and the batch's labels."""
+    """The model's logits [B, T, V], a decoder's after its prompt and the batch's labels."""
     if isinstance(recognizer, CTCRecognizer):
         return recognizer.logits(recognizer.model, batch)[0].detach()
-    assert isinstance(recognizer, WhisperRecognizer)
+    assert isinstance(recognizer, Seq2SeqRecognizer)
     decoder, _ = recognizer._teacher_forcing(batch["labels"])
-    features = batch["input_features"].transpose(1, 2)
-    return recognizer.model(input_features=features, decoder_input_ids=decoder).logits.detach()
+    arguments = recognizer._arguments(recognizer.model, batch)
+    return recognizer.model(**arguments, decoder_input_ids=decoder).logits.detach()
 
 
 def randomised(model: nn.Module) -> None:

@@ -62,7 +62,7 @@ ADAPTERS_QUICK = [("parakeet", "lora"), ("wav2vec2-bert", "dp_rp"), ("whisper", 
 
 
 def prepared(folder: Path, kind: str, **options: Any) -> Recognizer:
-    names = ("new_head", "vocabulary", "window_seconds", "language", "task")
+    names = ("new_head", "vocabulary", "window_seconds", "language", "task", "target_lang")
     loading = {key: options.pop(key) for key in names if key in options}
     recognizer = small_models.load(folder, **loading)
     small_models.same_start(lambda: apply_method(recognizer, MethodConfig(kind=kind, rank=2, **options)))
