@@ -105,8 +105,8 @@ def transducer_loss_per_example(
     """−ln p(yᵢ | xᵢ) of a transducer (RNN-T, TDT), summed over all alignments; in nats, not divided by any length.
 
     No logits of cells are held: memory is O(B·T·U), see `dpkernels.ops.transducer_loss`. In a private model a trained
-    `joint_head` records its per-sample gradients (`dpkernels.nn.JointRecord`); its forward is not called, so hooks on
-    it do not run. Elsewhere autograd differentiates it.
+    `joint_head` records its per-sample gradients (`dpkernels.nn.JointRecord`); elsewhere autograd differentiates it.
+    Its forward is not called, so hooks on it do not run, and a weight in parts (`shard_frozen`) is not gathered.
 
     Args:
         joint_head: the joint network's output layer, nn.Linear of H inputs and V + D outputs: V token logits, then D
