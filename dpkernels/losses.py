@@ -11,14 +11,17 @@ asserts, and no other example's loss or gradient changes by a bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORED", "cross_entropy_per_example", "ctc_loss_per_example"]
+from dpkernels.nn.layers.joint import check_head, joint_loss
+
+__all__ = ["IGNORED", "cross_entropy_per_example", "ctc_loss_per_example", "transducer_loss_per_example"]
 
 IGNORED = -100  # a target that is padding: the default of torch's cross_entropy, and transformers' convention
 
@@ -47,8 +50,7 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
     _floating("ctc_loss_per_example", logits)
     labels = _integers("ctc_loss_per_example", "labels", labels)
     input_lengths = _integers("ctc_loss_per_example", "input_lengths", input_lengths)
-    if not isinstance(blank, int) or isinstance(blank, bool):
-        raise TypeError(f"ctc_loss_per_example: blank={blank!r}: expected an int, the blank's class")
+    _blank("ctc_loss_per_example", blank)
     if logits.dim() != 3 or labels.dim() != 2 or len(logits) != len(labels):
         raise ValueError(
             f"ctc_loss_per_example: logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: "
@@ -65,11 +67,9 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
         )
     if batch == 0:
         return logits.sum(dim=(1, 2))
+    counts, possible = _sequences(labels, classes, blank)
     used = labels != IGNORED
-    counts = used.sum(dim=1)
     repeats = (used[:, 1:] & (labels[:, 1:] == labels[:, :-1])).sum(dim=1)
-    possible = (_in_range(labels, classes) & (labels != blank) | ~used).all(dim=1)
-    possible &= (used == (torch.arange(labels.shape[1], device=labels.device) < counts[:, None])).all(dim=1)
     possible &= (counts + repeats <= input_lengths) & (input_lengths <= frames)
     if frames == 0:
         logits = F.pad(
@@ -88,6 +88,85 @@ def ctc_loss_per_example(logits: Tensor, input_lengths: Tensor, labels: Tensor, 
         zero_infinity=False,
     )
     return _marked(losses, possible)
+
+
+def transducer_loss_per_example(
+    joint_head: nn.Linear,
+    encoder: Tensor,
+    predictor: Tensor,
+    frame_lengths: Tensor,
+    labels: Tensor,
+    *,
+    blank: int,
+    durations: Sequence[int] | None = None,
+    activation: str = "relu",
+    sigma: float = 0.0,
+) -> Tensor:
+    """−ln p(yᵢ | xᵢ) of a transducer (RNN-T, TDT), summed over all alignments; in nats, not divided by any length.
+
+    No logits of cells are held: memory is O(B·T·U), see `dpkernels.ops.transducer_loss`. In a private model a trained
+    `joint_head` records its per-sample gradients (`dpkernels.nn.JointRecord`); elsewhere autograd differentiates it.
+    Its forward is not called, so hooks on it do not run, and a weight in parts (`shard_frozen`) is not gathered.
+
+    Args:
+        joint_head: the joint network's output layer, nn.Linear of H inputs and V + D outputs: V token logits, then D
+            duration logits. Its weight and bias may be trained or frozen.
+        encoder: [B, T, H], the encoder's states, projected to the joint network's width.
+        predictor: [B, U+1, H], the prediction network's states after the start token and each label. Any float type;
+            under autocast states, weight and bias are cast to its type. The joint network's sum and activation, the
+            accumulation of the logits and all log-probabilities are in float32 (float64 for float64).
+        frame_lengths: [B] int, frames of each example; frames beyond them are not read.
+        labels: [B, U] int, 0 ≤ label < V and not the blank, padded with −100 on the right.
+        blank: the blank's class.
+        durations: a TDT's D durations in frames, in the order of their logits; None for an RNN-T.
+        activation: "relu" or "tanh".
+        sigma: subtracted from each token's log-probability (a TDT's under-normalisation).
+
+    Returns:
+        [B]. +inf with a gradient of exactly 0 if the target is impossible: a label outside the classes, or equal to
+        the blank; −100 before a label; a length outside 0 … T; no frames, or frames that no sequence of durations
+        fills. The losses and gradients of the other examples do not depend on that example. The number of impossible
+        targets, `losses.isinf().sum()`, is NOT PRIVATE.
+
+    Raises:
+        TypeError: states that are not floating-point, or not of one type with the layer; labels, lengths or blank that
+            are not integers; an output layer that is not a plain nn.Linear.
+        ValueError: the shapes do not fit; blank, durations or activation do not fit.
+
+    Source: Graves 2012, arXiv:1211.3711; Xu et al. 2023, arXiv:2304.06795 (TDT).
+    """
+    function = "transducer_loss_per_example"
+    check_head(joint_head)
+    _floating(function, encoder, "encoder")
+    _floating(function, predictor, "predictor")
+    labels = _integers(function, "labels", labels)
+    frame_lengths = _integers(function, "frame_lengths", frame_lengths)
+    _blank(function, blank)
+    batch, classes = len(encoder), joint_head.out_features - len(durations or ())
+    if encoder.dim() != 3 or labels.dim() != 2 or len(labels) != batch:
+        raise ValueError(
+            f"{function}: encoder {tuple(encoder.shape)} and labels {tuple(labels.shape)}: expected [B, T, H] and "
+            "[B, U]"
+        )
+    if frame_lengths.shape != (batch,):
+        raise ValueError(
+            f"{function}: frame_lengths {tuple(frame_lengths.shape)}: expected [{batch}], one per example"
+        )
+    counts, possible = _sequences(labels, classes, blank)
+    possible &= _in_range(frame_lengths, encoder.shape[1] + 1)
+    # Without frames there is no path: the op gives such an example +inf and no gradient, and reads none of its labels.
+    return joint_loss(
+        joint_head,
+        encoder,
+        predictor,
+        labels,
+        frame_lengths.masked_fill(~possible, 0),
+        counts.masked_fill(~possible, 0),
+        blank=blank,
+        durations=tuple(durations or ()),
+        activation=activation,
+        sigma=sigma,
+    )
 
 
 def cross_entropy_per_example(
@@ -148,6 +227,15 @@ class _Select(torch.autograd.Function):
         return g.masked_fill(~selected.view(-1, *[1] * (g.dim() - 1)), 0), None
 
 
+def _sequences(labels: Tensor, classes: int, blank: int) -> tuple[Tensor, Tensor]:
+    """(number of labels, whether all are classes and none the blank, with −100 after them only), both [B]."""
+    used = labels != IGNORED
+    counts = used.sum(dim=1)
+    possible = (_in_range(labels, classes) & (labels != blank) | ~used).all(dim=1)
+    possible &= (used == (torch.arange(labels.shape[1], device=labels.device) < counts[:, None])).all(dim=1)
+    return counts, possible
+
+
 def _in_range(indices: Tensor, classes: int) -> Tensor:
     """Whether each index is a class, 0 ≤ index < classes."""
     return (indices >= 0) & (indices < classes)
@@ -157,9 +245,14 @@ def _marked(losses: Tensor, possible: Tensor) -> Tensor:
     return torch.where(possible, losses, torch.full_like(losses, torch.inf))
 
 
-def _floating(function: str, logits: Tensor) -> None:
+def _blank(function: str, blank: int) -> None:
+    if not isinstance(blank, int) or isinstance(blank, bool):
+        raise TypeError(f"{function}: blank={blank!r}: expected an int, the blank's class")
+
+
+def _floating(function: str, logits: Tensor, name: str = "logits") -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"{function}: logits: got {_described(logits)}; expected a floating-point tensor")
+        raise TypeError(f"{function}: {name}: got {_described(logits)}; expected a floating-point tensor")
 
 
 def _described(value: object) -> str:

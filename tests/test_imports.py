@@ -15,7 +15,7 @@ ALLOWED = {
     "dpkernels.reference": set(),
     "dpkernels.backends": set(),
     "dpkernels.ops": {"dpkernels.reference", "dpkernels.backends"},
-    "dpkernels.losses": set(),
+    "dpkernels.losses": {"dpkernels.nn"},
     "dpkernels.deprecation": set(),
     "dpkernels.errors": set(),
     "dpkernels.files": set(),

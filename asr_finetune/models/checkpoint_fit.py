@@ -68,7 +68,13 @@ def refuse_whisper_options(config: ModelConfig, model: str) -> None:
 
 
 def check_weights(
-    name: str, model: Any, info: Mapping[str, Any], *, head: str, new_head: bool, constants: str = ""
+    name: str,
+    model: Any,
+    info: Mapping[str, Any],
+    *,
+    head: str | tuple[str, ...],
+    new_head: bool,
+    constants: str = "",
 ) -> None:
     """Check that every weight that the model uses came from the checkpoint.
 
@@ -76,7 +82,7 @@ def check_weights(
         name: name of the checkpoint.
         model: the model as loaded by transformers.
         info: transformers' `output_loading_info`.
-        head: name of the output layer.
+        head: name of the output layer, or the names of the parts that are new with it.
         new_head: whether the output layer is replaced by a new one.
         constants: ending of the name of a parameter that transformers computes if it is missing, or "".
 
@@ -84,11 +90,13 @@ def check_weights(
         ConfigError: weights are missing, or have another shape than in the configuration.
     """
     parameters = {key for key, _ in model.named_parameters()}
+    heads = (head,) if isinstance(head, str) else head
+    of_head = tuple(f"{part}." for part in heads)
 
     def matters(key: str) -> bool:
         # Buffers other than statistics are constants that the model's constructor computes.
         kept = key in parameters or key.endswith(_STATISTICS)
-        return kept and not key.endswith(_UNUSED) and not (new_head and key.startswith(f"{head}."))
+        return kept and not key.endswith(_UNUSED) and not (new_head and key.startswith(of_head))
 
     missing = {key for key in info["missing_keys"] if matters(key)}
     missing = {key for key in missing if not (constants and key.endswith(constants))}
@@ -106,8 +114,8 @@ def check_weights(
         )
     if not faults:
         return
-    of_the_head = all(key.startswith(f"{head}.") for key in missing | shapes.keys())
-    renewable = of_the_head and not model.config.is_encoder_decoder
+    of_the_head = all(key.startswith(of_head) for key in missing | shapes.keys())
+    renewable = of_the_head and (len(heads) > 1 or not model.config.is_encoder_decoder)
     fix = _NEW_HEAD if renewable else "give a complete checkpoint of this architecture"
     raise ConfigError(
         f"model.name={name!r}: {' and '.join(faults)}; transformers would initialise them at random: {fix}"

@@ -6,7 +6,6 @@ Any model type of transformers' `AutoModelForCTC` is one; `architecture.py` read
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +15,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.data.utterance import Utterance
-from asr_finetune.files import write_text
-from asr_finetune.models.alphabets import ALPHABET_FILE, WORD_DELIMITER, ctc_tokenizer, read_alphabet
+from asr_finetune.models.alphabets import WORD_DELIMITER, ctc_tokenizer, read_alphabet
 from asr_finetune.models.architecture import (
     attention,
     blank_of,
@@ -60,14 +58,6 @@ class CTCRecognizer(Recognizer):
         if bool((labels == self.blank).any()):
             return f"the blank as a label: {self.tokenizer.convert_ids_to_tokens(self.blank)!r} in the transcript"
         return super().label_problem(labels)
-
-    def save(self, folder: Path | str) -> None:
-        """See Recognizer; with the alphabet of a new output layer, from which an adapter's tokenizer is made anew."""
-        super().save(folder)
-        if self.vocabulary == "characters":
-            classes = self.tokenizer.get_vocab()
-            alphabet = [char for char in sorted(classes, key=classes.__getitem__) if len(char) == 1]
-            write_text(Path(folder) / ALPHABET_FILE, "".join(f"{char}\n" for char in alphabet))
 
     def logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(logits [B, T', V], frames of each utterance [B])."""

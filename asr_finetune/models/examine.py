@@ -44,7 +44,7 @@ def examine(recognizer: Recognizer) -> None:
     with _calls(recognizer.base) as called:
         recognizer.loss_per_example(recognizer.model, recognizer.collate([labelled]))
     layers = {name for name, module in recognizer.base.named_modules() if _is_layer(module)}
-    recognizer.unused_layers = frozenset(layers - called)
+    recognizer.unused_layers = frozenset(layers - called) - recognizer.read_layers
     if any(_difference(padded, own) > _CHANGED for padded, own in zip(together, alone, strict=True)):
         recognizer.equal_lengths_only = _reason(recognizer)
 

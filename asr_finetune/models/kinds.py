@@ -17,6 +17,7 @@ from asr_finetune.config.schema import ConfigError, ModelConfig
 from asr_finetune.models.ctc import load_ctc
 from asr_finetune.models.recognizer import KindName, Recognizer
 from asr_finetune.models.seq2seq import load_seq2seq
+from asr_finetune.models.transducer import load_transducer
 from asr_finetune.models.whisper import load_whisper
 
 
@@ -46,6 +47,11 @@ KINDS = (
     Kind("ctc", auto.MODEL_FOR_CTC_MAPPING_NAMES, load_ctc),
     Kind("seq2seq", {"whisper": _SEQ2SEQ["whisper"]}, load_whisper),
     Kind("seq2seq", {key: _SEQ2SEQ[key] for key in _SEQ2SEQ if key != "whisper"}, load_seq2seq),
+    Kind(
+        "transducer",
+        {**auto.MODEL_FOR_RNNT_MAPPING_NAMES, **auto.MODEL_FOR_TDT_MAPPING_NAMES},
+        load_transducer,
+    ),
 )
 # Why a listed model type is refused, and what to use. Three reasons are common: a speech encoder feeds a language
 # model, the decoder begins with several tokens of its processor's, the model is no recogniser.

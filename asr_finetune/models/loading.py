@@ -22,17 +22,20 @@ from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.kinds import kind_of
 from asr_finetune.models.quiet import PEFT_ASKS_BY_AN_OLD_NAME, quiet_transformers, without_warnings
 from asr_finetune.models.recognizer import SETTINGS, Recognizer
-from asr_finetune.models.tiny import tiny_parakeet
+from asr_finetune.models.tiny import tiny_parakeet, tiny_transducer
+from asr_finetune.models.transducer import TransducerRecognizer
 from asr_finetune.models.whisper import WhisperRecognizer
 from dpkernels.precision import DTYPES
 
 __all__ = [
     "CTCRecognizer",
     "Recognizer",
+    "TransducerRecognizer",
     "WhisperRecognizer",
     "load_recognizer",
     "load_with_adapter",
     "tiny_parakeet",
+    "tiny_transducer",
 ]
 
 _ADAPTER = "adapter_config.json"

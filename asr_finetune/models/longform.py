@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from asr_finetune.config.values import ConfigError
 from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.quiet import without_warnings
 from asr_finetune.models.recognizer import Recognizer, to_device
+from asr_finetune.models.transducer import TransducerRecognizer
 from asr_finetune.models.whisper import WhisperRecognizer
 from dpkernels.precision import arithmetic
 
-WINDOW_SECONDS, OVERLAP_SECONDS = 20.0, 4.0  # CTC: of one forward, and shared by two neighbours
-PAUSE_SECONDS = 0.6  # CTC: a longer time without a label ends a segment
+WINDOW_SECONDS, OVERLAP_SECONDS = 20.0, 4.0  # of one window, and shared by two neighbours
+PAUSE_SECONDS = 0.6  # a longer time without a label ends a segment
 # Whisper's generate() passes arguments to itself in a way that it warns of.
 _OF_GENERATE = "Passing `generation_config` together with generation-related arguments"
 _FRAME_SECONDS = 0.01  # of Whisper's features
@@ -44,9 +46,10 @@ class Segment:
 def transcribe_long(recognizer: Recognizer, samples: np.ndarray, progress: Progress) -> list[Segment]:
     """The transcript of a recording of any length.
 
-    Whisper decodes segment by segment with its own timestamps (transformers' `generate`). A CTC model reads overlapping
-    windows; of each overlap the half counts that is further from the window's edge. Another sequence-to-sequence model
-    reads one window after the other, each a segment, and may lose a word that a window's edge cuts.
+    Whisper decodes segment by segment with its own timestamps (transformers' `generate`). A CTC model or a
+    transducer reads overlapping windows; of each overlap the half counts that is further from the window's edge.
+    Another sequence-to-sequence model reads one window after the other, each a segment, and may lose a word that a
+    window's edge cuts.
 
     Args:
         recognizer: in any mode; it is evaluated.
@@ -61,7 +64,9 @@ def transcribe_long(recognizer: Recognizer, samples: np.ndarray, progress: Progr
         if isinstance(recognizer, WhisperRecognizer):
             return _by_whisper(recognizer, samples, progress)
         if isinstance(recognizer, CTCRecognizer):
-            return list(_by_ctc(recognizer, samples, progress))
+            return list(_segments(recognizer, list(_by_ctc(recognizer, samples, progress))))
+        if isinstance(recognizer, TransducerRecognizer):
+            return list(_segments(recognizer, list(_by_transducer(recognizer, samples, progress))))
         return list(_by_pieces(recognizer, samples, progress))
 
 
@@ -120,20 +125,44 @@ def _by_pieces(recognizer: Recognizer, samples: np.ndarray, progress: Progress) 
         progress(end)
 
 
-def _by_ctc(recognizer: CTCRecognizer, samples: np.ndarray, progress: Progress) -> Iterator[Segment]:
-    times, labels = [], []
-    for start, end, frames in _windows(recognizer, samples, progress):
-        times += [start + (end - start) * (index + 0.5) / len(frames) for index in range(len(frames))]
-        labels += frames
-    spoken: list[tuple[float, float, int]] = []  # first and last time of each label
+Spoken = tuple[float, float, int]
+"""First and last time of a label, and the label."""
+
+
+def _by_ctc(recognizer: CTCRecognizer, samples: np.ndarray, progress: Progress) -> Iterator[Spoken]:
+    spoken: list[Spoken] = []
     previous = recognizer.blank
-    for time, label in zip(times, labels, strict=True):
-        if label == previous and label != recognizer.blank:
-            spoken[-1] = (spoken[-1][0], time, label)
-        elif label != recognizer.blank:
-            spoken.append((time, time, label))
-        previous = label
-    segment: list[tuple[float, float, int]] = []
+    for window in _windows(recognizer, samples):
+        logits, lengths = recognizer.logits(recognizer.model, window.batch)
+        classes = logits[0, : int(lengths[0])].argmax(dim=-1).tolist()
+        for index in range(*window.counted(len(classes))):
+            label, time = classes[index], window.time(index + 0.5, len(classes))
+            if label == previous and label != recognizer.blank:
+                spoken[-1] = (spoken[-1][0], time, label)
+            elif label != recognizer.blank:
+                spoken.append((time, time, label))
+            previous = label
+        progress(window.end)
+    yield from spoken
+
+
+def _by_transducer(
+    recognizer: TransducerRecognizer, samples: np.ndarray, progress: Progress
+) -> Iterator[Spoken]:
+    for window in _windows(recognizer, samples):
+        frames = int(recognizer.frames(window.batch["attention_mask"].sum(dim=1))[0])
+        first, last = window.counted(frames)
+        for index, label in recognizer.emitted(window.batch)[0]:
+            if first <= index < last:
+                time = window.time(index + 0.5, frames)
+                yield time, time, label
+        progress(window.end)
+
+
+def _segments(
+    recognizer: CTCRecognizer | TransducerRecognizer, spoken: Sequence[Spoken]
+) -> Iterator[Segment]:
+    segment: list[Spoken] = []
     for entry in spoken:
         if segment and entry[0] - segment[-1][1] > PAUSE_SECONDS:
             yield from _segment(recognizer, segment)
@@ -142,25 +171,45 @@ def _by_ctc(recognizer: CTCRecognizer, samples: np.ndarray, progress: Progress) 
     yield from _segment(recognizer, segment)
 
 
-def _segment(recognizer: CTCRecognizer, labels: list[tuple[float, float, int]]) -> Iterator[Segment]:
+def _segment(recognizer: CTCRecognizer | TransducerRecognizer, labels: Sequence[Spoken]) -> Iterator[Segment]:
     text = recognizer.text_of([label for _, _, label in labels])
     if text:
         yield Segment(labels[0][0], labels[-1][1], text)
 
 
-def _windows(
-    recognizer: CTCRecognizer, samples: np.ndarray, progress: Progress
-) -> Iterator[tuple[float, float, list[int]]]:
-    """(start, end, the most likely class of each frame) of the parts that count, which follow on one another."""
+@dataclass(frozen=True)
+class _Window:
+    """A batch of one window of a recording.
+
+    Attributes:
+        batch: from `Recognizer.collate`, on the model's device.
+        offset, seconds: where the window begins, and its length.
+        start, end: the part that counts; the parts of all windows follow on one another.
+    """
+
+    batch: dict[str, Any]
+    offset: float
+    seconds: float
+    start: float
+    end: float
+
+    def time(self, place: float, frames: int) -> float:
+        """The time of a place among so many frames of the window."""
+        return self.offset + self.seconds * place / frames
+
+    def counted(self, frames: int) -> tuple[int, int]:
+        """The first frame that counts, and the first behind it that does not."""
+        shares = ((self.start - self.offset) / self.seconds, (self.end - self.offset) / self.seconds)
+        return round(shares[0] * frames), round(shares[1] * frames)
+
+
+def _windows(recognizer: Recognizer, samples: np.ndarray) -> Iterator[_Window]:
     rate = recognizer.sampling_rate
     size, overlap = round(WINDOW_SECONDS * rate), round(OVERLAP_SECONDS * rate)
     for start in range(0, max(len(samples) - overlap, 1), size - overlap):
         window = samples[start : start + size]
         batch = to_device(recognizer.collate([recognizer.encode_audio(window)]), recognizer.device)
-        logits, lengths = recognizer.logits(recognizer.model, batch)
-        classes = logits[0, : int(lengths[0])].argmax(dim=-1).tolist()
         first = 0 if start == 0 else overlap // 2
         last = len(window) if start + size >= len(samples) else size - overlap // 2
-        kept = classes[round(first / len(window) * len(classes)) : round(last / len(window) * len(classes))]
-        yield (start + first) / rate, (start + last) / rate, kept
-        progress((start + last) / rate)
+        places = (start, len(window), start + first, start + last)
+        yield _Window(batch, *(place / rate for place in places))

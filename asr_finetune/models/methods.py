@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 import dpkernels.nn
 from asr_finetune.config.schema import ADAPTER_METHODS, ConfigError, MethodConfig
-from asr_finetune.models.architecture import HEADS, head_name
+from asr_finetune.models.architecture import HEADS
 from asr_finetune.models.quiet import PEFT_ASKS_BY_AN_OLD_NAME, without_warnings
 from asr_finetune.models.recognizer import (
     KindName,
@@ -41,6 +41,7 @@ _CONFORMER_ATTENTION = ("linear_q", "linear_k", "linear_v", "linear_out")
 _FEED_FORWARD = ("intermediate_dense", "output_dense", "linear1", "linear2", "dense")
 _DEFAULT_TARGETS: dict[KindName, tuple[str, ...]] = {
     "ctc": (*_ATTENTION, *_CONFORMER_ATTENTION, *_FEED_FORWARD),
+    "transducer": (*_ATTENTION, *_CONFORMER_ATTENTION, *_FEED_FORWARD),
     "seq2seq": ("q_proj", "v_proj", "query", "value"),
 }
 
@@ -64,7 +65,7 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
                 "it; load it anew"
             )
         _check_same_adapter(recognizer, method)
-    if method.layers == "decoder" and recognizer.kind != "seq2seq":
+    if method.layers == "decoder" and recognizer.kind == "ctc":
         raise ConfigError("method.layers=decoder: a CTC model has no decoder: use all or encoder")
     if method.train_head and recognizer.kind == "seq2seq":
         raise ConfigError(
@@ -76,25 +77,24 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     dpkernels.nn.freeze_batch_norm(model)
     trainable = _within(recognizer, method.layers)
     model.requires_grad_(False)
-    head = head_name(model)
     if method.kind == "full":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trainable) and not name.endswith(_NEVER_TRAINED))
     elif adapter is not None:
         _train_adapter(adapter, method)
     elif method.kind in ADAPTER_METHODS:
-        recognizer.model = _with_lora(recognizer, method, trainable, head if with_head else None)
+        recognizer.model = _with_lora(recognizer, method, trainable, recognizer.heads if with_head else ())
     elif method.kind == "bitfit":
         _train_biases(model, trainable)
     else:
-        _train(model.get_submodule(head))
+        _train(model, recognizer.heads)
     for module in model.modules():
         if parametrize.is_parametrized(module):
             module.requires_grad_(False)
     for name in recognizer.unused_layers:
         model.get_submodule(name).requires_grad_(False)
     if with_head and method.kind in ("full", "bitfit"):
-        _train(model.get_submodule(head))
+        _train(model, recognizer.heads)
     if recognizer.dtype is not torch.float32:
         hold_frozen(recognizer.model, recognizer.dtype)
     if trained_parameters(recognizer.model) == 0:
@@ -142,11 +142,15 @@ def _within(recognizer: Recognizer, layers: str) -> tuple[str, ...]:
     if recognizer.kind == "seq2seq":
         part = model.get_encoder() if layers == "encoder" else model.get_decoder()
         return tuple(f"{name}." for name, module in model.named_modules() if module is part)
+    if recognizer.kind == "transducer":
+        of_encoder = layers == "encoder"
+        return tuple(f"{name}." for name, _ in model.named_children() if (name == "encoder") == of_encoder)
     return tuple(f"{name}." for name, _ in model.named_children() if name not in HEADS)
 
 
-def _train(module: nn.Module) -> None:
-    module.requires_grad_(True)
+def _train(model: nn.Module, parts: Sequence[str]) -> None:
+    for part in parts:
+        model.get_submodule(part).requires_grad_(True)
 
 
 def _train_biases(model: nn.Module, trainable: tuple[str, ...]) -> None:
@@ -154,17 +158,20 @@ def _train_biases(model: nn.Module, trainable: tuple[str, ...]) -> None:
         layer = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
         if layer and name.startswith(trainable) and module.bias is not None:
             module.bias.requires_grad_(True)
+        if isinstance(module, nn.RNNBase) and name.startswith(trainable):
+            for key, parameter in module.named_parameters():
+                parameter.requires_grad_(key.startswith("bias"))
 
 
 def _with_lora(
-    recognizer: Recognizer, method: MethodConfig, trainable: tuple[str, ...], head: str | None
+    recognizer: Recognizer, method: MethodConfig, trainable: tuple[str, ...], heads: Sequence[str]
 ) -> nn.Module:
     import peft
 
     model = recognizer.base
     targets = method.targets or _DEFAULT_TARGETS[recognizer.kind]
     chosen = _adapted(model, targets, trainable)
-    unused = recognizer.unused_layers.intersection(chosen)
+    unused = (recognizer.unused_layers | recognizer.read_layers).intersection(chosen)
     if unused and method.targets:
         raise ConfigError(
             f"method.targets={targets}: {min(unused)} is not called in the model's forward, which reads its weight, so "
@@ -179,16 +186,17 @@ def _with_lora(
             f"method.targets={targets} with method.layers={method.layers}: no linear layer or pointwise "
             f"convolution of {recognizer.name} has a name with these endings; there: {', '.join(known)}"
         )
-    if head in chosen:
+    new = next((name for name in chosen if name.startswith(tuple(heads))), None)
+    if new is not None:
         raise ConfigError(
-            f"method.targets={targets}: {head} is the output layer, which is trained without LoRA: leave it out"
+            f"method.targets={targets}: {new} is the output layer, which is trained without LoRA: leave it out"
         )
     configuration = peft.LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
         target_modules=chosen,
-        modules_to_save=[head] if head else None,
+        modules_to_save=list(heads) or None,
     )
     try:
         with without_warnings(PEFT_ASKS_BY_AN_OLD_NAME):

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from asr_finetune.config.values import ConfigError
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.utterance import Utterance
-from asr_finetune.models.architecture import output_lengths
+from asr_finetune.files import write_text
+from asr_finetune.models.alphabets import ALPHABET_FILE
+from asr_finetune.models.architecture import head_name, output_lengths
 from asr_finetune.models.inputs import AudioInputs, pad_rows
 from asr_finetune.models.quiet import quiet_transformers
 from dpkernels.blocks import base_model
@@ -46,7 +48,8 @@ class Recognizer(ABC):
         vocabulary: the kind of its classes, as in `model.vocabulary`; "keep" if the output layer is not new.
         dtype: dtype of its arithmetic; see `dpkernels.precision`.
         equal_lengths_only: why batches of unequal lengths are refused, or "" if padding has no effect.
-        unused_layers: names of the layers that are not called in a forward; see `examine.py`, which sets both.
+        unused_layers: names of the layers that are not used in a forward; see `examine.py`, which sets both.
+        read_layers: names of the layers whose weights are read without a call of the layer.
     """
 
     kind: ClassVar[KindName]
@@ -76,12 +79,18 @@ class Recognizer(ABC):
         self.sampling_rate = int(self.feature_extractor.sampling_rate)
         self.equal_lengths_only = ""
         self.unused_layers: frozenset[str] = frozenset()
+        self.read_layers: frozenset[str] = frozenset()
         switch_off_shared_randomness(self.base)
 
     @property
     def base(self) -> Any:
         """The transformers model, without PEFT's wrapper."""
         return base_model(self.model)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the output layer and of what is new along with it; see `new_head`."""
+        return (head_name(self.base),)
 
     @property
     def classes(self) -> int:
@@ -257,7 +266,8 @@ class Recognizer(ABC):
         return False
 
     def save(self, folder: Path | str) -> None:
-        """Write the model (adapters in PEFT's format, which plain PEFT loads), the processor and the settings.
+        """Write the model (adapters in PEFT's format, which plain PEFT loads), the processor and the settings, and the
+        alphabet of a new output layer.
 
         A base model's folder loads with transformers' `from_pretrained`, and with `load_recognizer`.
         """
@@ -276,6 +286,10 @@ class Recognizer(ABC):
         self.processor.save_pretrained(folder)
         settings = json.dumps(self._settings(), indent=2)
         (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+        if self.vocabulary == "characters":  # an adapter's tokenizer is made anew from them
+            classes = self.tokenizer.get_vocab()
+            alphabet = [char for char in sorted(classes, key=classes.__getitem__) if len(char) == 1]
+            write_text(folder / ALPHABET_FILE, "".join(f"{char}\n" for char in alphabet))
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -29,8 +29,9 @@ class Speech:
         """Noise of that length and a made-up transcript, as an item for `Recognizer.collate`."""
         noise = np.random.default_rng(0).normal(size=max(round(seconds * recognizer.sampling_rate), 1))
         # Two alternating classes, neither of them padding or blank; time and memory do not depend on the classes.
-        pad = recognizer.base.config.pad_token_id
-        first, second = [number for number in range(4) if number != pad][:2]
+        config = recognizer.base.config
+        special = (config.pad_token_id, getattr(config, "blank_token_id", None))
+        first, second = [number for number in range(4) if number not in special][:2]
         labels = max(1, round(seconds * self.labels_per_second))
         text = torch.tensor([first, second] * labels)[:labels]
         return {**recognizer.encode_audio(0.1 * noise.astype(np.float32)), "labels": text}

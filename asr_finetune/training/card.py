@@ -67,19 +67,22 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str) -> Path:
         rates=_rates(record),
         scoring=record["scoring"],
         versions=record["versions"],
-        load=_adapter_code(base, model) if adapter else _model_code(model["kind"]),
+        load=_adapter_code(base, model) if adapter else _model_code(_class_of(model)),
     )
     write_text(folder / CARD, str(ModelCard(text)))
     return folder / CARD
 
 
-def write_merged_card(folder: Path, adapter: Path, kind: str) -> None:
-    """Write the card of an adapter's merged model: the adapter's, with other words on how to load it."""
+def write_merged_card(folder: Path, adapter: Path, model: Mapping[str, Any]) -> None:
+    """Write the card of an adapter's merged model: the adapter's, with other words on how to load it.
+
+    model: `Recognizer.describe` of the merged model.
+    """
     text = (adapter / CARD).read_text(encoding="utf-8") if (adapter / CARD).is_file() else ""
     if _OPEN not in text:  # not a card of ours
         return
     head, _, rest = text.partition(_OPEN)
-    card = ModelCard(f"{head}{_OPEN}\n{_model_code(kind)}\n{_CLOSE}{rest.partition(_CLOSE)[2]}")
+    card = ModelCard(f"{head}{_OPEN}\n{_model_code(_class_of(model))}\n{_CLOSE}{rest.partition(_CLOSE)[2]}")
     vars(card.data)["library_name"] = "transformers"
     write_text(folder / CARD, str(card))
 
@@ -135,9 +138,13 @@ def _adapter_code(base: str, model: Mapping[str, Any]) -> str:
         )
     else:
         more = ""
+        special = (
+            f"blank_token_id={model['blank']}"
+            if model["kind"] == "transducer"
+            else "pad_token_id=processor.tokenizer.pad_token_id"
+        )
         options = (
-            f", vocab_size={model['vocabulary']}, pad_token_id=processor.tokenizer.pad_token_id, "
-            "ignore_mismatched_sizes=True"
+            f", vocab_size={model['vocabulary']}, {special}, ignore_mismatched_sizes=True"
             if model["new_head"]
             else ""
         )
@@ -146,15 +153,20 @@ def _adapter_code(base: str, model: Mapping[str, Any]) -> str:
     return (
         f"{ours}{more}\n\n```python\nimport peft, transformers\n\n"
         'processor = transformers.AutoProcessor.from_pretrained("THIS_FOLDER")\n'
-        f'base = transformers.{_CLASSES[model["kind"]]}.from_pretrained("{base}"{options})\n'
+        f'base = transformers.{_class_of(model)}.from_pretrained("{base}"{options})\n'
         'model = peft.PeftModel.from_pretrained(base, "THIS_FOLDER")\n```\n\n'
         "`asr-finetune merge THIS_FOLDER --output MODEL` writes a model that needs no PEFT."
     )
 
 
-def _model_code(kind: str) -> str:
+def _class_of(model: Mapping[str, Any]) -> str:
+    """transformers' class that loads the model; RNN-T and TDT have one each."""
+    return _CLASSES.get(model["kind"], model["class"])
+
+
+def _model_code(model_class: str) -> str:
     return (
         "`asr-finetune transcribe AUDIO --model THIS_FOLDER` loads the model.\n\n```python\nimport transformers\n\n"
         'processor = transformers.AutoProcessor.from_pretrained("THIS_FOLDER")\n'
-        f'model = transformers.{_CLASSES[kind]}.from_pretrained("THIS_FOLDER")\n```'
+        f'model = transformers.{model_class}.from_pretrained("THIS_FOLDER")\n```'
     )

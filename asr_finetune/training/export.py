@@ -96,5 +96,5 @@ def merge(adapter: Path | str, out: Path | str, base: str | None = None) -> Path
     recognizer.model = recognizer.model.merge_and_unload()
     recognizer.new_head, recognizer.vocabulary = False, "keep"  # the merged model's output layer is its own
     recognizer.save(target)
-    write_merged_card(target, source, recognizer.kind)
+    write_merged_card(target, source, recognizer.describe())
     return target

@@ -55,6 +55,7 @@ from dpkernels.nn.layers.group_norm import (
     GhostInstanceNorm2d,
     GhostInstanceNorm3d,
 )
+from dpkernels.nn.layers.joint_records import JointRecord
 from dpkernels.nn.layers.linear import GhostLinear
 from dpkernels.nn.layers.lora import GhostLoRALinear
 from dpkernels.nn.layers.lora_records import LoRARecord
@@ -161,6 +162,7 @@ __all__ = [
     "GhostTransformerDecoderLayer",
     "GhostTransformerEncoder",
     "GhostTransformerEncoderLayer",
+    "JointRecord",
     "LinearRecord",
     "LoRARecord",
     "NormRecord",

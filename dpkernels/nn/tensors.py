@@ -106,3 +106,16 @@ def sum_up(parts: Sequence[Tensor]) -> Tensor:
 def cat_time(*tensors: Tensor) -> Tensor:
     """[B,T1,n], [B,T2,n], ... -> [B,ΣT,n] in their common dtype."""
     return torch.cat(common_dtype(*tensors), 1)
+
+
+def factors_within(factors: Tensor, before: Tensor, again: Tensor) -> Tensor:
+    """Factors f with f·√again <= factors·√before, and f <= factors; exactly `factors` where again <= before.
+
+    factors: [B] float32. before, again: [B] float64, squared norms. [B] float32. 0 where `again` is not finite.
+    """
+    # Division, root and product together lose less than 2⁻⁵⁰. The result is rounded down to float32, also subnormals.
+    reduced = factors.double() * (before / again).sqrt() * (1 - 2.0**-50)
+    exact = torch.where(again.isfinite(), reduced, 0.0)
+    nearest = exact.float()
+    capped = torch.where(nearest > exact, nearest.nextafter(torch.zeros_like(nearest)), nearest)
+    return torch.where(again <= before, factors, torch.minimum(capped, factors))

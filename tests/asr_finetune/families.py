@@ -183,6 +183,29 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
     }
 
 
+def transducer(folder: Path, *, kind: str, **options: Any) -> None:
+    """A Parakeet transducer: "RNNT" or "TDT"."""
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<blank>"]})
+    config = getattr(transformers, f"Parakeet{kind}Config")(
+        vocab_size=len(tokenizer),
+        blank_token_id=len(tokenizer) - 1,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_hidden_size=12,
+        max_symbols_per_step=3,
+        encoder_config={
+            **SIZES,
+            "subsampling_conv_channels": 4,
+            "num_mel_bins": 16,
+            **dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), 0.0),
+        },
+        **options,
+    )
+    extractor = transformers.ParakeetFeatureExtractor(feature_size=16)
+    processor = transformers.ParakeetProcessor(extractor, tokenizer)
+    save(folder, getattr(transformers, f"ParakeetFor{kind}"), config, processor)
+
+
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "hubert": partial(raw, "Hubert", **STABLE),
     "hubert-group": partial(raw, "Hubert"),
@@ -199,6 +222,8 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "lasr_ctc": lasr,
     "granite_speech5_ctc": granite_speech5,
     "omniasr_ctc": omniasr,
+    "parakeet_tdt": partial(transducer, kind="TDT", durations=[0, 1, 2]),
+    "parakeet_rnnt": partial(transducer, kind="RNNT"),
     "sew-d": partial(raw, "SEWD", feat_extract_norm="layer", conv_bias=True),
     "moonshine": moonshine,
     "speech_to_text": speech_to_text,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.nn import Record, Tape, norms_sq
+from dpkernels.nn.tensors import factors_within
 from dpkernels.privacy.step.clipping import ClipRule, PerLayerClipNorms, add_up, total_norm_sq
 
 Add = Callable[[Sequence[Record], Tensor], None]
@@ -145,7 +146,7 @@ class TwoPass(Strategy):
             again = _norm_sq(record, device)
             before = first.pop(record.parameters, torch.zeros_like(again))
             moved.logical_or_(~((again.sqrt() - before.sqrt()).abs() <= allowed))
-            add([record], _within(factors, before, again))
+            add([record], factors_within(factors, before, again))
 
         self._stream(losses, weigh, unit)
         check()
@@ -210,16 +211,3 @@ def _norm_sq(record: Record, device: torch.device) -> Tensor:
     """[B] float64, rounded up: a bound on each example's part in `add_weighted_sums` of this record."""
     (norm_sq,) = norms_sq([record])
     return norm_sq.to(device=device, dtype=torch.float64)
-
-
-def _within(factors: Tensor, before: Tensor, again: Tensor) -> Tensor:
-    """Factors f with f·√again <= factors·√before, and f <= factors; exactly `factors` where again <= before.
-
-    factors: [B] float32. before, again: [B] float64, squared norms. [B] float32. 0 where `again` is not finite.
-    """
-    # Division, root and product together lose less than 2⁻⁵⁰. The result is rounded down to float32, also subnormals.
-    reduced = factors.double() * (before / again).sqrt() * (1 - 2.0**-50)
-    exact = torch.where(again.isfinite(), reduced, 0.0)
-    nearest = exact.float()
-    capped = torch.where(nearest > exact, nearest.nextafter(torch.zeros_like(nearest)), nearest)
-    return torch.where(again <= before, factors, torch.minimum(capped, factors))

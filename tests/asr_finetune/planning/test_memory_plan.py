@@ -27,7 +27,7 @@ from dpkernels.memory import LiveMemory, Losses, MemoryEstimator, Peak, Target
 from tests.asr_finetune import small_models, tones
 from tests.slow import covering, slow_cases
 
-FAMILIES = ["parakeet", "wav2vec2-bert", "wav2vec2", "whisper"]
+FAMILIES = ["parakeet", "parakeet_tdt", "wav2vec2-bert", "wav2vec2", "whisper"]
 SPEECH = Speech(mean=0.8, longest=1.0, labels_per_second=4.0)
 
 

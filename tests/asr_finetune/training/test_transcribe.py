@@ -117,8 +117,12 @@ def test_a_pause_ends_a_segment(folders: Any) -> None:
     assert [(round(part.start, 1), round(part.end, 1)) for part in found] == [(0.2, 9.8), (14.2, 29.8)]
 
 
-@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert", "wav2vec2", "wav2vec2-group"])
-def test_every_ctc_model_takes_long_audio(folders: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "family", ["parakeet", "parakeet_tdt", "parakeet_rnnt", "wav2vec2-bert", "wav2vec2", "wav2vec2-group"]
+)
+def test_every_model_without_a_window_takes_long_audio(
+    folders: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In one window it hears what it hears at once."""
     recognizer = small_models.load(folders[family])
     samples = wave(3.0)

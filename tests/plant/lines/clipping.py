@@ -102,8 +102,8 @@ LINES = (
             Fault(
                 "streamed records: factor applied twice",
                 "dpkernels/privacy/step/strategies.py",
-                "_within(factors, before, again))",
-                "_within(factors * factors, before, again))",
+                "factors_within(factors, before, again))",
+                "factors_within(factors * factors, before, again))",
                 "tests/privacy/step/test_strategies.py::test_every_strategy_sums_one_by_one_clipped_gradients[two_pass-full-plain]",
             ),
             Fault(

@@ -57,6 +57,8 @@ LINES = (
             "tests/test_blocks.py::test_the_self_check_hooks_nothing_that_is_compiled_by_whichever_way": "the self-check puts no hooks into compiled modules",
             "tests/test_blocks.py::test_a_buffer_that_a_compiled_block_writes_is_still_refused": "buffers that compiled code writes are refused",
             "tests/interop/test_peft.py::test_the_self_check_takes_the_fused_path": "the self-check runs LoRA layers as training does",
+            "tests/nn/layers/test_joint.py::test_padding_and_the_rest_of_the_batch_change_nothing": "padding and other utterances change nothing in a transducer's output layer",
+            "tests/nn/layers/test_joint.py::test_rows_of_another_order_are_refused": "losses in another order than the states are refused",
         },
         faults=(
             Fault(
@@ -345,6 +347,20 @@ LINES = (
                 "packed = PackedSequence(rows, self.batch_sizes, self.sorted_indices, self.unsorted_indices)",
                 "packed = PackedSequence(rows, self.batch_sizes, None, None)",
                 "tests/privacy/test_recurrent.py::test_packed_layers_train_and_pass_the_self_check",
+            ),
+            Fault(
+                "cells of another utterance",
+                "dpkernels/nn/layers/joint_records.py",
+                "encoder = self.encoder[rows, frames]",
+                "encoder = self.encoder.roll(1, 0)[rows, frames]",
+                "tests/nn/layers/test_joint.py::test_padding_and_the_rest_of_the_batch_change_nothing",
+            ),
+            Fault(
+                "padded cells counted",
+                "dpkernels/nn/layers/joint_records.py",
+                "(self.frame_lengths[rows] - t).clamp(0, encoder.shape[1])",
+                "self.frame_lengths[rows] * 0 + encoder.shape[1]",
+                "tests/nn/layers/test_joint.py::test_padding_and_the_rest_of_the_batch_change_nothing",
             ),
         ),
     ),

@@ -24,6 +24,8 @@ LINES = (
             "tests/asr_finetune/models/test_checkpoint_fit.py::test_a_blank_outside_the_classes_is_refused": "a blank outside of the classes is refused",
             "tests/asr_finetune/models/test_checkpoint_fit.py::test_a_blank_that_is_a_letter_is_refused": "a blank that is also a letter is refused",
             "tests/ops/test_grouped_checks.py::test_ids_of_no_row_are_refused_in_any_layer": "embedding ids outside of their table are refused in any layer",
+            "tests/nn/layers/test_joint.py::test_an_impossible_target_adds_exactly_nothing": "an impossible target of a transducer is marked, has gradient 0 and changes no other example",
+            "tests/nn/layers/test_joint.py::test_frames_that_no_durations_fill_are_impossible": "so is one whose frames no durations fill",
         },
         faults=(
             Fault(
@@ -205,6 +207,27 @@ LINES = (
                 "check(*layer.tensors, factors, *layer.outs, **layer.options)",
                 "pass",
                 "tests/ops/test_grouped_checks.py::test_ids_of_no_row_are_refused_in_any_layer",
+            ),
+            Fault(
+                "a transducer's lengths unchecked",
+                "dpkernels/losses.py",
+                "possible &= _in_range(frame_lengths, encoder.shape[1] + 1)",
+                "pass",
+                "tests/nn/layers/test_joint.py::test_an_impossible_target_adds_exactly_nothing",
+            ),
+            Fault(
+                "a transducer's impossible targets given to the op",
+                "dpkernels/losses.py",
+                "frame_lengths.masked_fill(~possible, 0),\n        counts.masked_fill(~possible, 0),",
+                "frame_lengths.masked_fill(~possible, 0),\n        counts,",
+                "tests/nn/layers/test_joint.py::test_an_impossible_target_adds_exactly_nothing",
+            ),
+            Fault(
+                "an impossible target of a transducer that keeps its frames",
+                "dpkernels/losses.py",
+                "frame_lengths.masked_fill(~possible, 0)",
+                "frame_lengths.masked_fill(~possible, 1)",
+                "tests/nn/layers/test_joint.py::test_an_impossible_target_adds_exactly_nothing",
             ),
         ),
     ),

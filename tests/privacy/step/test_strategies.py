@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dpkernels import ops
-from dpkernels.nn import Record, RowCheck, RowError, Tape
+from dpkernels.nn import Record, RowCheck, RowError, Tape, tensors
 from dpkernels.privacy import PrivacyEngine
 from dpkernels.privacy.step import strategies
 from dpkernels.privacy.step.clipping import rounding_slack
@@ -276,7 +276,7 @@ def test_an_example_adds_at_most_c_whatever_the_second_backward(monkeypatch: pyt
 
 
 def test_planted_trust_in_a_repeatable_backward_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategies, "_within", lambda factors, before, again: factors)
+    monkeypatch.setattr(strategies, "factors_within", lambda factors, before, again: factors)
     with pytest.raises(AssertionError):
         bounded_whatever_the_second_backward(monkeypatch)
 
@@ -292,10 +292,13 @@ def test_reduced_factors_never_exceed_what_the_first_pass_allows() -> None:
     before = torch.rand(20_000, generator=generator, dtype=torch.float64) * 10
     again = before * (1 + 4 * torch.rand(20_000, generator=generator, dtype=torch.float64) ** 8)
     factors = ops.clip_factors(before * 3, 0.7)
-    within = strategies._within(factors, before, again)
+    within = tensors.factors_within(factors, before, again)
     assert bool((within.double() * again.sqrt() <= factors.double() * before.sqrt()).all())
-    assert torch.equal(strategies._within(factors, before, before), factors)
-    assert strategies._within(factors[:2], before[:2], torch.tensor([math.nan, math.inf])).tolist() == [0, 0]
+    assert torch.equal(tensors.factors_within(factors, before, before), factors)
+    assert tensors.factors_within(factors[:2], before[:2], torch.tensor([math.nan, math.inf])).tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_reduced_factors_below_float32s_normal_numbers_are_rounded_down_too() -> None:
@@ -304,7 +307,7 @@ def test_reduced_factors_below_float32s_normal_numbers_are_rounded_down_too() ->
     again = torch.rand(20_000, generator=generator, dtype=torch.float64) + 0.5
     before = again * 10.0 ** (-86 - 8 * torch.rand(20_000, generator=generator, dtype=torch.float64))
     factors = torch.rand(20_000, generator=generator)
-    within = strategies._within(factors, before, again)
+    within = tensors.factors_within(factors, before, again)
     assert int((within > 0).sum()) > 0
     assert float(within.max()) < 2.0**-126
     assert bool((within.double() * again.sqrt() <= factors.double() * before.sqrt()).all())
@@ -331,7 +334,7 @@ def test_a_second_backward_without_a_layer_of_the_first_is_refused() -> None:
 
 
 def factor_twice(patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(strategies, "_within", lambda factors, before, again: factors * factors)
+    patched.setattr(strategies, "factors_within", lambda factors, before, again: factors * factors)
 
 
 def stale_factors(patched: pytest.MonkeyPatch) -> None:
