@@ -23,16 +23,16 @@ extern "C" {
 enum { DPK_RELU = 0, DPK_TANH = 1 };
 
 typedef struct {
-  dpk_tensor encoder;            // [B,T,H]
-  dpk_tensor predictor;          // [B,U+1,H]
-  dpk_tensor weight;             // [1,V+D,H]
-  dpk_tensor bias;               // [1,1,V+D]; data is NULL where there is none
-  const int64_t* targets;        // [B,U], of which those before target_lengths[i] are read
-  const int64_t* frame_lengths;  // [B], 0..T
+  dpk_tensor encoder;             // [B,T,H]
+  dpk_tensor predictor;           // [B,U+1,H]
+  dpk_tensor weight;              // [1,V+D,H]
+  dpk_tensor bias;                // [1,1,V+D]; data is NULL where there is none
+  const int64_t* targets;         // [B,U], of which those before target_lengths[i] are read
+  const int64_t* frame_lengths;   // [B], 0..T
   const int64_t* target_lengths;  // [B], 0..U
-  int64_t blank;                 // the blank's class, 0..V-1
-  int64_t durations;             // D
-  int32_t activation;            // DPK_RELU or DPK_TANH
+  int64_t blank;                  // the blank's class, 0..V-1
+  int64_t durations;              // D
+  int32_t activation;             // DPK_RELU or DPK_TANH
 } dpk_transducer;
 
 // scores [B,T,U+1,2+D]: ln p(blank) - sigma, ln p(label u+1) - sigma (not written at the last u of an

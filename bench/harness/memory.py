@@ -104,6 +104,14 @@ def cuda_peak(step: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def resident_peak(step: Callable[[], None]) -> float:
+    """Peak MiB of this process's resident memory during `step` beyond what it had before."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+    step()
+    return round((_status("VmHWM") - before) / 1024, 1)
+
+
 def _status(field: str) -> int:
     """A field of /proc/self/status, in KiB."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -128,14 +136,15 @@ def _measure(job: Job) -> float | None:
         contender = registry()[job.contender](
             case, case.model(job.frames), case.batch(job.size, job.frames), Settings()
         )
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
-        for _ in range(2):
-            contender.prepare()
-            contender.step()
+
+        def two_steps() -> None:
+            for _ in range(2):
+                contender.prepare()
+                contender.step()
+
+        return resident_peak(two_steps)
     except CannotRun:
         return None
-    return round((_status("VmHWM") - before) / 1024, 1)
 
 
 def _in_a_fork(job: Job) -> float | None:

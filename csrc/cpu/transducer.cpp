@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
+#include <limits>
 
 #include "common/parallel.h"
 
@@ -123,8 +123,8 @@ class Scores {
 // ---- backward
 
 // A cell's g is scale * (factor * softmax(logits) - flow / scale at the emitted kinds), scale the largest of
-// its flows: what the products see is about 1, so that a cell of small probability makes no subnormal numbers,
-// which are slow.
+// its flows: what the products see is about 1, so that a cell of small probability makes no subnormal
+// numbers, which are slow.
 struct Scaled {
   Cell cell;
   double scale;
@@ -277,8 +277,7 @@ class StateGradients {
         unit.load(cell);
         joint_.k.add_cell(by_cell + c % columns * padded, unit.encoder(), unit.predictor(), padded,
                           joint_.given.activation, static_cast<R>(gradients_.factor(own[c])),
-                          of_encoder.get() + (cell.t - slice.first) * padded,
-                          of_predictor + cell.u * padded);
+                          of_encoder.get() + (cell.t - slice.first) * padded, of_predictor + cell.u * padded);
       }
     }
     for (int64_t t = 0; t < slice.frames; ++t)
@@ -302,8 +301,7 @@ void output_cells(const Joint<R>& joint, const Gradients<R>& gradients, int32_t 
       slices.push_back({&utterance, t, std::min(kSliceFrames, utterance.frames - t), 0});
     cells += utterance.cells();
   }
-  const int64_t columns = joint.k.columns, padded = joint.padded_hidden,
-                outputs = joint.given.weight.size[1];
+  const int64_t columns = joint.k.columns, padded = joint.padded_hidden, outputs = joint.given.weight.size[1];
   const int workers = joint.threads_for(cells, threads);
   Units<R> units(joint, false, workers);
   parallel_for(static_cast<int64_t>(slices.size()), workers, [&](int64_t n, int worker) {

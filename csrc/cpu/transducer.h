@@ -4,7 +4,6 @@
 
 #include <unistd.h>
 
-#include <limits>
 #include <memory>
 #include <vector>
 

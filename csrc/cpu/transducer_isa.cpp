@@ -162,7 +162,8 @@ void round_to(double*, int64_t, int32_t) {}
 
 template <class R>
 void joint(const R* e, const R* p, int64_t n, int32_t activation, int32_t dtype, R* z) {
-  for (int64_t j = 0; j < n; j += kLanes<R>) write<R>(z + j, activated<R>(read(e + j) + read(p + j), activation));
+  for (int64_t j = 0; j < n; j += kLanes<R>)
+    write<R>(z + j, activated<R>(read(e + j) + read(p + j), activation));
   round_to(z, n, dtype);
 }
 
@@ -225,8 +226,8 @@ void transpose(const R* from, int64_t n, R* to, int64_t ld) {
 
 template <class R>
 constexpr JointMicro<R> make() {
-  return {kProductRows,  kColumns<R>, product<R>,  joint<R>, add_exponentials<R>,
-          softmax<R>, add_cell<R>, transpose<R>};
+  return {kProductRows,        kColumns<R>, product<R>,  joint<R>,
+          add_exponentials<R>, softmax<R>,  add_cell<R>, transpose<R>};
 }
 
 constexpr JointMicro<float> table_f32 = make<float>();

@@ -93,7 +93,8 @@ void Joint<R>::pack(int32_t threads, bool backward) {
       const int64_t from = segment.first + row - segment.start;
       const dpk_tensor& weight = given.weight;
       micro<R>().load(at(weight, 0, from, 0), weight.dtype, weight.stride[2], hidden, space + m * features);
-      if (given.bias.data != nullptr) micro<R>().load(at(given.bias, 0, 0, from), given.bias.dtype, 1, 1, &bias);
+      if (given.bias.data != nullptr)
+        micro<R>().load(at(given.bias, 0, 0, from), given.bias.dtype, 1, 1, &bias);
     }
     R* const forward = forward_.get() + panel * rows * hidden;
     for (int64_t j = 0; j < hidden; ++j)

@@ -1,5 +1,5 @@
-// Sums over all paths of a transducer's utterances: forward and backward variables in float64, one utterance a
-// thread.
+// Sums over all paths of a transducer's utterances: forward and backward variables in float64, one utterance
+// a thread.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -109,7 +109,8 @@ class Lattice {
         terms.clear();
         for (const Arc& arc : arcs_)
           if (arc.ahead <= t && arc.emits <= u)
-            terms.push_back(alpha_[at(t - arc.ahead, u - arc.emits)] + score(arc, t - arc.ahead, u - arc.emits));
+            terms.push_back(alpha_[at(t - arc.ahead, u - arc.emits)] +
+                            score(arc, t - arc.ahead, u - arc.emits));
         alpha_[at(t, u)] = log_sum(terms);
       }
   }
