@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,8 +23,7 @@ from torch import nn
 from bench.cases.models import CASES
 from bench.contenders import CannotRun, Settings, registry
 from bench.harness.machine import ROOT
-
-_RESET_PEAK = "5"  # proc(5), clear_refs
+from bench.harness.resident import resident_peak
 
 
 @dataclass(frozen=True)
@@ -102,22 +100,6 @@ def cuda_peak(step: Callable[[], None]) -> float:
     step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def resident_peak(step: Callable[[], None]) -> float:
-    """Peak MiB of this process's resident memory during `step` beyond what it had before."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
-    step()
-    return round((_status("VmHWM") - before) / 1024, 1)
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in KiB."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def _touch() -> None:
