@@ -66,5 +66,6 @@ DPK_API dpk_status dpk_cuda_chacha20_normal(const uint8_t* key, int64_t counter,
 #include "cpu_kernels.h"
 #include "grouped_kernels.h"
 #include "optim_kernels.h"
+#include "transducer_kernels.h"
 
 #endif  // DPKERNELS_H

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,8 +23,7 @@ from torch import nn
 from bench.cases.models import CASES
 from bench.contenders import CannotRun, Settings, registry
 from bench.harness.machine import ROOT
-
-_RESET_PEAK = "5"  # proc(5), clear_refs
+from bench.harness.resident import resident_peak
 
 
 @dataclass(frozen=True)
@@ -104,14 +102,6 @@ def cuda_peak(step: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in KiB."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def _touch() -> None:
     """Load the libraries of a first step (BLAS, convolutions, the thread pool), so that no peak includes them."""
     model = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.Linear(64, 64))
@@ -128,14 +118,15 @@ def _measure(job: Job) -> float | None:
         contender = registry()[job.contender](
             case, case.model(job.frames), case.batch(job.size, job.frames), Settings()
         )
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
-        for _ in range(2):
-            contender.prepare()
-            contender.step()
+
+        def two_steps() -> None:
+            for _ in range(2):
+                contender.prepare()
+                contender.step()
+
+        return resident_peak(two_steps)
     except CannotRun:
         return None
-    return round((_status("VmHWM") - before) / 1024, 1)
 
 
 def _in_a_fork(job: Job) -> float | None:

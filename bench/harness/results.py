@@ -14,7 +14,7 @@ from bench.harness.timer import Samples
 from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
-GROUPS = ("ops", "layers", "step", "model")
+GROUPS = ("ops", "layers", "step", "model", "transducer")
 
 
 @dataclass
@@ -24,12 +24,12 @@ class Row:
     Attributes:
         case, title: what was run; title is for people.
         shape: {"B": 8, "T": 150, …}.
-        axis: None for the case itself; "T", "batch" or "rank" for a point of a growth curve.
+        axis: None for the case itself; "T", "batch", "rank", "U" or "V" for a point of a growth curve.
         contender: its name.
         status, reason, error: see `bench.harness.checker.Verdict`.
         median_ms, iqr_ms, rounds: of the timed steps.
         others: cores that other processes took from them (`bench.harness.quiet`).
-        ratio: median over the non-private one's (ops: over plain PyTorch's).
+        ratio: median over the non-private one's (ops: over plain PyTorch's; transducer: over the products').
         over_ghost, over_hooks: how many times faster than Opacus.
         peak_mib: peak memory beyond what was there before the step.
         memory_ratio: peak over the non-private one's.

@@ -39,11 +39,15 @@ inline void check_same(const char* what, int64_t a, int64_t b) {
     invalid_argument("%s differ: %lld and %lld", what, static_cast<long long>(a), static_cast<long long>(b));
 }
 
+// name[i] must be in 0..most.
+inline void check_range(const char* name, int64_t i, int64_t given, int64_t most) {
+  if (given < 0 || given > most)
+    invalid_argument("%s[%lld] is %lld; it must be in 0..%lld", name, static_cast<long long>(i),
+                     static_cast<long long>(given), static_cast<long long>(most));
+}
+
 inline void check_lengths(const int64_t* lengths, int64_t batch, int64_t frames) {
-  for (int64_t i = 0; lengths != nullptr && i < batch; ++i)
-    if (lengths[i] < 0 || lengths[i] > frames)
-      invalid_argument("lengths[%lld] is %lld; it must be in 0..%lld", static_cast<long long>(i),
-                       static_cast<long long>(lengths[i]), static_cast<long long>(frames));
+  for (int64_t i = 0; lengths != nullptr && i < batch; ++i) check_range("lengths", i, lengths[i], frames);
 }
 
 inline void check_out(dpk_dtype dtype) {

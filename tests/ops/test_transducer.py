@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.backends import registry
 from dpkernels.reference import transducer as reference
 from tests.ops.transducer import TDT, VARIANTS, Batch, make
 
 DTYPES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Relative to the largest entry: sums of a few hundred products, whose rounded terms float64 does not have."""
-
-
-@pytest.fixture(autouse=True)
-def has_kernels(request: pytest.FixtureRequest) -> None:
-    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if name == "native" and registry.function(name, "transducer_scores") is None:
-        pytest.skip("the native library has no transducer kernels")
 
 
 every_variant = pytest.mark.parametrize("durations", VARIANTS.values(), ids=VARIANTS)
