@@ -146,8 +146,8 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     },
     "joint_sums": {(4, ANY): Config({"BT": 8, "BN": 128})},
     "joint_states": {(4, ANY): Config({"BM": 16, "BN": 128})},
-    "lattice_paths": {(4, ANY): Config({"BLOCK": 64}, warps=2)},
-    "lattice_flows": {(4, ANY): Config({"BLOCK": 128})},
+    "lattice_paths": {(4, ANY): Config({"BLOCK": 64})},
+    "lattice_flows": {(4, ANY): Config({"BLOCK": 64})},
     "finish_gram": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
     "finish_direct": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
 }

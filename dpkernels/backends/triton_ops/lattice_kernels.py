@@ -1,7 +1,8 @@
 """Kernels of the transducer's lattice: the sums over all paths to and from each cell, and each cell's flows.
 
-Arcs come in pairs: BLANKS[i] frames ahead with the blank (0 is no arc), LABELS[i] with a label. COUNT is the number of
-durations, 0 in an RNN-T; otherwise i is a duration, whose score counts too.
+The arcs of a cell are a table of ARCS entries: arc 2i is the blank, arc 2i + 1 a label, each AHEAD of it in frames; a
+blank that moves no frame is no arc. COUNT is the number of durations, 0 in an RNN-T; otherwise i is a duration, whose
+score counts too. A tile has the arcs of BLOCK cells of a diagonal, and no cell's bits depend on the others of its tile.
 
 α (the paths to a cell) and β (those from it) are logarithms in float64, whose rounding is far below that of the float32
 scores. In float32 each sum of logarithms, exponentials and logarithms would need compensation. With five durations a
@@ -20,117 +21,106 @@ NOWHERE = tl.constexpr(-1e300)
 
 
 @triton.jit
-def joined(top, total, term):
-    """A running ln Σ exp as (top, total) for top + ln total, with one more term; it begins with (NOWHERE, 1)."""
-    apart = term - top
-    smaller = tl.exp(-tl.abs(apart))
-    return tl.maximum(top, term), tl.where(apart > 0.0, total * smaller + 1.0, total + smaller)
+def arcs(AHEAD: tl.constexpr, ARCS: tl.constexpr):
+    """(frames ahead, 0 for the blank or 1 for a label, index of the duration, whether there is such an arc), [1, ARCS]."""
+    index = tl.arange(0, ARCS)[None, :]
+    ahead = tl.zeros((1, ARCS), tl.int32)
+    for i in tl.static_range(len(AHEAD)):
+        ahead = tl.where(index == i, AHEAD[i], ahead)
+    kind = index % 2
+    return ahead, kind, index // 2, (index < len(AHEAD)) & ((kind == 1) | (ahead > 0))
 
 
 @triton.jit
-def scored(scores, cell, ok, KIND: tl.constexpr, INDEX: tl.constexpr, COUNT: tl.constexpr):
-    """The score of an arc in cells of one utterance in float64; NOWHERE for −∞, for NaN, and where not ok."""
-    at = scores + cell * (2 + COUNT)
-    score = tl.load(at + KIND, mask=ok, other=float("-inf")).to(tl.float64)
+def arc_scores(scores, t, u, width, kind, step, exists, COUNT: tl.constexpr):
+    """Scores of arcs that leave cells (t, u) of one utterance, in float64; NOWHERE for −∞, NaN and no arc."""
+    at = scores + (t * width + u) * (2 + COUNT)
+    score = tl.load(at + kind, mask=exists, other=float("-inf")).to(tl.float64)
     if COUNT:
-        score += tl.load(at + 2 + INDEX, mask=ok, other=0.0).to(tl.float64)
+        score += tl.load(at + 2 + step, mask=exists, other=0.0).to(tl.float64)
     nowhere = tl.full(score.shape, NOWHERE, tl.float64)
     return tl.where(score > nowhere, score, nowhere)
 
 
 @triton.jit
-def looked_up(paths, t, u, width, ok):
-    """α or β of cells (t, u) of one utterance, stored by diagonals; NOWHERE where not ok."""
-    value = tl.load(paths + (t + u).to(tl.int64) * width + u, mask=ok, other=0.0)
-    return tl.where(ok, value, tl.full(value.shape, NOWHERE, tl.float64))
+def place(t, u, width):
+    """Where α and β of cell (t, u) are: in row t + u, so that the cells of a diagonal are neighbours."""
+    return (t + u).to(tl.int64) * width + u
 
 
 @triton.jit
-def store(paths, t, u, width, ok, value):
-    """Write what `looked_up` reads."""
-    tl.store(paths + (t + u).to(tl.int64) * width + u, value, mask=ok)
+def looked_up(paths, t, u, width, exists):
+    """α or β of cells (t, u); NOWHERE where there is none."""
+    value = tl.load(paths + place(t, u, width), mask=exists, other=0.0)
+    return tl.where(exists, value, tl.full(value.shape, NOWHERE, tl.float64))
 
 
 @triton.jit
-def arriving(
-    scores, alpha, t, u, inside, top, total, width, AHEAD: tl.constexpr, KIND: tl.constexpr, INDEX: tl.constexpr,
-    COUNT: tl.constexpr,
-):  # fmt: skip
-    """The running sum over paths to (t, u), with those whose last arc is the given one."""
-    s, v = t - AHEAD, u - KIND
-    ok = inside & (s >= 0) & (v >= 0)
-    arc = scored(scores, s * width + v, ok, KIND, INDEX, COUNT)
-    return joined(top, total, looked_up(alpha, s, v, width, ok) + arc)
+def onward(beta, t, u, n, own, width, ahead, kind, exists):
+    """ln Σ over the ways on from where arcs of (t, u) lead: 0 at the end of all paths, NOWHERE outside."""
+    s, v = t + ahead, u + kind
+    value = looked_up(beta, s, v, width, exists & (s < n) & (v < own))
+    return tl.where(exists & (kind == 0) & (s == n) & (u == own - 1), 0.0, value)
 
 
 @triton.jit
-def onward(beta, t, u, n, own, width, inside, AHEAD: tl.constexpr, KIND: tl.constexpr):
-    """ln Σ over the ways on from where an arc of (t, u) leads: 0 at the end of all paths, NOWHERE outside."""
-    s, v = t + AHEAD, u + KIND
-    value = looked_up(beta, s, v, width, inside & (s < n) & (v < own))
-    if KIND == 0:
-        value = tl.where(inside & (s == n) & (u == own - 1), 0.0, value)
-    return value
+def summed(terms):
+    """ln Σ exp of each row."""
+    top = tl.max(terms, axis=1)
+    return top + tl.log(tl.sum(tl.exp(terms - top[:, None]), axis=1))
+
+
+@triton.jit
+def diagonal(row, first, n, own, BLOCK: tl.constexpr):
+    """(t, u, inside) of the cells u ≥ first of a diagonal, [BLOCK, 1]."""
+    u = (first + tl.arange(0, BLOCK))[:, None]
+    t = row - u
+    return t, u, (u < own) & (t >= 0) & (t < n)
 
 
 @triton.jit
 def write_alpha(
-    scores, alpha, n, own, width, BLANKS: tl.constexpr, LABELS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    scores, alpha, n, own, width, AHEAD: tl.constexpr, COUNT: tl.constexpr, ARCS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Diagonal by diagonal, from (0, 0)."""
+    """Diagonal by diagonal, from (0, 0), to which the empty path leads."""
+    ahead, kind, step, exists = arcs(AHEAD, ARCS)
     for row in range(0, n + own - 1):
         for first in range(tl.maximum(row - n + 1, 0), tl.minimum(row + 1, own), BLOCK):
-            u = first + tl.arange(0, BLOCK)
-            t = row - u
-            inside = (u < own) & (t >= 0) & (t < n)
-            # one empty path leads to (0, 0)
-            top = tl.where((u == 0) & (t == 0), 0.0, tl.full((BLOCK,), NOWHERE, tl.float64))
-            total = tl.full((BLOCK,), 1.0, tl.float64)
-            for i in tl.static_range(len(BLANKS)):
-                if BLANKS[i] > 0:
-                    top, total = arriving(
-                        scores, alpha, t, u, inside, top, total, width, BLANKS[i], 0, i, COUNT
-                    )
-                top, total = arriving(scores, alpha, t, u, inside, top, total, width, LABELS[i], 1, i, COUNT)
-            store(alpha, t, u, width, inside, top + tl.log(total))
+            t, u, inside = diagonal(row, first, n, own, BLOCK)
+            s, v = t - ahead, u - kind
+            arrives = inside & exists & (s >= 0) & (v >= 0)
+            arc = arc_scores(scores, s, v, width, kind, step, arrives, COUNT)
+            value = summed(looked_up(alpha, s, v, width, arrives) + arc)[:, None]
+            value = tl.where((t == 0) & (u == 0), 0.0, value)
+            tl.store(alpha + place(t, u, width), value, mask=inside)
         # the next diagonals read what other threads wrote
         tl.debug_barrier()
 
 
 @triton.jit
-def leaving(
-    scores, beta, t, u, inside, top, total, n, own, width, AHEAD: tl.constexpr, KIND: tl.constexpr,
-    INDEX: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """The running sum over paths from (t, u), with those whose first arc is the given one."""
-    arc = scored(scores, t * width + u, inside & (u < own - KIND), KIND, INDEX, COUNT)
-    return joined(top, total, onward(beta, t, u, n, own, width, inside, AHEAD, KIND) + arc)
-
-
-@triton.jit
 def write_beta(
-    scores, beta, n, own, width, BLANKS: tl.constexpr, LABELS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    scores, beta, n, own, width, AHEAD: tl.constexpr, COUNT: tl.constexpr, ARCS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Diagonal by diagonal, from the last cell."""
+    ahead, kind, step, exists = arcs(AHEAD, ARCS)
     rows = n + own - 1
     for behind in range(0, rows):
         row = rows - 1 - behind
         for first in range(tl.maximum(row - n + 1, 0), tl.minimum(row + 1, own), BLOCK):
-            u = first + tl.arange(0, BLOCK)
-            t = row - u
-            inside = (u < own) & (t >= 0) & (t < n)
-            top = tl.full((BLOCK,), NOWHERE, tl.float64)
-            total = tl.full((BLOCK,), 1.0, tl.float64)
-            for i in tl.static_range(len(BLANKS)):
-                if BLANKS[i] > 0:
-                    top, total = leaving(
-                        scores, beta, t, u, inside, top, total, n, own, width, BLANKS[i], 0, i, COUNT
-                    )
-                top, total = leaving(
-                    scores, beta, t, u, inside, top, total, n, own, width, LABELS[i], 1, i, COUNT
-                )
-            store(beta, t, u, width, inside, top + tl.log(total))
+            t, u, inside = diagonal(row, first, n, own, BLOCK)
+            leaves = inside & exists
+            arc = arc_scores(scores, t, u, width, kind, step, leaves & (u + kind < own), COUNT)
+            value = summed(onward(beta, t, u, n, own, width, ahead, kind, leaves) + arc)[:, None]
+            tl.store(beta + place(t, u, width), value, mask=inside)
         tl.debug_barrier()
+
+
+@triton.jit
+def loss_of(beta, n):
+    """−β of (0, 0) in float32; +∞ if there are no frames or there is no path."""
+    likelihood = tl.load(beta, mask=n > 0, other=0.0)
+    exists = (n > 0) & (likelihood > 0.5 * tl.full((), NOWHERE, tl.float64))
+    return tl.where(exists, -likelihood, float("inf")).to(tl.float32)
 
 
 @kernel
@@ -143,9 +133,9 @@ def lattice_paths(
     losses,
     frames: int,
     width: int,
-    BLANKS: tl.constexpr,
-    LABELS: tl.constexpr,
+    AHEAD: tl.constexpr,
     COUNT: tl.constexpr,
+    ARCS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Two programs an utterance: α, and β with the loss; both [B, T+U, U+1], cell (t, u) in row t + u."""
@@ -155,18 +145,10 @@ def lattice_paths(
     scores += utterance * frames * width * (2 + COUNT)
     paths = utterance * (frames + width - 1) * width
     if program % 2 == 0:
-        write_alpha(scores, alpha + paths, n, own, width, BLANKS, LABELS, COUNT, BLOCK)
+        write_alpha(scores, alpha + paths, n, own, width, AHEAD, COUNT, ARCS, BLOCK)
     else:
-        write_beta(scores, beta + paths, n, own, width, BLANKS, LABELS, COUNT, BLOCK)
+        write_beta(scores, beta + paths, n, own, width, AHEAD, COUNT, ARCS, BLOCK)
         tl.store(losses + utterance, loss_of(beta + paths, n))
-
-
-@triton.jit
-def loss_of(beta, n):
-    """−β of (0, 0) in float32; +∞ if there are no frames or there is no path."""
-    likelihood = tl.load(beta, mask=n > 0, other=0.0)
-    exists = (n > 0) & (likelihood > 0.5 * tl.full((), NOWHERE, tl.float64))
-    return tl.where(exists, -likelihood, float("inf")).to(tl.float32)
 
 
 @kernel
@@ -180,9 +162,9 @@ def lattice_flows(
     frames: int,
     width: int,
     blocks: int,
-    BLANKS: tl.constexpr,
-    LABELS: tl.constexpr,
+    AHEAD: tl.constexpr,
     COUNT: tl.constexpr,
+    ARCS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a (utterance, BLOCK of its cells): flows as scores; nothing is written where there is no path."""
@@ -198,24 +180,19 @@ def lattice_flows(
         return
     scores += utterance * frames * width * (2 + COUNT)
     flows += utterance * frames * width * (2 + COUNT)
-    cell = block * BLOCK + tl.arange(0, BLOCK)
+    cell = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
     t = cell // own
     u = cell - t * own
-    inside = t < n
-    reached = looked_up(alpha, t, u, width, inside) - tl.load(beta)
+    ahead, kind, step, exists = arcs(AHEAD, ARCS)
+    leaves = (t < n) & exists
+    arc = arc_scores(scores, t, u, width, kind, step, leaves & (u + kind < own), COUNT)
+    reached = looked_up(alpha, t, u, width, t < n) - tl.load(beta)
+    flow = tl.exp(reached + arc + onward(beta, t, u, n, own, width, ahead, kind, leaves))
     at = flows + (t * width + u) * (2 + COUNT)
-    of_blank, of_label = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    for i in tl.static_range(len(BLANKS)):
-        arc = scored(scores, t * width + u, inside & (u < own - 1), 1, i, COUNT)
-        label = tl.exp(reached + arc + onward(beta, t, u, n, own, width, inside, LABELS[i], 1))
-        of_label += label
-        both = label
-        if BLANKS[i] > 0:
-            arc = scored(scores, t * width + u, inside, 0, i, COUNT)
-            blank = tl.exp(reached + arc + onward(beta, t, u, n, own, width, inside, BLANKS[i], 0))
-            of_blank += blank
-            both += blank
-        if COUNT:
-            tl.store(at + 2 + i, both.to(tl.float32), mask=inside)
-    tl.store(at, of_blank.to(tl.float32), mask=inside)
-    tl.store(at + 1, of_label.to(tl.float32), mask=inside)
+    for i in tl.static_range(2):
+        of_kind = tl.sum(tl.where(kind == i, flow, 0.0), axis=1)[:, None]
+        tl.store(at + i, of_kind.to(tl.float32), mask=t < n)
+    if COUNT:
+        of_durations = tl.sum(tl.reshape(flow, (BLOCK, ARCS // 2, 2)), axis=2)
+        i = tl.arange(0, ARCS // 2)[None, :]
+        tl.store(at + 2 + i, of_durations.to(tl.float32), mask=(t < n) & (i < COUNT))

@@ -83,8 +83,12 @@ def _joint(*tensors: Tensor | None) -> _Joint:
 
 def _arcs(durations: Sequence[int]) -> dict[str, Any]:
     """The lattice kernels' arcs; in an RNN-T the blank moves one frame ahead, and a label none."""
-    blanks, labels = (tuple(durations),) * 2 if durations else ((1,), (0,))
-    return {"BLANKS": blanks, "LABELS": labels, "COUNT": len(durations)}
+    ahead = tuple(d for duration in durations for d in (duration, duration)) if durations else (1, 0)
+    return {"AHEAD": ahead, "COUNT": len(durations), "ARCS": _power_of_2(len(ahead))}
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 @float64_by_torch
@@ -123,7 +127,7 @@ def transducer_scores(
         sigma,
         1.0,
         aligned=joint.aligned,
-        BD=max(16, 1 << (count - 1).bit_length()) if count else 0,
+        BD=max(16, _power_of_2(count)) if count else 0,
         **joint.constants(durations, activation),
     )
     return scores, normalizers
