@@ -17,12 +17,12 @@ from dpkernels.backends.triton_ops.launching import kernel
 from dpkernels.backends.triton_ops.transducer_kernels import own_sizes
 
 NOWHERE = tl.constexpr(-1e300)
-"""The logarithm of 0: finite, so that differences are never NaN, and below any sum of finite scores."""
+"""The logarithm of 0: finite, so that differences are NaN for scores that are NaN only, and below any sum of others."""
 
 
 @triton.jit
 def arcs(AHEAD: tl.constexpr, ARCS: tl.constexpr):
-    """(frames ahead, 0 for the blank or 1 for a label, index of the duration, whether there is such an arc), [1, ARCS]."""
+    """[1, ARCS] each: frames ahead, 0 for the blank or 1 for a label, the duration's index, whether it is an arc."""
     index = tl.arange(0, ARCS)[None, :]
     ahead = tl.zeros((1, ARCS), tl.int32)
     for i in tl.static_range(len(AHEAD)):
@@ -33,13 +33,13 @@ def arcs(AHEAD: tl.constexpr, ARCS: tl.constexpr):
 
 @triton.jit
 def arc_scores(scores, t, u, width, kind, step, exists, COUNT: tl.constexpr):
-    """Scores of arcs that leave cells (t, u) of one utterance, in float64; NOWHERE for −∞, NaN and no arc."""
+    """Scores of arcs that leave cells (t, u) of one utterance, in float64; NOWHERE for −∞ and no arc, NaN for NaN."""
     at = scores + (t * width + u) * (2 + COUNT)
     score = tl.load(at + kind, mask=exists, other=float("-inf")).to(tl.float64)
     if COUNT:
         score += tl.load(at + 2 + step, mask=exists, other=0.0).to(tl.float64)
     nowhere = tl.full(score.shape, NOWHERE, tl.float64)
-    return tl.where(score > nowhere, score, nowhere)
+    return tl.where(score < nowhere, nowhere, score)
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def write_beta(
 
 @triton.jit
 def loss_of(beta, n):
-    """−β of (0, 0) in float32; +∞ if there are no frames or there is no path."""
+    """−β of (0, 0) in float32; +∞ if there are no frames, there is no path, or a score is NaN."""
     likelihood = tl.load(beta, mask=n > 0, other=0.0)
     exists = (n > 0) & (likelihood > 0.5 * tl.full((), NOWHERE, tl.float64))
     return tl.where(exists, -likelihood, float("inf")).to(tl.float32)

@@ -242,7 +242,8 @@ def transducer_gradients(
     strips = tiles(hidden, tile_of(joint_sums, like, "BN"))
     for block in _blocks(batch, frames, width, cells, tile_of(joint_sums, like, "BT")):
         shape = (block.utterances, block.frames * width)
-        g, of_cells = like.new_empty((*shape, pitch)), like.new_empty((*shape, hidden), dtype=torch.float32)
+        g = scratch(like, *shape, pitch, dtype=like.dtype)
+        of_cells = scratch(like, *shape, hidden, dtype=torch.float32)
         _logit_gradients(joint, rest, g, block, blank, True, constants)
         each, place = (
             _tiles_of(block, width, rows),
