@@ -57,18 +57,21 @@ def covering(
 def thin(items: Sequence[pytest.Item]) -> None:
     """Mark as slow all but every n-th case of the tests with the mark `thinned(n)`.
 
-    Cases that a line of the privacy design or one of its planted faults names stay in the default suite.
+    With keywords, such as `thinned(n, backend="triton")`, the mark is about the cases with these parameters only. Cases
+    that a line of the privacy design or one of its planted faults names stay in the default suite.
     """
     from tests.plant.lines import LINES
 
     named = {test for line in LINES for test in line.tests}
     named |= {test for line in LINES for fault in line.faults for test in fault.tests}
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     for item in items:
-        mark = item.get_closest_marker("thinned")
-        if mark is None:
-            continue
-        function = item.nodeid.partition("[")[0]
-        if seen[function] % mark.args[0] and item.nodeid not in named:
-            item.add_marker(pytest.mark.slow)
-        seen[function] += 1
+        case = getattr(item, "callspec", None)
+        parameters = case.params if case else {}
+        for mark in item.iter_markers("thinned"):
+            if not mark.kwargs.items() <= parameters.items():
+                continue
+            test = item.nodeid.partition("[")[0], str(mark.kwargs)
+            if seen[test] % mark.args[0] and item.nodeid not in named:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1

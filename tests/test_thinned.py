@@ -1,5 +1,7 @@
 """The mark `thinned`: every n-th case runs by default, and so does each that the privacy design names."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.plant.lines import LINES
@@ -9,13 +11,16 @@ from tests.slow import thin
 class Case:
     """A collected case, as far as `thin` looks at it."""
 
-    def __init__(self, nodeid: str, every: int | None) -> None:
+    def __init__(self, nodeid: str, every: int | None, of: str | None = None, backend: str = "torch") -> None:
         self.nodeid = nodeid
+        self.callspec = SimpleNamespace(params={"backend": backend})
         self._every = every
+        self._about = {"backend": of} if of else {}
         self.marks: list[str] = []
 
-    def get_closest_marker(self, name: str) -> pytest.Mark | None:
-        return pytest.Mark("thinned", (self._every,), {}, _ispytest=True) if self._every else None
+    def iter_markers(self, name: str) -> list[pytest.Mark]:
+        assert name == "thinned"
+        return [pytest.Mark(name, (self._every,), self._about, _ispytest=True)] if self._every else []
 
     def add_marker(self, mark: pytest.MarkDecorator) -> None:
         self.marks.append(mark.name)
@@ -31,3 +36,10 @@ def test_every_nth_case_is_quick_and_so_is_a_named_one() -> None:
     thin(cases)  # type: ignore[arg-type]
     assert [case.marks for case in cases[:7]] == [[], ["slow"], ["slow"], [], ["slow"], ["slow"], []]
     assert [case.marks for case in cases[7:]] == [[], [], []]
+
+
+def test_a_thinned_parameter_leaves_the_other_cases_alone() -> None:
+    backends = ("torch", "triton", "torch", "triton", "triton", "triton")
+    cases = [Case(f"tests/a.py::test_a[{b}-{i}]", 3, "triton", b) for i, b in enumerate(backends)]
+    thin(cases)  # type: ignore[arg-type]
+    assert [case.marks for case in cases] == [[], [], [], ["slow"], ["slow"], []]

@@ -116,6 +116,9 @@ def examples(
 
     batch = 4
     factors = torch.empty(batch, device="meta")
+    if family.startswith("transducer_"):
+        yield from _transducer(family, dtype, layout)
+        return
     if family not in KINDS:  # no norm with its weighted sum
         yield from _grouped(family, empty, factors, width, wide)
         return
@@ -134,6 +137,33 @@ def examples(
         for kind in (torch.float64, torch.float32):
             sums = tuple(torch.empty(*shape, dtype=kind, device="meta") for shape in outs)
             yield f"{family}_weighted_sum", (*tensors, factors, *sums), options
+
+
+def _transducer(
+    family: str, dtype: torch.dtype, layout: str
+) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """As `examples`, for an op of the transducer loss: Parakeet's joint network, as a TDT and as an RNN-T."""
+    hidden, classes = (329, 1001) if layout == "ragged" else (640, 8198)
+    batch, frames, labels = 4, 188, 50
+    cells = (batch, frames, labels + 1)
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=kind, device="meta")
+
+    lengths = (empty(batch, kind=torch.int64), empty(batch, kind=torch.int64))
+    for durations, activation in (((0, 1, 2, 3, 4), "relu"), ((), "tanh")):
+        outputs = classes + len(durations)
+        scores = empty(*cells, 2 + len(durations), kind=torch.float32)
+        if family == "transducer_lattice":
+            yield family, (scores, *lengths), {"durations": durations}
+            continue
+        states = (empty(batch, frames, hidden), empty(batch, labels + 1, hidden), empty(outputs, hidden))
+        bias = empty(outputs) if durations else None
+        joint = (*states, bias, empty(batch, labels, kind=torch.int64), *lengths)
+        normalizers = empty(*cells, 2 if durations else 1, kind=torch.float32)
+        backward = (normalizers, scores, empty(batch, kind=torch.float32))
+        arguments = joint if family == "transducer_scores" else (*joint, *backward)
+        yield family, arguments, {"blank": 0, "durations": durations, "activation": activation}
 
 
 def _layer(

@@ -49,6 +49,7 @@ def close(given: Tensor, exact: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(given.double(), exact, rtol=0.0, atol=tolerance * max(scale, 1.0))
 
 
+@pytest.mark.thinned(5, backend="triton")
 @every_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_losses_and_gradients(backend: str, durations: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -64,6 +65,7 @@ def test_losses_and_gradients(backend: str, durations: tuple[int, ...], dtype: t
 
 
 @pytest.mark.thinned(3)
+@pytest.mark.thinned(9, backend="triton")
 @pytest.mark.parametrize(
     ("frames", "labels"), [((40, 17), (21, 9)), ((3, 2), (70, 33)), ((130,), (2,))], ids=str
 )
@@ -80,6 +82,7 @@ def test_many_frames_or_labels(
         close(given, wanted, 1e-4)
 
 
+@pytest.mark.thinned(3, backend="triton")
 @every_variant
 def test_each_op_is_its_definition(backend: str, durations: tuple[int, ...]) -> None:
     batch = make(durations)
@@ -99,6 +102,7 @@ def test_each_op_is_its_definition(backend: str, durations: tuple[int, ...]) -> 
         )
 
 
+@pytest.mark.thinned(3, backend="triton")
 @every_variant
 def test_batch_mates_and_padding_change_no_bit(backend: str, durations: tuple[int, ...]) -> None:
     """Padding holds NaN, and labels that are no class; neither is read."""

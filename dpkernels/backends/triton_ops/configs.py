@@ -128,6 +128,37 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "grouped_vector_sums": {(4, ANY): Config({"BN": 256})},
     "finish_group": {(4, ANY): Config({"BLOCK": 64}, warps=1)},
     "add_columns": {(4, ANY): Config({"BLOCK": 256}, warps=1)},
+    "joint_scores": {
+        (2, 80): Config({"BM": 64, "BN": 128, "BK": 32}, warps=8, stages=3),
+        (2, 100): Config({"BM": 128, "BN": 64, "BK": 64}, warps=8, stages=3),
+        (2, ANY): Config({"BM": 128, "BN": 128, "BK": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BM": 32, "BN": 64, "BK": 16}, warps=4, stages=2),
+    },
+    "joint_scores unaligned": {
+        (2, ANY): Config({"BM": 64, "BN": 64, "BK": 32}, warps=8, stages=2),
+        (4, ANY): Config({"BM": 32, "BN": 32, "BK": 16}, warps=4, stages=2),
+    },
+    "joint_logit_gradients": {
+        (2, 80): Config({"BM": 64, "BN": 128, "BK": 32}, warps=8, stages=3),
+        (2, ANY): Config({"BM": 128, "BN": 128, "BK": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BM": 64, "BN": 64, "BK": 16}, warps=8, stages=2),
+    },
+    "joint_logit_gradients unaligned": {
+        (2, ANY): Config({"BM": 64, "BN": 64, "BK": 32}, warps=8, stages=2),
+        (4, ANY): Config({"BM": 64, "BN": 32, "BK": 16}, warps=8, stages=2),
+    },
+    "joint_state_gradients unaligned": {
+        (2, ANY): Config({"BM": 64, "BN": 64, "BK": 32}, warps=8, stages=2),
+        (4, ANY): Config({"BM": 64, "BN": 32, "BK": 16}, warps=8, stages=2),
+    },
+    "joint_state_gradients": {
+        (2, ANY): Config({"BM": 128, "BN": 128, "BK": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BM": 64, "BN": 64, "BK": 16}, warps=8, stages=2),
+    },
+    "joint_sums": {(4, ANY): Config({"BT": 8, "BN": 128})},
+    "joint_states": {(4, ANY): Config({"BM": 16, "BN": 128})},
+    "lattice_paths": {(4, ANY): Config({"BLOCK": 64})},
+    "lattice_flows": {(4, ANY): Config({"BLOCK": 64})},
     "finish_gram": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
     "finish_direct": {(4, ANY): Config({"BLOCK": 128}, warps=1)},
 }

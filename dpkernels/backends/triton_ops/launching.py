@@ -138,9 +138,9 @@ def upcast(tensor: Tensor) -> bool:
     return INTERPRETED and tensor.dtype == torch.bfloat16
 
 
-def scratch(like: Tensor, *shape: int) -> Tensor:
-    """Return uninitialised float64 memory."""
-    return torch.empty(shape, dtype=torch.float64, device=like.device)
+def scratch(like: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return uninitialised memory."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def float64_by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
