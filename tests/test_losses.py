@@ -356,5 +356,5 @@ def test_smoothed_cross_entropy_is_the_mixture_with_all_classes(smoothing: float
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan")])
 def test_smoothing_out_of_range_is_refused(smoothing: float) -> None:
-    with pytest.raises(ValueError, match="label_smoothing=.*expected 0 ≤ label_smoothing ≤ 1"):
+    with pytest.raises(ValueError, match=r"label_smoothing=.*expected 0 ≤ label_smoothing ≤ 1"):
         cross_entropy_per_example(torch.zeros(1, 2), torch.zeros(1).long(), label_smoothing=smoothing)
