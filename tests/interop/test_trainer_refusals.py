@@ -29,13 +29,15 @@ GIVEN = {
     "use_liger_kernel": (True, "leave it out"),
     "optim": ("adalomo", "use adamw_torch"),
 }
-# Set afterwards, since TrainingArguments asks for packages or hardware that are not here.
+# Set afterwards: TrainingArguments asks for packages or hardware that are not here, or has no such field (TRL's).
 SET = {
     "fp16": (True, "use bf16"),
     "deepspeed": ("zero3.json", "torchrun"),
     "fsdp": ("full_shard", "torchrun"),
     "parallelism_config": (object(), "torchrun"),
     "_n_gpu": (2, "torchrun"),
+    "packing": (True, "leave it out"),
+    "padding_free": (True, "leave it out"),
 }
 
 

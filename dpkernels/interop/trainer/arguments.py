@@ -110,6 +110,14 @@ REFUSALS = (
         bool,
         "it has no meaning for Poisson-sampled batches, whose sizes differ: leave it out",
     ),
+    *(
+        Refusal(
+            name,
+            bool,
+            "a row would hold several examples (TRL), whose gradients would be clipped as one example's: leave it out",
+        )
+        for name in ("packing", "padding_free")
+    ),
     Refusal(
         "auto_find_batch_size",
         bool,
