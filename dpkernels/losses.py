@@ -170,21 +170,28 @@ def transducer_loss_per_example(
 
 
 def cross_entropy_per_example(
-    logits: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean"
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """−ln p(target), averaged or summed over the positions of each example; in nats.
+
+    With `label_smoothing` = s it is −(1 − s)·ln p(target) − (s/V)·Σ_v ln p(v) at each position.
 
     Args:
         logits: `[B, *, V]`, classes last, any float type; log-probabilities are taken in float32 (float64 for float64).
         targets: `[B, *]` int, 0 ≤ target < V, or −100 at positions that do not count.
         reduction: "mean" or "sum" over the positions that are not −100. Nothing is reduced over the batch.
+        label_smoothing: s, 0 ≤ s ≤ 1.
 
     Returns:
         [B]; 0 for an example without targets. +inf with a gradient of exactly 0 if a target is outside the classes.
 
     Raises:
         TypeError: `logits` is not a floating-point tensor, or `targets` are not integers.
-        ValueError: the shapes do not fit, there are no classes, or another `reduction`.
+        ValueError: the shapes do not fit, there are no classes, another `reduction`, or `label_smoothing` out of range.
     """
     _floating("cross_entropy_per_example", logits)
     targets = _integers("cross_entropy_per_example", "targets", targets)
@@ -195,6 +202,10 @@ def cross_entropy_per_example(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"cross_entropy_per_example: reduction={reduction!r}: expected mean or sum")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"cross_entropy_per_example: label_smoothing={label_smoothing!r}: expected 0 ≤ label_smoothing ≤ 1"
+        )
     batch, classes = logits.shape[0], logits.shape[-1]
     flat = targets.reshape(batch, math.prod(targets.shape[1:]))
     used = flat != IGNORED
@@ -205,6 +216,7 @@ def cross_entropy_per_example(
         flat.masked_fill(~possible[:, None], IGNORED).flatten(),
         ignore_index=IGNORED,
         reduction="none",
+        label_smoothing=label_smoothing,
     )
     losses = nll.view(flat.shape).sum(dim=1)
     if reduction == "mean":

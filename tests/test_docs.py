@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 GENERATED = ("reference", "project")  # written when the site is built, from what the other folders hold
-PUBLIC = ("dpkernels", "dpkernels.nn", "dpkernels.ops", "dpkernels.privacy", "dpkernels.losses")
+PUBLIC = (
+    *("dpkernels", "dpkernels.nn", "dpkernels.ops", "dpkernels.privacy", "dpkernels.losses"),
+    "dpkernels.interop.trainer",
+)
 
 pytest.importorskip("sphinx", reason="Sphinx (the docs extra) is not installed")
 sys.path.insert(0, str(DOCS / "_ext"))

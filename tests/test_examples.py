@@ -31,6 +31,8 @@ SHOWN = {
     "several_processes": r"1 process, the same parameters in each\n.*\nepsilon = \d+\.\d+ at delta = 1\.0e-05",
     "speech": r"nothing was written or spent; a run would start[\s\S]*epsilon 7\.\d+ at delta 0\.01[\s\S]*report\.html",
     "strategies": r"the same update with every strategy",
+    "trainer": r"accuracy .*\(NOT PRIVATE\): (100\.0|[89]\d\.\d)%\nepsilon = [78]\.\d+ at delta = 1\.4e-04",
+    "trl_sft": r"'epsilon': '[78]\.\d+'[\s\S]*epsilon = [78]\.\d+ at delta = 2\.5e-04",
 }
 # The others take seconds. What they use has tests of its own; see also `test_names_of_this_project_are_there`.
 QUICK = ("custom_layer", "resume", "several_processes", "strategies")
@@ -39,6 +41,8 @@ NEEDS = {
     "gpt2_lora": "peft",
     "opacus_before": "opacus",
     "speech": "espeakng_loader",
+    "trainer": "accelerate",
+    "trl_sft": "trl",
 }
 
 

@@ -29,7 +29,15 @@ ALLOWED = {
         "dpkernels.errors",
         "dpkernels.rounding",
     },
-    "dpkernels.interop": {"dpkernels.nn", "dpkernels.ops"},
+    "dpkernels.interop": {"dpkernels.nn", "dpkernels.ops"},  # rules of layers, which nn registers
+    "dpkernels.interop.trainer": {  # stands on the engine
+        "dpkernels.nn",
+        "dpkernels.privacy",
+        "dpkernels.losses",
+        "dpkernels.errors",
+        "dpkernels.files",
+        "dpkernels.rounding",
+    },
     "dpkernels.blocks": set(),
     "dpkernels.precision": set(),
     "dpkernels.plain": {"dpkernels.privacy", "dpkernels.deprecation"},
@@ -59,13 +67,17 @@ VERSION = "dpkernels.__version__"
 # what else may be imported at the bottom
 THIRD_PARTY = {"dpkernels.reference": {"torch"}, "dpkernels.backends": {"torch", "triton"}}
 # heavy packages, and the only places that may import them
-HEAVY = dict.fromkeys(("transformers", "peft", "datasets", "jiwer"), ("dpkernels.interop", "asr_finetune"))
+HEAVY = dict.fromkeys(("peft", "datasets", "jiwer"), ("dpkernels.interop", "asr_finetune"))
+HEAVY |= {"transformers": ("dpkernels.interop", "dpkernels.interop.trainer", "asr_finetune")}
+HEAVY |= {"accelerate": ("dpkernels.interop.trainer",)}
 HEAVY |= {"opacus": ("dpkernels.interop",)}
 
 
 def package_of(module: str) -> str:
     """The entry of ALLOWED that a module belongs to; "dpkernels" for the top level."""
     parts = module.split(".")
+    if ".".join(parts[:3]) in ALLOWED:
+        return ".".join(parts[:3])
     return module if len(parts) == 1 else ".".join(parts[:2]) if parts[0] == "dpkernels" else parts[0]
 
 
@@ -359,6 +371,8 @@ def test_there_is_something_to_check() -> None:
         ("dpkernels.opacus", "from dpkernels.nn import GhostLinear"),
         ("asr_finetune.training.run", "import opacus"),
         ("dpkernels.interop.peft", "from dpkernels.privacy import engine"),
+        ("dpkernels.interop.peft", "from dpkernels.interop.trainer import losses_per_example"),
+        ("dpkernels.privacy.engine", "import accelerate"),
         ("asr_finetune.training.run", "from dpkernels.privacy.engine import PrivacyEngine"),
         ("asr_finetune.training.run", "from dpkernels.nn.layers.linear import GhostLinear"),
         ("dpkernels.nn.layers.linear", "import tests"),

@@ -340,3 +340,21 @@ def test_arguments_of_another_type_are_named(change: dict[str, object], named: s
         other = {"logits": random_logits(3, 3, CLASSES), "labels": padded(LABELS), **change}
         with pytest.raises(TypeError, match=named.replace("labels", "targets")):
             cross_entropy_per_example(other["logits"], other["labels"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_smoothed_cross_entropy_is_the_mixture_with_all_classes(smoothing: float) -> None:
+    logits = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[0, 1, 2, IGNORED], [4, IGNORED, IGNORED, IGNORED], [7, 0, 0, 0]])
+    losses = cross_entropy_per_example(logits, targets, label_smoothing=smoothing)
+    logs = logits.log_softmax(-1)
+    nll = -logs.gather(-1, targets.clamp(0, 4)[..., None])[..., 0]
+    each = (1 - smoothing) * nll - smoothing * logs.mean(-1)
+    torch.testing.assert_close(losses[:2], torch.stack([each[0, :3].mean(), each[1, 0]]))
+    assert losses[2] == torch.inf  # 7 is no class
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan")])
+def test_smoothing_out_of_range_is_refused(smoothing: float) -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing=.*expected 0 ≤ label_smoothing ≤ 1"):
+        cross_entropy_per_example(torch.zeros(1, 2), torch.zeros(1).long(), label_smoothing=smoothing)

@@ -33,6 +33,7 @@ PACKAGES = (
     "dpkernels.checkpoint",
     "dpkernels.errors",
     "dpkernels.rounding",
+    "dpkernels.interop.trainer",
     "dpkernels.interop",
     "dpkernels",
     "asr_finetune",

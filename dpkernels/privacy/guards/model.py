@@ -122,7 +122,8 @@ class ModelGuard:
         if replaced:
             warnings.warn(
                 f"{_SEEDED.format(names=', '.join(replaced))}; the generators have now been seeded from the operating "
-                "system. Take torch.manual_seed out of the training loop",
+                "system. Take torch.manual_seed out of the training loop (transformers' set_seed calls it, and so does "
+                "the construction of a Trainer: construct it before make_private)",
                 stacklevel=4,
             )
         self._seeds.renew()
