@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from asr_finetune.data.utterance import AudioError, Utterance
 from asr_finetune.files import MissingFile, write_text
 from asr_finetune.models.longform import WINDOW_SECONDS, Progress, Segment, transcribe_long
 from asr_finetune.models.recognizer import Recognizer
+from dpkernels.files import writing
 
 SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".sph")
 _MANIFEST_KEYS = ("audio", "audio_filepath", "path")
@@ -182,11 +183,18 @@ def write(
 
     Returns:
         Those that have a problem instead of a text.
+
+    Raises:
+        WriteError: the output cannot be written; what was written before is kept.
     """
     failed: list[Transcript] = []
     names: set[str] = set()
-    lines = output.open("w", encoding="utf-8") if output is not None and form != "srt" else None
-    with lines or nullcontext():
+    with ExitStack() as stack:
+        lines = None
+        if output is not None:
+            stack.enter_context(writing(output))
+            if form != "srt":
+                lines = stack.enter_context(output.open("w", encoding="utf-8"))
         for transcript in transcripts:
             if transcript.problem:
                 failed.append(transcript)
