@@ -18,7 +18,7 @@ from pathlib import Path
 
 from asr_finetune.config.schema import ConfigError, DataConfig
 from asr_finetune.data import listings, tables
-from asr_finetune.data.audio import HEADER_TOLERANCE, header
+from asr_finetune.data.audio import HEADER_TOLERANCE, header, stamp
 from asr_finetune.data.corpus import Corpus, require_utterances
 from asr_finetune.data.records import Record
 from asr_finetune.data.repeats import digest
@@ -175,6 +175,9 @@ def _utterance(
         source = record.encoded.read() if record.encoded is not None else record.path
         if source is None:
             return problem("no audio")
+        stamped = (
+            stamp(source) if isinstance(source, Path) and source.is_file() else None
+        )  # before it is read
         seconds, doubt = headers(source) if isinstance(source, Path) else header(source)
     except (AudioError, OSError) as error:
         return problem(str(error))
@@ -207,6 +210,7 @@ def _utterance(
         encoded=record.encoded,
         place=record.place,
         digest=digest(source) if isinstance(source, bytes) else None,
+        stamp=stamped,
         origin=origin,
         piece=piece,
         doubts=[doubt] if doubt else [],
