@@ -22,6 +22,7 @@ from asr_finetune.config.yaml_io import load_yaml, overridden, template
 from asr_finetune.console import Reporter, show_warning, tell
 from asr_finetune.files import write_json
 from dpkernels.errors import UserError
+from dpkernels.files import NO_ROOM, unwritten
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -379,3 +380,8 @@ def main() -> None:
     except UserError as error:
         tell(f"error: {error}", "red")
         sys.exit(getattr(error, "exit_code", 2))
+    except OSError as error:  # of a library, which writes a cache or a recording
+        if error.errno not in NO_ROOM:
+            raise
+        tell(f"error: {unwritten(error.filename or 'a file', error)}", "red")
+        sys.exit(2)

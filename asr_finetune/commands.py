@@ -32,7 +32,8 @@ def recipes() -> None:
 
 def transcribe(
     audio: Annotated[
-        list[Path], typer.Argument(help="Files, folders, or manifests (.jsonl).", show_default=False)
+        list[Path],
+        typer.Argument(help="Audio, folders of it, or listings (see docs/data.md).", show_default=False),
     ],
     model: Annotated[
         str, typer.Option(help="Folder or hub id of a model, an adapter, or a run.", show_default=False)
@@ -51,28 +52,34 @@ def transcribe(
         typer.Option("--format", help="Lines of text, lines of JSON with times, or subtitles."),
     ] = "text",
     language: Annotated[str | None, typer.Option(help="Multilingual Whisper.", show_default=False)] = None,
+    audio_column: Annotated[
+        str | None,
+        typer.Option(help="A listing's column of audio, if its name is unusual.", show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Transcribe recordings of any length.
 
     Whisper decodes what is longer than its window segment by segment, by its own timestamps; CTC models read
-    overlapping windows. A recording that cannot be read is named at the end, and the exit code is then 1.
+    overlapping windows. A recording that cannot be read is named at the end, and the exit code is then 1. Listings are
+    those that `train` takes (NeMo, CSV, Kaldi, parquet, ...), with or without transcripts.
 
     **Examples**
 
     - `asr-finetune transcribe call.wav --model runs/first`
     - `asr-finetune transcribe calls/ --model openai/whisper-small --adapter runs/first --format srt -o subtitles`
     - `asr-finetune transcribe test.jsonl --model runs/first --format json --output transcripts.jsonl`
+    - `asr-finetune transcribe calls.csv --audio-column clip --model runs/first`
     """
     from asr_finetune.config.schema import ConfigError, ModelConfig
     from asr_finetune.models.loading import load_recognizer, load_with_adapter
     from asr_finetune.training import transcribe as transcripts
     from asr_finetune.training.run_folder import saved_model
 
-    if form == "srt" and output is None and (len(audio) > 1 or not audio[0].is_file()):
+    files = transcripts.recordings(audio, {"audio": audio_column} if audio_column else None)
+    if form == "srt" and output is None and len(files) > 1:
         raise ConfigError("--format srt: subtitles are one file for each recording: give --output FOLDER")
-    files = transcripts.recordings(audio)
     config = ModelConfig(str(saved_model(Path(model))), language=language, device=device)
     recognizer = (
         load_recognizer(config) if adapter is None else load_with_adapter(config, saved_model(adapter))

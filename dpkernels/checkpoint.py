@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dpkernels.errors import UserError
-from dpkernels.files import write_atomically
+from dpkernels.files import remove_leftovers, write_atomically, writing
 
 FILE, PREVIOUS = "state.pt", "previous.pt"
 FORMAT = 1
@@ -104,12 +104,19 @@ def restore_random(state: dict[str, Any]) -> None:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint atomically, and keep the one before as `PREVIOUS`: after a crash one of them is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the checkpoint atomically, and keep the one before as `PREVIOUS`: after a crash one of them is whole.
+
+    Raises:
+        WriteError: it cannot be written; the last one is kept.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder / FILE)  # each takes as much of the disk as a checkpoint
     parameters = {name: value.detach().cpu() for name, value in checkpoint.parameters.items()}
     values = {**vars(checkpoint), "parameters": parameters, "format": FORMAT}
-    if (folder / FILE).is_file():
-        os.replace(folder / FILE, folder / PREVIOUS)
+    with writing(folder):
+        if (folder / FILE).is_file():
+            os.replace(folder / FILE, folder / PREVIOUS)
     write_atomically(folder / FILE, lambda file: torch.save(values, file))
 
 

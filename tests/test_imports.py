@@ -18,7 +18,7 @@ ALLOWED = {
     "dpkernels.losses": {"dpkernels.nn"},
     "dpkernels.deprecation": set(),
     "dpkernels.errors": set(),
-    "dpkernels.files": set(),
+    "dpkernels.files": {"dpkernels.errors"},
     "dpkernels.rounding": set(),
     "dpkernels.checkpoint": {"dpkernels.errors", "dpkernels.files"},
     "dpkernels.nn": {"dpkernels.ops", "dpkernels.deprecation"},
@@ -27,6 +27,7 @@ ALLOWED = {
         "dpkernels.ops",
         "dpkernels.deprecation",
         "dpkernels.errors",
+        "dpkernels.files",
         "dpkernels.rounding",
     },
     "dpkernels.interop": {"dpkernels.nn", "dpkernels.ops"},  # rules of layers, which nn registers

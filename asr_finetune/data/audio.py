@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from asr_finetune.data.repeats import digest
 from asr_finetune.data.utterance import AudioError, Utterance
 
 _UNKNOWN_FORMAT = (1, 4)  # libsndfile's errors: a container, or a coding within one, that it does not read
@@ -59,6 +60,26 @@ def header(source: Path | bytes) -> tuple[float, str]:
     return float(info.frames / info.samplerate), doubt
 
 
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change (ns) of a file. They are compared for equality only, so that no clock has to be right."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(utterance: Utterance) -> None:
+    """Raise AudioError if the file of an utterance was removed or replaced since it was listed."""
+    if utterance.path is None or utterance.stamp is None:
+        return
+    try:
+        changed = stamp(utterance.path) != utterance.stamp
+    except FileNotFoundError as error:
+        raise AudioError(f"removed since it was listed: {utterance.path}") from error
+    except OSError as error:
+        raise AudioError(f"unreadable audio: {error}") from error
+    if changed:
+        raise AudioError(f"changed since it was listed: {utterance.path} has another size or time of change")
+
+
 def _cut_short(log: str) -> str:
     """What libsndfile's log of a header says about an end that is missing; "" if nothing is."""
     for stated, found in re.findall(r": (\d+) \(should be (\d+)\)", log):
@@ -98,8 +119,8 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
     What is doubtful in them is noted in `utterance.doubts`, if nothing is noted there yet.
 
     Raises:
-        AudioError: the recording cannot be decoded, is empty or shorter than stated in its header, or holds NaN or
-            infinite samples.
+        AudioError: the recording cannot be decoded, is empty or shorter than stated in its header, holds NaN or
+            infinite samples, or was removed or replaced since it was listed.
     """
     if utterance.array is not None:
         if utterance.sampling_rate is None:
@@ -110,10 +131,14 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
     else:
         if utterance.encoded is not None:
             try:
-                file: str | io.BytesIO = io.BytesIO(utterance.encoded.read())
+                content = utterance.encoded.read()
             except OSError as error:
                 raise AudioError(f"unreadable audio: {error}") from error
+            if utterance.digest is not None and digest(content) != utterance.digest:
+                raise AudioError("changed since it was listed: its bytes are others")
+            file: str | io.BytesIO = io.BytesIO(content)
         elif utterance.path is not None:
+            _check_unchanged(utterance)
             file = str(utterance.path)
         else:
             raise AudioError("no audio: neither samples nor a file")

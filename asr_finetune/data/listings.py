@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asr_finetune.config.schema import ConfigError, DataConfig
-from asr_finetune.data.records import Record, column, record_of, require_columns, value
+from asr_finetune.data.records import TRAINING, Needs, Record, column, record_of, require_columns, value
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv")
@@ -21,18 +21,21 @@ AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 _LJSPEECH = ("id", "transcription", "normalized_transcription")
 
 
-def read_listing(path: Path, split: str | None, data: DataConfig) -> Iterator[Record]:
+def read_listing(
+    path: Path, split: str | None, data: DataConfig, needs: Needs = TRAINING
+) -> Iterator[Record]:
     """The records of a listing: JSON lines (also NeMo's), or a table of text with a header (also LJSpeech's without).
 
     Args:
         path: the file. Its audio paths start from its folder, or from `clips` there (Common Voice).
         split: keep rows with this value ("train+dev": one of these) in the column `split`; None: all.
         data: `columns`, and `corpus`, a filter.
+        needs: what each row must have.
 
     Raises:
         ConfigError: a table is not well formed or lacks a column, or no row passes the filters.
     """
-    rows = _json_rows(path) if path.suffix in JSON_SUFFIXES else _table_rows(path, data)
+    rows = _json_rows(path) if path.suffix in JSON_SUFFIXES else _table_rows(path, data, needs)
     splits: set[str] = set()
     corpora: set[str] = set()
     matched = False
@@ -49,7 +52,7 @@ def read_listing(path: Path, split: str | None, data: DataConfig) -> Iterator[Re
         if data.corpus is not None and corpus != data.corpus:
             continue
         matched = True
-        yield record_of(row, name, (path.parent, path.parent / "clips"), data)
+        yield record_of(row, name, (path.parent, path.parent / "clips"), data, needs)
     if not matched and (split is not None or data.corpus is not None):
         raise ConfigError(
             f"data: no line of {str(path)!r} has split={split!r} and data.corpus={data.corpus!r}; "
@@ -57,14 +60,14 @@ def read_listing(path: Path, split: str | None, data: DataConfig) -> Iterator[Re
         )
 
 
-def find_listings(folder: Path, data: DataConfig) -> dict[str, Path]:
+def find_listings(folder: Path, data: DataConfig, needs: Needs = TRAINING) -> dict[str, Path]:
     """The listings in a folder by split: `train.tsv` is the split train, and so is `train/metadata.csv` (audiofolder).
 
-    Files without columns for audio and transcript are no listings.
+    Files without columns for what is needed are no listings.
     """
     files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}
     files |= {file.parent.name: file for suffix in SUFFIXES for file in folder.glob(f"*/metadata{suffix}")}
-    return {name: file for name, file in files.items() if file.is_file() and _is_listing(file, data)}
+    return {name: file for name, file in files.items() if file.is_file() and _is_listing(file, data, needs)}
 
 
 def is_audiofolder(found: dict[str, Path]) -> bool:
@@ -72,14 +75,12 @@ def is_audiofolder(found: dict[str, Path]) -> bool:
     return all(file.stem == "metadata" for file in found.values())
 
 
-def _is_listing(file: Path, data: DataConfig) -> bool:
+def _is_listing(file: Path, data: DataConfig, needs: Needs) -> bool:
     try:
-        _, first = next(_json_rows(file) if file.suffix in JSON_SUFFIXES else _table_rows(file, data))
+        _, first = next(_json_rows(file) if file.suffix in JSON_SUFFIXES else _table_rows(file, data, needs))
     except (StopIteration, ConfigError):
         return False
-    return not isinstance(first, str) and None not in (
-        column(first, name, data) for name in ("audio", "text")
-    )
+    return not isinstance(first, str) and None not in (column(first, name, data) for name in needs)
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -114,7 +115,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         yield number, entry if isinstance(entry, dict) else "not a JSON object with audio and text"
 
 
-def _table_rows(path: Path, data: DataConfig) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _table_rows(path: Path, data: DataConfig, needs: Needs) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, row by the header's names, or why it is none) of a table of text.
 
     Tabs and vertical bars separate plain text; quotes have a meaning where commas and semicolons separate (RFC 4180).
@@ -130,7 +131,7 @@ def _table_rows(path: Path, data: DataConfig) -> Iterator[tuple[int, dict[str, A
             options |= {"delimiter": "|", "quoting": csv.QUOTE_NONE}
             file.seek(0)
         else:
-            require_columns(names, str(path), data)
+            require_columns(names, str(path), data, needs)
         skipped = 0 if ljspeech else 1
         reader = csv.reader(file, **options)
         try:
@@ -156,15 +157,15 @@ def _separator(header: str, data: DataConfig) -> str:
     return next(known, max(",;\t|", key=header.count))
 
 
-def read_kaldi(folder: Path, split: str | None) -> Iterator[Record]:
+def read_kaldi(folder: Path, split: str | None, needs: Needs = TRAINING) -> Iterator[Record]:
     """The records of a Kaldi data folder: wav.scp and text, and if there are any segments and utt2spk.
 
     Raises:
-        ConfigError: the folder has no file `text`, or a split is given.
+        ConfigError: the folder has no file `text` where one is needed, or a split is given.
     """
     if split is not None:
         raise ConfigError(f"data: the Kaldi folder {str(folder)!r} has no splits: leave {split!r} out")
-    if not (folder / "text").is_file():
+    if "text" in needs and not (folder / "text").is_file():
         raise ConfigError(
             f"data: {str(folder)!r} is a Kaldi folder (wav.scp) without `text`: add the transcripts"
         )
@@ -182,7 +183,7 @@ def read_kaldi(folder: Path, split: str | None) -> Iterator[Record]:
             continue
         row = {"id": name, "audio": file, "text": texts.get(name), "speaker": speakers.get(name)}
         row |= dict(zip(("offset", "end"), times, strict=False))
-        yield record_of(row, f"{listing}:{number}", (folder, Path()), own)
+        yield record_of(row, f"{listing}:{number}", (folder, Path()), own, needs)
 
 
 def _kaldi_problem(recording: str, file: str) -> str | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from asr_finetune.config.schema import COLUMNS, ConfigError, DataConfig
 from asr_finetune.data.utterance import Encoded
+
+Needs = Sequence[str]
+TRAINING: Needs = ("audio", "text")  # what a source must have of each recording
+TRANSCRIBING: Needs = ("audio",)
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,13 @@ def column(names: Iterable[str], wanted: str, data: DataConfig) -> str | None:
     return next((name for name in usual if name in there), None)
 
 
-def require_columns(names: list[str], source: str, data: DataConfig) -> None:
-    """Check that a table has columns for the audio and the transcript.
+def require_columns(names: list[str], source: str, data: DataConfig, needs: Needs = TRAINING) -> None:
+    """Check that a table has columns for what is needed.
 
     Raises:
         ConfigError: it has not; the message lists those it has.
     """
-    for wanted in ("audio", "text"):
+    for wanted in needs:
         if column(names, wanted, data) is None:
             named = (data.columns or {}).get(wanted)
             usual = " or ".join(COLUMNS[wanted])
@@ -72,7 +76,9 @@ def value(row: Mapping[str, Any], wanted: str, data: DataConfig) -> Any:
     return None if name is None else row[name]
 
 
-def record_of(row: Mapping[str, Any], name: str, roots: Iterable[Path], data: DataConfig) -> Record:
+def record_of(
+    row: Mapping[str, Any], name: str, roots: Iterable[Path], data: DataConfig, needs: Needs = TRAINING
+) -> Record:
     """The record of a row whose audio is a path.
 
     Only the row itself decides: which columns count does not depend on other rows.
@@ -82,6 +88,7 @@ def record_of(row: Mapping[str, Any], name: str, roots: Iterable[Path], data: Da
         name: the row's place, "file:line"; also its id where it has no other.
         roots: the folders that a relative path may start from; the first one in which the file is counts.
         data: names of the columns.
+        needs: without "text", a row may lack its transcript.
     """
     audio, text = value(row, "audio", data), value(row, "text", data)
     stem = Path(audio).stem if isinstance(audio, str) else ""
@@ -94,7 +101,9 @@ def record_of(row: Mapping[str, Any], name: str, roots: Iterable[Path], data: Da
             identity, reason=f"no `audio` path: its columns are {', '.join(map(str, row))}", **known
         )
     if not isinstance(text, str):
-        return Record(identity, reason="no transcript", **known)
+        text = None
+        if "text" in needs:
+            return Record(identity, reason="no transcript", **known)
     try:
         offset, end, seconds = (_seconds(value(row, key, data)) for key in ("offset", "end", "duration"))
     except (TypeError, ValueError) as error:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from asr_finetune.config.schema import ConfigError, DataConfig
 from asr_finetune.data import listings, tables
-from asr_finetune.data.audio import HEADER_TOLERANCE, header
+from asr_finetune.data.audio import HEADER_TOLERANCE, header, stamp
 from asr_finetune.data.corpus import Corpus, require_utterances
-from asr_finetune.data.records import Record
+from asr_finetune.data.records import TRAINING, Needs, Record
 from asr_finetune.data.repeats import digest
 from asr_finetune.data.utterance import AudioError, Problem, Utterance
 
@@ -58,10 +58,10 @@ def load_corpus(source: Source, *, split: Split = None, data: DataConfig) -> Cor
     problems: list[Problem] = []
     for label, name, part in zip(_labels(sources), sources, splits, strict=True):
         headers = functools.lru_cache(maxsize=64)(header)  # of recordings that many pieces are cut from
-        for record in _records(name, part, data):
+        for record in read_records(name, part, data):
             if not speaks(record.speaker):
                 continue
-            result = _utterance(replace(record, id=label + record.id), data, headers, label)
+            result = utterance_of(replace(record, id=label + record.id), data, headers, label)
             if isinstance(result, Problem):
                 problems.append(result)
             else:
@@ -91,39 +91,53 @@ def _labels(sources: Sequence[str]) -> list[str]:
     return [f"{n}:{name}/" if names.count(name) > 1 else f"{name}/" for n, name in enumerate(names, start=1)]
 
 
-def _records(source: str, split: str | None, data: DataConfig) -> Iterator[Record]:
-    """The records of one source; its format is recognised by its files."""
+def read_records(
+    source: str, split: str | None, data: DataConfig, needs: Needs = TRAINING
+) -> Iterator[Record]:
+    """The records of one source; its format is recognised by its files.
+
+    Args:
+        source: a folder, a file or an id, in a format of docs/data.md.
+        split: as in `load_corpus`.
+        data: names of columns, and `corpus`, a filter.
+        needs: what each recording must have; `records.TRANSCRIBING` are those without transcripts.
+
+    Raises:
+        ConfigError: the source or split does not exist, or lacks a column.
+    """
     path = Path(source).expanduser()
     if "://" in source or (path.exists() and not path.is_file() and not path.is_dir()):
         raise ConfigError(f"data: {source!r} {tables.STREAM}")
     if path.is_dir():
-        return _folder_records(source, path.resolve(), split, data)
+        return _folder_records(source, path.resolve(), split, data, needs)
     if path.suffix in tables.FILES and path.is_file():
-        return tables.read_table(source, split, data)
+        return tables.read_table(source, split, data, needs)
     if path.suffix in listings.SUFFIXES:
         if not path.is_file():
             raise ConfigError(
                 f"data: no manifest at {source!r}: give the path of a {path.suffix} file that exists"
             )
-        return listings.read_listing(path, split, data)
+        return listings.read_listing(path, split, data, needs)
     if path.is_absolute() or source.startswith((".", "~")) or path.exists():
         raise ConfigError(
             f"data: {source!r} is {'no format' if path.exists() else 'not there, or nothing'} that is "
             f"known here: give {KNOWN}"
         )
-    return tables.read_table(source, split, data)
+    return tables.read_table(source, split, data, needs)
 
 
-def _folder_records(source: str, path: Path, split: str | None, data: DataConfig) -> Iterator[Record]:
+def _folder_records(
+    source: str, path: Path, split: str | None, data: DataConfig, needs: Needs
+) -> Iterator[Record]:
     if (path / "wav.scp").is_file():
-        return listings.read_kaldi(path, split)
+        return listings.read_kaldi(path, split, needs)
     if tables.is_saved(path):
-        return tables.read_table(source, split, data)
+        return tables.read_table(source, split, data, needs)
     if (path / "metadata.parquet").is_file():  # an audiofolder's, too
-        return tables.read_table(str(path / "metadata.parquet"), split, data)
-    found = listings.find_listings(path, data)
+        return tables.read_table(str(path / "metadata.parquet"), split, data, needs)
+    found = listings.find_listings(path, data, needs)
     if len(found) == 1 and (split is None or split not in found):
-        return listings.read_listing(next(iter(found.values())), split, data)
+        return listings.read_listing(next(iter(found.values())), split, data, needs)
     if found:
         chosen = split.split("+") if split else list(found) if listings.is_audiofolder(found) else []
         if not chosen or not set(chosen) <= set(found):
@@ -132,13 +146,13 @@ def _folder_records(source: str, path: Path, split: str | None, data: DataConfig
                 f"data.train_split (--split), e.g. {next(iter(found))}; given: {split}"
             )
         return itertools.chain.from_iterable(
-            listings.read_listing(found[name], None, data) for name in chosen
+            listings.read_listing(found[name], None, data, needs) for name in chosen
         )
     trees = sorted(path.rglob("*.trans.txt"))  # the names of the folders above are subset and speaker
     if trees:
         return listings.read_librispeech(path, trees, split)
     if any(file for suffix in (*tables.FILES, ".tar") for file in path.rglob(f"*{suffix}")):
-        return tables.read_table(source, split, data)
+        return tables.read_table(source, split, data, needs)
     raise ConfigError(f"data: {source!r} is a folder of no format that is known here: give {KNOWN}")
 
 
@@ -158,9 +172,18 @@ def _speaker_filter(data: DataConfig) -> Callable[[str | None], bool]:
     return lambda speaker: (wanted is None or speaker in wanted) and speaker not in unwanted
 
 
-def _utterance(
+def utterance_of(
     record: Record, data: DataConfig, headers: Callable[[Path | bytes], tuple[float, str]], origin: str
 ) -> Utterance | Problem:
+    """The utterance of a record, or why it is unusable.
+
+    Args:
+        record: of a source.
+        data: limits of length, and the preparation of transcripts.
+        headers: `audio.header`, which may be cached.
+        origin: what the ids of its source begin with.
+    """
+
     def problem(reason: str) -> Problem:
         return Problem(record.id, reason, record.place)
 
@@ -175,6 +198,9 @@ def _utterance(
         source = record.encoded.read() if record.encoded is not None else record.path
         if source is None:
             return problem("no audio")
+        stamped = (
+            stamp(source) if isinstance(source, Path) and source.is_file() else None
+        )  # before it is read
         seconds, doubt = headers(source) if isinstance(source, Path) else header(source)
     except (AudioError, OSError) as error:
         return problem(str(error))
@@ -207,6 +233,7 @@ def _utterance(
         encoded=record.encoded,
         place=record.place,
         digest=digest(source) if isinstance(source, bytes) else None,
+        stamp=stamped,
         origin=origin,
         piece=piece,
         doubts=[doubt] if doubt else [],

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from asr_finetune.config.schema import ConfigError, DataConfig
-from asr_finetune.data.records import Record, column, record_of, require_columns, value
+from asr_finetune.data.records import TRAINING, Needs, Record, column, record_of, require_columns, value
 from asr_finetune.data.utterance import DatasetRow
 from asr_finetune.hub import hub_answers, unreachable
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}  # suffix -> the builder of `datasets`
 
 
-def read_table(source: str, split: str | None, data: DataConfig) -> Iterator[Record]:
+def read_table(source: str, split: str | None, data: DataConfig, needs: Needs = TRAINING) -> Iterator[Record]:
     """The records of a table, whose audio is a path, the bytes of a file, or samples.
 
     Raises:
@@ -26,17 +27,18 @@ def read_table(source: str, split: str | None, data: DataConfig) -> Iterator[Rec
     root = Path(source).expanduser()
     root = root if root.is_dir() else root.parent
     for label, table in _load_table(source, split).items():
-        require_columns(table.column_names, source, data)
+        require_columns(table.column_names, source, data, needs)
         audio = column(table.column_names, "audio", data)
         if isinstance(table.features[audio], datasets.Audio):
             # The default decoder (torchcodec) needs FFmpeg; soundfile reads the same bytes.
             table = table.cast_column(audio, datasets.Audio(decode=False))
         feature = table.features[audio]
         paths = getattr(feature, "dtype", "") == "string" and isinstance(feature, datasets.Value)
-        for index, row in enumerate(table if paths else table.remove_columns([audio])):
+        rest = table if paths else table.remove_columns([audio])
+        for index, row in enumerate(rest if rest.column_names else itertools.repeat({}, len(table))):
             name = f"{label}-{index}"
             if paths:
-                yield record_of(row, name, (root,), data)
+                yield record_of(row, name, (root,), data, needs)
                 continue
             speaker, text = value(row, "speaker", data), value(row, "text", data)
             yield Record(

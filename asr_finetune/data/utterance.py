@@ -92,6 +92,7 @@ class Utterance:
         encoded: an audio file's bytes held elsewhere, instead of `path`.
         place: its "file:line" in a manifest, or "".
         digest: the digest of `encoded`, for finding repeats; see `repeats.digest`.
+        stamp: size and time of change of the file at `path` when it was listed, or None; see `audio.stamp`.
         origin: what its id begins with, to stay apart from those of other sources; "" with a single source.
         piece: the (start, end) of the utterance in its file, seconds; None: the whole file.
         doubts: what is doubtful in it ("cut short: ..."): its header's when it was read, else noted by `audio.decode`.
@@ -107,6 +108,7 @@ class Utterance:
     encoded: Encoded | None = field(default=None, compare=False, repr=False)
     place: str = field(default="", compare=False)
     digest: bytes | None = field(default=None, compare=False, repr=False)
+    stamp: tuple[int, int] | None = field(default=None, compare=False, repr=False)
     origin: str = field(default="", compare=False)
     piece: tuple[float, float] | None = None
     doubts: list[str] = field(default_factory=list, compare=False)

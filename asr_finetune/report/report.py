@@ -19,6 +19,7 @@ from asr_finetune.report import plots
 from asr_finetune.training.record import unit_name
 from asr_finetune.training.run_folder import RunFolder, by_test_set
 from dpkernels.errors import UserError
+from dpkernels.files import writing
 from dpkernels.privacy import DELTAS, ClaimError, audit_ledger, claimed_epsilon, detection_bounds
 from dpkernels.rounding import shown_epsilon, shown_sigma
 
@@ -44,6 +45,7 @@ def write_report(run_folder: Path | str, out: Path | str) -> Path:
     Raises:
         ReportError: the folder holds no finished run, or its record contradicts the ledger.
         dpkernels.privacy.LedgerError: the ledger was tampered with.
+        dpkernels.files.WriteError: `out` cannot be written.
     """
     folder = RunFolder(Path(run_folder))
     run = folder.record()
@@ -62,7 +64,8 @@ def write_report(run_folder: Path | str, out: Path | str) -> Path:
             f"{folder.run} lacks a value ({error}); another version may have written it"
         ) from error
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
     return out
 

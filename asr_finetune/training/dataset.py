@@ -27,8 +27,8 @@ class SpeechDataset(Dataset[dict[str, Any]]):
     An item holds input_features [T, F] or input_values [n], float32; labels [L], int64; index.
 
     A recording that does not decode, or that the recogniser does not accept, never stops a run: its item is silence
-    without labels, whose loss and gradient are exactly 0. It is added to `problems` (in the process that read it), with
-    a warning in the log.
+    without labels, whose loss and gradient are exactly 0. It is added to `unread` (in the process that read it), with a
+    warning in the log.
 
     Args:
         corpus: the utterances; the dataset has one item for each, in their order.
@@ -60,7 +60,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         self.recognizer = recognizer
         self.augment = augment
         self.target_prefix = target_prefix or recognizer.target_prefix
-        self.problems: list[Problem] = []
+        self.unread: dict[int, Problem] = {}  # by the item's index
         self.cache_states = cache_states
         self._cache: dict[int, dict[str, torch.Tensor]] | None = {} if cache else None
         self._cached_bytes = 0
@@ -68,6 +68,11 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.corpus)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The recordings that could not be read when they were used."""
+        return list(self.unread.values())
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker would need a file handle for each cached tensor.
@@ -98,7 +103,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     def _fill(self, index: int, utterance: Utterance, samples: np.ndarray) -> None:
         if not self._full:
-            self._keep(index, self._encode(utterance, samples))
+            self._keep(index, self._encode(index, samples))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self._item(index)
@@ -111,7 +116,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     def _item(self, index: int) -> dict[str, torch.Tensor]:
         if self._cache is None:
-            return self._encode(self.corpus.utterances[index])
+            return self._encode(index)
         # A worker holds a copy of the model from its start; only this process knows the present frozen parameters.
         states = (
             self.cache_states
@@ -121,7 +126,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         )
         item = self._cache.get(index)
         if item is None or ("encoder_states" in item and not states):
-            item = self._encode(self.corpus.utterances[index])
+            item = self._encode(index)
         if states and "encoder_states" not in item:
             item = self.recognizer.cached_inputs(item)
         self._keep(index, item)
@@ -145,8 +150,9 @@ class SpeechDataset(Dataset[dict[str, Any]]):
     def _read(self, utterance: Utterance) -> np.ndarray:
         return read_audio(utterance, self.recognizer.sampling_rate)
 
-    def _encode(self, utterance: Utterance, samples: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    def _encode(self, index: int, samples: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """The item of an utterance; samples: those of the recording, if it has been read."""
+        utterance = self.corpus.utterances[index]
         reason = self.recognizer.audio_problem(utterance)
         if reason is None:
             try:
@@ -154,9 +160,8 @@ class SpeechDataset(Dataset[dict[str, Any]]):
                 return {**self.recognizer.encode_audio(samples), "labels": self._labels(utterance)}
             except ValueError as error:  # AudioError, or a number of samples that the header does not give
                 reason = str(error)
-        problem = Problem(utterance.id, reason, utterance.place)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        if index not in self.unread:
+            self.unread[index] = Problem(utterance.id, reason, utterance.place)
             logger.warning("%s contributes nothing: %s", utterance.id, reason)
         return self.recognizer.empty_item()
 

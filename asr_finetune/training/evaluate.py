@@ -168,7 +168,7 @@ def evaluate(
     name: str = "evaluate",
     ranks: Ranks | None = None,
 ) -> Evaluation:
-    """Transcribe a corpus and score it.
+    """Transcribe a corpus and score it. A recording that can no longer be read is left out, and counted.
 
     Args:
         recognizer: decodes greedily, or chooses from `config.restrict_to`.
@@ -199,11 +199,20 @@ def evaluate(
     with reporter.bar(name, len(order)) as bar:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            batch = recognizer.collate([dataset[index] for index in chosen])
-            texts = recognizer.transcribe(batch, restrict_to=config.restrict_to)
-            transcribed.update(zip(chosen, texts, strict=True))
+            items = {index: dataset[index] for index in chosen}
+            read = [index for index in chosen if index not in dataset.unread]
+            if read:
+                batch = recognizer.collate([items[index] for index in read])
+                texts = recognizer.transcribe(batch, restrict_to=config.restrict_to)
+                transcribed.update(zip(read, texts, strict=True))
             bar.update(min(start + size, len(order)))
-    by_index = {index: text for part in ranks.gathered(transcribed) for index, text in part.items()}
-    entries = [(item.id, item.text, by_index[index]) for index, item in enumerate(utterances)]
+    unread = [problem for index, problem in dataset.unread.items() if index in order]
+    by_index: dict[int, str] = {}
     left_out = Counter(problem.kind for problem in corpus.problems)
+    for texts_of_rank, unread_by_rank in ranks.gathered((transcribed, unread)):
+        by_index |= texts_of_rank
+        left_out.update(problem.kind for problem in unread_by_rank)
+    entries = [
+        (item.id, item.text, by_index[index]) for index, item in enumerate(utterances) if index in by_index
+    ]
     return replace(score(entries, config), left_out=dict(left_out))

@@ -16,7 +16,13 @@ from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.training.card import write_card, write_merged_card
 from asr_finetune.training.record import stopped_record
-from asr_finetune.training.run_folder import RunFolder, RunFolderError, saved_model, weights_folder
+from asr_finetune.training.run_folder import (
+    RunFolder,
+    RunFolderError,
+    saved_model,
+    weights_folder,
+    whole_folder,
+)
 from asr_finetune.training.setup import recognizer_of
 from dpkernels import checkpoint
 
@@ -40,6 +46,7 @@ def export(
     Raises:
         RunFolderError: the folder holds no run, or no checkpoint was written yet.
         CheckpointError: the checkpoint is damaged, or of another model.
+        WriteError: the weights cannot be written.
     """
     folder = RunFolder(Path(run))
     if not folder.config.is_file():
@@ -59,8 +66,9 @@ def export(
         record = stopped_record(folder, config, recognizer, saved)
         write_json(folder.stopped, record)
     target = Path(out) if out is not None else weights_folder(folder.path, config.method)
-    recognizer.save(target)
-    write_card(target, record, folder.path.resolve().name)
+    with whole_folder(target) as weights:
+        recognizer.save(weights)
+        write_card(weights, record, folder.path.resolve().name)
     return target
 
 
@@ -83,6 +91,7 @@ def merge(adapter: Path | str, out: Path | str, base: str | None = None) -> Path
 
     Raises:
         ConfigError: there is no adapter, it does not fit the base model, or `out` is not free.
+        WriteError: the model cannot be written.
     """
     source, target = saved_model(Path(adapter)), Path(out)
     if target.exists() and any(target.iterdir()):
@@ -95,6 +104,7 @@ def merge(adapter: Path | str, out: Path | str, base: str | None = None) -> Path
         raise ConfigError(f"{adapter}: a whole model, not an adapter: there is nothing to merge")
     recognizer.model = recognizer.model.merge_and_unload()
     recognizer.new_head, recognizer.vocabulary = False, "keep"  # the merged model's output layer is its own
-    recognizer.save(target)
-    write_merged_card(target, source, recognizer.describe())
+    with whole_folder(target) as weights:
+        recognizer.save(weights)
+        write_merged_card(weights, source, recognizer.describe())
     return target

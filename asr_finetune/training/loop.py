@@ -204,6 +204,7 @@ def save(run: Run) -> None:
         curve=run.curve,
     )
     run.ranks.first(lambda: checkpoint.save(run.folder.checkpoint, state))
+    run.saved = run.step
 
 
 class StopRequest:

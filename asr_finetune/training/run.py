@@ -17,11 +17,12 @@ from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.evaluate import evaluate
 from asr_finetune.training.loop import Interrupted, epsilon_spent, run_steps
 from asr_finetune.training.processes import joined
-from asr_finetune.training.run_folder import RunFolder, as_recorded, weights_folder
+from asr_finetune.training.run_folder import RunFolder, as_recorded, weights_folder, whole_folder
 from asr_finetune.training.run_log import RunLog
 from asr_finetune.training.setup import recognizer_of
 from asr_finetune.training.start import Finished, Run
 from dpkernels import checkpoint
+from dpkernels.files import WriteError
 from dpkernels.plain import PlainLoader
 from dpkernels.rounding import shown_epsilon
 
@@ -75,11 +76,25 @@ def train(
         FileNotFoundError, ValueError: the data or the model cannot be read.
         dpkernels.privacy.SelfCheckError: an utterance's gradient depends on its batch.
         dpkernels.privacy.RanksError: another of torchrun's processes failed, or has other data or another model.
+        dpkernels.files.WriteError: a file of the output folder cannot be written; the message says what is kept.
     """
     config.check_trainable()
     with joined() as ranks:
-        reporter = Reporter(progress and ranks.is_first)
-        return _train(Run(config, reporter, resume=resume, compare=compare, ranks=ranks))
+        run = Run(config, Reporter(progress and ranks.is_first), resume=resume, compare=compare, ranks=ranks)
+        try:
+            return _train(run)
+        except WriteError as error:
+            raise WriteError(f"the run stopped: {error}. {_kept(run)}") from error
+
+
+def _kept(run: Run) -> str:
+    """What a run keeps whose output folder cannot be written, and how it goes on."""
+    facts = [f"its last checkpoint is of step {run.saved}"] if run.saved is not None else []
+    if run.engine is not None:
+        facts.insert(0, f"its ledger counts {run.engine.steps} steps")
+    if not facts:
+        facts = ["this start took no step that was saved, and what an earlier one saved is kept"]
+    return f"Nothing is lost: {' and '.join(facts)}. Then give the same command again, which continues from there"
 
 
 def _train(run: Run) -> TrainResult:
@@ -157,6 +172,7 @@ def _restore(run: Run) -> None:
     if saved.random is not None:
         checkpoint.restore_random(saved.random)
     run.step, run.seconds, run.curve = saved.step, saved.seconds, saved.curve
+    run.saved = saved.step
     run.folder.trim_history(saved.step)
     if isinstance(run.loader, PlainLoader):
         run.loader.first_step = saved.step
@@ -186,9 +202,9 @@ def _finish(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> Train
     values = record.run_record(run, data, evaluation, epsilon)
 
     def write() -> None:
-        weights = weights_folder(folder.path, config.method)
-        run.recognizer.save(weights)
-        write_card(weights, values, folder.path.resolve().name)
+        with whole_folder(weights_folder(folder.path, config.method)) as weights:
+            run.recognizer.save(weights)
+            write_card(weights, values, folder.path.resolve().name)
         write_json(folder.run, values)
 
     run.ranks.first(write)

@@ -14,13 +14,18 @@ not_private/                losses, clip rates, transcripts, names and figures o
 from __future__ import annotations
 
 import json
+import os
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from asr_finetune.config.schema import ADAPTER_METHODS, Config, ConfigError, MethodConfig
 from asr_finetune.config.yaml_io import changed_keys
@@ -29,6 +34,7 @@ from asr_finetune.data.provenance import figures, fingerprint
 from asr_finetune.data.utterance import Problem
 from asr_finetune.files import MissingFile, write_json, write_text
 from dpkernels.errors import UserError
+from dpkernels.files import writing
 from dpkernels.privacy import Ranks, read_ledger
 
 # Keys that may change on resume: they affect the place and speed of a run, but neither its expected result nor ε.
@@ -134,7 +140,8 @@ class RunFolder:
         if self.check(config, resume=resume):
             self.stopped.unlink(missing_ok=True)  # it says what was spent before
             return True
-        self.not_private.mkdir(parents=True, exist_ok=True)
+        with writing(f"output={str(self.path)!r}"):
+            self.not_private.mkdir(parents=True, exist_ok=True)
         write_text(self.not_private / "README.txt", _NOTICE)
         self._trim_history(0)
         if not self.config.is_file() or self._changes(config):
@@ -237,7 +244,8 @@ class RunFolder:
         """Append a line to not_private/history.jsonl."""
         if not self.ranks.is_first:
             return
-        with open(self.not_private / "history.jsonl", "a", encoding="utf-8") as file:
+        path = self.not_private / "history.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
@@ -261,6 +269,34 @@ class RunFolder:
 def weights_folder(run: Path, method: MethodConfig) -> Path:
     """The folder of a run's trained parameters."""
     return run / ("adapter" if method.kind in ADAPTER_METHODS else "model")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder; on leaving without an error its files take their places in `target`, so that none there is cut.
+
+    Raises:
+        WriteError: a file cannot be written; `target` is as it was.
+    """
+    made = target.with_name(f".{target.name}.incomplete")
+    with writing(target):
+        shutil.rmtree(made, ignore_errors=True)  # a killed process left it
+        made.mkdir(parents=True)
+        try:
+            yield made
+            if not target.exists():
+                os.rename(made, target)
+            for file in [path for path in made.rglob("*") if path.is_file()]:
+                place = target / file.relative_to(made)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
+        except SafetensorError as error:  # its message has the system's number of the error
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def saved_model(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -162,23 +163,26 @@ def make_private(
             )
     size, frames = micro_batch_limits(config.train, lengths)
     engine = PrivacyEngine(accountant=privacy.accountant, ledger=ledger)
-    _, private, loader = engine.make_private(
-        module=recognizer.model,
-        optimizer=optimizer,
-        data_loader=data_loader,
-        noise_multiplier=sigma,
-        max_grad_norm=privacy.max_grad_norm,
-        clipping="per_layer" if privacy.strategy == "per_layer" else privacy.clipping,
-        clipping_unit=privacy.clipping_unit,
-        strategy=privacy.strategy,
-        physical_batch_size=size,
-        max_padded_frames=frames,
-        lengths=list(lengths),
-        steps=max(spent + remaining, 1),
-        target_epsilon=privacy.epsilon,
-        target_delta=privacy.delta,
-        **unit,
-    )
+    with warnings.catch_warnings():
+        if not remaining:  # the run was stopped after its last step, and has its results to write
+            warnings.filterwarnings("ignore", ".* nothing will be trained", UserWarning)
+        _, private, loader = engine.make_private(
+            module=recognizer.model,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=sigma,
+            max_grad_norm=privacy.max_grad_norm,
+            clipping="per_layer" if privacy.strategy == "per_layer" else privacy.clipping,
+            clipping_unit=privacy.clipping_unit,
+            strategy=privacy.strategy,
+            physical_batch_size=size,
+            max_padded_frames=frames,
+            lengths=list(lengths),
+            steps=max(spent + remaining, 1),
+            target_epsilon=privacy.epsilon,
+            target_delta=privacy.delta,
+            **unit,
+        )
     return engine, private, loader
 
 

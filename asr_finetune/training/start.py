@@ -77,6 +77,7 @@ class Run:
     optimizer: Any = None
     loader: Iterable[Any] = ()
     step: int = 0
+    saved: int | None = None  # the last checkpoint's
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
     log: RunLog = field(init=False)

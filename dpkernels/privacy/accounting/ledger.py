@@ -10,6 +10,7 @@ Only the last line can be torn, by a crash. It counts as a spent step (over-coun
 written again.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkernels.errors import UserError
+from dpkernels.files import WriteError, sync_folder, unwritten, writing
 from dpkernels.privacy.accounting.accountant import Mechanism
 
 FORMAT = 1
@@ -29,6 +31,10 @@ _SAME = ("unit", "dataset_size", "adjacency")  # settings that all runs of one l
 
 class LedgerError(UserError, ValueError):
     """The ledger cannot be trusted or does not belong to this run."""
+
+
+class LedgerWriteError(LedgerError, WriteError):
+    """A line of the ledger cannot be written: the step that it is for was not taken, and counts if part of it was."""
 
 
 @dataclass
@@ -210,6 +216,7 @@ class Ledger:
     Raises:
         LedgerError: the file is damaged, in use by another process, or was written for another data set or
             unit.
+        WriteError: it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
@@ -220,7 +227,8 @@ class Ledger:
                 f"ledger={str(path)!r}: its folder does not exist; create it, or give another path"
             )
         # The file stays open and locked as long as the run lasts.
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        with writing(f"ledger={str(path)!r}"):
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         try:
             self._lock()
             self._file.seek(0)
@@ -232,14 +240,14 @@ class Ledger:
             self._last_hash = contents.last_hash
             orphan = bool(contents.torn) and not contents.runs
             if contents.lacks_newline:
-                os.write(self._file.fileno(), b"\n")
+                self._write(b"\n")
             if contents.torn:
                 self._seal(contents)
             self.run = Run(
                 {"kind": "run", "format": FORMAT, **settings, "torn_before": orphan}, steps=int(orphan)
             )
             self._append(self.run.settings)
-            _sync_folder(self.path)
+            sync_folder(self.path.parent)
         except BaseException:
             self._file.close()
             raise
@@ -258,6 +266,7 @@ class Ledger:
 
         Raises:
             LedgerError: the ledger is closed, was replaced, or an earlier write failed.
+            LedgerWriteError: this write failed.
         """
         self._append({"kind": "step", "run": self.run.id, "step": self.run.steps + 1})
         self.run.steps += 1
@@ -331,19 +340,20 @@ class Ledger:
             )
         self._check_in_place()
         self._broken = True  # until the complete line is on disk
-        written = os.write(self._file.fileno(), data)
-        if written != len(data):
-            raise OSError(f"ledger {self.path}: wrote {written} of {len(data)} bytes; is the disk full?")
-        os.fsync(self._file.fileno())
+        self._write(data)
         self._broken = False
         self._last_hash = digest
         self._hashes.add(digest)
 
-
-def _sync_folder(path: Path) -> None:
-    """Make the file's directory entry durable."""
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _write(self, data: bytes) -> None:
+        """Write `data` durably. What is written of it in vain stays: read again, a torn line counts as a step."""
+        try:
+            written = os.write(self._file.fileno(), data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, f"{written} of {len(data)} bytes were written; is the disk full?")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise LedgerWriteError(
+                f"ledger {unwritten(self.path, error)}. Every step that was taken is counted there; start again from "
+                "the last checkpoint"
+            ) from error

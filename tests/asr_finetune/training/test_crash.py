@@ -10,10 +10,10 @@ from tests import crash
 
 
 @pytest.mark.slow  # an interpreter starts, and imports transformers
-def test_kills_at_random_instants(tmp_path: Path) -> None:
+def test_kills_and_full_disks_at_random_instants(tmp_path: Path) -> None:
     crashes = crash.Crashes(tmp_path)
-    for _ in range(5):
-        crashes.kill_once(4.0)
+    for end in (crashes.kill_once, crashes.fill_once) * 3:
+        end(4.0)
     crashes.finish()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,21 @@ def test_nothing_is_written_unless_asked(tmp_path: Path) -> None:
     log.validation(POINT)
     log.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("later", [1e9, 3e9], ids=["back", "forward"])
+def test_a_clock_that_was_set_replaces_the_steps_that_are_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: float
+) -> None:
+    """A run continues after step 2, twice; its clock was set back (or forward) in between."""
+    for part, (clock, step) in enumerate([(2e9, 0), (later, 2), (later, 2)]):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        log = RunLog(LogConfig(tensorboard=True), RunFolder(tmp_path), step)
+        for number in range(step + 1, 5):
+            log.step({**ENTRY, "step": number, "epsilon_step": number, "epsilon": float(part)})
+        log.close()
+    monkeypatch.undo()
+    assert logged(tmp_path / "tensorboard")["epsilon"] == [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from asr_finetune.models.loading import load_recognizer
 from asr_finetune.models.longform import Segment, transcribe_long
 from asr_finetune.models.whisper import WhisperRecognizer
 from asr_finetune.training.export import export
-from asr_finetune.training.transcribe import Transcript, as_srt, recordings, transcribe
+from asr_finetune.training.transcribe import (
+    Transcript,
+    as_json,
+    as_srt,
+    as_text,
+    recordings,
+    transcribe,
+    write,
+)
 from tests.asr_finetune import small_models, tones
 
 RATE = small_models.RATE
@@ -38,22 +47,127 @@ def wave(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(scale=0.1, size=round(seconds * RATE)).astype(np.float32)
 
 
+def paths(sources: Sequence[Path], **options: Any) -> list[Path | None]:
+    return [record.path for record in recordings(sources, **options)]
+
+
 def test_recordings_of_files_folders_and_manifests(tmp_path: Path) -> None:
     manifest = tones.write_manifest(tmp_path, 3)
     (tmp_path / "nemo.jsonl").write_text('{"audio_filepath": "tones/2.wav"}\n\n')
     folder = [tmp_path / "tones" / f"{number}.wav" for number in range(3)]
-    assert recordings([folder[1], tmp_path / "tones", manifest, tmp_path / "nemo.jsonl"]) == [
+    assert paths([folder[1], tmp_path / "tones", manifest, tmp_path / "nemo.jsonl"]) == [
         *(folder[1], *folder, *folder, folder[2])
     ]
-    (tmp_path / "bad.jsonl").write_text('{"audio": "a.wav"}\n{"text": "low"}\n')
+    (tmp_path / "bad.csv").write_text("clip,words\ntones/0.wav,low\n")
     (tmp_path / "empty").mkdir()
     for source, error, message in (
         ("none.wav", MissingFile, "no such file"),
-        ("bad.jsonl", ConfigError, r"bad\.jsonl:2: expected a JSON object"),
+        ("bad.csv", ConfigError, "has the columns clip, words: say which of them holds the audio"),
         ("empty", ConfigError, "no audio in this folder"),
     ):
         with pytest.raises(error, match=message):
             recordings([tmp_path / source])
+    assert paths([tmp_path / "bad.csv"], columns={"audio": "clip"}) == folder[:1]
+
+
+def kaldi(folder: Path, audio: Path) -> Path:
+    folder.mkdir()
+    (folder / "wav.scp").write_text(f"all {audio}\n")
+    (folder / "segments").write_text("first all 0.1 0.4\nlater all 0.5 1.0\n")
+    return folder
+
+
+def table(column: Callable[[Path], Any]) -> Callable[[Path, Path], Path]:
+    def write(path: Path, audio: Path) -> Path:
+        import datasets
+
+        datasets.Dataset.from_dict({"audio": [column(audio)]}).to_parquet(path.with_suffix(".parquet"))
+        return path.with_suffix(".parquet")
+
+    return write
+
+
+def listing(suffix: str, text: str) -> Callable[[Path, Path], Path]:
+    def write(path: Path, audio: Path) -> Path:
+        path.with_suffix(suffix).write_text(text.format(audio))
+        return path.with_suffix(suffix)
+
+    return write
+
+
+def saved(path: Path, audio: Path) -> Path:
+    import datasets
+
+    datasets.Dataset.from_dict({"path": [str(audio)]}).save_to_disk(str(path))
+    return path
+
+
+LISTINGS: dict[str, tuple[Callable[[Path, Path], Path], list[tuple[str, float, float]]]] = {
+    "jsonl": (listing(".jsonl", '{{"audio": "{}"}}'), [("", 0.0, 1.2)]),
+    "nemo": (
+        listing(".json", '{{"audio_filepath": "{}", "offset": 0.5, "duration": 0.5, "id": "p"}}'),
+        [("p", 0.5, 1.0)],
+    ),
+    "csv": (listing(".csv", "path,note\n{},x\n"), [("", 0.0, 1.2)]),
+    "tsv": (listing(".tsv", "path\tsentence\n{}\tlow\n"), [("", 0.0, 1.2)]),
+    "kaldi": (kaldi, [("first", 0.1, 0.4), ("later", 0.5, 1.0)]),
+    "paths": (table(str), [("", 0.0, 1.2)]),
+    "bytes": (table(lambda audio: {"bytes": audio.read_bytes(), "path": None}), [("", 0.0, 1.2)]),
+    "samples": (
+        table(lambda audio: {"array": soundfile.read(audio)[0].tolist(), "sampling_rate": RATE}),
+        [("", 0.0, 1.2)],
+    ),
+    "saved": (saved, [("", 0.0, 1.2)]),
+}
+
+
+@pytest.mark.parametrize("kind", LISTINGS)
+def test_every_listing_that_trains_is_transcribed_without_its_transcripts(
+    folders: Any, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "audio").mkdir()
+    audio = tmp_path / "audio" / "call.wav"
+    soundfile.write(audio, marks(1.2) / 30, RATE)
+    write, expected = LISTINGS[kind]
+    (tmp_path / "listed").mkdir()
+    made = list(
+        transcribe(scripted(folders["parakeet"]), recordings([write(tmp_path / "listed" / "all", audio)]))
+    )
+    assert [transcript.problem for transcript in made] == [""] * len(expected)
+    spans = [(transcript.id, *vars(transcript.segments[0]).values()) for transcript in made]
+    assert [(name, pytest.approx(start), pytest.approx(end)) for name, start, end in expected] == [
+        span[:3] for span in spans
+    ]
+    by_file = [transcript.audio == str(audio) for transcript in made]
+    assert by_file == [kind not in ("bytes", "samples")] * len(made)
+
+
+def test_a_line_without_a_recording_is_a_problem_by_its_place(folders: Any, tmp_path: Path) -> None:
+    tones.write_manifest(tmp_path, 1)
+    (tmp_path / "bad.jsonl").write_text(
+        '{"audio": "tones/0.wav"}\n{"text": "low"}\nno JSON\n{"audio": "none.wav"}\n'
+    )
+    made = list(transcribe(scripted(folders["parakeet"]), recordings([tmp_path / "bad.jsonl"])))
+    assert [(item.audio.rpartition("/")[2], item.problem.partition(":")[0]) for item in made] == [
+        ("0.wav", ""),
+        ("bad.jsonl:2", "no `audio` path"),
+        ("bad.jsonl:3", "not JSON"),
+        ("none.wav", "no such file"),
+    ]
+
+
+def test_a_piece_has_its_own_name_and_the_times_of_its_file(tmp_path: Path) -> None:
+    made = Transcript("calls/all.wav", 0.5, [Segment(0.5, 1.0, "low")], id="piece")
+    assert as_text(made) == "piece\tlow\n"
+    assert json.loads(as_json(made)) == {
+        "id": "piece",
+        "audio": "calls/all.wav",
+        "seconds": 0.5,
+        "text": "low",
+        "segments": [{"start": 0.5, "end": 1.0, "text": "low"}],
+    }
+    assert write([made], "srt", tmp_path / "subtitles", print) == []
+    assert (tmp_path / "subtitles" / "piece.srt").read_text() == "1\n00:00:00,500 --> 00:00:01,000\nlow\n"
 
 
 def test_short_recordings_read_as_in_an_evaluation(runs: Path) -> None:
@@ -62,7 +176,7 @@ def test_short_recordings_read_as_in_an_evaluation(runs: Path) -> None:
     made = list(transcribe(recognizer, files))
     lines = (runs / "finished" / "not_private" / "transcripts_after_clean.tsv").read_text().splitlines()
     assert [transcript.text for transcript in made] == [line.split("\t")[2] for line in lines]
-    assert [transcript.audio for transcript in made] == list(map(str, files))
+    assert [transcript.audio for transcript in made] == [str(record.path) for record in files]
     for transcript in made:
         assert [(part.start, part.end) for part in transcript.segments] == [(0.0, transcript.seconds)]
 

@@ -3,6 +3,7 @@ step."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpkernels.files import WriteError
 from dpkernels.privacy import LedgerError, read_ledger
 from dpkernels.privacy.accounting import ledger as ledger_module
 from dpkernels.privacy.accounting.ledger import Ledger
 from dpkernels.privacy.step.optimizer import DPOptimizer
+from tests.failing_disk import largest_file
 from tests.privacy.private_run import Run, private_run, train
 
 
@@ -349,6 +352,34 @@ def test_a_failed_write_stops_the_run(path: Path, monkeypatch: pytest.MonkeyPatc
     assert run.model.last.weight.equal(weight)
     run.engine.close()
     assert private_run(ledger=path).engine.steps == 1
+
+
+@pytest.mark.parametrize("room", [0, 40])
+def test_a_disk_that_ends_within_a_line(path: Path, room: int) -> None:
+    """A line that is written in part counts, its step is not taken, and a ledger goes on once there is room."""
+    run = private_run(ledger=path, lr=1.0)
+    run.release(())
+    weight = run.model.last.weight.clone()
+    with (
+        largest_file(path.stat().st_size + room),
+        pytest.raises(
+            LedgerError, match=r"cannot be written \(.*\): make room there.*Every step .* counted"
+        ) as caught,
+    ):
+        run.release(())
+    assert isinstance(caught.value, WriteError)
+    assert run.model.last.weight.equal(weight)
+    run.engine.close()
+    assert private_run(ledger=path).engine.steps == 1 + (room > 0)
+
+
+def test_a_ledger_on_a_read_only_disk_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(ledger_module, "open", opened, raising=False)
+    with pytest.raises(WriteError, match=r"ledger='.*' cannot be written \(Read-only.*make it writable"):
+        private_run(ledger=path)
 
 
 def test_a_closed_ledger_says_so_and_what_to_do(path: Path) -> None:
