@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -46,6 +46,7 @@ class JointRecord(Record):
             `ops.transducer_loss`.
         normalizers, flows: see `ops.transducer_scores`, `ops.transducer_lattice`.
         g: [B], the gradients of the losses.
+        unit: so many consecutive utterances are one unit, whose gradient is their sum (`Record.of_units`).
     """
 
     layer: str
@@ -61,6 +62,7 @@ class JointRecord(Record):
     g: Tensor
     options: dict[str, Any]
     trained: tuple[nn.Parameter, ...]
+    unit: int = 1
     # of the groups of utterances, in order: what the norm left for the sum
     _kept: list[tuple[ExpandedRecord, ...]] = field(default_factory=list, init=False, repr=False)
     _norm_sq: Tensor | None = field(default=None, init=False, repr=False)
@@ -69,6 +71,15 @@ class JointRecord(Record):
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Those of weight and bias that are trained."""
         return self.trained
+
+    @property
+    def batch_size(self) -> int:
+        """B, in units."""
+        return self.g.shape[0] // self.unit
+
+    def of_units(self, size: int) -> JointRecord:
+        """The utterances' gradients are materialised one by one, and summed by unit in norm and sum."""
+        return replace(self, unit=size)
 
     def entries(self) -> int:
         """H·p for the weight, p for the bias."""
@@ -105,7 +116,8 @@ class JointRecord(Record):
         return self._gradients(slice(0, self.batch_size))
 
     def _sample_bytes(self) -> int:
-        return self.entries() * accumulation_dtype(self.encoder).itemsize
+        """Of one unit's gradients."""
+        return self.unit * self.entries() * accumulation_dtype(self.encoder).itemsize
 
     def _cell_bytes(self) -> int:
         """Bytes of one cell's x and g, with their copies in the dtype of the sum."""
@@ -113,14 +125,15 @@ class JointRecord(Record):
         return sum(self.weight.shape) * (own if own == wide else own + wide)
 
     def _groups(self) -> Iterator[slice]:
-        """The utterances whose gradients are made together."""
-        cells = max(1, self.encoder.shape[1] * self.predictor.shape[1])
+        """The units whose gradients are made together."""
+        cells = max(1, self.unit * self.encoder.shape[1] * self.predictor.shape[1])
         together = min(CELLS_BYTES // (cells * self._cell_bytes()), GRADIENTS_BYTES // self._sample_bytes())
         for i in range(0, self.batch_size, max(1, together)):
             yield slice(i, min(i + max(1, together), self.batch_size))
 
     def _gradients(self, rows: slice) -> tuple[ExpandedRecord, ...]:
-        """The gradients of some utterances, in float32 (float64 for float64), one record per trained parameter."""
+        """The gradients of some units, in float32 (float64 for float64), one record per trained parameter."""
+        rows = slice(rows.start * self.unit, rows.stop * self.unit)
         count, wide = rows.stop - rows.start, accumulation_dtype(self.encoder)
         of_weight = self.g.new_zeros(count, *self.weight.shape, dtype=wide)
         of_bias = self.g.new_zeros(count, self.weight.shape[0], dtype=wide)
@@ -135,7 +148,7 @@ class JointRecord(Record):
             parts.append(materialised_gradient(self.layer, self.weight, of_weight))
         if any(self.bias is parameter for parameter in self.trained):
             parts.append(BiasRecord(self.layer, cast(nn.Parameter, self.bias), of_bias))
-        return tuple(parts)
+        return tuple(part.of_units(self.unit) for part in parts)
 
     def _cells(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, g) of some utterances, all of their frames or as many at a time as `CELLS_BYTES` allows."""

@@ -93,6 +93,13 @@ class Record(ABC):
         )
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def worth_materialising_bytes(self) -> int:
+        """The most that materialised gradients may take, for all samples, where the rule materialises by default.
+
+        Half of what the record holds: norm and sum read them once each.
+        """
+        return self.held_bytes() // 2
+
     def entries(self) -> int | None:
         """Entries of one sample's gradients, or None if this rule does not materialise them."""
         return None

@@ -47,7 +47,8 @@ class Tape:
 
     Materialising: a record whose parameters were used once in the forward is replaced by the per-sample gradients
     themselves if these take at most half its memory (`Record.materialised`), which frees the layer's input and
-    output gradient at once. With `mixed` this holds for every record, else for rules that materialise by default.
+    output gradient at once. With `mixed` this holds for every record, else for rules that materialise by default, up to
+    the size that is worth it to the rule (`Record.worth_materialising_bytes`).
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]] = (), *, mixed: bool = False) -> None:
@@ -235,7 +236,7 @@ class Tape:
                 )
         if self.inspector is not None and not self.inspector.see(record):
             return
-        parts = record.materialised() if self._is_smaller_materialised(record) else (record,)
+        parts = record.materialised() if self._is_worth_materialising(record) else (record,)
         if self._sink is None or any(self._uses[p] != 1 for p in record.parameters):
             for part in parts:
                 first = self._first.setdefault((type(part), part.parameters), part)
@@ -246,7 +247,7 @@ class Tape:
         for part in parts:
             self._sink(part)
 
-    def _is_smaller_materialised(self, record: Record) -> bool:
+    def _is_worth_materialising(self, record: Record) -> bool:
         if not (self.mixed or record.materialises_by_default):
             return False
         entries = record.entries()
@@ -254,7 +255,8 @@ class Tape:
             return False
         if any(self._uses[p] != 1 for p in record.parameters):
             return False  # the uses are merged: for a few of them that is cheaper without materialising
-        return 2 * _MATERIALISED_BYTES * entries * record.batch_size <= record.held_bytes()
+        limit = record.held_bytes() // 2 if self.mixed else record.worth_materialising_bytes()
+        return _MATERIALISED_BYTES * entries * record.batch_size <= limit
 
     def close(self, *, again: bool = False) -> list[Record]:
         """End the backward and return its records, merged so that each parameter is in exactly one of them.

@@ -209,7 +209,7 @@ def test_windows_are_made_a_few_samples_at_a_time(samples: int, monkeypatch: pyt
         return unfold(x, *geometry)
 
     monkeypatch.setattr(conv_records, "unfold", noted)
-    monkeypatch.setattr(conv_records, "WINDOW_BYTES", samples * windows)
+    monkeypatch.setattr(conv_records, "CPU_WINDOW_BYTES", samples * windows)
     parts = run_private(swap(copy.deepcopy(layer)), squares, (x,), torch.ones(5))
     assert max(made) == samples
     assert torch.equal(parts.norm_sq, whole.norm_sq)

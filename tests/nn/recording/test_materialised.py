@@ -33,7 +33,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 @pytest.fixture
 def always_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape, "_is_smaller_materialised", lambda _, record: record.entries() is not None)
+    monkeypatch.setattr(Tape, "_is_worth_materialising", lambda _, record: record.entries() is not None)
 
 
 def only_materialised(records: list[Record]) -> bool:
@@ -100,11 +100,16 @@ def test_a_weight_used_twice_is_not_materialised() -> None:
 
 
 CHOICES: list[tuple[nn.Module, tuple[int, ...], bool, type]] = [
-    # (layer, x, mixed, what is kept): materialised where 2 · 4 B · entries ≤ bytes of x and g.
+    # (layer, x, mixed, what is kept): materialised where 2 · 4 B · entries ≤ bytes of x and g; by default also where a
+    # convolution has no more outputs p/groups than positions T'.
     (nn.Conv1d(2, 3, 3, bias=False), (4, 2, 50), False, ExpandedRecord),
     (nn.Conv1d(8, 8, 3, bias=False), (4, 8, 9), False, Conv1dRecord),
     (nn.Conv2d(2, 3, 3, bias=False), (4, 2, 9, 9), False, ExpandedRecord),
-    (nn.Conv2d(2, 3, 3, bias=False), (4, 2, 4, 4), False, Conv2dRecord),
+    (nn.Conv2d(2, 3, 3, bias=False), (4, 2, 3, 3), False, Conv2dRecord),
+    (nn.Conv2d(2, 3, 3, bias=False), (4, 2, 4, 4), False, ExpandedRecord),
+    (nn.Conv2d(2, 3, 3, bias=False), (4, 2, 4, 4), True, Conv2dRecord),
+    (nn.Conv1d(8, 8, 3, groups=2, bias=False), (4, 8, 6), False, ExpandedRecord),
+    (nn.Conv1d(8, 8, 3, groups=2, bias=False), (4, 8, 5), False, Conv1dRecord),
     (nn.Conv1d(2, 3, 1, bias=False), (4, 2, 50), False, LinearRecord),
     (nn.Conv1d(2, 3, 1, bias=False), (4, 2, 50), True, ExpandedRecord),
     (nn.Linear(6, 6, bias=False), (4, 50, 6), False, LinearRecord),
@@ -118,7 +123,7 @@ CHOICES: list[tuple[nn.Module, tuple[int, ...], bool, type]] = [
 
 
 @pytest.mark.parametrize(("layer", "shape", "mixed", "kind"), CHOICES)
-def test_materialised_when_at_most_half_as_large(
+def test_materialised_when_that_is_worth_it(
     layer: nn.Module, shape: tuple[int, ...], mixed: bool, kind: type
 ) -> None:
     model = swap(nn.Sequential(copy.deepcopy(layer)))
@@ -145,7 +150,7 @@ def test_a_materialised_record_holds_less() -> None:
 
 
 def test_catches_a_materialised_gradient_without_its_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape, "_is_smaller_materialised", lambda _, record: record.entries() is not None)
+    monkeypatch.setattr(Tape, "_is_worth_materialising", lambda _, record: record.entries() is not None)
     honest = LoRARecord.materialised
 
     def faulty(self: LoRARecord) -> tuple[ExpandedRecord, ...]:
