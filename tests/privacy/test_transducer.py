@@ -16,6 +16,7 @@ from dpkernels.privacy.keywords import STRATEGIES
 from tests.nn.layers import test_joint as joint
 from tests.nn.layers.test_joint import small_budgets  # noqa: F401 - a fixture
 from tests.privacy.private_run import Run, private_run
+from tests.privacy.step import test_speaker_clipping as speakers
 from tests.privacy.strategy_models import clip, distance, expected_sum, gradients_one_by_one
 
 INDICES = (0, 1, 2, 3, 4)
@@ -85,3 +86,14 @@ def test_memory_is_planned_without_values() -> None:
     with MemoryEstimator(Features(), target="cpu") as estimator:
         peaks = [estimator.peak(losses, size).micro_batch for size in (1, 2, 3)]
     assert peaks[0] < peaks[1] < peaks[2]
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["kept", "made twice"])
+@pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])
+def test_speakers_clipped_as_speakers(strategy: str, short: bool, request: pytest.FixtureRequest) -> None:
+    if short:
+        request.getfixturevalue("small_budgets")
+    torch.manual_seed(3)
+    speakers.check_clipped_sum(
+        speakers.speaker_run(clip=BOUND, strategy=strategy, model=Features(), loss_fn=losses_of)
+    )
