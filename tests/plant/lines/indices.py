@@ -23,6 +23,7 @@ LINES = (
             "tests/asr_finetune/models/test_checkpoint_fit.py::test_a_tokenizer_with_more_tokens_than_classes_is_refused": "a tokenizer with more tokens than classes is refused",
             "tests/asr_finetune/models/test_checkpoint_fit.py::test_a_blank_outside_the_classes_is_refused": "a blank outside of the classes is refused",
             "tests/asr_finetune/models/test_checkpoint_fit.py::test_a_blank_that_is_a_letter_is_refused": "a blank that is also a letter is refused",
+            "tests/asr_finetune/models/test_families.py::test_the_blank_has_a_name_of_its_own": "a blank that is not the padding is read by its own name",
             "tests/ops/test_grouped_checks.py::test_ids_of_no_row_are_refused_in_any_layer": "embedding ids outside of their table are refused in any layer",
         },
         faults=(
@@ -137,7 +138,7 @@ LINES = (
             ),
             Fault(
                 "labels beyond the decoder cut silently",
-                "asr_finetune/models/whisper.py",
+                "asr_finetune/models/seq2seq.py",
                 ".masked_fill(cut, _NO_CLASS)",
                 "",
                 "tests/asr_finetune/models/test_losses.py::test_an_impossible_label_adds_nothing_and_moves_no_other_utterance[whisper]",
@@ -145,21 +146,21 @@ LINES = (
             ),
             Fault(
                 "decoder ids not held to the table",
-                "asr_finetune/models/whisper.py",
+                "asr_finetune/models/seq2seq.py",
                 "previous = labels[:, :-1].masked_fill(~known, self.end)",
                 "previous = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.end)",
                 "tests/asr_finetune/models/test_losses.py::test_an_impossible_label_adds_nothing_and_moves_no_other_utterance[whisper]",
             ),
             Fault(
                 "special tokens read as such",
-                "asr_finetune/models/ctc.py",
+                "asr_finetune/models/recognizer.py",
                 "add_special_tokens=False, split_special_tokens=True",
                 "add_special_tokens=False",
                 "tests/asr_finetune/data/test_corpus.py::test_literal_special_tokens_are_left_out_by_name",
             ),
             Fault(
                 "special tokens read as such by Whisper",
-                "asr_finetune/models/whisper.py",
+                "asr_finetune/models/recognizer.py",
                 "add_special_tokens=False, split_special_tokens=True",
                 "add_special_tokens=False",
                 "tests/asr_finetune/data/test_corpus.py::test_a_literal_special_token_is_text_to_whisper",
@@ -191,6 +192,13 @@ LINES = (
                 "if blank not in unspoken and blank in tokenizer.get_vocab().values():",
                 "if False:",
                 "tests/asr_finetune/models/test_checkpoint_fit.py::test_a_blank_that_is_a_letter_is_refused",
+            ),
+            Fault(
+                "the padding taken for the blank",
+                "asr_finetune/models/architecture.py",
+                'return getattr(config, "blank_token_id", config.pad_token_id)',
+                "return config.pad_token_id",
+                "tests/asr_finetune/models/test_families.py::test_the_blank_has_a_name_of_its_own",
             ),
             Fault(
                 "no count of impossible targets",
