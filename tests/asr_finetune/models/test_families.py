@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
 
 from asr_finetune.config.schema import ConfigError
+from asr_finetune.models.inputs import noise
 from asr_finetune.models.kinds import EXCEPTIONS, KINDS
+from asr_finetune.models.longform import transcribe_long
 from asr_finetune.models.recognizer import SETTINGS
 from asr_finetune.models.seq2seq import Seq2SeqRecognizer
 from dpkernels import ops
@@ -69,6 +71,7 @@ def test_the_effect_of_padding_is_measured(folders: dict[str, Path], family: str
     assert bool(recognizer.unused_layers) == (family == "wavlm")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_step_loads_in_plain_transformers(
     folders: dict[str, Path], tmp_path: Path, family: str
@@ -264,6 +267,25 @@ def test_decoding_ends_with_the_text(folders: dict[str, Path], family: str) -> N
     item = recognizer.encode_audio(small_models.waves()[0])
     assert recognizer.transcribe(recognizer.collate([item])) == ["low"]
     assert next(steps, None) is None
+
+
+@pytest.mark.parametrize("seconds", [41.0, 40.01])
+def test_a_long_recording_is_read_in_windows(folders: dict[str, Path], seconds: float) -> None:
+    """What is left behind the last window is too short for a frame, or a segment of its own."""
+    recognizer = small_models.load(folders["speech_to_text"])
+    read: list[float] = []
+
+    def hear(batch: dict[str, Any]) -> list[str]:
+        read.append(len(batch["input_features"][0]))
+        return [f"heard {len(read)}"]
+
+    recognizer.transcribe = hear  # type: ignore[assignment, method-assign]
+    done: list[float] = []
+    segments = transcribe_long(recognizer, noise(round(seconds * small_models.RATE)), done.append)
+    expected = [(0.0, 20.0, "heard 1"), (20.0, 40.0, "heard 2")]
+    expected += [(40.0, 41.0, "heard 3")] if seconds == 41 else []
+    assert [(part.start, part.end, part.text) for part in segments] == expected
+    assert done == [20.0, 40.0, seconds]
 
 
 @pytest.mark.parametrize("name", ["decoder_start_token_id", "eos_token_id"])
