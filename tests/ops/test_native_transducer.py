@@ -73,7 +73,9 @@ def test_several_callers_at_once() -> None:
 
 def test_every_instruction_set_computes_the_same(instructions: str) -> None:
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-11)):
-        batch = make(TDT, frames=(11, 5), labels=(5, 2), hidden=40, classes=300, activation="tanh", dtype=dtype)
+        batch = make(
+            TDT, frames=(11, 5), labels=(5, 2), hidden=40, classes=300, activation="tanh", dtype=dtype
+        )
         for given, wanted in zip(every_op(batch), every_op(batch, reference), strict=True):
             torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
 
@@ -213,7 +215,9 @@ def test_the_library_itself_refuses_what_it_could_not_read(name: str, value: int
         with pytest.raises(ValueError, match=message):
             native_ops.transducer_lattice(scores, *lengths, durations=TDT)
     with pytest.raises(ValueError, match=message):
-        native_ops.transducer_gradients(*wrong_batch.joint, *batch.backward_arguments()[7:], **wrong_batch.options)
+        native_ops.transducer_gradients(
+            *wrong_batch.joint, *batch.backward_arguments()[7:], **wrong_batch.options
+        )
 
 
 def test_cells_without_a_flow_are_not_computed() -> None:

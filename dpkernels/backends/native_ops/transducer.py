@@ -141,7 +141,10 @@ def transducer_lattice(
 ) -> tuple[Tensor, Tensor]:
     """See `dpkernels.ops.transducer_lattice`."""
     dense, frames, labels = scores.contiguous(), frame_lengths.contiguous(), target_lengths.contiguous()
-    losses, flows = torch.empty(len(scores), dtype=scores.dtype), torch.zeros(scores.shape, dtype=scores.dtype)
+    losses, flows = (
+        torch.empty(len(scores), dtype=scores.dtype),
+        torch.zeros(scores.shape, dtype=scores.dtype),
+    )
     _function("lattice")(
         dense.data_ptr(),
         native.element_type(scores.dtype),
