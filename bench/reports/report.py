@@ -16,7 +16,7 @@ from bench.harness.checker import OK
 from bench.harness.machine import ROOT
 from bench.harness.results import FOLDER, GROUPS, Results, load
 from bench.reports import kernel as kernel_report
-from bench.reports import plots, profile, scaling
+from bench.reports import plots, profile, scaling, transducer
 from bench.reports import step as step_report
 from bench.reports.step import main_rows
 
@@ -76,8 +76,9 @@ def profiles(folder: Path, device: str | None = None) -> list[str]:
 def pages(folder: Path, device: str | None = None) -> dict[Path, str]:
     """Return the text between the markers of each page, from the results under `folder` (of one device)."""
     results = found(folder, device)
-    parts = [step_report.markdown(results)] if results else []
-    parts += profiles(folder, device) + kernel_report.section(folder, device)
+    steps = step_report.markdown(results)
+    parts = [steps] if steps else []
+    parts += transducer.section(results) + profiles(folder, device) + kernel_report.section(folder, device)
     return {
         README: step_report.summary(results),
         BENCHMARKS: "\n\n".join(parts),
@@ -103,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.print:
         print("\n\n".join(sections.values()))
     else:
-        drawn = plots.draw(results, options.results / "plots") + scaling.draw(options.results)
+        folder = options.results / "plots"
+        drawn = plots.draw(results, folder) + transducer.draw(results, folder) + scaling.draw(options.results)
         for path in drawn:
             print(f"drew {path.relative_to(options.results)}")
         for page, section in sections.items():
@@ -112,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{page.name}: tables replaced")
             except ValueError as error:
                 print(f"{page.name} was left alone: {error}; --print shows the tables", file=sys.stderr)
-    print("\n".join(targets(results)))
+    print("\n".join(targets(results) + transducer.targets(results)))
     return 0
 
 

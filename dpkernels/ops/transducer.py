@@ -170,6 +170,24 @@ def check_joint(
         raise ValueError(f"activation: given {activation!r}; pass one of {', '.join(ACTIVATIONS)}")
 
 
+def _check_backward(
+    encoder: Tensor,
+    predictor: Tensor,
+    normalizers: Tensor,
+    flows: Tensor,
+    grad_losses: Tensor,
+    *,
+    durations: Sequence[int],
+) -> None:
+    cells, count = (*encoder.shape[:2], predictor.shape[1]), len(durations)
+    parts = 2 if count else 1
+    _check.shape("normalizers", normalizers, (*cells, parts), f"[B, T, U+1, {parts}]")
+    _check.shape("flows", flows, (*cells, 2 + count), f"[B, T, U+1, {2 + count}]")
+    _check.shape("grad_losses", grad_losses, (cells[0],), "[B]")
+    _check.floats(flows=flows, normalizers=normalizers, grad_losses=grad_losses)
+    _check.same_device(encoder=encoder, normalizers=normalizers, flows=flows, grad_losses=grad_losses)
+
+
 def transducer_scores(
     encoder: Tensor,
     predictor: Tensor,
@@ -267,6 +285,7 @@ def transducer_gradients(
     """
     joint = (encoder, predictor, weight, bias, targets, frame_lengths, target_lengths)
     check_joint(*joint, blank=blank, durations=durations, activation=activation)
+    _check_backward(encoder, predictor, normalizers, flows, grad_losses, durations=durations)
     result: tuple[Tensor, Tensor] = _gradients(
         *joint,
         normalizers,
@@ -310,6 +329,7 @@ def transducer_cells(
     """
     joint = (encoder, predictor, weight, bias, targets, frame_lengths, target_lengths)
     check_joint(*joint, blank=blank, durations=durations, activation=activation)
+    _check_backward(encoder, predictor, normalizers, flows, grad_losses, durations=durations)
     result: tuple[Tensor, Tensor] = _cells(
         *joint,
         normalizers,

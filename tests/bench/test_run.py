@@ -90,7 +90,7 @@ def test_either_tests_or_chosen_benchmarks_are_collected(
 ) -> None:
     files = (
         "tests/test_readme.py",
-        *(f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model")),
+        *(f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model", "transducer")),
     )
     config = asked(benchmark=benchmarks)
     found = {
@@ -105,7 +105,11 @@ def test_either_tests_or_chosen_benchmarks_are_collected(
     ("paths", "options", "message"),
     [
         (["bench"], {}, "add --benchmark"),
-        ([], {"benchmark": True, "benchmark_groups": "speed"}, "choose from ops, layers, step, model"),
+        (
+            [],
+            {"benchmark": True, "benchmark_groups": "speed"},
+            "choose from ops, layers, step, model, transducer",
+        ),
         ([], {"benchmark": True, "numprocesses": 2}, "leave out -n"),
     ],
 )
@@ -133,7 +137,7 @@ def test_plain_pytest_collects_nothing_of_bench() -> None:
 def test_the_benchmarks_collect_nothing_else() -> None:
     done = run("-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "--collect-only", "-q")
     found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert found == {f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model")}
+    assert found == {f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model", "transducer")}
 
 
 @pytest.mark.slow
@@ -141,7 +145,7 @@ def test_the_benchmarks_collect_nothing_else() -> None:
     ("arguments", "message"),
     [
         (["bench"], "add --benchmark"),
-        (["--benchmark", "--benchmark-groups", "speed"], "choose from ops, layers, step, model"),
+        (["--benchmark", "--benchmark-groups", "speed"], "choose from ops, layers, step, model, transducer"),
     ],
 )
 def test_usage_errors_name_the_mend(arguments: list[str], message: str) -> None:

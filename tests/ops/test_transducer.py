@@ -239,6 +239,27 @@ def test_what_is_refused(message: str) -> None:
         change(make(TDT)).loss()
 
 
+@pytest.mark.parametrize("op", ["transducer_gradients", "transducer_cells"])
+@pytest.mark.parametrize(
+    ("message", "place", "change"),
+    [
+        ("normalizers: expected \\[B, T, U\\+1, 2\\]", 7, lambda t: t[..., :1]),
+        ("flows: expected \\[B, T, U\\+1, 7\\]", 8, lambda t: t[:, :-1]),
+        ("grad_losses: expected \\[B\\]", 9, lambda t: t[:1]),
+        ("grad_losses: expected torch.float32", 9, lambda t: t.double()),
+    ],
+)
+def test_what_a_backward_refuses(
+    op: str, message: str, place: int, change: Callable[[Tensor], Tensor]
+) -> None:
+    """A kernel would read beyond a tensor that is too small."""
+    batch = make(TDT)
+    arguments = list(batch.backward_arguments())
+    arguments[place] = change(arguments[place])
+    with pytest.raises((TypeError, ValueError), match=message):
+        getattr(ops, op)(*arguments, **batch.options)
+
+
 def test_only_sums_over_durations_reach_the_end(torch_backend: str) -> None:
     """A TDT over {1} with one frame a label is one path: its loss is a sum of known terms."""
     batch = make((1,), frames=(3,), labels=(2,), sigma=0.25)
