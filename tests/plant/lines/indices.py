@@ -24,6 +24,8 @@ LINES = (
             "tests/asr_finetune/models/test_checkpoint_fit.py::test_a_blank_outside_the_classes_is_refused": "a blank outside of the classes is refused",
             "tests/asr_finetune/models/test_checkpoint_fit.py::test_a_blank_that_is_a_letter_is_refused": "a blank that is also a letter is refused",
             "tests/ops/test_grouped_checks.py::test_ids_of_no_row_are_refused_in_any_layer": "embedding ids outside of their table are refused in any layer",
+            "tests/ops/test_triton_transducer.py::test_lengths_out_of_range_are_clamped[triton]": "the transducer's kernels clamp lengths, which nobody checks on a GPU",
+            "tests/ops/test_triton_transducer.py::test_labels_out_of_range_are_clamped[triton]": "and labels",
         },
         faults=(
             Fault(
@@ -205,6 +207,20 @@ LINES = (
                 "check(*layer.tensors, factors, *layer.outs, **layer.options)",
                 "pass",
                 "tests/ops/test_grouped_checks.py::test_ids_of_no_row_are_refused_in_any_layer",
+            ),
+            Fault(
+                "a kernel's lengths unclamped",
+                "dpkernels/backends/triton_ops/device.py",
+                "tl.minimum(tl.maximum(tl.load(lengths + sample), 0), frames).to(tl.int32)",
+                "tl.load(lengths + sample).to(tl.int32)",
+                "tests/ops/test_triton_transducer.py::test_lengths_out_of_range_are_clamped[triton]",
+            ),
+            Fault(
+                "a kernel's labels unclamped",
+                "dpkernels/backends/triton_ops/transducer_kernels.py",
+                "label = tl.minimum(tl.maximum(label, 0), CLASSES - 1).to(tl.int32)",
+                "label = label.to(tl.int32)",
+                "tests/ops/test_triton_transducer.py::test_labels_out_of_range_are_clamped[triton]",
             ),
         ),
     ),
