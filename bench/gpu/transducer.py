@@ -3,8 +3,8 @@
     python -m bench.gpu.transducer                          $OUT/<device>/transducer_loss.json
     python -m bench.gpu.transducer --sizes 8,188,50,8198 64,188,50,8198
 
-OUT defaults to bench/results. Every contender has the same bfloat16 states of width 640 and the same output layer, which
-is frozen, and returns the states' gradients. torchaudio's and transformers' losses take the logits of all cells, which
+OUT defaults to bench/results. Every contender has the same bfloat16 states of width 640 and the same frozen output
+layer, and returns the states' gradients. torchaudio's and transformers' losses take the logits of all cells, which
 torch computes. The floor is the time of the three products of 2·B·T·(U+1)·H·V operations by torch.mm: logits, logits
 again, and the gradient of their inputs. A contender whose losses differ from float64 gets no time, nor does one that is
 not installed or runs out of memory.
