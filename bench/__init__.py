@@ -10,6 +10,7 @@
     python -m bench.gpu.run --dry-run                       what a machine with a GPU would run
     python -m bench.gpu.optim                           there: bits and time of the noise and of the update
     python -m bench.gpu.normals --draws 1e8            the noise's distribution
+    python -m bench.gpu.transducer                      the transducer loss beside torchaudio's and transformers'
     python -m bench.gpu.triton_table                        what Triton makes of its kernels for every architecture
     python -m bench.models                              which models are right or refused: docs/models.md
 

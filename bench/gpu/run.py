@@ -69,6 +69,7 @@ def parts(wheels: str, out: str, python: str = sys.executable) -> list[Part]:
         Part("tune", (python, "-m", "bench.gpu.tune", f"--output={out}"), 4),
         Part("peaks", (python, "-m", "bench.asr.peaks", "--device", "cuda", f"--output={out}/peaks.json"), 3),
         Part("optim", (python, "-m", "bench.gpu.optim"), 3),
+        Part("transducer", (python, "-m", "bench.gpu.transducer"), 5),
         # Several processes with one GPU: NCCL in a group of one; two that share the GPU.
         Part("ranks", (*torchrun, "1", "-m", "bench.gpu.ranks"), 3),
         Part("ranks-shared", (*torchrun, "2", "-m", "bench.gpu.ranks"), 3),

@@ -56,6 +56,30 @@ def norms_and_sums(dtype: torch.dtype, d: int, p: int, frames: int = 70) -> None
     ops.clip_and_noise(*layers, factors, outs, **lora)  # type: ignore[arg-type]
 
 
+def transducers(dtype: torch.dtype) -> None:
+    """The transducer loss as an RNN-T and as a TDT, with a label and lengths that are clamped."""
+    encoder, predictor = (
+        torch.randn(BATCH, n, 33, device="cuda").to(dtype).requires_grad_() for n in (21, 7)
+    )
+    targets = torch.randint(-3, 90, (BATCH, 6), device="cuda")
+    lengths = (torch.tensor(n, device="cuda") for n in ([21, 0, 40], [6, 2, -1]))
+    frame_lengths, target_lengths = lengths
+    for durations in (None, (0, 1, 3)):
+        weight = torch.randn(71 + len(durations or ()), 33, device="cuda").to(dtype).requires_grad_()
+        losses = ops.transducer_loss(
+            encoder,
+            predictor,
+            weight,
+            None,
+            targets,
+            frame_lengths,
+            target_lengths,
+            blank=70,
+            durations=durations,
+        )
+        torch.autograd.grad(losses, (encoder, predictor, weight), torch.ones_like(losses))
+
+
 def fused_steps() -> None:
     """The cipher, normals, and both fused steps on tensors of awkward sizes."""
     key = bytes(range(32))
@@ -83,6 +107,7 @@ def main() -> int:
     for dtype in (torch.bfloat16, torch.float32):
         norms_and_sums(dtype, 33, 70)
         norms_and_sums(dtype, 64, 48)
+        transducers(dtype)
     fused_steps()
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -1,7 +1,7 @@
 """Measurements of single kernels outside of `pytest --benchmark`, as Markdown for docs/benchmarks.md.
 
-Each function takes the result that its module saved: `sweep`, `many_normals` and `tensor_cores` under
-bench/results/<device>, and `triton_table`. `section` includes the files that exist.
+Each function takes the result that its module saved: `sweep`, `many_normals`, `transducer_loss` and `tensor_cores`
+under bench/results/<device>, and `triton_table`. `section` includes the files that exist.
 """
 
 from __future__ import annotations
@@ -176,8 +176,31 @@ def triton_table(saved: Saved) -> str:
     )
 
 
+def transducer_loss(saved: Saved) -> str:
+    """The transducer loss beside torchaudio's and transformers', and beside its three products."""
+    head = (
+        f"**The transducer loss, {saved['about']['device']}** ({_origin(saved)}): forward and backward by the states, "
+        f"bfloat16, H = {saved['hidden']}, without padding. Floor: the three products by torch.mm."
+    )
+    rows = []
+    for row in saved["rows"]:
+        size = ", ".join(f"{letter} = {n:,}" for letter, n in zip("BTUV", row["size"], strict=True))
+        floor = row["contenders"]["floor"]["seconds"]
+        for i, (name, of) in enumerate(row["contenders"].items()):
+            cells = ["", "", ""]
+            if "seconds" in of:
+                peak = f"{of['peak_mib']:,.0f}" if "peak_mib" in of else ""
+                time = f"{of['seconds'] * 1e3:.1f} ± {of['iqr'] / 2 * 1e3:.1f}"
+                cells = [time, f"{of['seconds'] / floor:.2f}×", peak]
+            else:
+                cells[0] = of["status"]
+            rows.append([f"{row['kind']}, {size}" if i == 0 else "", name, *cells])
+    return f"{head}\n\n{markdown(['on', 'contender', 'time, ms', '× floor', 'peak MiB'], rows, 'llrrr')}"
+
+
 _OF_A_DEVICE: dict[str, Callable[[Saved], str]] = {
     "tune": tune,
+    "transducer_loss": transducer_loss,
     "sweep": fused_step,
     "peaks": peaks,
     "strategies": strategies,

@@ -10,6 +10,8 @@ from tests.ops.cases import FAMILIES, WITH_LENGTHS, make
 from tests.ops.conftest import TRITON_DEVICE
 from tests.ops.test_grouped import FACTORS, empty, grouped, many
 from tests.ops.test_total_norm import total
+from tests.ops.transducer import TDT
+from tests.ops.transducer import make as make_utterances
 
 if availability.unavailable_reason(TRITON_DEVICE):
     pytest.skip(availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
@@ -61,3 +63,11 @@ def test_many_layers_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = many(1)
     total(cases)
     grouped(cases, empty(cases), FACTORS)
+
+
+def test_a_transducers_loss() -> None:
+    batch = make_utterances(TDT, frames=(9, 4), labels=(2, 3))
+    for tensor in batch.states:
+        tensor.requires_grad_()
+    batch.loss().sum().backward()
+    assert batch.encoder.grad is not None

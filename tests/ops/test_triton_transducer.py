@@ -156,6 +156,17 @@ def test_layouts_change_no_bit() -> None:
     equal(results(replace(batch, **moved)), results(batch))
 
 
+def test_float16_keeps_the_gradients_of_unlikely_classes() -> None:
+    """All logits are equal, so that the gradients cancel: the label's and the blank's against 600 small ones."""
+    batch = make(frames=(2,), labels=(1,), hidden=3, classes=600, bias=False, dtype=torch.float16)
+    batch.weight.fill_(1.0)
+    scores, normalizers = triton_ops.transducer_scores(*batch.joint, **batch.options)
+    losses, flows = triton_ops.transducer_lattice(scores, batch.frame_lengths, batch.target_lengths)
+    small = torch.full_like(losses, 1e-5)
+    for gradient in triton_ops.transducer_gradients(*batch.joint, normalizers, flows, small, **batch.options):
+        assert gradient.abs().max() < 2e-7
+
+
 # ---- values that nobody checks on a GPU ------------------------------------------------------------------------
 
 
