@@ -293,3 +293,12 @@ def test_the_accelerators_backward_is_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, case("sequence"))
     with pytest.raises(TrainerError, match=r"accelerator\.backward\(loss\) is refused"):
         made.accelerator.backward(torch.zeros((), requires_grad=True))
+
+
+def test_the_accelerator_wraps_neither_model_nor_optimizer(tmp_path: Path) -> None:
+    """Its own prepare would replace the model's forward for bf16, and the optimizer by one that may skip steps."""
+    of = case("sequence")
+    made = trainer(tmp_path, of, bf16=True)
+    optimizer = made.create_optimizer()
+    assert made.accelerator.prepare(of.model, optimizer) == (of.model, optimizer)
+    assert "forward" not in vars(of.model)
