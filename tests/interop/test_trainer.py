@@ -302,3 +302,16 @@ def test_the_accelerator_wraps_neither_model_nor_optimizer(tmp_path: Path) -> No
     optimizer = made.create_optimizer()
     assert made.accelerator.prepare(of.model, optimizer) == (of.model, optimizer)
     assert "forward" not in vars(of.model)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_columns_that_the_model_does_not_take_are_left_out(workers: int, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    of = case("sequence")
+    expected = engine_loop(of)
+    rows = [{**row, "input_ids": row["input_ids"].tolist(), "text": "secret"} for row in of.data]
+    rows = [{**row, "attention_mask": row["attention_mask"].tolist()} for row in rows]
+    _, after = run(
+        tmp_path, of, train_dataset=datasets.Dataset.from_list(rows), dataloader_num_workers=workers
+    )
+    assert_same(after, expected)
