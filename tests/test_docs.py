@@ -91,6 +91,13 @@ def test_a_package_without_all_has_its_modules_described() -> None:
     ]
 
 
+def test_every_name_is_described_once() -> None:
+    """A package with a page of its own may lie within another one."""
+    names = [name for page in reference_pages.pages() for name in page.names]
+    assert "dpkernels.interop.trainer.PrivateTrainer" in names
+    assert sorted(names) == sorted(set(names))
+
+
 def test_links_that_leave_the_folder_lead_to_pages_downloads_or_text() -> None:
     source = page = DOCS / "guide.md"
     text = "[a](../CHANGELOG.md#x) [b](../Makefile) [c](../csrc) [d](memory.md) [e](https://example.org)"

@@ -67,12 +67,14 @@ def public_names(module: ModuleType) -> list[str]:
 
 
 def public_modules(package: ModuleType) -> Iterator[ModuleType]:
-    """The package, and its modules where the package itself exports nothing by `__all__`."""
+    """The package, and its modules where the package itself exports nothing by `__all__`; none of other PACKAGES."""
     yield package
     if hasattr(package, "__all__") or not hasattr(package, "__path__"):
         return
+    others = [f"{name}." for name in PACKAGES if name.startswith(f"{package.__name__}.")]
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if not any(part.startswith("_") for part in found.name.split(".")):
+        elsewhere = any(f"{found.name}.".startswith(other) for other in others)
+        if not elsewhere and not any(part.startswith("_") for part in found.name.split(".")):
             yield importlib.import_module(found.name)
 
 

@@ -72,7 +72,8 @@ def test_a_schedule_and_an_optimizer_of_the_users_are_taken(tmp_path: Path) -> N
     of = case("sequence")
     optimizer = torch.optim.SGD(of.model.parameters(), lr=0.5)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
-    made, _ = run(tmp_path, of, optimizers=(optimizer, schedule), logging_steps=1)
+    given = {"optimizers": (optimizer, schedule), "logging_steps": 1}
+    made, _ = run(tmp_path, of, private=privacy(noise_multiplier=0.0), **given)
     assert made.optimizer.original_optimizer is optimizer
     assert [entry["learning_rate"] for entry in made.state.log_history[:4]] == [0.5, 0.25, 0.125, 0.0625]
 
@@ -99,7 +100,8 @@ def test_epochs_are_rounds_of_logical_batches(tmp_path: Path) -> None:
 
 
 def test_epsilon_is_in_every_log_and_no_norm_or_count_of_the_data(tmp_path: Path) -> None:
-    made, _ = run(tmp_path, case("sequence"), save_strategy="steps", save_steps=3, logging_steps=2)
+    given = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "per_device_train_batch_size": 12}
+    made, _ = run(tmp_path, case("sequence"), private=privacy(accountant="rdp"), **given)  # q = 1: quick
     logged = made.state.log_history
     assert [entry["step"] for entry in logged] == [2, 3, 4, 4]
     assert all(entry["delta"] == 1e-3 for entry in logged)
@@ -153,12 +155,14 @@ def test_the_self_check_runs_before_the_first_step_and_stops_the_run(tmp_path: P
 
 def test_training_stops_at_its_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """σ is given, and ε is a limit that four steps do not keep."""
-    private = privacy(target_epsilon=3.0)
-    made, after = run(tmp_path, case("sequence"), private=private)
+    private = privacy(target_epsilon=8.0, accountant="rdp")
+    made, after = run(
+        tmp_path, case("sequence"), per_device_train_batch_size=12, private=private
+    )  # q = 1: quick
     assert 0 < len(after) < 4
     assert made.engine.steps == made.state.global_step == len(after)
-    assert made.state.log_history[-1]["epsilon"] <= 3.0
-    assert "training stops: the next step would exceed target_epsilon=3.0" in caplog.text
+    assert made.state.log_history[-1]["epsilon"] <= 8.0
+    assert "training stops: the next step would exceed target_epsilon=8.0" in caplog.text
 
 
 def test_evaluation_and_prediction_are_trainers_own(tmp_path: Path) -> None:
@@ -293,3 +297,25 @@ def test_the_accelerators_backward_is_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, case("sequence"))
     with pytest.raises(TrainerError, match=r"accelerator\.backward\(loss\) is refused"):
         made.accelerator.backward(torch.zeros((), requires_grad=True))
+
+
+def test_the_accelerator_wraps_neither_model_nor_optimizer(tmp_path: Path) -> None:
+    """Its own prepare would replace the model's forward for bf16, and the optimizer by one that may skip steps."""
+    of = case("sequence")
+    made = trainer(tmp_path, of, bf16=True)
+    optimizer = made.create_optimizer()
+    assert made.accelerator.prepare(of.model, optimizer) == (of.model, optimizer)
+    assert "forward" not in vars(of.model)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_columns_that_the_model_does_not_take_are_left_out(workers: int, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    of = case("sequence")
+    expected = engine_loop(of)
+    rows = [{**row, "input_ids": row["input_ids"].tolist(), "text": "secret"} for row in of.data]
+    rows = [{**row, "attention_mask": row["attention_mask"].tolist()} for row in rows]
+    _, after = run(
+        tmp_path, of, train_dataset=datasets.Dataset.from_list(rows), dataloader_num_workers=workers
+    )
+    assert_same(after, expected)

@@ -161,6 +161,18 @@ def test_a_model_goes_on_in_the_process_of_a_crash(tmp_path: Path) -> None:
     assert resumed.engine.steps == 4
 
 
+def test_an_interrupted_run_can_be_evaluated(tmp_path: Path) -> None:
+    """Its ledger is closed; the ε of an earlier step would be too small."""
+    of = case("sequence")
+    given = {"callbacks": [Stop(2)], "eval_dataset": of.data[:4], "logging_steps": 1}
+    made = trainer(tmp_path, of, private=privacy(ledger=str(tmp_path / "ledger.jsonl")), **given)
+    with pytest.warns(UserWarning, match="noise_key"), pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert "epsilon" in made.state.log_history[-1]
+    assert made.evaluate()["eval_loss"] > 0
+    assert "epsilon" not in made.state.log_history[-1]
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     of = case("sequence")
     given = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}

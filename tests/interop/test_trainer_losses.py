@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from dpkernels.interop.trainer import TrainerError, losses_per_example
-from dpkernels.interop.trainer.losses import check_losses
-from tests.interop.trainers import Case, case
+from dpkernels.interop.trainer import TrainerError, losses_per_example  # noqa: E402
+from dpkernels.interop.trainer.losses import check_losses  # noqa: E402
+from tests.interop.trainers import Case, case  # noqa: E402
 
 KINDS = ("causal", "masked", "sequence", "several", "regression", "token", "seq2seq", "ctc")
 
@@ -27,6 +27,58 @@ def test_each_loss_is_the_models_own_for_that_example_alone(name: str) -> None:
     assert losses.shape == (5,)
     torch.testing.assert_close(losses, alone, rtol=1e-4, atol=1e-5)
     assert len(set(losses.tolist())) == 5, "the examples' losses are the same: nothing was compared"
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+WAVES = {
+    **SMALL,
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 4),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+    "mask_time_prob": 0.0,
+}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+IDS = torch.arange(21).view(3, 7) % 17 + 3
+OTHERS = {
+    "T5": ("T5ForConditionalGeneration", "T5Config", T5, {"input_ids": IDS}),
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "num_key_value_heads": 2}, {"input_ids": IDS}),
+    "ViT": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        {**SMALL, "image_size": 16, "patch_size": 8, "num_labels": 7},
+        {"pixel_values": torch.arange(3 * 3 * 256).view(3, 3, 16, 16).sin()},
+    ),
+    "Wav2Vec2": (
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        WAVES,
+        {"input_values": torch.arange(2400).view(3, 800).sin(), "attention_mask": torch.ones(3, 800).long()},
+    ),
+    "Wav2Vec2 classifier": (
+        "Wav2Vec2ForSequenceClassification",
+        "Wav2Vec2Config",
+        {**WAVES, "num_labels": 7},
+        {"input_values": torch.arange(2400).view(3, 800).sin()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_have_their_own_loss_too(name: str) -> None:
+    model_class, config_class, sizes, inputs = OTHERS[name]
+    text = {} if name == "ViT" else {"vocab_size": 21, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**text, **sizes)).eval()
+    one_label = "num_labels" in sizes
+    batch = {**inputs, "labels": torch.tensor([1, 4, 2]) if one_label else IDS}
+    with torch.no_grad():
+        losses = losses_per_example(model, batch)
+        alone = [model(**{key: value[i : i + 1] for key, value in batch.items()}).loss for i in range(3)]
+    torch.testing.assert_close(losses, torch.stack(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_peft_models_have_the_losses_of_their_base_model() -> None:
@@ -119,6 +171,16 @@ def test_an_example_whose_loss_the_model_cannot_compute_is_passed_over() -> None
     of = case("causal")
     of.data[0] = {**of.data[0], "labels": torch.full_like(of.data[0]["labels"], -100)}  # the model's is NaN
     checked(of)
+
+
+def test_a_loss_that_was_compared_with_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    of = case("causal")
+    of.data = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in of.data]
+    checked(of)
+    assert "could not be compared with the model's own loss" in caplog.text
+    caplog.clear()
+    checked(case("causal"))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 4)])

@@ -79,7 +79,8 @@ class PrivateTrainerMixin(Trainer):
         self.engine: PrivacyEngine | None = None
         self._lengths, self._speakers = lengths, speakers
         self._given_loss = compute_loss_per_example
-        self._spent: tuple[int, dict[str, float]] | None = None
+        self._spent: tuple[int, dict[str, float]] | None = None  # by the number of steps
+        self._closed = False
         super().__init__(*args, **arguments)
         check_arguments(self.args)
         check_accelerator(self)
@@ -108,6 +109,7 @@ class PrivateTrainerMixin(Trainer):
             return super().train(*args, **arguments)
         except BaseException:
             if self.engine is not None:
+                self._closed = True
                 self.engine.close()
             raise
         finally:
@@ -264,10 +266,12 @@ class PrivateTrainerMixin(Trainer):
         super().log(logs, start_time)
 
     def _spent_budget(self) -> dict[str, float]:
-        """ε so far, rounded up, and δ; {} before the first step."""
+        """ε so far, rounded up, and δ; {} before the first step, and where a failed run has closed its ledger."""
         if self.engine is None or self.engine.steps == 0:
             return {}
         if self._spent is None or self._spent[0] != self.engine.steps:
+            if self._closed:
+                return {}
             epsilon = self.engine.get_epsilon(self.privacy.target_delta)
             shown = epsilon if math.isinf(epsilon) else float(shown_epsilon(epsilon))
             self._spent = self.engine.steps, {"epsilon": shown, "delta": self.privacy.target_delta}

@@ -96,6 +96,14 @@ class LogicalBatch:
             "inner loop"
         )
 
+    def __contains__(self, item: object) -> NoReturn:
+        # Without this, `in` would read all micro-batches, and the training loop would find none.
+        raise TypeError(
+            f"{item!r} in logical_batch: the private loader yields logical batches, which consist of micro-batches, "
+            "and `in` would read them all. Write `for batch in logical_batch:` and ask the micro-batch; in a loop like "
+            "transformers' Trainer use dpkernels.interop.trainer.PrivateTrainer"
+        )
+
     def collate(self, part: list[int]) -> Any:
         """A micro-batch of these examples of the logical batch, read again in this process.
 

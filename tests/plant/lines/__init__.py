@@ -16,6 +16,7 @@ from tests.plant.lines import (
     self_check,
     sensitivity,
     sharding,
+    trainer,
 )
 
 AREAS = (
@@ -34,5 +35,6 @@ AREAS = (
     checkpoints,
     ranks,
     sharding,
+    trainer,
 )
 LINES = sorted((line for area in AREAS for line in area.LINES), key=lambda line: line.number)

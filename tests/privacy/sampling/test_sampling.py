@@ -398,3 +398,12 @@ def test_the_frame_budget_holds_for_lengths_of_any_kind(kind: type) -> None:
     assert sorted(index for part in parts for index in part) == list(range(6))
     assert all(len(part) * float(max(lengths[part])) <= 19 for part in parts)
     assert all(min(lengths[a]) >= max(lengths[b]) for a, b in pairwise(parts))
+
+
+def test_the_question_whether_something_is_in_a_logical_batch_reads_nothing() -> None:
+    """As transformers' Trainer asks `"labels" in batch`: all micro-batches would be read, and none trained on."""
+    run = private_run()
+    logical = next(iter(run.loader))
+    with pytest.raises(TypeError, match=r"'labels' in logical_batch: .*PrivateTrainer"):
+        _ = "labels" in logical
+    assert len(list(logical)) == len(logical)
