@@ -213,9 +213,10 @@ def utterance_of(
         source = record.encoded.read() if record.encoded is not None else record.path
         if source is None:
             return problem("no audio")
-        stamped = (
-            stamp(source) if isinstance(source, Path) and source.is_file() else None
-        )  # before it is read
+        if isinstance(source, bytes):
+            stamped: tuple[int, int] | None = (len(source), 0)
+        else:
+            stamped = stamp(source) if source.is_file() else None  # before it is read
         seconds, doubt = headers(source) if isinstance(source, Path) else header(source)
     except (AudioError, OSError) as error:
         return problem(str(error))
