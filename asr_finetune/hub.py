@@ -1,7 +1,10 @@
-"""One request that shows whether the hub can be reached; its own clients retry every request for half a minute."""
+"""The hub: one request that shows whether it can be reached, since its own clients retry every request for half a
+minute, and the files of a data set.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
@@ -23,6 +26,14 @@ def hub_answers(name: str, revision: str | None = None, kind: Literal["model", "
     except (OSError, errors.HTTPError):  # OSError: HF_HUB_OFFLINE
         return False
     return True
+
+
+def downloaded(name: str) -> Path | None:
+    """The folder of a data set's files in the hub's cache, downloaded if need be; None if it does not give them."""
+    try:
+        return Path(huggingface_hub.snapshot_download(name, repo_type="dataset"))
+    except (OSError, errors.HTTPError, errors.HFValidationError):
+        return None
 
 
 def unreachable() -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import dpkernels
 from dpkernels.losses import cross_entropy_per_example
+from dpkernels.rounding import shown_epsilon
 
 parser = argparse.ArgumentParser()
 parser.add_argument(
@@ -110,7 +111,7 @@ for logical_batch in loader:
         mean = torch.cat(losses).mean().item()
         print(f"step {engine.steps}: loss {mean:.3f} (NOT PRIVATE: for the trainer's eyes)")
 
-print(f"epsilon = {engine.get_epsilon():.2f} at delta = {0.1 / len(data):.1e}")
+print(f"epsilon = {shown_epsilon(engine.get_epsilon(), 2)} at delta = {0.1 / len(data):.1e}")
 if options.output:
     model.save_pretrained(options.output)
     print(f"the adapter is in {options.output}")

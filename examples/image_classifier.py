@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
+from dpkernels.rounding import shown_epsilon
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", help="an .npz file with images [N, C, H, W] and labels [N]; default: patterns")
@@ -91,4 +92,4 @@ for logical_batch in loader:
     optimizer.zero_grad()
 
 print(f"after {engine.steps} private steps: accuracy {accuracy():.1%}")
-print(f"epsilon = {engine.get_epsilon():.2f} at delta = {0.1 / len(data):.1e}")
+print(f"epsilon = {shown_epsilon(engine.get_epsilon(), 2)} at delta = {0.1 / len(data):.1e}")

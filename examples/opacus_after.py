@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels import PrivacyEngine
+from dpkernels.rounding import shown_epsilon
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--examples", type=int, default=600)
@@ -46,4 +47,4 @@ for _ in range(options.epochs):
         optimizer.zero_grad()
 
 accuracy = (model(data.tensors[0]).argmax(1) == data.tensors[1]).float().mean().item()
-print(f"accuracy {accuracy:.1%}, epsilon = {engine.get_epsilon(1e-4):.2f}")
+print(f"accuracy {accuracy:.1%}, epsilon = {shown_epsilon(engine.get_epsilon(1e-4), 2)}")

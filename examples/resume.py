@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
 from dpkernels.privacy import read_ledger
+from dpkernels.rounding import shown_epsilon
 
 parser = argparse.ArgumentParser()
 parser.add_argument(
@@ -77,7 +78,7 @@ def run(folder: Path, killed_after: int | None = None) -> None:
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(saved | {"engine": engine.state_dict(), "step": engine.steps}, checkpoint)
 
-    print(f"{engine.steps} steps are spent: epsilon = {engine.get_epsilon():.3f}")
+    print(f"{engine.steps} steps are spent: epsilon = {shown_epsilon(engine.get_epsilon())}")
     engine.close()  # gives up the ledger's lock, as the end of a process does
 
 

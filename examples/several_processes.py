@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dpkernels
 from dpkernels.privacy import join_processes, ranks_of
+from dpkernels.rounding import shown_epsilon
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--examples", type=int, default=2000)
@@ -77,7 +78,7 @@ saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "engi
 if ranks.is_first:
     print(f"{ranks.size} process{'es' if ranks.size > 1 else ''}, the same parameters in each")
     print(f"accuracy on the training data (NOT PRIVATE): {accuracy:.1%}")
-    print(f"epsilon = {engine.get_epsilon():.2f} at delta = {1e-5:.1e}")
+    print(f"epsilon = {shown_epsilon(engine.get_epsilon(), 2)} at delta = {1e-5:.1e}")
     if options.save is not None:
         torch.save(saved, options.save)  # one file, for any number of processes
 engine.close()

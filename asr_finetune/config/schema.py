@@ -19,7 +19,6 @@ from pydantic_core import ArgsKwargs
 from asr_finetune.config.values import (
     CHECKS,
     PLACEHOLDER,
-    ByName,
     ConfigError,
     Count,
     Delta,
@@ -28,7 +27,9 @@ from asr_finetune.config.values import (
     Positive,
     Share,
     Sources,
+    SourcesByName,
     Splits,
+    SplitsByName,
     Text,
     explained,
     fields_of,
@@ -109,13 +110,14 @@ class DataConfig:
 
     train: Sources
     """private training data: folder, listing (.jsonl, .csv, ...) or `datasets` id, or a list of them"""
-    test: ByName | None = None
-    """data for the before/after error rates, or several: {clean: a, other: b}; null: no evaluation"""
+    test: SourcesByName | None = None
+    """data for the before/after error rates, a list of them for one set, or several sets: {clean: a, other: b}; null:
+    no evaluation"""
     valid: Sources | None = None
     """*public* data for the curve over training; null: no curve"""
     train_split: Splits | None = None
     """value of `split` (listing), split (datasets, Common Voice) or subset (LibriSpeech); a list: of each source"""
-    test_split: ByName | None = None
+    test_split: SplitsByName | None = None
     """the same for data.test; for each test set: {clean: test-clean, other: test-other}"""
     valid_split: Splits | None = None
     """the same for data.valid"""
@@ -170,15 +172,15 @@ class DataConfig:
                 "one of them once for all"
             )
 
-    def test_sets(self) -> dict[str, tuple[str, str | None]]:
-        """Source and split of each test set by its name; one without a name is called "test"."""
+    def test_sets(self) -> dict[str, tuple[str | list[str], str | list[str | None] | None]]:
+        """Sources and splits of each test set by its name; one without a name is called "test"."""
         if self.test is None:
             return {}
         sources, splits = self.test, self.test_split
         names = next((values for values in (sources, splits) if isinstance(values, dict)), {"test": None})
         return {
             name: (
-                str(sources[name] if isinstance(sources, dict) else sources),
+                sources[name] if isinstance(sources, dict) else sources,
                 splits[name] if isinstance(splits, dict) else splits,
             )
             for name in names

@@ -9,7 +9,7 @@ import difflib
 import functools
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -71,28 +71,33 @@ def _splits(value: Any) -> Any:
     return items if isinstance(value, list) else items[0]
 
 
-def _by_name(value: Any) -> Any:
-    """One value, or a mapping with one for each test set."""
-    if isinstance(_text(value), str):
-        return _text(value)
-    named = {name: _text(item) for name, item in value.items()} if isinstance(value, Mapping) else {}
-    names_fit = all(isinstance(name, str) and _SET_NAME.fullmatch(name) for name in named)
-    if (
-        not named
-        or not names_fit
-        or not all(item is None or isinstance(item, str) for item in named.values())
-    ):
-        raise ConfigError(
-            f"{value!r} as test data: expected text, or a name (letters, digits, - and _) and a source or split for "
-            "each test set, e.g. {clean: test_clean.jsonl, other: test_other.jsonl}"
-        )
-    return named
+def _by_name(each: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A validator of one value, or of a mapping with one for each test set; `each` validates a value."""
+
+    def validate(value: Any) -> Any:
+        try:
+            if not isinstance(value, Mapping):
+                return each(value)
+            if value and all(isinstance(name, str) and _SET_NAME.fullmatch(name) for name in value):
+                return {name: each(item) for name, item in value.items()}
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {_BY_NAME}") from error
+        raise ConfigError(f"{value!r} as test data: expected text, a list, or names of test sets; {_BY_NAME}")
+
+    return validate
 
 
+_BY_NAME = (
+    "of several test sets give each a name (letters, digits, - and _), e.g. {clean: test_clean.jsonl, other: "
+    "[test_a.jsonl, test_b.jsonl]}"
+)
 Text = Annotated[str, BeforeValidator(_text)]
 Sources = Annotated[str | list[str], BeforeValidator(_sources)]
 Splits = Annotated[str | list[str | None], BeforeValidator(_splits)]
-ByName = Annotated[str | dict[str, str | None], BeforeValidator(_by_name)]
+SourcesByName = Annotated[str | list[str] | dict[str, str | list[str]], BeforeValidator(_by_name(_sources))]
+SplitsByName = Annotated[
+    str | list[str | None] | dict[str, str | list[str | None] | None], BeforeValidator(_by_name(_splits))
+]
 _Int = Annotated[int, BeforeValidator(_number)]
 _Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[_Int, Field(ge=1)]

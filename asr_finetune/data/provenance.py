@@ -39,26 +39,26 @@ def figures(corpus: Corpus) -> dict[str, Any]:
 
 
 def shared_recordings(first: Corpus, other: Corpus) -> list[str]:
-    """Ids in `other` of the recordings that `first` holds too.
+    """Ids in `other` of the recordings that `first` holds too, or a piece of.
 
     Two recordings are the same if they are one file, have equal bytes, or have the same id, transcript and length (to
-    10 ms), like a copy in another format. Bytes are read only if lengths are equal.
+    10 ms), like a copy in another format. Of an utterance that is a piece of a file the whole file counts. Bytes are
+    read only if their number is equal.
     """
     paths = {item.path.resolve() for item in first.utterances if item.path is not None}
     names = {_name(item) for item in first.utterances}
-    lengths: dict[float, list[Utterance]] = defaultdict(list)
+    sizes: dict[int | None, dict[Any, Utterance]] = defaultdict(dict)
     for item in first.utterances:
-        lengths[item.seconds].append(item)
-    contents: dict[float, set[bytes | None]] = {}
+        sizes[_size(item)].setdefault(item.path or id(item), item)  # a file once, whatever pieces it has
+    contents: dict[int, set[bytes | None]] = {}
     shared = []
     for item in other.utterances:
         same = (item.path is not None and item.path.resolve() in paths) or _name(item) in names
-        if not same and item.seconds in lengths:
-            if item.seconds not in contents:
-                contents[item.seconds] = {
-                    _content(item_of_same_length) for item_of_same_length in lengths[item.seconds]
-                } - {None}
-            same = _content(item) in contents[item.seconds]
+        size = None if same else _size(item)
+        if size is not None and size in sizes:
+            if size not in contents:
+                contents[size] = {_content(of_same_size) for of_same_size in sizes[size].values()} - {None}
+            same = _content(item) in contents[size]
         if same:
             shared.append(item.id)
     return shared
@@ -74,19 +74,33 @@ def _name(item: Utterance) -> tuple[str, str, float]:
     return item.id.removeprefix(item.origin), item.text, round(item.seconds, 2)
 
 
+def _size(item: Utterance) -> int | None:
+    """The number of bytes of an utterance's stored audio; None if it cannot be read."""
+    if item.stamp is not None:
+        return item.stamp[0]
+    try:
+        if item.path is not None:
+            return item.path.stat().st_size
+        content = _stored(item)
+    except (AudioError, OSError):
+        return None
+    return None if content is None else len(content)
+
+
 def _content(item: Utterance) -> bytes | None:
     """The digest of an utterance's stored audio; None if it cannot be read."""
     if item.digest is not None:
         return item.digest
     try:
-        if item.path is not None:
-            content = item.path.read_bytes()
-        elif item.encoded is not None:
-            content = item.encoded.read()
-        elif item.array is not None:
-            content = item.array.tobytes()
-        else:
-            return None
+        content = _stored(item)
     except (AudioError, OSError):
         return None
-    return digest(content)
+    return None if content is None else digest(content)
+
+
+def _stored(item: Utterance) -> bytes | None:
+    if item.path is not None:
+        return item.path.read_bytes()
+    if item.encoded is not None:
+        return item.encoded.read()
+    return None if item.array is None else item.array.tobytes()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +24,9 @@ from asr_finetune.data.corpus import Corpus, require_utterances
 from asr_finetune.data.records import TRAINING, Needs, Record
 from asr_finetune.data.repeats import digest
 from asr_finetune.data.utterance import AudioError, Problem, Utterance
+from asr_finetune.hub import downloaded
 
+logger = logging.getLogger("asr_finetune")
 Source = str | Sequence[str]
 Split = str | Sequence[str | None] | None
 KNOWN = (
@@ -123,7 +126,19 @@ def read_records(
             f"data: {source!r} is {'no format' if path.exists() else 'not there, or nothing'} that is "
             f"known here: give {KNOWN}"
         )
-    return tables.read_table(source, split, data, needs)
+    return _hub_records(source, split, data, needs)
+
+
+def _hub_records(source: str, split: str | None, data: DataConfig, needs: Needs) -> Iterator[Record]:
+    """The records of a data set of the hub; the files of one that `datasets` could load with FFmpeg only."""
+    try:
+        yield from tables.read_table(source, split, data, needs)
+    except tables.NeedsDecoder as error:  # before the first record
+        folder = downloaded(source)
+        if folder is None:
+            raise
+        logger.info("%s; its files are read from %s", error, folder)
+        yield from _folder_records(str(folder), folder, split, data, needs)
 
 
 def _folder_records(
@@ -198,9 +213,10 @@ def utterance_of(
         source = record.encoded.read() if record.encoded is not None else record.path
         if source is None:
             return problem("no audio")
-        stamped = (
-            stamp(source) if isinstance(source, Path) and source.is_file() else None
-        )  # before it is read
+        if isinstance(source, bytes):
+            stamped: tuple[int, int] | None = (len(source), 0)
+        else:
+            stamped = stamp(source) if source.is_file() else None  # before it is read
         seconds, doubt = headers(source) if isinstance(source, Path) else header(source)
     except (AudioError, OSError) as error:
         return problem(str(error))

@@ -16,6 +16,10 @@ from asr_finetune.hub import hub_answers, unreachable
 FILES = {".parquet": "parquet", ".arrow": "arrow"}  # suffix -> the builder of `datasets`
 
 
+class NeedsDecoder(ConfigError):
+    """A data set of the hub whose loading encodes audio, as an audiofolder's does: its files are read instead."""
+
+
 def read_table(source: str, split: str | None, data: DataConfig, needs: Needs = TRAINING) -> Iterator[Record]:
     """The records of a table, whose audio is a path, the bytes of a file, or samples.
 
@@ -104,9 +108,10 @@ def _load_table(source: str, split: str | None) -> dict[str, Any]:
         there = f" ({unreachable()}, and there is no earlier download)" if away else ""
         reason = _first_line(error)
         if "torchcodec" in reason and not path.exists():
-            reason += (
-                f". No need: run `hf download {name} --repo-type dataset --local-dir FOLDER`, and give FOLDER"
-            )
+            raise NeedsDecoder(
+                f"data: `datasets` needs torchcodec to load {source!r}: run `hf download {name} --repo-type dataset "
+                f"--local-dir FOLDER`, and give FOLDER, which is read without it. Its error: {reason}"
+            ) from error
         raise ConfigError(
             f"data: `datasets` cannot load {source!r}{there}: give one of the formats of docs/data.md, or a "
             f"dataset id that this machine can download. Its error: {reason}"

@@ -92,7 +92,8 @@ class Utterance:
         encoded: an audio file's bytes held elsewhere, instead of `path`.
         place: its "file:line" in a manifest, or "".
         digest: the digest of `encoded`, for finding repeats; see `repeats.digest`.
-        stamp: size and time of change of the file at `path` when it was listed, or None; see `audio.stamp`.
+        stamp: size and time of change of the file at `path` when it was listed, see `audio.stamp`; of `encoded` bytes
+            their number and 0; None if unknown.
         origin: what its id begins with, to stay apart from those of other sources; "" with a single source.
         piece: the (start, end) of the utterance in its file, seconds; None: the whole file.
         doubts: what is doubtful in it ("cut short: ..."): its header's when it was read, else noted by `audio.decode`.

@@ -20,7 +20,14 @@ from asr_finetune.training.record import unit_name
 from asr_finetune.training.run_folder import RunFolder, by_test_set
 from dpkernels.errors import UserError
 from dpkernels.files import writing
-from dpkernels.privacy import DELTAS, ClaimError, audit_ledger, claimed_epsilon, detection_bounds
+from dpkernels.privacy import (
+    DELTAS,
+    SAFE_DELTA_TIMES_N,
+    ClaimError,
+    audit_ledger,
+    claimed_epsilon,
+    detection_bounds,
+)
 from dpkernels.rounding import shown_epsilon, shown_sigma
 
 # Steps at which the plot of ε is computed.
@@ -86,6 +93,7 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         "ledger": ledger,
         "data": data,
         "second_opinion": _second_opinion(privacy) if private else None,
+        "safe_delta_times_n": SAFE_DELTA_TIMES_N,
         "unit": unit_name(run),
         "model": model,
         "origin": run.get("origin"),

@@ -111,7 +111,7 @@ def _data_record(config: Config, count: int | None, fingerprint: str | None) -> 
         "pieces": data.pieces == "examples" and config.privacy.unit == "example",
         "fingerprint": fingerprint,
         "test": _shown(data.test),
-        "test_split": data.test_split,
+        "test_split": _shown(data.test_split),
         "valid": _shown(data.valid) if config.train.eval_every else None,
         "valid_split": _shown(data.valid_split) if config.train.eval_every else None,
         "filters": _filters(data),

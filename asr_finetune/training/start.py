@@ -166,7 +166,7 @@ class Run:
         self.shares_training = False
         return "\n".join(self._test_set(name, *source) for name, source in sets.items())
 
-    def _test_set(self, name: str, source: str, split: str | None) -> str:
+    def _test_set(self, name: str, source: Source, split: Split) -> str:
         label = "test" if name == "test" else f"test_{name}"
         self.tests[name], summary = self._read(label, source, split)
         corpus = self.tests[name].corpus

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -126,6 +127,29 @@ def test_copies_of_a_recording_are_the_same_recording(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match="1 pieces share samples"):
         units(config(pieces="examples"), read(manifest(tmp_path, entries)))
+
+
+@pytest.mark.parametrize("train", [{"offset": 0.5, "duration": 0.5}, {}], ids=["piece", "whole"])
+@pytest.mark.parametrize("test", [{"offset": 1.2, "duration": 0.5}, {}], ids=["piece", "whole"])
+def test_a_copy_of_a_file_is_shared_whatever_is_taken_of_it(
+    tmp_path: Path, train: dict[str, float], test: dict[str, float]
+) -> None:
+    for name, seed in (("a", 0), ("copy", 0), ("unlike", 1)):
+        soundfile.write(tmp_path / f"{name}.wav", noise(2.0, seed), RATE)
+    rows = [{"audio": f"{name}.wav", "text": name, **test} for name in ("copy", "unlike")]
+    first = read(manifest(tmp_path, [{"audio": "a.wav", "text": "a", **train}]))
+    assert shared_recordings(first, read(manifest(tmp_path, rows))) == ["copy"]
+
+
+def test_the_bytes_of_a_file_in_a_table_are_its_copy(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(2.0), RATE)
+    path = tmp_path / "table.parquet"
+    datasets.Dataset.from_dict(
+        {"audio": [{"bytes": (tmp_path / "a.wav").read_bytes()}], "text": ["b"]}
+    ).to_parquet(path)
+    piece = read(manifest(tmp_path, [{"audio": "a.wav", "text": "a", "offset": 0.5, "duration": 0.5}]))
+    assert shared_recordings(piece, read(path)) == ["train-0"]
+    assert shared_recordings(read(path), piece) == ["a"]
 
 
 def test_another_piece_of_a_training_recording_is_shared(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def test_a_manifest_of_public_sentences(tmp_path: Path) -> None:
     manifest, count = speak(texts, tmp_path / "speech", 3)
     corpus = load_corpus(str(manifest), split=None, data=DataConfig(train=str(manifest)))
     assert count == len(corpus) == 6
+    by_folder = load_corpus(str(tmp_path / "speech"), split=None, data=DataConfig(train="speech"))
+    assert by_folder.utterances == corpus.utterances
     assert {utterance.text for utterance in corpus.utterances} == {"One two.", "three four"}
     assert len(set(corpus.speakers)) == 3
     assert corpus.decoded(Reporter(False), "").problems == []

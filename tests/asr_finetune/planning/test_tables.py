@@ -168,7 +168,10 @@ def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [url.partition("/datasets/")[2] for url in asked] == ["nobody/no-such-data/resolve/main/README.md"]
 
 
-def test_an_audio_folder_on_the_hub_needs_no_torchcodec_either(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub_without_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that answers, and a `datasets` that cannot load an audiofolder without torchcodec."""
+
     def load(name: str, configuration: str | None) -> None:
         try:
             raise ImportError("To support encoding audio data, please install 'torchcodec'.")
@@ -177,6 +180,30 @@ def test_an_audio_folder_on_the_hub_needs_no_torchcodec_either(monkeypatch: pyte
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+@pytest.mark.usefixtures("hub_without_codec")
+def test_an_audio_folder_on_the_hub_needs_no_torchcodec_either(
+    audio_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def download(name: str, repo_type: str) -> str:
+        asked.append((name, repo_type))
+        return str(audio_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    named = {"columns": {"text": "words", "speaker": "who"}}
+    assert texts(read(Path("nobody/audio"), "train+test", **named)) == {"0": "text 0", "1": "text 1"}
+    assert asked == [("nobody/audio", "dataset")]
+
+
+@pytest.mark.usefixtures("hub_without_codec")
+def test_an_audio_folder_that_the_hub_does_not_give_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, repo_type: str) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no such file here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(
         ConfigError, match=r"torchcodec.*hf download nobody/audio --repo-type dataset --local-dir"
     ):

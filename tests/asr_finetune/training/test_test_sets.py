@@ -33,6 +33,13 @@ def config(**data: Any) -> Config:
         ({"test": "a", "test_split": {"x": "s", "y": None}}, {"x": ("a", "s"), "y": ("a", None)}),
         ({"test": {"x": "a"}, "test_split": {"x": 19}}, {"x": ("a", "19")}),
         ({"test_split": {"x": "s"}}, {}),
+        ({"test": ["a", "b"]}, {"test": (["a", "b"], None)}),
+        ({"test": ["a", "b"], "test_split": ["s", None]}, {"test": (["a", "b"], ["s", None])}),
+        ({"test": {"x": ["a", "b"], "y": ["c"]}}, {"x": (["a", "b"], None), "y": ("c", None)}),
+        (
+            {"test": {"x": ["a", "b"], "y": "c"}, "test_split": {"x": ["s", "t"], "y": None}},
+            {"x": (["a", "b"], ["s", "t"]), "y": ("c", None)},
+        ),
     ],
 )
 def test_what_the_test_sets_are(data: dict[str, Any], sets: dict[str, Any]) -> None:
@@ -44,11 +51,14 @@ def test_what_the_test_sets_are(data: dict[str, Any], sets: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"test": {}}, "or a name"),
-        ({"test": {"../x": "a"}}, "or a name"),
-        ({"test": {"x": ["a"]}}, "or a name"),
+        ({"test": {}}, "give each a name"),
+        ({"test": {"../x": "a"}}, "give each a name"),
+        ({"test": {"x": None}}, "expected a folder, a file or an id, or a list"),
+        ({"test": {"x": {"y": "a"}}}, "expected a folder, a file or an id, or a list"),
+        ({"test": ["a", 1.5]}, "expected a folder, a file or an id, or a list"),
+        ({"test": []}, "expected a folder, a file or an id, or a list"),
         ({"test": {"x": "a"}, "test_split": {"y": "s"}}, "for the same test sets"),
-        ({"test": 1.5}, "expected text"),
+        ({"test": 1.5}, "expected a folder, a file or an id, or a list"),
     ],
 )
 def test_what_cannot_be_test_sets(data: dict[str, Any], message: str) -> None:
@@ -102,7 +112,7 @@ def test_training_data_among_any_of_them_is_noticed(runs: Path) -> None:
     tests = {
         "own": str(runs / "clean.jsonl"),
         "trained": str(runs / "tones.jsonl"),
-        "last": str(runs / "other.jsonl"),
+        "last": [str(runs / "clean.jsonl"), str(runs / "other.jsonl")],
     }
     values = tones.settings(
         runs,
@@ -116,6 +126,11 @@ def test_training_data_among_any_of_them_is_noticed(runs: Path) -> None:
     assert json.loads((runs / "run" / "not_private" / "test_data.json").read_text()) == {
         "shares_training": True
     }
+    record = json.loads((runs / "run" / "run.json").read_text())
+    assert record["data"]["test"]["last"] == "clean.jsonl + other.jsonl"
+    assert record["evaluation"]["after"]["last"]["utterances"] == 8
+    text = visible(write_report(runs / "run", runs / "report.html").read_text())
+    assert "last: clean.jsonl + other.jsonl" in text
 
 
 @pytest.mark.slow

@@ -205,6 +205,12 @@ def test_killed_and_resumed(
     said = capsys.readouterr().out
     assert "resuming from the checkpoint at step 4 of 8" in said
     assert "counts 6 steps, 2 of them after the checkpoint" in said
+    for work in (
+        "loading ",
+        "train: reading the list of recordings",
+        "self-check: comparing the gradients of",
+    ):
+        assert work in said  # what may take seconds is announced
     assert "stopped after 7 of 8 steps" in said
     # 6 steps before the kill and 3 after it are the 9 that the target allows; the model has taken 4 + 3.
     assert check_counts(config, result) == 9
