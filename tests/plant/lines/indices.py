@@ -26,6 +26,7 @@ LINES = (
             "tests/ops/test_grouped_checks.py::test_ids_of_no_row_are_refused_in_any_layer": "embedding ids outside of their table are refused in any layer",
             "tests/nn/layers/test_joint.py::test_an_impossible_target_adds_exactly_nothing": "an impossible target of a transducer is marked, has gradient 0 and changes no other example",
             "tests/nn/layers/test_joint.py::test_frames_that_no_durations_fill_are_impossible": "so is one whose frames no durations fill",
+            "tests/asr_finetune/models/test_transducer.py::test_an_impossible_label_adds_nothing_and_moves_no_other_utterance": "so does one in a transducer",
         },
         faults=(
             Fault(
@@ -228,6 +229,13 @@ LINES = (
                 "frame_lengths.masked_fill(~possible, 0)",
                 "frame_lengths.masked_fill(~possible, 1)",
                 "tests/nn/layers/test_joint.py::test_an_impossible_target_adds_exactly_nothing",
+            ),
+            Fault(
+                "a transducer's decoder ids not held to the table",
+                "asr_finetune/models/transducer.py",
+                "labels.masked_fill(~known, self.blank)",
+                "labels.masked_fill(labels < 0, self.blank)",
+                "tests/asr_finetune/models/test_transducer.py::test_an_impossible_label_adds_nothing_and_moves_no_other_utterance",
             ),
         ),
     ),
