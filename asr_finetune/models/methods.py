@@ -1,7 +1,7 @@
 """The trained parameters: all, adapters, biases, or the output layer::
 
     full     every parameter that has a norm rule: not those under weight norm (Wav2Vec2's positions), and not those of
-             layers that the model does not call but reads (WavLM's attention)
+             modules that read the weights of layers in place of calling them (WavLM's attention)
     lora     PEFT's LoRA on the linear layers of attention and feed-forward (Whisper: q_proj and v_proj), or on any
              choice of linear layers and pointwise convolutions that `method.targets` names
     bitfit   the biases of linear and convolution layers; those of norms stay frozen
@@ -91,8 +91,9 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             module.requires_grad_(False)
-    for name in recognizer.unused_layers:
-        model.get_submodule(name).requires_grad_(False)
+    if method.kind in ("full", "bitfit"):
+        for name in recognizer.unused_layers:  # the module around such a layer reads its weight
+            model.get_submodule(name.rpartition(".")[0]).requires_grad_(False)
     if with_head and method.kind in ("full", "bitfit"):
         _train(model, recognizer.heads)
     if recognizer.dtype is not torch.float32:
