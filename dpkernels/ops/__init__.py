@@ -12,7 +12,7 @@ from dpkernels import reference
 from dpkernels.backends import registry
 from dpkernels.ops.bias import bias_norm_sq, bias_weighted_sum
 from dpkernels.ops.chacha20 import chacha20_keystream, chacha20_normal
-from dpkernels.ops.clip import clip_factors
+from dpkernels.ops.clip import automatic_clip_factors, clip_factors
 from dpkernels.ops.depthwise_conv1d import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.ops.embedding import embedding_norm_sq, embedding_weighted_sum
 from dpkernels.ops.grouped import total_norm_sq, weighted_sums
@@ -34,6 +34,7 @@ registry.add_reference(reference.DEFINITIONS)
 
 __all__ = [
     "GroupedLayer",
+    "automatic_clip_factors",
     "bias_norm_sq",
     "bias_weighted_sum",
     "chacha20_keystream",

@@ -40,6 +40,8 @@ def zeros(shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
 def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if op == "clip_factors":
         return (torch.rand(4), 1.0), {}
+    if op == "automatic_clip_factors":
+        return (torch.rand(4), 1.0, 0.01), {}
     if op == "lora_gradients":
         return tuple(make("lora").tensors.values()), {}
     if op in STATES:
