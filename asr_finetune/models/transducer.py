@@ -302,6 +302,11 @@ def _check_options(config: ModelConfig, architecture: Any) -> None:
             f"model.name={config.name!r}: its joint network has the activation {architecture.hidden_act!r}; the "
             "transducer loss has relu and tanh: use a model with one of these"
         )
+    if config.target_lang is not None:
+        raise ConfigError(
+            f"model.target_lang={config.target_lang!r} is for CTC models with an adapter for each language (MMS): "
+            "leave it null"
+        )
     if config.shard:
         raise ConfigError(
             "model.shard=true: a transducer's loss reads the joint network's output layer outside of the model's "

@@ -41,7 +41,8 @@ from asr_finetune.console import Reporter
 from asr_finetune.models.alphabets import CHARACTERS, ctc_tokenizer
 from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.methods import apply_method
-from asr_finetune.models.recognizer import trained_parameters
+from asr_finetune.models.recognizer import Recognizer, trained_parameters
+from asr_finetune.models.transducer import TransducerRecognizer
 from asr_finetune.planning.memory import losses_of
 from asr_finetune.training.setup import make_optimizer, make_private, prepare_blocks
 from bench.asr.data import LONGEST, MEAN_SECONDS, librispeech_like_seconds
@@ -57,12 +58,26 @@ RECIPES = [
     for model in ("parakeet", "wav2vec2_bert")
     for kind in ("lora", "dp_rp", "bitfit", "full")
 ]
+RECIPES += ["parakeet_tdt_lora", "parakeet_tdt_new_decoder", "omniasr_ctc_lora", "lasr_ctc_lora"]
 UTTERANCES = 281_241
 SEED = 20
-# Frames of features, and labels, in a second of speech: Parakeet's 10 ms, word pieces; Wav2Vec2-BERT's 20 ms, letters.
-_FRAMES = {"parakeet_ctc": 100, "wav2vec2-bert": 50}
-_LABELS = {"parakeet_ctc": 4, "wav2vec2-bert": 15}
-_WIDTH = {"parakeet_ctc": 80, "wav2vec2-bert": 160}
+# Frames of features, and labels, in a second of speech: Parakeet's 10 ms, word pieces; Wav2Vec2-BERT's 20 ms, letters;
+# OmniASR's samples, letters; LASR's 10 ms, word pieces.
+_FRAMES = {
+    "parakeet_ctc": 100,
+    "parakeet_tdt": 100,
+    "wav2vec2-bert": 50,
+    "omniasr_ctc": 16_000,
+    "lasr_ctc": 100,
+}
+_LABELS = {"parakeet_ctc": 4, "parakeet_tdt": 4, "wav2vec2-bert": 15, "omniasr_ctc": 15, "lasr_ctc": 4}
+_WIDTH = {
+    "parakeet_ctc": (80,),
+    "parakeet_tdt": (80,),
+    "wav2vec2-bert": (160,),
+    "omniasr_ctc": (),
+    "lasr_ctc": (128,),
+}
 
 Entry = dict[str, Any]
 
@@ -77,7 +92,7 @@ class Noise(Dataset[dict[str, Tensor]]):
         longest = float(seconds.max())
         self._frames = np.maximum((seconds * _FRAMES[kind]).astype(int), 2)
         self._labels = np.maximum((seconds * _LABELS[kind]).astype(int), 1)
-        self._features = torch.randn(int(longest * _FRAMES[kind]) + 2, _WIDTH[kind], generator=generator)
+        self._features = torch.randn(int(longest * _FRAMES[kind]) + 2, *_WIDTH[kind], generator=generator)
         self._text = torch.randint(2, 30, (int(longest * _LABELS[kind]) + 2,), generator=generator)
 
     def __len__(self) -> int:
@@ -85,9 +100,9 @@ class Noise(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         features, labels = self._features[: self._frames[index]], self._text[: self._labels[index]]
-        return {"input_features": features, "labels": labels}
+        return {"input_features" if features.dim() == 2 else "input_values": features, "labels": labels}
 
-    def lengths(self, recognizer: CTCRecognizer) -> list[int]:
+    def lengths(self, recognizer: Recognizer) -> list[int]:
         """Encoder frames of each."""
         frames: list[int] = recognizer.frames(torch.from_numpy(self._frames)).tolist()
         return frames
@@ -95,17 +110,27 @@ class Noise(Dataset[dict[str, Tensor]]):
 
 def full_size(name: str) -> Any:
     """The model of a recipe's `model.name`, with its own configuration and random weights."""
-    if "parakeet" in name:
-        parakeet = transformers.ParakeetCTCConfig()
-        parakeet._attn_implementation = "sdpa"
-        return transformers.ParakeetForCTC(parakeet)
-    classes = len(ctc_tokenizer(CHARACTERS, "characters"))
-    bert = transformers.Wav2Vec2BertConfig(vocab_size=classes, pad_token_id=0)
-    bert._attn_implementation = "sdpa" if transformers.Wav2Vec2BertForCTC._supports_sdpa else "eager"
-    return transformers.Wav2Vec2BertForCTC(bert)
+    config: Any
+    if "w2v-bert" in name:
+        classes = len(ctc_tokenizer(CHARACTERS, "characters"))
+        config, kind = (
+            transformers.Wav2Vec2BertConfig(vocab_size=classes, pad_token_id=0),
+            "Wav2Vec2BertForCTC",
+        )
+    elif "tdt" in name:
+        config, kind = transformers.ParakeetTDTConfig(), "ParakeetForTDT"
+    elif "omniasr" in name:
+        config, kind = transformers.OmniASRCTCConfig(), "OmniASRForCTC"
+    elif "medasr" in name:
+        config, kind = transformers.LasrCTCConfig(), "LasrForCTC"
+    else:
+        config, kind = transformers.ParakeetCTCConfig(), "ParakeetForCTC"
+    model_class = getattr(transformers, kind)
+    config._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
+    return model_class(config)
 
 
-def recogniser(config: Config, device: str) -> CTCRecognizer:
+def recogniser(config: Config, device: str) -> Recognizer:
     """The recipe's model, its method applied."""
     no_tf32()  # as a recogniser that is loaded
     with torch.device(device):
@@ -117,9 +142,12 @@ def recogniser(config: Config, device: str) -> CTCRecognizer:
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 module.reset_parameters()
         names = ["input_features", "attention_mask"]
-        extractor = SimpleNamespace(sampling_rate=16_000, model_input_names=names)
+        extractor: Any = SimpleNamespace(sampling_rate=16_000, model_input_names=names)
+        if "omniasr" in config.model.name:
+            extractor = transformers.OmniASRFeatureExtractor()
         processor = SimpleNamespace(feature_extractor=extractor, tokenizer=None)
-        recognizer = CTCRecognizer(
+        kind = TransducerRecognizer if "tdt" in config.model.name else CTCRecognizer
+        recognizer = kind(
             model,
             processor,
             name=config.model.name,
@@ -127,11 +155,15 @@ def recogniser(config: Config, device: str) -> CTCRecognizer:
             dtype=DTYPES[config.model.dtype],
         )
         apply_method(recognizer, config.method)
+    # What the inputs learn from the extractor they learn now: a prediction's tensors have no values.
+    recognizer.inputs.arguments(
+        recognizer.collate([Noise(model.config.model_type, np.array([1.0]))[0]]), torch.float32
+    )
     recognizer.model.train()
     return recognizer
 
 
-def predict(config: Config, recognizer: CTCRecognizer, target: Any) -> Entry:
+def predict(config: Config, recognizer: Recognizer, target: Any) -> Entry:
     """The planner's peak of a micro-batch of the longest utterances; the model's own FLOPs for one of mean length."""
     longest, typical = Noise(recognizer.base.config.model_type, np.array([LONGEST, MEAN_SECONDS]))
     with MemoryEstimator(
@@ -152,7 +184,7 @@ def predict(config: Config, recognizer: CTCRecognizer, target: Any) -> Entry:
 
 
 def private_run(
-    config: Config, recognizer: CTCRecognizer, data: Noise, batch: int
+    config: Config, recognizer: Recognizer, data: Noise, batch: int
 ) -> tuple[PrivacyEngine, Any, Any]:
     """A private run of two logical steps of `batch` expected utterances, as `train` prepares it."""
     drawn = replace(config, train=replace(config.train, batch_size=batch, num_workers=0))
@@ -212,12 +244,12 @@ def measure_time(config: Config, device: str, batch: int) -> Entry:
     }
 
 
-def _backward(recognizer: CTCRecognizer, optimizer: Any, batches: Sequence[dict[str, Tensor]]) -> None:
+def _backward(recognizer: Recognizer, optimizer: Any, batches: Sequence[dict[str, Tensor]]) -> None:
     for batch in batches:
         optimizer.backward(recognizer.loss_per_example(recognizer.model, batch))
 
 
-def _self_check(engine: PrivacyEngine, recognizer: CTCRecognizer, data: Noise) -> Entry:
+def _self_check(engine: PrivacyEngine, recognizer: Recognizer, data: Noise) -> Entry:
     places = (0, 1, 2)
     singles = [recognizer.collate([data[place]]) for place in places]
     began = time.perf_counter()

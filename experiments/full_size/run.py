@@ -1,12 +1,14 @@
 """Clipped sums of the whole 608.8 M and 580.5 M models against gradients taken one utterance at a time.
 
     python experiments/full_size/run.py [parakeet] [wav2vec2-bert] [--blocks 24] [--methods full lora]
+    python experiments/full_size/run.py parakeet_tdt parakeet_rnnt --dtype float32
 
 The real configurations with random weights, in float64, so that a fault in any one parameter shows, however small its
-gradient is. Three utterances of unlike lengths go through one private backward in which every parameter is trained,
-with the real CTC loss; what it would add to the sums is compared with Σ_i min(1, C/‖g_i‖)·g_i of the utterances alone
-(no batch, no padding, torch's own layers), and so is the same batch with half as much padding again. Gradients are
-compared a few hundred megabytes at a time: everything at once would not fit into the 10 GB this takes.
+gradient is; float32 takes half the memory. Three utterances of unlike lengths go through one private backward in which
+every parameter is trained, with the real CTC or transducer loss; what it would add to the sums is compared with
+Σ_i min(1, C/‖g_i‖)·g_i of the utterances alone (no batch, no padding, torch's own layers), and so is the same batch
+with half as much padding again. Gradients are compared a few hundred megabytes at a time: everything at once would not
+fit into the 10 GB this takes.
 
 results.json holds the largest errors by kind of parameter; README.md says what they show.
 `tests/asr_finetune/models/test_real_widths.py` runs two blocks of it.
@@ -30,7 +32,7 @@ import transformers
 from torch import Tensor, nn
 
 from asr_finetune.config.schema import MethodConfig
-from asr_finetune.models.loading import CTCRecognizer
+from asr_finetune.models.loading import CTCRecognizer, Recognizer, TransducerRecognizer
 from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
 from dpkernels import __version__, ops
@@ -40,12 +42,20 @@ from dpkernels.privacy.step.clipping import total_norm_sq
 RATE = 16_000
 FRAMES = {
     "parakeet": (96, 72, 49),
+    "parakeet_tdt": (96, 72, 49),
+    "parakeet_rnnt": (96, 72, 49),
     "wav2vec2-bert": (40, 31, 22),
 }  # of features: about half a second to a second
 LABELS = (4, 3, 2)
 # LoRA on every linear layer and every pointwise convolution there is.
+_PARAKEET = (
+    "q_proj k_proj v_proj o_proj relative_k_proj linear1 linear2 linear pointwise_conv1 pointwise_conv2"
+)
+_TRANSDUCER = f"{_PARAKEET} encoder_projector decoder_projector"
 TARGETS = {
-    "parakeet": "q_proj k_proj v_proj o_proj relative_k_proj linear1 linear2 linear pointwise_conv1 pointwise_conv2",
+    "parakeet": _PARAKEET,
+    "parakeet_tdt": _TRANSDUCER,
+    "parakeet_rnnt": _TRANSDUCER,
     "wav2vec2-bert": "linear_q linear_k linear_v linear_out intermediate_dense output_dense projection lm_head "
     "pointwise_conv1 pointwise_conv2",
 }
@@ -55,18 +65,19 @@ CHUNK = 48_000_000  # parameters whose gradients are held at once
 FLOOR = 1e-9
 
 
-def recognizer_of(family: str, blocks: int = 24) -> CTCRecognizer:
-    """The real configuration with `blocks` of its 24 blocks and random float64 weights that all matter."""
+def recognizer_of(family: str, blocks: int = 24, dtype: torch.dtype = torch.float64) -> Recognizer:
+    """The real configuration with `blocks` of its 24 blocks and random weights that all matter."""
     none = dict.fromkeys(("attention_dropout", "activation_dropout", "layerdrop"), 0.0)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         torch.manual_seed(0)
-        if family == "parakeet":
+        if family.startswith("parakeet"):
             encoder = {"num_hidden_layers": blocks, "dropout": 0.0, "dropout_positions": 0.0, **none}
-            config: Any = transformers.ParakeetCTCConfig(encoder_config=encoder)
+            kind = family.partition("_")[2].upper() or "CTC"
+            config: Any = getattr(transformers, f"Parakeet{kind}Config")(encoder_config=encoder)
             config._attn_implementation = "sdpa"
-            model: Any = transformers.ParakeetForCTC(config)
+            model: Any = getattr(transformers, f"ParakeetFor{kind}")(config)
         else:
             more = dict.fromkeys(
                 ("hidden_dropout", "feat_proj_dropout", "conformer_conv_dropout", "final_dropout"), 0.0
@@ -83,7 +94,8 @@ def recognizer_of(family: str, blocks: int = 24) -> CTCRecognizer:
     names = ["input_features", "attention_mask"]
     extractor = SimpleNamespace(sampling_rate=RATE, model_input_names=names)
     processor = SimpleNamespace(feature_extractor=extractor, tokenizer=None)
-    return CTCRecognizer(model.train(), processor, name=family)
+    recognizer = TransducerRecognizer if family in ("parakeet_tdt", "parakeet_rnnt") else CTCRecognizer
+    return recognizer(model.train(), processor, name=family)
 
 
 @torch.no_grad()
@@ -101,7 +113,7 @@ def randomise(model: nn.Module) -> None:
             buffer.normal_(std=0.2)
 
 
-def utterances(recognizer: CTCRecognizer, frames: Sequence[int]) -> list[dict[str, Any]]:
+def utterances(recognizer: Recognizer, frames: Sequence[int]) -> list[dict[str, Any]]:
     """Features of noise with made-up transcripts."""
     generator = torch.Generator().manual_seed(0)
     config = recognizer.base.config
@@ -116,7 +128,7 @@ def utterances(recognizer: CTCRecognizer, frames: Sequence[int]) -> list[dict[st
     ]
 
 
-def padded(recognizer: CTCRecognizer, batch: dict[str, Any]) -> dict[str, Any]:
+def padded(recognizer: Recognizer, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with half as many frames again, all of them padding."""
     more = batch["attention_mask"].shape[1] // 2
     features = nn.functional.pad(batch[recognizer.input_name], (0, 0, 0, more))
@@ -127,7 +139,7 @@ def padded(recognizer: CTCRecognizer, batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def private(recognizer: CTCRecognizer, batch: dict[str, Any], *, mixed: bool = False) -> list[Record]:
+def private(recognizer: Recognizer, batch: dict[str, Any], *, mixed: bool = False) -> list[Record]:
     """The records of one private backward."""
     model = swap(recognizer.model)
     tape = attach(model, mixed=mixed)
@@ -161,7 +173,7 @@ def kind(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name.replace("base_model.model.", "").replace(".default", ""))
 
 
-def check(recognizer: CTCRecognizer, frames: Sequence[int]) -> dict[str, Any]:
+def check(recognizer: Recognizer, frames: Sequence[int]) -> dict[str, Any]:
     """What a private backward over everything that is trained says, against one utterance at a time.
 
     Returns norms (ours over exact) and, by kind of parameter, the largest ‖ours − exact‖ / ‖exact‖ of the clipped
@@ -228,7 +240,7 @@ def check(recognizer: CTCRecognizer, frames: Sequence[int]) -> dict[str, Any]:
 
 
 def one_by_one(
-    recognizer: CTCRecognizer,
+    recognizer: Recognizer,
     items: Sequence[dict[str, Any]],
     parameters: list[nn.Parameter],
     factors: Tensor,
@@ -249,15 +261,15 @@ def one_by_one(
     return expected, own_sq
 
 
-def prepared(family: str, method: str, blocks: int) -> CTCRecognizer:
+def prepared(family: str, method: str, blocks: int, dtype: torch.dtype = torch.float64) -> Recognizer:
     """The model with a method applied; adapters' second factors are not at their 0."""
-    recognizer = recognizer_of(family, blocks)
+    recognizer = recognizer_of(family, blocks, dtype)
     targets = TARGETS[family].split() if method == "lora" else None
     apply_method(recognizer, MethodConfig(kind=method, rank=4, targets=targets))  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in recognizer.model.named_parameters():
             if "lora_" in name:
-                parameter.data = parameter.data.double()
+                parameter.data = parameter.data.to(dtype)
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     recognizer.model.train()
@@ -267,8 +279,9 @@ def prepared(family: str, method: str, blocks: int) -> CTCRecognizer:
 def main() -> None:
     """Check what was asked for and write results.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", default=list(FRAMES))
+    parser.add_argument("families", nargs="*", default=["parakeet", "wav2vec2-bert"])
     parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--dtype", default="float64", choices=("float64", "float32"))
     parser.add_argument("--methods", nargs="*", default=["full", "lora"])
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     asked = parser.parse_args()
@@ -276,11 +289,12 @@ def main() -> None:
     for family in asked.families:
         for method in asked.methods:
             began = time.monotonic()
-            recognizer = prepared(family, method, asked.blocks)
+            recognizer = prepared(family, method, asked.blocks, getattr(torch, asked.dtype))
             found = check(recognizer, FRAMES[family])
             total = sum(parameter.numel() for parameter in recognizer.base.parameters())
             results[f"{family} {method}"] = {
                 "blocks": asked.blocks,
+                "dtype": asked.dtype,
                 "model_parameters": total,
                 "frames": FRAMES[family],
                 "seconds": round(time.monotonic() - began),

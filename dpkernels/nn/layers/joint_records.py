@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.records import BiasRecord, ExpandedRecord, Record, materialised_gradient
+from dpkernels.nn.recording.records import (
+    BiasRecord,
+    ExpandedRecord,
+    Record,
+    materialised_gradient,
+    unit_frames,
+)
 from dpkernels.nn.tensors import accumulation_dtype, factors_within, no_autocast, sum_up
 
 CELLS_BYTES = 1 << 28
@@ -46,7 +52,7 @@ class JointRecord(Record):
             `ops.transducer_loss`.
         normalizers, flows: see `ops.transducer_scores`, `ops.transducer_lattice`.
         g: [B], the gradients of the losses.
-        unit: so many consecutive utterances are one unit, whose gradient is their sum (`Record.of_units`).
+        unit: so many consecutive utterances are one unit; see `Record.of_units`.
     """
 
     layer: str
@@ -63,7 +69,7 @@ class JointRecord(Record):
     options: dict[str, Any]
     trained: tuple[nn.Parameter, ...]
     unit: int = 1
-    # of the groups of utterances, in order: what the norm left for the sum
+    # of the groups of units, in order: what the norm left for the sum
     _kept: list[tuple[ExpandedRecord, ...]] = field(default_factory=list, init=False, repr=False)
     _norm_sq: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -74,11 +80,11 @@ class JointRecord(Record):
 
     @property
     def batch_size(self) -> int:
-        """B, in units."""
+        """B, in units (see `Record.of_units`)."""
         return self.g.shape[0] // self.unit
 
     def of_units(self, size: int) -> JointRecord:
-        """The utterances' gradients are materialised one by one, and summed by unit in norm and sum."""
+        """The unit's cells are those of its rows, one after the other."""
         return replace(self, unit=size)
 
     def entries(self) -> int:
@@ -90,8 +96,8 @@ class JointRecord(Record):
         keeps = self.batch_size * self._sample_bytes() <= GRADIENTS_BYTES
         self._kept = []
         norms = []
-        for rows in self._groups():
-            parts = self._gradients(rows)
+        for units in self._groups():
+            parts = self._gradients(units)
             norms.append(_norm_sq_of(parts))
             if keeps:
                 self._kept.append(parts)
@@ -100,24 +106,23 @@ class JointRecord(Record):
 
     def add_weighted_sum(self, factors: Tensor, sums: Mapping[nn.Parameter, Tensor]) -> None:
         """Σ_i c_i g_iᵀx_i and Σ_i c_i Σ_c g_ic; c_i is reduced where a second product gave a larger gradient."""
-        for index, rows in enumerate(self._groups()):
-            own = factors[rows]
+        for index, units in enumerate(self._groups()):
+            own = factors[units]
             if self._kept:
                 parts = self._kept[index]
             else:
-                parts = self._gradients(rows)
+                parts = self._gradients(units)
                 if self._norm_sq is not None:
-                    own = factors_within(own, self._norm_sq[rows].double(), _norm_sq_of(parts).double())
+                    own = factors_within(own, self._norm_sq[units].double(), _norm_sq_of(parts).double())
             for part in parts:
                 part.add_weighted_sum(own, sums)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
-        """g_iᵀx_i and Σ_c g_ic of all utterances at once."""
+        """g_iᵀx_i and Σ_c g_ic of all units at once."""
         return self._gradients(slice(0, self.batch_size))
 
     def _sample_bytes(self) -> int:
-        """Of one unit's gradients."""
-        return self.unit * self.entries() * accumulation_dtype(self.encoder).itemsize
+        return self.entries() * accumulation_dtype(self.encoder).itemsize
 
     def _cell_bytes(self) -> int:
         """Bytes of one cell's x and g, with their copies in the dtype of the sum."""
@@ -131,15 +136,15 @@ class JointRecord(Record):
         for i in range(0, self.batch_size, max(1, together)):
             yield slice(i, min(i + max(1, together), self.batch_size))
 
-    def _gradients(self, rows: slice) -> tuple[ExpandedRecord, ...]:
+    def _gradients(self, units: slice) -> tuple[ExpandedRecord, ...]:
         """The gradients of some units, in float32 (float64 for float64), one record per trained parameter."""
-        rows = slice(rows.start * self.unit, rows.stop * self.unit)
-        count, wide = rows.stop - rows.start, accumulation_dtype(self.encoder)
+        count, wide = units.stop - units.start, accumulation_dtype(self.encoder)
         of_weight = self.g.new_zeros(count, *self.weight.shape, dtype=wide)
         of_bias = self.g.new_zeros(count, self.weight.shape[0], dtype=wide)
         needs_weight = any(self.weight is parameter for parameter in self.trained)
         with torch.no_grad(), no_autocast(self.g.device.type):
-            for x, g in self._cells(rows):
+            for cells in self._cells(slice(units.start * self.unit, units.stop * self.unit)):
+                x, g = (unit_frames(t, self.unit) for t in cells)
                 if needs_weight:
                     of_weight.baddbmm_(g.transpose(1, 2).to(wide), x.to(wide))
                 of_bias += g.sum(1, dtype=wide)
@@ -148,7 +153,7 @@ class JointRecord(Record):
             parts.append(materialised_gradient(self.layer, self.weight, of_weight))
         if any(self.bias is parameter for parameter in self.trained):
             parts.append(BiasRecord(self.layer, cast(nn.Parameter, self.bias), of_bias))
-        return tuple(part.of_units(self.unit) for part in parts)
+        return tuple(parts)
 
     def _cells(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, g) of some utterances, all of their frames or as many at a time as `CELLS_BYTES` allows."""

@@ -7,32 +7,31 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file
 
 from asr_finetune.config.schema import Config
 from asr_finetune.config.yaml_io import RECIPES, load_yaml, overridden, recipes
-from asr_finetune.models.alphabets import CHARACTERS, ctc_tokenizer
-from asr_finetune.models.ctc import CTCRecognizer
 from asr_finetune.models.loading import tiny_parakeet
-from asr_finetune.models.methods import apply_method
 from asr_finetune.models.recognizer import trained_parameters
 from asr_finetune.planning.dry_run import check_run
 from asr_finetune.training.run import train
+from bench.asr.recipes import recogniser
 from dpkernels.privacy import SAFE_DELTA_TIMES_N, noise_multiplier
-from tests.asr_finetune import small_models, tones
+from tests.asr_finetune import families, small_models, tones
 from tests.asr_finetune.recordings import write
 from tests.slow import slow_cases
 
 DOCS = RECIPES.parents[2] / "docs" / "recipes.md"
 MODELS = ("parakeet", "wav2vec2_bert")
 LIBRISPEECH = [f"{model}_{kind}" for model in MODELS for kind in ("lora", "bitfit", "dp_rp", "full")]
+# Transducers, and CTC models that keep their output layer.
+OTHERS = ["parakeet_tdt_lora", "parakeet_tdt_new_decoder", "omniasr_ctc_lora", "lasr_ctc_lora"]
+PRIVATE = [*LIBRISPEECH, *OTHERS]
 QUICK = ("wav2vec2_bert_bitfit", "parakeet_warm_start")
 WARM = [f"{model}_warm_start" for model in MODELS]
 SUBSETS = ("train-clean-100", "train-clean-360", "train-other-500", "test-clean", "test-other")
@@ -70,11 +69,11 @@ def sigma_for(batch: int, steps: int) -> float:
 
 
 def test_there_is_one_for_each_model_and_method() -> None:
-    assert {*LIBRISPEECH, *WARM} <= set(recipes())
+    assert {*PRIVATE, *WARM} <= set(recipes())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LIBRISPEECH)
+@pytest.mark.parametrize("name", PRIVATE)
 def test_the_noise_is_the_accountants(name: str) -> None:
     config = Config.from_dict(load_yaml(name))
     config.check_trainable()
@@ -90,13 +89,13 @@ def test_the_noise_is_the_accountants(name: str) -> None:
     assert sigma == sigma_for(config.train.batch_size, config.train.steps)
 
 
-@pytest.mark.parametrize("name", [*LIBRISPEECH, *WARM])
+@pytest.mark.parametrize("name", [*PRIVATE, *WARM])
 def test_each_says_what_is_whose_and_has_one_place_for_what_is_measured(name: str) -> None:
     text = head(name)
     assert len(re.findall(r"^# (?:measured|estimated) on one H100: .+", text, re.M)) == 1
     assert "Ours" in text
-    if name in LIBRISPEECH:
-        (paper,) = re.findall(r"^# The paper's .*$", text, re.M)
+    if name in PRIVATE:
+        (paper,) = re.findall(r"^# The paper's \(.*$", text, re.M)
         assert paper.endswith("LibriSpeech's 281,241 training utterances, (ε, δ) = (10, 3.52e-6).")
         assert "arXiv 2410.01948" in paper
     else:
@@ -113,6 +112,15 @@ def test_what_a_recipe_leaves_to_its_bases_is_there(name: str) -> None:
     assert config.model.new_head
     assert config.output == f"runs/{name}"
     assert len((RECIPES / f"{name}.yaml").read_text().split("\n")) < 30
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_a_recipe_of_another_family_says_is_there(name: str) -> None:
+    config = Config.from_dict(load_yaml(name))
+    assert config.method.kind == "lora"
+    assert config.data.train_split == "train-clean-100+train-clean-360+train-other-500"
+    assert config.model.new_head == name.endswith("new_decoder")
+    assert config.output == f"runs/{name}"
 
 
 @pytest.fixture(scope="module")
@@ -132,22 +140,30 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             folder / "parakeet"
         )
         small_models.wav2vec2_bert(folder / "wav2vec2_bert")
+        others = ("parakeet_tdt", "omniasr_ctc", "lasr_ctc")
+        for name in others:
+            families.FAMILIES[name](folder / name)
     return {
         "data": folder / "LibriSpeech",
         "parakeet": folder / "parakeet",
         "wav2vec2_bert": folder / "wav2vec2_bert",
+        **{name: folder / name for name in others},
     }
 
 
 def tiny(name: str, stand_ins: dict[str, Path], output: Path, *settings: str) -> Config:
     """A recipe with a stand-in for its model, its data and its sizes."""
-    family = name.rsplit("_", 2)[0] if name.endswith(("dp_rp", "warm_start")) else name.rsplit("_", 1)[0]
+    family = (
+        name.rsplit("_", 2)[0]
+        if name.endswith(("dp_rp", "warm_start", "new_decoder"))
+        else name.rsplit("_", 1)[0]
+    )
     flags = {
         "model.name": str(stand_ins[family]),
         "data.train": str(stand_ins["data"]),
         "output": str(output),
     }
-    if name in LIBRISPEECH:
+    if name in PRIVATE:
         flags["data.test"] = str(stand_ins["data"])
     config = Config.from_dict(overridden(load_yaml(name), flags, [*TINY, *settings]))
     config.check_trainable()
@@ -157,17 +173,17 @@ def tiny(name: str, stand_ins: dict[str, Path], output: Path, *settings: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [*QUICK, *slow_cases(*(name for name in (*LIBRISPEECH, *WARM) if name not in QUICK))],
+    [*QUICK, *slow_cases(*(name for name in (*PRIVATE, *WARM) if name not in QUICK))],
 )
 def test_every_recipe_would_start(stand_ins: dict[str, Path], tmp_path: Path, name: str) -> None:
     checks = check_run(tiny(name, stand_ins, tmp_path / "run"), progress=False)
     assert [check for check in checks if not check.passed] == []
     found = {check.what: check.found for check in checks}
-    if name in LIBRISPEECH:
+    if name in PRIVATE:
         assert "15 utterances" in found["training data"]
         assert "5 utterances" in found["test data"]
         assert "target 10" in found["privacy"]
-    assert "classes (new)" in found["model"]
+    assert ("classes (new)" in found["model"]) == (name not in OTHERS or name.endswith("new_decoder"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,25 +222,13 @@ def test_a_warm_start_goes_into_a_private_run(stand_ins: dict[str, Path], tmp_pa
     assert yaml.safe_load(adapter)["modules_to_save"] == ["ctc_head" if model == "parakeet" else "lm_head"]
 
 
-def parameters(name: str, config: Config) -> int:
+def parameters(config: Config) -> int:
     """Trained parameters of the real model, without its memory."""
-    with torch.device("meta"):
-        model: Any
-        if name.startswith("parakeet"):
-            model = transformers.ParakeetForCTC(transformers.ParakeetCTCConfig())
-        else:
-            classes = len(ctc_tokenizer(CHARACTERS, "characters"))
-            model = transformers.Wav2Vec2BertForCTC(transformers.Wav2Vec2BertConfig(vocab_size=classes))
-        names = ["input_features", "attention_mask"]
-        extractor = SimpleNamespace(sampling_rate=16000, model_input_names=names)
-        processor = SimpleNamespace(feature_extractor=extractor, tokenizer=None)
-        recognizer = CTCRecognizer(model, processor, name=name, new_head=config.model.new_head)
-        apply_method(recognizer, config.method)
-    return trained_parameters(recognizer.model)
+    return trained_parameters(recogniser(config, "meta").model)
 
 
 @pytest.mark.thinned(5)
-@pytest.mark.parametrize("name", LIBRISPEECH)
+@pytest.mark.parametrize("name", PRIVATE)
 def test_the_table_in_the_docs_is_the_recipes(name: str) -> None:
     first, _ = DOCS.read_text().split("\n## Hours", maxsplit=1)
     (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", first, re.M)
@@ -232,7 +236,7 @@ def test_the_table_in_the_docs_is_the_recipes(name: str) -> None:
     said = [cell.replace(",", "") for cell in row.split(" | ")]
     (sigma,) = re.findall(r"σ = ([\d.]+) ", head(name))
     assert said == [
-        str(parameters(name, config)),
+        str(parameters(config)),
         str(config.train.batch_size),
         str(config.train.steps),
         sigma,
@@ -249,7 +253,7 @@ def test_every_file_is_in_the_package() -> None:
 
 def test_bases_are_no_recipes() -> None:
     names: Any = {path.stem for path in (RECIPES / "base").glob("*.yaml")}
-    assert names == {"librispeech_960h", *MODELS}
+    assert names == {"librispeech_960h", "parakeet_tdt", *MODELS}
     assert not names & set(recipes())
 
 

@@ -287,6 +287,7 @@ def test_alignable_says_whether_the_loss_is_finite(durations: tuple[int, ...]) -
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "whisper's window": ({"window_seconds": 1.0}, "model.window_seconds"),
     "a language": ({"language": "de"}, "model.language"),
+    "an adapter of a language": ({"target_lang": "deu"}, "model.target_lang"),
     "weights in parts": ({"shard": True}, "model.shard"),
     "a new decoder without a vocabulary": ({"new_head": True}, "a new decoder needs a vocabulary"),
     "words": ({"vocabulary": "words"}, "a new decoder needs a vocabulary"),

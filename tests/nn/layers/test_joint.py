@@ -135,6 +135,23 @@ def test_no_more_cells_than_the_budget_are_made_at_a_time(monkeypatch: pytest.Mo
         assert max(made) <= max(budget, 4 * cell)  # one frame of one utterance is the least
 
 
+@pytest.mark.parametrize("budget", [1 << 28, 12 * (WIDTH + CLASSES) * 4])
+def test_a_unit_of_several_utterances_has_the_norm_of_their_sum(
+    monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    (record,) = records_of(Transducer(), torch.randn(3, 7, FEATURES))
+    expected = [part.g.sum(0) for part in record.materialised()]
+    monkeypatch.setattr(joint_records, "CELLS_BYTES", budget)
+    unit = record.of_units(3)
+    assert unit.batch_size == 1
+    square = sum(float(total.square().sum()) for total in expected)
+    assert float(unit.norm_sq()) == pytest.approx(square, rel=1e-5)
+    sums = {p: torch.zeros(p.shape, dtype=torch.float64) for p in record.parameters}
+    unit.add_weighted_sum(torch.tensor([0.5]), sums)
+    for total, one in zip(sums.values(), expected, strict=True):
+        torch.testing.assert_close(total, 0.5 * one.double(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_cells_are_made_once_or_twice(monkeypatch: pytest.MonkeyPatch, keeps: bool) -> None:
     (record,) = records_of(Transducer(), torch.randn(3, 7, FEATURES))

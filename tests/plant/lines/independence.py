@@ -61,6 +61,8 @@ LINES = (
             "tests/interop/test_peft.py::test_the_self_check_takes_the_fused_path": "the self-check runs LoRA layers as training does",
             "tests/nn/layers/test_joint.py::test_padding_and_the_rest_of_the_batch_change_nothing": "padding and other utterances change nothing in a transducer's output layer",
             "tests/nn/layers/test_joint.py::test_rows_of_another_order_are_refused": "losses in another order than the states are refused",
+            "tests/asr_finetune/models/test_transducer.py::test_padding_and_the_rest_of_the_batch_change_nothing": "padding and other utterances change nothing in a transducer",
+            "tests/asr_finetune/models/test_transducer.py::test_clipped_sums_are_those_of_one_utterance_after_another": "a transducer's clipped sums are those of single utterances",
         },
         faults=(
             Fault(
@@ -384,6 +386,13 @@ LINES = (
                 "if int(lengths.max()) != outputs.shape[1]:",
                 "if False:",
                 "tests/asr_finetune/models/test_families.py::test_lengths_that_are_not_those_of_the_output_are_refused[speech_to_text]",
+            ),
+            Fault(
+                "a transducer's padded frames counted",
+                "asr_finetune/models/transducer.py",
+                'self.frames(batch["attention_mask"].sum(dim=1))',
+                'self.frames(torch.ones_like(batch["attention_mask"]).sum(dim=1))',
+                "tests/asr_finetune/models/test_transducer.py::test_padding_and_the_rest_of_the_batch_change_nothing",
             ),
         ),
     ),

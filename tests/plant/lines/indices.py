@@ -29,6 +29,7 @@ LINES = (
             "tests/nn/layers/test_joint.py::test_frames_that_no_durations_fill_are_impossible": "so is one whose frames no durations fill",
             "tests/ops/test_triton_transducer.py::test_lengths_out_of_range_are_clamped[triton]": "the transducer's kernels clamp lengths, which nobody checks on a GPU",
             "tests/ops/test_triton_transducer.py::test_labels_out_of_range_are_clamped[triton]": "and labels",
+            "tests/asr_finetune/models/test_transducer.py::test_an_impossible_label_adds_nothing_and_moves_no_other_utterance": "so does one in a transducer",
         },
         faults=(
             Fault(
@@ -252,6 +253,13 @@ LINES = (
                 "label = tl.minimum(tl.maximum(label, 0), CLASSES - 1).to(tl.int32)",
                 "label = label.to(tl.int32)",
                 "tests/ops/test_triton_transducer.py::test_labels_out_of_range_are_clamped[triton]",
+            ),
+            Fault(
+                "a transducer's decoder ids not held to the table",
+                "asr_finetune/models/transducer.py",
+                "labels.masked_fill(~known, self.blank)",
+                "labels.masked_fill(labels < 0, self.blank)",
+                "tests/asr_finetune/models/test_transducer.py::test_an_impossible_label_adds_nothing_and_moves_no_other_utterance",
             ),
         ),
     ),

@@ -106,7 +106,7 @@ LINES = (
             Fault(
                 "trust in cells that repeat their bits",
                 "dpkernels/nn/layers/joint_records.py",
-                "own = factors_within(own, self._norm_sq[rows].double(), _norm_sq_of(parts).double())",
+                "own = factors_within(own, self._norm_sq[units].double(), _norm_sq_of(parts).double())",
                 "pass",
                 "tests/nn/layers/test_joint.py::test_an_example_adds_at_most_its_norm_whatever_the_second_product",
             ),
