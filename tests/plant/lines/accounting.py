@@ -39,6 +39,7 @@ LINES = (
             "tests/privacy/accounting/test_ledger.py::test_a_torn_first_line_counts_too": "a torn first line counts as a step",
             "tests/privacy/accounting/test_ledger.py::test_another_kind_of_file_is_not_taken_for_a_torn_ledger": "a file that is no ledger is refused",
             "tests/privacy/accounting/test_ledger.py::test_a_failed_write_stops_the_run": "after a failed write no further step is possible",
+            "tests/privacy/accounting/test_ledger.py::test_a_disk_that_ends_within_a_line": "a line that a full disk cuts short counts, its step is not taken, and the run can go on",
             "tests/privacy/accounting/test_ledger.py::test_a_closed_ledger_says_so_and_what_to_do": "a closed ledger refuses steps and ε, with the fix",
             "tests/privacy/accounting/test_ledger.py::test_one_ledger_serves_one_process_at_a_time": "two runs cannot use one ledger at the same time",
             "tests/privacy/accounting/test_ledger.py::test_the_ledger_says_nothing_about_the_data": "runs over different data write the same lines",
@@ -240,6 +241,13 @@ LINES = (
                 "os.fsync(self._file.fileno())",
                 "pass",
                 "tests/privacy/accounting/test_ledger.py::test_a_step_is_on_disk_before_it_is_applied",
+            ),
+            Fault(
+                "a line written in part accepted",
+                "dpkernels/privacy/accounting/ledger.py",
+                "if written != len(data):",
+                "if False:",
+                "tests/privacy/accounting/test_ledger.py::test_a_disk_that_ends_within_a_line",
             ),
             Fault(
                 "a step taken before it is refused",
