@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
 
 from asr_finetune.config.schema import ConfigError
-from asr_finetune.models.inputs import noise
+from asr_finetune.models.inputs import noise, stacked_frames
 from asr_finetune.models.kinds import EXCEPTIONS, KINDS
 from asr_finetune.models.longform import transcribe_long
 from asr_finetune.models.recognizer import SETTINGS
@@ -314,3 +315,11 @@ def test_options_of_other_kinds_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         small_models.load(folders["moonshine"], **options)
+
+
+def test_the_frames_that_a_row_of_features_stacks() -> None:
+    """SpecAugment masks the same bands in each of them."""
+    assert stacked_frames(transformers.ParakeetFeatureExtractor()) == 1
+    assert stacked_frames(transformers.SeamlessM4TFeatureExtractor(stride=2)) == 2
+    granite_speech: Any = SimpleNamespace(frame_stacking=2, delta_expansion=2)
+    assert stacked_frames(granite_speech) == 4
