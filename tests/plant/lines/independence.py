@@ -57,6 +57,12 @@ LINES = (
             "tests/test_blocks.py::test_the_self_check_hooks_nothing_that_is_compiled_by_whichever_way": "the self-check puts no hooks into compiled modules",
             "tests/test_blocks.py::test_a_buffer_that_a_compiled_block_writes_is_still_refused": "buffers that compiled code writes are refused",
             "tests/interop/test_peft.py::test_the_self_check_takes_the_fused_path": "the self-check runs LoRA layers as training does",
+            "tests/ops/test_transducer.py::test_batch_mates_and_padding_change_no_bit": "a transducer's loss and gradient of an utterance are the same bits in every batch, with any padding",
+            "tests/ops/test_transducer.py::test_losses_and_gradients": "and are those of its own alignment",
+            "tests/ops/test_native_transducer.py::test_cells_of_half_types_are_each_utterances_own": "in the output layer's cells as well",
+            "tests/ops/test_native_transducer.py::test_threads_change_no_bit": "whatever the number of threads",
+            "tests/ops/test_native_transducer.py::test_strides_change_no_bit": "and however its tensors lie in memory",
+            "tests/ops/test_native_transducer.py::test_a_nan_is_never_lost": "a NaN in its states or flows drops this utterance and no other",
         },
         faults=(
             Fault(
@@ -345,6 +351,20 @@ LINES = (
                 "packed = PackedSequence(rows, self.batch_sizes, self.sorted_indices, self.unsorted_indices)",
                 "packed = PackedSequence(rows, self.batch_sizes, None, None)",
                 "tests/privacy/test_recurrent.py::test_packed_layers_train_and_pass_the_self_check",
+            ),
+            Fault(
+                "a transducer's cells with the first utterance's factor",
+                "dpkernels/backends/native_ops/transducer.py",
+                "grad_losses[one], *wide)",
+                "grad_losses[:1], *wide)",
+                "tests/ops/test_native_transducer.py::test_cells_of_half_types_are_each_utterances_own[torch.bfloat16]",
+            ),
+            Fault(
+                "lengths read across another utterance's",
+                "dpkernels/backends/native_ops/transducer.py",
+                "targets, frames, labels = (tensor.contiguous() for tensor in integers)",
+                "targets, frames, labels = integers",
+                "tests/ops/test_native_transducer.py::test_strides_change_no_bit",
             ),
         ),
     ),
