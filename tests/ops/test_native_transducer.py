@@ -142,6 +142,17 @@ def test_half_types_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     assert not g.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cells_of_half_types_are_each_utterances_own(dtype: torch.dtype) -> None:
+    """They are rounded utterance by utterance, so that only one at a time is in memory in float32."""
+    batch = make(TDT, dtype=dtype)
+    arguments = batch.backward_arguments()
+    given = native_ops.transducer_cells(*arguments, **batch.options)
+    wanted = reference.transducer_cells(*arguments, **batch.options)
+    assert [t.dtype for t in given] == [dtype, dtype]
+    torch.testing.assert_close(given, wanted, rtol=1e-2, atol=1e-3)
+
+
 def test_any_flows_have_their_gradient() -> None:
     """Also flows that no lattice has: the kernel leaves out a cell only where all of its flows are exactly 0."""
     batch = make(TDT, frames=(9, 5), labels=(4, 2))

@@ -67,9 +67,11 @@ class _Batch:
     activation: str
 
     @classmethod
-    def of(cls, *tensors: Any, blank: int, durations: Sequence[int], activation: str) -> "_Batch":
-        integers = (tensor.contiguous() for tensor in tensors[4:7])
-        return cls(*tensors[:4], *integers, blank, len(durations), activation)
+    def of(cls, joint: tuple[Any, ...], *, blank: int, durations: Sequence[int], activation: str) -> "_Batch":
+        encoder, predictor, weight, bias, *integers = joint
+        targets, frames, labels = (tensor.contiguous() for tensor in integers)
+        states = (encoder, predictor, weight, bias)
+        return cls(*states, targets, frames, labels, blank, len(durations), activation)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,7 +131,7 @@ def transducer_scores(
 ) -> tuple[Tensor, Tensor]:
     """See `dpkernels.ops.transducer_scores`."""
     joint = (encoder, predictor, weight, bias, targets, frame_lengths, target_lengths)
-    batch = _Batch.of(*joint, blank=blank, durations=durations, activation=activation)
+    batch = _Batch.of(joint, blank=blank, durations=durations, activation=activation)
     scores = torch.full((*batch.cells, 2 + len(durations)), -torch.inf, dtype=batch.dtype)
     normalizers = torch.zeros((*batch.cells, 2 if durations else 1), dtype=batch.dtype)
     _function("scores")(batch.joint(), sigma, native.threads(), scores.data_ptr(), normalizers.data_ptr())
@@ -178,7 +180,7 @@ def transducer_gradients(
 ) -> tuple[Tensor, Tensor]:
     """See `dpkernels.ops.transducer_gradients`."""
     joint = (encoder, predictor, weight, bias, targets, frame_lengths, target_lengths)
-    batch = _Batch.of(*joint, blank=blank, durations=durations, activation=activation)
+    batch = _Batch.of(joint, blank=blank, durations=durations, activation=activation)
     of_encoder = torch.zeros(encoder.shape, dtype=batch.dtype)
     of_predictor = torch.zeros(predictor.shape, dtype=batch.dtype)
     batch.backward("gradients", normalizers, flows, grad_losses, of_encoder, of_predictor)
@@ -203,7 +205,7 @@ def transducer_cells(
 ) -> tuple[Tensor, Tensor]:
     """See `dpkernels.ops.transducer_cells`."""
     joint = (encoder, predictor, weight, bias, targets, frame_lengths, target_lengths)
-    batch = _Batch.of(*joint, blank=blank, durations=durations, activation=activation)
+    batch = _Batch.of(joint, blank=blank, durations=durations, activation=activation)
     utterances, cells = batch.cells[0], batch.cells[1] * batch.cells[2]
     x = torch.zeros(utterances, cells, weight.shape[1], dtype=encoder.dtype)
     g = torch.zeros(utterances, cells, weight.shape[0], dtype=encoder.dtype)

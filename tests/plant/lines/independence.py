@@ -63,6 +63,12 @@ LINES = (
             "tests/nn/layers/test_joint.py::test_rows_of_another_order_are_refused": "losses in another order than the states are refused",
             "tests/asr_finetune/models/test_transducer.py::test_padding_and_the_rest_of_the_batch_change_nothing": "padding and other utterances change nothing in a transducer",
             "tests/asr_finetune/models/test_transducer.py::test_clipped_sums_are_those_of_one_utterance_after_another": "a transducer's clipped sums are those of single utterances",
+            "tests/ops/test_transducer.py::test_batch_mates_and_padding_change_no_bit": "a transducer's loss and gradient of an utterance are the same bits in every batch, with any padding",
+            "tests/ops/test_transducer.py::test_losses_and_gradients": "and are those of its own alignment",
+            "tests/ops/test_native_transducer.py::test_cells_of_half_types_are_each_utterances_own": "in the output layer's cells as well",
+            "tests/ops/test_native_transducer.py::test_threads_change_no_bit": "whatever the number of threads",
+            "tests/ops/test_native_transducer.py::test_strides_change_no_bit": "and however its tensors lie in memory",
+            "tests/ops/test_native_transducer.py::test_a_nan_is_never_lost": "a NaN in its states or flows drops this utterance and no other",
         },
         faults=(
             Fault(
@@ -393,6 +399,20 @@ LINES = (
                 'self.frames(batch["attention_mask"].sum(dim=1))',
                 'self.frames(torch.ones_like(batch["attention_mask"]).sum(dim=1))',
                 "tests/asr_finetune/models/test_transducer.py::test_padding_and_the_rest_of_the_batch_change_nothing",
+            ),
+            Fault(
+                "a transducer's cells with the first utterance's factor",
+                "dpkernels/backends/native_ops/transducer.py",
+                "grad_losses[one], *wide)",
+                "grad_losses[:1], *wide)",
+                "tests/ops/test_native_transducer.py::test_cells_of_half_types_are_each_utterances_own[torch.bfloat16]",
+            ),
+            Fault(
+                "lengths read across another utterance's",
+                "dpkernels/backends/native_ops/transducer.py",
+                "targets, frames, labels = (tensor.contiguous() for tensor in integers)",
+                "targets, frames, labels = integers",
+                "tests/ops/test_native_transducer.py::test_strides_change_no_bit",
             ),
         ),
     ),
