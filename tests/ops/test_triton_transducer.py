@@ -113,11 +113,11 @@ def test_many_durations() -> None:
 
 
 def test_blocks_of_cells_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two utterances at a time, and eight frames at a time; the latter's blocks begin within tiles."""
-    batch = make(TDT, frames=(9, 6, 0), labels=(2, 2, 1), activation="tanh")
+    """Two utterances at a time, and eight frames at a time; the latter's blocks begin and end within tiles."""
+    batch = make(TDT, frames=(12, 6, 0), labels=(5, 2, 1), activation="tanh")
     assert len(_blocks(batch)) == 1
     wanted = results(batch, cells=False)
-    for block, count in ((2 * 9 * 3 * 16 * 4, 2), (1, 6)):
+    for block, count in ((2 * 12 * 6 * 16 * 4, 2), (1, 6)):
         monkeypatch.setattr(transducer, "BLOCK", block)
         assert len(_blocks(batch)) == count
         equal(results(batch, cells=False), wanted)

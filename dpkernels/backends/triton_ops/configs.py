@@ -4,8 +4,9 @@ The table replaces autotuning: a kernel's configuration is the same on every run
 not contain a batch size or a length, and `python -m bench.gpu.triton_table` compiles every entry for every
 architecture. Entries for 16-bit tensors are among the fastest of those tried on an H100 for
 layers of 1024×1024 and 1024×4096 at T = 188 and 750 (bench/results/nvidia-h100-80gb-hbm3/tune.json lists
-faster ones that are untested there). The others are chosen by registers and shared memory; an architecture has an entry
-of its own if the common one would spill on it.
+faster ones that are untested there). The others, and all of the transducer's (`joint_`, `lattice_`), which have run on
+no GPU, are chosen by registers and shared memory; an architecture has an entry of its own if the common one would spill
+on it.
 """
 
 from dataclasses import dataclass, field
