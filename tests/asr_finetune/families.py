@@ -183,11 +183,14 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
     }
 
 
-def transducer(folder: Path, *, kind: str, **options: Any) -> None:
-    """A Parakeet transducer: "RNNT" or "TDT"."""
+def transducer(
+    folder: Path, name: str, *, kind: str = "RNNT", encoder: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """A transducer of a family ("Parakeet"): "RNNT" or "TDT"."""
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<blank>"]})
-    config = getattr(transformers, f"Parakeet{kind}Config")(
+    own = name if name.startswith("Nemotron") else f"{name}{kind}"
+    config = getattr(transformers, f"{own}Config")(
         vocab_size=len(tokenizer),
         blank_token_id=len(tokenizer) - 1,
         pad_token_id=tokenizer.pad_token_id,
@@ -198,14 +201,17 @@ def transducer(folder: Path, *, kind: str, **options: Any) -> None:
             "subsampling_conv_channels": 4,
             "num_mel_bins": 16,
             **dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), 0.0),
+            **(encoder or {}),
         },
         **options,
     )
-    extractor = transformers.ParakeetFeatureExtractor(feature_size=16)
-    processor = transformers.ParakeetProcessor(extractor, tokenizer)
-    save(folder, getattr(transformers, f"ParakeetFor{kind}"), config, processor)
+    extractor = getattr(transformers, f"{STREAMING if encoder else name}FeatureExtractor")(feature_size=16)
+    processor = getattr(transformers, f"{name}Processor")(extractor, tokenizer)
+    save(folder, getattr(transformers, f"{name}For{kind}"), config, processor)
 
 
+STREAMING = "NemotronAsrStreaming"
+STREAMED = {"model_type": "nemotron_asr_streaming_encoder"}
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "hubert": partial(raw, "Hubert", **STABLE),
     "hubert-group": partial(raw, "Hubert"),
@@ -222,13 +228,23 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "lasr_ctc": lasr,
     "granite_speech5_ctc": granite_speech5,
     "omniasr_ctc": omniasr,
-    "parakeet_tdt": partial(transducer, kind="TDT", durations=[0, 1, 2]),
-    "parakeet_rnnt": partial(transducer, kind="RNNT"),
+    "parakeet_tdt": partial(transducer, name="Parakeet", kind="TDT", durations=[0, 1, 2]),
+    "parakeet_rnnt": partial(transducer, name="Parakeet"),
+    "nemotron_asr_streaming": partial(transducer, name=STREAMING, encoder=STREAMED),
+    "nemotron3_5_asr": partial(
+        transducer,
+        name="Nemotron3_5Asr",
+        encoder=STREAMED,
+        num_prompts=4,
+        prompt_intermediate_size=8,
+        default_prompt_id=1,
+    ),
     "sew-d": partial(raw, "SEWD", feat_extract_norm="layer", conv_bias=True),
     "moonshine": moonshine,
     "speech_to_text": speech_to_text,
     "speech-encoder-decoder": speech_encoder_decoder,
 }
+TRANSDUCERS = ("parakeet_tdt", "parakeet_rnnt", "nemotron_asr_streaming", "nemotron3_5_asr")
 SEQ2SEQ = ("moonshine", "speech_to_text", "speech-encoder-decoder")
 EQUAL_LENGTHS_ONLY = ("hubert-group", "data2vec-audio", "sew", "sew-d", "moonshine", "speech_to_text")
 

@@ -21,6 +21,7 @@ from asr_finetune.models.loading import (
     tiny_parakeet,
 )
 from asr_finetune.models.seq2seq import Seq2SeqRecognizer
+from asr_finetune.models.transducer import TransducerRecognizer
 
 RATE = 16000
 WORDS = ("low", "high")
@@ -174,9 +175,13 @@ def batch_and_singles(recognizer: Recognizer) -> tuple[dict[str, Any], list[dict
 
 
 def logits(recognizer: Recognizer, batch: dict[str, Any]) -> torch.Tensor:
-    """The model's logits [B, T, V], a decoder's after its prompt and the batch's labels."""
+    """The model's logits [B, T, V]; a decoder's after its prompt and the batch's labels, a transducer's of all cells."""
     if isinstance(recognizer, CTCRecognizer):
         return recognizer.logits(recognizer.model, batch)[0].detach()
+    if isinstance(recognizer, TransducerRecognizer):
+        arguments = recognizer.inputs.arguments(batch, torch.float32)
+        labels = recognizer._before(batch["labels"])
+        return recognizer.model(**arguments, decoder_input_ids=labels).logits.detach()
     assert isinstance(recognizer, Seq2SeqRecognizer)
     decoder, _ = recognizer._teacher_forcing(batch["labels"])
     arguments = recognizer._arguments(recognizer.model, batch)

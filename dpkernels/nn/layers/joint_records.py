@@ -139,9 +139,9 @@ class JointRecord(Record):
     def _gradients(self, units: slice) -> tuple[ExpandedRecord, ...]:
         """The gradients of some units, in float32 (float64 for float64), one record per trained parameter."""
         count, wide = units.stop - units.start, accumulation_dtype(self.encoder)
-        of_weight = self.g.new_zeros(count, *self.weight.shape, dtype=wide)
-        of_bias = self.g.new_zeros(count, self.weight.shape[0], dtype=wide)
         needs_weight = any(self.weight is parameter for parameter in self.trained)
+        of_weight = self.g.new_zeros(count if needs_weight else 0, *self.weight.shape, dtype=wide)
+        of_bias = self.g.new_zeros(count, self.weight.shape[0], dtype=wide)
         with torch.no_grad(), no_autocast(self.g.device.type):
             for cells in self._cells(slice(units.start * self.unit, units.stop * self.unit)):
                 x, g = (unit_frames(t, self.unit) for t in cells)

@@ -1,4 +1,4 @@
-"""Every CTC and sequence-to-sequence model type of transformers is supported by rule, or refused by name."""
+"""Every model type of speech recognisers in transformers is supported by rule, or refused by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.asr_finetune.families import EQUAL_LENGTHS_ONLY, FAMILIES, method_of
 from tests.asr_finetune.models.test_methods import prepared, private_step, trained
 from tests.asr_finetune.models.test_models import gradient, relative_difference
 
-CTC = [name for name in FAMILIES if name not in families.SEQ2SEQ]
+CTC = [name for name in FAMILIES if name not in (*families.SEQ2SEQ, *families.TRANSDUCERS)]
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,7 @@ def _one_thread() -> Iterator[None]:
 def test_every_model_type_is_supported_and_tried_or_refused_with_a_reason() -> None:
     """A new type of a new transformers needs a line here, and in docs/recognisers.md."""
     listed = {*auto.MODEL_FOR_CTC_MAPPING_NAMES, *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
+    listed |= {*auto.MODEL_FOR_RNNT_MAPPING_NAMES, *auto.MODEL_FOR_TDT_MAPPING_NAMES}
     supported = {model_type for kind in KINDS for model_type in kind.model_types()}
     assert supported | EXCEPTIONS.keys() == listed
     assert not supported & EXCEPTIONS.keys()
@@ -73,6 +74,12 @@ def test_the_effect_of_padding_is_measured(folders: dict[str, Path], family: str
 
 
 @pytest.mark.thinned(3)
+def automatic_class(family: str) -> str:
+    if family in families.TRANSDUCERS:
+        return "AutoModelForTDT" if family == "parakeet_tdt" else "AutoModelForRNNT"
+    return "AutoModelForSpeechSeq2Seq" if family in families.SEQ2SEQ else "AutoModelForCTC"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_step_loads_in_plain_transformers(
     folders: dict[str, Path], tmp_path: Path, family: str
@@ -88,9 +95,7 @@ def test_a_private_step_loads_in_plain_transformers(
     recognizer.save(tmp_path)
     own = small_models.load(tmp_path)
     assert own.transcribe(batch) == recognizer.transcribe(batch)
-    automatic = (
-        transformers.AutoModelForCTC if recognizer.kind == "ctc" else transformers.AutoModelForSpeechSeq2Seq
-    )
+    automatic = getattr(transformers, automatic_class(family))
     if method_of(family) == "lora":
         plain = automatic.from_pretrained(folders[family])
         own.model = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
