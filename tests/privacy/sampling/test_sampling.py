@@ -391,3 +391,12 @@ def test_the_frame_budget_holds_for_lengths_of_any_kind(kind: type) -> None:
     assert sorted(index for part in parts for index in part) == list(range(6))
     assert all(len(part) * float(max(lengths[part])) <= 19 for part in parts)
     assert all(min(lengths[a]) >= max(lengths[b]) for a, b in pairwise(parts))
+
+
+def test_micro_batches_are_balanced() -> None:
+    assert [len(part) for part in micro_batches(np.arange(65), 64)] == [33, 32]
+    assert [len(part) for part in micro_batches(np.arange(10), 4)] == [4, 3, 3]
+    assert [len(part) for part in micro_batches(np.arange(8), 4, np.arange(8))] == [4, 4]
+    # within a frame budget the last two: 5 of length 4, then 5 and 1 of length 2 become 3 and 3
+    lengths = np.array([4] * 5 + [2] * 6)
+    assert [len(part) for part in micro_batches(np.arange(11), 5, lengths, 20)] == [5, 3, 3]
