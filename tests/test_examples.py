@@ -27,6 +27,11 @@ SHOWN = {
     "image_classifier": r"after 4 private steps: accuracy \d+\.\d%\nepsilon = [78]\.\d+",
     "opacus_after": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
     "opacus_before": r"accuracy \d+\.\d%, epsilon = [78]\.\d+",
+    "opacus_bert": r"epoch 1: epsilon = 7\.\d+ at delta = 1e-4",
+    "opacus_char_lstm": r"epoch 2: epsilon = 7\.\d+ at delta = 1e-4",
+    "opacus_cifar10": r"epoch 1: epsilon = 7\.\d+ at delta = 1e-5",
+    "opacus_imdb": r"epoch 2: epsilon = 9\.\d+ at delta = 1e-4",
+    "opacus_mnist": r"epoch 1: epsilon = 3\.\d+ at delta = 1e-4",
     "resume": r"checkpoint of step 5; the ledger holds 7 steps\n12 steps are spent.*\n.*: 12 steps in 2 runs",
     "several_processes": r"1 process, the same parameters in each\n.*\nepsilon = \d+\.\d+ at delta = 1\.0e-05",
     "speech": r"nothing was written or spent; a run would start[\s\S]*epsilon 7\.\d+ at delta 0\.01[\s\S]*report\.html",
@@ -38,6 +43,7 @@ FLAGS = {"image_classifier": ["--steps", "4"], "gpt2_lora": ["--steps", "4"]}
 NEEDS = {
     "gpt2_lora": "peft",
     "opacus_before": "opacus",
+    "opacus_bert": "transformers",
     "speech": "espeakng_loader",
 }
 
