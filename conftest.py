@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 BENCH = ROOT / "bench"
-GROUPS = ("ops", "layers", "step", "model", "transducer")
+GROUPS = ("ops", "layers", "step", "model", "transducer", "opacus")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

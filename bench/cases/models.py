@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 import dpkernels.nn
+from bench.cases import opacus_examples
 
 Batch = dict[str, Tensor]  # "input_features", …: the model's keywords; "labels" is the loss's
 
@@ -333,6 +334,23 @@ _LAYERS = (
 FAMILIES["stack"] = Family(
     lambda case, frames: _Stack(case.width, case.layers), _layer_batch, _layer_losses, ["proj"]
 )
+_OPACUS = (
+    # name, title, model, batch, width, layers
+    ("mnist", "MNIST convnet", opacus_examples.mnist, opacus_examples.image_batch, 32, 2),
+    ("cifar10", "CIFAR-10 convnet", opacus_examples.cifar10, opacus_examples.image_batch, 128, 4),
+    ("resnet18", "ResNet-18, group norms", opacus_examples.resnet18, opacus_examples.image_batch, 64, 18),
+    ("imdb", "IMDB, mean of embedded words", opacus_examples.imdb, opacus_examples.token_batch, 16, 2),
+    (
+        "char-lstm",
+        "Names, LSTM over characters",
+        opacus_examples.char_lstm,
+        opacus_examples.token_batch,
+        128,
+        1,
+    ),
+    ("bert", "BERT-base, last layer", opacus_examples.bert, opacus_examples.token_batch, 768, 12),
+)
+FAMILIES |= {name: Family(model, batch, _class_losses, []) for name, _, model, batch, *_ in _OPACUS}
 FAMILIES |= {
     f"{kind}-layer": Family(_one_layer, _layer_batch, _layer_losses, ["layer"]) for kind, *_ in _LAYERS
 }
@@ -363,6 +381,7 @@ CASES = {
             mixed=True,
         ),
         *(Case(f"{kind}-layer", f"One {title}", f"{kind}-layer", rank, 512) for kind, title, rank in _LAYERS),
+        *(Case(name, title, name, None, width, layers) for name, title, _, _, width, layers in _OPACUS),
         # For `bench.compare --size 2 --frames 2`: the host's time of a step.
         Case("host-lora", "192 LoRA layers 8→8, r=2", "stack", 2, 8, 192),
         Case("host-linear", "192 linear layers 8→8", "stack", None, 8, 192),

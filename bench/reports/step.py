@@ -11,7 +11,7 @@ from bench.harness.results import Results, Row
 from bench.harness.table import milliseconds, times
 from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 
-_SHOWN = ("step", "model")
+_SHOWN = ("step", "model", "opacus")
 _NOT_RUN = "not run"
 _DEFAULT = "dpkernels bookkeeping"
 

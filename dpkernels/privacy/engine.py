@@ -347,6 +347,7 @@ class PrivacyEngine:
                 ranks=ranks.size,
                 units=Units(run.speakers) if setup.whole_units and run.speakers is not None else None,
                 announce=private.announce,
+                flat_steps=private.flat_loop,
             )
             logger.info("strategy %s: %s", run.strategy, STRATEGIES[run.strategy])
             self._report_steps_before(budget.steps, run.steps)
@@ -475,6 +476,10 @@ class PrivacyEngine:
             samples: how many examples to compare.
             tolerance: as in `dpkernels.privacy.self_check.check.self_check`.
 
+        It costs some 22 forwards and 18 backwards, of `samples` examples or of one, as long as the data set's shortest
+        and longest (of 32 that it reads, or of all if make_private was given `lengths`); a `batch` costs as much again,
+        at its own size. On a large model, `samples=2` takes a sixth off.
+
         Spends nothing and releases nothing; its numbers are NOT PRIVATE. Warns of every check that was not possible;
         the report lists them in `unchecked`.
 
@@ -592,7 +597,8 @@ class PrivacyEngine:
             self._warns_unchecked = False  # once
             warnings.warn(
                 "no self_check has passed in this run. The privacy claim rests on each example's gradient being "
-                "independent of its batch: call engine.self_check(loss_fn, batch) before training",
+                "independent of its batch: call engine.self_check(loss_fn) before training; the engine takes the "
+                "examples from the loader's data set",
                 stacklevel=4,
             )
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dpkernels.deprecation import renamed_argument, warn_renamed
 from dpkernels.privacy.ranks.pieces import share
+from dpkernels.privacy.sampling.flat import FlatSteps, flatten
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.own_batch import OwnBatch, form_of, on_devices_of, own_batch
 from dpkernels.privacy.sampling.units import Units
@@ -101,6 +102,7 @@ class DPDataLoader:
         attempt: see `LogicalBatch`.
         steps_taken: returns the number of steps taken so far.
         units: the speakers, if they are clipped as speakers. announce: see `LogicalBatch`.
+        flat_steps: the optimizer's part of a flat loop; without it `flat` raises.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class DPDataLoader:
         ranks: int = 1,
         units: Units | None = None,
         announce: Callable[[int, int], None] = lambda examples, unit: None,
+        flat_steps: FlatSteps | None = None,
     ) -> None:
         self.dataset = data_loader.dataset
         self.batch_size = data_loader.batch_size
@@ -142,6 +145,8 @@ class DPDataLoader:
         self._steps_taken = steps_taken
         self._plan: _Plan | None = None
         self._unread: deque[_Planned] = deque()
+        self._flat_steps = flat_steps
+        self._unfinished: _Planned | None = None  # the logical batch that a flat loop has begun
         feed = _Feed(self)
         workers = data_loader.num_workers
         self._loader = DataLoader(
@@ -178,7 +183,42 @@ class DPDataLoader:
         Raises:
             RuntimeError: step() was not called for a logical batch that was handed out.
         """
+        return self._pass()
+
+    def flat(self, *, after_step: Callable[[], object] | None = None) -> Iterator[Any]:
+        """One pass over the micro-batches of all logical batches, for a loop of one level:
+
+            for x, y in loader.flat():
+                optimizer.backward(losses_of(x, y))  # [B]
+                optimizer.step()  # acts at the end of a logical batch, does nothing before
+                optimizer.zero_grad()  # the same
+
+        An empty logical batch has no micro-batch: the loop takes its step itself. If the loop is left within a logical
+        batch (a break, an exception), nothing of that batch is released, and the next pass begins with it again.
+
+        Args:
+            after_step: called after each step that was taken, those of empty logical batches included:
+                `scheduler.step`. The loop's body must not change the learning rate, since it runs once for each
+                micro-batch, and their number is not private.
+
+        Raises:
+            RuntimeError: a micro-batch was not back-propagated, step() was not called, or the body changed the learning
+                rate; this loader has no optimizer.
+        """
+        if self._flat_steps is None:
+            raise RuntimeError("flat: only the loader that make_private returned can be iterated so")
+        return flatten(self._pass(self._flat_steps, after_step), self._flat_steps)
+
+    def _pass(
+        self, flat: FlatSteps | None = None, after_step: Callable[[], object] | None = None
+    ) -> Iterator[LogicalBatch]:
+        """One pass; flat: the optimizer's part of it, if it is a flat loop's."""
+        if self._unfinished is not None and self._flat_steps is not None and self._flat_steps.take_back():
+            self._unread.appendleft(self._unfinished)
+        self._unfinished = None
         self._before_pass()
+        if flat is not None:
+            flat.begin(after_step)
         steps = self.epoch_steps
         if self.total_steps is not None:
             steps = max(self.total_steps - self._steps_taken(), 0)
@@ -211,8 +251,10 @@ class DPDataLoader:
             parts = planned.parts
             self._on_batch(sum(map(len, parts)), drawn=planned.drawn, digest=planned.digest)
             plan.hand_out()
+            self._unfinished = None if flat is None else planned
             batch = LogicalBatch(parts, fetch, self._read, self._attempt, self._units, self._announce)
             yield batch
+            self._unfinished = None
             batch.skip_rest()
 
     def own_batch(self, *, like: Any = None, examples: int = 3) -> OwnBatch | str:

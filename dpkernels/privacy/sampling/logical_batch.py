@@ -4,6 +4,7 @@ import dis
 import math
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,9 +25,10 @@ def micro_batches(
 ) -> list[list[int]]:
     """Split a logical batch into micro-batches of at most `physical_batch_size`, of similar lengths if these are known.
 
-    The longest examples come first, so that a lack of memory shows at once. With `max_padded_frames` a micro-batch also
-    holds at most that many frames, padding included (number of examples × length of the longest), but at least one
-    example: a micro-batch of short examples holds more of them.
+    They are as few as that allows, and of equal sizes up to one example (33 + 32, not 64 + 1). The longest examples
+    come first, so that a lack of memory shows at once. With `max_padded_frames` a micro-batch also holds at most that
+    many frames, padding included (number of examples × length of the longest), but at least one example: a micro-batch
+    of short examples holds more of them, and only the last two are of equal sizes if the last would be smaller.
 
     The split depends only on the drawn batch and the lengths, and puts every example into exactly one micro-batch. It
     changes neither the sampling nor the contribution of an example to the sum. `physical_frames` is the deprecated name
@@ -38,14 +40,18 @@ def micro_batches(
     if lengths is not None:
         # As float64, since the negative of an unsigned number is a large positive one.
         indices = indices[np.argsort(-lengths[indices].astype(np.float64), kind="stable")]
-    parts, start = [], 0
+    if lengths is None or max_padded_frames is None:
+        count = -(-len(indices) // physical_batch_size)
+        return [part.tolist() for part in np.array_split(indices, count)] if count else []
+    starts, start = [0], 0
     while start < len(indices):
-        size = physical_batch_size
-        if lengths is not None and max_padded_frames is not None:
-            size = max(1, min(size, max_padded_frames // max(math.ceil(lengths[indices[start]]), 1)))
-        parts.append(indices[start : start + size].tolist())
-        start += size
-    return parts
+        longest = max(math.ceil(lengths[indices[start]]), 1)
+        start += max(1, min(physical_batch_size, max_padded_frames // longest))
+        starts.append(min(start, len(indices)))
+    if len(starts) > 2 and starts[-1] - starts[-2] < starts[-2] - starts[-3]:
+        # Halves of the last two fit: neither holds more examples, or longer ones, than the first of the two did.
+        starts[-2] = (starts[-1] + starts[-3] + 1) // 2
+    return [indices[first:end].tolist() for first, end in pairwise(starts)]
 
 
 class LogicalBatch:
@@ -93,7 +99,7 @@ class LogicalBatch:
         raise TypeError(
             f"logical_batch[{index!r}]: the private loader yields logical batches, which consist of micro-batches: "
             "write `for logical_batch in loader: for batch in logical_batch: ...`, and call optimizer.step() after the "
-            "inner loop"
+            "inner loop; or `for batch in loader.flat():`, where step() acts at the end of a logical batch only"
         )
 
     def __contains__(self, item: object) -> NoReturn:
@@ -164,7 +170,9 @@ class LogicalBatch:
                 "        for x, y in logical_batch:\n"
                 "            optimizer.backward(losses)  # [B], one loss for each example\n"
                 "        optimizer.step()\n"
-                "        optimizer.zero_grad()"
+                "        optimizer.zero_grad()\n"
+                "or keep a loop of one level, `for x, y in loader.flat()`, with optimizer.backward(losses): step() and "
+                "zero_grad() then act at the end of a logical batch only"
             )
         return self._read()
 

@@ -18,6 +18,7 @@ from dpkernels.privacy.ranks.group import LOAD, STATE, STEP, Ranks
 from dpkernels.privacy.ranks.pieces import Piece, cut, owners
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, grid_of
+from dpkernels.privacy.step.flat import FlatLoop
 from dpkernels.privacy.step.fused import Release, narrow_states, restore_wide_states, take_step, uncovered
 from dpkernels.privacy.step.states import StateShards, spans
 from dpkernels.privacy.step.statistics import StepStats, statistics
@@ -54,6 +55,7 @@ class DPOptimizer(WrappedOptimizer):
             step is called, `.grad` holds them in any case.
         stochastic_rounding: round bfloat16 parameters at random, so that small updates are not lost; False by
             default. step() raises if the fused step cannot be used.
+        flat_loop: the state of a loop over `loader.flat()`; the loader drives it.
 
     Args:
         optimizer: the wrapped optimizer.
@@ -104,6 +106,7 @@ class DPOptimizer(WrappedOptimizer):
         self._guard = ModelGuard(model, strategy.tape, optimizer, seeds if noise_multiplier > 0 else None)
         self._rows = RowCheck(strategy.tape)
         self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0, whole_units=whole_units)
+        self.flat_loop = FlatLoop(self._batch, self._learning_rates, lambda: self.step())
         self._steps = steps
         self._ranks = ranks
         self._trained = list(self._guard.trained.values())
@@ -209,6 +212,7 @@ class DPOptimizer(WrappedOptimizer):
             RuntimeError: step() was not called for a logical batch that was handed out.
         """
         self._batch.check_closed()
+        self.flat_loop.end()
         self._guard.before_pass()
 
     def begin_logical_batch(self, examples: int, *, drawn: int | None = None, digest: int = 0) -> None:
@@ -261,6 +265,7 @@ class DPOptimizer(WrappedOptimizer):
         check_losses(losses)
         batch_size = losses.shape[0]
         self._batch.check_room(batch_size)
+        self.flat_loop.check_room(batch_size)
         self._guard.before_backward(losses)
         if batch_size == 0:
             self.tape.discard()
@@ -303,11 +308,13 @@ class DPOptimizer(WrappedOptimizer):
         After an exception that follows the count, the batch is lost, and some parameters may have been updated, each
         with its noise.
 
+        In a loop over `loader.flat()` a step before the last micro-batch of the logical batch does nothing.
+
         Raises:
             BudgetExhausted: this step would exceed target_epsilon; nothing was spent.
             RuntimeError: the trained parameters or the buffers changed after make_private, part of the logical batch
-                was not back-propagated, or stochastic_rounding is set and the fused step does not cover the
-                optimizer; nothing was spent.
+                was not back-propagated, a flat loop's body changed the learning rate, or stochastic_rounding is set
+                and the fused step does not cover the optimizer; nothing was spent.
             TypeError: a closure was given.
         """
         if closure is not None:
@@ -315,6 +322,16 @@ class DPOptimizer(WrappedOptimizer):
                 "step(closure) is refused: a closure evaluates the loss within the step, without clipping and noise. "
                 "Call optimizer.backward(losses), then step()."
             )
+        if not self.flat_loop.active:
+            return self._end_batch()
+        if not self.flat_loop.acts():
+            return None
+        result = self._end_batch()
+        self.flat_loop.note_step()
+        return result
+
+    def _end_batch(self) -> Any:
+        """`step` at the end of the logical batch."""
         self._ranks.check_unchanged()
         self._check_not_diverged()  # alone: the others may wait for what this rank did not send
         with self._ranks.meeting(STEP, self._facts):
@@ -351,12 +368,15 @@ class DPOptimizer(WrappedOptimizer):
             "steps counted": self._steps(),
             "drawn batch": self._drawn,
             "fused step": self._fused,
-            "learning rates": [float(group["lr"]) for group in self.param_groups],
+            "learning rates": self._learning_rates(),
             "optimizer.keep_gradients": self.keep_gradients,  # one exchange more
         }
         if not (self._taken + 1) & self._taken:
             facts["trained parameters"] = [bits_of(parameter) for parameter in self._trained]
         return facts
+
+    def _learning_rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self.param_groups]
 
     def _check_not_diverged(self) -> None:
         if self._diverged:
@@ -377,7 +397,11 @@ class DPOptimizer(WrappedOptimizer):
 
         set_to_none: torch's keyword. Either value sets .grad to None, since backward refuses every .grad that no
         private step has set, zeros included.
+
+        In a loop over `loader.flat()` it does nothing between the micro-batches of a logical batch.
         """
+        if self.flat_loop.keeps_sums():
+            return
         self._batch.forget()
         self._guard.publish({})
         self.original_optimizer.zero_grad(set_to_none=True)

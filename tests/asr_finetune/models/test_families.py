@@ -73,13 +73,13 @@ def test_the_effect_of_padding_is_measured(folders: dict[str, Path], family: str
     assert bool(recognizer.unused_layers) == (family == "wavlm")
 
 
-@pytest.mark.thinned(3)
 def automatic_class(family: str) -> str:
     if family in families.TRANSDUCERS:
         return "AutoModelForTDT" if family == "parakeet_tdt" else "AutoModelForRNNT"
     return "AutoModelForSpeechSeq2Seq" if family in families.SEQ2SEQ else "AutoModelForCTC"
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_step_loads_in_plain_transformers(
     folders: dict[str, Path], tmp_path: Path, family: str

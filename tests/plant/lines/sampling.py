@@ -7,6 +7,7 @@ LINES = (
         10,
         "Poisson sampling over units; truncated sampling with its own event; speakers with at most k examples; never shuffling",
         tests={
+            "tests/privacy/sampling/test_sampling.py::test_micro_batches_within_a_frame_budget": "every drawn example is in one micro-batch",
             "tests/privacy/sampling/test_sampling.py::test_inclusion_is_poisson": "every example joins with probability q, independently of others and of earlier draws",
             "tests/privacy/sampling/test_sampling.py::test_a_capacity_keeps_a_uniform_subset": "a capacity keeps a uniformly random subset",
             "tests/privacy/sampling/test_sampling.py::test_speakers_are_sampled_with_at_most_k_examples": "speakers are sampled, at most k examples of each",
@@ -151,11 +152,18 @@ LINES = (
                 "tests/privacy/sampling/test_sampling.py::test_batches_from_elsewhere_are_refused",
             ),
             Fault(
-                "an example left out between micro-batches",
+                "an example left out of the micro-batches",
                 "dpkernels/privacy/sampling/logical_batch.py",
-                "start += size",
-                "start += size + 1",
+                "np.array_split(indices, count)",
+                "np.array_split(indices[1:], count)",
                 "tests/privacy/sampling/test_sampling.py::test_the_loader_hands_out_what_was_drawn",
+            ),
+            Fault(
+                "a micro-batch left out within a frame budget",
+                "dpkernels/privacy/sampling/logical_batch.py",
+                "in pairwise(starts)]",
+                "in pairwise(starts[1:])]",
+                "tests/privacy/sampling/test_sampling.py::test_micro_batches_within_a_frame_budget",
             ),
             Fault(
                 "a batch processed twice",
@@ -329,6 +337,16 @@ LINES = (
             "tests/privacy/step/test_passes.py::test_a_batch_of_an_older_pass_cannot_be_read_on": "a batch of an older pass cannot be read on",
             "tests/privacy/step/test_passes.py::test_every_draw_is_a_step_however_passes_are_left": "every draw is a step, empty ones too, however passes are left",
             "tests/privacy/step/test_recovery.py::test_no_example_is_given_twice_before_another_attempt": "no example is handed out twice before another attempt",
+            "tests/privacy/step/test_flat.py::test_a_flat_loop_takes_the_nested_loops_steps": "a flat loop takes the nested loop's steps, those of empty batches too",
+            "tests/privacy/step/test_flat.py::test_zero_grad_at_the_start_of_the_body_keeps_the_sums": "its zero_grad() does nothing within a logical batch",
+            "tests/privacy/step/test_flat.py::test_a_loop_that_is_left_begins_again_with_its_batch": "a flat loop that is left within a batch begins again with that batch",
+            "tests/privacy/step/test_flat.py::test_an_exception_in_the_body_loses_no_batch_and_a_nested_pass_may_follow": "also after an exception, and in a nested loop",
+            "tests/privacy/step/test_flat.py::test_a_micro_batch_that_is_not_back_propagated_is_refused": "in it a micro-batch that is not back-propagated is refused",
+            "tests/privacy/step/test_flat.py::test_a_last_micro_batch_without_its_step_is_refused": "and a last one without its step",
+            "tests/privacy/step/test_flat.py::test_examples_that_were_not_handed_out_are_refused": "and examples that were not handed out",
+            "tests/privacy/step/test_flat.py::test_a_second_step_after_one_micro_batch_is_refused": "and a second step",
+            "tests/privacy/step/test_flat.py::test_a_schedule_in_the_body_is_refused": "and a learning rate that depends on the number of micro-batches",
+            "tests/privacy/step/test_flat.py::test_a_schedule_after_the_last_micro_batch_is_refused": "or on the number of empty batches",
         },
         faults=(
             Fault(
@@ -417,6 +435,93 @@ LINES = (
         while not batch.drawn:
             batch = self._split(self._sampler.draw())""",
                 "tests/privacy/step/test_passes.py::test_every_draw_is_a_step_however_passes_are_left",
+            ),
+            Fault(
+                "a batch lost with the flat loop that is left",
+                "dpkernels/privacy/sampling/loader.py",
+                """            self._unread.appendleft(self._unfinished)
+""",
+                """            pass
+""",
+                "tests/privacy/step/test_flat.py::test_a_loop_that_is_left_begins_again_with_its_batch",
+                "tests/privacy/step/test_flat.py::test_an_exception_in_the_body_loses_no_batch_and_a_nested_pass_may_follow",
+            ),
+            Fault(
+                "sums kept of a flat loop that is left",
+                "dpkernels/privacy/step/flat.py",
+                """        self._batch.close()
+""",
+                """        self._batch.drawn = None
+""",
+                "tests/privacy/step/test_flat.py::test_a_loop_that_is_left_begins_again_with_its_batch",
+            ),
+            Fault(
+                "no step for the empty batches of a flat loop",
+                "dpkernels/privacy/sampling/flat.py",
+                """        if not logical_batch.parts:
+            steps.step()
+        steps.check_closed()""",
+                """        if not logical_batch.parts:
+            steps.take_back()
+        steps.check_closed()""",
+                "tests/privacy/step/test_flat.py::test_a_flat_loop_takes_the_nested_loops_steps",
+            ),
+            Fault(
+                "a flat loop's zero_grad that drops the sums",
+                "dpkernels/privacy/step/flat.py",
+                "return self.active and batch.drawn is not None and (batch.examples > 0 or batch.invalidated)",
+                "return False",
+                "tests/privacy/step/test_flat.py::test_zero_grad_at_the_start_of_the_body_keeps_the_sums",
+            ),
+            Fault(
+                "a micro-batch of a flat loop left out",
+                "dpkernels/privacy/step/flat.py",
+                "if self._batch.drawn is not None and self._batch.examples < self.given:",
+                "if False:",
+                "tests/privacy/step/test_flat.py::test_a_micro_batch_that_is_not_back_propagated_is_refused",
+            ),
+            Fault(
+                "a batch of a flat loop without its step",
+                "dpkernels/privacy/step/flat.py",
+                """        self.check_processed()
+        if self._batch.drawn is not None:""",
+                """        self.check_processed()
+        if False:""",
+                "tests/privacy/step/test_flat.py::test_a_last_micro_batch_without_its_step_is_refused",
+            ),
+            Fault(
+                "more examples than a flat loop handed out",
+                "dpkernels/privacy/step/flat.py",
+                "self._batch.examples + examples > self.given",
+                "False",
+                "tests/privacy/step/test_flat.py::test_examples_that_were_not_handed_out_are_refused",
+            ),
+            Fault(
+                "a step of a flat loop without a batch",
+                "dpkernels/privacy/step/flat.py",
+                """        if self._batch.drawn is None:
+            raise RuntimeError(""",
+                """        if False:
+            raise RuntimeError(""",
+                "tests/privacy/step/test_flat.py::test_a_second_step_after_one_micro_batch_is_refused",
+            ),
+            Fault(
+                "a learning rate by the number of micro-batches",
+                "dpkernels/privacy/step/flat.py",
+                "if self._rates() != self._kept_rates:",
+                "if False:",
+                "tests/privacy/step/test_flat.py::test_a_schedule_in_the_body_is_refused",
+                "tests/privacy/step/test_flat.py::test_a_schedule_after_the_last_micro_batch_is_refused",
+            ),
+            Fault(
+                "a step of a flat loop at a changed learning rate",
+                "dpkernels/privacy/step/flat.py",
+                """        self.check_processed()
+        self.check_rates()
+""",
+                """        self.check_processed()
+""",
+                "tests/privacy/step/test_flat.py::test_a_schedule_in_the_body_is_refused",
             ),
         ),
     ),

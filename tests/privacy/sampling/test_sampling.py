@@ -407,3 +407,12 @@ def test_the_question_whether_something_is_in_a_logical_batch_reads_nothing() ->
     with pytest.raises(TypeError, match=r"'labels' in logical_batch: .*PrivateTrainer"):
         _ = "labels" in logical
     assert len(list(logical)) == len(logical)
+
+
+def test_micro_batches_are_balanced() -> None:
+    assert [len(part) for part in micro_batches(np.arange(65), 64)] == [33, 32]
+    assert [len(part) for part in micro_batches(np.arange(10), 4)] == [4, 3, 3]
+    assert [len(part) for part in micro_batches(np.arange(8), 4, np.arange(8))] == [4, 4]
+    # within a frame budget the last two: 5 of length 4, then 5 and 1 of length 2 become 3 and 3
+    lengths = np.array([4] * 5 + [2] * 6)
+    assert [len(part) for part in micro_batches(np.arange(11), 5, lengths, 20)] == [5, 3, 3]
