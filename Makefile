@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 CLANG_SOURCES = $(shell find csrc tests bench -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-slow test-all test-models lint format docs bench gpu wheels clean
+.PHONY: help setup demo test test-slow test-all test-models lint format docs bench gpu wheels dist matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,8 @@ help:
 	@echo "make bench   benchmark private steps against Opacus and non-private training on this machine"
 	@echo "make gpu     build, test and benchmark on a GPU machine, without set-up; WHEELS=folder OUT=folder"
 	@echo "make wheels  download the packages that such a machine lacks into WHEELS, for its Python 3.12"
+	@echo "make dist    build the sdist and the wheels of a release in dist/, and test each in a bare environment"
+	@echo "make matrix  test the supported versions of Python, torch and the libraries, each in a fresh environment"
 	@echo "make setup   only create $(VENV) and install into it"
 	@echo "make clean   remove everything that was built; the next job builds again"
 	@echo "TORCH='torch==2.13.0' chooses the torch build, PYTHON=python3.12 the interpreter, VENV=.venv the folder"
@@ -96,6 +98,13 @@ wheels: | $(VENV)/bin/python
 	  --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 	  --dest '$(WHEELS)' --requirement bench/gpu_wheels.txt
+
+# It makes environments of its own, and needs none of what the set-up installs.
+dist: | $(VENV)/bin/python
+	$(BIN)/python scripts/dist.py --torch '$(TORCH)'
+
+matrix: $(STAMP)
+	$(BIN)/python -m tests.matrix
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --exit-zero .

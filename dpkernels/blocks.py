@@ -3,10 +3,10 @@
 Activation checkpointing is torch's non-reentrant kind. The reentrant kind computes no gradient for a block whose input
 needs none, such as the first one above frozen layers, and refuses the `torch.autograd.grad` that the self-check uses.
 
-Only frozen blocks are compiled. A trained layer adds records to the private model's tape, in Python code at which
-torch.compile would break its graphs, or which it would trace. A frozen block is not clipped: it only passes on
-activations and their gradients. All checks of it remain: its parameters, buffers and modules are the same objects, a
-change of a buffer is detected, and the self-check's gradients go through the compiled code.
+Only frozen blocks are compiled here. A trained layer adds records to the private model's tape; torch.compile of a whole
+private model puts such layers into its graph as single ops (`dpkernels.nn.recording.compiled`). A frozen block is not
+clipped: it only passes on activations and their gradients. All checks of it remain: its parameters, buffers and modules
+are the same objects, a change of a buffer is detected, and the self-check's gradients go through the compiled code.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class GhostPeftLoRALinear(GhostModule, LoraLinear):
     """
 
     ghost_covers = ()
+    ghost_in_graph = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""

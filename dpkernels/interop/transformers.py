@@ -21,6 +21,8 @@ from dpkernels.nn.layers.linear import ghost_linear
 class GhostConv1D(GhostModule, Conv1D):
     """GPT-2's Conv1D, a linear layer with weight [d,p]: y = x W + b."""
 
+    ghost_in_graph = True
+
     def forward(self, x: Tensor) -> Tensor:
         """As Conv1D's."""
         if not self._ghost_active(self.weight, self.bias):

@@ -22,7 +22,7 @@ ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
 HANDLES = "_ghost_root_hooks"
 """Attribute of an attached model that holds the handles of our hooks on it."""
 
-_OURS = ("ghost_tape", "ghost_name", "__reduce_ex__")
+_OURS = ("ghost_tape", "ghost_name", "ghost_number", "__reduce_ex__")
 _OURS_BEGIN = "_ghost_"
 _HOOKS = (
     "_forward_hooks",

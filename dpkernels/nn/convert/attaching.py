@@ -19,6 +19,7 @@ from dpkernels.nn.convert.swapping import has_ghost_class, load_library_rules, s
 from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.layers.batch_norm import FrozenBatchNorm
 from dpkernels.nn.layers.expanded import ExpandingModule, expanding_class, expansion_refusal
+from dpkernels.nn.recording.compiled import number_layer
 from dpkernels.nn.recording.module import GhostModule
 from dpkernels.nn.recording.tape import Tape
 
@@ -68,7 +69,10 @@ def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = N
         assert isinstance(module, GhostModule)
         module.ghost_tape = tape
         module.ghost_name = name or type(module).__name__
+        module.ghost_number = number_layer(module)
 
+    # These need the values of Python objects outside of a compiled model's graph, as they are at each forward.
+    @torch.compiler.disable(reason="the checks of a private forward run outside of the compiled graph")
     def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not model:
             return
@@ -90,6 +94,7 @@ def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = N
                 tape.after_forward()  # these forwards are checked like any other
                 tape.before_forward()
 
+    @torch.compiler.disable(reason="the checks of a private forward run outside of the compiled graph")
     def note_end(module: nn.Module, *_: Any) -> None:
         if module is not model or tape.asking:
             return

@@ -34,6 +34,7 @@ class _GhostConv(GhostModule, _ConvNd):
     """Base of the three convolutions; each defines `forward` itself, next to its torch class."""
 
     ghost_channels_second = True
+    ghost_in_graph = True
 
     def _ghost_forward(self, x: Tensor) -> Tensor:
         n = len(self.kernel_size)
@@ -83,6 +84,7 @@ class _GhostConvTranspose(GhostModule, _ConvTransposeNd):
     """Base of the three transposed convolutions; each defines `forward` itself, next to its torch class."""
 
     ghost_channels_second = True
+    ghost_in_graph = True
 
     def _ghost_forward(self, x: Tensor, output_size: list[int] | None) -> Tensor:
         n = len(self.kernel_size)

@@ -26,6 +26,7 @@ class GhostGroupNorm(GhostModule, nn.GroupNorm):
     """
 
     ghost_channels_second = True
+    ghost_in_graph = True
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.GroupNorm's."""
@@ -41,6 +42,7 @@ class _GhostInstanceNorm(GhostModule, _InstanceNorm):
     """Base of the three instance norms: an instance norm is a group norm whose groups are the channels."""
 
     ghost_channels_second = True
+    ghost_in_graph = True
 
     def ghost_refusal(self) -> str | None:
         """Refuse track_running_stats."""

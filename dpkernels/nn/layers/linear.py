@@ -30,6 +30,8 @@ class GhostLinear(GhostModule, nn.Linear):
     records x and g [B,T,p] if W is trained, and Σ_t g if b is trained. dtypes are nn.Linear's, autocast included.
     """
 
+    ghost_in_graph = True
+
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear's."""
         if not self._ghost_active(self.weight, self.bias):

@@ -43,6 +43,7 @@ class GhostLoRALinear(GhostModule, nn.Linear):
     """
 
     ghost_covers = ("weight", "bias", "lora_A", "lora_B")
+    ghost_in_graph = True
 
     def __init__(
         self,

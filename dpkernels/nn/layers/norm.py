@@ -26,6 +26,8 @@ class GhostLayerNorm(GhostModule, nn.LayerNorm):
 
     ghost_forms = ("weight", "bias")
 
+    ghost_in_graph = True
+
     def forward(self, input: Tensor) -> Tensor:
         """As nn.LayerNorm's."""
         if not self._ghost_active(self.weight, self.bias):
@@ -37,6 +39,7 @@ class GhostRMSNorm(GhostModule, nn.RMSNorm):
     """nn.RMSNorm: same constructor, same state_dict, same results; x [B,*,normalized_shape]."""
 
     ghost_covers = ghost_forms = ("weight",)
+    ghost_in_graph = True
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.RMSNorm's."""

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dpkernels.nn.batch.batch_axis import Site
 from dpkernels.nn.batch.shared import SharedTensor
 from dpkernels.nn.copying import ordinary
+from dpkernels.nn.recording.compiled import call_in_graph
 from dpkernels.nn.recording.tape import Tape
 
 
@@ -38,8 +39,29 @@ class GhostModule:
     # Whether the forward itself finds out which of its tensors carry the batch (`Tape.axes`).
     ghost_asks_axes: ClassVar[bool] = False
 
+    # Whether torch.compile may put the layer into its graph, as one op (`dpkernels.nn.recording.compiled`): one tensor
+    # that carries the batch in, one new tensor out, which its backward does not read (a compiler may write over it).
+    ghost_in_graph: ClassVar[bool] = False
+    # By which compiled graphs name the layer; `attach` sets it.
+    ghost_number: int = -1
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; a shared input is processed once for each example."""
+        if torch.compiler.is_compiling():
+            return self._ghost_compiled(args, kwargs)
+        return self._ghost_call(*args, **kwargs)
+
+    def _ghost_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`__call__` while torch.compile traces: the plain layer, one op of the graph, or eager code outside of it."""
+        module = cast(nn.Module, self)
+        trained = any(p.requires_grad for p in module.parameters())
+        if self.ghost_container or not trained or not self._ghost_records():
+            return nn.Module.__call__(module, *args, **kwargs)
+        if self.ghost_in_graph and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+            return call_in_graph(self, args[0])
+        return _outside_graphs(self, *args, **kwargs)
+
+    def _ghost_call(self, *args: Any, **kwargs: Any) -> Any:
         if (kwargs or len(args) > 1) and not self.ghost_asks_axes:
             args, kwargs = self._ghost_with_batch(args, kwargs)
         if args and not self.ghost_asks_axes and (shared := self._ghost_shared(args[0])) is not None:
@@ -47,7 +69,7 @@ class GhostModule:
             channels, label = self.ghost_channels_second, self.ghost_label()
             call = lambda x: nn.Module.__call__(self, x, *rest, **kwargs)  # noqa: E731
             return shared.through(call, label, channels_second=channels)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return nn.Module.__call__(cast(nn.Module, self), *args, **kwargs)
 
     def _ghost_with_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments of a layer that takes several (attention, an initial state), without SharedTensors.
@@ -127,6 +149,11 @@ class GhostModule:
     def ghost_label(self) -> str:
         """The qualified name for messages, or the class name before `attach`."""
         return self.ghost_name or type(self).__name__
+
+
+@torch.compiler.disable(reason="this private layer runs outside of the compiled graph")
+def _outside_graphs(layer: GhostModule, *args: Any, **kwargs: Any) -> Any:
+    return layer._ghost_call(*args, **kwargs)
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dpkernels.nn.batch.batch_axis import BatchAxes, run_at_other_sizes
+from dpkernels.nn.recording.compiled import CompiledCalls
 from dpkernels.nn.recording.records import Record
 
 _MATERIALISED_BYTES = 4  # per entry of a materialised gradient: float32
@@ -77,6 +78,8 @@ class Tape:
         self.asking = False
         # Receives every record as the layer's backward adds it: the row check.
         self.inspector: Inspector | None = None
+        # The layers' calls in compiled graphs.
+        self.compiled = CompiledCalls()
         # Called before and after every forward of the root module: the engine checks its parameters.
         self.before_forward: Callable[[], None] | None = None
         self.after_forward: Callable[[], None] | None = None
@@ -143,6 +146,7 @@ class Tape:
                 self.begin_forward(rows)
         finally:
             self.asking = self.axes.asking = False
+            self.compiled.discard()
             self.begin_forward(size)
 
     def used(self) -> Iterable[nn.Parameter]:
@@ -198,6 +202,7 @@ class Tape:
         self._sink = sink
         self._records, self._first = [], {}
         self._sunk = set()
+        self.compiled.begin()
         self._axis_calls.clear()
         self._outer_sizes.clear()
         self.axes.begin_forward()  # for the forwards that checkpoints recompute
@@ -263,20 +268,29 @@ class Tape:
 
         again: another backward over the same forward follows, so the forward's uses stay counted.
 
-        Raises RuntimeError if the tape is not open, and TypeError naming both layers if two uses cannot be merged
-        exactly.
+        Raises RuntimeError if the tape is not open or a compiled graph lost a record, and TypeError naming both layers
+        if two uses cannot be merged exactly.
         """
         if not self.is_open:
             raise RuntimeError("Tape.close: the tape is not open")
         records, uses = self._records, self._uses.copy()
-        self.discard()
         if again:
+            self._end()
             self._uses = uses
+        else:
+            try:
+                self.compiled.check()
+            finally:
+                self.discard()
         records.reverse()  # popped one at a time, so that each record is freed as soon as it is stacked
         return merge_records(records.pop() for _ in range(len(records)))
 
     def discard(self) -> None:
         """Drop all records and close the tape. Never raises, since error handlers call it."""
+        self._end()
+        self.compiled.discard()
+
+    def _end(self) -> None:
         self._records, self._first = [], {}
         self._batch_size = None
         self._sink = None
