@@ -229,7 +229,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "conftest": {"harness"},
         **{
             f"test_{what}": {"names", "cases", "contenders", "harness"}
-            for what in ("layers", "model", "opacus", "ops", "step")
+            for what in ("layers", "model", "opacus", "ops", "step", "transducer")
         },
     },
 }
