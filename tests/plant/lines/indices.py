@@ -27,8 +27,8 @@ LINES = (
             "tests/ops/test_grouped_checks.py::test_ids_of_no_row_are_refused_in_any_layer": "embedding ids outside of their table are refused in any layer",
             "tests/nn/layers/test_joint.py::test_an_impossible_target_adds_exactly_nothing": "an impossible target of a transducer is marked, has gradient 0 and changes no other example",
             "tests/nn/layers/test_joint.py::test_frames_that_no_durations_fill_are_impossible": "so is one whose frames no durations fill",
-            "tests/ops/test_triton_transducer.py::test_lengths_out_of_range_are_clamped[triton]": "the transducer's kernels clamp lengths, which nobody checks on a GPU",
-            "tests/ops/test_triton_transducer.py::test_labels_out_of_range_are_clamped[triton]": "and labels",
+            "tests/ops/test_triton_transducer.py::test_lengths_out_of_range_are_clamped": "the transducer's kernels clamp lengths, which nobody checks on a GPU",
+            "tests/ops/test_triton_transducer.py::test_labels_out_of_range_are_clamped": "and labels",
             "tests/asr_finetune/models/test_transducer.py::test_an_impossible_label_adds_nothing_and_moves_no_other_utterance": "so does one in a transducer",
         },
         faults=(
@@ -245,14 +245,14 @@ LINES = (
                 "dpkernels/backends/triton_ops/device.py",
                 "tl.minimum(tl.maximum(tl.load(lengths + sample), 0), frames).to(tl.int32)",
                 "tl.load(lengths + sample).to(tl.int32)",
-                "tests/ops/test_triton_transducer.py::test_lengths_out_of_range_are_clamped[triton]",
+                "tests/ops/test_triton_transducer.py::test_lengths_out_of_range_are_clamped",
             ),
             Fault(
                 "a kernel's labels unclamped",
                 "dpkernels/backends/triton_ops/transducer_kernels.py",
                 "label = tl.minimum(tl.maximum(label, 0), CLASSES - 1).to(tl.int32)",
                 "label = label.to(tl.int32)",
-                "tests/ops/test_triton_transducer.py::test_labels_out_of_range_are_clamped[triton]",
+                "tests/ops/test_triton_transducer.py::test_labels_out_of_range_are_clamped",
             ),
             Fault(
                 "a transducer's decoder ids not held to the table",
