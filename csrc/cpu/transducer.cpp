@@ -162,7 +162,7 @@ class Gradients {
     return scaled.scale * static_cast<double>(grad_losses_[scaled.cell.utterance]);
   }
 
-  // body(group, start, rows) for every block of g, each with zeros in padded rows.
+  // body(segment, row, rows) for every block of g. Its padded rows are 0: logits of zero weights.
   template <class Body>
   void for_blocks(Unit<R>& unit, const Scaled* cells, int64_t count, Body&& body) const {
     const int64_t columns = joint_.k.columns;
@@ -179,12 +179,9 @@ class Gradients {
       for (int64_t row = 0; row < segment.count; row += joint_.block_rows) {
         const int64_t rows = std::min(joint_.block_rows, segment.count - row), start = segment.start + row;
         unit.logits(start, rows);
-        for (int64_t g = 0; g < unit.used_groups(); ++g) {
-          R* const block = unit.block(g);
-          joint_.k.softmax(block, joint_.bias(start), rows, normalizers.get() + g * columns,
+        for (int64_t g = 0; g < unit.used_groups(); ++g)
+          joint_.k.softmax(unit.block(g), joint_.bias(start), rows, normalizers.get() + g * columns,
                            factors.get() + g * columns);
-          std::fill(block + rows * columns, block + round_to(rows, joint_.k.rows) * columns, R(0));
-        }
         for (int64_t c = 0; c < count; ++c)
           subtract(cells[c], s, unit.block(c / columns) + c % columns, row, rows);
         body(segment, row, rows);
