@@ -36,8 +36,9 @@ def read(reader: Any, model: ModelConfig, **options: Any) -> Any:
         fault = f"there is no such folder, {unreachable()}, and no earlier download is complete"
     try:
         return reader.from_pretrained(model.name, revision=model.revision, **options)
-    # TypeError: the tokenizer's files are missing; RuntimeError: the weights do not fit into the model
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    # TypeError: the tokenizer's files are missing; RuntimeError: the weights do not fit into the model; ImportError: a
+    # feature extractor or a tokenizer needs a library (torchaudio, sentencepiece) that is not installed
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise NoSuchModel(
             f"model.name={model.name!r}: {fault}. Give (--model, or model.name) a folder with config.json, "
             "model.safetensors and the processor's files, or a hub id (and model.revision) that this machine can "

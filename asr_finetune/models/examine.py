@@ -17,12 +17,8 @@ from asr_finetune.models.inputs import noise
 from asr_finetune.models.recognizer import Recognizer, to_device
 from dpkernels.precision import arithmetic
 
-SECONDS = (
-    0.70,
-    0.72,
-    0.79,
-    1.50,
-)  # odd and even numbers of frames, which models that pool them treat differently
+# Odd and even numbers of frames, which models that pool frames in pairs treat differently.
+SECONDS = (0.70, 0.72, 0.79, 1.50)
 # Float32's rounding is below 1e-5 of a frame's norm here. Padding that is not masked changes the frames next to it by
 # 1e-2 and more. What is smaller is left to the self-check before training, which compares gradients.
 _CHANGED = 1e-3

@@ -25,6 +25,13 @@ def noise(samples: int) -> np.ndarray:
     return np.random.default_rng(0).normal(scale=0.1, size=samples).astype(np.float32)
 
 
+def stacked_frames(extractor: Any) -> int:
+    """Frames, and differences of frames (Granite Speech), that a row of an extractor's features has side by side."""
+    if hasattr(extractor, "frame_stacking"):
+        return int(extractor.frame_stacking * extractor.delta_expansion)
+    return int(getattr(extractor, "stride", 1))
+
+
 class AudioInputs:
     """The features of a model whose attention mask marks an utterance's own frames.
 

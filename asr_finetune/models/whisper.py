@@ -67,7 +67,7 @@ class WhisperRecognizer(Seq2SeqRecognizer):
             return None, None
         language = language or getattr(generation, "language", None) or "en"
         task = task or getattr(generation, "task", None) or "transcribe"
-        known, tasks = generation.lang_to_id, generation.task_to_id
+        known, tasks = self._tokens("lang_to_id"), self._tokens("task_to_id")
         if f"<|{language_code(language)}|>" not in known:
             raise ConfigError(f"model.language={language!r}: {self.name} knows {', '.join(sorted(known))}")
         if task not in tasks:
@@ -75,6 +75,12 @@ class WhisperRecognizer(Seq2SeqRecognizer):
         # They are saved with a full model, so that transformers' own generation uses them too.
         generation.language, generation.task = language_code(language), task
         return language_code(language), task
+
+    def _tokens(self, key: str) -> set[str]:
+        """The languages or tasks of the generation configuration whose tokens tokenizer and output layer have."""
+        listed: dict[str, int] = getattr(self.base.generation_config, key, None) or {}
+        ids = {name: self.tokenizer.convert_tokens_to_ids(f"<|{name.strip('<|>')}|>") for name in listed}
+        return {name for name, id in listed.items() if ids[name] == id < self.classes}
 
     @cached_property
     def prompt(self) -> list[int]:

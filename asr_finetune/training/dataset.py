@@ -14,6 +14,7 @@ from asr_finetune.console import Reporter
 from asr_finetune.data.audio import read_audio
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.utterance import Problem, Utterance
+from asr_finetune.models.inputs import stacked_frames
 from asr_finetune.models.recognizer import Recognizer
 from asr_finetune.training.augment import SpecAugment
 
@@ -105,7 +106,7 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         if self.augment is not None:
             features = item["input_features"]
             length = self._own_frames(index, len(features))
-            stacked = int(getattr(self.recognizer.feature_extractor, "stride", 1))
+            stacked = stacked_frames(self.recognizer.feature_extractor)
             item = {**item, "input_features": self.augment(features, length, stacked)}
         return {**item, "index": index}
 

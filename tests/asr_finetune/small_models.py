@@ -175,7 +175,8 @@ def batch_and_singles(recognizer: Recognizer) -> tuple[dict[str, Any], list[dict
 
 
 def logits(recognizer: Recognizer, batch: dict[str, Any]) -> torch.Tensor:
-    """The model's logits [B, T, V]; a decoder's after its prompt and the batch's labels, a transducer's of all cells."""
+    """The model's logits [B, T, V]; a decoder's after its prompt and the batch's labels, a transducer's of all
+    cells."""
     if isinstance(recognizer, CTCRecognizer):
         return recognizer.logits(recognizer.model, batch)[0].detach()
     if isinstance(recognizer, TransducerRecognizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,7 +17,9 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
 
 from asr_finetune.config.schema import ConfigError
+from asr_finetune.models.inputs import noise, stacked_frames
 from asr_finetune.models.kinds import EXCEPTIONS, KINDS
+from asr_finetune.models.longform import transcribe_long
 from asr_finetune.models.recognizer import SETTINGS
 from asr_finetune.models.seq2seq import Seq2SeqRecognizer
 from dpkernels import ops
@@ -76,6 +79,7 @@ def automatic_class(family: str) -> str:
     return "AutoModelForSpeechSeq2Seq" if family in families.SEQ2SEQ else "AutoModelForCTC"
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_step_loads_in_plain_transformers(
     folders: dict[str, Path], tmp_path: Path, family: str
@@ -271,6 +275,25 @@ def test_decoding_ends_with_the_text(folders: dict[str, Path], family: str) -> N
     assert next(steps, None) is None
 
 
+@pytest.mark.parametrize("seconds", [41.0, 40.01])
+def test_a_long_recording_is_read_in_windows(folders: dict[str, Path], seconds: float) -> None:
+    """What is left behind the last window is too short for a frame, or a segment of its own."""
+    recognizer = small_models.load(folders["speech_to_text"])
+    read: list[float] = []
+
+    def hear(batch: dict[str, Any]) -> list[str]:
+        read.append(len(batch["input_features"][0]))
+        return [f"heard {len(read)}"]
+
+    recognizer.transcribe = hear  # type: ignore[assignment, method-assign]
+    done: list[float] = []
+    segments = transcribe_long(recognizer, noise(round(seconds * small_models.RATE)), done.append)
+    expected = [(0.0, 20.0, "heard 1"), (20.0, 40.0, "heard 2")]
+    expected += [(40.0, 41.0, "heard 3")] if seconds == 41 else []
+    assert [(part.start, part.end, part.text) for part in segments] == expected
+    assert done == [20.0, 40.0, seconds]
+
+
 @pytest.mark.parametrize("name", ["decoder_start_token_id", "eos_token_id"])
 def test_a_decoder_without_a_start_or_an_end_is_refused(
     folders: dict[str, Path], tmp_path: Path, name: str
@@ -297,3 +320,11 @@ def test_options_of_other_kinds_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         small_models.load(folders["moonshine"], **options)
+
+
+def test_the_frames_that_a_row_of_features_stacks() -> None:
+    """SpecAugment masks the same bands in each of them."""
+    assert stacked_frames(transformers.ParakeetFeatureExtractor()) == 1
+    assert stacked_frames(transformers.SeamlessM4TFeatureExtractor(stride=2)) == 2
+    granite_speech: Any = SimpleNamespace(frame_stacking=2, delta_expansion=2)
+    assert stacked_frames(granite_speech) == 4

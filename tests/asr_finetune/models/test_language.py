@@ -110,3 +110,22 @@ def test_the_report_says_it(language: str | None, tmp_path: Path) -> None:
     folder = report_run.write_run(tmp_path / "run", run)
     page = write_report(folder, tmp_path / "report.html").read_text()
     assert ("; language de, task translate)" in page) == (language is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"lang_to_id": {"<|en|>": 0, "<|de|>": 9}}, {"language": "de"}, r"'de': .* knows $"),
+        ({"task_to_id": {"translate": 99}}, {"task": "translate"}, r"'translate': .* knows $"),
+        ({"lang_to_id": None}, {"language": "de"}, r"'de': .* knows $"),
+    ],
+)
+def test_a_token_that_the_checkpoint_lacks_is_refused(
+    folders: dict[str, Path], tmp_path: Path, change: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    """A generation configuration may list what the tokenizer, or the output layer, does not have."""
+    folder = shutil.copytree(folders["multilingual"], tmp_path / "changed")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        load(folder, **options)

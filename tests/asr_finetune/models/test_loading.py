@@ -168,6 +168,18 @@ def test_a_model_that_the_hub_does_not_have_says_so(monkeypatch: pytest.MonkeyPa
         checkpoint.read(Reader, ModelConfig("nobody/no-such-model"))
 
 
+def test_a_library_that_a_checkpoint_needs_is_named(tmp_path: Path) -> None:
+    class Reader:
+        @staticmethod
+        def from_pretrained(name: str, revision: str | None) -> str:
+            raise ImportError(
+                "\nSpeech2TextTokenizer requires the SentencePiece library but it was not found"
+            )
+
+    with pytest.raises(ConfigError, match=r"says: Speech2TextTokenizer requires the SentencePiece library"):
+        checkpoint.read(Reader, ModelConfig(str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("files", "content"),
     [
