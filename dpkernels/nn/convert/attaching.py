@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dpkernels.deprecation import warn_renamed
 from dpkernels.nn.batch.batch_axis import batch_size_of, has_values, tensors_in
+from dpkernels.nn.convert import swapping
 from dpkernels.nn.convert.swapping import has_ghost_class, load_library_rules, subtree_refusal
 from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.layers.batch_norm import FrozenBatchNorm
@@ -115,8 +116,11 @@ def _inputs_have_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(has_values(tensor) for _, tensor in tensors_in((args, kwargs)))
 
 
-def detach(model: nn.Module) -> None:
-    """Undo `attach`, so that the model trains ordinarily. Does nothing to a model that is not attached."""
+def detach(model: nn.Module, *, unswap: bool = False) -> None:
+    """Undo `attach`, so that the model trains ordinarily. Does nothing to a model that is not attached.
+
+    unswap: also undo `swap`. The model is then as it was before `make_private`, with the trained values.
+    """
     handles: tuple[RemovableHandle, ...] = model.__dict__.pop(HANDLES, ())
     for handle in handles:
         handle.remove()
@@ -126,6 +130,8 @@ def detach(model: nn.Module) -> None:
             module.ghost_tape = None
         if isinstance(module, ExpandingModule):
             module.__class__ = module.ghost_original  # type: ignore[assignment]
+    if unswap:
+        swapping.unswap(model)
 
 
 def uncovered(model: nn.Module) -> list[Uncovered]:

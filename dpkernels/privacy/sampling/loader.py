@@ -165,8 +165,14 @@ class DPDataLoader:
         )
 
     def __len__(self) -> int:
-        """Logical batches in one pass: round(1/q), or `steps` if make_private was given it."""
-        return self.epoch_steps if self.total_steps is None else self.total_steps
+        """Logical batches in a pass that begins now: round(1/q), or the rest of `steps` if make_private was given it.
+
+        A schedule over the whole run, also one that is resumed, takes `total_steps`.
+        """
+        return self.epoch_steps if self.total_steps is None else self._steps_to_go(self.total_steps)
+
+    def _steps_to_go(self, total: int) -> int:
+        return max(total - self._steps_taken(), 0)
 
     @property
     def physical_frames(self) -> int | None:
@@ -219,9 +225,7 @@ class DPDataLoader:
         self._before_pass()
         if flat is not None:
             flat.begin(after_step)
-        steps = self.epoch_steps
-        if self.total_steps is not None:
-            steps = max(self.total_steps - self._steps_taken(), 0)
+        steps = len(self)
         plan = _Plan(self._sampler, steps, self._split, self._unread)
         self._plan = plan
         batches = iter(self._loader)

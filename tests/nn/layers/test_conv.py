@@ -100,6 +100,9 @@ def check(plain: Any, x: Tensor, kind: type) -> None:
     assert torch.equal(x1.grad, x2.grad)
     assert type(records[0]) is kind
     assert type(unswap(detached(ghost))) is type(plain)
+    attach(swap(ghost))
+    detach(ghost, unswap=True)
+    assert type(ghost) is type(plain)
     # An activation before it, so that x needs a gradient there and g is not the loss's own.
     check_private(nn.Sequential(nn.Tanh(), plain, nn.Tanh()), squares, (x,))
 

@@ -370,6 +370,7 @@ def test_an_epoch_is_round_one_over_q_and_steps_are_a_total() -> None:
     run = private_run(steps=5)
     assert len(run.loader) == 5
     assert train(run, 2) == 2
+    assert len(run.loader) == 3  # what a pass has from here, also after a resume
     assert train(run) == 3
     assert train(run) == 0
     assert run.engine.steps == 5
