@@ -82,13 +82,13 @@ class CompiledCalls:
         """The call of this key, whose backward runs now. It stays: another backward may follow over the same forward.
 
         Raises:
-            RuntimeError: the call was forgotten with an earlier backward.
+            RuntimeError: the call is gone, since the graph kept another tensor than the key.
         """
         call = self._waiting.get(int(key))
         if call is None:
             raise RuntimeError(
-                "torch.compile: the backward of a compiled private layer runs after its forward was discarded by "
-                "another backward, optimizer.zero_grad() or an error. Compute the losses again"
+                "torch.compile: the forward of a compiled private layer is gone before its backward: this backend does "
+                "not keep the tensors that an op saves. Compile with another backend, or train without torch.compile"
             )
         self._recorded[call.layer] += 1
         return call
@@ -112,8 +112,7 @@ class CompiledCalls:
             )
 
     def discard(self) -> None:
-        """Forget all calls."""
-        self._waiting.clear()
+        """Expect no layer any more. Calls whose graph is alive keep waiting: their backward may follow."""
         self._expected, self._recorded = set(), Counter()
         self.anchor.grad = None
 

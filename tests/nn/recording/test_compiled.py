@@ -177,15 +177,33 @@ def test_a_lost_record_is_refused_by_name() -> None:
     assert tape.close() == []  # and nothing is left of it in the next backward
 
 
-def test_a_backward_of_a_discarded_forward_is_refused() -> None:
+def test_a_forward_that_is_gone_is_refused() -> None:
     tape = private(Net())
     x, _ = batch(4)
     key = tape.compiled.wait(compiled._Call("first", x, x))
-    tape.discard()
+    copy = key.clone()
+    del key
     tape.open(4)
-    with pytest.raises(RuntimeError, match="after its forward was discarded"):
-        tape.compiled.take(key)
+    with pytest.raises(
+        RuntimeError, match="the forward of a compiled private layer is gone before its backward"
+    ):
+        tape.compiled.take(copy)
     tape.discard()
+
+
+@pytest.mark.slow
+def test_two_forwards_may_wait_for_their_backwards() -> None:
+    model = Net()
+    tape = private(model)
+    run = torch.compile(model, backend="aot_eager")
+    (x, y), (x2, y2) = batch(4), batch(4, 7)
+    eager = [records(model, tape, x, y), records(model, tape, x2, y2)]
+    waiting = [cross_entropy(run(part), labels, reduction="none") for part, labels in ((x, y), (x2, y2))]
+    for losses, expected in zip(waiting, eager, strict=True):
+        tape.open(len(losses))
+        losses.sum().backward()
+        assert same(expected, tape.close())
+    assert not tape.compiled._waiting
 
 
 @pytest.mark.slow
