@@ -62,6 +62,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"dpkernels benchmarks: {results.group}")
         terminalreporter.write(show(results))
     terminalreporter.write_line(_where(config, list(run.results.values())))
+    count = sum(len(results.disturbed()) for results in run.results.values())
+    if count and not run.quick:
+        message = f"{count} of the tables are WORTH NOTHING, as each says: run them again on an idle machine"
+        terminalreporter.write_line(message, red=True, bold=True)
 
 
 def _where(config: pytest.Config, results: list[Results]) -> str:

@@ -77,6 +77,12 @@ DPK_API dpk_status dpk_cpu_depthwise_conv1d_norm_sq(const dpk_tensor* x, const d
 DPK_API dpk_status dpk_cpu_clip_factors(const void* norm_sq, dpk_dtype dtype, int64_t count,
                                         double max_grad_norm, float* out);
 
+// out[i] = max_grad_norm / (sqrt(norm_sq[i]) + stability) rounded down, so that out[i] * (sqrt(norm_sq[i]) +
+// stability) <= max_grad_norm exactly; 0 where norm_sq is NaN, infinite or negative. norm_sq F32 or F64,
+// dense.
+DPK_API dpk_status dpk_cpu_automatic_clip_factors(const void* norm_sq, dpk_dtype dtype, int64_t count,
+                                                  double max_grad_norm, double stability, float* out);
+
 // out [p,d] += sum_i factors[i] g_i^T x_i.
 DPK_API dpk_status dpk_cpu_linear_weighted_sum(const dpk_tensor* x, const dpk_tensor* g,
                                                const double* factors, const int64_t* lengths, int32_t threads,

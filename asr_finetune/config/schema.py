@@ -219,10 +219,14 @@ class PrivacyConfig:
     """the noise multiplier; null: calibrated to epsilon and steps"""
     max_grad_norm: Positive = 1.0
     """clipping bound C on one utterance's gradient"""
+    clipping: Literal["flat", "automatic"] = "flat"
+    """flat: gradients above C are scaled to it; automatic: all are scaled to just below it (C needs no tuning)"""
     unit: Literal["example", "speaker"] = "example"
     """the protected unit: one utterance, or all utterances of a speaker"""
     max_examples_per_speaker: Count | None = None
     """unit speaker: the most utterances of one speaker in a step"""
+    clipping_unit: Literal["example", "speaker"] | None = None
+    """unit speaker: what is clipped to C: a speaker's utterances together (null), or each utterance, with more noise"""
     max_batch_size: Count | None = None
     """truncated Poisson: a batch never exceeds it; null: no limit"""
     accountant: Literal["pld", "rdp"] = "pld"
@@ -252,6 +256,11 @@ class PrivacyConfig:
             raise ConfigError(
                 "privacy.epsilon and privacy.noise_multiplier are both missing: give --epsilon 8 (the "
                 "noise is then calibrated), or --noise-multiplier 0.7, or train with --not-private"
+            )
+        if self.clipping == "automatic" and self.strategy == "per_layer":
+            raise ConfigError(
+                "privacy.clipping=automatic with privacy.strategy=per_layer: automatic clipping scales by the norm of "
+                "the whole gradient, which per_layer never knows: choose another strategy, or clipping=flat"
             )
         if self.epsilon is not None and self.noise_multiplier == 0:
             raise ConfigError(

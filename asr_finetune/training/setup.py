@@ -172,6 +172,8 @@ def make_private(
             data_loader=data_loader,
             noise_multiplier=sigma,
             max_grad_norm=privacy.max_grad_norm,
+            clipping="per_layer" if privacy.strategy == "per_layer" else privacy.clipping,
+            clipping_unit=privacy.clipping_unit,
             strategy=privacy.strategy,
             physical_batch_size=size,
             max_padded_frames=frames,

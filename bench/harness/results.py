@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.checker import OK
+from bench.harness.quiet import verdict
 from bench.harness.timer import Samples
 from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 
@@ -27,6 +28,7 @@ class Row:
         contender: its name.
         status, reason, error: see `bench.harness.checker.Verdict`.
         median_ms, iqr_ms, rounds: of the timed steps.
+        others: cores that other processes took from them (`bench.harness.quiet`).
         ratio: median over the non-private one's (ops: over plain PyTorch's).
         over_ghost, over_hooks: how many times faster than Opacus.
         peak_mib: peak memory beyond what was there before the step.
@@ -49,6 +51,7 @@ class Row:
     median_ms: float | None = None
     iqr_ms: float | None = None
     rounds: int | None = None
+    others: float | None = None
     ratio: float | None = None
     over_ghost: float | None = None
     over_hooks: float | None = None
@@ -65,11 +68,18 @@ class Row:
         """The key that rows share if they are compared with each other."""
         return self.case, self.axis, tuple(sorted(self.shape.items()))
 
+    @property
+    def spread(self) -> float | None:
+        """IQR over median; None without times, or with too few to tell."""
+        if self.median_ms is None or self.iqr_ms is None or (self.rounds or 0) < 3:
+            return None
+        return self.iqr_ms / self.median_ms if self.median_ms > 0 else None
+
     def timed(self, samples: Samples) -> Row:
         """Add the times; returns self."""
         self.median_ms = round(samples.median * 1e3, 4)
         self.iqr_ms = round(samples.iqr * 1e3, 4)
-        self.rounds = len(samples.seconds)
+        self.rounds, self.others = len(samples.seconds), samples.others
         return self
 
 
@@ -80,6 +90,20 @@ class Results:
     group: str
     about: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+
+    def places(self) -> dict[object, list[Row]]:
+        """The rows by place: those that took turns."""
+        places: dict[object, list[Row]] = {}
+        for row in self.rows:
+            places.setdefault(row.place, []).append(row)
+        return places
+
+    def disturbed(self) -> dict[object, str]:
+        """The places whose figures are worth nothing, with the reason."""
+        verdicts = {
+            place: verdict(rows, self.about.get("threads", 1)) for place, rows in self.places().items()
+        }
+        return {place: reason for place, reason in verdicts.items() if reason}
 
     def save(self, folder: Path = FOLDER) -> Path:
         """Write <folder>/<device slug>/<group>.json."""

@@ -55,10 +55,8 @@ def show(results: Results) -> str:
     """All rows, a table a place; columns without a value are left out. "vs ghost": times faster than Opacus ghost."""
     text = io.StringIO()
     console = Console(file=text, width=_WIDTH, force_terminal=False)
-    places: dict[object, list[Row]] = {}
-    for row in results.rows:
-        places.setdefault(row.place, []).append(row)
-    for rows in places.values():
+    disturbed = results.disturbed()
+    for place, rows in results.places().items():
         shape = " ".join(f"{name}={value}" for name, value in rows[0].shape.items())
         table = Table(title=f"{rows[0].title} ({shape})", title_justify="left", box=None, pad_edge=False)
         table.add_column("contender", no_wrap=True)
@@ -71,5 +69,7 @@ def show(results: Results) -> str:
         for row in rows:
             if row.reason:
                 console.print(f"{row.contender}: {row.status}: {row.reason}", highlight=False, markup=False)
+        if place in disturbed:
+            console.print(f"WORTH NOTHING: {disturbed[place]}", highlight=False, markup=False)
         console.print()
     return text.getvalue()

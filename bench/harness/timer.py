@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from bench.harness.quiet import Neighbours, excess
+
 
 class Runner(Protocol):
     """Something with a timed step and an untimed preparation."""
@@ -25,9 +27,13 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """The times of one contender, in seconds, in the order of the rounds."""
+    """The times of one contender, in seconds, in the order of the rounds.
+
+    others: cores that other processes took from this one in the meantime (`bench.harness.quiet`); None if unknown.
+    """
 
     seconds: tuple[float, ...]
+    others: float | None = None
 
     @property
     def median(self) -> float:
@@ -46,6 +52,11 @@ class Samples:
         """q3 − q1: the spread that a few disturbed rounds do not reach."""
         q1, q3 = self.quartiles
         return q3 - q1
+
+    @property
+    def spread(self) -> float | None:
+        """IQR over median; None where the rounds are too few to tell, or take no time."""
+        return self.iqr / self.median if len(self.seconds) > 2 and self.median > 0 else None
 
 
 def host_seconds(function: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -100,6 +111,7 @@ def interleave(
             runner.step()
     taken: dict[str, list[float]] = {name: [] for name in runners}
     spent = 0.0
+    neighbours = Neighbours()
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection would be charged to the contender that is running
@@ -116,7 +128,8 @@ def interleave(
     finally:
         if was_enabled:
             gc.enable()
-    return {name: Samples(tuple(durations)) for name, durations in taken.items()}
+    others = excess(neighbours.cores())
+    return {name: Samples(tuple(durations), others) for name, durations in taken.items()}
 
 
 @dataclass

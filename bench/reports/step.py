@@ -116,8 +116,11 @@ def _header(device_results: Sequence[Results]) -> str:
         if about["versions"].get(name)
     )
     state = " with changes" if about.get("dirty") else ""
+    disturbed = [reason for result in device_results for reason in result.disturbed().values()]
+    warning = f" **{len(disturbed)} cases are worth nothing**: {disturbed[0]}." if disturbed else ""
     return (
         f"**{_device(device_results)}** ({versions}; commit {about['commit']}{state}, {about['date'][:10]})."
+        f"{warning}"
     )
 
 

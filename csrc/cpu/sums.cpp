@@ -129,6 +129,24 @@ float clip_factor(double square, double limit) {
   return factor;
 }
 
+// limit / (sqrt(square) + stability), rounded down: the root, the sum and the quotient round by 2^-53 each,
+// which 2^-50 covers before the rounding to float.
+float automatic_clip_factor(double square, double limit, double stability) {
+  if (!std::isfinite(square) || square < 0.0) return 0.0f;
+  const double exact = limit / (std::sqrt(square) + stability) * (1.0 - 0x1p-50);
+  if (exact > std::numeric_limits<float>::max()) return std::numeric_limits<float>::max();
+  const float nearest = static_cast<float>(exact);
+  return nearest > exact ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+// Checks what both kinds of factors take.
+void check_clipping(dpk_dtype dtype, double max_grad_norm) {
+  if (dtype != DPK_F32 && dtype != DPK_F64)
+    invalid_argument("norm_sq has element type %d; give F32 or F64", static_cast<int>(dtype));
+  if (!(max_grad_norm > 0.0 && std::isfinite(max_grad_norm)))
+    invalid_argument("max_grad_norm is %g; give a finite number above 0", max_grad_norm);
+}
+
 }  // namespace
 }  // namespace dpk
 
@@ -153,14 +171,26 @@ dpk_status dpk_cpu_clip_factors(const void* norm_sq, dpk_dtype dtype, int64_t co
                                 float* out) {
   using namespace dpk;
   return guard([&] {
-    if (dtype != DPK_F32 && dtype != DPK_F64)
-      invalid_argument("norm_sq has element type %d; give F32 or F64", static_cast<int>(dtype));
-    if (!(max_grad_norm > 0.0 && std::isfinite(max_grad_norm)))
-      invalid_argument("max_grad_norm is %g; give a finite number above 0", max_grad_norm);
+    check_clipping(dtype, max_grad_norm);
     for (int64_t i = 0; i < count; ++i) {
       double square;
       read_out(norm_sq, dtype, i, 1, &square);
       out[i] = clip_factor(square, max_grad_norm);
+    }
+  });
+}
+
+dpk_status dpk_cpu_automatic_clip_factors(const void* norm_sq, dpk_dtype dtype, int64_t count,
+                                          double max_grad_norm, double stability, float* out) {
+  using namespace dpk;
+  return guard([&] {
+    check_clipping(dtype, max_grad_norm);
+    if (!(stability > 0.0 && std::isfinite(stability)))
+      invalid_argument("stability is %g; give a finite number above 0", stability);
+    for (int64_t i = 0; i < count; ++i) {
+      double square;
+      read_out(norm_sq, dtype, i, 1, &square);
+      out[i] = automatic_clip_factor(square, max_grad_norm, stability);
     }
   });
 }

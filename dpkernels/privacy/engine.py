@@ -32,8 +32,9 @@ from dpkernels.privacy.rng.streams import SecretStream, secret_key
 from dpkernels.privacy.sampling.digests import digests_of
 from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
+from dpkernels.privacy.sampling.units import Units
 from dpkernels.privacy.self_check.batch_independence import check_batch_independence
-from dpkernels.privacy.self_check.findings import SelfCheckReport
+from dpkernels.privacy.self_check.findings import SelfCheckError, SelfCheckReport
 from dpkernels.privacy.self_check.whole import whole_check
 from dpkernels.privacy.setup import (
     RunArguments,
@@ -89,6 +90,7 @@ class PrivacyEngine:
         self._optimizer: DPOptimizer | None = None
         self._loader: DPDataLoader | None = None
         self._warns_unchecked = True  # at the first step, unless a self_check has passed
+        self._needs_order = False  # whether a self-check must find that rows keep the examples' order
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("PrivacyEngine holds keys and is never pickled or copied; save its state_dict()")
@@ -150,6 +152,7 @@ class PrivacyEngine:
         target_epsilon: float | None = None,
         target_delta: float | None = None,
         clipping: str = "flat",
+        clipping_unit: str | None = None,
         noise_generator: None = None,
         loss_reduction: str = "mean",
         criterion: None = None,
@@ -179,7 +182,7 @@ class PrivacyEngine:
                 replaced, since a known seed would make the workers' random augmentation predictable.
             noise_multiplier: σ; the noise on the sum has standard deviation σ × sensitivity. 0 is not private (ε =
                 ∞) and warns.
-            max_grad_norm: C, the clipping norm of the whole gradient (flat clipping). With strategy="per_layer" C is
+            max_grad_norm: C, the clipping norm of the whole gradient. With strategy="per_layer" C is
                 the root of the sum of the layers' squared norms, and each of the P trained parameters has norm C/√P;
                 or give these norms, by name or in the order of named_parameters().
             strategy: "bookkeeping": one backward that keeps x and g of trained layers until the norms are
@@ -195,8 +198,7 @@ class PrivacyEngine:
             max_batch_size: capacity in examples: truncated Poisson sampling, with its own accounting ("pld"
                 only).
             unit: the unit that ε protects: "example" or "speaker". With "speaker", speakers are sampled and at most
-                max_examples_per_speaker = k examples of each join a step; sensitivity and noise are k times
-                larger, q = batch_size/(k × speakers).
+                max_examples_per_speaker = k examples of each join a step; q = batch_size/(k × speakers).
             speakers: the speaker of every example (unit="speaker").
             max_examples_per_speaker: k (unit="speaker").
             lengths: sizes of all examples; a micro-batch then holds examples of similar sizes.
@@ -206,8 +208,14 @@ class PrivacyEngine:
             physical_frames: the deprecated name of max_padded_frames.
             steps: total steps of the run, those in the ledger included; the loader ends after them.
             target_epsilon, target_delta: step() raises BudgetExhausted instead of exceeding this ε.
-            clipping: "flat" only ("per_layer" is accepted with strategy="per_layer"). loss_reduction: "mean" only:
-                the sum is divided by the expected batch size.
+            clipping: "flat": each gradient is scaled by min(1, C/‖g‖). "automatic": by C/(‖g‖ + γ), γ = 0.01, so that C
+                needs no tuning: it only multiplies the learning rate (of SGD; AdamW does not see it). Either way an
+                example adds at most C, and the noise is the same. ("per_layer" is accepted with
+                strategy="per_layer".)
+            clipping_unit: what is clipped to C with unit="speaker". "speaker" (the default there): the sum of a
+                speaker's gradients. A micro-batch holds whole speakers, and the order of its rows counts: step()
+                refuses until self_check has passed. "example": each example; sensitivity and noise are k times larger.
+            loss_reduction: "mean" only: the sum is divided by the expected batch size.
             noise_generator, criterion: must stay None. batch_first: must stay True.
             grad_sample_mode: None or "ghost". wrap_model, rand_on_empty: must stay False.
                 (Opacus's keywords: each error message has the reason.)
@@ -250,6 +258,8 @@ class PrivacyEngine:
                 data_loader=data_loader,
                 noise_multiplier=noise_multiplier,
                 max_grad_norm=max_grad_norm,
+                clipping=clipping,
+                clipping_unit=clipping_unit,
                 strategy=strategy,
                 physical_batch_size=physical_batch_size,
                 max_batch_size=max_batch_size,
@@ -307,7 +317,7 @@ class PrivacyEngine:
             private = DPOptimizer(
                 run.optimizer,
                 model=module,
-                strategy=strategy_of(run.strategy, tape, setup.norm, setup.layers),
+                strategy=strategy_of(run.strategy, tape, setup.rule, setup.layers),
                 noise_multiplier=setup.mechanism.noise_multiplier,
                 max_grad_norm=setup.norm,
                 sensitivity=setup.sensitivity,
@@ -319,6 +329,7 @@ class PrivacyEngine:
                 steps=lambda: self.steps,
                 ranks=ranks,
                 seeds=None if self._noise_stream.fixed else SecretSeeds(),
+                whole_units=setup.whole_units,
             )
             loader = DPDataLoader(
                 run.data_loader,
@@ -334,6 +345,8 @@ class PrivacyEngine:
                 attempt=lambda: private.attempt,
                 rank=ranks.rank,
                 ranks=ranks.size,
+                units=Units(run.speakers) if setup.whole_units and run.speakers is not None else None,
+                announce=private.announce,
             )
             logger.info("strategy %s: %s", run.strategy, STRATEGIES[run.strategy])
             self._report_steps_before(budget.steps, run.steps)
@@ -342,6 +355,7 @@ class PrivacyEngine:
             if budget is not None:
                 budget.close()
             raise
+        self._needs_order = setup.whole_units and setup.sampling.per_unit > 1
         self._budget, self._module, self._optimizer, self._loader = budget, module, private, loader
         return module, private, loader
 
@@ -465,7 +479,8 @@ class PrivacyEngine:
         the report lists them in `unchecked`.
 
         Raises:
-            SelfCheckError: a gradient depends on the rest of its batch; the message names the layers.
+            SelfCheckError: a gradient depends on the rest of its batch; the message names the layers. Or speakers are
+                clipped as speakers, and collate_fn does not keep the order of the examples.
             ValueError, TypeError: losses of another shape than [B]; a batch without examples.
         """
         self._require_budget()
@@ -483,8 +498,28 @@ class PrivacyEngine:
             samples=samples,
             tolerance=tolerance,
         )
+        if self._needs_order:
+            self._check_order(report)
+            self._needs_order = False
         self._warns_unchecked = False
         return report
+
+    def _check_order(self, report: SelfCheckReport) -> None:
+        """Speakers are consecutive rows. `whole_check` found that loss i is row i's; here row i must be example i."""
+        assert self._loader is not None
+        own = self._loader.own_batch()
+        if isinstance(own, str) or not own.in_order:
+            why = (
+                own
+                if isinstance(own, str)
+                else "collate_fn returns the rows in another order (does it sort?)"
+            )
+            raise SelfCheckError(
+                "clipping_unit='speaker' clips consecutive rows of a micro-batch together, so the rows must be in the "
+                f"order of the examples that collate_fn is given; {why}. Let collate_fn keep the order, or use "
+                "clipping_unit='example', whose noise is max_examples_per_speaker times larger",
+                report,
+            )
 
     def check_batch_independence(
         self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, samples: int = 3
@@ -547,6 +582,12 @@ class PrivacyEngine:
             self._budget.close()
 
     def _warn_if_unchecked(self) -> None:
+        if self._needs_order and self.noise_multiplier > 0:
+            raise RuntimeError(
+                "step(): speakers are clipped as speakers (clipping_unit='speaker'), so ε rests on the order of the "
+                "rows and losses of a micro-batch: call engine.self_check(loss_fn) first, or use "
+                "clipping_unit='example', whose noise is max_examples_per_speaker times larger"
+            )
         if self._warns_unchecked and self.noise_multiplier > 0:
             self._warns_unchecked = False  # once
             warnings.warn(

@@ -47,13 +47,18 @@ def strategy_called(strategy: str) -> str:
 def check_clipping(
     clipping: str, max_grad_norm: float | Sequence[float] | Mapping[str, float], strategy: str
 ) -> None:
-    """Raise ValueError or TypeError unless clipping is flat with one finite C > 0, or per-layer under
+    """Raise ValueError or TypeError unless clipping is flat or automatic with one finite C > 0, or per-layer under
     strategy="per_layer" (`clipping.per_layer_clip_norms` checks its norms)."""
-    if clipping != "flat" and (clipping, strategy) != ("per_layer", "per_layer"):
+    if (clipping, strategy) == ("automatic", "per_layer"):
+        raise ValueError(
+            "clipping='automatic' with strategy='per_layer' is refused: its factor comes from the norm of the whole "
+            "gradient, which strategy='per_layer' never knows. Use another strategy, or clipping='flat'."
+        )
+    if clipping not in ("flat", "automatic") and (clipping, strategy) != ("per_layer", "per_layer"):
         raise ValueError(
             f"clipping={clipping!r} is refused: per-layer clipping has sensitivity √ΣC_l² and needs "
-            "strategy='per_layer'; automatic and adaptive clipping spend privacy budget of their own, which is not "
-            "accounted here. Use clipping='flat'."
+            "strategy='per_layer'; adaptive clipping spends privacy budget of its own, which is not accounted here. "
+            "Use clipping='flat' or clipping='automatic'."
         )
     if strategy == "per_layer":
         return
@@ -64,6 +69,22 @@ def check_clipping(
             "of the whole gradient."
         )
     check_norm(max_grad_norm)
+
+
+def clips_speakers(clipping_unit: str | None, unit: str) -> bool:
+    """Whether a speaker's examples are clipped together: by default where the protected unit is the speaker.
+
+    Raises:
+        ValueError: an unknown unit, or speakers where examples are the protected unit.
+    """
+    if clipping_unit not in (None, "example", "speaker"):
+        raise ValueError(f"clipping_unit={clipping_unit!r}: expected 'example' or 'speaker'")
+    if clipping_unit == "speaker" and unit != "speaker":
+        raise ValueError(
+            f"clipping_unit='speaker' with unit={unit!r}: only where speakers are sampled are their examples in one "
+            "batch; use unit='speaker', or leave clipping_unit out"
+        )
+    return unit == "speaker" and clipping_unit != "example"
 
 
 class Refusal(NamedTuple):

@@ -21,8 +21,16 @@ from dpkernels.privacy.guards.preconditions import (
     check_optimizer,
     trained_parameters,
 )
+from dpkernels.privacy.keywords import clips_speakers
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, speaker_ids
-from dpkernels.privacy.step.clipping import PerLayerClipNorms, batch_bound, per_layer_clip_norms, sensitivity
+from dpkernels.privacy.step.clipping import (
+    AUTOMATIC_STABILITY,
+    ClipRule,
+    PerLayerClipNorms,
+    batch_bound,
+    per_layer_clip_norms,
+    sensitivity,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,8 @@ class RunArguments:
     data_loader: DataLoader
     noise_multiplier: float
     max_grad_norm: float | Sequence[float] | Mapping[str, float]
+    clipping: str
+    clipping_unit: str | None
     strategy: str
     physical_batch_size: int | None
     max_batch_size: int | None
@@ -57,7 +67,9 @@ class Setup:
         sampling: the sampled units and their probability.
         mechanism: the mechanism of each step, for the accountant.
         layers: clipping norms by parameter under "per_layer", else None.
+        rule: how the norm of a whole gradient decides its factor (not under "per_layer").
         norm: C, or √ΣC_l² by layers.
+        whole_units: whether the examples of a speaker are clipped together: the sensitivity is that of one gradient.
         bound: largest logical batch that the sensitivity is stated for, in examples.
         sensitivity: S of the sum to one unit.
         physical_batch_size: largest micro-batch, in examples.
@@ -67,7 +79,9 @@ class Setup:
     sampling: Sampling
     mechanism: Mechanism
     layers: PerLayerClipNorms | None
+    rule: ClipRule
     norm: float
+    whole_units: bool
     bound: int
     sensitivity: float
     physical_batch_size: int
@@ -103,11 +117,19 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
     )
     check_accountant(accountant, truncated=mechanism.truncated)
     _check_target(run.target_epsilon, run.target_delta, sampling.units)
+    whole_units = clips_speakers(run.clipping_unit, run.unit)
+    together = sampling.per_unit if whole_units else 1
     physical = run.physical_batch_size
     if physical is None:
-        physical = math.ceil(sampling.expected_batch_size / ranks)
+        physical = max(math.ceil(sampling.expected_batch_size / ranks), together)
     if physical < 1:
         raise ValueError(f"physical_batch_size must be >= 1, got {run.physical_batch_size}")
+    if physical < together:
+        raise ValueError(
+            f"physical_batch_size={physical} is below max_examples_per_speaker={together}: a speaker's examples are "
+            "clipped together, and so stand in one micro-batch. Raise the one, lower the other, or use "
+            "clipping_unit='example', whose noise is max_examples_per_speaker times larger"
+        )
     if run.steps is not None and (run.steps < 1 or run.steps != int(run.steps)):
         raise ValueError(f"steps must be a whole number >= 1, got {run.steps}")
     _check_lengths(run.lengths, run.max_padded_frames, len(run.data_loader.dataset))  # type: ignore[arg-type]
@@ -130,9 +152,11 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
         sampling=sampling,
         mechanism=mechanism,
         layers=layers,
+        rule=ClipRule(norm, AUTOMATIC_STABILITY if run.clipping == "automatic" else None),
         norm=norm,
+        whole_units=whole_units,
         bound=bound,
-        sensitivity=sensitivity(norm, bound, sampling.per_unit, ranks),
+        sensitivity=sensitivity(norm, bound, 1 if whole_units else sampling.per_unit, ranks),
         physical_batch_size=physical,
     )
 
@@ -150,7 +174,7 @@ def run_identity(setup: Setup, accountant: str, fixed_key: bool) -> dict[str, An
     return {
         **{name: value for name, value in vars(setup).items() if name not in _OF_ONE_PROCESS},
         **{name: getattr(run, name) for name in ("strategy", "steps", "target_epsilon", "target_delta")},
-        **_clipping_settings(setup.layers),
+        **_clipping_settings(setup),
         "accountant": accountant,
         "a fixed noise_key": fixed_key,
         "optimizer": type(run.optimizer).__name__,
@@ -193,7 +217,8 @@ def run_settings(setup: Setup, processes: int) -> dict[str, Any]:
         **({"processes": processes} if processes > 1 else {}),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "max_grad_norm": setup.norm,
-        **_clipping_settings(setup.layers),
+        **_clipping_settings(setup),
+        "clipping_unit": "speaker" if setup.whole_units else "example",
         "sensitivity": setup.sensitivity,
         "max_examples_per_unit": setup.sampling.per_unit,
         "expected_batch_size": setup.sampling.expected_batch_size,
@@ -223,13 +248,13 @@ def _check_lengths(lengths: Sequence[int] | None, max_padded_frames: int | None,
         raise ValueError(f"max_padded_frames={max_padded_frames} must be >= 1, and needs lengths")
 
 
-def _clipping_settings(layers: PerLayerClipNorms | None) -> dict[str, Any]:
-    if layers is None:
-        return {"clipping": "flat"}
-    return {
-        "clipping": "per_layer",
-        "per_layer_clip_norms": "uniform" if layers.given is None else dict(layers.given),
-    }
+def _clipping_settings(setup: Setup) -> dict[str, Any]:
+    if setup.layers is not None:
+        given = setup.layers.given
+        return {"clipping": "per_layer", "per_layer_clip_norms": "uniform" if given is None else dict(given)}
+    if setup.rule.stability is not None:
+        return {"clipping": "automatic", "stability": setup.rule.stability}
+    return {"clipping": "flat"}
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ T·2⁻⁵³·Σ_t‖x_t‖‖g_t‖, which is not added; `dpkernels.backends.bo
 from dpkernels.reference._definitions import DEFINITIONS
 from dpkernels.reference.bias import bias_norm_sq, bias_weighted_sum
 from dpkernels.reference.chacha20 import chacha20_keystream, chacha20_normal
-from dpkernels.reference.clip import clip_factors
+from dpkernels.reference.clip import automatic_clip_factors, clip_factors
 from dpkernels.reference.depthwise_conv1d import depthwise_conv1d_norm_sq, depthwise_conv1d_weighted_sum
 from dpkernels.reference.embedding import embedding_norm_sq, embedding_weighted_sum
 from dpkernels.reference.grouped import total_norm_sq, weighted_sums
@@ -17,9 +17,16 @@ from dpkernels.reference.linear import linear_norm_sq, linear_weighted_sum
 from dpkernels.reference.lora import lora_gradients, lora_norm_sq, lora_weighted_sum
 from dpkernels.reference.noise import noise_sums
 from dpkernels.reference.optim import noise_adamw, noise_sgd
+from dpkernels.reference.transducer import (
+    transducer_cells,
+    transducer_gradients,
+    transducer_lattice,
+    transducer_scores,
+)
 
 __all__ = [
     "DEFINITIONS",
+    "automatic_clip_factors",
     "bias_norm_sq",
     "bias_weighted_sum",
     "chacha20_keystream",
@@ -40,5 +47,9 @@ __all__ = [
     "noise_sgd",
     "noise_sums",
     "total_norm_sq",
+    "transducer_cells",
+    "transducer_gradients",
+    "transducer_lattice",
+    "transducer_scores",
     "weighted_sums",
 ]

@@ -107,3 +107,22 @@ def factors_within(norm_sq: Tensor, limit: float) -> None:
             assert c == 1
         elif c >= LEAST_NORMAL:
             assert c * c * v >= most * most * SHARE * SHARE
+
+
+def automatic_factors_within(norm_sq: Tensor, limit: float, stability: float) -> None:
+    """c·(√norm_sq + γ) ≤ C in exact arithmetic, and c not needlessly small."""
+    factors = ops.automatic_clip_factors(norm_sq, limit, stability)
+    assert factors.dtype == torch.float32
+    assert factors.shape == norm_sq.shape
+    for square, factor in zip(norm_sq.tolist(), factors.tolist(), strict=True):
+        if not math.isfinite(square) or square < 0:
+            assert factor == 0.0
+            continue
+        v, c, most = Fraction(square), Fraction(factor), Fraction(limit)
+        # c·√v ≤ C − c·γ, squared
+        rest = most - c * Fraction(stability)
+        assert rest >= 0
+        assert c * c * v <= rest * rest, f"{factor} · (√{square} + {stability}) > {limit}"
+        if LEAST_NORMAL <= c < Fraction(torch.finfo(torch.float32).max):
+            least = most * SHARE - c * Fraction(stability)
+            assert least <= 0 or c * c * v >= least * least * SHARE

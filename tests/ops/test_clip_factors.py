@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dpkernels import ops
 from dpkernels.backends import native, registry
-from tests.ops.checks import factors_within
+from tests.ops.checks import automatic_factors_within, factors_within
 
 AVAILABLE = [
     b for b in ("reference", "torch", "native") if b != "native" or not native.unavailable_reason("cpu")
@@ -65,3 +65,36 @@ def test_a_limit_that_is_no_norm_is_refused(limit: float) -> None:
 def test_coarse_norms_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match="norm_sq"):
         ops.clip_factors(torch.ones(2).to(dtype), 1.0)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_automatic_factors_are_exactly_within_and_hardly_smaller(dtype: torch.dtype, backend: str) -> None:
+    limits = st.floats(min_value=1e-6, max_value=1e6)
+
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @given(st.lists(values[dtype], min_size=1, max_size=6), limits, limits)
+    def check(squares: list[float], limit: float, stability: float) -> None:
+        automatic_factors_within(torch.tensor(squares, dtype=dtype), limit, stability)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
+        check()
+
+
+def test_automatic_factors_at_the_ends(backend: str) -> None:
+    squares = torch.tensor([torch.nan, torch.inf, -torch.inf, -1.0, 0.0, 1.0], dtype=torch.float64)
+    factors = ops.automatic_clip_factors(squares, 1.0, 0.01)
+    assert torch.equal(factors[:4], torch.zeros(4))
+    assert not factors.signbit().any()
+    assert 100 * (1 - 2.0**-22) <= factors[4] <= 100
+    assert ops.automatic_clip_factors(squares[:0], 1.0, 0.01).shape == (0,)
+    # a quotient beyond float32 is its largest number
+    assert ops.automatic_clip_factors(squares[4:5], 1e30, 1e-30) == torch.finfo(torch.float32).max
+    automatic_factors_within(torch.tensor([5e-324, sys.float_info.max], dtype=torch.float64), 0.1, 0.01)
+
+
+@pytest.mark.parametrize("stability", [0.0, -1.0, math.nan, math.inf])
+def test_a_stability_that_is_no_norm_is_refused(stability: float) -> None:
+    with pytest.raises(ValueError, match="stability"):
+        ops.automatic_clip_factors(torch.ones(2), 1.0, stability)

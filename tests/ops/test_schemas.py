@@ -9,6 +9,7 @@ import torch
 from dpkernels import ops, reference
 from dpkernels.backends import registry, torch_ops
 from dpkernels.ops import layers
+from tests.ops import transducer
 from tests.ops.cases import FAMILIES, make
 
 TENSOR_OPS = [op for op in registry.ops() if not op.startswith("chacha20")]
@@ -39,6 +40,8 @@ def zeros(shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
 def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if op == "clip_factors":
         return (torch.rand(4), 1.0), {}
+    if op == "automatic_clip_factors":
+        return (torch.rand(4), 1.0, 0.01), {}
     if op == "lora_gradients":
         return tuple(make("lora").tensors.values()), {}
     if op in STATES:
@@ -52,6 +55,8 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (*layers.pack(given, norms=False), torch.rand(2), outs), {}
     if op == "total_norm_sq":
         return layers.pack(grouped_layers(norms=True), norms=True), {}
+    if op.startswith("transducer_"):
+        return transducer.arguments(op)
     family, _, kind = op.rpartition("_norm_sq" if op.endswith("_norm_sq") else "_weighted_sum")
     del kind
     case = make(family)
@@ -83,7 +88,7 @@ def test_declares_what_it_mutates(op: str) -> None:
 
 
 def test_one_name_from_schema_to_backend() -> None:
-    assert set(ops.__all__) - {"GroupedLayer", "clip_and_noise"} == set(registry.ops())
+    assert set(ops.__all__) - {"GroupedLayer", "clip_and_noise", "transducer_loss"} == set(registry.ops())
     assert reference.DEFINITIONS.keys() == set(registry.ops())
     for op in TENSOR_OPS:
         assert callable(getattr(reference, op))

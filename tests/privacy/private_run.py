@@ -46,6 +46,7 @@ class Run:
     engine: PrivacyEngine
     data: TensorDataset
     loss_fn: Callable[..., Tensor]
+    stability: float | None = None
 
     def begin(self, examples: int) -> None:
         """A logical batch of so many examples, in place of one that is open still: what no loader does."""
@@ -80,12 +81,16 @@ class Run:
         return rows
 
     def clipped_sum(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Σ_i min(1, C/‖g_i‖) g_i, done the slow way."""
+        """Σ_i min(1, C/‖g_i‖) g_i, done the slow way; in automatic clipping Σ_i C/(‖g_i‖ + γ) g_i."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
         for gradient in self.gradients(indices):
             norm = norm_of(gradient)
-            factor = min(1.0, self.optimizer.max_grad_norm / norm) if norm else 1.0
+            limit = self.optimizer.max_grad_norm
+            if self.stability is None:
+                factor = min(1.0, limit / norm) if norm else 1.0
+            else:
+                factor = limit / (norm + self.stability)
             for name in total:
                 total[name] += factor * gradient[name]
         return total
@@ -134,7 +139,8 @@ def private_run(
             **arguments,
         )
     made[1].keep_gradients = True  # what `release` reads
-    return Run(*made, engine, data, loss_fn)
+    stability = 0.01 if arguments.get("clipping") == "automatic" else None
+    return Run(*made, engine, data, loss_fn, stability)
 
 
 def train(run: Run, steps: int | None = None) -> int:

@@ -26,6 +26,7 @@ from dpkernels.privacy.keywords import REFUSALS
 from dpkernels.privacy.setup import RunArguments
 from dpkernels.privacy.step import strategies as strategies_module
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
+from tests.warned import no_warnings
 
 
 def parts(**changes: object) -> dict:
@@ -167,7 +168,7 @@ def test_every_keyword_of_opacus_is_known_and_documented() -> None:
 
 
 def test_every_argument_is_carried_or_checked() -> None:
-    """make_private's arguments are those of the run, Opacus's that take one value, and clipping."""
+    """make_private's arguments are those of the run, and Opacus's that take one value."""
     carried = {field.name for field in dataclasses.fields(RunArguments)}
     checked = REFUSALS.keys() - {"secure_mode"}
     assert carried.isdisjoint(checked)
@@ -175,7 +176,7 @@ def test_every_argument_is_carried_or_checked() -> None:
         "self",
         "physical_frames",
     }  # an old name
-    assert given == carried | checked | {"clipping", "process_group"}
+    assert given == carried | checked | {"process_group"}
 
 
 def test_other_engine_arguments_are_refused() -> None:
@@ -309,9 +310,7 @@ def test_schedulers_and_state_dict_work() -> None:
     )
     optimizer = made[1]
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="no self_check")
+    with no_warnings("no self_check"):
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.05 == optimizer.original_optimizer.param_groups[0]["lr"]

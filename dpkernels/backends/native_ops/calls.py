@@ -38,6 +38,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "layer_norm_norm_sq": (_T, _T, _P, _I32, _P),
     "depthwise_conv1d_norm_sq": (_T, _T, *_CONV, _I32, _P),
     "clip_factors": (_P, _I32, _I64, _F64, _P),
+    "automatic_clip_factors": (_P, _I32, _I64, _F64, _F64, _P),
     "linear_weighted_sum": (_T, _T, _P, _P, _I32, _P, _I32),
     "bias_weighted_sum": (_T, _P, _P, _I32, _P, _I32),
     "lora_weighted_sum": (_T, _T, _T, _T, _F64, _P, _P, _I32, _P, _P, _I32),

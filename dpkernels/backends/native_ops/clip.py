@@ -13,3 +13,17 @@ def clip_factors(norm_sq: Tensor, max_grad_norm: float) -> Tensor:
         dense.data_ptr(), native.element_type(dense.dtype), len(dense), max_grad_norm, out.data_ptr()
     )
     return out
+
+
+def automatic_clip_factors(norm_sq: Tensor, max_grad_norm: float, stability: float) -> Tensor:
+    """C/(√norm_sq + γ) rounded down; see `dpkernels.ops.automatic_clip_factors`."""
+    out, dense = norms(len(norm_sq)), norm_sq.contiguous()
+    function("automatic_clip_factors")(
+        dense.data_ptr(),
+        native.element_type(dense.dtype),
+        len(dense),
+        max_grad_norm,
+        stability,
+        out.data_ptr(),
+    )
+    return out

@@ -26,3 +26,14 @@ def clip_factors(norm_sq: Tensor, max_grad_norm: float) -> Tensor:
     return torch.where(
         usable, round_down(factor), torch.zeros((), dtype=torch.float32, device=norm_sq.device)
     )
+
+
+def automatic_clip_factors(norm_sq: Tensor, max_grad_norm: float, stability: float) -> Tensor:
+    """C/(√norm_sq + γ) rounded down; see `dpkernels.ops.automatic_clip_factors`."""
+    square = norm_sq.double()
+    # √, + and ÷ round by 2⁻⁵³ each, and the product once more: 2⁻⁵⁰ covers them before the rounding to float32
+    factor = max_grad_norm / (square.sqrt() + stability) * (1.0 - 2.0**-50)
+    usable = square.isfinite() & (square >= 0.0)
+    return torch.where(
+        usable, round_down(factor), torch.zeros((), dtype=torch.float32, device=norm_sq.device)
+    )

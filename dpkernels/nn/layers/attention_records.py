@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from dpkernels.nn.recording.records import (
     Record,
     join_names,
     materialised_gradient,
+    unit_frames,
 )
 from dpkernels.nn.tensors import accumulation_dtype, cat_time, common_dtype, per_sample_product, sum_up
 
@@ -86,6 +87,14 @@ class PackedLinearRecord(Record):
         for block in self.blocks:
             gradients[:, block.rows] = per_sample_product(block.g, block.x)
         return (materialised_gradient(self.layer, self.weight, gradients),)
+
+    def of_units(self, size: int) -> PackedLinearRecord:
+        """Each block's frames are those of the unit's rows, one after the other."""
+        blocks = tuple(
+            replace(block, x=unit_frames(block.x, size), g=unit_frames(block.g, size))
+            for block in self.blocks
+        )
+        return replace(self, blocks=blocks)
 
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
         """One linear layer over the concatenated frames of the blocks, with g = 0 in the rows of other blocks."""

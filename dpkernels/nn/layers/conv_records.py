@@ -17,6 +17,7 @@ from dpkernels.nn.recording.records import (
     Record,
     join_names,
     materialised_gradient,
+    unit_frames,
 )
 from dpkernels.nn.tensors import common_dtype, per_sample_product, sum_up
 from dpkernels.ops import GroupedLayer
@@ -83,6 +84,15 @@ class DepthwiseConv1dRecord(Record):
         }
         return GroupedLayer("depthwise_conv1d", (self.x, self.g), options)
 
+    def of_units(self, size: int) -> DepthwiseConv1dRecord:
+        """The unit's frames are those of its rows, with gaps in which g is 0, so that no window reads the next row."""
+        use = self._padded()
+        windows = -(-use.x.shape[2] // self.stride)  # the next row's first window comes after this many
+        x, g = _pad_end(use.x, windows * self.stride), _pad_end(use.g, windows)
+        last = (size - 1) * windows
+        x = _rows_in_time(x, size)[..., : last * self.stride + use.x.shape[2]]
+        return replace(use, x=x, g=_rows_in_time(g, size)[..., : last + use.g.shape[2]])
+
     def merge(self, *others: Record) -> Record:
         """Concatenates the uses along T, with gaps in which g is 0, so that no window of one use reads the next."""
         uses = [self._padded()]
@@ -128,6 +138,16 @@ class ConvRecord(Record):
     dilation: tuple[int, ...]
     groups: int = 1
     exchanged: bool = False
+    unit: int = 1
+
+    @property
+    def batch_size(self) -> int:
+        """B, in units (see `Record.of_units`)."""
+        return self.g.shape[0] // self.unit
+
+    def of_units(self, size: int) -> ConvRecord:
+        """The unit's windows are those of its rows, one after the other."""
+        return replace(self, unit=size)
 
     @property
     def output_gradient(self) -> Tensor:
@@ -135,16 +155,20 @@ class ConvRecord(Record):
         return self.x if self.exchanged else self.g
 
     def _group(self, index: int, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """(x [B,T',∏k·d/groups], g [B,T',p/groups]) of one group, in one dtype; T' = ∏space'."""
+        """(x [B,T',∏k·d/groups], g [B,T',p/groups]) of one group of some units, in one dtype; T' = unit·∏space'."""
+        first, end, _ = samples.indices(self.batch_size)
+        samples = slice(first * self.unit, end * self.unit)
         x, g = (t[samples].chunk(self.groups, 1)[index] for t in (self.x, self.g))
         x = nn.functional.pad(x, [n for size in reversed(self.padding) for n in (size, size)])
         windows = unfold(x, self.weight.shape[2:], self.stride, self.dilation, g.shape[2:])
         windows, g = common_dtype(windows, g.flatten(2).transpose(1, 2))
-        return windows, g
+        return unit_frames(windows, self.unit), unit_frames(g, self.unit)
 
     def _parts(self) -> list[slice]:
-        """Ranges of samples whose windows of one group take at most WINDOW_BYTES, or of one sample."""
-        sample_bytes = math.prod(self.g.shape[2:]) * self.weight[0].numel() * self.x.element_size()
+        """Ranges of units whose windows of one group take at most WINDOW_BYTES, or of one unit."""
+        sample_bytes = (
+            self.unit * math.prod(self.g.shape[2:]) * self.weight[0].numel() * self.x.element_size()
+        )
         step = max(1, WINDOW_BYTES // max(sample_bytes, 1))
         return [slice(first, first + step) for first in range(0, max(self.batch_size, 1), step)]
 
@@ -230,6 +254,11 @@ def unfold(
     n = len(output)
     order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
     return view.permute(order).reshape(batch, math.prod(output), channels * math.prod(kernel))
+
+
+def _rows_in_time(t: Tensor, size: int) -> Tensor:
+    """[B,C,T] -> [B/size, C, size·T]."""
+    return t.unflatten(0, (-1, size)).transpose(1, 2).flatten(2)
 
 
 def _pad_end(t: Tensor, length: int) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn.recording.records import ExpandedRecord, Record, join_names
+from dpkernels.nn.recording.records import ExpandedRecord, Record, join_names, unit_frames
 from dpkernels.nn.tensors import cat_time, common_dtype, sum_up
 from dpkernels.ops import GroupedLayer
 
@@ -53,6 +53,11 @@ class LoRARecord(Record):
         x, h, g, dh = common_dtype(self.x, self.h, self.g, self.dh)
         of_a, of_b = ops.lora_gradients(x, h, g, dh, scaling=self.scaling)
         return ExpandedRecord(self.layer, self.a, of_a), ExpandedRecord(self.layer, self.b, of_b)
+
+    def of_units(self, size: int) -> LoRARecord:
+        """The unit's frames are those of its rows, one after the other."""
+        x, h, g, dh = (unit_frames(t, size) for t in (self.x, self.h, self.g, self.dh))
+        return replace(self, x=x, h=h, g=g, dh=dh)
 
     def merge(self, *others: Record) -> Record:
         """Concatenates the uses along T."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -118,6 +118,19 @@ class Record(ABC):
         """
         return False
 
+    def of_units(self, size: int) -> Record:
+        """The same record over units: `size` consecutive rows are one unit, whose gradient is the sum of theirs.
+
+        Its `norm_sq` is [B/size], of those sums, and its `add_weighted_sum` takes as many factors. Shares tensors with
+        this record wherever a view of them is enough.
+
+        Raises TypeError naming the layer if the rule has no such form.
+        """
+        raise TypeError(
+            f"{self.layer!r} ({type(self).__name__}) has no gradients of several examples together: freeze its "
+            "parameters, or use clipping_unit='example', whose noise is max_examples_per_speaker times larger"
+        )
+
     def merge(self, *others: Record) -> Record:
         """One record for several uses of the same parameters (tied or reused): the exact sum, with its cross terms.
 
@@ -167,6 +180,10 @@ class LinearRecord(Record):
         """The weight's sum as a matrix."""
         return (sums[self.weight].view(self.g.shape[-1], self.x.shape[-1]),)
 
+    def of_units(self, size: int) -> LinearRecord:
+        """The unit's frames are those of its rows, one after the other."""
+        return replace(self, x=unit_frames(self.x, size), g=unit_frames(self.g, size))
+
     def entries(self) -> int:
         """p·d, the size of the weight."""
         return self.weight.numel()
@@ -212,6 +229,10 @@ class EmbeddingRecord(Record):
         padding = -1 if self.padding_idx is None else self.padding_idx
         return GroupedLayer("embedding", (self.ids, self.g), {"padding_idx": padding})
 
+    def of_units(self, size: int) -> EmbeddingRecord:
+        """The unit's tokens are those of its rows, one after the other."""
+        return replace(self, ids=unit_frames(self.ids, size), g=unit_frames(self.g, size))
+
     def as_linear(self, dtype: torch.dtype) -> LinearRecord:
         """Σ_t onehot(id_t) g_tᵀ, with no row for `padding_idx`."""
         onehot = torch.zeros(*self.ids.shape, self.weight.shape[0], dtype=dtype, device=self.g.device)
@@ -237,17 +258,31 @@ class EmbeddingRecord(Record):
 
 @dataclass(eq=False)
 class ExpandedRecord(Record):
-    """The per-sample gradients themselves, g `[B, *parameter.shape]`, where these take the least memory."""
+    """The per-sample gradients themselves, g `[B, *parameter.shape]`, where these take the least memory.
+
+    `unit`: so many consecutive rows of g are one unit, whose gradient is their sum (see `Record.of_units`).
+    """
 
     layer: str
     parameter: nn.Parameter
     g: Tensor
+    unit: int = 1
     parameter_fields: ClassVar[tuple[str, ...]] = ("parameter",)
     # whether this record created g, as a sum, and may add to it in place
     _owns_g: bool = field(default=False, init=False, repr=False)
 
     def _flat(self) -> Tensor:
-        return self.g.reshape(self.g.shape[0], 1, self.parameter.numel())
+        """[B, unit, *]: like the frames of a bias, rows are summed by the ops."""
+        return self.g.reshape(self.batch_size, self.unit, self.parameter.numel())
+
+    @property
+    def batch_size(self) -> int:
+        """B, in units."""
+        return self.g.shape[0] // self.unit
+
+    def of_units(self, size: int) -> ExpandedRecord:
+        """The same gradients, to be summed by unit."""
+        return replace(self, unit=size)
 
     def norm_sq(self) -> Tensor:
         """‖g_i‖²."""
@@ -258,7 +293,7 @@ class ExpandedRecord(Record):
         ops.bias_weighted_sum(self._flat(), factors, sums[self.parameter].view(-1))
 
     def share(self) -> GroupedLayer | None:
-        """A bias of one frame."""
+        """A bias whose frames are a unit's rows."""
         return GroupedLayer("bias", (self._flat(),))
 
     def outs(self, sums: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, ...]:
@@ -311,6 +346,11 @@ def _not_combined(first: Record, second: Record) -> TypeError:
         f"{first.layer!r} ({type(first).__name__}) and {second.layer!r} ({type(second).__name__}) use the same "
         "trained parameter in ways that cannot be combined; untie them, or freeze it (requires_grad_(False))"
     )
+
+
+def unit_frames(t: Tensor, size: int) -> Tensor:
+    """[B,T,*] -> [B/size, size·T, *], a view if the rows follow on one another in memory."""
+    return t.reshape(t.shape[0] // size, size * t.shape[1], *t.shape[2:])
 
 
 def materialised_gradient(layer: str, parameter: nn.Parameter, gradients: Tensor) -> ExpandedRecord:

@@ -14,6 +14,7 @@ from dpkernels.deprecation import renamed_argument, warn_renamed
 from dpkernels.privacy.ranks.pieces import share
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.own_batch import OwnBatch, form_of, on_devices_of, own_batch
+from dpkernels.privacy.sampling.units import Units
 
 
 class Sampler(Protocol):
@@ -99,6 +100,7 @@ class DPDataLoader:
         rank, ranks: this process's number, and the number of processes that share each logical batch.
         attempt: see `LogicalBatch`.
         steps_taken: returns the number of steps taken so far.
+        units: the speakers, if they are clipped as speakers. announce: see `LogicalBatch`.
     """
 
     def __init__(
@@ -118,6 +120,8 @@ class DPDataLoader:
         attempt: Callable[[], int] = lambda: 0,
         rank: int = 0,
         ranks: int = 1,
+        units: Units | None = None,
+        announce: Callable[[int, int], None] = lambda examples, unit: None,
     ) -> None:
         self.dataset = data_loader.dataset
         self.batch_size = data_loader.batch_size
@@ -134,6 +138,7 @@ class DPDataLoader:
         self._on_batch = on_batch
         self._attempt = attempt
         self._rank, self._ranks = rank, ranks
+        self._units, self._announce = units, announce
         self._steps_taken = steps_taken
         self._plan: _Plan | None = None
         self._unread: deque[_Planned] = deque()
@@ -206,7 +211,7 @@ class DPDataLoader:
             parts = planned.parts
             self._on_batch(sum(map(len, parts)), drawn=planned.drawn, digest=planned.digest)
             plan.hand_out()
-            batch = LogicalBatch(parts, fetch, self._read, self._attempt)
+            batch = LogicalBatch(parts, fetch, self._read, self._attempt, self._units, self._announce)
             yield batch
             batch.skip_rest()
 
@@ -241,11 +246,19 @@ class DPDataLoader:
         if self._ranks == 1:
             mine, digest = indices, 0
         else:
-            weights = np.ones(len(indices)) if self._lengths is None else self._lengths[indices]
-            mine = indices[share(weights.tolist(), self._ranks)[self._rank]]
+            mine = self._mine(indices)
             digest = int.from_bytes(hashlib.sha256(indices.astype("<i8").tobytes()).digest()[:8], "little")
-        parts = micro_batches(mine, self.physical_batch_size, self._lengths, self.max_padded_frames)
+        split = micro_batches if self._units is None else self._units.micro_batches
+        parts = split(mine, self.physical_batch_size, self._lengths, self.max_padded_frames)
         return _Planned(parts, len(indices), digest)
+
+    def _mine(self, indices: np.ndarray) -> np.ndarray:
+        """This rank's examples of a drawn batch."""
+        if self._units is not None:
+            return self._units.share(indices, self._lengths, self._ranks)[self._rank]
+        weights = np.ones(len(indices)) if self._lengths is None else self._lengths[indices]
+        mine: np.ndarray = indices[share(weights.tolist(), self._ranks)[self._rank]]
+        return mine
 
 
 class _Feed:

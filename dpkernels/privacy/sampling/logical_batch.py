@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dpkernels.deprecation import renamed_argument
+from dpkernels.privacy.sampling.units import Units
 
 _UNPACKS = {dis.opmap["UNPACK_SEQUENCE"], dis.opmap["UNPACK_EX"]}
 
@@ -60,6 +61,8 @@ class LogicalBatch:
         fetch: returns the next micro-batch from the workers.
         collate: collates the examples of these indices in this process.
         attempt: returns the number of the attempt at the batch; optimizer.recover() and zero_grad() change it.
+        units: the speakers, where they are clipped as speakers; every micro-batch then holds whole ones.
+        announce: called before a micro-batch is handed out, with its number of examples and that of each speaker in it.
     """
 
     def __init__(
@@ -68,8 +71,13 @@ class LogicalBatch:
         fetch: Callable[[], Any],
         collate: Callable[[list[int]], Any],
         attempt: Callable[[], int] = lambda: 0,
+        units: Units | None = None,
+        announce: Callable[[int, int], None] = lambda examples, unit: None,
     ) -> None:
         self.parts = parts
+        self._units = units
+        self._drawn = {} if units is None else units.drawn(parts)
+        self._announce = announce
         self._remaining = len(parts)
         self._fetch = fetch
         self._collate = collate
@@ -96,7 +104,8 @@ class LogicalBatch:
 
         Raises:
             ValueError: an index that is not in this logical batch; an index given twice, or returned before by this
-                method or by iterating without a call of optimizer.recover() or zero_grad() since.
+                method or by iterating without a call of optimizer.recover() or zero_grad() since; a part of a
+                speaker, where speakers are clipped as speakers.
         """
         unknown = set(part).difference(*self.parts)
         if unknown:
@@ -117,8 +126,19 @@ class LogicalBatch:
                 "optimizer.recover(), which returns whether all parts are to be repeated, or optimizer.zero_grad() "
                 "and repeat all parts"
             )
+        unit = self.unit_of(part)
         self._given.update(part)
-        return self._collate(part)
+        batch = self._collate(part)
+        self._announce(len(part), unit)
+        return batch
+
+    def unit_of(self, part: list[int]) -> int:
+        """The number of examples that are clipped together in this part: 1, or those that each speaker has.
+
+        Raises:
+            ValueError: speakers are clipped as speakers, and the part does not hold whole ones, equally many of each.
+        """
+        return 1 if self._units is None else self._units.size_of(part, self._drawn)
 
     def _given_in_attempt(self) -> set[int]:
         """The examples that were handed out in this attempt."""
@@ -152,6 +172,7 @@ class LogicalBatch:
             self._remaining -= 1
             batch = self._fetch()
             self._given_in_attempt().update(part)
+            self._announce(len(part), self.unit_of(part))
             yield batch
 
     def skip_rest(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpkernels import ops
 from dpkernels.nn import Record, norms_sq
 from dpkernels.privacy.guards.preconditions import some_of
 
@@ -33,6 +34,29 @@ def add_up(norms: Iterable[Tensor], batch_size: int, device: torch.device) -> Te
         total += norm_sq.to(device=device, dtype=torch.float64)
         count += 1
     return total * (1 + (count + 1) * 2.0**-52)
+
+
+AUTOMATIC_STABILITY = 0.01
+"""γ of automatic clipping, as its authors propose: a gradient of this norm is scaled to C/2."""
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """How the norm of an example's whole gradient decides its factor; either way the example adds at most C.
+
+    Attributes:
+        norm: C.
+        stability: None for flat clipping, min(1, C/‖g‖); γ for automatic clipping, C/(‖g‖ + γ).
+    """
+
+    norm: float
+    stability: float | None = None
+
+    def factors(self, norm_sq: Tensor) -> Tensor:
+        """[B] float32 of squared norms [B], float64 and rounded up; c_i·‖g_i‖ ≤ C exactly."""
+        if self.stability is None:
+            return ops.clip_factors(norm_sq, self.norm)
+        return ops.automatic_clip_factors(norm_sq, self.norm, self.stability)
 
 
 @dataclass(frozen=True)
@@ -148,6 +172,7 @@ def rounding_slack(examples: int, ranks: int = 1) -> float:
     factor of two for terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens. R processes sum their
     examples apart, and the R sums are then added: n·P + R additions.
 
+    Automatic clipping changes nothing of this: its factors, too, are at most C divided by the stated norm.
     Under per-layer clipping this holds in each layer with C_l in place of C, and √Σ(1 + s)²C_l² = (1 + s)·C.
 
     The bound holds for gradients of float32 and narrower; float64 models (for tests) have no such K. It does not

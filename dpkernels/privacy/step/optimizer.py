@@ -70,6 +70,7 @@ class DPOptimizer(WrappedOptimizer):
         steps: returns the number of steps counted.
         ranks: the processes of the run.
         seeds: the global generators' secret seeds; None in tests with fixed seeds.
+        whole_units: whether speakers are clipped as speakers (clipping_unit="speaker").
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class DPOptimizer(WrappedOptimizer):
         steps: Callable[[], int],
         ranks: Ranks,
         seeds: SecretSeeds | None = None,
+        whole_units: bool = False,
     ) -> None:
         super().__init__(optimizer)
         self.noise_multiplier = noise_multiplier
@@ -101,7 +103,7 @@ class DPOptimizer(WrappedOptimizer):
         self._spend = spend
         self._guard = ModelGuard(model, strategy.tape, optimizer, seeds if noise_multiplier > 0 else None)
         self._rows = RowCheck(strategy.tape)
-        self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0)
+        self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0, whole_units=whole_units)
         self._steps = steps
         self._ranks = ranks
         self._trained = list(self._guard.trained.values())
@@ -225,6 +227,14 @@ class DPOptimizer(WrappedOptimizer):
         self._drawn = digest
         self._guard.before_logical_batch()
 
+    def announce(self, examples: int, unit: int) -> None:
+        """Called by the private loader before it hands out a micro-batch: its examples, and those of each speaker.
+
+        Raises:
+            RuntimeError: speakers are clipped as speakers, and the micro-batch before was not back-propagated.
+        """
+        self._batch.announce(examples, unit)
+
     def note_checked(self, losses: Tensor) -> None:
         """Called by a self-check with its loss_fn's losses; `backward` warns of a scaling that these do not have."""
         self._guard.note_checked(losses)
@@ -255,10 +265,11 @@ class DPOptimizer(WrappedOptimizer):
         if batch_size == 0:
             self.tape.discard()
             return
+        unit = self._batch.unit_of(batch_size)
         try:
             due = self._rows.due(losses)
             with self._rows.checking(losses) if due else nullcontext():
-                clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward)
+                clipped = self._strategy.backward(losses, self._batch.add, self._guard.after_backward, unit)
         except BaseException:
             self.tape.discard()
             self._guard.after_failure()

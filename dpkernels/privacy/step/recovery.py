@@ -59,19 +59,30 @@ def back_propagate(
             invalidated = optimizer.recover()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            unit = logical_batch.unit_of(part)
+            if len(part) == unit > 1:
+                raise torch.OutOfMemoryError(
+                    f"one speaker alone ({unit} examples, from index {part[0]} of the data set) does not fit into "
+                    "memory, and is clipped as a whole; lower max_examples_per_speaker, or use activation "
+                    f"checkpointing with strategy='two_pass'. The allocator's error: {losses}"
+                )
             if len(part) == 1:
                 raise torch.OutOfMemoryError(
                     f"one example alone (index {part[0]} of the data set) does not fit into memory; use activation "
                     "checkpointing with strategy='two_pass', or leave out examples of its length. The allocator's "
                     f"error: {losses}"
                 )
-            size = (len(part) + 1) // 2
+            size = (len(part) // unit + 1) // 2 * unit
             if invalidated:
                 repeated = [*(earlier for earlier, _ in done), part, *(later for later, _ in todo)]
-                todo = [(piece, None) for larger in repeated for piece in _cut(larger, size)]
+                todo = [
+                    (piece, None)
+                    for larger in repeated
+                    for piece in _cut(larger, size, logical_batch.unit_of(larger))
+                ]
                 done = []
             else:
-                todo = [(piece, None) for piece in _cut(part, size)] + todo
+                todo = [(piece, None) for piece in _cut(part, size, unit)] + todo
             say(
                 f"NOT PRIVATE: a micro-batch of {len(part)} examples ran out of memory; continuing with at most {size}"
                 + (", from the start of its logical batch" if invalidated else "")
@@ -90,5 +101,7 @@ def _attempt(optimizer: DPOptimizer, losses_of: Callable[[Any], Tensor], batch: 
         return str(error)
 
 
-def _cut(part: Part, size: int) -> list[Part]:
+def _cut(part: Part, size: int, unit: int) -> list[Part]:
+    """Pieces of at most `size` examples, or of one speaker: `unit` consecutive examples stay together."""
+    size = max(size // unit, 1) * unit
     return [part[start : start + size] for start in range(0, len(part), size)]

@@ -2,8 +2,8 @@
 
 | strategy | backwards | holds until it ends | clipping |
 |---|---|---|---|
-| bookkeeping, mixed | 1 | every record of the backward | flat |
-| two_pass | 2 | the graph; [B] numbers for each layer | flat |
+| bookkeeping, mixed | 1 | every record of the backward | flat or automatic |
+| two_pass | 2 | the graph; [B] numbers for each layer | flat or automatic |
 | per_layer | 1 | nothing | each layer on its own |
 
 Every strategy holds the records of tied and reused parameters to the end of a backward, since they must be merged.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.nn import Record, Tape, norms_sq
-from dpkernels.privacy.step.clipping import PerLayerClipNorms, add_up, total_norm_sq
+from dpkernels.privacy.step.clipping import ClipRule, PerLayerClipNorms, add_up, total_norm_sq
 
 Add = Callable[[Sequence[Record], Tensor], None]
 """add(records, factors [B]) adds the weighted sums of the records to the logical batch's sums."""
@@ -32,7 +32,7 @@ additions on a GPU change it by rounding; other dropout masks, or changed inputs
 
 
 class Clipped(NamedTuple):
-    """Norms and clipping factors of a micro-batch's examples. NOT PRIVATE.
+    """Norms and clipping factors of what a micro-batch's gradients are clipped as, examples or speakers. NOT PRIVATE.
 
     norm_sq: [B] float64, the squared norm of the whole gradient before clipping, rounded up. factors: [B] float32,
     the factor in the sum, 0 for an example that was left out; under per-layer clipping, the smallest of its factors.
@@ -43,27 +43,37 @@ class Clipped(NamedTuple):
 
 
 class Strategy(ABC):
-    """Clips and sums one micro-batch. `tape` is the model's."""
+    """Clips and sums one micro-batch. `tape` is the model's.
+
+    Where speakers are clipped as speakers, `unit` consecutive examples are one of them, and are clipped together: the
+    records are those of the sums of their gradients (`Record.of_units`), and B is the number of speakers.
+    """
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
     @abstractmethod
-    def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
-        """Back-propagate losses.sum() (losses: [B]) and `add` each example's contribution.
+    def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
+        """Back-propagate losses.sum() (losses: [B·unit]) and `add` the contribution of each example, or speaker.
 
         Raises the errors of the backward, `add` and `check`; the tape may then be open.
         """
 
-    def _stream(self, losses: Tensor, take: Callable[[Record], None], *, again: bool = False) -> None:
+    def _stream(
+        self, losses: Tensor, take: Callable[[Record], None], unit: int, *, again: bool = False
+    ) -> None:
         """Run one backward and pass every record to `take` as soon as it is complete.
 
         again: whether another backward over the same graph follows.
         """
-        self.tape.open(losses.shape[0], sink=take)
+
+        def of_unit(record: Record) -> None:
+            take(_of_units(record, unit))
+
+        self.tape.open(losses.shape[0], sink=of_unit)
         losses.sum().backward(retain_graph=again)
         for record in self.tape.close(again=again):
-            take(record)
+            of_unit(record)
 
 
 class BookKeeping(Strategy):
@@ -72,20 +82,20 @@ class BookKeeping(Strategy):
     Source: Bu et al. 2023, arXiv:2210.00038 (book-keeping).
     """
 
-    def __init__(self, tape: Tape, max_grad_norm: float) -> None:
+    def __init__(self, tape: Tape, rule: ClipRule) -> None:
         super().__init__(tape)
-        self._max_grad_norm = max_grad_norm
+        self._rule = rule
 
-    def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
+    def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
         """Compute norms, then factors, then sums."""
-        batch_size = losses.shape[0]
-        self.tape.open(batch_size)
+        batch_size = losses.shape[0] // unit
+        self.tape.open(losses.shape[0])
         losses.sum().backward()
-        records = self.tape.close()
+        records = [_of_units(record, unit) for record in self.tape.close()]
         check()
         with torch.no_grad():
             norm_sq = total_norm_sq(records, batch_size, losses.device)
-            factors = ops.clip_factors(norm_sq, self._max_grad_norm)
+            factors = self._rule.factors(norm_sq)
         add(records, factors)
         return Clipped(norm_sq, factors)
 
@@ -97,36 +107,36 @@ class TwoPass(Strategy):
     losses by c_i instead would add rounding, which in half precision is far above the norms' bounds.
 
     **The bound does not assume that the second backward repeats the first.** Let n_il be the first backward's bound on
-    example i's norm in layer l, N_i² = Σ_l n_il², c_i ≤ C/N_i, and n'_il the second backward's bound, of the same
-    tensors that are summed. The layer is summed with c_i·min(1, n_il/n'_il), so the example adds at most
-    √Σ_l (c_i·n_il)² = c_i·N_i ≤ C for any second backward. If the two have the same bits the factor is c_i.
+    example i's norm in layer l, N_i² = Σ_l n_il², c_i ≤ C/N_i (either clip rule), and n'_il the second backward's
+    bound, of the same tensors that are summed. The layer is summed with c_i·min(1, n_il/n'_il), so the example adds at
+    most √Σ_l (c_i·n_il)² = c_i·N_i ≤ C for any second backward. If the two have the same bits the factor is c_i.
     A second backward that differs by more than rounding would sum a gradient that was not measured. It is refused
     (`REPEAT_TOLERANCE`) to protect the training result.
 
     Source: Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679 (ghost clipping in two passes).
     """
 
-    def __init__(self, tape: Tape, max_grad_norm: float) -> None:
+    def __init__(self, tape: Tape, rule: ClipRule) -> None:
         super().__init__(tape)
-        self._max_grad_norm = max_grad_norm
+        self._rule = rule
 
-    def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
+    def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
         """Compute norms and factors, then the sums from a second backward.
 
         Raises RuntimeError if the second backward differs from the first by more than rounding.
         """
-        batch_size, device = losses.shape[0], losses.device
+        batch_size, device = losses.shape[0] // unit, losses.device
         first: dict[tuple[nn.Parameter, ...], Tensor] = {}
 
         @torch.no_grad()
         def measure(record: Record) -> None:
             first[record.parameters] = _norm_sq(record, device)
 
-        self._stream(losses, measure, again=True)
+        self._stream(losses, measure, unit, again=True)
         check()
         with torch.no_grad():
             norm_sq = add_up(first.values(), batch_size, device)
-            factors = ops.clip_factors(norm_sq, self._max_grad_norm)
+            factors = self._rule.factors(norm_sq)
             allowed = REPEAT_TOLERANCE * norm_sq.sqrt()
             moved = torch.zeros(batch_size, dtype=torch.bool, device=device)
 
@@ -137,7 +147,7 @@ class TwoPass(Strategy):
             moved.logical_or_(~((again.sqrt() - before.sqrt()).abs() <= allowed))
             add([record], _within(factors, before, again))
 
-        self._stream(losses, weigh)
+        self._stream(losses, weigh, unit)
         check()
         moved.logical_and_(factors > 0)  # an example with factor 0 adds 0 in either case
         if first or int(moved.sum()):
@@ -165,9 +175,9 @@ class PerLayer(Strategy):
         super().__init__(tape)
         self._norms = norms
 
-    def backward(self, losses: Tensor, add: Add, check: Check) -> Clipped:
+    def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
         """Compute norm, factor and sum, record by record."""
-        batch_size, device = losses.shape[0], losses.device
+        batch_size, device = losses.shape[0] // unit, losses.device
         norms: list[Tensor] = []
         least = torch.ones(batch_size, device=device)
 
@@ -179,17 +189,21 @@ class PerLayer(Strategy):
             norms.append(norm_sq)
             torch.minimum(least, factors, out=least)
 
-        self._stream(losses, clip)
+        self._stream(losses, clip, unit)
         check()
         with torch.no_grad():
             return Clipped(add_up(norms, batch_size, device), least)
 
 
-def strategy_of(name: str, tape: Tape, max_grad_norm: float, layers: PerLayerClipNorms | None) -> Strategy:
+def strategy_of(name: str, tape: Tape, rule: ClipRule, layers: PerLayerClipNorms | None) -> Strategy:
     """The strategy of a name that `keywords.strategy_called` returns; `layers` for "per_layer" only."""
     if layers is not None:
         return PerLayer(tape, layers)
-    return TwoPass(tape, max_grad_norm) if name == "two_pass" else BookKeeping(tape, max_grad_norm)
+    return TwoPass(tape, rule) if name == "two_pass" else BookKeeping(tape, rule)
+
+
+def _of_units(record: Record, unit: int) -> Record:
+    return record if unit == 1 else record.of_units(unit)
 
 
 def _norm_sq(record: Record, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ class BatchSums:
     Args:
         bound: largest logical batch that the sensitivity is stated for, in examples.
         claimed: whether there is noise and so a privacy claim. Without noise, batches may come from anywhere.
+        whole_units: whether speakers are clipped as speakers, so that each micro-batch must be known beforehand.
 
     Attributes:
         sums: Σ of the clipped gradients by parameter, for parameters with a gradient. NOT PRIVATE.
@@ -26,9 +27,13 @@ class BatchSums:
         seen: norms and factors of the examples, by micro-batch. NOT PRIVATE.
     """
 
-    def __init__(self, bound: int, *, claimed: bool) -> None:
+    def __init__(self, bound: int, *, claimed: bool, whole_units: bool = False) -> None:
         self._bound = bound
         self._claimed = claimed
+        self._whole_units = whole_units
+        self._announced: tuple[int, int] | None = (
+            None  # of the micro-batch that is to be back-propagated next
+        )
         self.sums: dict[nn.Parameter, Tensor] = {}
         self.dirty = False
         self.examples = 0
@@ -80,10 +85,12 @@ class BatchSums:
         self.examples = 0
         self.seen = []
         self.invalidated = False
+        self._announced = None
 
     def try_again(self) -> None:
         """Prepare to repeat a micro-batch that failed, or all of them if it invalidated the sums."""
         self.attempt += 1
+        self._announced = None
         if self.invalidated:
             self.forget()
 
@@ -108,6 +115,41 @@ class BatchSums:
         self.examples += examples
         self.seen.append(clipped)
         self.invalidated = False
+        self._announced = None
+
+    def announce(self, examples: int, unit: int) -> None:
+        """Note that the loader hands out a micro-batch of `examples` examples, `unit` of each of its speakers.
+
+        Raises:
+            RuntimeError: speakers are clipped as speakers, and the micro-batch before was not back-propagated.
+        """
+        if self._whole_units and self._announced is not None:
+            raise RuntimeError(
+                "the next micro-batch was asked for before the last one was back-propagated: speakers are clipped as "
+                "speakers (clipping_unit='speaker'), so each micro-batch must be back-propagated before the next one "
+                "is read. Call optimizer.backward(losses) in the loop, or optimizer.recover() after a failure"
+            )
+        self._announced = (examples, unit)
+
+    def unit_of(self, examples: int) -> int:
+        """How many consecutive examples of the micro-batch at hand are clipped together.
+
+        Raises:
+            RuntimeError: speakers are clipped as speakers, and these are not the losses of the micro-batch that the
+                loader handed out last.
+        """
+        if not self._whole_units:
+            return 1
+        if self._announced is None or self._announced[0] != examples:
+            held = (
+                "none" if self._announced is None else f"one of {self._announced[0]} examples (NOT PRIVATE)"
+            )
+            raise RuntimeError(
+                f"optimizer.backward: losses of {examples} examples, but the micro-batch at hand is {held}: speakers "
+                "are clipped as speakers (clipping_unit='speaker'), so each micro-batch of the private loader is "
+                "back-propagated whole, with one loss for each row in its order, before the next one is read"
+            )
+        return self._announced[1]
 
     def check_whole(self) -> None:
         """Raise RuntimeError if a failure invalidated the sums."""

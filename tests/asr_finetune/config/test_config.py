@@ -126,6 +126,10 @@ def test_sections_check_themselves_when_built_directly() -> None:
         ({"epsilon": 8, "delta": 1e-6, "noise_multiplier": 0}, r"noise_multiplier=0 with .*epsilon=8"),
         ({"epsilon": 8, "delta": 1e-6, "unit": "speaker"}, r"needs privacy\.max_examples_per_speaker"),
         ({"epsilon": 8, "delta": 1e-6, "max_examples_per_speaker": 2}, r"needs privacy\.unit=speaker"),
+        (
+            {"epsilon": 8, "delta": 1e-6, "clipping": "automatic", "strategy": "per_layer"},
+            "automatic clipping scales by the norm of the whole gradient",
+        ),
     ],
 )
 def test_what_says_too_little_of_privacy_is_refused(privacy: dict[str, Any], message: str) -> None:

@@ -217,6 +217,13 @@ def test_no_ledger_and_no_run_are_refused(tmp_path: Path) -> None:
         write_report(run, tmp_path / "r.html")
 
 
+def test_automatic_clipping_is_said(tmp_path: Path) -> None:
+    for clipping, said in (("automatic", "scaled to just below C"), ("flat", "gradient clipped")):
+        run = write_run(tmp_path / clipping, record(clipping=clipping))
+        text = visible(write_report(run, tmp_path / "r.html").read_text())
+        assert said in text
+
+
 def test_run_without_privacy_says_so(tmp_path: Path) -> None:
     absent = ("epsilon", "delta", "target_epsilon", "max_grad_norm", "unit", "accountant", "noise_multiplier")
     absent += ("adjacency", "sampling", "epsilon_pld", "epsilon_rdp", "steps", "sample_rate", "dataset_size")

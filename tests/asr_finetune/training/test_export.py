@@ -250,3 +250,15 @@ def test_a_new_head_is_merged_with_its_classes(folders: Any, tmp_path: Path) -> 
         torch.testing.assert_close(
             small_models.logits(merged, batch), small_models.logits(recognizer, batch), rtol=1e-4, atol=1e-4
         )
+
+
+def test_automatic_clipping_reaches_ledger_record_and_card(runs: Path) -> None:
+    values = tones.settings(
+        runs, privacy__clipping="automatic", train__steps=2, output=str(runs / "automatic")
+    )
+    config = Config.from_dict(values)
+    train(config, progress=False)
+    folder = Path(config.output)
+    assert '"clipping": "automatic"' in (folder / "ledger.jsonl").read_text()
+    assert json.loads((folder / "run.json").read_text())["privacy"]["clipping"] == "automatic"
+    assert "| Clipping norm, C | 1, automatic clipping |" in next(folder.glob(f"*/{CARD}")).read_text()

@@ -198,8 +198,8 @@ LINES = (
             Fault(
                 "a halved micro-batch of which a half is lost",
                 "dpkernels/privacy/step/recovery.py",
-                "todo = [(piece, None) for piece in _cut(part, size)] + todo",
-                "todo = [(piece, None) for piece in _cut(part, size)[:1]] + todo",
+                "todo = [(piece, None) for piece in _cut(part, size, unit)] + todo",
+                "todo = [(piece, None) for piece in _cut(part, size, unit)[:1]] + todo",
                 "tests/privacy/step/test_recovery.py::test_training_out_of_memory_gives_the_parameters_of_training_in_memory",
             ),
             Fault(

@@ -10,7 +10,7 @@ LINES = (
             "tests/privacy/sampling/test_sampling.py::test_inclusion_is_poisson": "every example joins with probability q, independently of others and of earlier draws",
             "tests/privacy/sampling/test_sampling.py::test_a_capacity_keeps_a_uniform_subset": "a capacity keeps a uniformly random subset",
             "tests/privacy/sampling/test_sampling.py::test_speakers_are_sampled_with_at_most_k_examples": "speakers are sampled, at most k examples of each",
-            "tests/privacy/sampling/test_sampling.py::test_speaker_unit_has_sensitivity_k_c": "for speakers the sensitivity is k times C",
+            "tests/privacy/sampling/test_sampling.py::test_examples_of_speakers_have_sensitivity_k_c": "for speakers the sensitivity is k times C",
             "tests/privacy/sampling/test_sampling.py::test_incomplete_units_are_refused": "speakers without ids or without a bound, and a capacity for them, are refused",
             "tests/privacy/sampling/test_sampling.py::test_other_loaders_are_refused": "data loaders that Poisson sampling cannot replace are refused with the reason",
             "tests/privacy/sampling/test_sampling.py::test_shuffling_is_refused_not_accounted_as_poisson": "shuffled batches are refused",
@@ -98,9 +98,9 @@ LINES = (
             Fault(
                 "speakers with the sensitivity of an example",
                 "dpkernels/privacy/setup.py",
-                "sensitivity(norm, bound, sampling.per_unit, ranks)",
-                "sensitivity(norm, bound)",
-                "tests/privacy/sampling/test_sampling.py::test_speaker_unit_has_sensitivity_k_c",
+                "1 if whole_units else sampling.per_unit, ranks",
+                "1, ranks",
+                "tests/privacy/sampling/test_sampling.py::test_examples_of_speakers_have_sensitivity_k_c",
             ),
             Fault(
                 "a capacity for speakers let through",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
+from tests.warned import no_warnings
 
 
 def headed(head: nn.Module) -> Any:
@@ -120,8 +120,7 @@ def test_a_scale_that_no_self_check_saw_is_warned_of_once() -> None:
     run.loss_fn = lambda model, batch: losses_of(model, batch) / len(batch[0])
     with pytest.warns(UserWarning, match=r"losses / len\(batch\)"):
         run.release((0, 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         run.release((0, 1))
 
 
@@ -149,6 +148,5 @@ def test_a_scale_that_was_checked_is_no_matter() -> None:
     for checked, trained in ((halved, halved), (losses_of, losses_of)):
         run = checked_run(checked)
         run.loss_fn = trained
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with no_warnings():
             train(run, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dpkernels import PrivacyEngine
 from dpkernels.privacy import SelfCheckError
 from dpkernels.privacy.sampling.own_batch import own_batch
+from tests.warned import no_warnings
 
 WIDTH, CLASSES = 6, 3
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -109,8 +109,7 @@ def test_what_depends_on_padding_is_found_by_default(leaks: Callable[[], nn.Modu
 @pytest.mark.parametrize("batch", [None, given_batch()], ids=["its own", "a padded batch"])
 @pytest.mark.parametrize("model", [Classifier, lambda: Attends(keys=True)])
 def test_what_masks_its_padding_passes(model: Callable[[], nn.Module], batch: Any) -> None:
-    with closing(PrivacyEngine()) as engine, warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with closing(PrivacyEngine()) as engine, no_warnings():
         private(engine, model())
         report = engine.self_check(losses, batch)
     assert report.padded
@@ -238,8 +237,7 @@ class Variational(Classifier):
 
 
 def test_a_model_that_draws_in_evaluation_passes_on_its_own_draws() -> None:
-    with closing(PrivacyEngine()) as engine, warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with closing(PrivacyEngine()) as engine, no_warnings():
         private(engine, Variational())
         report = engine.self_check(losses)
     assert report.modes == {"eval", "train"}
@@ -361,8 +359,7 @@ def test_whatever_the_batch_is_made_of(made: Callable[[], Made], masked: bool, g
     """Also where another dimension is the number of examples; and what depends on padding is found through it."""
     data, (collate_fn, loss_fn) = Sentences([2, 3, 3, 3]), made()
     batch = None if given is None else collate_fn([data[index] for index in range(given)])
-    with closing(PrivacyEngine()) as engine, warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with closing(PrivacyEngine()) as engine, no_warnings():
         private(engine, Classifier(masked=masked), data, collate_fn)
         if masked:
             assert not engine.self_check(loss_fn, batch).unchecked

@@ -217,8 +217,15 @@ def test_planted_example_sampling_for_speakers_is_caught() -> None:
         check_speakers(Examples(SPEAKERS, 0.25, 3, fixed_stream()), 3)
 
 
-def test_speaker_unit_has_sensitivity_k_c() -> None:
-    run = private_run(sigma=2.0, clip=0.5, unit="speaker", speakers=SPEAKERS, max_examples_per_speaker=3)
+def test_examples_of_speakers_have_sensitivity_k_c() -> None:
+    run = private_run(
+        sigma=2.0,
+        clip=0.5,
+        unit="speaker",
+        speakers=SPEAKERS,
+        max_examples_per_speaker=3,
+        clipping_unit="example",
+    )
     assert run.optimizer.sensitivity == pytest.approx(3 * 0.5, rel=1e-5)
     assert run.optimizer.sensitivity > 3 * 0.5
     assert run.engine.sample_rate == 8 / (3 * 6)

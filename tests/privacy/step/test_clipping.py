@@ -318,9 +318,11 @@ def test_planted_factor_one_for_nan_is_caught(poisoned: Run, monkeypatch: pytest
 
 
 def test_clipping_other_than_flat_is_refused_with_the_reason() -> None:
-    for clipping in ("per_layer", "adaptive", "automatic"):
+    for clipping in ("per_layer", "adaptive", "Automatic"):
         with pytest.raises(ValueError, match="√ΣC_l²"):
             private_run(clipping=clipping)
+    with pytest.raises(ValueError, match="the norm of the whole gradient"):
+        private_run(clipping="automatic", strategy="per_layer")
     with pytest.raises(TypeError, match="√ΣC_l²"):
         private_run(clip=[1.0, 1.0])  # type: ignore[arg-type]
     for clip in (0.0, -1.0, float("inf"), float("nan")):

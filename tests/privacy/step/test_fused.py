@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import math
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from tests.privacy.step.test_noise import (
     check_noise,
     grid_share,
 )
+from tests.warned import no_warnings
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": lambda p, lr: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -392,9 +392,7 @@ def test_schedulers_see_their_step(on_the_wrapped: bool, caplog: pytest.LogCaptu
     run = a_run(make)
     if not on_the_wrapped:
         scheduled.append(torch.optim.lr_scheduler.StepLR(run.optimizer, 1, gamma=0.5))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="no self_check")
+    with no_warnings("no self_check"):
         run.release(())
         scheduled[0].step()
     assert run.optimizer.param_groups[0]["lr"] == 0.05

@@ -70,9 +70,11 @@ class Shortage:
                 self._check(record.batch_size)
             original_add(tape, record)
 
-        def stream(strategy: Strategy, losses: Tensor, take: Callable, *, again: bool = False) -> None:
+        def stream(
+            strategy: Strategy, losses: Tensor, take: Callable, unit: int, *, again: bool = False
+        ) -> None:
             streams.append(again)
-            original_stream(strategy, losses, take, again=again)
+            original_stream(strategy, losses, take, unit, again=again)
 
         patched.setattr(Tape, "open", open_)
         patched.setattr(Tape, "add", add)
