@@ -20,6 +20,7 @@ from typing import Any
 from asr_finetune.demo.demo import DIGITS
 from asr_finetune.files import write_json
 from asr_finetune.models.loading import Recognizer, tiny_parakeet, tiny_transducer
+from dpkernels.rounding import shown_sigma
 from experiments.runs import asr_finetune, between, load, shown, trained
 from experiments.small_scale.public import CONFIG, speech
 
@@ -93,7 +94,7 @@ def table() -> str:
             rates = [record["evaluation"]["after"]["wer"] for record in records]
             lines.append(
                 f"| {model} | {'∞' if epsilon == 'inf' else epsilon} | "
-                f"{records[0]['model']['trained_parameters']:,} | {'–' if epsilon == 'inf' else f'{sigma:.3f}'} | "
+                f"{records[0]['model']['trained_parameters']:,} | {'–' if epsilon == 'inf' else shown_sigma(sigma)} | "
                 f"{shown(rates)} |"
             )
     return "\n".join(lines)

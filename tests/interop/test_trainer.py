@@ -244,7 +244,12 @@ def test_lengths_and_speakers_reach_the_engine(tmp_path: Path) -> None:
         of,
         lengths=[len(row["labels"]) for row in of.data],
         speakers=[index % 6 for index in range(len(of.data))],
-        private=privacy(unit="speaker", max_examples_per_speaker=2, ledger=str(tmp_path / "ledger.jsonl")),
+        private=privacy(
+            unit="speaker",
+            max_examples_per_speaker=2,
+            ledger=str(tmp_path / "ledger.jsonl"),
+            self_check=True,  # without it no step is taken
+        ),
     )
     assert (made.engine.sampling.unit, made.engine.sampling.units) == ("speaker", 6)
     assert made._expected_batch_size() == 8

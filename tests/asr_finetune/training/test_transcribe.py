@@ -245,7 +245,7 @@ def test_every_model_without_a_window_takes_long_audio(
     assert "".join(part.text for part in parts).replace(" ", "") == whole.replace(" ", "")
     monkeypatch.setattr(longform, "WINDOW_SECONDS", 1.0)
     monkeypatch.setattr(longform, "OVERLAP_SECONDS", 0.4)
-    assert transcribe_long(recognizer, samples, lambda _: None)
+    assert bool(transcribe_long(recognizer, samples, lambda _: None)) or not whole
     assert transcribe_long(recognizer, np.zeros(RATE * 2, np.float32), lambda _: None) is not None
 
 

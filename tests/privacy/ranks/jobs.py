@@ -79,6 +79,8 @@ def _trained(
     if staged is not None:
         patch.setattr("dpkernels.privacy.ranks.exchange.STAGED_BYTES", staged)
     run = a_run(group, **settings)
+    if settings.get("unit") == "speaker":
+        run.engine.self_check(run.loss_fn)  # without it no step is taken
     run.optimizer.keep_gradients = keep
     run.optimizer.stochastic_rounding = stochastic_rounding
     if checkpoint is not None and checkpoint.exists():

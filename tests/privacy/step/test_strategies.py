@@ -350,19 +350,19 @@ def stale_factors(patched: pytest.MonkeyPatch) -> None:
 def summed_in_both(patched: pytest.MonkeyPatch) -> None:
     real = TwoPass.backward
 
-    def backward(self: TwoPass, losses: Tensor, add: Callable, check: Callable) -> Clipped:
+    def backward(self: TwoPass, losses: Tensor, add: Callable, check: Callable, unit: int = 1) -> Clipped:
         stream = self._stream
 
-        def summing(losses: Tensor, take: Callable, *, again: bool = False) -> None:
+        def summing(losses: Tensor, take: Callable, unit: int, *, again: bool = False) -> None:
             def first_too(record: Record) -> None:
                 add([record], torch.ones(len(losses)))
                 take(record)
 
-            stream(losses, first_too if again else take, again=again)
+            stream(losses, first_too if again else take, unit, again=again)
 
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self, "_stream", summing)
-            return real(self, losses, add, check)
+            return real(self, losses, add, check, unit)
 
     patched.setattr(TwoPass, "backward", backward)
 
