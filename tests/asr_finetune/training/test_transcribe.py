@@ -245,7 +245,10 @@ def test_every_model_without_a_window_takes_long_audio(
     assert "".join(part.text for part in parts).replace(" ", "") == whole.replace(" ", "")
     monkeypatch.setattr(longform, "WINDOW_SECONDS", 1.0)
     monkeypatch.setattr(longform, "OVERLAP_SECONDS", 0.4)
-    assert bool(transcribe_long(recognizer, samples, lambda _: None)) or not whole
+    windows = [samples[start : start + RATE] for start in range(0, len(samples), round(0.6 * RATE))][:5]
+    heard = [recognizer.transcribe(recognizer.collate([recognizer.encode_audio(w)]))[0] for w in windows]
+    # random weights may hear nothing in any of the windows
+    assert bool(transcribe_long(recognizer, samples, lambda _: None)) == any(map(str.strip, heard))
     assert transcribe_long(recognizer, np.zeros(RATE * 2, np.float32), lambda _: None) is not None
 
 
