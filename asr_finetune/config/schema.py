@@ -52,7 +52,7 @@ class ModelConfig:
     """The recogniser, and how it is loaded."""
 
     name: Text
-    """folder or hub id of a CTC or sequence-to-sequence checkpoint in Hugging Face format: docs/recognisers.md"""
+    """folder or hub id of a CTC, transducer or sequence-to-sequence checkpoint (docs/recognisers.md)"""
     window_seconds: Positive | None = None
     """Whisper: trim the encoder to that many seconds (faster); CTC: leave null"""
     language: Text | None = None

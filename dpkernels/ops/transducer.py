@@ -232,9 +232,10 @@ def transducer_lattice(
         durations: the D durations of a TDT; empty for an RNN-T.
 
     Returns:
-        losses: [B] of scores' dtype; −ln Σ over paths of the probability, in nats; +∞ where there is no path.
-        flows: as scores, the probability that a path emits the blank, a label and (with either) each duration in the
-            cell: −∂ loss / ∂ scores. 0 outside of an utterance's lengths, and everywhere where its loss is infinite.
+        The losses [B] of scores' dtype: −ln Σ over paths of the probability, in nats; +∞ where there is no path. And
+        the flows, of scores' shape: the probability that a path emits the blank, a label and (with either) each
+        duration in the cell, −∂ loss / ∂ scores; 0 outside of an utterance's lengths, and everywhere where its loss
+        is infinite.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit.
@@ -316,13 +317,13 @@ def transducer_cells(
 ) -> tuple[Tensor, Tensor]:
     """The output layer's inputs and output gradients in all cells, of as many utterances as memory allows.
 
-    Args: as `transducer_gradients`, of these utterances.
+    The arguments are those of `transducer_gradients`, of these utterances.
 
     Returns:
-        x: [B, T·(U+1), H], z = act(encoder_t + predictor_u) of cell (t, u) in row t·(U+1) + u.
-        g: [B, T·(U+1), V+D], ∂ grad_losses_i · loss_i / ∂ logits. Both have the arguments' dtype; rows outside of an
-            utterance's lengths are 0, and so is all of g where the loss is infinite. Utterance i's gradient of the
-            weight is g_iᵀx_i, and of the bias Σ g_i.
+        x [B, T·(U+1), H] and g [B, T·(U+1), V+D] in the arguments' dtype. Row t·(U+1) + u has cell (t, u): in x
+        z = act(encoder_t + predictor_u), in g ∂ grad_losses_i · loss_i / ∂ logits. Rows outside of an utterance's
+        lengths are 0, and so is all of g where the loss is infinite. Utterance i's gradient of the weight is g_iᵀx_i,
+        and of the bias Σ g_i.
 
     Raises:
         TypeError, ValueError: as `transducer_loss`.
