@@ -241,6 +241,10 @@ class PrivacyConfig:
     enabled: StrictBool = True
     """false: ordinary training, for comparison; nothing is private then"""
 
+    def clips(self) -> str:
+        """What is clipped to C, "example" or "speaker": the data set and the recognisers keep the order it rests on."""
+        return self.clipping_unit or self.unit
+
     def check(self) -> None:
         """Check that the section is complete for a private run; a section that is not enabled passes.
 

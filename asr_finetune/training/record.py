@@ -24,7 +24,7 @@ from asr_finetune.training.run_folder import RunFolder, by_test_set
 from asr_finetune.training.sampling import units
 from asr_finetune.training.start import Run
 from dpkernels import PrivacyEngine, __version__, checkpoint
-from dpkernels.privacy import claimed_epsilon, clips_speakers, read_ledger
+from dpkernels.privacy import claimed_epsilon, read_ledger
 
 _PACKAGES = (
     *("torch", "transformers", "peft", "datasets", "jiwer", "dp-accounting", "numpy"),
@@ -216,11 +216,7 @@ def privacy_record(config: Config, spent: Spent | None, epsilon: float | None) -
         "target_epsilon": privacy.epsilon if spent else None,
         "max_grad_norm": privacy.max_grad_norm if spent else None,
         "clipping": privacy.clipping if spent else None,
-        "clipping_unit": (
-            ("speaker" if clips_speakers(privacy.clipping_unit, privacy.unit) else "example")
-            if spent
-            else None
-        ),
+        "clipping_unit": privacy.clips() if spent else None,
         "unit": privacy.unit if spent else None,
         "accountant": privacy.accountant if spent else None,
         "max_batch_size": privacy.max_batch_size if spent else None,

@@ -173,7 +173,7 @@ def make_private(
             noise_multiplier=sigma,
             max_grad_norm=privacy.max_grad_norm,
             clipping="per_layer" if privacy.strategy == "per_layer" else privacy.clipping,
-            clipping_unit=privacy.clipping_unit,
+            clipping_unit=privacy.clips(),
             strategy=privacy.strategy,
             physical_batch_size=size,
             max_padded_frames=frames,

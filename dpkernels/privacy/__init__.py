@@ -6,7 +6,6 @@ from dpkernels.privacy.accounting.budget import BudgetExhausted
 from dpkernels.privacy.accounting.ledger import LedgerError, read_ledger
 from dpkernels.privacy.accounting.plan import DELTAS, NoisePlan, detection_bounds, plan_noise
 from dpkernels.privacy.engine import PrivacyEngine
-from dpkernels.privacy.keywords import clips_speakers
 from dpkernels.privacy.ranks.group import Ranks, RanksError, ranks_of
 from dpkernels.privacy.ranks.joining import join_processes
 from dpkernels.privacy.ranks.sharded import gathered_root, shard_frozen
@@ -39,7 +38,6 @@ __all__ = [
     "audit_ledger",
     "back_propagate",
     "claimed_epsilon",
-    "clips_speakers",
     "detection_bounds",
     "epsilon",
     "gathered_root",

@@ -31,10 +31,12 @@ from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, secret_key
 from dpkernels.privacy.sampling.digests import digests_of
 from dpkernels.privacy.sampling.loader import DPDataLoader
+from dpkernels.privacy.sampling.own_batch import on_devices_of
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, sampler_of
 from dpkernels.privacy.sampling.units import Units
 from dpkernels.privacy.self_check.batch_independence import check_batch_independence
 from dpkernels.privacy.self_check.findings import SelfCheckError, SelfCheckReport
+from dpkernels.privacy.self_check.row_order import order_problem
 from dpkernels.privacy.self_check.whole import whole_check
 from dpkernels.privacy.setup import (
     RunArguments,
@@ -212,9 +214,11 @@ class PrivacyEngine:
                 needs no tuning: it only multiplies the learning rate (of SGD; AdamW does not see it). Either way an
                 example adds at most C, and the noise is the same. ("per_layer" is accepted with
                 strategy="per_layer".)
-            clipping_unit: what is clipped to C with unit="speaker". "speaker" (the default there): the sum of a
-                speaker's gradients. A micro-batch holds whole speakers, and the order of its rows counts: step()
-                refuses until self_check has passed. "example": each example; sensitivity and noise are k times larger.
+            clipping_unit: what is clipped to C with unit="speaker". "example" (the default): each example, and
+                sensitivity and noise are k times those of one. "speaker": the sum of a speaker's gradients, with the
+                sensitivity of one. Then a micro-batch holds whole speakers, and **the losses must be in the order of
+                its examples**: ε rests on it. step() refuses until self_check has looked for a data set, collate_fn or
+                loss_fn that changes the order; docs/privacy.md has the limits of that check.
             loss_reduction: "mean" only: the sum is divided by the expected batch size.
             noise_generator, criterion: must stay None. batch_first: must stay True.
             grad_sample_mode: None or "ghost". wrap_model, rand_on_empty: must stay False.
@@ -485,7 +489,7 @@ class PrivacyEngine:
 
         Raises:
             SelfCheckError: a gradient depends on the rest of its batch; the message names the layers. Or speakers are
-                clipped as speakers, and collate_fn does not keep the order of the examples.
+                clipped as speakers, and the losses of up to 32 drawn examples do not keep their order.
             ValueError, TypeError: losses of another shape than [B]; a batch without examples.
         """
         self._require_budget()
@@ -504,25 +508,32 @@ class PrivacyEngine:
             tolerance=tolerance,
         )
         if self._needs_order:
-            self._check_order(report)
+            self._check_order(loss_fn, batch, report)
             self._needs_order = False
         self._warns_unchecked = False
         return report
 
-    def _check_order(self, report: SelfCheckReport) -> None:
-        """Speakers are consecutive rows. `whole_check` found that loss i is row i's; here row i must be example i."""
+    def _check_order(
+        self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, report: SelfCheckReport
+    ) -> None:
+        """Speakers are consecutive losses: raise unless these keep the order of the examples, as far as can be seen."""
         assert self._loader is not None
-        own = self._loader.own_batch()
-        if isinstance(own, str) or not own.in_order:
-            why = (
-                own
-                if isinstance(own, str)
-                else "collate_fn returns the rows in another order (does it sort?)"
-            )
+        assert self._optimizer is not None
+        assert self._module is not None
+        problem = order_problem(
+            self._module,
+            self._optimizer.tape,
+            loss_fn,
+            self._loader.dataset,
+            self._loader.collate_fn,
+            self._loader.physical_batch_size,
+            lambda made: made if batch is None else on_devices_of(made, batch),
+        )
+        if problem is not None:
             raise SelfCheckError(
-                "clipping_unit='speaker' clips consecutive rows of a micro-batch together, so the rows must be in the "
-                f"order of the examples that collate_fn is given; {why}. Let collate_fn keep the order, or use "
-                "clipping_unit='example', whose noise is max_examples_per_speaker times larger",
+                "clipping_unit='speaker' clips consecutive losses of a micro-batch together, so they must be in the "
+                f"order of the examples: {problem}. Keep the order, or use clipping_unit='example', whose noise is "
+                "max_examples_per_speaker times larger",
                 report,
             )
 

@@ -72,7 +72,7 @@ def check_clipping(
 
 
 def clips_speakers(clipping_unit: str | None, unit: str) -> bool:
-    """Whether a speaker's examples are clipped together: by default where the protected unit is the speaker.
+    """Whether a speaker's examples are clipped together (by default each example is clipped by itself).
 
     Raises:
         ValueError: an unknown unit, or speakers where examples are the protected unit.
@@ -84,7 +84,7 @@ def clips_speakers(clipping_unit: str | None, unit: str) -> bool:
             f"clipping_unit='speaker' with unit={unit!r}: only where speakers are sampled are their examples in one "
             "batch; use unit='speaker', or leave clipping_unit out"
         )
-    return unit == "speaker" and clipping_unit != "example"
+    return clipping_unit == "speaker"
 
 
 class Refusal(NamedTuple):

@@ -244,6 +244,11 @@ def _check_lengths(lengths: Sequence[int] | None, max_padded_frames: int | None,
         raise ValueError(
             f"lengths must hold one size for each of the {examples} examples, got {len(lengths)}"
         )
+    if lengths is not None and not all(map(math.isfinite, lengths)):
+        place = next(place for place, length in enumerate(lengths) if not math.isfinite(length))
+        raise ValueError(
+            f"lengths[{place}] is {lengths[place]}: expected finite sizes; measure or drop that example"
+        )
     if max_padded_frames is not None and (lengths is None or max_padded_frames < 1):
         raise ValueError(f"max_padded_frames={max_padded_frames} must be >= 1, and needs lengths")
 

@@ -32,14 +32,12 @@ class OwnBatch:
         singles: each example, collated alone, in the order of the batch's rows.
         rows: the parts of the batch with one row for each example, found by comparing batch and singles.
         padded: whether an example is larger in the batch than alone.
-        in_order: whether the rows are in the order in which collate_fn was given the examples.
     """
 
     batch: Any
     singles: list[Any]
     rows: Rows
     padded: bool
-    in_order: bool
 
 
 def own_batch(
@@ -88,7 +86,7 @@ def own_batch(
         )
     singles = [singles[place] for place in places]
     padded = any(size_of(single) * len(items) < size_of(batch) for single in singles)
-    return OwnBatch(batch, singles, rows, padded, in_order=places == list(range(len(items))))
+    return OwnBatch(batch, singles, rows, padded)
 
 
 def form_of(batch: Any) -> Any:

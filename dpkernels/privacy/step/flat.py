@@ -113,9 +113,13 @@ class FlatLoop:
                 "the body"
             )
 
+    def note_closed(self) -> None:
+        """Note that a step ended the logical batch, whether or not it succeeded; nothing to note where it did not."""
+        if self._batch.drawn is None:
+            self.given = 0
+
     def note_step(self) -> None:
         """Note that the logical batch got its step."""
-        self.given = 0
         if self._after_step is not None:
             self._after_step()
         self._kept_rates = self._rates()

@@ -326,7 +326,10 @@ class DPOptimizer(WrappedOptimizer):
             return self._end_batch()
         if not self.flat_loop.acts():
             return None
-        result = self._end_batch()
+        try:
+            result = self._end_batch()
+        finally:
+            self.flat_loop.note_closed()
         self.flat_loop.note_step()
         return result
 

@@ -34,6 +34,7 @@ class BatchSums:
         self._announced: tuple[int, int] | None = (
             None  # of the micro-batch that is to be back-propagated next
         )
+        self._replaceable = False  # whether another may be read in its place, after `forget` or `try_again`
         self.sums: dict[nn.Parameter, Tensor] = {}
         self.dirty = False
         self.examples = 0
@@ -71,6 +72,7 @@ class BatchSums:
     def close(self) -> None:
         """Close the open logical batch, whether or not its step succeeded: it is never released again."""
         self.forget()
+        self._announced = None
         self.drawn = None
 
     def forget(self) -> None:
@@ -85,12 +87,12 @@ class BatchSums:
         self.examples = 0
         self.seen = []
         self.invalidated = False
-        self._announced = None
+        self._replaceable = True
 
     def try_again(self) -> None:
         """Prepare to repeat a micro-batch that failed, or all of them if it invalidated the sums."""
         self.attempt += 1
-        self._announced = None
+        self._replaceable = True
         if self.invalidated:
             self.forget()
 
@@ -123,13 +125,13 @@ class BatchSums:
         Raises:
             RuntimeError: speakers are clipped as speakers, and the micro-batch before was not back-propagated.
         """
-        if self._whole_units and self._announced is not None:
+        if self._whole_units and self._announced is not None and not self._replaceable:
             raise RuntimeError(
                 "the next micro-batch was asked for before the last one was back-propagated: speakers are clipped as "
                 "speakers (clipping_unit='speaker'), so each micro-batch must be back-propagated before the next one "
                 "is read. Call optimizer.backward(losses) in the loop, or optimizer.recover() after a failure"
             )
-        self._announced = (examples, unit)
+        self._announced, self._replaceable = (examples, unit), False
 
     def unit_of(self, examples: int) -> int:
         """How many consecutive examples of the micro-batch at hand are clipped together.

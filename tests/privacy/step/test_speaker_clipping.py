@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dpkernels import PrivacyEngine
 from dpkernels.privacy import back_propagate
@@ -30,7 +30,8 @@ STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer")
 
 
 def speaker_run(**arguments: Any) -> Run:
-    arguments = {"unit": "speaker", "speakers": SPEAKERS, "max_examples_per_speaker": K} | arguments
+    of_speakers = {"unit": "speaker", "speakers": SPEAKERS, "max_examples_per_speaker": K}
+    arguments = of_speakers | {"clipping_unit": "speaker"} | arguments
     return private_run(**{"sigma": 0, "clip": 0.5, "batch_size": 12, "physical_batch_size": 6} | arguments)
 
 
@@ -302,19 +303,36 @@ def test_no_step_without_a_self_check() -> None:
     assert run.engine.steps == steps
 
 
-def sorted_by_size(items: list[Any]) -> Any:
-    from torch.nn.utils.rnn import pad_sequence
+class Clips(Dataset):
+    """Padded clips of 6 features, with their lengths and labels. `sorts`: many are read in the order of their index."""
 
-    items = sorted(items, key=lambda item: -len(item))
-    return pad_sequence(items, batch_first=True)
+    def __init__(self, sorts: bool = False) -> None:
+        self.x = torch.randn(40, 5, 6)
+        self.lengths = torch.tensor([5, 4, 3, 5, 2] * 8)
+        self.y = torch.arange(40) % 3
+        if sorts:
+            self.__getitems__ = lambda places: [self[place] for place in sorted(places)]
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.x[index], self.lengths[index], self.y[index]
 
 
-def summed(model: nn.Module, batch: Tensor) -> Tensor:
-    return (model(batch) * (batch != 0).any(2)).square().sum(1)
+def stacked(items: list[Any]) -> Any:
+    return tuple(torch.stack(parts) for parts in zip(*items, strict=True))
 
 
-def swapped(model: nn.Module, batch: Tensor) -> Tensor:
-    return summed(model, batch).flip(0)
+def summed(model: nn.Module, batch: Any) -> Tensor:
+    x, lengths, _ = batch
+    return (model(x) * (torch.arange(5) < lengths[:, None])).square().sum(1)
+
+
+def sorted_inside(model: nn.Module, batch: Any) -> Tensor:
+    """As for pack_padded_sequence, without undoing it."""
+    order = batch[1].argsort(descending=True, stable=True)
+    return summed(model, [part[order] for part in batch])
 
 
 class Tokens(nn.Linear):
@@ -324,37 +342,75 @@ class Tokens(nn.Linear):
         return super().forward(x)[..., 0]
 
 
-@pytest.mark.parametrize(
-    ("collate", "losses", "message"),
-    [
-        (sorted_by_size, summed, "in another order"),
-        (None, swapped, "self-check"),
-        (None, summed, ""),
-    ],
-    ids=["collate_fn sorts", "losses in another order", "in order"],
-)
-def test_rows_in_another_order_are_refused(collate: Callable | None, losses: Callable, message: str) -> None:
-    def in_order(items: list[Any]) -> Any:
-        return torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
+def constant(model: nn.Module, batch: Any) -> Tensor:
+    return 0 * summed(model, batch) + 1
 
-    data = [torch.randn(2 + index % 4, 6) for index in range(40)]
+
+@pytest.mark.parametrize(
+    ("data", "collate", "losses", "message"),
+    [
+        (Clips(sorts=True), stacked, summed, "not in that order"),
+        (
+            Clips(),
+            lambda items: stacked(sorted(items, key=lambda item: -int(item[1]))),
+            summed,
+            "not in that order",
+        ),
+        (
+            Clips(),
+            lambda items: stacked(sorted(items, key=lambda item: int(item[2]))),
+            summed,
+            "not in that order",
+        ),
+        (Clips(), stacked, sorted_inside, "self-check|not in that order"),
+        (Clips(), stacked, lambda model, batch: summed(model, batch).flip(0), "self-check|not in that order"),
+        (Clips(), stacked, constant, "too alike"),
+        (Clips(), stacked, summed, ""),
+    ],
+    ids=[
+        "the data set sorts",
+        "collate_fn sorts by length",
+        "collate_fn sorts by label",
+        "the loss sorts",
+        "the loss turns them round",
+        "losses that are all alike",
+        "in order",
+    ],
+)
+def test_losses_in_another_order_are_refused(
+    data: Any, collate: Callable, losses: Callable, message: str
+) -> None:
     model = Tokens(6, 1)
     with closing(PrivacyEngine()) as engine:
         engine.make_private(
             module=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            data_loader=DataLoader(data, batch_size=12, collate_fn=collate or in_order),  # type: ignore[arg-type]
+            data_loader=DataLoader(data, batch_size=12, collate_fn=collate),
             noise_multiplier=1.0,
             max_grad_norm=1.0,
             unit="speaker",
             speakers=SPEAKERS,
             max_examples_per_speaker=K,
+            clipping_unit="speaker",
         )
         if not message:
             engine.self_check(losses)
             return
         with pytest.raises(SelfCheckError, match=message):
             engine.self_check(losses)
+
+
+@pytest.mark.parametrize("again", ["recover", "zero_grad"])
+def test_a_micro_batch_may_be_repeated_after_a_failure(again: str) -> None:
+    run, whole = speaker_run(), speaker_run()
+    expected = take(whole, batch_of(whole, drawn()))
+    for number, batch in enumerate(batch_of(run, drawn())):
+        if number == 0:
+            getattr(run.optimizer, again)()
+        run.optimizer.backward(run.loss_fn(run.model, batch))
+    run.optimizer.step()
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter.grad.double(), expected[name])
 
 
 @pytest.mark.parametrize(
