@@ -151,7 +151,9 @@ def _forward(
             "all examples share its input: call it outside of the compiled graph (torch.compiler.disable)"
         )
     key = module.ghost_tape.compiled.wait(_Call(module.ghost_label(), leaf, y))
-    return y.detach().contiguous(), kept, key
+    y = y.detach()
+    # A hook may have saved y for its own backward, and generated code writes over what the graph no longer reads.
+    return (y.clone() if module._forward_hooks else y).contiguous(), kept, key
 
 
 @_forward.register_fake

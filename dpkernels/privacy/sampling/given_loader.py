@@ -66,13 +66,13 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
     size = len(data_loader.dataset)  # type: ignore[arg-type]
     if size == 0:
         raise ValueError("data_loader: its dataset is empty; give a dataset with at least one example")
-    if isinstance(data_loader.dataset, Subset | ConcatDataset):
+    if _may_repeat(data_loader.dataset):
         repeats = size - len(set(_sources(data_loader.dataset)))
         if repeats:
             raise ValueError(
-                f"data_loader: {repeats} of its {size} examples are repetitions (Subset or ConcatDataset lists "
-                "them again): a repeated example would count several times in a step and once in ε. "
-                "Keep each once, or use unit='speaker' with one id for its copies"
+                f"data_loader: {repeats} of its {size} examples are repetitions (the "
+                f"{type(data_loader.dataset).__name__} lists them again): a repeated example would count several "
+                "times in a step and once in ε. Keep each once, or use unit='speaker' with one id for its copies"
             )
     if data_loader.batch_size > size:
         raise ValueError(
@@ -82,8 +82,19 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
     return size, data_loader.batch_size
 
 
+def _may_repeat(dataset: Any) -> bool:
+    """Whether a data set lists examples of others, or of memory, so that repetitions can be seen."""
+    return isinstance(dataset, Subset | ConcatDataset | list | tuple) or _chosen(dataset) is not None
+
+
+def _chosen(dataset: Any) -> list[int] | None:
+    """The rows that a `datasets.Dataset` lists (`select`, `shuffle`, `interleave_datasets` choose them); else None."""
+    indices: Any = getattr(dataset, "_indices", None)
+    return indices.column(0).to_pylist() if hasattr(indices, "column") else None
+
+
 def _sources(dataset: Any) -> Iterator[tuple[object, ...]]:
-    """The source of each example of a Subset or ConcatDataset: underlying data set and index, or rows in memory."""
+    """The source of each example: underlying data set and index, rows in memory, or the object in a list."""
     if isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
             yield from _sources(part)
@@ -95,5 +106,12 @@ def _sources(dataset: Any) -> Iterator[tuple[object, ...]]:
         rows = [(t.device, t.data_ptr(), t.stride(0) * t.element_size()) for t in dataset.tensors]
         for index in range(len(dataset)):
             yield tuple((device, start + index * step) for device, start, step in rows)
+    elif isinstance(dataset, list | tuple):
+        # Equal numbers and texts may be one object in two examples.
+        plain = (int, float, complex, str, bytes, type(None))
+        for index, item in enumerate(dataset):
+            yield (id(dataset), index) if isinstance(item, plain) else ("object", id(item))
+    elif (rows_chosen := _chosen(dataset)) is not None:
+        yield from ((id(dataset.data), index) for index in rows_chosen)
     else:
         yield from ((id(dataset), index) for index in range(len(dataset)))

@@ -28,6 +28,7 @@ LINES = (
             "tests/asr_finetune/data/test_repeats.py::test_recordings_that_differ_in_one_byte_anywhere_are_kept": "recordings that differ in a single byte are different",
             "tests/asr_finetune/data/test_repeats.py::test_only_files_of_one_size_and_one_middle_are_read_whole": "whole files are read only where size and a piece agree",
             "tests/asr_finetune/data/test_repeats.py::test_rows_of_a_table_are_compared_by_their_bytes": "recordings in tables are compared by their bytes",
+            "tests/privacy/guards/test_bypasses.py::test_rows_that_a_list_or_a_hub_data_set_repeats_are_repetitions": "so are rows that a list, or a data set of the hub, lists again",
             "tests/asr_finetune/data/test_repeats.py::test_a_speaker_may_repeat_a_recording": "one speaker's repetitions are left out without an error",
             "tests/asr_finetune/data/test_repeats.py::test_a_recording_of_two_speakers_is_refused_where_speakers_are_protected": "a recording of two speakers is refused where speakers are the unit",
             "tests/asr_finetune/data/test_pieces.py::test_several_pieces_of_a_recording_are_examples_only_where_that_is_said": "pieces of a recording count as examples only where that is said",
@@ -185,6 +186,13 @@ LINES = (
                 "if repeats:",
                 "if False:",
                 "tests/privacy/guards/test_bypasses.py::test_repeated_examples_are_refused",
+            ),
+            Fault(
+                "rows that a data set of the hub repeats",
+                "dpkernels/privacy/sampling/given_loader.py",
+                'indices: Any = getattr(dataset, "_indices", None)',
+                "indices: Any = None",
+                "tests/privacy/guards/test_bypasses.py::test_rows_that_a_list_or_a_hub_data_set_repeats_are_repetitions",
             ),
             Fault(
                 "one tensor in two data sets",

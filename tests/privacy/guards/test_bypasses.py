@@ -597,6 +597,26 @@ def test_rows_of_one_tensor_in_two_data_sets_are_repetitions() -> None:
             plan_sampling(loader_of(ConcatDataset([first, other])))
 
 
+def test_rows_that_a_list_or_a_hub_data_set_repeats_are_repetitions() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"x": torch.randn(2)} for _ in range(40)]
+    stored = datasets.Dataset.from_dict({"x": [[float(i)] for i in range(40)]})
+    for data in (
+        rows,
+        tuple(rows),
+        ["same text"] * 40,
+        stored,
+        stored.shuffle(seed=1),
+        stored.select([3, 1, 2, *range(4, 20)]),
+    ):
+        plan_sampling(loader_of(data))
+    short = stored.select(range(10))
+    interleaved = datasets.interleave_datasets([stored, short], stopping_strategy="all_exhausted")
+    for data in (rows + rows[:1], [rows[0]] * 40, stored.select([*range(24)] * 2), interleaved):
+        with pytest.raises(ValueError, match="repetitions"):
+            plan_sampling(loader_of(data))
+
+
 # --- the count
 
 
