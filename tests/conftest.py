@@ -7,6 +7,7 @@ test whose weights came of that failed in one run of twelve.
 """
 
 import gc
+import importlib
 import importlib.util
 import os
 import random
@@ -17,6 +18,9 @@ import torch
 
 from tests.slow import thin
 
+if importlib.util.find_spec("setuptools") is not None:
+    # torch's inductor asks for it, and it refuses to come after something that has imported distutils
+    importlib.import_module("setuptools")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 if not torch.cuda.is_available():

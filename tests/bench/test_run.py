@@ -90,7 +90,7 @@ def test_either_tests_or_chosen_benchmarks_are_collected(
 ) -> None:
     files = (
         "tests/test_readme.py",
-        *(f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model", "transducer")),
+        *(f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model", "transducer", "opacus")),
     )
     config = asked(benchmark=benchmarks)
     found = {
@@ -137,7 +137,9 @@ def test_plain_pytest_collects_nothing_of_bench() -> None:
 def test_the_benchmarks_collect_nothing_else() -> None:
     done = run("-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "--collect-only", "-q")
     found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert found == {f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model", "transducer")}
+    assert found == {
+        f"bench/test_{group}.py" for group in ("ops", "layers", "step", "model", "transducer", "opacus")
+    }
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ def truth(batch: Batch) -> tuple[Tensor, list[Tensor]]:
     leaves = [t.requires_grad_() for t in exact.states if t is not None]
     losses = reference.transducer_loss(*exact.joint, **exact.options, sigma=exact.sigma)
     total = (losses * weights_of(losses))[losses.isfinite()].sum()
+    if not total.requires_grad:  # no utterance has a path
+        return losses.detach(), [torch.zeros_like(leaf) for leaf in leaves]
     return losses.detach(), list(torch.autograd.grad(total, leaves))
 
 
