@@ -228,7 +228,7 @@ class PrivacyConfig:
     max_examples_per_speaker: Count | None = None
     """unit speaker: the most utterances of one speaker in a step"""
     clipping_unit: Literal["example", "speaker"] | None = None
-    """unit speaker: what is clipped to C: a speaker's utterances together (null), or each utterance, with more noise"""
+    """unit speaker: what is clipped to C: each utterance (null), or a speaker's together, with less noise"""
     max_batch_size: Count | None = None
     """truncated Poisson: a batch never exceeds it; null: no limit"""
     accountant: Literal["pld", "rdp"] = "pld"
@@ -243,7 +243,7 @@ class PrivacyConfig:
 
     def clips(self) -> str:
         """What is clipped to C, "example" or "speaker": the data set and the recognisers keep the order it rests on."""
-        return self.clipping_unit or self.unit
+        return self.clipping_unit or "example"
 
     def check(self) -> None:
         """Check that the section is complete for a private run; a section that is not enabled passes.
