@@ -71,7 +71,7 @@ class ExampleSampler:
 class SpeakerSampler:
     """Poisson sampling over speakers. At most k uniformly random examples of each chosen speaker join.
 
-    A speaker then contributes a sum of at most k clipped gradients: the sensitivity is k·C.
+    Clipped by themselves, a speaker's examples add at most k·C; clipped together (clipping_unit="speaker"), C.
 
     Args:
         speakers: the speaker of every example, in the dataset's order.
