@@ -145,7 +145,7 @@ class Norms {
     int64_t size = 0, rows = 0;
     for (Sample sample : samples) {
       const int64_t x_size = packed_x(sample.length, gram), g_size = packed_g(sample.length, gram);
-      if (!group.empty() && (size + x_size + g_size) * kSize > kGroupBytes) {
+      if (!group.empty() && (size + x_size + g_size) * kSize > kNormGroupBytes * threads_) {
         body(group);
         group.clear();
         size = rows = 0;
