@@ -26,7 +26,7 @@ THREADED = (
     "tests/ops/test_native_transducer.py::test_threads_change_no_bit",
     "tests/ops/test_native_transducer.py::test_several_callers_at_once",
 )
-CASES, PART_CASES, THREADED_CASES = 20_000, 1_000, 1_000
+CASES, PART_CASES, THREADED_CASES = 5_000, 300, 300
 
 
 def table_of(log: Iterable[str]) -> tuple[Table, list[str]]:
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--threads", action="store_true", help="ThreadSanitizer, on what uses several threads"
     )
     parser.add_argument("--part", action="store_true", help="what .ci/run has time for")
+    parser.add_argument("--plant", action="store_true", help="plant the faults of C++, and nothing else")
     parser.add_argument("--only", nargs="+", metavar="TEST", help="these tests only, and nothing else")
     options = parser.parse_args(arguments)
     session = Session(Copy(THREAD if options.threads else ADDRESS))
@@ -123,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         session.console.print(f"built in {time.monotonic() - began:.0f} s: {session.copy.folder}")
         if options.only:
             session.tests(options.only, "-m", "not models")
+        elif options.plant:
+            session.faults(THREAD_FAULTS if options.threads else ADDRESS_FAULTS)
         elif options.threads:
             session.tests(THREADED, "-m", "not models")
             session.fuzz(THREADED_CASES)
