@@ -265,10 +265,8 @@ class RunFolder:
         if not noted or not path.is_file():
             return None
         key = self._fingerprint_key()
-        written = str(noted.get("fingerprint"))
-        if noted.get("check", _check_of(key, written)) != _check_of(
-            key, written
-        ):  # folders of before have no check
+        written, check = str(noted.get("fingerprint")), noted.get("check")  # folders of before have no check
+        if check is not None and check != _check_of(key, written):
             return None
         return fingerprint(corpus, key) == written
 

@@ -83,7 +83,7 @@ class Session:
                 if there:
                     source.touch()  # ninja builds what is newer than its object
                     self.copy.rebuild()
-                    self._pytest(native.fault.tests, "--no-summary", "-p", "no:terminal")
+                    self._pytest(native.fault.tests, "--no-summary", "-x")
                     said = "\n".join(self.copy.findings())
             source.touch()
             caught = native.says in said
@@ -95,7 +95,9 @@ class Session:
 
     def _pytest(self, tests: Sequence[str], *options: str) -> int:
         return self.copy.run(
-            *("-m", "pytest", "-q", "-p", "tests.sanitize.plugin", "-p", "no:cacheprovider"), *options, *tests
+            *("-m", "pytest", "-q", "-p", "tests.sanitize.plugin", "-p", "no:cacheprovider", "--capture=sys"),
+            *options,
+            *tests,
         )
 
     def _judge(self, what: str, well: bool, wrong: Sequence[str]) -> None:

@@ -17,6 +17,9 @@ BUILD = ROOT / "build" / "sanitize"
 LIBRARY = "libdpkernels_cpu.so"
 # What a process that a sanitizer stops ends with: pytest and the fuzzer end with smaller numbers.
 STOPPED = 97
+# Where UndefinedBehaviorSanitizer writes: beside AddressSanitizer it does not know of log_path.
+_STDERR = "stderr"
+_MARKS = ("Sanitizer", "runtime error:")
 
 
 class SanitizeError(RuntimeError):
@@ -113,12 +116,18 @@ class Copy:
 
     def run(self, *arguments: str) -> int:
         """Run Python with these arguments in the copy; how it ended."""
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.environment(), check=False).returncode
+        command, environment = [sys.executable, *arguments], self.environment()
+        with open(self.reports / _STDERR, "w+", encoding="utf-8", errors="replace") as errors:
+            done = subprocess.run(command, cwd=self.folder, env=environment, stderr=errors, check=False)
+            errors.seek(0)
+            sys.stderr.write(errors.read())
+        return done.returncode
 
     def findings(self) -> list[str]:
-        """What the sanitizer wrote in the last run, report by report."""
-        return [path.read_text(errors="replace") for path in sorted(self.reports.glob("report.*"))]
+        """What the sanitizers wrote in the last run, report by report."""
+        paths = [*sorted(self.reports.glob("report.*")), self.reports / _STDERR]
+        texts = [path.read_text(errors="replace") for path in paths if path.is_file()]
+        return [text for text in texts if any(mark in text for mark in _MARKS)]
 
 
 def _path() -> str:
