@@ -7,6 +7,9 @@ VENV ?= .venv
 WHEELS ?= build/wheels
 OUT ?= bench/results
 PARTS ?=
+# The number of fuzzed cases, and their seed.
+CASES ?= 100000
+SEED ?= 0
 # The number of test processes; 0 runs the tests in pytest's own process.
 JOBS ?= logical
 BIN := $(VENV)/bin
@@ -19,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 CLANG_SOURCES = $(shell find csrc tests bench -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test test-slow test-all test-models lint format docs bench gpu wheels dist matrix clean
+.PHONY: help setup demo test test-slow test-all test-models sanitize sanitize-part sanitize-threads fuzz lint format docs bench gpu wheels dist matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +30,9 @@ help:
 	@echo "make test    run the default tests on all cores (at most 8); JOBS=0 runs them in one process"
 	@echo "make test-slow  run the other tests: more sizes and layouts, wheel builds, real widths, recipes"
 	@echo "make test-all  run both; make test-models, which is in neither, judges every model of docs/models.md in an hour"
+	@echo "make sanitize  run the native tests and fuzzed cases with gcc's address and undefined-behaviour sanitizers"
+	@echo "make sanitize-part  the part of it that .ci/run has; make sanitize-threads: data races, by ThreadSanitizer"
+	@echo "make fuzz    run CASES=100000 random cases on native kernels and damaged files, from SEED=0; it can be resumed"
 	@echo "make lint    check with ruff, mypy and clang-format, and change nothing"
 	@echo "make format  rewrite the sources with ruff and clang-format"
 	@echo "make docs    build the documentation site in build/docs; warnings are errors"
@@ -74,6 +80,18 @@ test-all: $(STAMP)
 # Needs torchvision and timm: pip install -e '.[models]'.
 test-models: $(STAMP)
 	$(BIN)/python -m pytest -m models
+
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.sanitize
+
+sanitize-part: $(STAMP)
+	$(BIN)/python -m tests.sanitize --part
+
+sanitize-threads: $(STAMP)
+	$(BIN)/python -m tests.sanitize --threads
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED) --resume
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -127,6 +127,33 @@ def test_what_is_no_checkpoint_is_refused(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_changed_byte_is_damage(tmp_path: Path) -> None:
+    """torch checks no record, and takes an entry with a folder's flag for an empty one: it returns stray memory."""
+    values = of_step(3, parameters={"weight": torch.full((40,), 2.5)}, random=None)
+    checkpoint.save(tmp_path, values)
+    whole, path = (tmp_path / checkpoint.FILE).read_bytes(), tmp_path / checkpoint.FILE
+    number = whole.index(b"\x00\x00\x20\x40" * 40)  # 2.5, forty times
+    steps = (
+        whole.index(b"steps") + whole[whole.index(b"steps") :].index(b"K\x03") + 1
+    )  # 3, as pickle writes it
+    flag = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0")) + 38  # external attributes of the tensor
+    for place, change in ((number + 2, 1), (steps, 2), (flag, 0x10)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=r"state.pt is damaged"):
+            checkpoint.load(tmp_path)
+    path.write_bytes(whole)
+    assert stored(tmp_path).parameters["weight"].tolist() == [2.5] * 40
+
+
+def test_a_checkpoint_without_a_checksum_is_read(tmp_path: Path) -> None:
+    """Those of before there were checksums."""
+    checkpoint.save(tmp_path, of_step(3))
+    values = torch.load(tmp_path / checkpoint.FILE, weights_only=True)
+    del values["checksum"]
+    torch.save(values, tmp_path / checkpoint.FILE)
+    assert stored(tmp_path).step == 3
+
+
 def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 

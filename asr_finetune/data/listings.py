@@ -97,8 +97,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, object, or why it is none) of each line that is not empty; or (place, object) of each in a JSON list."""
     if path.suffix == ".json" and next(lines(path), "").startswith("["):
         try:
-            entries = json.loads("\n".join(lines(path)))
-        except json.JSONDecodeError as error:
+            entries = _parsed("\n".join(lines(path)))
+        except ValueError as error:
             raise ConfigError(
                 f"data: {str(path)!r} is no JSON list: {error}; write one object a line"
             ) from error
@@ -108,11 +108,22 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = _parsed(line)
         except json.JSONDecodeError as error:
             yield number, f"not JSON: {error.msg} at column {error.colno}"
             continue
+        except ValueError as error:
+            yield number, f"not JSON: {error}"
+            continue
         yield number, entry if isinstance(entry, dict) else "not a JSON object with audio and text"
+
+
+def _parsed(text: str) -> Any:
+    """What JSON says. Raises ValueError for any other text."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _table_rows(path: Path, data: DataConfig, needs: Needs) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -122,10 +133,13 @@ def _table_rows(path: Path, data: DataConfig, needs: Needs) -> Iterator[tuple[in
     """
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         header = file.readline()
-        separator = "\t" if path.suffix == ".tsv" else _separator(header, data)
-        quoting = csv.QUOTE_MINIMAL if separator in ",;" else csv.QUOTE_NONE
-        options: dict[str, Any] = {"delimiter": separator, "quoting": quoting, "strict": True}
-        names = next(csv.reader([header], **options), [])
+        try:
+            separator = "\t" if path.suffix == ".tsv" else _separator(header, data)
+            quoting = csv.QUOTE_MINIMAL if separator in ",;" else csv.QUOTE_NONE
+            options: dict[str, Any] = {"delimiter": separator, "quoting": quoting, "strict": True}
+            names = next(csv.reader([header], **options), [])
+        except csv.Error as error:
+            raise _no_table(path, 1, error) from error
         ljspeech = "|" in header and (path.parent / "wavs").is_dir() and column(names, "audio", data) is None
         if ljspeech:
             options |= {"delimiter": "|", "quoting": csv.QUOTE_NONE}
@@ -145,10 +159,14 @@ def _table_rows(path: Path, data: DataConfig, needs: Needs) -> Iterator[tuple[in
                 elif fields:
                     yield number, f"a row unlike the header: {len(fields)} fields in place of {len(names)}"
         except csv.Error as error:
-            raise ConfigError(
-                f"data: {str(path)!r}, line {reader.line_num + skipped}: {error}: a quoted field needs a quote at both "
-                "its ends, and two for each within it"
-            ) from error
+            raise _no_table(path, reader.line_num + skipped, error) from error
+
+
+def _no_table(path: Path, line: int, error: csv.Error) -> ConfigError:
+    return ConfigError(
+        f"data: {str(path)!r}, line {line}: {error}: a quoted field needs a quote at both its ends, and two for each "
+        "within it"
+    )
 
 
 def _separator(header: str, data: DataConfig) -> str:

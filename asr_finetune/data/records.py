@@ -106,10 +106,13 @@ def record_of(
             return Record(identity, reason="no transcript", **known)
     try:
         offset, end, seconds = (_seconds(value(row, key, data)) for key in ("offset", "end", "duration"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         return Record(identity, reason=f"its times are no seconds: {error}", **known)
     if end is not None:
         seconds = end - (offset or 0)
     paths = [root / audio for root in roots]
-    path = next((path for path in paths if path.is_file()), paths[0])
+    try:
+        path = next((path for path in paths if path.is_file()), paths[0])
+    except OSError as error:  # a name that no file can have
+        return Record(identity, reason=f"its path cannot be a file's: {error.strerror}", **known)
     return Record(identity, text, path, offset=offset, seconds=seconds, **known)

@@ -7,6 +7,7 @@ by itself, from the format that `docs/results.md` describes.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -34,7 +35,10 @@ _TOLERANCE = (
 )
 # The pages that state ε: "(1.234, 1 × 10⁻⁵)-differential privacy".
 _STATED = re.compile(r"\(([\d.]+), [^()]*\)-differential privacy")
-_HASH = re.compile(r"[0-9a-f]{64}")
+# The end of a whole line, but for some bytes: its hash, `"}`, and the newline if that became another byte.
+_WHOLE = re.compile(rb'(?:[0-9a-f]{40}.{24}(?!",).{2,3}|[0-9a-f]{16}"\})\Z', re.DOTALL)
+# How JSON fails where it was cut: in a string, in an escape, or where more is expected.
+_CUT = ("Unterminated string", "Invalid \\uXXXX escape", "Expecting")
 _START = "0" * 64
 
 
@@ -51,12 +55,41 @@ class Chain:
         head: hash of the last line.
         runs: run id -> [its settings, its steps].
         reported: the largest ε that an "epsilon" line reports at each (δ, accountant).
+        latest: the run that the next step belongs to; "" before the first one.
+        orphans: steps before any run, which the first one counts.
     """
 
     broken: str = ""
     head: str = _START
     runs: dict[str, list[Any]] = field(default_factory=dict)
     reported: dict[tuple[float, str], float] = field(default_factory=dict)
+    latest: str = ""
+    orphans: int = 0
+
+    def count(self, entry: Mapping[str, Any]) -> None:
+        """Count what one line says.
+
+        Raises:
+            ValueError, KeyError, TypeError: no line of this version says this.
+        """
+        kind = entry["kind"]
+        if kind == "run":
+            self.latest = str(entry["run"])
+            self.runs.setdefault(self.latest, [entry, 0])[1] += self.orphans
+            self.orphans = 0
+        elif kind == "carried":
+            if type(entry["steps"]) is not int or entry["steps"] < 0:
+                raise ValueError(f"steps={entry['steps']!r}")
+            self.runs.setdefault(str(entry["run"]), [entry, 0])[1] += entry["steps"]
+        elif kind in ("step", "torn"):
+            if self.latest:
+                self.runs[self.latest][1] += 1
+            else:
+                self.orphans += 1
+        elif kind == "epsilon":
+            key = (entry["delta"], entry["accountant"])
+            value = math.inf if entry["epsilon"] == "inf" else entry["epsilon"]
+            self.reported[key] = max(value, self.reported.get(key, 0.0))
 
     @property
     def steps(self) -> int:
@@ -134,11 +167,11 @@ def read_chain(data: bytes) -> Chain:
     """
     chain = Chain()
     *lines, last = data.split(b"\n")
-    latest, torn, orphans = "", b"", 0
+    torn, number = b"", 0
     for number, line in enumerate([*lines, last] if last else lines, start=1):
-        entry, digest = _entry(line)
-        body = json.dumps(entry, ensure_ascii=False, sort_keys=True, allow_nan=False)
-        if digest != hashlib.sha256(f"{chain.head}\n{body}".encode()).hexdigest():
+        # A crash can leave zeros behind the last line.
+        entry, digest = _entry(line.rstrip(b"\0") if line is last else line, chain.head)
+        if entry is None:
             if torn and line is last and _seal(torn, chain.head).startswith(line.rstrip(b"\0")):
                 break  # a crash cut the seal, too
             if torn or digest is not None:
@@ -147,31 +180,20 @@ def read_chain(data: bytes) -> Chain:
             torn = line
             continue
         chain.head = str(digest)
-        kind = entry["kind"]
-        if bool(torn) != (kind == "torn" and entry == _seal_of(torn)):
+        if bool(torn) != (entry.get("kind") == "torn" and entry == _seal_of(torn)):
             chain.broken = f"line {number - 1} cannot be read, and the next one does not seal it"
             return chain
         torn = b""
-        if kind == "run":
-            latest = entry["run"]
-            chain.runs.setdefault(latest, [entry, 0])[1] += orphans
-            orphans = 0
-        elif kind == "carried":
-            chain.runs.setdefault(entry["run"], [entry, 0])[1] += int(entry["steps"])
-        elif kind in ("step", "torn"):
-            if latest:
-                chain.runs[latest][1] += 1
-            else:
-                orphans += 1
-        elif kind == "epsilon":
-            key = (entry["delta"], entry["accountant"])
-            value = math.inf if entry["epsilon"] == "inf" else entry["epsilon"]
-            chain.reported[key] = max(value, chain.reported.get(key, 0.0))
+        try:
+            chain.count(entry)
+        except (ValueError, KeyError, TypeError) as error:
+            chain.broken = f"line {number} is none that this version writes ({error})"
+            return chain
     if torn:  # a crash cut the last line, and no run has continued since
-        if latest:
-            chain.runs[latest][1] += 1
-        if not last:
-            chain.broken = f"line {len(lines)} cannot be read, but was written to its end"
+        if chain.latest:
+            chain.runs[chain.latest][1] += 1
+        if not last or not _is_beginning(torn):
+            chain.broken = f"line {number} cannot be read, but was written to its end"
     return chain
 
 
@@ -186,13 +208,36 @@ def _seal(torn: bytes, head: str) -> bytes:
     return json.dumps({"entry": entry, "sha256": digest}, sort_keys=True).encode()
 
 
-def _entry(line: bytes) -> tuple[Any, str | None]:
-    """(entry, hash) of a line; (None, None) if it is no complete line of a ledger."""
+def _entry(line: bytes, head: str) -> tuple[dict[str, Any] | None, str | None]:
+    """(entry, hash) of a line: no entry if the hash is wrong, and neither if it is no complete line of a ledger."""
     try:
-        values = json.loads(line)
-        return values["entry"], values["sha256"]
-    except (ValueError, KeyError, TypeError):
+        values = json.loads(line.decode())
+        entry, digest = values["entry"], str(values["sha256"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None, None
+    try:
+        body = json.dumps(entry, ensure_ascii=False, sort_keys=True, allow_nan=False)
+        right = hashlib.sha256(f"{head}\n{body}".encode()).hexdigest()
+    except ValueError:  # NaN, or half of a surrogate pair: nothing that was written
+        return None, digest
+    return (entry if isinstance(entry, dict) and digest == right else None), digest
+
+
+def _is_beginning(line: bytes) -> bool:
+    """Whether a crash cut this line: else bytes of a whole one changed, and it may have counted any number of steps."""
+    written = line.strip(b"\0")
+    if _WHOLE.search(written):
+        return False
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(written)  # its last character may be cut, too
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        # At its end, up to a cut literal or escape; or at the begin of the string that has no end.
+        at_end = error.msg.startswith(_CUT[0]) or error.pos >= len(text) - len("\\u1234")
+        return at_end and error.msg.startswith(_CUT)
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def composed(chain: Chain, delta: float, accountant: str) -> float:

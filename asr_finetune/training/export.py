@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from asr_finetune.config.schema import Config, ConfigError, ModelConfig
 from asr_finetune.files import write_json
@@ -53,7 +52,7 @@ def export(
         raise RunFolderError(
             f"run={str(run)!r} has no config.yaml, so no run is there: give its --output folder"
         )
-    config = Config.from_dict(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    config = folder.written_config()
     saved = checkpoint.load_usable(folder.checkpoint, say)
     if saved is None:
         raise RunFolderError(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.data.corpus import Corpus
-from asr_finetune.data.provenance import fingerprint
 from asr_finetune.training.run_folder import RunFolder
 from asr_finetune.training.sampling import units
 from dpkernels.files import write_atomically
@@ -79,8 +78,8 @@ def origin_by_ledger(config: Config, ledger: Path) -> Origin | None:
 def origin_of(config: Config, corpus: Corpus) -> Origin | None:
     """The run that the starting model comes from, and whether it had the same recordings.
 
-    Without the earlier run's key to compare them, recordings of the same number and unit are taken for the same: that
-    can only count too much.
+    Without the earlier run's key to compare them, or with a damaged one, recordings of the same number and unit are
+    taken for the same: that can only count too much.
 
     Raises:
         ConfigError: the earlier run had the same recordings and no privacy, or some of its steps cannot be counted
@@ -94,12 +93,8 @@ def origin_of(config: Config, corpus: Corpus) -> Origin | None:
     if steps:
         settings = read_ledger(folder.ledger).runs[0].settings
         count = settings["dataset_size"] if settings["unit"] == config.privacy.unit else None
-    figures, key = folder.read_json(folder.data), folder.not_private / "fingerprint.key"
-    compared = bool(figures) and key.is_file()
-    if compared:
-        same = fingerprint(corpus, bytes.fromhex(key.read_text(encoding="utf-8"))) == figures["fingerprint"]
-    else:
-        same = count == began
+    found = folder.began_with(corpus)
+    same = count == began if found is None else found
     if same and not steps:
         raise ConfigError(
             f"model.name={config.model.name!r}: this run was trained on the same recordings without privacy, so "
@@ -110,4 +105,4 @@ def origin_of(config: Config, corpus: Corpus) -> Origin | None:
             f"model.name={config.model.name!r}: its run protected another unit than privacy.unit="
             f"{config.privacy.unit}, so their steps do not add up to one ε: use the same unit"
         )
-    return Origin(folder, steps, same, compared)
+    return Origin(folder, steps, same, found is not None)

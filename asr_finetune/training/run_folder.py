@@ -13,6 +13,8 @@ not_private/                losses, clip rates, transcripts, names and figures o
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
 import re
@@ -68,6 +70,35 @@ _NOTICE = (
 
 class RunFolderError(UserError, ValueError):
     """The run cannot use this output folder: the message has the reason and the fix."""
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Within it text that is not what was written to a file is a RunFolderError, which names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise RunFolderError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): restore it from a backup. (The ledger beside it, which "
+            "counts what was spent, is a file of its own.)"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a run.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    with _readable(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_of(key: bytes, fingerprint: str) -> str:
+    """Binds a fingerprint to its key, so that a change of either is noticed."""
+    return hmac.new(key, fingerprint.encode(), hashlib.sha256).hexdigest()
 
 
 def _within(name: str, doc: str) -> Any:
@@ -159,11 +190,24 @@ class RunFolder:
         nameless = config.with_values("data", **dict.fromkeys(_NAMING_KEYS))
         write_text(self.config, _WITHHELD + nameless.to_yaml())
 
+    def written_config(self) -> Config:
+        """The configuration in config.yaml.
+
+        Raises:
+            RunFolderError: the file is damaged.
+            ConfigError: it has values that no configuration has.
+        """
+        with _readable(self.config):
+            values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        return Config.from_dict(values)
+
     def _changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
         """The changed keys that a run may not change; a key that config.yaml lacks has its default."""
-        written = Config.from_dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        written = self.written_config()
         if self.speakers.is_file():
-            written = written.with_values("data", **yaml.safe_load(self.speakers.read_text(encoding="utf-8")))
+            with _readable(self.speakers):
+                named = dict(yaml.safe_load(self.speakers.read_text(encoding="utf-8")))
+            written = written.with_values("data", **named)
         old = written.to_dict()
         changes = changed_keys(old, config.to_dict())
         return {key: values for key, values in changes.items() if key not in MAY_CHANGE}
@@ -205,13 +249,33 @@ class RunFolder:
                 "transcripts or speakers were added, removed or changed, and its epsilon is for the data as it "
                 "was. Put the data back as it was, or give another --output."
             )
-        write_json(self.data, {"fingerprint": current, **figures(corpus)})
+        check = _check_of(self._fingerprint_key(), current)
+        write_json(self.data, {"fingerprint": current, "check": check, **figures(corpus)})
+
+    def began_with(self, corpus: Corpus) -> bool | None:
+        """Whether the run began with these recordings; None where they cannot be compared.
+
+        That is so without its key or its fingerprint, and where one of them is not what was written: recordings that
+        seem to be others would have an ε of their own.
+
+        Raises:
+            RunFolderError: a file is damaged so that it cannot be read.
+        """
+        noted, path = self.read_json(self.data), self.not_private / "fingerprint.key"
+        if not noted or not path.is_file():
+            return None
+        key = self._fingerprint_key()
+        written, check = str(noted.get("fingerprint")), noted.get("check")  # folders of before have no check
+        if check is not None and check != _check_of(key, written):
+            return None
+        return fingerprint(corpus, key) == written
 
     def _fingerprint_key(self) -> bytes:
         path = self.not_private / "fingerprint.key"
         if not path.is_file():
             write_text(path, secrets.token_hex(32) + "\n")
-        return bytes.fromhex(path.read_text(encoding="utf-8"))
+        with _readable(path):
+            return bytes.fromhex(path.read_text(encoding="utf-8"))
 
     def note_problems(self, name: str, problems: list[Problem], doubts: Sequence[Problem] = ()) -> None:
         """Write names of unusable recordings to `not_private/problems_<name>.tsv`, of doubtful ones to `doubts_…`"""
@@ -224,7 +288,7 @@ class RunFolder:
         return self.ranks.first(lambda: self._read_json(path))
 
     def _read_json(self, path: Path) -> Any:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     def record(self) -> Any:
         """The record of the finished run, else of the exported one, else None."""
@@ -254,8 +318,10 @@ class RunFolder:
 
     def _history(self) -> list[dict[str, Any]]:
         path = self.not_private / "history.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        if not path.is_file():
+            return []
+        with _readable(path):
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
     def trim_history(self, step: int) -> None:
         """Drop the lines after `step`, since those steps are taken again."""
@@ -346,7 +412,7 @@ def read_comparison(folder: str | Path | None, test_sets: Sequence[str]) -> dict
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise MissingFile(f"--compare {folder}: no run.json, so no finished run there")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     if values["privacy"]["enabled"]:
         raise ConfigError(f"--compare {folder}: that run is private; give one trained with --not-private")
     if values["evaluation"]["after"] is None:

@@ -50,7 +50,8 @@ DPK_SHARED double round_half_even(double v) {
   return rint(v);
 #else
   const double magic = copysign(0x1p52, v);
-  return fabs(v) < 0x1p52 ? (v + magic) - magic : v;
+  // the sign of a zero is that of v, as rint has it
+  return fabs(v) < 0x1p52 ? copysign((v + magic) - magic, v) : v;
 #endif
 }
 

@@ -128,6 +128,10 @@ std::atomic<bool> forked{false};
 using OpenMp = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 OpenMp open_mp() {
+#if defined(__SANITIZE_THREAD__)
+  // Its threads meet by futexes, which ThreadSanitizer does not see; it sees the mutexes of the pool.
+  return nullptr;
+#endif
   static const OpenMp found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return forked ? nullptr : found;
 }

@@ -51,6 +51,13 @@ double error_bound(int64_t n, int64_t entries, double scale) {
   return (2.0 * kappa(n) + 1.0) * kUnit<R> * 1.01 * scale + absolute<R>(n, entries);
 }
 
+// a * b of numbers >= 0, and never below it: a product that underflows is low by 2^-1075 at most. That
+// happens to float64 inputs only: squares and products of float32 numbers are far inside of float64's range.
+inline double product_above(double a, double b) {
+  const double product = a * b;
+  return product > 0x1p-1000 || a == 0.0 || b == 0.0 ? product : product + 0x1p-1074;
+}
+
 // The smallest float32 that is >= value; NaN stays NaN.
 inline float round_up(double value) {
   const float nearest = static_cast<float>(value);
@@ -59,10 +66,11 @@ inline float round_up(double value) {
              : nearest;
 }
 
-// (sqrt(square) + e)^2 rounded up, `square` being a float64 sum of `terms` squares.
+// (sqrt(square) + e)^2 rounded up, `square` being a float64 sum of `terms` squares. Squares that underflowed
+// are below the smallest float32, which the result is where it is not 0.
 inline float upper_square(double square, double terms, double e) {
   const double norm = std::sqrt(square * (1.0 + (terms + 8.0) * 0x1p-52)) + e;
-  return round_up(norm * norm * (1.0 + 0x1p-50));
+  return round_up(product_above(norm, norm) * (1.0 + 0x1p-50));
 }
 
 }  // namespace dpk

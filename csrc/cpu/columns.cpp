@@ -37,8 +37,8 @@ class ColumnSums {
       double square = 0.0, scale = 0.0;
       for (int64_t n = i * strips_; n < (i + 1) * strips_; ++n) {
         square += squares[static_cast<size_t>(n)];
-        scale += scales[static_cast<size_t>(n)] *
-                 scales[static_cast<size_t>(n)];  // different columns: errors add in squares
+        // different columns: errors add in squares
+        scale += product_above(scales[static_cast<size_t>(n)], scales[static_cast<size_t>(n)]);
       }
       const double e = error_bound<R>(length_of(lengths_, i, g_.size[1]), g_.size[2], std::sqrt(scale));
       out[i] = scale == 0.0 ? 0.0f : upper_square(square, static_cast<double>(g_.size[2]), e);

@@ -26,15 +26,15 @@ class Depthwise {
       : x_(x),
         g_(g),
         taps_(taps),
-        stride_(stride),
+        stride_(g.size[2] > 1 ? stride : 1),  // one frame of g has none
         padding_(padding),
         dilation_(dilation),
         frames_(round_to(g.size[2], kLanesMost)) {
     // Phase f of the padded input holds frames f, f + stride, ...; the last tap reads up to frames_ beyond
     // its offset.
-    phase_ = frames_ + (taps - 1) * dilation / stride + 1;
+    phase_ = frames_ + (taps - 1) * dilation / stride_ + 1;
     for (int64_t j = 0; j < taps; ++j)
-      offsets_.push_back(j * dilation % stride * phase_ + j * dilation / stride);
+      offsets_.push_back(j * dilation % stride_ * phase_ + j * dilation / stride_);
     threads_ = worthwhile_threads(threads, static_cast<double>(x.size[0]) * static_cast<double>(x.size[1]) *
                                                static_cast<double>(frames_) * static_cast<double>(taps) / 8);
   }
@@ -116,8 +116,8 @@ class Depthwise {
         for (int64_t j = 0; j < of.taps_; ++j) sums[static_cast<size_t>(j)] += part[static_cast<size_t>(j)];
       }
       if (!with_scale) return 0.0;
-      return k.square_sum_above(g.data(), out_frames) *
-             k.square_sum_above(x.data(), static_cast<int64_t>(x.size()));
+      return product_above(k.square_sum_above(g.data(), out_frames),
+                           k.square_sum_above(x.data(), static_cast<int64_t>(x.size())));
     }
 
     std::vector<R> x, g, part, row;
@@ -143,8 +143,14 @@ void check_depthwise(const dpk_tensor& x, const dpk_tensor& g, int64_t taps, int
         "kernel_size, stride, padding and dilation are %lld, %lld, %lld, %lld; give at least 1, 1, 0, 1",
         static_cast<long long>(taps), static_cast<long long>(stride), static_cast<long long>(padding),
         static_cast<long long>(dilation));
-  const int64_t room = x.size[2] + 2 * padding - dilation * (taps - 1) - 1,
-                expected = room < 0 ? 0 : room / stride + 1;
+  int64_t padded = 0, reach = 0;
+  if (__builtin_mul_overflow(padding, int64_t{2}, &padded) ||
+      __builtin_add_overflow(padded, x.size[2], &padded) ||
+      __builtin_mul_overflow(dilation, taps - 1, &reach))
+    invalid_argument(
+        "kernel_size, padding and dilation are %lld, %lld, %lld: their sizes in frames are beyond 64 bits",
+        static_cast<long long>(taps), static_cast<long long>(padding), static_cast<long long>(dilation));
+  const int64_t expected = padded <= reach ? 0 : (padded - reach - 1) / stride + 1;
   check_same("the frames of g and those that x, kernel_size, stride, padding and dilation give", g.size[2],
              expected);
 }
@@ -158,6 +164,11 @@ dpk_status dpk_cpu_depthwise_conv1d_norm_sq(const dpk_tensor* x, const dpk_tenso
   using namespace dpk;
   return guard([&] {
     check_depthwise(*x, *g, kernel_size, stride, padding, dilation);
+    if (g->size[2] == 0) {  // however far the taps reach
+      worthwhile_threads(threads, 0.0);
+      std::fill_n(out, x->size[0], 0.0f);
+      return;
+    }
     for_arithmetic(x->dtype == DPK_F64 || g->dtype == DPK_F64, [&](auto r) {
       Depthwise<decltype(r)>(*x, *g, kernel_size, stride, padding, dilation, threads).norms(out);
     });
@@ -172,6 +183,10 @@ dpk_status dpk_cpu_depthwise_conv1d_weighted_sum(const dpk_tensor* x, const dpk_
   return guard([&] {
     check_depthwise(*x, *g, kernel_size, stride, padding, dilation);
     check_out(out_dtype);
+    if (g->size[2] == 0) {
+      worthwhile_threads(threads, 0.0);
+      return;
+    }
     for_arithmetic(x->dtype == DPK_F64 || g->dtype == DPK_F64, [&](auto r) {
       Depthwise<decltype(r)>(*x, *g, kernel_size, stride, padding, dilation, threads)
           .sums(factors, out, out_dtype);

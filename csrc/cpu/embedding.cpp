@@ -42,7 +42,7 @@ void embedding_norms(const int64_t* ids, const dpk_tensor& g, int64_t padding, i
         if (end - first == 1) {
           const double own = k.square_sum(row.data, d);
           square += own;
-          norms = std::sqrt(own) * 1.001;
+          norms = std::sqrt(own > 0x1p-900 ? own * 1.001 : k.square_sum_above(row.data, d));
           break;
         }
         norms += std::sqrt(k.square_sum_above(row.data, d));
@@ -52,7 +52,7 @@ void embedding_norms(const int64_t* ids, const dpk_tensor& g, int64_t padding, i
           k.accumulate(total.data(), part.data(), d, 1.0);
       }
       if (end - first > 1) square += k.dot(total.data(), total.data(), d);
-      scale += norms * norms;
+      scale += product_above(norms, norms);
     }
     const double terms = static_cast<double>(frames) * static_cast<double>(d);
     out[i] = scale == 0.0 ? 0.0f

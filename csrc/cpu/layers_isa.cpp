@@ -9,18 +9,19 @@ namespace {
 // Sum of squares in float64 where float32 over- or underflowed. One of the two is null for add_rows.
 template <class R>
 double squares_slowly(const R* x, int64_t ldx, const R* g, int64_t ldg, int64_t k, int64_t n) {
-  double total = 0.0;
+  double total = 0.0, lost = 0.0;  // lost: a square of float64 numbers underflows by 2^-1075 at most
   for (int64_t t = 0; t < k; ++t)
     for (int64_t j = 0; j < n; ++j) {
-      const double v =
-          static_cast<double>(g[t * ldg + j]) * (x == nullptr ? 1.0 : static_cast<double>(x[t * ldx + j]));
+      const double right = static_cast<double>(g[t * ldg + j]),
+                   left = x == nullptr ? 1.0 : static_cast<double>(x[t * ldx + j]), v = left * right;
       total += v * v;
+      lost += left != 0.0 && right != 0.0 ? 0x1p-1074 : 0.0;
     }
-  return total * square_slack(static_cast<double>(k * n), kUnitF64);
+  return total * square_slack(static_cast<double>(k * n), kUnitF64) + lost;
 }
 
 inline bool usable(float sum, double n) { return in_range(sum, n); }
-inline bool usable(double sum, double) { return sum > 0x1p-900 && sum < 0x1p900; }
+inline bool usable(double sum, double) { return sum > kSmallSquares && sum < 0x1p900; }
 inline double slack(float, double n) { return square_slack(n, kUnitF32); }
 inline double slack(double, double n) { return square_slack(n, kUnitF64); }
 

@@ -185,7 +185,7 @@ class Norms {
     Scale s;
     for (int64_t t = 0; t < sample.length; ++t) {
       const double x = std::sqrt(x_rows[sample.rows_at + t]), g = std::sqrt(g_rows[sample.rows_at + t]);
-      s.both += x * g;
+      s.both += product_above(x, g);
       s.x += x;
       s.g += g;
     }

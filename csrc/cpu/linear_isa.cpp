@@ -138,10 +138,21 @@ double squares_slowly(double n, const float* rows, int64_t ld, int64_t count, in
   return total * square_slack(n, kUnitF64);
 }
 
+// What the squares of these numbers may have lost where their sum is so small: 2^-1075 each, and 0 squares
+// none.
+double lost_squares(const double* rows, int64_t ld, int64_t count, int64_t n, double total) {
+  if (total > kSmallSquares) return 0.0;
+  double lost = 0.0;
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t j = 0; j < n; ++j) lost += rows[t * ld + j] != 0.0 ? 0x1p-1074 : 0.0;
+  return lost;
+}
+
 double square_sum_above_rows(const double* rows, int64_t ld, int64_t count, int64_t n) {
   double total = 0.0;
   for (int64_t t = 0; t < count; ++t) total += square_sum(rows + t * ld, n);
-  return total * square_slack(static_cast<double>(count * n), kUnitF64);
+  const double slack = square_slack(static_cast<double>(count * n), kUnitF64);
+  return total * slack + lost_squares(rows, ld, count, n, total);
 }
 
 double square_sum_above_rows(const float* rows, int64_t ld, int64_t count, int64_t n) {
@@ -193,6 +204,8 @@ void column_squares(const R* rows, int64_t ld, int64_t count, int64_t n, double*
     for (int64_t r = 0; r < count; ++r) sum += static_cast<double>(rows[r * ld + j]) * rows[r * ld + j];
     out[j] = sum;
   }
+  if constexpr (sizeof(R) == sizeof(double))
+    for (j = 0; j < n; ++j) out[j] += lost_squares(rows + j, ld, count, 1, out[j]);
 }
 
 template <class R>

@@ -214,8 +214,9 @@ class LoRA {
                   t0 % kBlock != 0);
       for (int64_t t = 0; with_scale && t < count; t += kBoundFrames) {
         const int64_t few = std::min(kBoundFrames, count - t);
-        scale += std::sqrt(narrow_squares[(t0 + t) / kBoundFrames] *
-                           k_.square_sum_above_rows(rows.data + t * rows.ld, rows.ld, few, piece.columns));
+        scale += std::sqrt(
+            product_above(narrow_squares[(t0 + t) / kBoundFrames],
+                          k_.square_sum_above_rows(rows.data + t * rows.ld, rows.ld, few, piece.columns)));
       }
       if (t0 + count == length || (t0 + kChunk) % kBlock == 0)
         for (int64_t m = 0; m < r_; ++m)
@@ -232,7 +233,7 @@ class LoRA {
     for (int64_t n = which == 0 ? 0 : strips(0), end = which == 0 ? strips(0) : strips(0) + strips(1);
          n < end; ++n) {
       square += squares[n];
-      scale += scales[n] * scales[n];
+      scale += product_above(scales[n], scales[n]);
     }
     const int64_t n = f.wide->size[2];
     const double s = std::fabs(f.scaling), entries = static_cast<double>(r_) * static_cast<double>(n);

@@ -53,5 +53,7 @@ static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline double square_slack(double n, double u) { return 1.0 + 2.0 * (n + 2.0) * u; }
 static inline bool in_range(float sum, double n) { return sum > n * 0x1p-90 && sum < 0x1p120f && n < 0x1p20; }
 constexpr double kUnitF32 = 0x1p-24, kUnitF64 = 0x1p-53;
+// A float64 sum of squares above this has lost less by underflow than the slack covers.
+constexpr double kSmallSquares = 0x1p-900;
 
 }  // namespace dpk::DPK_ISA

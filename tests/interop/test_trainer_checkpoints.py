@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from dpkernels.interop.trainer import TrainerError  # noqa: E402
+from dpkernels.interop.trainer import TrainerError, checkpoints  # noqa: E402
 from dpkernels.privacy import LedgerError  # noqa: E402
 from tests.interop.trainers import Case, Weights, case, privacy, trainer, weights_of  # noqa: E402
 
@@ -134,7 +134,9 @@ def fewer_steps(folder: Path) -> None:
     state = json.loads((folder / "privacy_state.json").read_text())
     for spent in state["engine"]["runs"].values():
         spent["steps"] = 0
-    (folder / "privacy_state.json").write_text(json.dumps(state))
+    del state["sha256"]
+    text = json.dumps({**state, "sha256": checkpoints._checksum(state)})
+    (folder / "privacy_state.json").write_text(text)
 
 
 @pytest.mark.parametrize("change", [other_weights, fewer_steps])
@@ -143,6 +145,27 @@ def test_a_checkpoint_of_several_runs_is_refused(change: Any, tmp_path: Path) ->
     change(tmp_path / "checkpoint-1")
     with pytest.raises(TrainerError, match="its files are not of one run"):
         run(tmp_path, case("sequence"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"noise_multiplier": 1', '"noise_multiplier": 9'),
+        ('"steps": 1', '"steps": 0'),
+        ("}", ""),
+        ('"sha256"', '"a"'),
+    ],
+)
+def test_damaged_spending_is_refused(old: str, new: str, tmp_path: Path) -> None:
+    """Without a ledger the checkpoint alone says what was spent: no changed digit may make ε smaller."""
+    state = {"runs": {"a": {"mechanism": {"noise_multiplier": 1.5}, "steps": 1}}}
+    checkpoints.save_state(str(tmp_path), torch.nn.Linear(2, 2), state, {})
+    assert checkpoints._read_state(str(tmp_path))["engine"] == state
+    path = tmp_path / "privacy_state.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(TrainerError, match=r"resume_from_checkpoint=.*privacy_state.json is damaged"):
+        checkpoints._read_state(str(tmp_path))
 
 
 def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path) -> None:

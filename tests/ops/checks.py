@@ -91,9 +91,9 @@ def alone_is_the_same(case: Case, **options: object) -> None:
             )
 
 
-def factors_within(norm_sq: Tensor, limit: float) -> None:
-    """c² · norm_sq ≤ C² in exact arithmetic, and c not needlessly small."""
-    factors = ops.clip_factors(norm_sq, limit)
+def factors_within(norm_sq: Tensor, limit: float, factors: Tensor | None = None) -> None:
+    """c² · norm_sq ≤ C² in exact arithmetic, and c not needlessly small; `factors`: those computed before."""
+    factors = ops.clip_factors(norm_sq, limit) if factors is None else factors
     assert factors.dtype == torch.float32
     assert factors.shape == norm_sq.shape
     for square, factor in zip(norm_sq.tolist(), factors.tolist(), strict=True):
@@ -109,9 +109,11 @@ def factors_within(norm_sq: Tensor, limit: float) -> None:
             assert c * c * v >= most * most * SHARE * SHARE
 
 
-def automatic_factors_within(norm_sq: Tensor, limit: float, stability: float) -> None:
-    """c·(√norm_sq + γ) ≤ C in exact arithmetic, and c not needlessly small."""
-    factors = ops.automatic_clip_factors(norm_sq, limit, stability)
+def automatic_factors_within(
+    norm_sq: Tensor, limit: float, stability: float, factors: Tensor | None = None
+) -> None:
+    """c·(√norm_sq + γ) ≤ C in exact arithmetic, and c not needlessly small; `factors`: those computed before."""
+    factors = ops.automatic_clip_factors(norm_sq, limit, stability) if factors is None else factors
     assert factors.dtype == torch.float32
     assert factors.shape == norm_sq.shape
     for square, factor in zip(norm_sq.tolist(), factors.tolist(), strict=True):

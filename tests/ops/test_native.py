@@ -318,6 +318,38 @@ def test_tiny_and_huge_values(scale: float) -> None:
             assert (one.double() <= truth.double() * 1.02 + 1e-60).all() or scale < 1e-18
 
 
+@pytest.mark.parametrize(
+    ("x_size", "g_size"), [(1e-200, 1e200), (1e-170, 1e-3), (1e-3, 1e-200), (1e-300, 1e290)]
+)
+def test_float64_norms_whose_squares_underflow(x_size: float, g_size: float, instructions: str) -> None:
+    """Squares below 2⁻¹⁰⁷⁴ are 0 in float64: their sums must not pass for sums of zeros."""
+    for call in calls(2, 5, 6, 7, torch.float64):
+        sizes = [x_size] * (len(call.inputs) - 1) + [g_size]
+        if call.name == "lora":  # x, h, g, dh
+            sizes = [x_size, x_size, g_size, g_size]
+        scaled = Call(
+            **{**vars(call), "inputs": tuple(t * s for t, s in zip(call.inputs, sizes, strict=True))}
+        )
+        outs = [torch.zeros(size, dtype=torch.float64) for size in call.outs]
+        function = getattr(reference, f"{call.name}_weighted_sum")
+        function(*scaled.arguments(), torch.tensor([1.0, 0.0]), *outs, **dict(call.sum_options))
+        for norm, exact in zip(scaled.norms(native_ops), outs, strict=True):
+            largest = float(exact.abs().max())  # whose square is a float64, or underflows
+            below = float(norm[0]) ** 0.5 < largest * (1 - 1e-6)  # a NaN is not: such a sample is dropped
+            assert not below, f"{call.name} {call.options}: {float(norm[0])} < {largest}²"
+
+
+def test_sizes_of_a_convolution_beyond_64_bits_are_refused() -> None:
+    x, g = torch.randn(2, 3, 9), torch.randn(2, 3, 7)
+    for sizes in ({"padding": 2**62}, {"dilation": 2**62}, {"padding": 2**63 - 1, "dilation": 2**63 - 1}):
+        with pytest.raises(ValueError, match=r"beyond 64 bits|frames of g"):
+            native_ops.depthwise_conv1d_norm_sq(x, g, kernel_size=3, **sizes)
+    nothing = native_ops.depthwise_conv1d_norm_sq(x, g[..., :0], kernel_size=2, dilation=2**62)
+    assert nothing.tolist() == [0.0, 0.0]
+    one = native_ops.depthwise_conv1d_norm_sq(x, g[..., :1], kernel_size=9, stride=2**62)
+    assert torch.equal(one, native_ops.depthwise_conv1d_norm_sq(x, g[..., :1], kernel_size=9))
+
+
 def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = torch.rand(4)
     for call in calls(4, 120, 130, 200):

@@ -235,6 +235,22 @@ def test_same_bits_for_every_instruction_set_and_thread_count(
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def test_a_sum_that_rounds_to_zero_keeps_its_sign(restored: None) -> None:
+    """Below half of the grid: instruction sets without a rounding instruction have it of additions."""
+    if native.library("cpu").handle is None:
+        pytest.skip(native.library("cpu").reason)
+    sets, found = ("baseline", "avx2", "avx512"), []
+    for isa in sets[: sets.index(native.isa()) + 1]:
+        native.set_isa(isa)
+        sums = torch.tensor([-1e-9, -0.0, 0.0, 1e-9, -0.25, -0.5, -1.5], dtype=torch.float64)
+        ops.noise_sums([sums], key=KEY, nonces=[], noise_scale=0.0, grid=1.0, divisor=2.0)
+        found.append(sums)
+    wanted = torch.tensor([-0.0, -0.0, 0.0, 0.0, -0.0, -0.0, -1.0], dtype=torch.float64)
+    for sums in found:
+        assert torch.equal(sums, wanted)
+        assert torch.equal(sums.signbit(), wanted.signbit())
+
+
 def test_noise_differs_between_tensors_and_is_standard_normal(backend: str) -> None:
     state = State("SGD")
     grads = [torch.empty(shape) for shape in SHAPES]

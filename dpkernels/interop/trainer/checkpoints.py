@@ -33,8 +33,31 @@ def save_state(folder: str, model: nn.Module, spent: dict[str, Any], states: dic
     """
     for name, state in states.items():
         torch.save(state, Path(folder) / name)
-    text = json.dumps({"engine": spent, "weights_sha256": digest_of(model)}, indent=2)
+    content = {"engine": spent, "weights_sha256": digest_of(model)}
+    text = json.dumps({**content, "sha256": _checksum(content)}, indent=2)
     write_atomically(Path(folder) / STATE_FILE, lambda file: file.write(text.encode()))
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _read_state(folder: str) -> dict[str, Any]:
+    """The content of a checkpoint's STATE_FILE.
+
+    Raises:
+        TrainerError: it is not what was written: a changed digit could be a smaller ε.
+    """
+    try:
+        state: dict[str, Any] = json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8"))
+        if state.pop("sha256") != _checksum(state):
+            raise ValueError("its checksum is another")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TrainerError(
+            f"resume_from_checkpoint={folder!r}: {STATE_FILE} is damaged ({error}), so what the run has spent is "
+            "unknown. Resume from another checkpoint of the run"
+        ) from error
+    return state
 
 
 def check_files(folder: str) -> None:
@@ -59,10 +82,10 @@ def load_spent(folder: str, model: nn.Module, engine: PrivacyEngine, trained: in
         trained: steps that the weights have taken, by trainer_state.json.
 
     Raises:
-        TrainerError: the checkpoint's files are not of one run.
+        TrainerError: the checkpoint's files are damaged, or not of one run.
         LedgerError, ValueError: as `PrivacyEngine.load_state_dict`.
     """
-    state = json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8"))
+    state = _read_state(folder)
     engine.load_state_dict(state["engine"])
     counted = engine.steps
     if counted < trained or state["weights_sha256"] != digest_of(model):

@@ -10,11 +10,13 @@ Only the last line can be torn, by a crash. It counts as a spent step (over-coun
 written again.
 """
 
+import codecs
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from dpkernels.privacy.accounting.accountant import Mechanism
 FORMAT = 1
 _START = "0" * 64
 _OPENING = b'{"entry": '
+# The end of a whole line, but for some bytes: its hash, `"}`, and the newline if that became another byte.
+_WHOLE = re.compile(rb'(?:[0-9a-f]{40}.{24}(?!",).{2,3}|[0-9a-f]{16}"\})\Z', re.DOTALL)
+# How JSON fails where it was cut: in a string, in an escape, or where more is expected.
+_CUT = ("Unterminated string", "Invalid \\uXXXX escape", "Expecting")
 _SAME = ("unit", "dataset_size", "adjacency")  # settings that all runs of one ledger share
 
 
@@ -65,6 +71,7 @@ class LedgerContents:
     torn: bytes = b""
     torn_end: int = 0  # end of the torn line in the file; any bytes after it belong to its seal
     lacks_newline: bool = False
+    end: int = 0  # end of the last line that lacks its newline; zeros may follow, which a crash left
 
     @property
     def steps(self) -> int:
@@ -86,8 +93,13 @@ def _line(previous: str, entry: dict[str, Any]) -> tuple[bytes, str]:
 
 def _parse(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
     """(entry, hash) of one line. Raises ValueError if it is not a complete line of a ledger."""
-    record = json.loads(line.decode())
+    try:
+        record = json.loads(line.decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     entry, digest = record["entry"], record["sha256"]
+    if not isinstance(entry, dict):
+        raise ValueError("its entry is not an object")
     body = json.dumps(entry, ensure_ascii=False, sort_keys=True, allow_nan=False)
     if digest != _hash(previous, body):
         raise ValueError("the hash does not match this line and the lines before it")
@@ -130,10 +142,15 @@ def _read(data: bytes, name: str) -> LedgerContents:
             skip = True
         contents.hashes.add(contents.last_hash)
         _apply(contents, entry, f"ledger {name}, line {number}")
-    if unfinished and not _complete(contents, unfinished, name):
+    if unfinished and not _complete(contents, unfinished, name, len(data)):
         if not _begins_like_a_line(unfinished):
             raise LedgerError(
                 f"ledger {name}: the last line is not a ledger's; is this another kind of file?"
+            )
+        if not _is_torn(unfinished):
+            raise LedgerError(
+                f"ledger {name}, last line: it was damaged, not cut by a crash, so the spent budget is unknown. "
+                "Restore the file from a backup; a new ledger would not count the steps in this one."
             )
         contents.torn, contents.torn_end = unfinished, len(data)
     return contents
@@ -145,14 +162,35 @@ def _begins_like_a_line(line: bytes) -> bool:
     return start == _OPENING[: len(start)]
 
 
-def _complete(contents: LedgerContents, line: bytes, name: str) -> bool:
-    """Apply a last line that is complete except for its newline. Returns False for any other line."""
+def _is_torn(line: bytes) -> bool:
+    """Whether a crash cut this line: it is the beginning of a line, not a whole one in which bytes changed.
+
+    The difference matters for a "carried" line, which counts more than the one step of a torn line.
+    """
+    text = line.strip(b"\0")
+    if not _begins_like_a_line(line) or _WHOLE.search(text):
+        return False
     try:
-        entry, contents.last_hash = _parse(line, contents.last_hash)
+        beginning = codecs.getincrementaldecoder("utf-8")().decode(text)  # its last character may be cut, too
+        json.loads(beginning)
+    except json.JSONDecodeError as error:
+        # At its end, up to a cut literal or escape; or at the begin of the string that has no end.
+        at_end = error.msg.startswith(_CUT[0]) or error.pos >= len(beginning) - len("\\u1234")
+        return at_end and error.msg.startswith(_CUT)
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _complete(contents: LedgerContents, line: bytes, name: str, end: int) -> bool:
+    """Apply a last line, up to `end` in the file, that lacks only its newline. Returns False for any other line."""
+    whole = line.rstrip(b"\0")
+    try:
+        entry, contents.last_hash = _parse(whole, contents.last_hash)
     except (ValueError, KeyError, TypeError):
         return False
     contents.hashes.add(contents.last_hash)
-    contents.lacks_newline = True
+    contents.lacks_newline, contents.end = True, end - len(line) + len(whole)
     _apply(contents, entry, f"ledger {name}, last line")
     return True
 
@@ -163,15 +201,9 @@ def _seal_of(torn: bytes) -> dict[str, Any]:
 
 
 def _half_sealed(line: bytes, following: bytes, previous: str) -> bool:
-    """Whether a line and the seal after it are both torn. An edit leaves valid JSON, or not the beginning of a seal."""
-    try:
-        json.loads(line.decode())
-    except ValueError:
-        seal, _ = _line(previous, _seal_of(line))
-        # A line with its end and its newline was written completely: it is damaged, not torn.
-        complete = b'"sha256"' in line and line.endswith(b'"}')
-        return _begins_like_a_line(line) and not complete and seal.startswith(following.rstrip(b"\0"))
-    return False
+    """Whether a line and the seal after it are both torn. An edit leaves a whole line, or no beginning of a seal."""
+    seal, _ = _line(previous, _seal_of(line))
+    return _is_torn(line) and seal.startswith(following.rstrip(b"\0"))
 
 
 def _torn_seal(line: bytes, following: bytes, previous: str) -> tuple[dict[str, Any], str] | None:
@@ -183,12 +215,33 @@ def _torn_seal(line: bytes, following: bytes, previous: str) -> tuple[dict[str, 
     return (entry, digest) if entry == _seal_of(line) else None
 
 
+def _steps_of(entry: dict[str, Any], where: str) -> int:
+    """The steps of a "carried" entry; 0 of a "run" entry.
+
+    Raises:
+        LedgerError: the entry lacks a setting, or has one that no run can have.
+    """
+    try:
+        missing = [key for key in ("run", *_SAME) if key not in entry]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        Mechanism(**entry["mechanism"])
+        steps = entry["steps"] if entry["kind"] == "carried" else 0
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"steps={steps!r} is not a number of steps")
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(
+            f"{where}: this is not an entry of this version ({error}); read the ledger with the version that wrote it"
+        ) from error
+    return steps
+
+
 def _apply(contents: LedgerContents, entry: dict[str, Any], where: str) -> None:
     kind = entry.get("kind")
     if kind == "run":
         if entry.get("format") != FORMAT:
             raise LedgerError(f"{where}: format {entry.get('format')!r}; this version reads format {FORMAT}")
-        contents.runs.append(Run(entry))
+        contents.runs.append(Run(entry, _steps_of(entry, where)))
         if entry.get("torn_before"):
             contents.runs[-1].steps += 1  # a torn first line has no earlier run, so this run counts it
     elif kind in ("step", "torn"):
@@ -197,11 +250,12 @@ def _apply(contents: LedgerContents, entry: dict[str, Any], where: str) -> None:
         elif kind == "step":
             raise LedgerError(f"{where}: a step before any run line")
     elif kind == "carried":
-        known = next((run for run in contents.runs if run.id == entry["run"]), None)
+        steps = _steps_of(entry, where)
+        known = next((run for run in contents.runs if run.id == str(entry["run"])), None)
         if known is None:  # inserted before the run that carried it: the next step lines belong to that run
             known = Run(entry)
             contents.runs.insert(len(contents.runs) - 1, known)
-        known.steps += int(entry["steps"])
+        known.steps += steps
     elif kind != "epsilon":
         raise LedgerError(f"{where}: unknown kind {kind!r}; a newer version may have written it")
 
@@ -240,6 +294,7 @@ class Ledger:
             self._last_hash = contents.last_hash
             orphan = bool(contents.torn) and not contents.runs
             if contents.lacks_newline:
+                os.ftruncate(self._file.fileno(), contents.end)
                 self._write(b"\n")
             if contents.torn:
                 self._seal(contents)

@@ -89,6 +89,14 @@ def test_an_unknown_subset_is_named(tree: Path) -> None:
 # A manifest
 
 
+def test_a_header_that_is_not_well_formed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "all.csv").write_text('"audio"x,text\na.wav,a\n')
+    with pytest.raises(
+        ConfigError, match=r"all.csv', line 1: .*a quoted field needs a quote at both its ends"
+    ):
+        read(tmp_path / "all.csv")
+
+
 @pytest.mark.parametrize(
     ("line", "name", "reason"),
     [
@@ -96,6 +104,10 @@ def test_an_unknown_subset_is_named(tree: Path) -> None:
         ("[1, 2]", "all.jsonl:2", "not a JSON object"),
         ('"text"', "all.jsonl:2", "not a JSON object"),
         ("nul\\x00\\xff", "all.jsonl:2", "not JSON"),
+        ("[" * 5000, "all.jsonl:2", "not JSON: it is nested too deeply"),
+        ("9" * 5000, "all.jsonl:2", "not JSON: .*digits"),
+        ({"audio": "good.wav", "text": "a", "duration": 10**400}, "good", "its times are no seconds"),
+        ({"audio": 300 * "a", "text": "a"}, 300 * "a", "its path cannot be a file's: File name too long"),
         ({"text": "no audio"}, "all.jsonl:2", "no `audio` path"),
         ({"audio": 3, "text": "number"}, "all.jsonl:2", "no `audio` path"),
         ({"audio": "", "text": "none"}, "all.jsonl:2", "no `audio` path"),

@@ -37,6 +37,10 @@ LINES = (
             "tests/privacy/accounting/test_ledger.py::test_a_resumed_ledger_can_be_cut_anywhere": "a second crash while a torn line is being sealed leaves a readable ledger",
             "tests/privacy/accounting/test_ledger.py::test_an_edited_last_line_is_no_half_sealed_one": "an edited last line is not taken for a torn one",
             "tests/privacy/accounting/test_ledger.py::test_a_torn_first_line_counts_too": "a torn first line counts as a step",
+            "tests/privacy/accounting/test_ledger.py::test_a_changed_byte_makes_no_torn_line_of_one_that_counts_more": "a last line in which a byte changed is not taken for a torn one, which counts one step",
+            "tests/privacy/accounting/test_ledger.py::test_an_entry_that_no_version_writes_is_refused_by_name": "an entry that no version writes, such as negative steps, is refused",
+            "tests/test_checkpoint.py::test_a_changed_byte_is_damage": "a checkpoint in which a byte changed is refused, since without a ledger it says what was spent",
+            "tests/asr_finetune/training/test_damaged_folder.py::test_a_changed_digit_makes_no_other_recordings": "a damaged key or fingerprint does not make the same recordings others, with a budget of their own",
             "tests/privacy/accounting/test_ledger.py::test_another_kind_of_file_is_not_taken_for_a_torn_ledger": "a file that is no ledger is refused",
             "tests/privacy/accounting/test_ledger.py::test_a_failed_write_stops_the_run": "after a failed write no further step is possible",
             "tests/privacy/accounting/test_ledger.py::test_a_disk_that_ends_within_a_line": "a line that a full disk cuts short counts, its step is not taken, and the run can go on",
@@ -78,8 +82,8 @@ LINES = (
             Fault(
                 "an auditor who forgets carried steps",
                 "asr_finetune/report/verify.py",
-                'chain.runs.setdefault(entry["run"], [entry, 0])[1] += int(entry["steps"])',
-                'chain.runs.setdefault(entry["run"], [entry, 0])',
+                'self.runs.setdefault(str(entry["run"]), [entry, 0])[1] += entry["steps"]',
+                'self.runs.setdefault(str(entry["run"]), [entry, 0])',
                 "tests/asr_finetune/report/test_verify.py::test_carried_steps_count",
             ),
             Fault(
@@ -102,6 +106,13 @@ LINES = (
                 "if self.begins(ledger):",
                 "if False:",
                 "tests/asr_finetune/training/test_origin.py::test_the_adapter_is_trained_on_and_its_budget_continued",
+            ),
+            Fault(
+                "recordings that a damaged key makes others",
+                "asr_finetune/training/run_folder.py",
+                "if check is not None and check != _check_of(key, written):",
+                "if False:",
+                "tests/asr_finetune/training/test_damaged_folder.py::test_a_changed_digit_makes_no_other_recordings",
             ),
             Fault(
                 "a private run on a model that saw the recordings",
@@ -285,6 +296,27 @@ LINES = (
                 "if False:",
                 "tests/privacy/accounting/test_ledger.py::test_damage_inside_is_noticed",
                 "tests/privacy/accounting/test_ledger.py::test_an_edited_last_line_is_no_half_sealed_one",
+            ),
+            Fault(
+                "a damaged line taken for a torn one",
+                "dpkernels/privacy/accounting/ledger.py",
+                "if not _begins_like_a_line(line) or _WHOLE.search(text):",
+                "if not _begins_like_a_line(line):",
+                "tests/privacy/accounting/test_ledger.py::test_a_changed_byte_makes_no_torn_line_of_one_that_counts_more",
+            ),
+            Fault(
+                "carried steps that take steps away",
+                "dpkernels/privacy/accounting/ledger.py",
+                "if type(steps) is not int or steps < 0:",
+                "if type(steps) is not int:",
+                "tests/privacy/accounting/test_ledger.py::test_an_entry_that_no_version_writes_is_refused_by_name",
+            ),
+            Fault(
+                "a checkpoint whose values changed",
+                "dpkernels/checkpoint.py",
+                "if not whole or (checksum is not None and checksum != _checksum(values)):",
+                "if not whole:",
+                "tests/test_checkpoint.py::test_a_changed_byte_is_damage",
             ),
             Fault(
                 "a torn line counted nowhere",

@@ -33,6 +33,7 @@ LINES = (
             f"{_LOSSES}::test_a_loss_with_a_term_of_its_own_is_refused": "a model whose loss has another term is refused",
             f"{_LOSSES}::test_a_collator_that_packs_is_refused": "so is a collator that packs",
             f"{_SAVED}::test_a_resumed_run_takes_the_steps_of_an_uninterrupted_one": "a resumed run takes the steps of an uninterrupted one",
+            f"{_SAVED}::test_damaged_spending_is_refused": "a checkpoint whose spent steps are damaged is refused",
             f"{_SAVED}::test_the_ledger_counts_the_steps_after_the_checkpoint": "steps after the checkpoint stay counted",
             f"{_SAVED}::test_without_a_ledger_the_checkpoint_counts": "without a ledger the checkpoint counts",
             f"{_SAVED}::test_a_checkpoint_that_lacks_a_file_is_refused": "a checkpoint without optimizer, schedule or count is refused",
@@ -161,6 +162,13 @@ LINES = (
                 "counted < trained or ",
                 "",
                 f"{_SAVED}::test_a_checkpoint_of_several_runs_is_refused[fewer_steps]",
+            ),
+            Fault(
+                "a checkpoint with other steps than were written",
+                "dpkernels/interop/trainer/checkpoints.py",
+                'if state.pop("sha256") != _checksum(state):',
+                'if not state.pop("sha256"):',
+                f"{_SAVED}::test_damaged_spending_is_refused",
             ),
             Fault(
                 "a checkpoint with other weights",

@@ -3,6 +3,7 @@ step."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -321,6 +322,89 @@ def test_an_edited_last_line_is_no_half_sealed_one(path: Path) -> None:
         path.write_bytes(fault)
         with pytest.raises(LedgerError):
             read_ledger(path)
+
+
+@pytest.fixture
+def carried(path: Path) -> bytes:
+    """A ledger whose last line counts 1000 steps that only a checkpoint had."""
+    ledger = Ledger(path, {"run": "a", **SETTINGS})
+    ledger.spend_step()
+    ledger.carry("of a checkpoint", ledger.run.mechanism, 1000)
+    ledger.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("place", [-1, -2, -3, -4, -40, -70, -78, -200])
+def test_a_changed_byte_makes_no_torn_line_of_one_that_counts_more(
+    path: Path, carried: bytes, place: int
+) -> None:
+    """A torn line counts one step. Each of these changes leaves a last line that is none, at any other byte."""
+    for byte in {*range(32, 128, 5), 0x22, 0x5C, 0x80, 0xFF} - {carried[place]}:
+        path.write_bytes(carried[:place] + bytes([byte]) + carried[place:][1:])
+        with contextlib.suppress(LedgerError):
+            assert read_ledger(path).steps >= 1001, byte
+
+
+def test_a_crash_within_a_carried_line_is_a_torn_line(path: Path, carried: bytes) -> None:
+    last = carried.rstrip(b"\n").rindex(b"\n") + 1
+    for cut in range(last + 1, len(carried) - 1, 5):
+        path.write_bytes(carried[:cut])
+        assert read_ledger(path).steps == 2, cut
+    path.write_bytes(carried[:-1])  # its newline only
+    assert read_ledger(path).steps == 1001
+
+
+def test_zeros_behind_a_whole_line_are_dropped(path: Path, carried: bytes) -> None:
+    """As a file system leaves them after a crash."""
+    path.write_bytes(carried[:-1] + bytes(100))
+    assert read_ledger(path).steps == 1001
+    ledger = Ledger(path, {"run": "b", **SETTINGS})
+    ledger.spend_step()
+    ledger.close()
+    assert read_ledger(path).steps == 1002
+    assert b"\0" not in path.read_bytes()
+
+
+def forged(path: Path, *entries: object) -> None:
+    """A ledger of these entries, each with its right hash."""
+    previous, lines = "0" * 64, b""
+    for entry in entries:
+        line, previous = ledger_module._line(previous, entry)  # type: ignore[arg-type]
+        lines += line
+    path.write_bytes(lines)
+
+
+RUN = {"kind": "run", "format": 1, "run": "a", **SETTINGS}
+CARRIED = {**RUN, "kind": "carried", "steps": 5}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        "text",
+        {**CARRIED, "steps": -5},
+        {**CARRIED, "steps": 1.5},
+        {**CARRIED, "steps": True},
+        {**CARRIED, "run": "b", "mechanism": {}},
+        {key: value for key, value in CARRIED.items() if key != "unit"},
+        {**RUN, "mechanism": {**SETTINGS["mechanism"], "sample_rate": 2.0}},
+        {**RUN, "mechanism": None},
+        {key: value for key, value in RUN.items() if key != "run"},
+    ],
+    ids=str,
+)
+def test_an_entry_that_no_version_writes_is_refused_by_name(path: Path, entry: object) -> None:
+    forged(path, RUN, entry)
+    with pytest.raises(LedgerError, match="line 2"):
+        read_ledger(path)
+
+
+def test_a_line_that_is_nested_too_deeply_is_refused(path: Path) -> None:
+    forged(path, RUN)
+    path.write_bytes(path.read_bytes() + b"[" * 100_000 + b"\n" + b"{}\n")
+    with pytest.raises(LedgerError, match="line 2: it is nested too deeply"):
+        read_ledger(path)
 
 
 def test_a_torn_first_line_counts_too(path: Path) -> None:
