@@ -201,7 +201,7 @@ LINES = (
                 "parameters that are compared by the steps of the ledger",
                 "dpkernels/privacy/step/optimizer.py",
                 "if not (self._taken + 1) & self._taken:",
-                "if not self._steps() & (self._steps() - 1):",
+                "if not self._budget.steps & (self._budget.steps - 1):",
                 f"{_MISUSE}::test_parameters_are_compared_when_a_run_resumes",
             ),
             Fault(
