@@ -109,15 +109,25 @@ class RowCheck:
         try:
             # Only for these inputs: the graph may extend into other models, whose gradients must stay as they are.
             used = list(tape.used()) or None
-            torch.autograd.backward(losses, weights.to(losses.dtype), retain_graph=True, inputs=used)
+            with reentrant_checkpoints_named():
+                torch.autograd.backward(losses, weights.to(losses.dtype), retain_graph=True, inputs=used)
             tape.close(again=True)
-        except BaseException as error:
+        except BaseException:
             tape.discard()
-            if isinstance(error, RuntimeError) and "use_reentrant" in str(error):
-                raise RowError(_unseen_message()) from error
             raise
         finally:
             tape.inspector = None
+
+
+@contextmanager
+def reentrant_checkpoints_named() -> Iterator[None]:
+    """Turn torch's error about gradients of some inputs through a reentrant checkpoint into a RowError with the fix."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise RowError(_unseen_message()) from error
+        raise
 
 
 def _weights(count: int, device: torch.device) -> Tensor:

@@ -44,15 +44,15 @@ def check_module(module: nn.Module) -> None:
 
 def warn_of_generators(module: nn.Module) -> None:
     """Warn, by name, of random generators that a module holds: their seeds are not the run's secret ones."""
-    names = [
+    held = [
         f"{prefix}.{name}" if prefix else name
         for prefix, part in named_modules(module)
         for name, value in vars(part).items()
         if isinstance(value, torch.Generator)
     ]
-    if names:
+    if held:
         warnings.warn(
-            f"module holds random generators of its own: {quoted(names)}. Under a known seed one more example changes "
+            f"module holds random generators of its own: {quoted(held)}. Under a known seed one more example changes "
             "the draws of all that follow it, and so their gradients, by far more than the clipping norm. Draw from "
             "torch's global generator (leave generator= out), which has a secret seed",
             stacklevel=4,

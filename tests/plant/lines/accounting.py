@@ -267,13 +267,6 @@ LINES = (
                 "tests/privacy/accounting/test_earlier_runs.py::test_another_unit_is_refused",
             ),
             Fault(
-                "steps of an earlier run noted once",
-                "dpkernels/privacy/accounting/budget.py",
-                "        self.spent.runs = self._runs\n",
-                "",
-                "tests/privacy/accounting/test_earlier_runs.py::test_a_later_run_counts_the_steps_that_the_weights_have_taken",
-            ),
-            Fault(
                 "an optimizer's checkpoint that counts nothing",
                 "dpkernels/privacy/step/optimizer.py",
                 "        if spent is not None:\n            self._budget.load_state_dict(spent)\n",

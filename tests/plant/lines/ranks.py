@@ -105,9 +105,9 @@ LINES = (
             Fault(
                 "a step applied although the ledger's line failed",
                 "dpkernels/privacy/accounting/budget.py",
-                "        self._run, self._runs, self._ledger_hash = self._ranks.first(counted)\n",
+                "        self._run, self._runs, self._unplanned, self._ledger_hash = self._ranks.first(counted)\n",
                 """        try:
-            self._run, self._runs, self._ledger_hash = self._ranks.first(counted)
+            self._run, self._runs, self._unplanned, self._ledger_hash = self._ranks.first(counted)
         except LedgerError:
             self._runs[self._run] = (self.mechanism, self._runs[self._run][1] + 1)
 """,
