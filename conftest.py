@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--benchmark-device", default=None, help="cpu, cuda, cuda:1, …; default: cuda where torch sees one"
+    )
+    group.addoption(
+        "--benchmark-fastdp",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="a clone of github.com/awslabs/fast-differential-privacy, whose engine is then a contender of whole "
+        "steps; write --benchmark-fastdp=FOLDER",
     )
     group.addoption(
         "--benchmark-rounds", type=int, default=11, metavar="N", help="rounds of a case; default %(default)s"
@@ -89,6 +98,15 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = [name for name in ("pytest_benchmark", "opacus") if importlib.util.find_spec(name) is None]
     if missing:
         raise pytest.UsageError(f"--benchmark needs {', '.join(missing)}: pip install '.[bench]'")
+    fastdp = config.getoption("--benchmark-fastdp")
+    if fastdp is not None:
+        if not (fastdp / "fastDP" / "__init__.py").is_file():
+            raise pytest.UsageError(
+                f"--benchmark-fastdp={fastdp}: no package fastDP there; name a clone of its repository"
+            )
+        os.environ["DPKERNELS_FASTDP"] = str(
+            fastdp.resolve()
+        )  # the process that measures memory reads it, too
     if config.option.benchmark_columns is None:
         config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
     if config.args_source is not pytest.Config.ArgsSource.ARGS:

@@ -8,6 +8,7 @@ TIMED_STRATEGIES = tuple(name for name in STRATEGIES if name != "per_layer")
 NON_PRIVATE, OWN_LAYERS = "non-private", "own layers, non-private"
 OPACUS_HOOKS, OPACUS_GHOST, TORCH_FUNC = "Opacus hooks", "Opacus ghost", "torch.func"
 OPACUS_OURS = "Opacus ghost + dpkernels"
+FASTDP = "fastDP"
 
 
 def ours(strategy: str = "bookkeeping") -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bench.cases.models import CASES, Case
-from bench.contenders import registry
+from bench.contenders import registry, with_fastdp
 from bench.harness.checker import check
 from bench.harness.session import Bench
 from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS, ours
@@ -47,7 +47,7 @@ def test_model(bench: Bench) -> None:
     if not bench.model or bench.quick:
         pytest.skip("--benchmark-model runs the 608.8 M model on a CPU")
     on_gpu = bench.device.startswith("cuda")
-    _check(bench, CASE, SHOWN if on_gpu else tuple(registry()))
+    _check(bench, CASE, with_fastdp(SHOWN) if on_gpu else tuple(registry()))
     if not on_gpu:
         bench.run("model", CASE, 1, FRAMES, rounds=3, with_rates=True)
         return

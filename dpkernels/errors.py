@@ -4,5 +4,6 @@
 class UserError(Exception):
     """An error whose message has the reason and the fix: a program may print it instead of a traceback.
 
-    `dpkernels.privacy.BudgetExhausted`, `LedgerError` and `SelfCheckError` are such errors.
+    `dpkernels.privacy.BudgetExhausted`, `LedgerError` and `SelfCheckError` are such errors, and so is
+    `dpkernels.nn.RowError`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import runpy
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -122,3 +124,48 @@ def test_each_diagram_is_what_its_script_draws(name: str) -> None:
     assert script["OUT"] == DOCS / f"{name}.svg"
     assert script["OUT"].read_text(encoding="utf-8") == script["drawing"]()
     assert [path for path in script.get("BOXES", ()) if not (ROOT / path).exists()] == []
+
+
+def overview() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "scripts" / "overview_page.py"))
+
+
+def test_the_overview_is_what_its_script_writes() -> None:
+    script = overview()
+    assert script["OUT"] == DOCS / "overview.md"
+    assert script["OUT"].read_text(encoding="utf-8") == script["page"](), (
+        "run python scripts/overview_page.py"
+    )
+
+
+# Wrappers, base classes, and a loss that reads the weight of a layer of its own, which the first backward refuses.
+NO_LAYERS = {
+    "Container",
+    "DataParallel",
+    "LinearCrossEntropyLoss",
+    "Module",
+    "RNNBase",
+    "RNNCellBase",
+    "Unflatten",
+}
+
+
+def test_every_layer_of_torch_with_parameters_is_in_the_overview() -> None:
+    """Lazy layers become the class that they are named after."""
+    listed = {name for names in overview()["LAYERS"] for name in names.split(", ")}
+    for name, kind in vars(nn).items():
+        if not (inspect.isclass(kind) and issubclass(kind, nn.Module)) or name in listed | NO_LAYERS:
+            continue
+        if name.startswith("Lazy"):
+            assert name.removeprefix("Lazy") in listed
+            continue
+        made = next((made for count in range(5) if (made := tried(kind, (2,) * count)) is not None), None)
+        assert made is not None, f"torch.nn.{name}: list it in scripts/overview_page.py, or here"
+        assert not list(made.parameters()), f"torch.nn.{name} is not in the overview"
+
+
+def tried(kind: type[nn.Module], arguments: tuple[int, ...]) -> nn.Module | None:
+    try:
+        return kind(*arguments)
+    except (TypeError, ValueError):
+        return None

@@ -21,7 +21,7 @@ ALLOWED = {
     "dpkernels.files": {"dpkernels.errors"},
     "dpkernels.rounding": set(),
     "dpkernels.checkpoint": {"dpkernels.errors", "dpkernels.files"},
-    "dpkernels.nn": {"dpkernels.ops", "dpkernels.deprecation"},
+    "dpkernels.nn": {"dpkernels.ops", "dpkernels.deprecation", "dpkernels.errors"},
     "dpkernels.privacy": {
         "dpkernels.nn",
         "dpkernels.ops",

@@ -13,6 +13,8 @@ A freshly initialised output layer is always trained as well, an old one if `met
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +40,7 @@ _NEVER_TRAINED = ("encoder.embed_positions.weight", "masked_spec_embed")
 # positions, which examples share, so that they have no gradient of an example.
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "value_proj")
 _CONFORMER_ATTENTION = ("linear_q", "linear_k", "linear_v", "linear_out")
+_OF_EVERY_LAYER = ("full", "bitfit")
 _FEED_FORWARD = ("intermediate_dense", "output_dense", "linear1", "linear2", "dense")
 _DEFAULT_TARGETS: dict[KindName, tuple[str, ...]] = {
     "ctc": (*_ATTENTION, *_CONFORMER_ATTENTION, *_FEED_FORWARD),
@@ -88,13 +91,9 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         _train_biases(model, trainable)
     else:
         _train(model, recognizer.heads)
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            module.requires_grad_(False)
-    if method.kind in ("full", "bitfit"):
-        for name in recognizer.unused_layers:  # the module around such a layer reads its weight
-            model.get_submodule(name.rpartition(".")[0]).requires_grad_(False)
-    if with_head and method.kind in ("full", "bitfit"):
+    for name in _parametrised(model) + (_reading(recognizer) if method.kind in _OF_EVERY_LAYER else []):
+        model.get_submodule(name).requires_grad_(False)
+    if with_head and method.kind in _OF_EVERY_LAYER:
         _train(model, recognizer.heads)
     if recognizer.dtype is not torch.float32:
         hold_frozen(recognizer.model, recognizer.dtype)
@@ -102,6 +101,37 @@ def apply_method(recognizer: Recognizer, method: MethodConfig) -> None:
         raise ConfigError(
             f"method.kind={method.kind}, layers={method.layers}: nothing is trained in {recognizer.name}"
         )
+
+
+def left_out(recognizer: Recognizer, method: MethodConfig) -> list[str]:
+    """The parts that a method of every layer (full, bitfit) leaves as they are, each with the reason.
+
+    Layers' numbers are written `*`. Nothing for other methods, which choose their layers by name.
+    """
+    if method.kind not in _OF_EVERY_LAYER:
+        return []
+    trainable, lines = _within(recognizer, method.layers), []
+    for names, reason in (
+        (_parametrised(recognizer.base), "its weight is computed from others, by weight norm for example"),
+        (_reading(recognizer), "it reads the weights of its layers, and does not call them"),
+    ):
+        patterns = Counter(
+            re.sub(r"[.]\d+(?=[.]|$)", ".*", name) for name in names if name.startswith(trainable)
+        )
+        lines += [
+            f"{pattern}{f' ({count} modules)' if count > 1 else ''}: {reason}"
+            for pattern, count in sorted(patterns.items())
+        ]
+    return lines
+
+
+def _parametrised(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if parametrize.is_parametrized(module)]
+
+
+def _reading(recognizer: Recognizer) -> list[str]:
+    """The modules around layers that no forward calls: they read these layers' weights."""
+    return sorted({name.rpartition(".")[0] for name in recognizer.unused_layers})
 
 
 def _check_same_adapter(recognizer: Recognizer, method: MethodConfig) -> None:

@@ -14,7 +14,7 @@ from asr_finetune.console import Reporter
 from asr_finetune.data.corpus import Corpus
 from asr_finetune.data.provenance import shared_recordings
 from asr_finetune.data.sources import Source, Split
-from asr_finetune.models.methods import apply_method
+from asr_finetune.models.methods import apply_method, left_out
 from asr_finetune.models.recognizer import Recognizer, total_parameters, trained_parameters
 from asr_finetune.training.augment import SpecAugment
 from asr_finetune.training.dataset import SpeechDataset
@@ -199,7 +199,10 @@ class Run:
         name, kind, model = self.recognizer.name, self.config.method.kind, self.recognizer.model
         trained, total = trained_parameters(model), total_parameters(model)
         self.reporter.say(f"{name}: {trained:,} of {total:,} parameters are trained ({kind})")
-        return f"{kind}: {trained:,} parameters are trained"
+        kept = left_out(self.recognizer, self.config.method)
+        for part in kept:
+            self.reporter.say(f"  not trained: {part}")
+        return "\n  not trained: ".join([f"{kind}: {trained:,} parameters are trained", *kept])
 
     def privacy(self) -> str:
         """The ε that the run will spend: a dry run computes it here, a run gets it from its engine."""

@@ -3,9 +3,12 @@
 This folder imports `cases` for what a step is taken on, and `bench.names`; `harness`, `asr` and `reports` import it.
 """
 
-from bench.contenders import functorch, opacus, own, plain
+from collections.abc import Sequence
+
+from bench.contenders import fastdp, functorch, opacus, own, plain
 from bench.contenders.base import CannotRun, Contender, Factory, Settings
 from bench.names import (
+    FASTDP,
     NON_PRIVATE,
     OPACUS_GHOST,
     OPACUS_HOOKS,
@@ -16,12 +19,12 @@ from bench.names import (
     ours,
 )
 
-__all__ = ["CannotRun", "Contender", "Factory", "Settings", "registry"]
+__all__ = ["CannotRun", "Contender", "Factory", "Settings", "registry", "with_fastdp"]
 
 
 def registry() -> dict[str, Factory]:
     """Name -> factory, in the order of a round and of the tables."""
-    return {
+    known: dict[str, Factory] = {
         NON_PRIVATE: plain.NonPrivate,
         OWN_LAYERS: plain.OwnLayers,
         **{ours(name): own.with_strategy(name) for name in TIMED_STRATEGIES},
@@ -30,3 +33,12 @@ def registry() -> dict[str, Factory]:
         OPACUS_OURS: opacus.GhostWithOurNorms,
         TORCH_FUNC: functorch.PerSample,
     }
+    if fastdp.folder() is not None:
+        fastdp.package()  # now, so that no measured step imports it
+        known[FASTDP] = fastdp.BookKeeping
+    return known
+
+
+def with_fastdp(names: Sequence[str]) -> tuple[str, ...]:
+    """These contenders, and fastDP where the user named its folder."""
+    return (*names, FASTDP) if fastdp.folder() is not None else tuple(names)

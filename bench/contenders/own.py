@@ -54,6 +54,8 @@ class Private(Contender):
         self._ready = False
         # As in a long run, the row check's backwards are skipped: two for every doubling of the steps.
         self.optimizer._rows.due = lambda losses: False
+        # Several private runs take turns in this process: each would take the others' secret seeds for known ones.
+        self.optimizer._guard._seeds = None
 
     def prepare(self) -> None:
         # The data loader draws and collates; no contender's time includes that.

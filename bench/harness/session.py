@@ -19,7 +19,7 @@ import torch
 from pytest_benchmark.stats import Metadata
 
 from bench.cases.models import Case, working_copy
-from bench.contenders import CannotRun, Contender, Settings, registry
+from bench.contenders import CannotRun, Contender, Settings, fastdp, registry
 from bench.harness import machine, memory
 from bench.harness.checker import OK, Verdict, check
 from bench.harness.floor import Ceilings, measure
@@ -184,7 +184,10 @@ class Bench:
     def record(self, group: str, rows: Iterable[Row], taken: Mapping[str, Samples]) -> None:
         """Store rows, and pass those with samples (by contender) to pytest-benchmark."""
         if group not in self.results:
-            self.results[group] = Results(group, machine.about(self.device))
+            about = machine.about(self.device)
+            if fastdp.folder() is not None:
+                about["versions"][fastdp.PACKAGE] = fastdp.version()
+            self.results[group] = Results(group, about)
         for row in rows:
             self.results[group].rows.append(row)
             if row.contender in taken:

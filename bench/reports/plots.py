@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 
 from bench.harness.results import Results, Row
 from bench.names import (
+    FASTDP,
     NON_PRIVATE,
     OPACUS_GHOST,
     OPACUS_HOOKS,
@@ -36,6 +37,7 @@ _STYLES: dict[str, tuple[str, Any, str]] = {
     OPACUS_GHOST: ("#CC79A7", (0, (4, 1.2, 1, 1.2)), "D"),
     OPACUS_OURS: ("#7A3E9D", (0, (6, 1.2, 1, 1.2, 1, 1.2)), "d"),
     TORCH_FUNC: ("#B8860B", (0, (2, 1.2)), "v"),
+    FASTDP: ("#4B7A1E", (0, (3, 1, 1, 1)), "<"),
 }
 _OURS = ("#0072B2", "solid", "o"), ("#009E73", "solid", "P"), ("#56B4E9", "solid", "X")
 _NAMES = {"T": "encoder frames T (12.5 a second)", "batch": "physical batch", "rank": "LoRA rank r"}

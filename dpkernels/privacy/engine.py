@@ -15,6 +15,7 @@ from dpkernels.nn import attach, detach
 from dpkernels.privacy.accounting import accountant as accounting
 from dpkernels.privacy.accounting.accountant import Mechanism, check_accountant
 from dpkernels.privacy.accounting.budget import Budget
+from dpkernels.privacy.accounting.earlier_runs import Runs, earlier_runs, note_run
 from dpkernels.privacy.guards.preconditions import trained_parameters
 from dpkernels.privacy.keywords import (
     STRATEGIES,
@@ -99,8 +100,16 @@ class PrivacyEngine:
 
     @property
     def steps(self) -> int:
-        """Steps spent so far, those of earlier runs in the ledger included."""
+        """Steps spent so far, those of earlier runs included: in the ledger, or in this process on the same module."""
         return self._require_budget().steps
+
+    @property
+    def earlier_steps(self) -> int:
+        """Those of `steps` that earlier runs of this process took on the same module, without a ledger.
+
+        They count in ε, and not in the `steps` of make_private.
+        """
+        return self._require_budget().unplanned_steps
 
     @property
     def noise_multiplier(self) -> float:
@@ -209,7 +218,8 @@ class PrivacyEngine:
                 physical_batch_size.
             physical_frames: the deprecated name of max_padded_frames.
             steps: total steps of the run, those in the ledger included; the loader ends after them.
-            target_epsilon, target_delta: step() raises BudgetExhausted instead of exceeding this ε.
+            target_epsilon, target_delta: step() raises BudgetExhausted instead of exceeding this ε. Steps that earlier
+                runs of this process took on the same module count in it, with a warning, but not in `steps`.
             clipping: "flat": each gradient is scaled by min(1, C/‖g‖). "automatic": by C/(‖g‖ + γ), γ = 0.01, so that C
                 needs no tuning: it only multiplies the learning rate (of SGD; AdamW does not see it). Either way an
                 example adds at most C, and the noise is the same. ("per_layer" is accepted with
@@ -228,11 +238,13 @@ class PrivacyEngine:
 
         Raises:
             ValueError: an argument out of range or refused, BatchNorm in training, trained parameters without
-                a rule, an optimizer that does not hold exactly the model's parameters.
+                a rule, an optimizer that does not hold exactly the model's parameters; the module was trained earlier
+                in this process with another `unit`.
             TypeError: an argument of the wrong kind.
             RuntimeError: a second make_private on one engine; torchrun without init_process_group.
             RanksError: the processes' models, data sets, arguments or versions differ, or one of them failed.
-            LedgerError: the ledger is damaged, locked, or belongs to another data set.
+            LedgerError: the ledger is damaged, locked, belongs to another data set, or lacks steps that earlier runs of
+                this process took on the same module.
         """
         if self._optimizer is not None:
             raise RuntimeError(
@@ -278,7 +290,8 @@ class PrivacyEngine:
             )
             check_sharded(module, ranks)
             setup = resolve_setup(run, self.accountant, ranks.size)
-        return self._build(setup, ranks)
+            earlier = earlier_runs(module.parameters(), setup.sampling.unit)
+        return self._build(setup, ranks, earlier)
 
     def _join(self, setup: Setup, ranks: Ranks) -> None:
         """Make sure that all ranks begin the same run, from the same values, and draw the same batches."""
@@ -295,7 +308,9 @@ class PrivacyEngine:
                 self._sampling_stream = SecretStream.with_secret(ranks.first(secret_key))
         self._ranks = ranks
 
-    def _build(self, setup: Setup, ranks: Ranks) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
+    def _build(
+        self, setup: Setup, ranks: Ranks, earlier: Runs
+    ) -> tuple[nn.Module, DPOptimizer, DPDataLoader]:
         """Attach the model, open the ledger, and return model, optimizer and loader.
 
         A failure detaches the model and closes the ledger.
@@ -317,6 +332,7 @@ class PrivacyEngine:
                 ledger=self._ledger_path,
                 settings=run_settings(setup, ranks.size),
                 ranks=ranks,
+                earlier=earlier,
             )
             private = DPOptimizer(
                 run.optimizer,
@@ -329,8 +345,7 @@ class PrivacyEngine:
                 batch_bound=setup.bound,
                 stream=self._noise_stream,
                 before_step=self._warn_if_unchecked,
-                spend=budget.spend,
-                steps=lambda: self.steps,
+                budget=budget,
                 ranks=ranks,
                 seeds=None if self._noise_stream.fixed else SecretSeeds(),
                 whole_units=setup.whole_units,
@@ -345,7 +360,7 @@ class PrivacyEngine:
                 max_padded_frames=run.max_padded_frames,
                 before_pass=private.begin_pass,
                 on_batch=private.begin_logical_batch,
-                steps_taken=lambda: self.steps,
+                steps_taken=lambda: self._require_budget().planned_steps_taken,
                 attempt=lambda: private.attempt,
                 rank=ranks.rank,
                 ranks=ranks.size,
@@ -354,20 +369,31 @@ class PrivacyEngine:
                 flat_steps=private.flat_loop,
             )
             logger.info("strategy %s: %s", run.strategy, STRATEGIES[run.strategy])
-            self._report_steps_before(budget.steps, run.steps)
+            self._report_steps_before(budget, run.steps)
         except BaseException:
             detach(module)
             if budget is not None:
                 budget.close()
             raise
         self._needs_order = setup.whole_units and setup.sampling.per_unit > 1
+        note_run(trained_parameters(module).values(), budget.spent)
         self._budget, self._module, self._optimizer, self._loader = budget, module, private, loader
         return module, private, loader
 
-    def _report_steps_before(self, spent: int, planned: int | None) -> None:
-        """Log the steps that the ledger already holds; warn if the step budget is already spent."""
+    def _report_steps_before(self, budget: Budget, planned: int | None) -> None:
+        """Log the steps that the ledger already holds; warn if the step budget is already spent, and of steps that were
+        taken without a ledger."""
+        spent = budget.planned_steps_taken
         if not self._ranks.is_first:
             return
+        if budget.unplanned_steps:
+            warnings.warn(
+                f"module was trained by {budget.unplanned_steps} private steps of earlier runs in this process: they "
+                "count in this run's ε (and towards target_epsilon), since its weights depend on them. For a run that "
+                "begins anew, build the model anew; if the earlier data were other people's, load the weights into a "
+                "newly built model, and state the ε of both runs",
+                stacklevel=4,
+            )
         if planned is not None and spent >= planned:
             warnings.warn(
                 f"ledger={str(self._ledger_path)!r} already holds {spent} steps, and steps={planned}: the loader is "

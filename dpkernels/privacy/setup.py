@@ -20,6 +20,7 @@ from dpkernels.privacy.guards.preconditions import (
     check_module,
     check_optimizer,
     trained_parameters,
+    warn_of_generators,
 )
 from dpkernels.privacy.keywords import clips_speakers
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, speaker_ids
@@ -135,6 +136,7 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
     _check_lengths(run.lengths, run.max_padded_frames, len(run.data_loader.dataset))  # type: ignore[arg-type]
 
     check_module(run.module)
+    warn_of_generators(run.module)
     layers = None
     if run.strategy == "per_layer":
         layers = per_layer_clip_norms(run.max_grad_norm, trained_parameters(run.module))

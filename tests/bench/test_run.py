@@ -62,7 +62,13 @@ def test_quick_benchmark_end_to_end(tmp_path: Path) -> None:
 
 def asked(*paths: str, **options: Any) -> Any:
     """What conftest.py reads of a `pytest` with these paths and options, without the start of another process."""
-    values = {"benchmark": False, "benchmark_groups": "ops,step", "numprocesses": None, **options}
+    values = {
+        "benchmark": False,
+        "benchmark_groups": "ops,step",
+        "benchmark_fastdp": None,
+        "numprocesses": None,
+    }
+    values |= options
     source = pytest.Config.ArgsSource
     return types.SimpleNamespace(
         args=[*map(str, paths)],
@@ -111,6 +117,7 @@ def test_either_tests_or_chosen_benchmarks_are_collected(
             "choose from ops, layers, step, model, transducer",
         ),
         ([], {"benchmark": True, "numprocesses": 2}, "leave out -n"),
+        ([], {"benchmark": True, "benchmark_fastdp": ROOT}, "no package fastDP there"),
     ],
 )
 def test_usage_errors_are_raised(

@@ -324,3 +324,14 @@ def test_columns_that_the_model_does_not_take_are_left_out(workers: int, tmp_pat
         tmp_path, of, train_dataset=datasets.Dataset.from_list(rows), dataloader_num_workers=workers
     )
     assert_same(after, expected)
+
+
+def test_trainers_of_one_model_in_turn_state_one_epsilon(tmp_path: Path) -> None:
+    of = case("sequence")
+    given = {"per_device_train_batch_size": 12, "private": privacy(accountant="rdp")}  # q = 1: quick
+    whole, _ = run(tmp_path, case("sequence"), max_steps=3, **given)
+    run(tmp_path, of, max_steps=2, **given)
+    with pytest.warns(UserWarning, match="trained by 2 private steps of earlier runs"):
+        second, after = run(tmp_path, of, max_steps=1, **given)
+    assert len(after) == 1
+    assert second.state.log_history[-1]["epsilon"] == whole.state.log_history[-1]["epsilon"]

@@ -109,8 +109,15 @@ def test_the_ledger_counts_the_steps_after_the_checkpoint(
     assert resumed.state.global_step == 5
 
 
-def test_without_a_ledger_the_checkpoint_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted", [True, False])
+def test_without_a_ledger_the_checkpoint_counts(counted: bool, tmp_path: Path) -> None:
+    """By its own file, and by the optimizer's: once."""
     crashed(tmp_path, case("sequence"), 3)
+    path = tmp_path / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    if not counted:
+        del state["privacy"]
+    torch.save(state, path)
     resumed, _ = run(tmp_path, case("sequence"), resume=True, **SAVED)
     assert resumed.engine.steps == 4
     assert len(resumed.engine.history) == 2

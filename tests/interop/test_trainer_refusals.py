@@ -25,6 +25,7 @@ GIVEN = {
     "auto_find_batch_size": (True, "halved and repeated"),
     "neftune_noise_alpha": (5.0, "leave it out"),
     "include_num_input_tokens_seen": ("all", "leave it out"),
+    "gradient_checkpointing_kwargs": ({"use_reentrant": True}, r"'use_reentrant': False"),
     "torch_compile": (True, "leave it out"),
     "use_liger_kernel": (True, "leave it out"),
     "optim": ("adalomo", "use adamw_torch"),
@@ -210,3 +211,13 @@ def test_a_model_without_a_known_loss_is_refused_before_the_first_step(tmp_path:
     of.model = Own()
     with pytest.raises(TrainerError, match=r"model=Own: no loss for each example is known"):
         trainer(tmp_path, of).train()
+
+
+def test_a_compiled_model_is_refused_by_name(tmp_path: Path) -> None:
+    of = case("sequence")
+    of.model = torch.compile(of.model)  # type: ignore[assignment]
+    with pytest.raises(
+        TrainerError,
+        match=r"model=torch\.compile\(BertForSequenceClassification\) is refused.*model\._orig_mod",
+    ):
+        trainer(tmp_path, of)

@@ -284,6 +284,10 @@ def test_a_reentrant_checkpoint_hides_rows_and_is_refused(before: bool) -> None:
     with pytest.raises(RowError, match="use_reentrant=False"):
         run.release(range(5))
     assert run.engine.steps == 0
+    with pytest.raises(
+        RowError if before else SelfCheckError, match="use_reentrant=False" if before else "inner"
+    ):
+        run.engine.self_check(losses)
 
 
 @pytest.mark.parametrize("leaf", [True, False])

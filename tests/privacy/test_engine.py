@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import inspect
 import warnings
 import weakref
@@ -217,6 +218,7 @@ def check_late_failure_leaves_all_usable(point: str, path: Path, monkeypatch: py
         with pytest.raises(RuntimeError, match="planted") as failure:
             engine.make_private(**made)
     assert not any(getattr(module, "ghost_tape", None) for module in model.modules()), "a tape is attached"
+    assert is_free(path), "the ledger is in use"  # for other processes; this one would take it over
     losses_of(model, made["data_loader"].dataset[:]).sum().backward()
     plain.step()
     plain.zero_grad()
@@ -230,6 +232,16 @@ def check_late_failure_leaves_all_usable(point: str, path: Path, monkeypatch: py
     assert again.engine.steps == 1
     again.engine.close()
     del failure  # until here it held the frames of the call, and what they hold
+
+
+def is_free(path: Path) -> bool:
+    """Whether no open file holds a ledger's lock."""
+    with path.open("ab") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 POINTS: dict[str, tuple[object, str]] = {

@@ -134,6 +134,12 @@ REFUSALS = (
         lambda value: value not in (False, "no"),
         "the number of tokens tells which examples were drawn, and trainer_state.json would hold it: leave it out",
     ),
+    Refusal(
+        "gradient_checkpointing_kwargs",
+        lambda value: bool(value) and bool(value.get("use_reentrant")),
+        "a reentrant checkpoint hides its layers from the forward, so their gradients cannot be checked row by row: "
+        "give {'use_reentrant': False}",
+    ),
     Refusal("torch_compile", bool, "compiled private models are not supported by this Trainer: leave it out"),
     Refusal(
         "use_liger_kernel",
@@ -196,6 +202,17 @@ def check_accelerator(trainer: Any) -> None:
             raise TrainerError(
                 f"{refusal.name} (of accelerate's configuration) is refused: {refusal.message}"
             )
+
+
+def check_model(model: Any) -> None:
+    """Raise TrainerError for a model that is wrapped in another module."""
+    inner = getattr(model, "_orig_mod", None)
+    if inner is not None:
+        raise TrainerError(
+            f"model=torch.compile({type(inner).__name__}) is refused: the wrapper hides the parameters' names, by "
+            "which checkpoints are written, and the class, from which the losses follow. Give the model itself "
+            "(model._orig_mod); model.compile(), in place, before the Trainer is made, keeps both"
+        )
 
 
 def check_data(dataset: Any, collator: Any, expected: int) -> None:

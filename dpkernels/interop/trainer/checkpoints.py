@@ -86,13 +86,17 @@ def load_spent(folder: str, model: nn.Module, engine: PrivacyEngine, trained: in
         LedgerError, ValueError: as `PrivacyEngine.load_state_dict`.
     """
     state = _read_state(folder)
-    engine.load_state_dict(state["engine"])
-    counted = engine.steps
-    if counted < trained or state["weights_sha256"] != digest_of(model):
+    spent = state["engine"]
+    engine.load_state_dict(spent)
+    # the optimizer's file has a count, too, so this file is compared by itself
+    outside = spent.get("unplanned", ())
+    in_file = sum(run["steps"] for name, run in spent["runs"].items() if name not in outside)
+    counted = engine.steps - engine.earlier_steps
+    if min(counted, in_file) < trained or state["weights_sha256"] != digest_of(model):
         raise TrainerError(
-            f"resume_from_checkpoint={folder!r}: its files are not of one run. {STATE_FILE} and the ledger count "
-            f"{counted} steps, trainer_state.json has {trained}, and the weights must be those that were saved with "
-            "them. Put back the files of one checkpoint, and train the same parameters as before"
+            f"resume_from_checkpoint={folder!r}: its files are not of one run. {STATE_FILE} counts {in_file} "
+            f"steps (with the ledger {counted}), trainer_state.json {trained}, and the weights must be those that were "
+            "saved with them. Put back the files of one checkpoint, and train the same parameters as before"
         )
     if counted > trained:
         lost = counted - trained

@@ -27,6 +27,7 @@ from dpkernels.interop.trainer.arguments import (
     check_arguments,
     check_data,
     check_loss,
+    check_model,
 )
 from dpkernels.interop.trainer.checkpoints import check_files, load_spent, save_state
 from dpkernels.interop.trainer.loop import PrivateAccelerator, SubstepBatches
@@ -82,6 +83,7 @@ class PrivateTrainerMixin(Trainer):
         self._spent: tuple[int, dict[str, float]] | None = None  # by the number of steps
         self._closed = False
         super().__init__(*args, **arguments)
+        check_model(self.model)
         check_arguments(self.args)
         check_accelerator(self)
         overridden = type(self).compute_loss_per_example is not PrivateTrainerMixin.compute_loss_per_example

@@ -105,7 +105,9 @@ class _Joint(torch.autograd.Function):
             record = JointRecord(
                 ctx.layer, ctx.weight, ctx.bias, encoder, predictor, *rest, ctx.options, trained
             )
-            # a bias alone has small gradients, which combine with those of other uses of the layer
-            for part in (record,) if ctx.needs_input_grad[2] else record.materialised():
+            # A bias alone has small gradients. Where weight or bias is used again, the gradients of each combine with
+            # those of its other uses, and a record of both does not.
+            apart = len(trained) > 1 and not ctx.tape.used_once(trained)
+            for part in record.materialised() if apart or not ctx.needs_input_grad[2] else (record,):
                 ctx.tape.add(part)
         return *states, *(None,) * 8

@@ -93,6 +93,11 @@ class CompiledCalls:
         self._recorded[call.layer] += 1
         return call
 
+    @property
+    def in_use(self) -> bool:
+        """Whether the backward of a compiled layer has run in this backward."""
+        return bool(self._recorded)
+
     def check(self) -> None:
         """Raise RuntimeError if a record of this backward was lost in a graph, or recorded twice."""
         backwards = sum(self._recorded.values())

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dpkernels.errors import UserError
 from dpkernels.nn.batch.batch_axis import has_values
 from dpkernels.nn.recording.records import Record
 from dpkernels.nn.recording.tape import Tape
@@ -40,7 +41,7 @@ _HALF_TOLERANCE = 2.0**-4
 statistic over 64 rows changes rows by tens of per cent."""
 
 
-class RowError(RuntimeError):
+class RowError(UserError, RuntimeError):
     """Rows of a layer's output gradient do not belong to one example each."""
 
 
@@ -89,7 +90,7 @@ class RowCheck:
             self._tape.confirm_axes(without=chosen.blank)
             first = _Weighted()
             self._backward(losses, weights, first)
-        comparison = _Comparison(weights, first.projections)
+        comparison = _Comparison(weights, first.projections, self._tape)
         self._tape.inspector = comparison
         try:
             yield
@@ -108,15 +109,25 @@ class RowCheck:
         try:
             # Only for these inputs: the graph may extend into other models, whose gradients must stay as they are.
             used = list(tape.used()) or None
-            torch.autograd.backward(losses, weights.to(losses.dtype), retain_graph=True, inputs=used)
+            with reentrant_checkpoints_named():
+                torch.autograd.backward(losses, weights.to(losses.dtype), retain_graph=True, inputs=used)
             tape.close(again=True)
-        except BaseException as error:
+        except BaseException:
             tape.discard()
-            if isinstance(error, RuntimeError) and "use_reentrant" in str(error):
-                raise RowError(_unseen_message()) from error
             raise
         finally:
             tape.inspector = None
+
+
+@contextmanager
+def reentrant_checkpoints_named() -> Iterator[None]:
+    """Turn torch's error about gradients of some inputs through a reentrant checkpoint into a RowError with the fix."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise RowError(_unseen_message()) from error
+        raise
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
@@ -211,9 +222,10 @@ class _AxisChoice:
 class _Comparison:
     """Inspects the backward that is summed: compares each record's rows with those of the backward from weights."""
 
-    def __init__(self, weights: Tensor, projections: dict[Call, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, weights: Tensor, projections: dict[Call, tuple[Tensor, Tensor]], tape: Tape) -> None:
         self._weights = weights
         self._expected = projections
+        self._tape = tape
         self._calls = _Calls()
         self._backwards = 0
         self.seen: set[nn.Parameter] = set()
@@ -237,7 +249,7 @@ class _Comparison:
         now = _project(g)
         wrong = _differ(self._weights, expected, now, g.dtype)
         if bool(wrong.any()):
-            raise RowError(_message(record, int(wrong.count_nonzero())))
+            raise RowError(_message(record, int(wrong.count_nonzero()), compiled=self._tape.compiled.in_use))
         if int(now[1].count_nonzero()) > 1:
             self.seen.update(record.parameters)
         return True
@@ -280,14 +292,19 @@ def _unseen_message(layer: str | None = None) -> str:
     )
 
 
-def _message(record: Record, rows: int) -> str:
+def _message(record: Record, rows: int, *, compiled: bool) -> str:
+    recomputed = (
+        "the compiled graph recomputes a checkpointed layer with dropout (LoRA's), which then draws another mask: "
+        "train without torch.compile, without checkpointing, or with this dropout at 0"
+        if compiled
+        else "a recomputed forward draws other random numbers (checkpoint with preserve_rng_state=False)"
+    )
     return (
         f"{record.layer!r}: {rows} of the {record.batch_size} rows of its output gradient do not belong to one example "
         "each, so clipping row by row would not bound the contribution of an example (the count is NOT PRIVATE). "
         "Likely causes: its first dimension is not the batch but happens to have its size (positions, a mask, "
         "prototypes that all examples share), the model reorders rows (sorts them by length), it mixes examples (a "
-        "statistic over the batch), or a recomputed forward draws other random numbers (checkpoint with "
-        "preserve_rng_state=False). Give the layer an input whose first dimension is the batch, in the batch's order, "
-        "or freeze it (requires_grad_(False)). If the size is a coincidence, call engine.self_check(loss_fn, batch) "
-        "with a batch of another size first. Nothing was spent"
+        f"statistic over the batch), or {recomputed}. Give the layer an input whose first dimension is the batch, in "
+        "the batch's order, or freeze it (requires_grad_(False)). If the size is a coincidence, call "
+        "engine.self_check(loss_fn, batch) with a batch of another size first. Nothing was spent"
     )

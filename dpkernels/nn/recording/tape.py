@@ -192,6 +192,10 @@ class Tape:
                 if isinstance(p, nn.Parameter):
                     self._uses[p] += 1
 
+    def used_once(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether each of these parameters was used once in the forwards since the last backward."""
+        return all(self._uses[p] == 1 for p in parameters)
+
     def open(self, batch_size: int, sink: Callable[[Record], None] | None = None) -> None:
         """Start to take the records of a backward over `batch_size` samples. Raises RuntimeError if already open."""
         if self.is_open:
@@ -242,7 +246,7 @@ class Tape:
         if self.inspector is not None and not self.inspector.see(record):
             return
         parts = record.materialised() if self._is_worth_materialising(record) else (record,)
-        if self._sink is None or any(self._uses[p] != 1 for p in record.parameters):
+        if self._sink is None or not self.used_once(record.parameters):
             for part in parts:
                 first = self._first.setdefault((type(part), part.parameters), part)
                 if first is part or not first.absorb(part):
@@ -258,7 +262,7 @@ class Tape:
         entries = record.entries()
         if entries is None:
             return False
-        if any(self._uses[p] != 1 for p in record.parameters):
+        if not self.used_once(record.parameters):
             return False  # the uses are merged: for a few of them that is cheaper without materialising
         limit = record.held_bytes() // 2 if self.mixed else record.worth_materialising_bytes()
         return _MATERIALISED_BYTES * entries * record.batch_size <= limit

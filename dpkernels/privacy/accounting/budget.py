@@ -3,11 +3,12 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import Mechanism, check_delta, composed_epsilon
+from dpkernels.privacy.accounting.earlier_runs import Runs, SpentRuns, lacking
 from dpkernels.privacy.accounting.ledger import Ledger, LedgerContents, LedgerError, read_ledger
 from dpkernels.privacy.ranks.group import SET_UP, Ranks
 from dpkernels.privacy.sampling.plan import Sampling
@@ -36,9 +37,13 @@ class Budget:
         ledger: path of the ledger, or None to count in memory.
         settings: further entries of the ledger's run line.
         ranks: the processes of the run. Rank 0 alone checks the target and writes the ledger; the others count with it.
+        earlier: runs of this process on the same parameters (`earlier_runs`), which count, too.
+
+    Attributes:
+        spent: what this run and those before it have spent, kept up to date.
 
     Raises:
-        LedgerError: the ledger is damaged, locked, or belongs to another data set.
+        LedgerError: the ledger is damaged, locked, belongs to another data set, or lacks steps of earlier runs.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Budget:
         ledger: str | os.PathLike[str] | None,
         settings: dict[str, Any],
         ranks: Ranks | None = None,
+        earlier: Mapping[str, tuple[Mechanism, int]] | None = None,
     ) -> None:
         self.sampling = sampling
         self.mechanism = mechanism
@@ -63,10 +69,14 @@ class Budget:
         self._pid = os.getpid()
         self._ranks = Ranks() if ranks is None else ranks
         self._run = os.urandom(8).hex()
-        self._runs: dict[str, tuple[Mechanism, int]] = {}
+        self._runs: Runs = {}
+        self._earlier: Runs = dict(earlier or {})
+        self._unplanned: set[str] = set()  # runs whose steps are none of `steps`, the planned total
+        self.spent = SpentRuns(sampling.unit, self._runs)
         self._safe_steps = 0
         self._look_ahead = _LOOK_AHEAD
         self._reported: set[tuple[int, float, str]] = set()
+        self._missed_ledgers: set[str] = set()  # of checkpoints, by their last line: warned of once
         self._ledger: Ledger | None = None
         self._ledger_hash: str | None = None
         with self._ranks.meeting(SET_UP):
@@ -75,6 +85,7 @@ class Budget:
 
         def open_ledger() -> None:
             _check_longest(ledger, seen, others)
+            _check_has_earlier(ledger, seen, self._earlier)
             self._open(ledger, settings)
 
         self._counted(open_ledger)
@@ -101,21 +112,36 @@ class Budget:
             except BaseException:
                 self._ledger.close()
                 raise
+        else:
+            self._runs.update(self._earlier)
+            self._unplanned = set(self._earlier)
         self._runs[self._run] = (self.mechanism, 0 if self._ledger is None else self._ledger.run.steps)
 
     def _counted(self, count: Callable[[], None]) -> None:
         """Call `count` on rank 0, and take over what rank 0 then counts. Every rank raises what it raised."""
 
-        def counted() -> tuple[str, dict[str, tuple[Mechanism, int]], str | None]:
+        def counted() -> tuple[str, Runs, set[str], str | None]:
             count()
-            return self._run, self._runs, None if self._ledger is None else self._ledger.last_hash
+            last = None if self._ledger is None else self._ledger.last_hash
+            return self._run, self._runs, self._unplanned, last
 
-        self._run, self._runs, self._ledger_hash = self._ranks.first(counted)
+        self._run, self._runs, self._unplanned, self._ledger_hash = self._ranks.first(counted)
+        self.spent.runs = self._runs
 
     @property
     def steps(self) -> int:
         """Steps spent so far, including earlier runs."""
         return sum(steps for _, steps in self._runs.values())
+
+    @property
+    def planned_steps_taken(self) -> int:
+        """Those of `steps` that count towards the planned total: not those of `earlier` runs that no ledger holds."""
+        return sum(steps for run, (_, steps) in self._runs.items() if run not in self._unplanned)
+
+    @property
+    def unplanned_steps(self) -> int:
+        """The other ones of `steps`."""
+        return self.steps - self.planned_steps_taken
 
     @property
     def history(self) -> list[tuple[Mechanism, int]]:
@@ -168,6 +194,7 @@ class Budget:
             "unit": self.sampling.unit,
             "dataset_size": self.sampling.units,
             "runs": runs,
+            "unplanned": sorted(self._unplanned),
             "ledger_sha256": self._ledger_hash if self._ledger is None else self._ledger.last_hash,
         }
 
@@ -185,10 +212,12 @@ class Budget:
             if state[key] != expected:
                 raise ValueError(
                     f"load_state_dict: the checkpoint has {key}={state[key]!r}, this run has {expected!r}; load the "
-                    "checkpoint of this run"
+                    "checkpoint of this run (for the state of an optimizer that other data have trained, leave its "
+                    "entry 'privacy' out, and state the ε of both runs)"
                 )
         digest = state["ledger_sha256"]
-        if digest is not None and self._ledger is None:
+        if digest is not None and self._ledger is None and digest not in self._missed_ledgers:
+            self._missed_ledgers.add(digest)
             warnings.warn(
                 "load_state_dict: the checkpoint's run kept a ledger and this run has none: steps applied "
                 "after the checkpoint was written are not counted. Give PrivacyEngine the same ledger.",
@@ -200,6 +229,7 @@ class Budget:
                 "were removed, or it belongs to another run. Resume with the ledger that belongs to the "
                 "checkpoint."
             )
+        self._unplanned = self._unplanned - set(state["runs"]) | set(state.get("unplanned", ()))
         for run, saved in state["runs"].items():
             mechanism = Mechanism(**saved["mechanism"])
             counted, saved_steps = self._runs.get(run, (mechanism, 0))[1], int(saved["steps"])
@@ -221,7 +251,7 @@ class Budget:
         if steps <= self._safe_steps:
             return True
         if self._safe_steps == 0 and self._planned_steps is not None:
-            spent_before = self.steps - self._runs[self._run][1]
+            spent_before = self.planned_steps_taken - self._runs[self._run][1]
             self._look_ahead = max(self._look_ahead, self._planned_steps - spent_before - steps + 1)
         while self._look_ahead:
             count = steps + self._look_ahead - 1
@@ -265,3 +295,20 @@ def _check_longest(
                 "Rank 0 writes it, and the steps in those lines would not count: give every rank the same path, on "
                 "storage that all machines share"
             )
+
+
+def _check_has_earlier(
+    ledger: str | os.PathLike[str] | None,
+    seen: LedgerContents | None,
+    earlier: Mapping[str, tuple[Mechanism, int]],
+) -> None:
+    """Raise LedgerError if a ledger lacks steps that earlier runs of this process took on the same parameters."""
+    if seen is None:
+        return
+    missing = lacking(earlier, {run.id: run.steps for run in seen.runs})
+    if missing:
+        raise LedgerError(
+            f"ledger={str(ledger)!r} lacks {missing} steps that trained the module earlier in this process, without a "
+            "ledger or with another one: an ε of this ledger would not count them, and the weights depend on them. "
+            "Give both runs the same ledger, or build the model anew"
+        )

@@ -15,8 +15,11 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
+import threading
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from typing import Any
 from dpkernels.errors import UserError
 from dpkernels.files import WriteError, sync_folder, unwritten, writing
 from dpkernels.privacy.accounting.accountant import Mechanism
+
+logger = logging.getLogger("dpkernels")
 
 FORMAT = 1
 _START = "0" * 64
@@ -260,8 +265,15 @@ def _apply(contents: LedgerContents, entry: dict[str, Any], where: str) -> None:
         raise LedgerError(f"{where}: unknown kind {kind!r}; a newer version may have written it")
 
 
+# the open ledgers of this process, by device and number of the file
+_OPEN: "weakref.WeakValueDictionary[tuple[int, int], Ledger]" = weakref.WeakValueDictionary()
+
+
 class Ledger:
     """An open ledger, locked to this process.
+
+    A ledger that an earlier run of this process still holds (a notebook's cell that ran before) is taken over: each of
+    its steps is in the file, and no further one can be taken.
 
     Args:
         path: the file; created if it does not exist, else continued.
@@ -276,6 +288,9 @@ class Ledger:
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         self.path = Path(path)
         self._broken = False
+        self._taken_over = False
+        self._pid = os.getpid()
+        self._writing = threading.RLock()
         if not self.path.parent.is_dir():
             raise LedgerError(
                 f"ledger={str(path)!r}: its folder does not exist; create it, or give another path"
@@ -284,11 +299,9 @@ class Ledger:
         with writing(f"ledger={str(path)!r}"):
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         try:
+            self._take_over(settings)
             self._lock()
-            self._file.seek(0)
-            contents = _read(self._file.read(), str(self.path))
-            for run in contents.runs:
-                self._check_same(run.settings, settings)
+            contents = self._contents(settings)
             self.previous_runs = contents.runs
             self._hashes = contents.hashes
             self._last_hash = contents.last_hash
@@ -303,6 +316,7 @@ class Ledger:
             )
             self._append(self.run.settings)
             sync_folder(self.path.parent)
+            _OPEN[self._identity()] = self
         except BaseException:
             self._file.close()
             raise
@@ -341,16 +355,39 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file and release the lock."""
-        self._file.close()
+        with self._writing:
+            self._file.close()
+
+    def _identity(self) -> tuple[int, int]:
+        opened = os.fstat(self._file.fileno())
+        return opened.st_dev, opened.st_ino
+
+    def _contents(self, settings: dict[str, Any]) -> LedgerContents:
+        self._file.seek(0)
+        contents = _read(self._file.read(), str(self.path))
+        for run in contents.runs:
+            self._check_same(run.settings, settings)
+        return contents
+
+    def _take_over(self, settings: dict[str, Any]) -> None:
+        """Close the ledger that holds the lock, if it is this process's own and this run may continue it."""
+        holder = _OPEN.get(self._identity())
+        if holder is None or holder._pid != os.getpid() or holder._file.closed:
+            return
+        self._contents(settings)
+        logger.warning(
+            "ledger %s is taken over from an earlier run of this process; its steps count", self.path
+        )
+        holder._taken_over = True
+        holder.close()
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise LedgerError(
-                f"ledger={str(self.path)!r} is in use by another run (or by an engine of this process that "
-                "was not closed): each of the two would count only its own steps. Wait for the other run, or call "
-                "engine.close()."
+                f"ledger={str(self.path)!r} is in use by a run of another process: each of the two would count only "
+                "its own steps. Wait for the other run, or end its process."
             ) from error
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -382,6 +419,16 @@ class Ledger:
             )
 
     def _append(self, entry: dict[str, Any], before: bytes = b"") -> None:
+        with self._writing:  # no other thread takes the ledger over in the middle of a line
+            self._append_alone(entry, before)
+
+    def _append_alone(self, entry: dict[str, Any], before: bytes) -> None:
+        if self._taken_over:
+            raise LedgerError(
+                f"ledger {self.path} was taken over by a later make_private of this process: all steps so far are in "
+                "it, and no step and no ε of this run can be written. Go on with the later run, or give this one a "
+                "ledger of its own from its beginning"
+            )
         if self._file.closed:
             raise LedgerError(
                 f"ledger {self.path} is closed: no step and no ε can be written to it; call get_epsilon before "

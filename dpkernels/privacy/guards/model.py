@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dpkernels.nn import Tape, batch_norms_in_training, mixes_samples, modules_of, named_modules
 from dpkernels.privacy.guards.buffers import BufferWatch, buffer_marks, changed_buffers
 from dpkernels.privacy.guards.gathered import GatheredWatch
+from dpkernels.privacy.guards.gradient_clipping import watch_clipping
 from dpkernels.privacy.guards.graph import check_graph, scales_at_last
 from dpkernels.privacy.guards.parameters import ParameterWatch
 from dpkernels.privacy.guards.preconditions import (
@@ -87,6 +88,7 @@ class ModelGuard:
         self, model: nn.Module, tape: Tape, optimizer: torch.optim.Optimizer, seeds: SecretSeeds | None
     ) -> None:
         self.trained = trained_parameters(model)
+        watch_clipping(model, self.trained.values())
         self._gathered = GatheredWatch(model)
         # The parameters themselves, since a later tensor could get the identity of a freed one.
         self._frozen = _frozen(model)

@@ -1,5 +1,6 @@
 """Preconditions of the model, the optimizer and the losses; each refusal has the name and the fix."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -41,6 +42,23 @@ def check_module(module: nn.Module) -> None:
         raise ValueError("module has no trained parameters: set requires_grad on those to be trained")
 
 
+def warn_of_generators(module: nn.Module) -> None:
+    """Warn, by name, of random generators that a module holds: their seeds are not the run's secret ones."""
+    held = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in named_modules(module)
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Generator)
+    ]
+    if held:
+        warnings.warn(
+            f"module holds random generators of its own: {quoted(held)}. Under a known seed one more example changes "
+            "the draws of all that follow it, and so their gradients, by far more than the clipping norm. Draw from "
+            "torch's global generator (leave generator= out), which has a secret seed",
+            stacklevel=4,
+        )
+
+
 def check_forward() -> None:
     """Raise RuntimeError if a forward with gradients begins within the forward of a DistributedDataParallel."""
     if torch.is_grad_enabled() and getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
@@ -64,7 +82,12 @@ def check_coverage(module: nn.Module) -> None:
 
 def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Raise unless the optimizer holds every trained parameter and no parameter of another module."""
-    if type(optimizer).__name__ == "DPOptimizer" or not isinstance(optimizer, torch.optim.Optimizer):
+    if type(optimizer).__name__ == "DPOptimizer":
+        raise TypeError(
+            "optimizer must be an ordinary torch.optim.Optimizer, got a DPOptimizer, which an earlier make_private "
+            "returned: give the one that it wraps, optimizer.original_optimizer, or build model and optimizer anew"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer must be an ordinary torch.optim.Optimizer, got {type(optimizer).__name__}"
         )

@@ -15,6 +15,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.sampler import BatchSampler
 
+from dpkernels.privacy.sampling.arrow_rows import chunks_repeat, rows_in_memory
+
 
 def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
     """(N, expected batch size) of a DataLoader whose batches Poisson sampling can replace.
@@ -25,8 +27,10 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
             no batch size, or an empty dataset; each message has the reason and the fix.
     """
     if not isinstance(data_loader, DataLoader):
+        kind = type(data_loader).__name__
+        earlier = ", which an earlier make_private returned: give the DataLoader that it was made of"
         raise TypeError(
-            f"data_loader must be a torch.utils.data.DataLoader, got {type(data_loader).__name__}"
+            f"data_loader must be a torch.utils.data.DataLoader, got {kind}{earlier if kind == 'DPDataLoader' else ''}"
         )
     if any(
         type(part).__module__.startswith("accelerate.") for part in (data_loader, data_loader.batch_sampler)
@@ -84,7 +88,9 @@ def check_data_loader(data_loader: DataLoader) -> tuple[int, int]:
 
 def _may_repeat(dataset: Any) -> bool:
     """Whether a data set lists examples of others, or of memory, so that repetitions can be seen."""
-    return isinstance(dataset, Subset | ConcatDataset | list | tuple) or _chosen(dataset) is not None
+    if isinstance(dataset, Subset | ConcatDataset | list | tuple):
+        return True
+    return _chosen(dataset) is not None or chunks_repeat(dataset)
 
 
 def _chosen(dataset: Any) -> list[int] | None:
@@ -111,7 +117,10 @@ def _sources(dataset: Any) -> Iterator[tuple[object, ...]]:
         plain = (int, float, complex, str, bytes, type(None))
         for index, item in enumerate(dataset):
             yield (id(dataset), index) if isinstance(item, plain) else ("object", id(item))
-    elif (rows_chosen := _chosen(dataset)) is not None:
-        yield from ((id(dataset.data), index) for index in rows_chosen)
+    elif (places := rows_in_memory(dataset)) is not None:
+        chosen = _chosen(dataset)
+        yield from places if chosen is None else (places[index] for index in chosen)
+    elif (chosen := _chosen(dataset)) is not None:
+        yield from ((id(dataset.data), index) for index in chosen)
     else:
         yield from ((id(dataset), index) for index in range(len(dataset)))

@@ -1,6 +1,7 @@
 """The private data loader: the user's DataLoader with Poisson-sampled logical batches in place of its batches."""
 
 import hashlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -147,6 +148,13 @@ class DPDataLoader:
         self._unread: deque[_Planned] = deque()
         self._flat_steps = flat_steps
         self._unfinished: _Planned | None = None  # the logical batch that a flat loop has begun
+        if any(getattr(part, "generator", None) is not None for part in (data_loader, data_loader.sampler)):
+            warnings.warn(
+                "data_loader: its generator is not used. The batches are drawn with a secret key, and the workers' "
+                "seeds are secret, too: draws that follow from a known seed have no privacy. Leave generator= out (in "
+                "a test PrivacyEngine(noise_key=...) fixes sampling and noise)",
+                stacklevel=4,
+            )
         feed = _Feed(self)
         workers = data_loader.num_workers
         self._loader = DataLoader(

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpkernels.nn import Tape
 from dpkernels.nn.batch.batch_axis import batch_size_of
+from dpkernels.nn.recording.row_check import reentrant_checkpoints_named
 from dpkernels.privacy.guards.preconditions import check_losses, trained_parameters
 from dpkernels.privacy.rng.model_draws import same_draws, secret_seed
 from dpkernels.privacy.sampling.loader import DPDataLoader
@@ -290,7 +291,8 @@ def _plain_gradient(losses: Tensor, trained: dict[str, nn.Parameter]) -> dict[st
         raise ValueError(
             f"loss_fn returned losses of shape {tuple(losses.shape)} for a batch of one example; expected (1,)"
         )
-    gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+    with reentrant_checkpoints_named():
+        gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if gradient is None else gradient
         for (name, parameter), gradient in zip(trained.items(), gradients, strict=True)

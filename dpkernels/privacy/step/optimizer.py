@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,31 @@ logger = logging.getLogger("dpkernels")
 
 # Attributes that the accounting depends on: they can be set once.
 _FIXED = frozenset({"noise_multiplier", "max_grad_norm", "sensitivity", "expected_batch_size"})
+
+
+SPENT = "privacy"
+"""Entry of the optimizer's state_dict with the steps spent, as `PrivacyEngine.state_dict` gives them."""
+
+
+class StepBudget(Protocol):
+    """What counts the steps: the run's budget."""
+
+    @property
+    def steps(self) -> int:
+        """Steps counted so far."""
+        ...
+
+    def spend(self) -> None:
+        """Count a step durably, or raise on all ranks."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The spent steps as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count the steps of such a state, on all ranks; those that are counted already stay counted once."""
+        ...
 
 
 class DPOptimizer(WrappedOptimizer):
@@ -68,8 +93,7 @@ class DPOptimizer(WrappedOptimizer):
         batch_bound: largest logical batch that the sensitivity is stated for.
         stream: the source of the noise.
         before_step: raises if the step must not be taken; called on each rank before any of them counts it.
-        spend: counts a step durably, or raises on all ranks; called before a step changes anything.
-        steps: returns the number of steps counted.
+        budget: counts a step before it changes anything.
         ranks: the processes of the run.
         seeds: the global generators' secret seeds; None in tests with fixed seeds.
         whole_units: whether speakers are clipped as speakers (clipping_unit="speaker").
@@ -88,8 +112,7 @@ class DPOptimizer(WrappedOptimizer):
         batch_bound: int,
         stream: SecretStream,
         before_step: Callable[[], None],
-        spend: Callable[[], None],
-        steps: Callable[[], int],
+        budget: StepBudget,
         ranks: Ranks,
         seeds: SecretSeeds | None = None,
         whole_units: bool = False,
@@ -102,12 +125,11 @@ class DPOptimizer(WrappedOptimizer):
         self._strategy = strategy
         self._stream = stream
         self._before_step = before_step
-        self._spend = spend
+        self._budget = budget
         self._guard = ModelGuard(model, strategy.tape, optimizer, seeds if noise_multiplier > 0 else None)
         self._rows = RowCheck(strategy.tape)
         self._batch = BatchSums(batch_bound, claimed=noise_multiplier > 0, whole_units=whole_units)
         self.flat_loop = FlatLoop(self._batch, self._learning_rates, lambda: self.step())
-        self._steps = steps
         self._ranks = ranks
         self._trained = list(self._guard.trained.values())
         # A piece's number is its stream's index. Each has one owner, which adds its noise and steps it.
@@ -161,14 +183,15 @@ class DPOptimizer(WrappedOptimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, without the sums of an unfinished logical batch and without keys.
+        """The wrapped optimizer's state, without the sums of an unfinished logical batch and without keys; and, as the
+        entry "privacy", the steps spent, which torch's own optimizers pass over.
 
         With several processes each holds a part of the state and this is a collective operation: call it on every
         rank. Every rank gets the whole state, of one process's form, which any number of processes can load.
         """
         whole = self._whole_state() if self._ranks.size > 1 else {}
         with _state_of(self.original_optimizer, whole):
-            return self.original_optimizer.state_dict()
+            return {**self.original_optimizer.state_dict(), SPENT: self._budget.state_dict()}
 
     def _whole_state(self) -> Mapping[Any, dict[str, Any]]:
         """The state of which every rank holds a part; {} if every rank holds all of it."""
@@ -178,10 +201,20 @@ class DPOptimizer(WrappedOptimizer):
         return self._shards.whole()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the wrapped optimizer's state, from this class's or torch's own state_dict.
+        """Load the wrapped optimizer's state, from this class's or torch's own state_dict, and count the steps that it
+        has spent, as `PrivacyEngine.load_state_dict` does. Steps already counted stay counted once.
 
         With several processes it is a collective operation: call it on every rank, with the same state.
+
+        Raises:
+            LedgerError, ValueError: the steps were spent with another ledger, or on another data set; nothing is
+                loaded.
         """
+        spent = state_dict.get(SPENT)
+        with self._ranks.meeting(LOAD, lambda: {"steps of": None if spent is None else spent["runs"]}):
+            pass
+        if spent is not None:
+            self._budget.load_state_dict(spent)
         with self._ranks.meeting(LOAD, lambda: {"optimizer's state": _bits_of_state(state_dict)}):
             self._shards.by_parameter.clear()
             self.original_optimizer.load_state_dict(state_dict)
@@ -343,7 +376,7 @@ class DPOptimizer(WrappedOptimizer):
             self._guard.before_step()
             self._batch.check_complete()
             self._fused = self._can_fuse()
-        self._spend()
+        self._budget.spend()
         self._guard.at_step()
         self._diverged = self._ranks.size > 1  # until the step is complete
         try:
@@ -368,7 +401,7 @@ class DPOptimizer(WrappedOptimizer):
         """What must be the same on all ranks. Reading the parameters takes time: before the 1st, 2nd, 4th, ... step of
         this process, or since it loaded a checkpoint."""
         facts: dict[str, Any] = {
-            "steps counted": self._steps(),
+            "steps counted": self._budget.steps,
             "drawn batch": self._drawn,
             "fused step": self._fused,
             "learning rates": self._learning_rates(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
 
-from asr_finetune.config.schema import ConfigError
+from asr_finetune.config.schema import ConfigError, MethodConfig
 from asr_finetune.models.inputs import noise, stacked_frames
 from asr_finetune.models.kinds import EXCEPTIONS, KINDS
 from asr_finetune.models.longform import transcribe_long
+from asr_finetune.models.methods import left_out
 from asr_finetune.models.recognizer import SETTINGS
 from asr_finetune.models.seq2seq import Seq2SeqRecognizer
 from dpkernels import ops
@@ -163,6 +165,18 @@ def test_lora_on_layers_that_are_not_called_is_refused(folders: dict[str, Path])
     assert names == {"intermediate_dense", "output_dense"}
     with pytest.raises(ConfigError, match=r"method\.targets=\['q_proj'\]: wavlm.*q_proj is not called"):
         prepared(folders["wavlm"], "lora", targets=["q_proj"])
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_what_is_not_trained_is_named(folders: dict[str, Path], method: str) -> None:
+    recognizer = prepared(folders["wavlm"], method)
+    lines = left_out(recognizer, MethodConfig(kind=method))
+    named = [line.partition(":")[0].partition(" (")[0] for line in lines]
+    assert named == ["wavlm.encoder.pos_conv_embed.conv", "wavlm.encoder.layers.*.attention"]
+    for name, module in recognizer.base.named_modules():
+        if re.sub(r"[.]\d+[.]", ".*.", name) in named:
+            assert not any(parameter.requires_grad for parameter in module.parameters()), name
+    assert left_out(recognizer, MethodConfig(kind="lora")) == []
 
 
 def test_what_an_output_layer_inside_the_encoder_forbids(folders: dict[str, Path]) -> None:

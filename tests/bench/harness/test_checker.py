@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from bench.cases.models import CASES, Case, trained, working_copy
-from bench.contenders import CannotRun, registry
+from bench.contenders import CannotRun, Settings, registry
 from bench.contenders.functorch import PerSample
 from bench.contenders.plain import NonPrivate
 from bench.harness import session
 from bench.harness.checker import CANNOT, OK, WRONG, check, norm, one_by_one, relative_error, total
 from bench.harness.session import Bench
-from bench.names import NON_PRIVATE
+from bench.names import NON_PRIVATE, TIMED_STRATEGIES, ours
 from tests.slow import slow_cases
 
 CASE = CASES["tiny-lora"]
@@ -115,3 +115,17 @@ def test_a_case_is_the_same_every_time() -> None:
         return [*case.model(16).state_dict().values(), *case.batch(2, 16).values()]
 
     assert all(torch.equal(a, b) for a, b in zip(bits(CASE), bits(CASE), strict=True))
+
+
+def test_private_contenders_take_turns_in_one_process() -> None:
+    """Each of their runs seeds the global generators, after the others have begun their logical batches."""
+    case, place = CASES["linear-layer"], (torch.float32, "cpu")
+    model, batch = case.model(4, *place), case.batch(2, 4, *place)
+    runners = [
+        registry()[ours(name)](case, working_copy(model), batch, Settings()) for name in TIMED_STRATEGIES
+    ]
+    for _ in range(2):
+        for runner in runners:
+            runner.prepare()
+        for runner in runners:
+            runner.step()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from dpkernels import nn as ghost
 from dpkernels.nn import Record, norms_sq
@@ -61,7 +62,10 @@ def batch(size: int, length: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def records(model: Callable[..., Tensor], tape: ghost.Tape, x: Tensor, y: Tensor) -> list[Record]:
-    losses = cross_entropy(model(x), y, reduction="none")
+    return records_of(tape, cross_entropy(model(x), y, reduction="none"))
+
+
+def records_of(tape: ghost.Tape, losses: Tensor) -> list[Record]:
     tape.open(len(losses))
     losses.sum().backward()
     return tape.close()
@@ -325,3 +329,47 @@ def test_a_forward_that_is_not_trained_on_keeps_nothing() -> None:
     assert len(tape.compiled._waiting) == 1
     del key  # the graph is gone
     assert not tape.compiled._waiting
+
+
+class Recomputed(nn.Module):
+    """A layer with dropout of its own under a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.lora = ghost.GhostLoRALinear(8, 8, r=2, dropout=0.5)
+        nn.init.normal_(self.lora.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.lora, self.first(x), use_reentrant=False)).mean(1)
+
+
+class Mixed(Net):
+    """Its rows are wrong whatever draws them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).cumsum(0)
+
+
+def check_named(model: nn.Module, run: Callable[..., Tensor]) -> None:
+    tape = private(model)
+    x, y = batch(4)
+    losses = cross_entropy(run(x), y, reduction="none")
+    check = ghost.RowCheck(tape).checking(losses)
+    with (
+        pytest.raises(ghost.RowError, match=r"a checkpointed layer with dropout.*without torch\.compile"),
+        check,
+    ):
+        records_of(tape, losses)
+
+
+def test_a_compiled_graph_is_a_likely_cause_of_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.CompiledCalls, "in_use", True)
+    model = Mixed()
+    check_named(model, model)
+
+
+@pytest.mark.slow
+def test_dropout_that_a_compiled_graph_draws_again_is_named() -> None:
+    model = Recomputed()
+    check_named(model, torch.compile(model, backend="aot_eager"))

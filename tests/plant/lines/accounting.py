@@ -56,6 +56,18 @@ LINES = (
             "tests/privacy/step/test_recovery.py::test_nothing_is_counted_by_a_failure": "a failed backward counts nothing",
             "tests/privacy/self_check/test_mutants.py::test_steps_after_a_carried_run_belong_to_the_run_that_carried_it": "steps after a carried run are charged to the run that took them",
             "tests/privacy/self_check/test_mutants.py::test_what_a_checkpoint_adds_counts_against_the_target_at_once": "steps that a checkpoint adds count against the target at once",
+            "tests/privacy/accounting/test_earlier_runs.py::test_a_later_run_counts_the_steps_that_the_weights_have_taken": "a later run of the process on the same parameters counts the steps of the earlier one",
+            "tests/privacy/accounting/test_earlier_runs.py::test_each_run_counts_with_its_own_noise": "each with its own noise",
+            "tests/privacy/accounting/test_earlier_runs.py::test_they_count_towards_the_target_at_once": "they count towards the target",
+            "tests/privacy/accounting/test_earlier_runs.py::test_parameters_that_are_frozen_now_count": "so do those of parameters that are frozen now",
+            "tests/privacy/accounting/test_earlier_runs.py::test_a_third_run_counts_both": "a third run counts both",
+            "tests/privacy/accounting/test_earlier_runs.py::test_a_ledger_that_lacks_them_is_refused": "a ledger that lacks them is refused",
+            "tests/privacy/accounting/test_earlier_runs.py::test_another_unit_is_refused": "steps of another unit are not added up",
+            "tests/privacy/accounting/test_earlier_runs.py::test_the_optimizers_checkpoint_carries_the_count": "the optimizer's checkpoint carries the count, too",
+            "tests/privacy/accounting/test_earlier_runs.py::test_an_optimizers_checkpoint_of_another_data_set_is_refused": "one of another data set is refused",
+            "tests/privacy/accounting/test_ledger.py::test_a_cell_that_runs_again_takes_the_ledger_over": "a ledger that is taken over within a process keeps every step, and the earlier run takes no more",
+            "tests/privacy/accounting/test_ledger.py::test_a_run_that_may_not_continue_a_ledger_leaves_it_to_its_holder": "a run that may not continue it leaves it to its holder",
+            "tests/privacy/accounting/test_ledger.py::test_a_forked_process_does_not_take_over": "a forked process takes none over",
         },
         faults=(
             Fault(
@@ -238,6 +250,55 @@ LINES = (
                 "tests/privacy/guards/test_bypasses.py::test_a_forked_process_does_not_split_the_count",
             ),
             Fault(
+                "an earlier run on the model forgotten",
+                "dpkernels/privacy/accounting/budget.py",
+                "self._runs.update(self._earlier)",
+                "pass",
+                "tests/privacy/accounting/test_earlier_runs.py::test_a_later_run_counts_the_steps_that_the_weights_have_taken",
+            ),
+            Fault(
+                "an earlier run on what is frozen now",
+                "dpkernels/privacy/engine.py",
+                "earlier_runs(module.parameters(), ",
+                "earlier_runs(trained_parameters(module).values(), ",
+                "tests/privacy/accounting/test_earlier_runs.py::test_parameters_that_are_frozen_now_count",
+            ),
+            Fault(
+                "a ledger without the earlier run",
+                "dpkernels/privacy/accounting/budget.py",
+                "missing = lacking(earlier, {run.id: run.steps for run in seen.runs})",
+                "missing = 0",
+                "tests/privacy/accounting/test_earlier_runs.py::test_a_ledger_that_lacks_them_is_refused",
+            ),
+            Fault(
+                "steps of two units added up",
+                "dpkernels/privacy/accounting/earlier_runs.py",
+                "if taken and spent.unit != unit:",
+                "if False:",
+                "tests/privacy/accounting/test_earlier_runs.py::test_another_unit_is_refused",
+            ),
+            Fault(
+                "an optimizer's checkpoint that counts nothing",
+                "dpkernels/privacy/step/optimizer.py",
+                "        if spent is not None:\n            self._budget.load_state_dict(spent)\n",
+                "",
+                "tests/privacy/accounting/test_earlier_runs.py::test_the_optimizers_checkpoint_carries_the_count",
+            ),
+            Fault(
+                "a ledger taken over by a run that may not",
+                "dpkernels/privacy/accounting/ledger.py",
+                "        self._contents(settings)\n        logger",
+                "        logger",
+                "tests/privacy/accounting/test_ledger.py::test_a_run_that_may_not_continue_a_ledger_leaves_it_to_its_holder",
+            ),
+            Fault(
+                "a fork that takes a ledger over",
+                "dpkernels/privacy/accounting/ledger.py",
+                "holder._pid != os.getpid()",
+                "False",
+                "tests/privacy/accounting/test_ledger.py::test_a_forked_process_does_not_take_over",
+            ),
+            Fault(
                 "line after the step",
                 "dpkernels/privacy/accounting/budget.py",
                 "self._ledger.spend_step()",
@@ -263,20 +324,20 @@ LINES = (
             Fault(
                 "a step taken before it is refused",
                 "dpkernels/privacy/step/optimizer.py",
-                """        self._spend()
+                """        self._budget.spend()
         self._guard.at_step()""",
                 """        if self._fused:
             self._fused_step(self._stream.next_draw())
-        self._spend()
+        self._budget.spend()
         self._guard.at_step()""",
                 "tests/privacy/step/test_fused.py::test_a_refused_step_changes_nothing",
             ),
             Fault(
                 "batch size in the ledger",
                 "dpkernels/privacy/step/optimizer.py",
-                "        self._spend()\n",
-                """        self._spend()
-        ledger = self._spend.__self__._ledger
+                "        self._budget.spend()\n",
+                """        self._budget.spend()
+        ledger = self._budget._ledger
         if ledger is not None:
             ledger._append({"kind": "epsilon", "examples": self._batch.examples})
 """,
@@ -380,7 +441,7 @@ LINES = (
                 """invalidated = self._batch.invalidated
 """,
                 """invalidated = self._batch.invalidated
-        self._spend()
+        self._budget.spend()
 """,
                 "tests/privacy/step/test_recovery.py::test_nothing_is_counted_by_a_failure",
             ),

@@ -105,9 +105,9 @@ LINES = (
             Fault(
                 "a step applied although the ledger's line failed",
                 "dpkernels/privacy/accounting/budget.py",
-                "        self._run, self._runs, self._ledger_hash = self._ranks.first(counted)\n",
+                "        self._run, self._runs, self._unplanned, self._ledger_hash = self._ranks.first(counted)\n",
                 """        try:
-            self._run, self._runs, self._ledger_hash = self._ranks.first(counted)
+            self._run, self._runs, self._unplanned, self._ledger_hash = self._ranks.first(counted)
         except LedgerError:
             self._runs[self._run] = (self.mechanism, self._runs[self._run][1] + 1)
 """,
@@ -201,7 +201,7 @@ LINES = (
                 "parameters that are compared by the steps of the ledger",
                 "dpkernels/privacy/step/optimizer.py",
                 "if not (self._taken + 1) & self._taken:",
-                "if not self._steps() & (self._steps() - 1):",
+                "if not self._budget.steps & (self._budget.steps - 1):",
                 f"{_MISUSE}::test_parameters_are_compared_when_a_run_resumes",
             ),
             Fault(

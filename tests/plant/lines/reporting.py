@@ -68,9 +68,9 @@ LINES = (
             Fault(
                 "clip rate in the ledger",
                 "dpkernels/privacy/step/optimizer.py",
-                "        self._spend()\n",
-                """        self._spend()
-        ledger, seen = self._spend.__self__._ledger, self.last_step
+                "        self._budget.spend()\n",
+                """        self._budget.spend()
+        ledger, seen = self._budget._ledger, self.last_step
         if ledger is not None and seen is not None:
             ledger._append({"kind": "epsilon", "clip_rate": seen.clip_rate})
 """,
@@ -88,9 +88,9 @@ LINES = (
             Fault(
                 "statistics in the optimizer's state",
                 "dpkernels/privacy/step/optimizer.py",
-                "return self.original_optimizer.state_dict()",
+                "return {**self.original_optimizer.state_dict(), SPENT: self._budget.state_dict()}",
                 """seen = self.last_step
-        return self.original_optimizer.state_dict() | {"mean_norm": seen and seen.mean_norm}""",
+            return self.original_optimizer.state_dict() | {"mean_norm": seen and seen.mean_norm}""",
                 "tests/privacy/step/test_reporting.py::test_nothing_kept_holds_statistics_of_the_data",
             ),
             Fault(

@@ -19,6 +19,7 @@ LINES = (
             "tests/privacy/step/test_fused.py::test_one_stream_for_two_parameters_is_refused": "the fused step refuses one nonce for two parameters",
             "tests/privacy/step/test_fused.py::test_stochastic_rounding_keeps_small_updates": "stochastic rounding draws from streams of its own",
             "tests/privacy/guards/test_bypasses.py::test_generators_are_seeded_anew_by_make_private": "make_private seeds the global generators anew",
+            "tests/privacy/guards/test_messages.py::test_a_generator_of_the_model_is_named": "a random generator that the model itself holds is named",
             "tests/privacy/guards/test_bypasses.py::test_workers_draw_from_secret_seeds_also_where_the_loader_has_a_generator": "the loader's workers draw from secret seeds, not from the loader's generator",
             "tests/privacy/sampling/test_seeds.py::test_a_seed_set_before_the_loop_is_replaced_and_said": "a seed that is set between batches is replaced, with a warning",
             "tests/privacy/sampling/test_seeds.py::test_a_seed_set_within_a_batch_is_refused_and_costs_nothing": "a seed that is set within a batch is refused, and costs nothing",
@@ -138,6 +139,13 @@ LINES = (
                 "seeds=None if self._noise_stream.fixed else SecretSeeds()",
                 "seeds=None",
                 "tests/privacy/guards/test_bypasses.py::test_generators_are_seeded_anew_by_make_private",
+            ),
+            Fault(
+                "a generator of the model's own let through",
+                "dpkernels/privacy/setup.py",
+                "    warn_of_generators(run.module)\n",
+                "",
+                "tests/privacy/guards/test_messages.py::test_a_generator_of_the_model_is_named",
             ),
             Fault(
                 "the loader's own generator for its workers",

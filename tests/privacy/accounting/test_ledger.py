@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -33,6 +34,13 @@ def spent(path: Path, taken: int, **arguments: object) -> Run:
     train(run, taken)
     run.engine.close()
     return run
+
+
+def ledger_of(run: Run) -> Ledger:
+    budget = run.engine._budget
+    assert budget is not None
+    assert budget._ledger is not None
+    return budget._ledger
 
 
 def entries(path: Path) -> list[dict]:
@@ -104,11 +112,11 @@ def test_planted_line_after_the_step_is_caught(path: Path, monkeypatch: pytest.M
     original = DPOptimizer.step
 
     def late(self: DPOptimizer) -> object:
-        spend, self._spend = self._spend, lambda: None
+        spend, self._budget.spend = self._budget.spend, lambda: None
         try:
             return original(self)
         finally:
-            self._spend = spend
+            self._budget.spend = spend
             spend()
 
     monkeypatch.setattr(DPOptimizer, "step", late)
@@ -483,11 +491,48 @@ def test_a_closed_ledger_says_so_and_what_to_do(path: Path) -> None:
 
 
 def test_one_ledger_serves_one_process_at_a_time(path: Path) -> None:
-    run = private_run(ledger=path)
-    with pytest.raises(LedgerError, match="in use"):
-        private_run(ledger=path)
-    run.engine.close()
+    with path.open("ab") as of_another_process:  # flock does not ask whose process an open file is
+        fcntl.flock(of_another_process, fcntl.LOCK_EX)
+        with pytest.raises(LedgerError, match="in use by a run of another process"):
+            private_run(ledger=path)
     private_run(ledger=path)
+
+
+def test_a_cell_that_runs_again_takes_the_ledger_over(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = private_run(ledger=path, lr=1.0)
+    train(first, 3)
+    second = private_run(ledger=path)
+    assert "is taken over from an earlier run of this process" in caplog.text
+    assert second.engine.steps == 3
+    train(second, 1)
+    weight = first.model.last.weight.clone()
+    with pytest.raises(
+        LedgerError, match=r"was taken over by a later make_private.*Go on with the later run"
+    ):
+        first.release(())
+    assert first.model.last.weight.equal(weight)
+    with pytest.raises(LedgerError, match="was taken over"):
+        first.engine.get_epsilon(1e-3)
+    train(second, 1)
+    assert second.engine.steps == read_ledger(path).steps == 5
+
+
+def test_a_run_that_may_not_continue_a_ledger_leaves_it_to_its_holder(path: Path) -> None:
+    first = private_run(ledger=path)
+    with pytest.raises(LedgerError, match="was written for dataset_size=40"):
+        private_run(ledger=path, examples=20)
+    train(first, 1)
+    assert read_ledger(path).steps == 1
+
+
+def test_a_forked_process_does_not_take_over(path: Path) -> None:
+    run = private_run(ledger=path)
+    ledger_of(run)._pid -= 1  # as if this process were a fork of the one that opened it
+    with pytest.raises(LedgerError, match="in use by a run of another process"):
+        private_run(ledger=path)
+    ledger_of(run)._pid += 1
+    train(run, 1)
+    assert read_ledger(path).steps == 1
 
 
 def check_says_nothing_about_the_data(path: Path) -> None:

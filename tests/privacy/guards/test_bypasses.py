@@ -13,6 +13,8 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from dpkernels.privacy import LedgerError, PrivacyEngine, plan_sampling, read_ledger
 from dpkernels.privacy.accounting.ledger import Ledger
 from dpkernels.privacy.guards import model as guard_module
+from dpkernels.privacy.sampling.arrow_rows import chunks_repeat
 from dpkernels.privacy.sampling.plan import speaker_ids
 from dpkernels.privacy.step.sums import BatchSums
 from tests.privacy.private_run import Net, Run, losses_of, private_run, train
@@ -615,6 +618,46 @@ def test_rows_that_a_list_or_a_hub_data_set_repeats_are_repetitions() -> None:
     for data in (rows + rows[:1], [rows[0]] * 40, stored.select([*range(24)] * 2), interleaved):
         with pytest.raises(ValueError, match="repetitions"):
             plan_sampling(loader_of(data))
+
+
+def test_rows_that_a_table_of_the_hub_holds_twice_are_repetitions() -> None:
+    """Concatenation copies nothing: both halves are the same memory. Equal rows of two tables are two examples."""
+    datasets = pytest.importorskip("datasets")
+
+    def table(last: int = 40) -> Any:
+        columns = {"text": [f"text {i}" for i in range(last)], "size": [*range(last)]}
+        columns |= {
+            "x": [[float(i)] for i in range(last)],
+            "sound": [{"a": i, "b": "c"} for i in range(last)],
+        }
+        return datasets.Dataset.from_dict(columns)
+
+    first, second = table(), table()
+    both = datasets.concatenate_datasets([first, second])
+    for data in (both, both.shuffle(seed=1), ConcatDataset([first, second]), first.add_column("y", [0] * 40)):
+        plan_sampling(loader_of(data))
+    for data in (
+        datasets.concatenate_datasets([first, first]),
+        datasets.concatenate_datasets([first, first.select(range(30, 40))]),
+        datasets.concatenate_datasets([first, second, second.select([39, 0])]),
+        datasets.concatenate_datasets([first, first]).shuffle(seed=1),
+        ConcatDataset([first, first.select(range(5))]),
+        ConcatDataset([both, second]),
+    ):
+        with pytest.raises(ValueError, match="repetitions"):
+            plan_sampling(loader_of(data))
+
+
+@pytest.mark.parametrize(("kind", "known"), [("StructArray", True), ("FixedSizeListArray", False)])
+def test_values_that_begin_within_their_memory_are_told_apart(kind: str, known: bool) -> None:
+    """Fields of a struct and lists of a fixed size may begin anywhere in a memory that the column itself does not
+    tell; of the latter no repetition is seen."""
+    pa = pytest.importorskip("pyarrow")
+    numbers = pa.array(range(80), type=pa.int64())
+    make = getattr(pa, kind).from_arrays
+    first, second = (make([part], ["a"]) if known else make(part, 1) for part in (numbers[:40], numbers[40:]))
+    for chunks, repeat in (([first, second], False), ([first, first], known)):
+        assert chunks_repeat(SimpleNamespace(data=pa.table({"x": pa.chunked_array(chunks)}))) is repeat
 
 
 # --- the count

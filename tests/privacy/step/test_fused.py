@@ -236,7 +236,7 @@ def test_planted_line_after_the_fused_step_is_caught(tmp_path: Path, monkeypatch
     with monkeypatch.context() as outer:
         outer.setattr(DPOptimizer, "_fused_step", late)
         run = private_run(ledger=tmp_path / "ledger.jsonl")
-        spend, run.optimizer._spend = run.optimizer._spend, lambda: None
+        spend, run.optimizer._budget.spend = run.optimizer._budget.spend, lambda: None
         outer.setitem(check_line_before_the_fused_step.__globals__, "private_run", lambda **_: run)
         with pytest.raises(AssertionError, match="before its line"):
             check_line_before_the_fused_step(tmp_path / "ledger.jsonl", monkeypatch)
