@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpkernels.auditing import CanaryDataset, LowerBound, draw_coins, lower_bound
 from dpkernels.privacy import DPOptimizer, PrivacyEngine, noise_multiplier
+from dpkernels.rounding import shown_epsilon, shown_lower_bound
 
 DELTA = 1e-5
 ORDINARY = 100
@@ -126,22 +128,25 @@ def _losses(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: one row a fault and number of canaries."""
+    """The command: one row a fault and number of canaries, as a table of Markdown."""
     parser = argparse.ArgumentParser(prog="python -m tests.auditing.faults", description=__doc__)
     parser.add_argument("--canaries", type=int, nargs="+", default=[100, 300, 1000], metavar="M")
-    parser.add_argument(
-        "--epsilon", type=float, default=2.0, metavar="E", help="of the claim; default %(default)s"
-    )
+    parser.add_argument("--epsilon", type=float, default=2.0, metavar="E", help="claim; default %(default)s")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="of each; default %(default)s")
     options = parser.parse_args(arguments)
     wrong = []
-    print(f"{'fault':<45}{'m':>6}{'lower bound':>14}{'stated':>9}{'at most':>9}  exposed")
+    print("| fault | canaries | lower bound, median | stated ε | at most | exposed |")
+    print("|---|--:|--:|--:|--:|--:|")
     for fault in FAULTS:
         for canaries in options.canaries:
-            bound, stated = audited(fault, canaries, epsilon=options.epsilon)
-            exposed = bound.epsilon > stated
+            results = [audited(fault, canaries, epsilon=options.epsilon) for _ in range(options.runs)]
+            exposed = sum(bound.epsilon > stated for bound, stated in results)
+            median = statistics.median(bound.epsilon for bound, _ in results)
+            (bound, stated) = results[0]
             print(
-                f"{fault:<45}{canaries:>6}{bound.epsilon:>14.2f}{stated:>9.2f}{bound.largest:>9.2f}  "
-                f"{'yes' if exposed else 'no'}"
+                f"| {fault} | {canaries:,} | {shown_lower_bound(median)} | {shown_epsilon(stated, 2)} | "
+                f"{shown_lower_bound(bound.largest)} | {exposed} of {len(results)} |",
+                flush=True,
             )
             if exposed if fault == "none" else not exposed and canaries == max(options.canaries):
                 wrong.append((fault, canaries))
