@@ -14,7 +14,7 @@ from bench.harness.timer import Samples
 from bench.names import NON_PRIVATE, OPACUS_GHOST, OPACUS_HOOKS
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
-GROUPS = ("ops", "layers", "step", "model", "transducer", "opacus")
+GROUPS = ("ops", "layers", "step", "model", "transducer", "transducer_growth", "opacus")
 
 
 @dataclass

@@ -29,8 +29,8 @@ _AXES = {"batch": "B", "T": "T", "U": "U", "V": "V"}
 _QUANTITIES = {"median_ms": "time, ms", "peak_mib": "peak memory, MiB"}
 
 
-def _of_group(results: Iterable[Results]) -> list[Results]:
-    return [result for result in results if result.group == "transducer" and result.rows]
+def _of_group(results: Iterable[Results], group: str = "transducer") -> list[Results]:
+    return [result for result in results if result.group == group and result.rows]
 
 
 def _beside(row: Row, rows: Sequence[Row]) -> Row | None:
@@ -109,9 +109,9 @@ def targets(results: Iterable[Results]) -> list[str]:
 def draw(results: Iterable[Results], folder: Path) -> list[Path]:
     """A figure a device and kind of loss: time and memory over batch, T, U and V."""
     written = []
-    for result in _of_group(results):
+    for result in _of_group(results, "transducer_growth"):
         for kind in dict.fromkeys(row.case for row in result.rows):
-            figure = curves([row for row in result.rows if row.case == kind and row.axis is not None])
+            figure = curves([row for row in result.rows if row.case == kind])
             if figure is not None:
                 written += save(figure, folder / f"{result.about['slug']}-{kind}")
     return written

@@ -39,20 +39,20 @@ bool channels_first(const dpk_tensor& v) {
 }
 
 template <class R>
-void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int64_t t1, R* panels,
-                 double* square_norms) {
+void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int64_t t1,
+                 const Panel<R>& panel, R* panels, double* square_norms) {
   const Micro<R>& k = micro<R>();
-  const int64_t n = v.size[2], width = k.nr;
+  const int64_t n = v.size[2], width = panel.width;
+  R* dst = panels + t0 * width;
   if (channels_first<R>(v)) {
     const R* rows = reinterpret_cast<const R*>(at(v, i, t0, 0));
     // The float64 roundings of n additions are below the slack that the bounds leave for them (bounds.h).
     if (square_norms != nullptr) k.column_squares(rows, v.stride[2], n, t1 - t0, square_norms + t0);
-    R* dst = panels + t0 * width;
     for (int64_t j = 0; j < n; j += width, dst += length * width) {
       const R* src = rows + j * v.stride[2];
       const int64_t columns = std::min(width, n - j);
       if (columns == width) {
-        k.transpose(src, v.stride[2], t1 - t0, dst);
+        panel.transpose(src, v.stride[2], t1 - t0, dst);
         continue;
       }
       std::fill_n(dst, (t1 - t0) * width, R(0));
@@ -62,15 +62,10 @@ void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int
     return;
   }
   std::vector<R> space(static_cast<size_t>(n));
-  for (int64_t t = t0; t < t1; ++t) {
+  for (int64_t t = t0; t < t1; ++t, dst += width) {
     const Rows<R> row(v, i, t, 1, 0, n, 1, space.data());
     if (square_norms != nullptr) square_norms[t] = k.square_sum_above(row.data, n);
-    R* dst = panels + t * width;
-    for (int64_t j = 0; j < n; j += width, dst += length * width) {
-      const int64_t columns = std::min(width, n - j);
-      std::copy_n(row.data + j, columns, dst);
-      std::fill(dst + columns, dst + width, R(0));
-    }
+    panel.pack(row.data, n, dst, length * width);
   }
 }
 
@@ -104,7 +99,7 @@ void pack_transposed(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0,
   const R* data = in_place ? reinterpret_cast<const R*>(at(v, i, t0, 0)) : space.get();
   const int64_t ld = in_place ? v.stride[1] : n;
   for (int64_t r = 0; r < frames; ++r) square_norms[t0 + r] = k.square_sum_above(data + r * ld, n);
-  k.transpose(data, ld, n, panel);
+  k.wide.transpose(data, ld, n, panel);
 }
 
 template <class R>
@@ -134,9 +129,14 @@ class Norms {
 
   int64_t panels(int64_t n) const { return ceil_div(n, k_.nr); }
 
-  // Elements of a sample's panels of a tensor with n features.
-  int64_t packed(int64_t length, int64_t n, bool gram) const {
-    return gram ? panels(length) * k_.nr * n : panels(n) * k_.nr * length;
+  // Elements of a sample's panels of x, or of g.
+  int64_t packed_x(int64_t length, bool gram) const {
+    const int64_t d = x_.size[2];
+    return gram ? panels(length) * k_.nr * d : packed_size(k_.wide, length, d);
+  }
+  int64_t packed_g(int64_t length, bool gram) const {
+    const int64_t p = g_.size[2];
+    return gram ? panels(length) * k_.nr * p : packed_size(k_.tall, length, p);
   }
 
   template <class Body>
@@ -144,8 +144,7 @@ class Norms {
     std::vector<Sample> group;
     int64_t size = 0, rows = 0;
     for (Sample sample : samples) {
-      const int64_t x_size = packed(sample.length, x_.size[2], gram),
-                    g_size = packed(sample.length, g_.size[2], gram);
+      const int64_t x_size = packed_x(sample.length, gram), g_size = packed_g(sample.length, gram);
       if (!group.empty() && (size + x_size + g_size) * kSize > kGroupBytes) {
         body(group);
         group.clear();
@@ -194,27 +193,43 @@ class Norms {
   }
 
   // c (nr x nr doubles) = a^T b over n rows of two packed panels.
-  void block(const R* a, const R* b, int64_t n, R* tile, double* c) const {
-    const int64_t width = k_.nr, size = k_.mr * width;
+  void block(const R* a, const R* b, int64_t n, R* tiles, double* c) const {
+    const int64_t width = k_.nr;
     std::fill(c, c + width * width, 0.0);
     for (int64_t n0 = 0; n0 < n; n0 += kBlock) {
-      const int64_t count = std::min(kBlock, n - n0);
-      for (int64_t m = 0; m < width; m += k_.mr) {
-        k_.tile(a + n0 * width + m, width, b + n0 * width, width, count, tile, width, false);
-        k_.accumulate(c + m * width, tile, size, 1.0);
-      }
+      const int64_t end = std::min(n0 + kBlock, n);
+      for (int64_t n1 = n0; n1 < end; n1 += kNear)
+        for (int64_t m = 0; m < width; m += k_.mr)
+          k_.tile(a + n1 * width + m, width, b + n1 * width, width, std::min(kNear, end - n1),
+                  tiles + m * width, width, n1 > n0);
+      k_.accumulate(c, tiles, width * width, 1.0);
     }
   }
 
+  // The sum of squares of a band's rows (at most `rows` of them exist) times a wide panel's columns.
+  double band_squares(const R* a, const R* b, int64_t length, int64_t rows, R* tiles, double* sum) const {
+    const int64_t apart = length * k_.tall.width;
+    if (length <= kBlock) return k_.square_sum(tiles, band_product(a, apart, b, length, rows, tiles) * k_.nr);
+    std::fill_n(sum, kMostBand, 0.0);
+    int64_t size = 0;
+    for (int64_t t0 = 0; t0 < length; t0 += kBlock) {
+      const int64_t frames = std::min(kBlock, length - t0);
+      size = band_product(a + t0 * k_.tall.width, apart, b + t0 * k_.nr, frames, rows, tiles) * k_.nr;
+      k_.accumulate(sum, tiles, size, 1.0);
+    }
+    return k_.dot(sum, sum, size);
+  }
+
   void by_direct(const std::vector<Sample>& group) {
-    const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr, rows = panels(p), columns = panels(d);
-    const Workspace workspace(end_of(group, packed(group.back().length, p, false)) * kSize);
+    const int64_t d = x_.size[2], p = g_.size[2], band = kBandPanels * k_.tall.width;
+    const int64_t bands = ceil_div(p, band), columns = panels(d);
+    const Workspace workspace(end_of(group, packed_g(group.back().length, false)) * kSize);
     R* const packed_panels = workspace.as<R>();
     const int64_t frames = group.back().rows_at + group.back().length;
     std::vector<double> x_rows(static_cast<size_t>(frames)), g_rows(static_cast<size_t>(frames));
     const int threads =
-        worthwhile_threads(threads_, static_cast<double>(frames) * static_cast<double>(rows * width) *
-                                         static_cast<double>(columns * width) / 16);
+        worthwhile_threads(threads_, static_cast<double>(frames) * static_cast<double>(bands * band) *
+                                         static_cast<double>(columns * k_.nr) / 16);
 
     const auto pieces =
         items_of(group, [](const Sample& s, int64_t unit) { return ceil_div(s.length, unit); }, kPackFrames);
@@ -222,30 +237,23 @@ class Norms {
       const Sample& s = *pieces[static_cast<size_t>(n)].sample;
       const int64_t t0 = pieces[static_cast<size_t>(n)].index * kPackFrames,
                     t1 = std::min(t0 + kPackFrames, s.length);
-      pack_frames<R>(x_, s.index, s.length, t0, t1, packed_panels + s.x_at, x_rows.data() + s.rows_at);
-      pack_frames<R>(g_, s.index, s.length, t0, t1, packed_panels + s.g_at, g_rows.data() + s.rows_at);
+      pack_frames<R>(x_, s.index, s.length, t0, t1, k_.wide, packed_panels + s.x_at,
+                     x_rows.data() + s.rows_at);
+      pack_frames<R>(g_, s.index, s.length, t0, t1, k_.tall, packed_panels + s.g_at,
+                     g_rows.data() + s.rows_at);
     });
 
-    const auto items = items_of(group, [](const Sample&, int64_t unit) { return unit; }, rows);
+    const auto items = items_of(group, [](const Sample&, int64_t unit) { return unit; }, bands);
     std::vector<double> partial(items.size());
     parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t n, int) {
       const Sample& s = *items[static_cast<size_t>(n)].sample;
-      const int64_t row = items[static_cast<size_t>(n)].index, used = std::min(width, p - row * width);
-      const R* a = packed_panels + s.g_at + row * s.length * width;
-      alignas(64) R tile[kMostTile];
-      alignas(64) double sum[kMostBlock];
+      const int64_t first = items[static_cast<size_t>(n)].index * band, rows = std::min(band, p - first);
+      alignas(64) R tiles[kMostBand];
+      alignas(64) double sum[kMostBand];
       double square = 0.0;
       for (int64_t column = 0; column < columns; ++column) {
-        const R* b = packed_panels + s.x_at + column * s.length * width;
-        if (s.length > kBlock) {
-          block(a, b, s.length, tile, sum);
-          square += k_.dot(sum, sum, width * width);
-          continue;
-        }
-        for (int64_t m = 0; m < used; m += k_.mr) {
-          k_.tile(a + m, width, b, width, s.length, tile, width, false);
-          square += k_.square_sum(tile, k_.mr * width);
-        }
+        const R* b = packed_panels + s.x_at + column * s.length * k_.nr;
+        square += band_squares(packed_panels + s.g_at + first * s.length, b, s.length, rows, tiles, sum);
       }
       partial[static_cast<size_t>(n)] = square;
     });
@@ -254,8 +262,8 @@ class Norms {
       const Sample& s = group[n];
       const Scale scales = scale(s, x_rows.data(), g_rows.data());
       double square = 0.0;
-      for (int64_t row = 0; row < rows; ++row)
-        square += partial[n * static_cast<size_t>(rows) + static_cast<size_t>(row)];
+      for (int64_t row = 0; row < bands; ++row)
+        square += partial[n * static_cast<size_t>(bands) + static_cast<size_t>(row)];
       const double entries = static_cast<double>(p) * static_cast<double>(d);
       out_[s.index] = scales.both == 0.0
                           ? 0.0f
@@ -271,7 +279,7 @@ class Norms {
   // (sum_t ||g_t||)^2 or (sum_t ||x_t||)^2.
   void by_gram(const std::vector<Sample>& group, std::vector<Sample>& redo) {
     const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr;
-    const Workspace workspace(end_of(group, packed(group.back().length, p, true)) * kSize);
+    const Workspace workspace(end_of(group, packed_g(group.back().length, true)) * kSize);
     R* const packed_panels = workspace.as<R>();
     const int64_t frames = group.back().rows_at + group.back().length;
     std::vector<double> x_rows(static_cast<size_t>(frames)), g_rows(static_cast<size_t>(frames));
@@ -296,12 +304,12 @@ class Norms {
       const int64_t row = items[static_cast<size_t>(n)].index;
       const R* x = packed_panels + s.x_at;
       const R* g = packed_panels + s.g_at;
-      alignas(64) R tile[kMostTile];
+      alignas(64) R tiles[kMostBlock];
       alignas(64) double xx[kMostBlock], gg[kMostBlock];
       double square = 0.0;
       for (int64_t column = row; column < panels(s.length); ++column) {
-        block(x + row * width * d, x + column * width * d, d, tile, xx);
-        block(g + row * width * p, g + column * width * p, p, tile, gg);
+        block(x + row * width * d, x + column * width * d, d, tiles, xx);
+        block(g + row * width * p, g + column * width * p, p, tiles, gg);
         square += (column == row ? 1.0 : 2.0) * k_.dot(xx, gg, width * width);
       }
       partial[static_cast<size_t>(n)] = square;
@@ -336,8 +344,8 @@ class Norms {
   }
 
   static constexpr int64_t kSize = static_cast<int64_t>(sizeof(R));
-  // Largest tile and block of any instruction set (micro.h: nr <= 32, mr <= nr).
-  static constexpr int kMostTile = 32 * 32, kMostBlock = 32 * 32;
+  // Largest block of any instruction set (micro.h: nr <= 32).
+  static constexpr int kMostBlock = 32 * 32;
 
   const dpk_tensor& x_;
   const dpk_tensor& g_;
@@ -350,8 +358,10 @@ class Norms {
 
 template int64_t effective_length<float>(const dpk_tensor&, const dpk_tensor&, int64_t, int64_t);
 template int64_t effective_length<double>(const dpk_tensor&, const dpk_tensor&, int64_t, int64_t);
-template void pack_frames<float>(const dpk_tensor&, int64_t, int64_t, int64_t, int64_t, float*, double*);
-template void pack_frames<double>(const dpk_tensor&, int64_t, int64_t, int64_t, int64_t, double*, double*);
+template void pack_frames<float>(const dpk_tensor&, int64_t, int64_t, int64_t, int64_t, const Panel<float>&,
+                                 float*, double*);
+template void pack_frames<double>(const dpk_tensor&, int64_t, int64_t, int64_t, int64_t, const Panel<double>&,
+                                  double*, double*);
 
 }  // namespace dpk
 

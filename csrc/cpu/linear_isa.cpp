@@ -17,25 +17,25 @@ void tile(const R* a, int64_t lda, const R* b, int64_t ldb, int64_t k, R* c, int
     const int64_t n = at_most(kChunk, k - t0);
     for (int64_t t = 0; t < n; ++t) {
       Vector<R> right[vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) right[v] = read(b + v * lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < rows; ++m) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) sum[m][v] += a[m] * right[v];
       }
       a += lda;
       b += ldb;
     }
     if (t0 == 0 && !accumulate) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) write(c + m * ldc + v * lanes, sum[m][v]);
     } else {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) {
           R* at = c + m * ldc + v * lanes;
           write<R>(at, read(at) + sum[m][v]);
@@ -43,6 +43,17 @@ void tile(const R* a, int64_t lda, const R* b, int64_t ldb, int64_t k, R* c, int
     }
     t0 += kChunk;
   } while (t0 < k);
+}
+
+template <class R>
+int64_t tall_tile(const R* a, const R* b, int64_t k, int64_t rows, R* c, bool accumulate) {
+  constexpr int columns = kTileVectors * kLanes<R>;
+  if (rows <= kTileRows) {
+    tile<R, kTileRows, kTileVectors>(a, kTallRows, b, columns, k, c, columns, accumulate);
+    return kTileRows;
+  }
+  tile<R, kTallRows, kTileVectors>(a, kTallRows, b, columns, k, c, columns, accumulate);
+  return kTallRows;
 }
 
 // IEEE half to float in integers, so that subnormals survive a processor set to flush them.
@@ -241,18 +252,33 @@ inline void transpose_4x4(const double* src, int64_t ld, double* dst, int64_t ld
 
 template <class R, int width>
 void transpose(const R* rows, int64_t ld, int64_t n, R* dst) {
-  static_assert(width % 4 == 0, "whole blocks of 4 rows");
   // Blocks of features: what one block writes stays in the first-level cache.
   for (int64_t k0 = 0; k0 < n; k0 += kChunk) {
     const int64_t k1 = at_most(n, k0 + kChunk);
-    for (int r = 0; r < width; r += 4) {
+    int r = 0;
+    for (; r + 4 <= width; r += 4) {
       const R* src = rows + r * ld;
       int64_t k = k0;
       for (; k + 4 <= k1; k += 4) transpose_4x4(src + k, ld, dst + k * width + r, width);
       for (; k < k1; ++k)
         for (int s = 0; s < 4; ++s) dst[k * width + r + s] = src[s * ld + k];
     }
+    for (; r < width; ++r)
+      for (int64_t k = k0; k < k1; ++k) dst[k * width + r] = rows[r * ld + k];
   }
+}
+
+template <class R, int width>
+void pack(const R* __restrict__ row, int64_t n, R* __restrict__ dst, int64_t apart) {
+  int64_t j = 0;
+  for (; j + width <= n; j += width, dst += apart) __builtin_memcpy(dst, row + j, width * sizeof(R));
+  if (j == n) return;
+  for (int c = 0; c < width; ++c) dst[c] = j + c < n ? row[j + c] : R(0);
+}
+
+template <class R, int width>
+constexpr Panel<R> panel() {
+  return {width, pack<R, width>, transpose<R, width>};
 }
 
 template <class R>
@@ -280,15 +306,17 @@ constexpr Micro<R> make() {
   static_assert(width % kTileRows == 0 && kStrip % width == 0, "see Micro");
   return {kTileRows,
           width,
+          panel<R, width>(),
+          panel<R, kTallRows>(),
           load<R>,
           tile<R, kTileRows, kTileVectors>,
+          tall_tile<R>,
           square_sum_above<R>,
           square_sum_above_rows,
           square_sum<R>,
           column_squares<R>,
           accumulate<R>,
           dot,
-          transpose<R, width>,
           all_zero<R>,
           all_finite<R>};
 }

@@ -16,13 +16,30 @@ namespace dpk {
 constexpr int64_t kChunk = 64;
 // Frames (or features) summed in R: 8 chunks. Longer sums go on in float64.
 constexpr int64_t kBlock = 512;
+// Frames (or features) of two panels that stay in the first-level cache while their tiles are computed.
+constexpr int64_t kNear = 192;
 // Columns that the streaming kernels (LoRA, bias, layer norm) treat at a time: a multiple of every tile
 // width.
 constexpr int64_t kStrip = 128;
 
+// Panels of `width` columns of a matrix: panel j holds columns [j*width, (j+1)*width) frame by frame, zeros
+// in columns that do not exist.
+template <class R>
+struct Panel {
+  int width;
+
+  // One frame of n columns into its place in each panel; panels lie `apart` elements apart.
+  void (*pack)(const R* row, int64_t n, R* dst, int64_t apart);
+
+  // `width` rows of n features, row r at rows + r*ld, to dst[k*width + r].
+  void (*transpose)(const R* rows, int64_t ld, int64_t n, R* dst);
+};
+
 template <class R>
 struct Micro {
-  int mr, nr;  // tile: mr x nr outputs; mr divides nr, nr divides kStrip
+  int mr, nr;     // tile: mr x nr outputs; mr divides nr, nr divides kStrip
+  Panel<R> wide;  // of nr columns
+  Panel<R> tall;  // of as many columns as a tall tile has rows
 
   // dst[j] = src[j * stride], converted exactly (dtype as in dpkernels.h; F64 only when R is double).
   void (*load)(const void* src, int32_t dtype, int64_t stride, int64_t n, R* dst);
@@ -31,6 +48,10 @@ struct Micro {
   // from 0 in a register and then added to c (the first is stored when !accumulate).
   void (*tile)(const R* a, int64_t lda, const R* b, int64_t ldb, int64_t k, R* c, int64_t ldc,
                bool accumulate);
+
+  // The same sums, bit for bit, for m < tall.width, from a tall panel a and a wide one b; c has rows of nr.
+  // Where at most mr rows are wanted, mr are written. Returns the number of rows written.
+  int64_t (*tall_tile)(const R* a, const R* b, int64_t k, int64_t rows, R* c, bool accumulate);
 
   // An upper bound of sum v[j]^2, within 0.1 % for n < 4096; NaN or infinity when a v[j] is.
   double (*square_sum_above)(const R* v, int64_t n);
@@ -49,9 +70,6 @@ struct Micro {
 
   // sum a[j] * b[j] in float64.
   double (*dot)(const double* a, const double* b, int64_t n);
-
-  // nr rows of n features, row r at rows + r*ld, to dst[k*nr + r].
-  void (*transpose)(const R* rows, int64_t ld, int64_t n, R* dst);
 
   // Every v[j] is 0 / is finite.
   bool (*all_zero)(const R* v, int64_t n);

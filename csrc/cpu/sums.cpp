@@ -9,7 +9,7 @@ namespace dpk {
 namespace {
 
 // Columns of the output that one piece of work holds in float64, in units of a panel.
-constexpr int64_t kPanelsWide = 2;
+constexpr int64_t kPanelsWide = 4;
 
 // Each piece of work owns a tile of the output: it takes the samples in order, computes a sample's product
 // in R (in the order of the norm's, bounds.h), and adds factor * product in float64. The tile is read from
@@ -21,20 +21,20 @@ class WeightedSum {
       : x_(x), g_(g), threads_(threads), out_(out), out_dtype_(out_dtype), k_(micro<R>()) {}
 
   void run(const double* factors, const int64_t* lengths) const {
-    const int64_t frame =
-        (ceil_div(x_.size[2], k_.nr) + ceil_div(g_.size[2], k_.nr)) * k_.nr;  // packed elements of one frame
     std::vector<Sample> group;
     int64_t size = 0;
     for (int64_t i = 0; i < x_.size[0]; ++i) {
       if (factors[i] == 0.0) continue;
       const int64_t length = effective_length<R>(x_, g_, i, length_of(lengths, i, x_.size[1]));
-      if (!group.empty() && (size + length * frame) * static_cast<int64_t>(sizeof(R)) > kGroupBytes) {
+      const int64_t x_size = packed_size(k_.wide, length, x_.size[2]),
+                    g_size = packed_size(k_.tall, length, g_.size[2]);
+      if (!group.empty() && (size + x_size + g_size) * static_cast<int64_t>(sizeof(R)) > kGroupBytes) {
         add(group, size);
         group.clear();
         size = 0;
       }
-      group.push_back({i, length, factors[i], size, size + ceil_div(x_.size[2], k_.nr) * k_.nr * length, 0});
-      size += length * frame;
+      group.push_back({i, length, factors[i], size, size + x_size, 0});
+      size += x_size + g_size;
     }
     if (!group.empty()) add(group, size);
   }
@@ -56,46 +56,48 @@ class WeightedSum {
     parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t n, int) {
       const auto [s, t0] = pieces[static_cast<size_t>(n)];
       const int64_t t1 = std::min(t0 + kPackFrames, s->length);
-      pack_frames<R>(x_, s->index, s->length, t0, t1, panels + s->x_at, nullptr);
-      pack_frames<R>(g_, s->index, s->length, t0, t1, panels + s->g_at, nullptr);
+      pack_frames<R>(x_, s->index, s->length, t0, t1, k_.wide, panels + s->x_at, nullptr);
+      pack_frames<R>(g_, s->index, s->length, t0, t1, k_.tall, panels + s->g_at, nullptr);
     });
 
-    const int64_t wide = kPanelsWide * width, across = ceil_div(d, wide);
-    parallel_for(ceil_div(p, width) * across, threads, [&](int64_t n, int) {
-      const int64_t row = n / across, column = n % across;
-      const int64_t rows = std::min(width, p - row * width), columns = std::min(wide, d - column * wide);
-      alignas(64) R tile[32 * 32];
-      alignas(64) double sum[kPanelsWide * 32 * 32];
-      for_runs(row, column, rows, columns, sum, [&](double* run, int64_t index, int64_t count) {
+    const int64_t wide = kPanelsWide * width, across = ceil_div(d, wide), band = kBandPanels * k_.tall.width;
+    parallel_for(ceil_div(p, band) * across, threads, [&](int64_t n, int) {
+      const Place place{n / across * band, n % across * wide, std::min(band, p - n / across * band),
+                        std::min(wide, d - n % across * wide)};
+      alignas(64) R tiles[kMostBand];
+      alignas(64) double sum[kPanelsWide * kMostBand];
+      for_runs(place, sum, [&](double* run, int64_t index, int64_t count) {
         read_out(out_, out_dtype_, index, count, run);
       });
       for (const Sample& s : group) {
         for (int64_t t0 = 0; t0 < s.length; t0 += kBlock) {
-          const int64_t frames = std::min(kBlock, s.length - t0);
-          const R* a = panels + s.g_at + (row * s.length + t0) * width;
-          for (int64_t j = 0; j < columns; j += width) {
-            const R* b = panels + s.x_at + ((column * kPanelsWide + j / width) * s.length + t0) * width;
-            for (int64_t m = 0; m < rows; m += k_.mr) {
-              k_.tile(a + m, width, b, width, frames, tile, width, false);
-              k_.accumulate(sum + (j + m) * width, tile, k_.mr * width, s.factor);
-            }
+          const int64_t frames = std::min(kBlock, s.length - t0), apart = s.length * k_.tall.width;
+          const R* a = panels + s.g_at + place.row * s.length + t0 * k_.tall.width;
+          for (int64_t j = 0; j < place.columns; j += width) {
+            const R* b = panels + s.x_at + (place.column + j) * s.length + t0 * width;
+            const int64_t rows = band_product(a, apart, b, frames, place.rows, tiles);
+            k_.accumulate(sum + j * band, tiles, rows * width, s.factor);
           }
         }
       }
-      for_runs(row, column, rows, columns, sum, [&](const double* run, int64_t index, int64_t count) {
+      for_runs(place, sum, [&](const double* run, int64_t index, int64_t count) {
         write_out(out_, out_dtype_, index, count, run);
       });
     });
   }
 
-  // Copies between a piece's float64 tile (panels of nr columns one after the other) and `out`, run by run.
+  // A piece of the output.
+  struct Place {
+    int64_t row, column, rows, columns;
+  };
+
+  // Copies between a piece's float64 tile and `out`, run by run.
   template <class Copy>
-  void for_runs(int64_t row, int64_t column, int64_t rows, int64_t columns, double* sum, Copy&& copy) const {
-    const int64_t width = k_.nr;
-    for (int64_t j = 0; j < columns; j += width)
-      for (int64_t m = 0; m < rows; ++m)
-        copy(sum + (j + m) * width, (row * width + m) * x_.size[2] + column * kPanelsWide * width + j,
-             std::min(width, columns - j));
+  void for_runs(const Place& place, double* sum, Copy&& copy) const {
+    for (int64_t j = 0; j < place.columns; j += k_.nr)
+      for (int64_t m = 0; m < place.rows; ++m)
+        copy(sum + j * kBandPanels * k_.tall.width + m * k_.nr,
+             (place.row + m) * x_.size[2] + place.column + j, std::min<int64_t>(k_.nr, place.columns - j));
   }
 
   const dpk_tensor& x_;

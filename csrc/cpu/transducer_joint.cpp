@@ -153,7 +153,7 @@ void Unit<R>::take(const Cell* cells, int64_t count) {
       load(cells[first + c]);
       joint_.k.joint(encoder(), predictor(), ld, joint_.given.activation, joint_.given.encoder.dtype, row);
     }
-    micro<R>().transpose(rows_.get(), ld, joint_.hidden, packed_.get() + first * joint_.hidden);
+    micro<R>().wide.transpose(rows_.get(), ld, joint_.hidden, packed_.get() + first * joint_.hidden);
   }
 }
 

@@ -6,14 +6,17 @@
 
 namespace dpk::DPK_ISA {
 
+// Rows of a tile, of a tall tile, and vectors in a row of both. A tile's accumulators hide the latency of its
+// operations (two FMAs a cycle, four cycles each); a tall one fills the registers, so that fewer operands are
+// read for an operation.
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kTileRows = 8, kTileVectors = 2;  // 16 accumulators of 32 registers
+constexpr int kBytes = 64, kTileRows = 8, kTallRows = 12, kTileVectors = 2;  // 16, 24 accumulators of 32
 #elif defined(__AVX__)
-constexpr int kBytes = 32, kTileRows = 4, kTileVectors = 2;  // 8 of 16: two FMAs a cycle, four cycles each
+constexpr int kBytes = 32, kTileRows = 4, kTallRows = 6, kTileVectors = 2;  // 8, 12 of 16
 #elif defined(__aarch64__)
-constexpr int kBytes = 16, kTileRows = 4, kTileVectors = 4;  // 16 of 32
+constexpr int kBytes = 16, kTileRows = 4, kTallRows = 6, kTileVectors = 4;  // 16, 24 of 32
 #else
-constexpr int kBytes = 16, kTileRows = 4, kTileVectors = 2;
+constexpr int kBytes = 16, kTileRows = 4, kTallRows = 6, kTileVectors = 2;
 #endif
 
 // The attribute does not take a dependent element type in all compilers, hence one specialisation each.
