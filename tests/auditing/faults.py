@@ -3,7 +3,7 @@
 Each example has a direction of its own in a linear model, and a gradient far above the clipping norm: these are the
 strongest canaries. The score is the loss under the starting model minus that under the final one. A fault is exposed
 where the lower bound exceeds the ε that the ledger states; an honest run must not be. The command's exit code is 1 if
-an honest run is exposed, or if a fault is not at the largest number of canaries.
+an honest run is exposed, or if no run with a fault is at the largest number of canaries.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.auditing.faults", description=__doc__)
     parser.add_argument("--canaries", type=int, nargs="+", default=[100, 300, 1000], metavar="M")
     parser.add_argument("--epsilon", type=float, default=2.0, metavar="E", help="claim; default %(default)s")
-    parser.add_argument("--runs", type=int, default=1, metavar="N", help="of each; default %(default)s")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of each; default %(default)s")
     options = parser.parse_args(arguments)
     wrong = []
     print("| fault | canaries | lower bound, median | stated ε | at most | exposed |")
