@@ -321,7 +321,14 @@ def report(
     typer.echo(f"written to {written}")
 
 
-for command in (commands.recipes, commands.transcribe, commands.export, commands.merge, commands.verify):
+for command in (
+    commands.recipes,
+    commands.transcribe,
+    commands.export,
+    commands.merge,
+    commands.audit,
+    commands.verify,
+):
     app.command()(command)
 
 

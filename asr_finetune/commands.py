@@ -1,4 +1,4 @@
-"""The list of recipes, and the commands on what a run leaves: transcribe, export, merge, verify.
+"""The list of recipes, and the commands on what a run leaves: transcribe, export, merge, audit, verify.
 
 `cli.py` has the commands that make a run.
 """
@@ -128,6 +128,70 @@ def merge(
     from asr_finetune.training.export import merge as write
 
     typer.echo(f"written to {write(adapter, output, model)}")
+
+
+def audit(
+    run: Annotated[
+        Path,
+        typer.Argument(help="Folder of a run, or a YAML configuration or recipe.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The audit's own folder.", show_default="the run's, with -audit at its end"
+        ),
+    ] = None,
+    canaries: Annotated[
+        int | None, typer.Option(help="Number of canaries.", show_default="1000, or half of the recordings")
+    ] = None,
+    words: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file of public words for their sentences.", show_default="common English words"
+        ),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound.")] = 0.95,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Any key of the configuration; may be repeated."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+) -> None:
+    """Attack a configuration: train it with canaries, and state a lower bound on its ε beside the upper one.
+
+    The audit trains a model of its own, with the run's data, noise and steps, in which some recordings have sentences
+    of public words, each included by a secret coin. From the losses before and after the training the coins are
+    guessed. The result is in audit.json and in the report of the audit's folder; both are computed from the recordings
+    without noise, and ε does not cover them. It exits with 1 if the lower bound is above the stated ε.
+
+    **Examples**
+
+    - `asr-finetune audit runs/first`
+    - `asr-finetune audit run.yaml --canaries 500 --output runs/audit`
+    """
+    from asr_finetune.config.schema import Config
+    from asr_finetune.config.yaml_io import load_yaml, overridden
+    from asr_finetune.files import MissingFile
+    from asr_finetune.report.report import write_report
+    from asr_finetune.training.audit import PUBLIC_WORDS
+    from asr_finetune.training.audit import audit as run_audit
+    from asr_finetune.training.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    values = folder.written_config().to_dict() if folder.config.is_file() else load_yaml(run)
+    values["output"] = str(output) if output is not None else f"{values.get('output') or run.stem}-audit"
+    config = Config.from_dict(overridden(values, {}, settings or ()))
+    public = PUBLIC_WORDS
+    if words is not None:
+        if not words.is_file():
+            raise MissingFile(f"--words {words}: no such file")
+        public = tuple(words.read_text(encoding="utf-8").split())
+    result = run_audit(config, canaries=canaries, words=public, confidence=confidence, progress=not quiet)
+    report = write_report(config.output, Path(config.output) / "report.html")
+    typer.echo(f"written to {report}")
+    raise typer.Exit(1 if result["contradicts"] else 0)
 
 
 def verify(run: _Run) -> None:

@@ -14,11 +14,12 @@ class MissingFile(UserError, FileNotFoundError):
     """A file or folder that the user named does not exist."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+def write_text(path: Path, text: str, *, secret: bool = False) -> None:
+    """Write UTF-8 text atomically; a secret file's mode is 0600."""
+    write_atomically(path, lambda file: file.write(text.encode()), mode=0o600 if secret else None)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically. Raises ValueError for NaN and infinities, which JSON does not have."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, values: Any, *, secret: bool = False) -> None:
+    """Write JSON atomically, as `write_text`. Raises ValueError for NaN and infinities, which JSON does not have."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text, secret=secret)

@@ -32,7 +32,7 @@ _HOMES: dict[str, str] = dict.fromkeys(_LAYER_NAMES, "dpkernels.nn") | {
     "fix": "dpkernels.nn.convert.fix",
 }
 _SUBMODULES = (
-    *("nn", "ops", "privacy", "interop", "backends", "opacus"),
+    *("nn", "ops", "privacy", "auditing", "interop", "backends", "opacus"),
     *("memory", "blocks", "precision", "plain", "errors", "files", "checkpoint", "rounding"),
 )
 

@@ -48,8 +48,13 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise WriteError(unwritten(path, reason)) from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, mode: int | None = None) -> None:
     """Write a file through a temporary neighbour: fsync, rename, fsync of the folder.
+
+    Args:
+        path: the file.
+        write: writes its content to an open file.
+        mode: its mode, before anything is written to it; None: what the umask leaves.
 
     Raises:
         WriteError: the file cannot be written; it holds what it held before.
@@ -58,6 +63,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     with writing(path):
         try:
             with open(temporary, "wb") as file:
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -32,6 +32,19 @@ def shown_sigma(sigma: float, places: int = 3) -> str:
     return _rounded(sigma, places, ROUND_FLOOR)
 
 
+def shown_lower_bound(epsilon: float, places: int = 2) -> str:
+    """A lower bound on ε as text, rounded down to `places` decimals: 1.239 is shown as 1.23.
+
+    Args:
+        epsilon: the bound, >= 0.
+        places: decimals.
+
+    Raises:
+        ValueError: `epsilon` is NaN.
+    """
+    return _rounded(epsilon, places, ROUND_FLOOR)
+
+
 def _rounded(value: float, places: int, rounding: str) -> str:
     if math.isnan(value):
         raise ValueError("nan cannot be shown: it is no ε and no σ")

@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 GENERATED = ("reference", "project")  # written when the site is built, from what the other folders hold
 PUBLIC = (
     *("dpkernels", "dpkernels.nn", "dpkernels.ops", "dpkernels.privacy", "dpkernels.losses"),
+    "dpkernels.auditing",
     "dpkernels.interop.trainer",
 )
 

@@ -184,6 +184,38 @@ def wer_against_epsilon(
     return figure
 
 
+def canary_scores(edges: Sequence[float], included: Sequence[int], excluded: Sequence[int]) -> Figure:
+    """The scores of an audit's canaries, as two histograms on common bins.
+
+    Args:
+        edges: of the bins, one more than there are bins.
+        included: canaries in each bin that the run was trained on.
+        excluded: the others.
+
+    Raises:
+        ValueError: no canaries.
+    """
+    if not sum(included) + sum(excluded):
+        raise ValueError("included and excluded hold no canaries: there is nothing to plot")
+    with _style():
+        figure, axes = _axes("score: by how much training lowered the canary's loss", "canaries")
+        for counts, label, color, dash, height in (
+            (excluded, "excluded", ORANGE, (0, (3, 1)), 0.86),
+            (included, "included", BLUE, "solid", 0.94),
+        ):
+            axes.stairs(counts, edges, color=color, linewidth=1.6, linestyle=dash)
+            axes.annotate(
+                f"{label} ({sum(counts):,})",
+                (0.02, height),
+                xycoords="axes fraction",
+                color=color,
+                fontsize=8.5,
+            )
+        axes.set_ylim(0, 1.25 * max(*included, *excluded))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return figure
+
+
 def svg(figure: Figure, name: str) -> str:
     """The figure as an `<svg>` element for an HTML page; equal figures give equal text.
 

@@ -1,8 +1,9 @@
 """The privacy report of a finished run: one self-contained HTML page.
 
-The report is made from run.json and the ledger alone. This module never opens the folder `not_private`, and reads only
-the fields of run.json that it names. The one figure in it that is computed from the private data without noise is
-therefore N, the number of privacy units, which the derivation of ε states and which is treated as public.
+The report is made from run.json, the ledger, and audit.json of an audited run. This module never opens the folder
+`not_private`, and reads only the fields of these files that it names. But for an audit's figures, which are marked, the
+one figure in it that is computed from the private data without noise is therefore N, the number of privacy units, which
+the derivation of ε states and which is treated as public.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dpkernels.privacy import (
     claimed_epsilon,
     detection_bounds,
 )
-from dpkernels.rounding import shown_epsilon, shown_sigma
+from dpkernels.rounding import shown_epsilon, shown_lower_bound, shown_sigma
 
 # Steps at which the plot of ε is computed.
 _POINTS = 8
@@ -83,6 +84,7 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
     ledger = audit_ledger(folder.ledger, privacy, folder.run.name) if privacy["enabled"] else None
     private = ledger is not None and ledger.epsilon is not None
     evaluation = run["evaluation"]
+    audit = _audit(folder.read_json(folder.audit))
     return {
         "title": "Privacy report",
         "run_name": folder.path.resolve().name,
@@ -126,6 +128,7 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
         )
         if private
         else [],
+        "audit": audit,
         "epsilon_plot": _epsilon_plot(privacy) if private else "",
         "wer_plot": _wer_plot(run["curve"], run["curve_start"]),
     }
@@ -216,6 +219,24 @@ def _epsilon_plot(privacy: Mapping[str, Any]) -> str:
     return plots.svg(figure, "Epsilon spent over the training steps")
 
 
+_OF_AUDIT = (
+    *("epsilon", "delta", "confidence", "canaries", "included", "guessed_included", "guessed_excluded"),
+    *("correct", "tried", "largest"),
+)
+
+
+def _audit(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What an attack on the run showed, with its plot; None of a run that was not audited."""
+    if values is None:
+        return None
+    scores = values["scores"]
+    figure = plots.canary_scores(scores["edges"], scores["included"], scores["excluded"])
+    return {
+        **{key: values[key] for key in _OF_AUDIT},
+        "plot": plots.svg(figure, "Scores of included and excluded canaries"),
+    }
+
+
 def _wer_plot(curve: Sequence[Mapping[str, Any]], start: float | None) -> str:
     points = [{key: point.get(key) for key in ("step", "wer", "wer_lo", "wer_hi")} for point in curve]
     if not points:
@@ -236,6 +257,7 @@ def _render(context: Mapping[str, Any]) -> str:
         "number": _number,
         "small": _small,
         "epsilon": shown_epsilon,
+        "lower": shown_lower_bound,
         "sigma": shown_sigma,
     }
     return environment.get_template("report.html").render(context)

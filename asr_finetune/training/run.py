@@ -26,7 +26,7 @@ from dpkernels.files import WriteError
 from dpkernels.plain import PlainLoader
 from dpkernels.rounding import shown_epsilon
 
-__all__ = ["Interrupted", "TrainResult", "train"]
+__all__ = ["Interrupted", "TrainResult", "complete", "train"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,17 @@ def train(
     """
     config.check_trainable()
     with joined() as ranks:
-        run = Run(config, Reporter(progress and ranks.is_first), resume=resume, compare=compare, ranks=ranks)
-        try:
-            return _train(run)
-        except WriteError as error:
-            raise WriteError(f"the run stopped: {error}. {_kept(run)}") from error
+        return complete(
+            Run(config, Reporter(progress and ranks.is_first), resume=resume, compare=compare, ranks=ranks)
+        )
+
+
+def complete(run: Run) -> TrainResult:
+    """Take a run from its start, or from its last checkpoint, to its end; see `train`."""
+    try:
+        return _train(run)
+    except WriteError as error:
+        raise WriteError(f"the run stopped: {error}. {_kept(run)}") from error
 
 
 def _kept(run: Run) -> str:
@@ -108,8 +114,10 @@ def _train(run: Run) -> TrainResult:
         before = _evaluate_before(run)
         if run.resuming:
             _restore(run)
+        run.before_steps()
         with closing(RunLog(config.log, run.folder, run.step)) as run.log:
             run_steps(run)
+        run.after_steps()
         data = record.data_record(config, run.corpus, run.fingerprint)
         if config.privacy.enabled:  # an exact fact about the private data: it must not be passed on
             run.folder.note_test_data(run.shares_training)

@@ -8,6 +8,7 @@ tensorboard/                what is public, for TensorBoard (`log.tensorboard`)
 metrics.json                error rates before and after
 run.json                    the record of the finished run, from which the report is made
 stopped.json                the same of a run that was stopped and exported (`asr-finetune export`)
+audit.json                  what an attack on the run showed (`asr-finetune audit`), computed without noise
 not_private/                losses, clip rates, transcripts, names and figures of recordings: must not be passed on
 """
 
@@ -119,9 +120,14 @@ class RunFolder:
     metrics = _within("metrics.json", "Error rates before and after.")
     run = _within("run.json", "The record of the finished run.")
     stopped = _within("stopped.json", "The record of a run that was stopped and exported.")
+    audit = _within("audit.json", "What an attack on the run showed.")
     not_private = _within("not_private", "Folder of files that must not be passed on.")
     speakers = _within("not_private/speakers.yaml", "data.speakers and data.exclude_speakers, if given.")
     data = _within("not_private/data.json", "Figures and fingerprint of the training data.")
+    coins = _within("not_private/coins.json", "The secret coins of an audit; its mode is 0600.")
+    canaries = _within(
+        "not_private/canaries.json", "Canaries of an audit and their losses; its mode is 0600."
+    )
 
     @property
     def finished(self) -> bool:
@@ -191,25 +197,24 @@ class RunFolder:
         write_text(self.config, _WITHHELD + nameless.to_yaml())
 
     def written_config(self) -> Config:
-        """The configuration in config.yaml.
+        """The configuration that the folder's run was started with, the names of speakers included.
 
         Raises:
-            RunFolderError: the file is damaged.
+            RunFolderError: a file is damaged.
             ConfigError: it has values that no configuration has.
         """
         with _readable(self.config):
             values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-        return Config.from_dict(values)
-
-    def _changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
-        """The changed keys that a run may not change; a key that config.yaml lacks has its default."""
-        written = self.written_config()
+        written = Config.from_dict(values)
         if self.speakers.is_file():
             with _readable(self.speakers):
                 named = dict(yaml.safe_load(self.speakers.read_text(encoding="utf-8")))
             written = written.with_values("data", **named)
-        old = written.to_dict()
-        changes = changed_keys(old, config.to_dict())
+        return written
+
+    def _changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """The changed keys that a run may not change; a key that config.yaml lacks has its default."""
+        changes = changed_keys(self.written_config().to_dict(), config.to_dict())
         return {key: values for key, values in changes.items() if key not in MAY_CHANGE}
 
     def _check_unchanged(self, config: Config) -> None:
@@ -219,6 +224,24 @@ class RunFolder:
             raise ConfigError(
                 f"output={str(self.path)!r} holds a run with another configuration:{listed}\n"
                 "Resume it with the values it had, or give another --output."
+            )
+
+    def check_audited(self, audited: bool, *, resuming: bool) -> None:
+        """Check that a run with canaries is continued as one, and no other run.
+
+        Raises:
+            RunFolderError: it is not so.
+        """
+        coins = self.ranks.first(self.coins.is_file)
+        if coins and not audited:
+            raise RunFolderError(
+                f"output={str(self.path)!r} holds an audit, whose training data has canaries: continue it with "
+                "asr-finetune audit, or give another --output"
+            )
+        if audited and resuming and not coins:
+            raise RunFolderError(
+                f"output={str(self.path)!r} holds a run without canaries: an audit trains a model of its own. Give "
+                "another --output"
             )
 
     def note_test_data(self, shares_training: bool | None) -> None:

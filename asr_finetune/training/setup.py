@@ -25,6 +25,7 @@ from asr_finetune.models.recognizer import Recognizer, fit, to_device
 from asr_finetune.training.dataset import SpeechDataset
 from asr_finetune.training.sampling import check_batch, micro_batch_limits, sigma_of, unit_arguments, units
 from dpkernels import PrivacyEngine
+from dpkernels.auditing import CanaryDataset
 from dpkernels.blocks import CompilerError, checkpoint_blocks, compile_frozen_blocks, has_checkpointing
 from dpkernels.privacy import Ranks, Sampling, plan_sampling, read_ledger
 from dpkernels.rounding import shown_sigma
@@ -130,16 +131,19 @@ def make_private(
     ledger: Path | None,
     remaining: int,
     ranks: Ranks,
+    coins: np.ndarray | None = None,
 ) -> tuple[PrivacyEngine, Any, Iterable[Any]]:
     """The engine, the private optimizer and the private loader for `remaining` more steps.
 
     σ is that of the ledger's first steps; else `privacy.noise_multiplier`; else the smallest for the target ε over
     `train.steps` steps. A resumed run must not calibrate σ again, since the lost steps are spent.
+
+    coins: of an audit; the last examples of the data set are then its canaries.
     """
     privacy = config.privacy
     unit = unit_arguments(config, dataset.corpus)
     data_loader = DataLoader(
-        dataset,
+        dataset if coins is None else CanaryDataset(dataset, coins),
         batch_size=config.train.batch_size,
         collate_fn=recognizer.collate,
         num_workers=config.train.num_workers,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from asr_finetune.config.schema import Config
@@ -57,7 +58,14 @@ class Finished(UserError):
 
 @dataclass
 class Run:
-    """A run: the results of its stages, which later stages and the loop need, and its progress."""
+    """A run: the results of its stages, which later stages and the loop need, and its progress.
+
+    Attributes:
+        audited: whether the last examples of its data are canaries (`audit.AuditedRun`).
+        coins: [m] bool, which of these are present.
+    """
+
+    audited: ClassVar[bool] = False
 
     config: Config
     reporter: Reporter
@@ -82,6 +90,7 @@ class Run:
     curve: list[dict[str, Any]] = field(default_factory=list)
     log: RunLog = field(init=False)
     warned_of_impossible: bool = False
+    coins: np.ndarray | None = None
 
     @property
     def folder(self) -> RunFolder:
@@ -110,6 +119,7 @@ class Run:
         """
         self.non_private = read_comparison(self.compare, list(self.config.data.test_sets()))
         self.resuming = self._claim()
+        self.folder.check_audited(self.audited, resuming=self.resuming)
         if self.folder.finished:
             raise Finished(
                 f"{self.folder.run} exists: this run is finished. For another run give another --output."
@@ -247,6 +257,7 @@ class Run:
             self.folder.ledger,
             remaining,
             self.ranks,
+            self.coins,
         )
 
     def checkpoint(self) -> checkpoint.Checkpoint | None:
@@ -278,3 +289,9 @@ class Run:
         """Close the engine, if there is one."""
         if self.engine is not None:
             self.engine.close()
+
+    def before_steps(self) -> None:
+        """Called with the model as the first step, or the first after a resume, finds it."""
+
+    def after_steps(self) -> None:
+        """Called with the model as the last step left it, before the run is recorded as finished."""

@@ -27,6 +27,7 @@ PACKAGES = (
     "dpkernels.ops",
     "dpkernels.losses",
     "dpkernels.memory",
+    "dpkernels.auditing",
     "dpkernels.blocks",
     "dpkernels.precision",
     "dpkernels.plain",

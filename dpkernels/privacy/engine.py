@@ -352,7 +352,7 @@ class PrivacyEngine:
             )
             loader = DPDataLoader(
                 run.data_loader,
-                sampler_of(setup.sampling, run.speakers, self._sampling_stream),
+                sampler_of(setup.sampling, run.speakers, self._sampling_stream, run.data_loader.dataset),
                 physical_batch_size=setup.physical_batch_size,
                 epoch_steps=setup.sampling.epoch_steps,
                 total_steps=run.steps,

@@ -23,6 +23,7 @@ from dpkernels.privacy.guards.preconditions import (
     warn_of_generators,
 )
 from dpkernels.privacy.keywords import clips_speakers
+from dpkernels.privacy.sampling.canaries import CanaryDataset, check_one_process
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, speaker_ids
 from dpkernels.privacy.step.clipping import (
     AUTOMATIC_STABILITY,
@@ -135,6 +136,7 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
         raise ValueError(f"steps must be a whole number >= 1, got {run.steps}")
     _check_lengths(run.lengths, run.max_padded_frames, len(run.data_loader.dataset))  # type: ignore[arg-type]
 
+    check_one_process(run.data_loader.dataset, ranks)
     check_module(run.module)
     warn_of_generators(run.module)
     layers = None
@@ -215,8 +217,10 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]
 
 def run_settings(setup: Setup, processes: int) -> dict[str, Any]:
     """Entries of the ledger's run line beside the mechanism: public constants, the date, versions."""
+    audited = setup.arguments.data_loader.dataset
     return {
         **({"processes": processes} if processes > 1 else {}),
+        **({"canaries": audited.canaries} if isinstance(audited, CanaryDataset) else {}),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "max_grad_norm": setup.norm,
         **_clipping_settings(setup),

@@ -49,6 +49,7 @@ COMMANDS = [
     "transcribe",
     "export",
     "merge",
+    "audit",
     "verify",
     "synthesise",
     "demo",

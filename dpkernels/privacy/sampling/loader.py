@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dpkernels.deprecation import renamed_argument, warn_renamed
 from dpkernels.privacy.ranks.pieces import share
+from dpkernels.privacy.sampling.canaries import present_part
 from dpkernels.privacy.sampling.flat import FlatSteps, flatten
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.own_batch import OwnBatch, form_of, on_devices_of, own_batch
@@ -276,7 +277,8 @@ class DPDataLoader:
         """
         if self.physical_batch_size == 1 and like is not None:
             return "examples beside longer ones: a micro-batch holds one example, which nothing pads"
-        collated = own_batch(self.dataset, self.collate_fn, lengths=self._lengths, examples=max(examples, 2))
+        dataset, lengths = present_part(self.dataset, self._lengths)
+        collated = own_batch(dataset, self.collate_fn, lengths=lengths, examples=max(examples, 2))
         if isinstance(collated, str) or like is None:
             return collated
         if form_of(collated.batch) != form_of(like):

@@ -2,11 +2,13 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from dpkernels.privacy.rng.streams import SecretStream
+from dpkernels.privacy.sampling.canaries import CanaryDataset, PresentSampler, check_audited
 from dpkernels.privacy.sampling.given_loader import check_data_loader
 from dpkernels.privacy.sampling.samplers import ExampleSampler, SpeakerSampler
 
@@ -75,6 +77,7 @@ def plan_sampling(
             cannot replace.
     """
     examples, batch_size = check_data_loader(data_loader)
+    check_audited(data_loader.dataset, unit=unit, max_batch_size=max_batch_size)
     if unit not in UNITS:
         raise ValueError(f"unit={unit!r}: expected 'example' or 'speaker'")
     if unit == "example":
@@ -114,15 +117,20 @@ def plan_sampling(
 
 
 def sampler_of(
-    sampling: Sampling, speakers: Sequence[Hashable] | None, stream: SecretStream
-) -> ExampleSampler | SpeakerSampler:
+    sampling: Sampling,
+    speakers: Sequence[Hashable] | None,
+    stream: SecretStream,
+    dataset: Any = None,
+) -> ExampleSampler | SpeakerSampler | PresentSampler:
     """The sampler that draws the logical batches of this sampling from `stream`.
 
     Args:
         sampling: from `plan_sampling`.
         speakers: the same as in `plan_sampling`, from `speaker_ids`; None if examples are sampled.
         stream: the secret stream.
+        dataset: what is drawn from; of a `CanaryDataset` absent canaries are taken out of each draw.
     """
     if speakers is not None:
         return SpeakerSampler(speakers, sampling.sample_rate, sampling.per_unit, stream)
-    return ExampleSampler(sampling.units, sampling.sample_rate, stream, sampling.max_batch_size)
+    sampler = ExampleSampler(sampling.units, sampling.sample_rate, stream, sampling.max_batch_size)
+    return PresentSampler(sampler, dataset) if isinstance(dataset, CanaryDataset) else sampler

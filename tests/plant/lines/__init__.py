@@ -2,6 +2,7 @@
 
 from tests.plant.lines import (
     accounting,
+    auditing,
     batch_axis,
     checkpoints,
     clipping,
@@ -36,5 +37,6 @@ AREAS = (
     ranks,
     sharding,
     trainer,
+    auditing,
 )
 LINES = sorted((line for area in AREAS for line in area.LINES), key=lambda line: line.number)
