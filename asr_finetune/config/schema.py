@@ -220,9 +220,10 @@ class PrivacyConfig:
     noise_multiplier: NonNegative | None = None
     """the noise multiplier; null: calibrated to epsilon and steps"""
     max_grad_norm: Positive = 1.0
-    """clipping bound C on one utterance's gradient"""
-    clipping: Literal["flat", "automatic"] = "flat"
-    """flat: gradients above C are scaled to it; automatic: all are scaled to just below it (C needs no tuning)"""
+    """clipping bound C on one utterance's gradient; adaptive clipping starts from it"""
+    clipping: Literal["flat", "automatic", "adaptive"] = "flat"
+    """flat: gradients above C are scaled to it; automatic: all are scaled to just below it (C needs no tuning);
+    adaptive: flat, and C follows the median of the norms, at a cost that epsilon covers"""
     unit: Literal["example", "speaker"] = "example"
     """the protected unit: one utterance, or all utterances of a speaker"""
     max_examples_per_speaker: Count | None = None
@@ -267,6 +268,11 @@ class PrivacyConfig:
             raise ConfigError(
                 "privacy.clipping=automatic with privacy.strategy=per_layer: automatic clipping scales by the norm of "
                 "the whole gradient, which per_layer never knows: choose another strategy, or clipping=flat"
+            )
+        if self.clipping == "adaptive" and self.strategy == "per_layer":
+            raise ConfigError(
+                "privacy.clipping=adaptive with privacy.strategy=per_layer: C follows the norms of whole gradients, "
+                "which per_layer knows only after it has clipped: choose another strategy, or clipping=flat"
             )
         if self.epsilon is not None and self.noise_multiplier == 0:
             raise ConfigError(
