@@ -57,7 +57,7 @@ FAULTS = (
         "a count without noise on an empty batch",
         _RULE,
         "noise_scale=self.count.noise,",
-        "noise_scale=self.count.noise if votes else 0.0,",
+        "noise_scale=self.count.noise if any(votes) else 0.0,",
         f"{_FILE}::test_noise_on_the_count_is_that_of_the_constants_also_without_examples",
     ),
     Fault(
@@ -163,7 +163,7 @@ FAULTS = (
         "a count that spends everything",
         _RULE,
         "if share > _LARGEST_SHARE:",
-        "if share >= 1.5:",
+        "if share >= 1:",
         f"{_FILE}::test_what_is_not_covered_is_refused",
     ),
     Fault(

@@ -335,8 +335,9 @@ def test_the_ledger_holds_both_noises_and_an_audit_adds_them_up(tmp_path: Path) 
 
 
 def test_what_is_not_covered_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unclipped_num_std=0\.5 must be well above 0\.5"):
-        private_run(clipping=AdaptiveClipping(unclipped_num_std=0.5))
+    for std in (0.3, 0.5, 0.5001):
+        with pytest.raises(ValueError, match=rf"unclipped_num_std={std} must be well above 0\.5"):
+            private_run(clipping=AdaptiveClipping(unclipped_num_std=std))
     for options in (
         {"target_unclipped_quantile": 0.0},
         {"target_unclipped_quantile": 1.0},
