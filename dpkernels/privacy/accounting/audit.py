@@ -12,7 +12,7 @@ from typing import Any
 from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import epsilon
 from dpkernels.privacy.accounting.ledger import Run, read_ledger
-from dpkernels.rounding import shown_epsilon
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 
 class ClaimError(UserError, ValueError):
@@ -107,8 +107,9 @@ def _noisy_count(path: Path, runs: Sequence[Run]) -> Mapping[str, float] | None:
         together = 1 / math.hypot(1 / count["sums_noise_multiplier"], count["sensitivity"] / count["noise"])
         if not together >= sigma * (1 - 1e-9):
             raise ClaimError(
-                f"{path}: the sums' noise and that of the count spend what a noise multiplier of {together:.6g} would, "
-                f"and the run says {sigma:.6g}: its steps cost more than they count for"
+                f"{path}: the sums' noise and that of the count spend what a noise multiplier of "
+                f"{shown_sigma(together, 6)} would, and the run says {shown_sigma(sigma, 6)}: its steps cost more "
+                "than they count for"
             )
     return next((count for count in counts if count is not None), None)
 

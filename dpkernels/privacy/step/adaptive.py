@@ -144,10 +144,11 @@ def noisy_count(
         noise = max(expected / _SHARE, _LEAST * most * noise_multiplier) if given is None else float(given)
         share = (most * noise_multiplier / noise) ** 2
         if share > _LARGEST_SHARE:
+            least = most * noise_multiplier
             raise ValueError(
-                f"AdaptiveClipping: unclipped_num_std={noise:g} must be well above {most * noise_multiplier:g}, "
-                f"which is noise_multiplier={noise_multiplier:g} times the {most:g} that one unit adds to the count: "
-                "the count alone would spend more than the step is accounted for. Raise it, or leave it out"
+                f"AdaptiveClipping: unclipped_num_std={noise:g} must be well above {least:g}, which is "
+                f"noise_multiplier={noise_multiplier} times the {most:g} that one unit adds to the count: the count "
+                "alone would spend more than the step is accounted for. Raise it, or leave it out"
             )
         sums = noise_multiplier / math.sqrt(1 - share) * _UP
     return NoisyCount(quantile, options.clipbound_learning_rate, expected, noise, most, sums, counts)
