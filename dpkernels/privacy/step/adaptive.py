@@ -154,8 +154,8 @@ def noisy_count(
     return NoisyCount(quantile, options.clipbound_learning_rate, expected, noise, most, sums, counts)
 
 
-def votes_of(norm_sq: Tensor, norm: float, quantile: float) -> Tensor:
-    """[B] int64: UNIT·(s(ν_i/C) − γ) of squared norms [B], exactly. NOT PRIVATE.
+def votes_of(norm_sq: Tensor, norm: float | Tensor, quantile: float) -> Tensor:
+    """int64, of the squared norms' shape: UNIT·(s(ν_i/C) − γ), exactly. NOT PRIVATE.
 
     Each depends on one norm alone, and lies in [−γ·UNIT, (1 − γ)·UNIT], whatever the norm is: NaN and ∞ count as large.
     """
@@ -299,16 +299,26 @@ class AdaptiveLayers(AdaptiveNorms):
         """√ΣC_p², rounded up."""
         return math.sqrt(math.fsum(norm**2 for norm in self.norms)) * _UP
 
-    def no_votes(self, device: torch.device) -> Tensor:
-        """[K] int64 zeros, to which `vote` adds the votes of a micro-batch."""
-        return torch.zeros(len(self._parameters), dtype=torch.int64, device=device)
+    def votes(
+        self, records: Sequence[Sequence[nn.Parameter]], norms_sq: Sequence[Tensor], device: torch.device
+    ) -> Tensor:
+        """[K] int64: the votes of a micro-batch, by the squared norms of its records' gradients. NOT PRIVATE.
 
-    def vote(self, votes: Tensor, parameters: Sequence[nn.Parameter], norm_sq: Tensor, norm: float) -> None:
-        """Add the votes of the examples of a record, whose parameters were clipped to `norm` together. NOT PRIVATE."""
-        cast = votes_of(norm_sq, norm, self.count.quantile)
-        of_record = torch.where(norm_sq == 0, torch.zeros_like(cast), cast).sum()
-        for parameter in parameters:
-            votes[self._place[parameter]] += of_record
+        Args:
+            records: the parameters of each, which are clipped together; each parameter is in one of them at most.
+            norms_sq: [B] float64 each, rounded up, on `device`.
+            device: of the result.
+        """
+        if not records:
+            return torch.zeros(len(self._parameters), dtype=torch.int64, device=device)
+        squares, present = torch.stack(list(norms_sq)), self.present
+        limits = squares.new_tensor([present.together(parameters) for parameters in records])
+        cast = votes_of(squares, limits.unsqueeze(1), self.count.quantile)
+        by_record = torch.where(squares == 0, torch.zeros_like(cast), cast).sum(1)
+        rows = [row for row, parameters in enumerate(records) for _ in parameters]
+        places = [self._place[parameter] for parameters in records for parameter in parameters]
+        votes = by_record.new_zeros(len(self._parameters))
+        return votes.index_add(0, torch.tensor(places, device=votes.device), by_record[rows])
 
     def state(self) -> dict[str, float]:
         """C_p by the parameter's name."""

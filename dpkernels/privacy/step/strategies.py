@@ -188,24 +188,23 @@ class PerLayer(Strategy):
         batch_size, device = losses.shape[0] // unit, losses.device
         adaptive = self._norms if isinstance(self._norms, AdaptiveLayers) else None
         limits = self._norms if isinstance(self._norms, PerLayerClipNorms) else self._norms.present
-        votes = None if adaptive is None else adaptive.no_votes(device)
+        parameters: list[tuple[nn.Parameter, ...]] = []
         norms: list[Tensor] = []
         least = torch.ones(batch_size, device=device)
 
         @torch.no_grad()
         def clip(record: Record) -> None:
             norm_sq = _norm_sq(record, device)
-            limit = limits.together(record.parameters)
-            factors = ops.clip_factors(norm_sq, limit)
+            factors = ops.clip_factors(norm_sq, limits.together(record.parameters))
             add([record], factors)
+            parameters.append(record.parameters)
             norms.append(norm_sq)
-            if adaptive is not None and votes is not None:
-                adaptive.vote(votes, record.parameters, norm_sq, limit)
             torch.minimum(least, factors, out=least)
 
         self._stream(losses, clip, unit)
         check()
         with torch.no_grad():
+            votes = None if adaptive is None else adaptive.votes(parameters, norms, device)
             return Clipped(add_up(norms, batch_size, device), least, votes)
 
 

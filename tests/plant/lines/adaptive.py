@@ -218,8 +218,8 @@ FAULTS = (
     Fault(
         "votes of examples that do not use a layer",
         _RULE,
-        "of_record = torch.where(norm_sq == 0, torch.zeros_like(cast), cast).sum()",
-        "of_record = cast.sum()",
+        "by_record = torch.where(squares == 0, torch.zeros_like(cast), cast).sum(1)",
+        "by_record = cast.sum(1)",
         f"{_LAYERS}::test_who_does_not_use_a_layer_has_no_vote_there",
     ),
     Fault(

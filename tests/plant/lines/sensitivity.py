@@ -78,8 +78,8 @@ LINES = (
             Fault(
                 "a strategy that clips to twice the norm",
                 "dpkernels/privacy/step/strategies.py",
-                "ops.clip_factors(norm_sq, limit)",
-                "ops.clip_factors(norm_sq, 2 * limit)",
+                "ops.clip_factors(norm_sq, limits.together(record.parameters))",
+                "ops.clip_factors(norm_sq, 2 * limits.together(record.parameters))",
                 "tests/privacy/step/test_strategies.py::test_no_strategy_lets_an_example_add_more_than_the_norm[per_layer-full-0.001-plain]",
             ),
             Fault(

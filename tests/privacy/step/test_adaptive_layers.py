@@ -23,6 +23,7 @@ from tests.privacy.strategy_models import INDICES, clip, excess, gradients_one_b
 
 NAMES = [name for name, _ in Net().named_parameters()]
 K = len(NAMES)
+CPU = torch.device("cpu")
 
 
 def layers_run(**arguments: Any) -> Run:
@@ -64,31 +65,29 @@ def test_one_unit_changes_all_counts_by_their_sensitivity_at_most(
 ) -> None:
     for sampling, whole_units, rows in ((EXAMPLES, False, 1), (SPEAKERS, False, 4), (SPEAKERS, True, 1)):
         layers = layers_of(sampling, whole_units=whole_units)
-        parameters, votes = list(layers.present.of), layers.no_votes(torch.device("cpu"))
-        for record, square in zip(records, squares, strict=False):
-            of_record = [parameters[place] for place in record]
-            norm_sq = torch.full((rows,), square, dtype=torch.float64)
-            layers.vote(votes, of_record, norm_sq, layers.present.together(of_record))
+        parameters = list(layers.present.of)
+        norms_sq = [torch.full((rows,), each, dtype=torch.float64) for each in squares[: len(records)]]
+        votes = layers.votes([[parameters[place] for place in record] for record in records], norms_sq, CPU)
         assert math.hypot(*votes.tolist()) <= layers.count.sensitivity * UNIT * (1 + 1e-15)
 
 
 def test_the_sensitivity_is_reached() -> None:
     """By an example whose gradient is small in every layer: γ = 0.3 makes that a vote of 0.7 each."""
     layers = layers_of()
-    votes, parameters = layers.no_votes(torch.device("cpu")), list(layers.present.of)
-    for parameter in parameters:
-        layers.vote(votes, [parameter], torch.tensor([1e-20], dtype=torch.float64), 1.0)
+    votes = layers.votes([list(layers.present.of)], [torch.tensor([1e-20], dtype=torch.float64)], CPU)
     assert math.hypot(*votes.tolist()) / UNIT == pytest.approx(0.7 * math.sqrt(3)) == layers.count.sensitivity
 
 
 def test_who_does_not_use_a_layer_has_no_vote_there() -> None:
     """A record is there if one example of a micro-batch uses the layer: the others must vote as if it were not."""
     layers = layers_of()
-    (first, *_), votes = list(layers.present.of), layers.no_votes(torch.device("cpu"))
-    alone = layers.no_votes(torch.device("cpu"))
-    layers.vote(alone, [first], torch.tensor([4.0], dtype=torch.float64), 1.0)
-    layers.vote(votes, [first], torch.tensor([0.0, 4.0, 0.0], dtype=torch.float64), 1.0)
+    first, *_ = layers.present.of
+    alone, votes = (
+        layers.votes([[first]], [torch.tensor(squares, dtype=torch.float64)], CPU)
+        for squares in ([4.0], [0.0, 4.0, 0.0])
+    )
     assert votes.tolist() == alone.tolist() != [0, 0, 0]
+    assert layers.votes([], [], CPU).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
