@@ -223,7 +223,7 @@ class PrivacyConfig:
     """clipping bound C on one utterance's gradient; adaptive clipping starts from it"""
     clipping: Literal["flat", "automatic", "adaptive"] = "flat"
     """flat: gradients above C are scaled to it; automatic: all are scaled to just below it (C needs no tuning);
-    adaptive: flat, and C follows the median of the norms, at a cost that epsilon covers"""
+    adaptive: flat, and C (strategy per_layer: each layer's) follows the median of the norms; epsilon covers that"""
     unit: Literal["example", "speaker"] = "example"
     """the protected unit: one utterance, or all utterances of a speaker"""
     max_examples_per_speaker: Count | None = None
@@ -268,11 +268,6 @@ class PrivacyConfig:
             raise ConfigError(
                 "privacy.clipping=automatic with privacy.strategy=per_layer: automatic clipping scales by the norm of "
                 "the whole gradient, which per_layer never knows: choose another strategy, or clipping=flat"
-            )
-        if self.clipping == "adaptive" and self.strategy == "per_layer":
-            raise ConfigError(
-                "privacy.clipping=adaptive with privacy.strategy=per_layer: C follows the norms of whole gradients, "
-                "which per_layer knows only after it has clipped: choose another strategy, or clipping=flat"
             )
         if self.epsilon is not None and self.noise_multiplier == 0:
             raise ConfigError(

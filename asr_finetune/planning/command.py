@@ -120,7 +120,7 @@ def _check_given(config: Config, given: Mapping[str, Any], examples: int | None,
 def _noise(
     config: Config, corpus: Corpus | None, examples: int | None
 ) -> tuple[NoisePlan, NoisyCount | None]:
-    """The noise for the target ε, unless a noise multiplier is given; as in a run. Of adaptive clipping, its counts."""
+    """The noise for the target ε, or of the noise multiplier, as in a run; the count of adaptive flat clipping."""
     privacy = config.privacy
     if examples is not None:
         sampling = assumed_sampling(config, examples)
@@ -138,7 +138,9 @@ def _noise(
         noise_multiplier=privacy.noise_multiplier,
         accountant=privacy.accountant,
     )
-    if privacy.clipping != "adaptive":
+    if (
+        privacy.clipping != "adaptive" or privacy.strategy == "per_layer"
+    ):  # a count for each layer of the model
         return plan, None
     whole_units = privacy.clips() == "speaker"
     return plan, noisy_count(AdaptiveClipping(), plan.noise_multiplier, sampling, whole_units=whole_units)

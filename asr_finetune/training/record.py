@@ -6,6 +6,7 @@ keyed fingerprint. Nothing else in it is computed from that data without noise.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -206,9 +207,14 @@ def _spent_in(ledger: Path, config: Config, saved: checkpoint.Checkpoint) -> Spe
         mechanism.max_batch_size,
         settings["unit"],
         contents.steps,
-        saved.privacy["clip_norm"] if config.privacy.clipping == "adaptive" else None,
+        _norm_in(saved.privacy["clip_norm"]) if config.privacy.clipping == "adaptive" else None,
         lambda accountant: claimed_epsilon(facts, contents.steps, delta, accountant),
     )
+
+
+def _norm_in(state: float | dict[str, float]) -> float:
+    """C of a checkpoint, or the root of the sum of its layers' squared norms."""
+    return math.hypot(*state.values()) if isinstance(state, dict) else state
 
 
 def privacy_record(config: Config, spent: Spent | None, epsilon: float | None) -> dict[str, Any]:

@@ -130,10 +130,6 @@ def test_sections_check_themselves_when_built_directly() -> None:
             {"epsilon": 8, "delta": 1e-6, "clipping": "automatic", "strategy": "per_layer"},
             "automatic clipping scales by the norm of the whole gradient",
         ),
-        (
-            {"epsilon": 8, "delta": 1e-6, "clipping": "adaptive", "strategy": "per_layer"},
-            "C follows the norms of whole gradients",
-        ),
     ],
 )
 def test_what_says_too_little_of_privacy_is_refused(privacy: dict[str, Any], message: str) -> None:
