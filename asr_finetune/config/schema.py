@@ -220,9 +220,10 @@ class PrivacyConfig:
     noise_multiplier: NonNegative | None = None
     """the noise multiplier; null: calibrated to epsilon and steps"""
     max_grad_norm: Positive = 1.0
-    """clipping bound C on one utterance's gradient"""
-    clipping: Literal["flat", "automatic"] = "flat"
-    """flat: gradients above C are scaled to it; automatic: all are scaled to just below it (C needs no tuning)"""
+    """clipping bound C on one utterance's gradient; adaptive clipping starts from it"""
+    clipping: Literal["flat", "automatic", "adaptive"] = "flat"
+    """flat: gradients above C are scaled to it; automatic: all are scaled to just below it (C needs no tuning);
+    adaptive: flat, and C (strategy per_layer: each layer's) follows the median of the norms; epsilon covers that"""
     unit: Literal["example", "speaker"] = "example"
     """the protected unit: one utterance, or all utterances of a speaker"""
     max_examples_per_speaker: Count | None = None

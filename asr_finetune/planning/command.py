@@ -12,7 +12,7 @@ from asr_finetune.config.values import as_config_error
 from asr_finetune.config.yaml_io import overridden, typed
 from asr_finetune.planning.tables import memory_table, plan_table, probe_table
 from asr_finetune.training.sampling import assumed_sampling, sampling_of
-from dpkernels.privacy import NoisePlan, plan_noise
+from dpkernels.privacy import AdaptiveClipping, NoisePlan, NoisyCount, noisy_count, plan_noise
 
 if TYPE_CHECKING:
     from asr_finetune.data.corpus import Corpus
@@ -64,7 +64,7 @@ def run(
 
         recognizer = recognizer_of(config)
         corpus = fitted_corpus(config.data.train, config.data.train_split, config.data, recognizer)
-    yield plan_table(_noise(config, corpus, examples))
+    yield plan_table(*_noise(config, corpus, examples))
     if config.model.name == _ABSENT:
         return
     # Imported here, as elsewhere in this file: a plan without a model must not load transformers.
@@ -117,8 +117,10 @@ def _check_given(config: Config, given: Mapping[str, Any], examples: int | None,
 
 
 @as_config_error()
-def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> NoisePlan:
-    """The noise for the target ε, unless a noise multiplier is given; as in a run."""
+def _noise(
+    config: Config, corpus: Corpus | None, examples: int | None
+) -> tuple[NoisePlan, NoisyCount | None]:
+    """The noise for the target ε, or of the noise multiplier, as in a run; the count of adaptive flat clipping."""
     privacy = config.privacy
     if examples is not None:
         sampling = assumed_sampling(config, examples)
@@ -128,7 +130,7 @@ def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> Noise
     assert privacy.delta is not None
     if privacy.noise_multiplier == 0:
         raise ConfigError("plan: --noise-multiplier 0 must be above 0: without noise epsilon is infinite")
-    return plan_noise(
+    plan = plan_noise(
         sampling,
         delta=privacy.delta,
         steps=config.train.steps,
@@ -136,6 +138,12 @@ def _noise(config: Config, corpus: Corpus | None, examples: int | None) -> Noise
         noise_multiplier=privacy.noise_multiplier,
         accountant=privacy.accountant,
     )
+    if (
+        privacy.clipping != "adaptive" or privacy.strategy == "per_layer"
+    ):  # a count for each layer of the model
+        return plan, None
+    whole_units = privacy.clips() == "speaker"
+    return plan, noisy_count(AdaptiveClipping(), plan.noise_multiplier, sampling, whole_units=whole_units)
 
 
 def _fits(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from asr_finetune.console import duration
-from dpkernels.privacy import NoisePlan
+from dpkernels.privacy import NoisePlan, NoisyCount
 from dpkernels.rounding import shown_epsilon, shown_sigma
 
 if TYPE_CHECKING:  # they load transformers, which a plan without a model does not need
@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # they load transformers, which a plan without a model does n
     from asr_finetune.planning.timing import Probe
 
 
-def plan_table(plan: NoisePlan) -> Table:
-    """The noise, the sampling, and ε over the steps."""
+def plan_table(plan: NoisePlan, count: NoisyCount | None = None) -> Table:
+    """The noise, the sampling, and ε over the steps; of adaptive clipping, how sums and count share the noise."""
     target = "" if plan.target_epsilon is None else f"target {plan.target_epsilon:g}, "
     table = Table(
         title=f"ε: {target}spends {shown_epsilon(plan.epsilon)} at δ = {plan.delta:g}",
@@ -28,6 +28,11 @@ def plan_table(plan: NoisePlan) -> Table:
         table.add_row(f"  by {plan.other} it would be", shown_sigma(plan.noise_multiplier_other))
     if plan.epsilon_other is not None:
         table.add_row(f"  ε of this σ by {plan.other}", shown_epsilon(plan.epsilon_other))
+    if count is not None:
+        table.add_row(
+            "  of it on the sums, beside the count that moves C",
+            f"{shown_sigma(count.sums_noise_multiplier)}; {count.noise:.4g} on the count",
+        )
     sampling = (
         "Poisson" if plan.max_batch_size is None else f"truncated Poisson, at most {plan.max_batch_size:,}"
     )

@@ -254,12 +254,21 @@ def composed(chain: Chain, delta: float, accountant: str) -> float:
                 continue
             if mechanism["noise_multiplier"] == 0:
                 return math.inf
-            total.compose(_event(mechanism), steps)
+            total.compose(_event(mechanism, _sigma(settings)), steps)
         return float(total.get_epsilon(delta))
 
 
-def _event(mechanism: Mapping[str, Any]) -> dp_accounting.DpEvent:
-    sigma, rate, capacity = (mechanism[key] for key in ("noise_multiplier", "sample_rate", "max_batch_size"))
+def _sigma(settings: Mapping[str, Any]) -> float:
+    """The noise multiplier of a whole step. Where C adapts, a step releases the sums and a count: one vector, whose
+    sensitivity in units of the noise is the root of the sum of both squares."""
+    count = settings.get("noisy_count")
+    if count is None:
+        return float(settings["mechanism"]["noise_multiplier"])
+    return 1 / math.hypot(1 / count["sums_noise_multiplier"], count["sensitivity"] / count["noise"])
+
+
+def _event(mechanism: Mapping[str, Any], sigma: float) -> dp_accounting.DpEvent:
+    rate, capacity = mechanism["sample_rate"], mechanism["max_batch_size"]
     if capacity is None:
         return dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
     # dp-accounting counts the unit that is added or removed: N + 1 covers adding one, and removing one.
@@ -310,6 +319,11 @@ def _facts(chain: Chain, taken: list[Mapping[str, Any]], privacy: Mapping[str, A
         ("most units in a step", "max_batch_size"),
     ):
         yield _same(what, [settings["mechanism"][key] for settings in taken], privacy[key])
+    counted = [settings for settings in taken if settings.get("noisy_count") and privacy["noise_multiplier"]]
+    if counted:
+        together, claimed = min(map(_sigma, counted)), privacy["noise_multiplier"]
+        agrees = math.isclose(together, claimed, rel_tol=_TOLERANCE)
+        yield Finding("σ of the sums and of the count that moves C", f"{together:.9g}", f"{claimed}", agrees)
     for what, key in (("units, N", "dataset_size"), ("unit", "unit"), ("neighbours", "adjacency")):
         yield _same(what, [settings[key] for settings in taken], privacy[key])
 

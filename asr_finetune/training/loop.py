@@ -131,6 +131,9 @@ def _history_entry(run: Run, losses: torch.Tensor, rate: float, seconds: float) 
     stats = of_all(run.ranks.gathered(run.optimizer.last_step)) if run.engine else None
     if stats is not None:
         entry |= {"clip_rate": stats.clip_rate, "mean_norm": stats.mean_norm, "non_finite": stats.non_finite}
+    adapts = run.config.privacy.clipping == "adaptive"
+    if adapts and run.engine is not None and run.engine.noise_multiplier:
+        entry["clip_norm"] = run.engine.clip_norm  # of the next step; ε covers it
     return entry
 
 

@@ -6,6 +6,7 @@ keyed fingerprint. Nothing else in it is computed from that data without noise.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ def stopped_record(
     metrics, figures = folder.read_json(folder.metrics) or {}, folder.read_json(folder.data) or {}
     spent, epsilon = None, None
     if config.privacy.enabled:
-        spent = _spent_in(folder.ledger, config)
+        spent = _spent_in(folder.ledger, config, saved)
         epsilon = spent.epsilon(config.privacy.accountant) if spent.noise_multiplier else None
     count = spent.dataset_size if spent else figures.get("utterances")
     data = _data_record(config, count, figures.get("fingerprint"))
@@ -157,6 +158,7 @@ class Spent:
     """What a run has spent so far, by its engine or by its ledger.
 
     Attributes:
+        clip_norm: C at the end, which adaptive clipping has moved.
         epsilon: accountant -> ε at the run's δ.
     """
 
@@ -166,6 +168,7 @@ class Spent:
     max_batch_size: int | None
     unit: str
     steps: int
+    clip_norm: float | None
     epsilon: Callable[[str], float]
 
 
@@ -179,11 +182,12 @@ def spent_by(engine: PrivacyEngine, config: Config) -> Spent:
         sampling.max_batch_size,
         sampling.unit,
         engine.steps,
+        engine.clip_norm,
         lambda accountant: engine.get_epsilon(delta, accountant=accountant),
     )
 
 
-def _spent_in(ledger: Path, config: Config) -> Spent:
+def _spent_in(ledger: Path, config: Config, saved: checkpoint.Checkpoint) -> Spent:
     """What a ledger's steps have spent; they are all of one mechanism.
 
     Raises:
@@ -195,6 +199,7 @@ def _spent_in(ledger: Path, config: Config) -> Spent:
     facts = {**asdict(mechanism), "dataset_size": settings["dataset_size"]}
     delta = config.privacy.delta
     assert delta is not None  # the run was private
+    assert saved.privacy is not None
     return Spent(
         mechanism.noise_multiplier,
         mechanism.sample_rate,
@@ -202,8 +207,14 @@ def _spent_in(ledger: Path, config: Config) -> Spent:
         mechanism.max_batch_size,
         settings["unit"],
         contents.steps,
+        _norm_in(saved.privacy["clip_norm"]) if config.privacy.clipping == "adaptive" else None,
         lambda accountant: claimed_epsilon(facts, contents.steps, delta, accountant),
     )
+
+
+def _norm_in(state: float | dict[str, float]) -> float:
+    """C of a checkpoint, or the root of the sum of its layers' squared norms."""
+    return math.hypot(*state.values()) if isinstance(state, dict) else state
 
 
 def privacy_record(config: Config, spent: Spent | None, epsilon: float | None) -> dict[str, Any]:
@@ -216,6 +227,9 @@ def privacy_record(config: Config, spent: Spent | None, epsilon: float | None) -
         "target_epsilon": privacy.epsilon if spent else None,
         "max_grad_norm": privacy.max_grad_norm if spent else None,
         "clipping": privacy.clipping if spent else None,
+        "clip_norm": spent.clip_norm
+        if spent and epsilon is not None and privacy.clipping == "adaptive"
+        else None,
         "clipping_unit": privacy.clips() if spent else None,
         "unit": privacy.unit if spent else None,
         "accountant": privacy.accountant if spent else None,

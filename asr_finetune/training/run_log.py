@@ -13,8 +13,8 @@ from dpkernels.files import writing
 if TYPE_CHECKING:  # it needs the package tensorboard, which is optional
     from torch.utils.tensorboard import SummaryWriter
 
-# Keys of a history entry that do not depend on the private data; any other key is NOT PRIVATE.
-PUBLIC = ("epsilon", "learning_rate")
+# Keys of a history entry that do not depend on the private data, or that ε covers; any other key is NOT PRIVATE.
+PUBLIC = ("epsilon", "learning_rate", "clip_norm")
 _CURVE = ("wer", "wer_lo", "wer_hi")  # measured on public validation data
 _FOLDER = "tensorboard"
 _FILES = "events.out.tfevents."  # the time and more follow

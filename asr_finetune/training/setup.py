@@ -176,7 +176,7 @@ def make_private(
             data_loader=data_loader,
             noise_multiplier=sigma,
             max_grad_norm=privacy.max_grad_norm,
-            clipping="per_layer" if privacy.strategy == "per_layer" else privacy.clipping,
+            clipping=privacy.clipping,
             clipping_unit=privacy.clips(),
             strategy=privacy.strategy,
             physical_batch_size=size,

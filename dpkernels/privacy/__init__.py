@@ -13,6 +13,7 @@ from dpkernels.privacy.sampling.loader import DPDataLoader
 from dpkernels.privacy.sampling.logical_batch import LogicalBatch, micro_batches
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling
 from dpkernels.privacy.self_check.findings import SelfCheckError, SelfCheckReport
+from dpkernels.privacy.step.adaptive import AdaptiveClipping, NoisyCount, noisy_count
 from dpkernels.privacy.step.optimizer import DPOptimizer
 from dpkernels.privacy.step.recovery import back_propagate
 from dpkernels.privacy.step.statistics import StepStats
@@ -20,6 +21,7 @@ from dpkernels.privacy.step.statistics import StepStats
 __all__ = [
     "DELTAS",
     "SAFE_DELTA_TIMES_N",
+    "AdaptiveClipping",
     "AuditedLedger",
     "BudgetExhausted",
     "ClaimError",
@@ -28,6 +30,7 @@ __all__ = [
     "LedgerError",
     "LogicalBatch",
     "NoisePlan",
+    "NoisyCount",
     "PrivacyEngine",
     "Ranks",
     "RanksError",
@@ -44,6 +47,7 @@ __all__ = [
     "join_processes",
     "micro_batches",
     "noise_multiplier",
+    "noisy_count",
     "plan_noise",
     "plan_sampling",
     "ranks_of",

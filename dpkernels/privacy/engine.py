@@ -42,11 +42,13 @@ from dpkernels.privacy.self_check.whole import whole_check
 from dpkernels.privacy.setup import (
     RunArguments,
     Setup,
+    adaptive_norms,
     named_tensors,
     resolve_setup,
     run_identity,
     run_settings,
 )
+from dpkernels.privacy.step.adaptive import AdaptiveClipping
 from dpkernels.privacy.step.optimizer import DPOptimizer
 from dpkernels.privacy.step.strategies import strategy_of
 
@@ -132,6 +134,13 @@ class PrivacyEngine:
         return self._require_budget().history
 
     @property
+    def clip_norm(self) -> float:
+        """C of the next step, or √ΣC_l²: max_grad_norm, unless clipping is adaptive. Public, and covered by ε."""
+        self._require_budget()
+        assert self._optimizer is not None
+        return self._optimizer.clip_norm
+
+    @property
     def target_epsilon(self) -> float | None:
         """The ε that step() never exceeds, or None."""
         return self._require_budget().target_epsilon
@@ -162,7 +171,7 @@ class PrivacyEngine:
         steps: int | None = None,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
-        clipping: str = "flat",
+        clipping: str | AdaptiveClipping = "flat",
         clipping_unit: str | None = None,
         noise_generator: None = None,
         loss_reduction: str = "mean",
@@ -221,9 +230,12 @@ class PrivacyEngine:
             target_epsilon, target_delta: step() raises BudgetExhausted instead of exceeding this ε. Steps that earlier
                 runs of this process took on the same module count in it, with a warning, but not in `steps`.
             clipping: "flat": each gradient is scaled by min(1, C/‖g‖). "automatic": by C/(‖g‖ + γ), γ = 0.01, so that C
-                needs no tuning: it only multiplies the learning rate (of SGD; AdamW does not see it). Either way an
-                example adds at most C, and the noise is the same. ("per_layer" is accepted with
-                strategy="per_layer".)
+                needs no tuning: it only multiplies the learning rate (of SGD; AdamW does not see it). "adaptive": as
+                "flat", with a C that begins at max_grad_norm and follows the median of the norms, by a noisy count in
+                each step; `AdaptiveClipping(...)` in place of the name sets the quantile, the rate and the count's
+                noise. σ accounts for sums and count together, so the noise on the sums is a little larger (by half a
+                per cent at most, by default). With strategy="per_layer" each layer's norm follows a count of its own.
+                In each an example adds at most C. ("per_layer" is accepted with strategy="per_layer".)
             clipping_unit: what is clipped to C with unit="speaker". "example" (the default): each example, and
                 sensitivity and noise are k times those of one. "speaker": the sum of a speaker's gradients, with the
                 sensitivity of one. Then a micro-batch holds whole speakers, and **the losses must be in the order of
@@ -320,6 +332,7 @@ class PrivacyEngine:
         self._join(setup, ranks)
         # Outside of the try: if attach raises, nothing was attached, and another engine's tape must stay.
         tape = attach(module, mixed=run.strategy == "mixed")
+        adaptive = adaptive_norms(setup)
         budget: Budget | None = None
         try:
             budget = Budget(
@@ -337,7 +350,7 @@ class PrivacyEngine:
             private = DPOptimizer(
                 run.optimizer,
                 model=module,
-                strategy=strategy_of(run.strategy, tape, setup.rule, setup.layers),
+                strategy=strategy_of(run.strategy, tape, adaptive or setup.layers or setup.rule),
                 noise_multiplier=setup.mechanism.noise_multiplier,
                 max_grad_norm=setup.norm,
                 sensitivity=setup.sensitivity,
@@ -349,6 +362,7 @@ class PrivacyEngine:
                 ranks=ranks,
                 seeds=None if self._noise_stream.fixed else SecretSeeds(),
                 whole_units=setup.whole_units,
+                adaptive=adaptive,
             )
             loader = DPDataLoader(
                 run.data_loader,
@@ -585,26 +599,33 @@ class PrivacyEngine:
         self.check_batch_independence(loss_fn, batch, samples=samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """The spent budget as plain values, without keys, for a checkpoint. Raises RuntimeError as get_epsilon does."""
+        """The spent budget and the present clipping norm as plain values, without keys, for a checkpoint.
+
+        Raises RuntimeError as get_epsilon does.
+        """
         spent = self._require_budget().state_dict()
         self._check_model()
-        return spent
+        assert self._optimizer is not None
+        return spent | {"clip_norm": self._optimizer.clip_state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add the steps that a checkpoint has spent. Call it after make_private. Steps already counted stay counted.
 
-        With several processes it is a collective operation: call it on every rank, with the same checkpoint.
+        Adaptive clipping continues from the checkpoint's C. With several processes it is a collective operation: call
+        it on every rank, with the same checkpoint.
 
         Raises:
-            RuntimeError: before make_private.
+            RuntimeError: before make_private; within a logical batch, if clipping is adaptive.
             RanksError: another rank loads another checkpoint, or none.
             LedgerError: the ledger lacks the line after which the checkpoint was written (its last lines were
                 removed, or it is another ledger).
-            ValueError: the checkpoint is of another data set or unit.
+            ValueError: the checkpoint is of another data set or unit, or of another clipping.
         """
         budget = self._require_budget()
-        with self._ranks.meeting(LOAD, lambda: {"steps of": state["runs"]}):
-            pass
+        assert self._optimizer is not None
+        clip_norm = state.get("clip_norm")
+        with self._ranks.meeting(LOAD, lambda: {"steps of": state["runs"], "clip_norm": clip_norm}):
+            self._optimizer.restore_clip_state(clip_norm)
         budget.load_state_dict(state)
 
     def wait_for_ranks(self) -> None:

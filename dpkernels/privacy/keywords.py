@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from dpkernels.deprecation import OLD_STRATEGIES, warn_renamed
+from dpkernels.privacy.step.adaptive import AdaptiveClipping
 from dpkernels.privacy.step.clipping import check_norm, is_per_layer
 
 STRATEGIES = {
@@ -44,21 +45,33 @@ def strategy_called(strategy: str) -> str:
     return strategy
 
 
+def adaptive_options(clipping: str | AdaptiveClipping) -> AdaptiveClipping | None:
+    """The options of adaptive clipping; None for every other clipping."""
+    if isinstance(clipping, AdaptiveClipping):
+        return clipping
+    return AdaptiveClipping() if clipping == "adaptive" else None
+
+
 def check_clipping(
-    clipping: str, max_grad_norm: float | Sequence[float] | Mapping[str, float], strategy: str
+    clipping: str | AdaptiveClipping,
+    max_grad_norm: float | Sequence[float] | Mapping[str, float],
+    strategy: str,
 ) -> None:
-    """Raise ValueError or TypeError unless clipping is flat or automatic with one finite C > 0, or per-layer under
-    strategy="per_layer" (`clipping.per_layer_clip_norms` checks its norms)."""
+    """Raise ValueError or TypeError unless clipping is flat, automatic or adaptive with one finite C > 0, or by layers
+    under strategy="per_layer" (`clipping.per_layer_clip_norms` checks its norms)."""
     if (clipping, strategy) == ("automatic", "per_layer"):
         raise ValueError(
             "clipping='automatic' with strategy='per_layer' is refused: its factor comes from the norm of the whole "
             "gradient, which strategy='per_layer' never knows. Use another strategy, or clipping='flat'."
         )
-    if clipping not in ("flat", "automatic") and (clipping, strategy) != ("per_layer", "per_layer"):
+    adaptive = adaptive_options(clipping) is not None
+    known = (
+        adaptive or clipping in ("flat", "automatic") or (clipping, strategy) == ("per_layer", "per_layer")
+    )
+    if not known:
         raise ValueError(
             f"clipping={clipping!r} is refused: per-layer clipping has sensitivity √ΣC_l² and needs "
-            "strategy='per_layer'; adaptive clipping spends privacy budget of its own, which is not accounted here. "
-            "Use clipping='flat' or clipping='automatic'."
+            "strategy='per_layer'. Use clipping='flat', 'automatic' or 'adaptive'."
         )
     if strategy == "per_layer":
         return

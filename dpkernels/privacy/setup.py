@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -22,9 +22,16 @@ from dpkernels.privacy.guards.preconditions import (
     trained_parameters,
     warn_of_generators,
 )
-from dpkernels.privacy.keywords import clips_speakers
+from dpkernels.privacy.keywords import adaptive_options, clips_speakers
 from dpkernels.privacy.sampling.canaries import CanaryDataset, check_one_process
 from dpkernels.privacy.sampling.plan import Sampling, plan_sampling, speaker_ids
+from dpkernels.privacy.step.adaptive import (
+    AdaptiveClipping,
+    AdaptiveLayers,
+    AdaptiveRule,
+    NoisyCount,
+    noisy_count,
+)
 from dpkernels.privacy.step.clipping import (
     AUTOMATIC_STABILITY,
     ClipRule,
@@ -45,7 +52,7 @@ class RunArguments:
     data_loader: DataLoader
     noise_multiplier: float
     max_grad_norm: float | Sequence[float] | Mapping[str, float]
-    clipping: str
+    clipping: str | AdaptiveClipping
     clipping_unit: str | None
     strategy: str
     physical_batch_size: int | None
@@ -69,11 +76,13 @@ class Setup:
         sampling: the sampled units and their probability.
         mechanism: the mechanism of each step, for the accountant.
         layers: clipping norms by parameter under "per_layer", else None.
-        rule: how the norm of a whole gradient decides its factor (not under "per_layer").
-        norm: C, or √ΣC_l² by layers.
+        rule: how the norm of a whole gradient decides its factor (not under "per_layer"); of adaptive clipping, in the
+            first step.
+        count: the noisy counts of adaptive clipping, else None.
+        norm: C, or √ΣC_l² by layers; the first step's under adaptive clipping.
         whole_units: whether the examples of a speaker are clipped together: the sensitivity is that of one gradient.
         bound: largest logical batch that the sensitivity is stated for, in examples.
-        sensitivity: S of the sum to one unit.
+        sensitivity: S of the sum to one unit, at this norm.
         physical_batch_size: largest micro-batch, in examples.
     """
 
@@ -82,6 +91,7 @@ class Setup:
     mechanism: Mechanism
     layers: PerLayerClipNorms | None
     rule: ClipRule
+    count: NoisyCount | None
     norm: float
     whole_units: bool
     bound: int
@@ -143,6 +153,10 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
     if run.strategy == "per_layer":
         layers = per_layer_clip_norms(run.max_grad_norm, trained_parameters(run.module))
     norm = float(run.max_grad_norm) if layers is None else layers.total  # type: ignore[arg-type]
+    options, count = adaptive_options(run.clipping), None
+    if options is not None:
+        counts = 1 if layers is None else len(layers.of)
+        count = noisy_count(options, run.noise_multiplier, sampling, whole_units=whole_units, counts=counts)
     swap(run.module)
     check_coverage(run.module)
     check_optimizer(run.optimizer, run.module)
@@ -157,12 +171,23 @@ def resolve_setup(run: RunArguments, accountant: str, ranks: int = 1) -> Setup:
         mechanism=mechanism,
         layers=layers,
         rule=ClipRule(norm, AUTOMATIC_STABILITY if run.clipping == "automatic" else None),
+        count=count,
         norm=norm,
         whole_units=whole_units,
         bound=bound,
         sensitivity=sensitivity(norm, bound, 1 if whole_units else sampling.per_unit, ranks),
         physical_batch_size=physical,
     )
+
+
+def adaptive_norms(setup: Setup) -> AdaptiveRule | AdaptiveLayers | None:
+    """The norms of a run whose clipping adapts, at their first values; else None."""
+    if setup.count is None:
+        return None
+    if setup.layers is None:
+        return AdaptiveRule(setup.count, setup.norm, setup.sensitivity)
+    names = list(trained_parameters(setup.arguments.module))
+    return AdaptiveLayers(setup.count, setup.layers, names, setup.sensitivity)
 
 
 _OF_ONE_PROCESS = (
@@ -260,9 +285,13 @@ def _check_lengths(lengths: Sequence[int] | None, max_padded_frames: int | None,
 
 
 def _clipping_settings(setup: Setup) -> dict[str, Any]:
+    count = {} if setup.count is None else {"noisy_count": asdict(setup.count)}
     if setup.layers is not None:
         given = setup.layers.given
-        return {"clipping": "per_layer", "per_layer_clip_norms": "uniform" if given is None else dict(given)}
+        norms = "uniform" if given is None else dict(given)
+        return {"clipping": "per_layer", "per_layer_clip_norms": norms, **count}
+    if setup.count is not None:
+        return {"clipping": "adaptive", **count}
     if setup.rule.stability is not None:
         return {"clipping": "automatic", "stability": setup.rule.stability}
     return {"clipping": "flat"}

@@ -81,12 +81,12 @@ class Run:
         return rows
 
     def clipped_sum(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Σ_i min(1, C/‖g_i‖) g_i, done the slow way; in automatic clipping Σ_i C/(‖g_i‖ + γ) g_i."""
+        """Σ_i min(1, C/‖g_i‖) g_i, done the slow way, C of this step; in automatic clipping Σ_i C/(‖g_i‖ + γ) g_i."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained.items()}
         for gradient in self.gradients(indices):
             norm = norm_of(gradient)
-            limit = self.optimizer.max_grad_norm
+            limit = self.optimizer.clip_norm
             if self.stability is None:
                 factor = min(1.0, limit / norm) if norm else 1.0
             else:

@@ -163,12 +163,12 @@ def one(run: Run, index: int) -> tuple[Tensor, Tensor]:
 
 
 def excess(run: Run, indices: tuple[int, ...] = INDICES) -> float:
-    """Largest ‖what one example adds to the float64 sums‖ / C."""
+    """Largest ‖what one example adds to the float64 sums‖ / C, of the step at hand."""
     worst = 0.0
     for index in indices:
         run.begin(1)
         run.optimizer.backward(run.loss_fn(run.model, run.data[[index]]))
-        worst = max(worst, added(run) / run.optimizer.max_grad_norm)
+        worst = max(worst, added(run) / run.optimizer.clip_norm)
         run.optimizer.zero_grad()
     return worst
 

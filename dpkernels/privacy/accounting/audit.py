@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpkernels.errors import UserError
 from dpkernels.privacy.accounting.accountant import epsilon
-from dpkernels.privacy.accounting.ledger import read_ledger
-from dpkernels.rounding import shown_epsilon
+from dpkernels.privacy.accounting.ledger import Run, read_ledger
+from dpkernels.rounding import shown_epsilon, shown_sigma
 
 
 class ClaimError(UserError, ValueError):
@@ -28,7 +29,10 @@ class AuditedLedger:
         steps: steps it counts.
         head: hash of its last line.
         epsilon: ε recomputed from it, at the run's δ; None where a run used no noise.
-        sensitivity: L2 sensitivity of the clipped sum that the noise is scaled to.
+        sensitivity: L2 sensitivity of the clipped sum that the noise is scaled to; of adaptive clipping, in the first
+            step.
+        noisy_count: the constants of adaptive clipping's counts (`dpkernels.privacy.step.adaptive.NoisyCount`), which
+            were found to spend, with the sums' noise, what `noise_multiplier` says; None for other clippings.
     """
 
     path: Path
@@ -37,6 +41,7 @@ class AuditedLedger:
     head: str
     epsilon: float | None
     sensitivity: float | None
+    noisy_count: Mapping[str, float] | None = None
 
 
 def audit_ledger(path: Path, privacy: Mapping[str, Any], record: str = "the record") -> AuditedLedger:
@@ -87,7 +92,26 @@ def audit_ledger(path: Path, privacy: Mapping[str, Any], record: str = "the reco
             )
     sensitivities = {run.settings.get("sensitivity") for run in runs}
     sensitivity = sensitivities.pop() if len(sensitivities) == 1 else None
-    return AuditedLedger(path, len(ledger.runs), ledger.steps, ledger.last_hash, spent, sensitivity)
+    count = _noisy_count(path, runs)
+    return AuditedLedger(path, len(ledger.runs), ledger.steps, ledger.last_hash, spent, sensitivity, count)
+
+
+def _noisy_count(path: Path, runs: Sequence[Run]) -> Mapping[str, float] | None:
+    """The constants of the counts of adaptive clipping, once the noise of sums and counts was found to be that of σ."""
+    counts = [run.settings.get("noisy_count") for run in runs]
+    for run, count in zip(runs, counts, strict=True):
+        sigma = run.mechanism.noise_multiplier
+        if count is None or sigma == 0:
+            continue
+        # Two Gaussian releases of one batch are one, of the vector of both in units of their noise.
+        together = 1 / math.hypot(1 / count["sums_noise_multiplier"], count["sensitivity"] / count["noise"])
+        if not together >= sigma * (1 - 1e-9):
+            raise ClaimError(
+                f"{path}: the sums' noise and that of the count spend what a noise multiplier of "
+                f"{shown_sigma(together, 6)} would, and the run says {shown_sigma(sigma, 6)}: its steps cost more "
+                "than they count for"
+            )
+    return next((count for count in counts if count is not None), None)
 
 
 def claimed_epsilon(privacy: Mapping[str, Any], steps: int, delta: float, accountant: str) -> float:

@@ -24,6 +24,7 @@ PURPOSE_INCLUSION = 2
 PURPOSE_SUBSET = 3
 PURPOSE_ROUNDING = 4
 PURPOSE_CANARIES = 5
+PURPOSE_COUNT = 6
 _BLOCK_BYTES = 64
 _MAX_BLOCKS = 2**32  # ChaCha20's block counter (RFC 8439)
 
@@ -139,6 +140,10 @@ class SecretStream:
             **self.noise_secrets(indices, draw=draw),
             "rounding_nonces": [nonce(PURPOSE_ROUNDING, index, draw) for index in rounded],
         }
+
+    def count_secrets(self, *, draw: int) -> dict[str, Any]:
+        """`key` and `nonces` of `dpkernels.ops.noise_sums` for the counts of adaptive clipping in draw `draw`."""
+        return {**self.noise_secrets((), draw=draw), "nonces": [nonce(PURPOSE_COUNT, 0, draw)]}
 
     def words(self, count: int, *, draw: int, purpose: int, index: int = 0) -> np.ndarray:
         """`count` independent uniform 64-bit words (numpy uint64)."""

@@ -58,6 +58,9 @@ class ClipRule:
             return ops.clip_factors(norm_sq, self.norm)
         return ops.automatic_clip_factors(norm_sq, self.norm, self.stability)
 
+    def votes(self, norm_sq: Tensor) -> None:
+        """None: no count moves a constant C. (`adaptive.AdaptiveRule` has votes.)"""
+
 
 @dataclass(frozen=True)
 class PerLayerClipNorms:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from dpkernels.privacy.ranks.group import LOAD, STATE, STEP, Ranks
 from dpkernels.privacy.ranks.pieces import Piece, cut, owners
 from dpkernels.privacy.rng.model_draws import SecretSeeds
 from dpkernels.privacy.rng.streams import SecretStream, grid_of
+from dpkernels.privacy.step.adaptive import AdaptiveNorms
 from dpkernels.privacy.step.flat import FlatLoop
 from dpkernels.privacy.step.fused import Release, narrow_states, restore_wide_states, take_step, uncovered
 from dpkernels.privacy.step.states import StateShards, spans
@@ -62,7 +64,8 @@ class DPOptimizer(WrappedOptimizer):
     """A torch optimizer that steps on clipped, summed and noised gradients.
 
     The gradient of a step is (Σ_i min(1, C/‖g_i‖)·g_i + σ·S·N(0, 1)) / expected_batch_size, with S the sensitivity
-    of the sum (per-layer clipping: C_l and ‖g_il‖ in each layer l). It is computed in float64. The noised sum is
+    of the sum (per-layer clipping: C_l and ‖g_il‖ in each layer l; adaptive clipping: C and S of the step at hand, and
+    σ_g in place of σ, see `dpkernels.privacy.step.adaptive`). It is computed in float64. The noised sum is
     rounded to a public grid, and then once to float32, or to the parameter's dtype if the wrapped optimizer's own step
     is called; everything after it is post-processing. `param_groups`, `state` and `defaults` are the wrapped
     optimizer's, so learning-rate schedulers and `state_dict` work.
@@ -87,7 +90,8 @@ class DPOptimizer(WrappedOptimizer):
         model: the private model.
         strategy: clips and sums a micro-batch, over the model's tape.
         noise_multiplier: σ.
-        max_grad_norm: C, or √ΣC_l² under per-layer clipping.
+        max_grad_norm: C, or √ΣC_l² under per-layer clipping; under adaptive clipping the first step's (`clip_norm` is
+            the present one).
         sensitivity: S, a little more than C (or k·C): see `dpkernels.privacy.step.clipping`.
         expected_batch_size: the public constant the noised sum is divided by.
         batch_bound: largest logical batch that the sensitivity is stated for.
@@ -97,6 +101,7 @@ class DPOptimizer(WrappedOptimizer):
         ranks: the processes of the run.
         seeds: the global generators' secret seeds; None in tests with fixed seeds.
         whole_units: whether speakers are clipped as speakers (clipping_unit="speaker").
+        adaptive: the norms that the strategy clips to, if they adapt.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class DPOptimizer(WrappedOptimizer):
         ranks: Ranks,
         seeds: SecretSeeds | None = None,
         whole_units: bool = False,
+        adaptive: AdaptiveNorms | None = None,
     ) -> None:
         super().__init__(optimizer)
         self.noise_multiplier = noise_multiplier
@@ -143,7 +149,8 @@ class DPOptimizer(WrappedOptimizer):
         self._fused = False
         self.keep_gradients = False
         self.stochastic_rounding = False
-        scale = noise_multiplier * sensitivity
+        self._adaptive = adaptive
+        scale = self._noise_scale()
         self._release = Release(scale, grid_of(scale), expected_batch_size)
         self._logged: set[str] = set()
         self._last_seen: list[Clipped] | None = None
@@ -152,6 +159,41 @@ class DPOptimizer(WrappedOptimizer):
     def tape(self) -> Tape:
         """The model's tape."""
         return self._strategy.tape
+
+    @property
+    def clip_norm(self) -> float:
+        """C of the step at hand, or √ΣC_l²: `max_grad_norm`, until adaptive clipping has moved it.
+
+        Public: it was computed from noisy counts that ε covers, and may be shown and logged.
+        """
+        return self.max_grad_norm if self._adaptive is None else self._adaptive.total
+
+    @property
+    def clip_state(self) -> float | dict[str, float]:
+        """`clip_norm`, or the norms by parameter of adaptive per-layer clipping: plain values, for a checkpoint."""
+        return self.max_grad_norm if self._adaptive is None else self._adaptive.state()
+
+    def restore_clip_state(self, state: object) -> None:
+        """Continue from a checkpoint's `clip_state`. Other clippings have constant norms, and ignore it.
+
+        Raises:
+            ValueError: nothing that this run can have come to.
+            RuntimeError: within a logical batch, some of whose gradients are clipped to the present norms.
+        """
+        if self._adaptive is None:
+            return
+        if self._batch.drawn is not None or self._batch.dirty:
+            raise RuntimeError(
+                "load_state_dict within a logical batch is refused: its gradients are clipped to another C than that "
+                "of the checkpoint, which would scale their noise. Load before the loop, or after step()"
+            )
+        self._adaptive.norms = self._adaptive.of_state(state)
+
+    def _noise_scale(self) -> float:
+        """Standard deviation of the noise on the sums of the step at hand."""
+        if self._adaptive is not None:
+            return self._adaptive.noise_scale
+        return self.noise_multiplier * self.sensitivity
 
     @property
     def _step_supports_amp_scaling(self) -> NoReturn:
@@ -383,12 +425,15 @@ class DPOptimizer(WrappedOptimizer):
             with self._ranks.exchanging():
                 draw = self._stream.next_draw()
                 self._last_seen = self._batch.seen
+                following = [] if self._adaptive is None else self._following_norms(self._adaptive, draw)
                 self._exchange.sums_to_owners(self._sums())
                 result = None
                 if self._fused:
                     self._fused_step(draw)
                 else:
                     result = self._unfused_step(draw)
+            if self._adaptive is not None:
+                self._adaptive.norms = following
             self._diverged = False
             return result
         finally:
@@ -397,12 +442,23 @@ class DPOptimizer(WrappedOptimizer):
             self._rows.note_step()
             self._taken += 1
 
+    def _following_norms(self, adaptive: AdaptiveNorms, draw: int) -> list[float]:
+        """Scale the noise by the norms that this step's sums were clipped to, and return those of the next step.
+
+        Rank 0 draws the noise of the counts, once for all: a rank's own noisy counts would be a release more.
+        """
+        scale = self._noise_scale()
+        self._release = replace(self._release, noise_scale=scale, grid=grid_of(scale))
+        votes = torch.tensor(self._ranks.gathered(self._batch.votes(len(adaptive.norms)))).sum(0).tolist()
+        return self._ranks.first(lambda: adaptive.following(votes, self._stream, draw))
+
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks. Reading the parameters takes time: before the 1st, 2nd, 4th, ... step of
         this process, or since it loaded a checkpoint."""
         facts: dict[str, Any] = {
             "steps counted": self._budget.steps,
             "drawn batch": self._drawn,
+            "clipping norms": self.clip_state,
             "fused step": self._fused,
             "learning rates": self._learning_rates(),
             "optimizer.keep_gradients": self.keep_gradients,  # one exchange more

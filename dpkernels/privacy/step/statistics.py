@@ -15,7 +15,7 @@ class StepStats:
     Attributes:
         examples: examples in the logical batch.
         clip_rate: share of the examples that were clipped (0 for an empty batch); under per-layer clipping, in any
-            layer; under automatic clipping, of those that were made smaller.
+            layer; under automatic clipping, of those that were made smaller; under adaptive clipping, by the step's C.
         mean_norm: mean norm of their whole gradients before clipping, over the finite norms.
         non_finite: number of examples with a non-finite norm, which contributed exactly 0 (under per-layer clipping:
             in the layers where the norm was not finite).

@@ -2,9 +2,9 @@
 
 | strategy | backwards | holds until it ends | clipping |
 |---|---|---|---|
-| bookkeeping, mixed | 1 | every record of the backward | flat or automatic |
-| two_pass | 2 | the graph; [B] numbers for each layer | flat or automatic |
-| per_layer | 1 | nothing | each layer on its own |
+| bookkeeping, mixed | 1 | every record of the backward | of the whole gradient: flat, automatic or adaptive |
+| two_pass | 2 | the graph; [B] numbers for each layer | the same |
+| per_layer | 1 | nothing | each layer on its own, constant or adaptive |
 
 Every strategy holds the records of tied and reused parameters to the end of a backward, since they must be merged.
 """
@@ -19,10 +19,14 @@ from torch import Tensor, nn
 from dpkernels import ops
 from dpkernels.nn import Record, Tape, norms_sq
 from dpkernels.nn.tensors import factors_within
+from dpkernels.privacy.step.adaptive import AdaptiveLayers, AdaptiveRule
 from dpkernels.privacy.step.clipping import ClipRule, PerLayerClipNorms, add_up, total_norm_sq
 
 Add = Callable[[Sequence[Record], Tensor], None]
 """add(records, factors [B]) adds the weighted sums of the records to the logical batch's sums."""
+
+Rule = ClipRule | AdaptiveRule
+"""What turns the norm of an example's whole gradient into its factor."""
 
 Check = Callable[[], None]
 """Raises if the last backward reached a trained parameter past its layer's rule."""
@@ -37,10 +41,12 @@ class Clipped(NamedTuple):
 
     norm_sq: [B] float64, the squared norm of the whole gradient before clipping, rounded up. factors: [B] float32,
     the factor in the sum, 0 for an example that was left out; under per-layer clipping, the smallest of its factors.
+    votes: [K] int64, what the micro-batch adds to the counts that move the K norms of adaptive clipping, else None.
     """
 
     norm_sq: Tensor
     factors: Tensor
+    votes: Tensor | None = None
 
 
 class Strategy(ABC):
@@ -83,7 +89,7 @@ class BookKeeping(Strategy):
     Source: Bu et al. 2023, arXiv:2210.00038 (book-keeping).
     """
 
-    def __init__(self, tape: Tape, rule: ClipRule) -> None:
+    def __init__(self, tape: Tape, rule: Rule) -> None:
         super().__init__(tape)
         self._rule = rule
 
@@ -97,8 +103,9 @@ class BookKeeping(Strategy):
         with torch.no_grad():
             norm_sq = total_norm_sq(records, batch_size, losses.device)
             factors = self._rule.factors(norm_sq)
+            votes = self._rule.votes(norm_sq)
         add(records, factors)
-        return Clipped(norm_sq, factors)
+        return Clipped(norm_sq, factors, votes)
 
 
 class TwoPass(Strategy):
@@ -117,7 +124,7 @@ class TwoPass(Strategy):
     Source: Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679 (ghost clipping in two passes).
     """
 
-    def __init__(self, tape: Tape, rule: ClipRule) -> None:
+    def __init__(self, tape: Tape, rule: Rule) -> None:
         super().__init__(tape)
         self._rule = rule
 
@@ -137,7 +144,7 @@ class TwoPass(Strategy):
         check()
         with torch.no_grad():
             norm_sq = add_up(first.values(), batch_size, device)
-            factors = self._rule.factors(norm_sq)
+            factors, votes = self._rule.factors(norm_sq), self._rule.votes(norm_sq)
             allowed = REPEAT_TOLERANCE * norm_sq.sqrt()
             moved = torch.zeros(batch_size, dtype=torch.bool, device=device)
 
@@ -158,7 +165,7 @@ class TwoPass(Strategy):
                 "reads values that change. This logical batch is dropped: make the recomputation repeat the "
                 "forward, or use strategy='bookkeeping'"
             )
-        return Clipped(norm_sq, factors)
+        return Clipped(norm_sq, factors, votes)
 
 
 class PerLayer(Strategy):
@@ -172,34 +179,40 @@ class PerLayer(Strategy):
     backward).
     """
 
-    def __init__(self, tape: Tape, norms: PerLayerClipNorms) -> None:
+    def __init__(self, tape: Tape, norms: PerLayerClipNorms | AdaptiveLayers) -> None:
         super().__init__(tape)
         self._norms = norms
 
     def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
         """Compute norm, factor and sum, record by record."""
         batch_size, device = losses.shape[0] // unit, losses.device
+        adaptive = self._norms if isinstance(self._norms, AdaptiveLayers) else None
+        limits = self._norms if isinstance(self._norms, PerLayerClipNorms) else self._norms.present
+        parameters: list[tuple[nn.Parameter, ...]] = []
         norms: list[Tensor] = []
         least = torch.ones(batch_size, device=device)
 
         @torch.no_grad()
         def clip(record: Record) -> None:
             norm_sq = _norm_sq(record, device)
-            factors = ops.clip_factors(norm_sq, self._norms.together(record.parameters))
+            factors = ops.clip_factors(norm_sq, limits.together(record.parameters))
             add([record], factors)
+            parameters.append(record.parameters)
             norms.append(norm_sq)
             torch.minimum(least, factors, out=least)
 
         self._stream(losses, clip, unit)
         check()
         with torch.no_grad():
-            return Clipped(add_up(norms, batch_size, device), least)
+            votes = None if adaptive is None else adaptive.votes(parameters, norms, device)
+            return Clipped(add_up(norms, batch_size, device), least, votes)
 
 
-def strategy_of(name: str, tape: Tape, rule: ClipRule, layers: PerLayerClipNorms | None) -> Strategy:
-    """The strategy of a name that `keywords.strategy_called` returns; `layers` for "per_layer" only."""
-    if layers is not None:
-        return PerLayer(tape, layers)
+def strategy_of(name: str, tape: Tape, clipping: Rule | PerLayerClipNorms | AdaptiveLayers) -> Strategy:
+    """The strategy of a name that `keywords.strategy_called` returns; norms by layer for "per_layer" only."""
+    if isinstance(clipping, PerLayerClipNorms | AdaptiveLayers):
+        return PerLayer(tape, clipping)
+    rule = clipping
     return TwoPass(tape, rule) if name == "two_pass" else BookKeeping(tape, rule)
 
 

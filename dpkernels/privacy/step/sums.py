@@ -119,6 +119,13 @@ class BatchSums:
         self.invalidated = False
         self._announced = None
 
+    def votes(self, norms: int) -> list[int]:
+        """What the examples in the sums add to the counts that move the norms of adaptive clipping. NOT PRIVATE."""
+        votes = [part.votes for part in self.seen if part.votes is not None]
+        assert len(votes) == len(self.seen)  # the strategy clips to these norms
+        counts: list[int] = torch.stack(votes).sum(0).tolist() if votes else [0] * norms
+        return counts
+
     def announce(self, examples: int, unit: int) -> None:
         """Note that the loader hands out a micro-batch of `examples` examples, `unit` of each of its speakers.
 

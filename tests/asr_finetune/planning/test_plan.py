@@ -11,6 +11,7 @@ import pytest
 
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.data.sources import load_corpus
+from asr_finetune.planning.command import run
 from asr_finetune.planning.tables import plan_table, size
 from asr_finetune.training.run import train
 from asr_finetune.training.sampling import (
@@ -84,6 +85,15 @@ def test_the_accountant_of_the_configuration() -> None:
     rows = plan_table(rdp)
     assert str(rows.title).startswith("ε: target 0.5, spends ")
     assert "noise multiplier σ (RDP)" in rows.columns[0]._cells
+
+
+def test_a_plan_shares_the_noise_of_adaptive_clipping_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_one_step = plan_noise(sampled(60, 60), delta=1e-4, steps=1, noise_multiplier=1.0, accountant="rdp")
+    monkeypatch.setattr("asr_finetune.planning.command.plan_noise", lambda sampling, **given: of_one_step)
+    flags = {"privacy.noise_multiplier": 1.0, "privacy.delta": 1e-4, "train.batch_size": 60, "train.steps": 2}
+    (table,) = run(None, flags, ["privacy.clipping=adaptive"], examples=1000)
+    said = dict(zip(*(list(column._cells) for column in table.columns), strict=True))
+    assert said["  of it on the sums, beside the count that moves C"] == "1.005; 5 on the count"
 
 
 @pytest.mark.slow

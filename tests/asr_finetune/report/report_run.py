@@ -114,7 +114,13 @@ def write_run(
 
 
 def write_ledger(
-    path: Path, steps: int, sigma: float, *, sensitivity: float = 1.0000001, unit: str = "example"
+    path: Path,
+    steps: int,
+    sigma: float,
+    *,
+    sensitivity: float = 1.0000001,
+    unit: str = "example",
+    noisy_count: dict[str, float] | None = None,
 ) -> None:
     mechanism = {
         "sample_rate": RATE,
@@ -131,6 +137,8 @@ def write_ledger(
         "mechanism": mechanism,
         "sensitivity": sensitivity,
     }
+    if noisy_count is not None:
+        settings |= {"clipping": "adaptive", "noisy_count": noisy_count}
     ledger = Ledger(path, settings)
     for _ in range(steps):
         ledger.spend_step()

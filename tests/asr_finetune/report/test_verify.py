@@ -28,6 +28,7 @@ from tests.asr_finetune.report.report_run import (
     write_ledger,
     write_run,
 )
+from tests.asr_finetune.report.test_report import visible
 
 
 def differing(findings: list[Finding]) -> list[str]:
@@ -228,6 +229,26 @@ def test_epsilon_is_that_of_dp_accounting(tmp_path: Path, accountant: str) -> No
         settings["mechanism"] |= {"noise_multiplier": SIGMA, "max_batch_size": 110}
         expected = epsilon(SIGMA, RATE, steps, DELTA, max_batch_size=110, dataset_size=SIZE)
         assert composed(chain, DELTA, "pld") == pytest.approx(expected, rel=1e-9)
+
+
+def test_sums_and_counts_of_adaptive_clipping_are_added_up(tmp_path: Path) -> None:
+    """From the ledger's two noises, not from the σ that it states."""
+    count = {"quantile": 0.5, "learning_rate": 0.2, "expected": 100.0, "noise": 2.0, "sensitivity": 0.5}
+    run = write_run(tmp_path / "run", record(clipping="adaptive", clip_norm=0.25))
+    for sums, agrees in ((1 / math.sqrt(1 / SIGMA**2 - 1 / 16), True), (SIGMA, False)):
+        (run / "ledger.jsonl").unlink()
+        write_ledger(run / "ledger.jsonl", STEPS, SIGMA, noisy_count={**count, "sums_noise_multiplier": sums})
+        found = differing(verify(run))
+        assert ("σ of the sums and of the count that moves C" not in found) == agrees
+        if agrees:
+            text = visible(write_report(run, tmp_path / "report.html").read_text())
+            assert "1 in the first step, 0.25 after the last" in text
+            assert (
+                "and a standard deviation of 2 on the count, to which one recording adds at most 0.5" in text
+            )
+    spent = composed(read_chain((run / "ledger.jsonl").read_bytes()), DELTA, "rdp")
+    together = 1 / math.sqrt(1 / SIGMA**2 + 1 / 16)
+    assert spent == pytest.approx(epsilon(together, RATE, STEPS, DELTA, accountant="rdp"))
 
 
 def test_without_a_ledger_there_is_nothing_to_verify(tmp_path: Path) -> None:

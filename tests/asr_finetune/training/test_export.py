@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -250,6 +251,41 @@ def test_a_new_head_is_merged_with_its_classes(folders: Any, tmp_path: Path) -> 
         torch.testing.assert_close(
             small_models.logits(merged, batch), small_models.logits(recognizer, batch), rtol=1e-4, atol=1e-4
         )
+
+
+def test_the_card_says_where_adaptive_clipping_began_and_ended(tmp_path: Path) -> None:
+    write_card(tmp_path, record_by_hand(clipping="adaptive", clip_norm=0.25), "run")
+    said = "| Clipping norm, C | 1 at the start and 0.25 at the end, adaptive clipping |"
+    assert said in (tmp_path / CARD).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["bookkeeping", "per_layer"])
+def test_adaptive_clipping_is_trained_stopped_resumed_and_verified(
+    strategy: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"privacy__clipping": "adaptive", "privacy__strategy": strategy}
+    values = tones.settings(runs, **changes, output=str(tmp_path / "run"))
+    config, folder = Config.from_dict(values), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, crash)
+        with pytest.raises(Crash):
+            train(config, progress=False)
+    saved = checkpoint.load(folder / "checkpoint")
+    assert saved is not None
+    assert saved.privacy is not None
+    norms = [entry["clip_norm"] for entry in train(config, progress=False).history]
+    kept = saved.privacy["clip_norm"]
+    assert norms[1] == pytest.approx(kept if strategy != "per_layer" else math.hypot(*kept.values()))
+    assert len(set(norms)) == len(norms) == 3  # of four steps that ε allows, the crash lost one
+    record = json.loads((folder / "run.json").read_text())
+    assert record["privacy"]["clip_norm"] == norms[-1]
+    write_report(folder, folder / "report.html")
+    assert all(finding.agrees for finding in verify(folder))
+    said = "squared norms, one for each trained parameter; each follows the median" in visible(
+        (folder / "report.html").read_text()
+    )
+    assert said == (strategy == "per_layer")
 
 
 def test_automatic_clipping_reaches_ledger_record_and_card(runs: Path) -> None:

@@ -67,8 +67,8 @@ LINES = (
             Fault(
                 "σ forgotten, in both steps",
                 "dpkernels/privacy/step/optimizer.py",
-                "scale = noise_multiplier * sensitivity",
-                "scale = sensitivity",
+                "return self.noise_multiplier * self.sensitivity",
+                "return self.sensitivity",
                 "tests/privacy/step/test_noise.py::test_noise_is_sigma_on_the_sum_once_a_step",
             ),
             Fault(

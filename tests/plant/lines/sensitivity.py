@@ -1,6 +1,7 @@
 """What an example can add at most: lines 3 to 5."""
 
 from tests.plant.data import Fault, Line
+from tests.plant.lines import adaptive
 
 LINES = (
     Line(
@@ -77,8 +78,8 @@ LINES = (
             Fault(
                 "a strategy that clips to twice the norm",
                 "dpkernels/privacy/step/strategies.py",
-                "ops.clip_factors(norm_sq, self._norms.together(record.parameters))",
-                "ops.clip_factors(norm_sq, 2 * self._norms.together(record.parameters))",
+                "ops.clip_factors(norm_sq, limits.together(record.parameters))",
+                "ops.clip_factors(norm_sq, 2 * limits.together(record.parameters))",
                 "tests/privacy/step/test_strategies.py::test_no_strategy_lets_an_example_add_more_than_the_norm[per_layer-full-0.001-plain]",
             ),
             Fault(
@@ -177,11 +178,12 @@ LINES = (
         5,
         "Clippings of another sensitivity are accounted as such, or refused",
         tests={
-            "tests/privacy/step/test_clipping.py::test_clipping_other_than_flat_is_refused_with_the_reason": "adaptive clipping, and norms that are not finite and positive, are refused",
+            "tests/privacy/step/test_clipping.py::test_clipping_other_than_flat_is_refused_with_the_reason": "other clippings, and norms that are not finite and positive, are refused",
             "tests/privacy/step/test_automatic_clipping.py::test_the_sum_is_that_of_automatic_clipping": "automatic clipping scales each whole gradient by C/(‖g‖ + γ), in each strategy",
             "tests/privacy/step/test_automatic_clipping.py::test_no_example_adds_more_than_c": "no example adds more than C under automatic clipping, however small its gradient is",
             "tests/privacy/step/test_automatic_clipping.py::test_sensitivity_noise_and_epsilon_are_those_of_flat_clipping": "the sensitivity of automatic clipping is that of flat clipping",
             "tests/privacy/step/test_automatic_clipping.py::test_the_ledger_says_how_it_was_clipped": "the ledger records automatic clipping and its γ",
+            **adaptive.TESTS,
             "tests/privacy/step/test_speaker_clipping.py::test_the_sum_is_that_of_speakers_one_by_one": "speakers clipped as speakers: the sum of each one's gradients is clipped to C, in each strategy",
             "tests/privacy/step/test_speaker_clipping.py::test_every_kind_of_record_has_a_form_for_speakers": "the same for convolutions, attention, recurrent layers, tables and scalars",
             "tests/privacy/step/test_speaker_clipping.py::test_no_speaker_adds_more_than_c": "no speaker adds more than C, in any strategy, in float32 and bfloat16",
@@ -203,6 +205,7 @@ LINES = (
             "tests/privacy/step/test_strategies.py::test_epsilon_is_that_of_the_stated_sensitivity": "the same σ and sampling give the same ε in every strategy",
         },
         faults=(
+            *adaptive.FAULTS,
             Fault(
                 "speakers clipped by their first example's norm",
                 "dpkernels/nn/recording/records.py",
@@ -333,8 +336,8 @@ LINES = (
             Fault(
                 "other clippings accepted",
                 "dpkernels/privacy/keywords.py",
-                'if clipping not in ("flat", "automatic") and (clipping, strategy) != ("per_layer", "per_layer"):',
-                "if False:",
+                "    if not known:",
+                "    if False:",
                 "tests/privacy/step/test_clipping.py::test_clipping_other_than_flat_is_refused_with_the_reason",
             ),
             Fault(

@@ -30,6 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no noise": {"sigma": 0.0},
     "out of memory on rank 1": {"fails_on": 1},
     "rounds of 32 entries": {"staged": 768},
+    "adaptive": {"clipping": "adaptive", "clip": 0.1},
+    "adaptive by layers": {"clipping": "adaptive", "clip": 0.1, "strategy": "per_layer"},
 }
 
 

@@ -155,13 +155,13 @@ def test_the_sum_is_back_propagated_not_the_mean(monkeypatch: pytest.MonkeyPatch
 
 
 def contribution_excess(run: Run, indices: tuple[int, ...] = INDICES) -> float:
-    """Largest ‖what one example adds to the float64 sums‖ / C."""
+    """Largest ‖what one example adds to the float64 sums‖ / C, of the step at hand."""
     worst = 0.0
     for index in indices:
         run.begin(1)
         run.optimizer.backward(run.loss_fn(run.model, run.data[[index]]))
         added = torch.cat([total.flatten() for total in run.optimizer._batch.sums.values()]).norm()
-        worst = max(worst, float(added) / run.optimizer.max_grad_norm)
+        worst = max(worst, float(added) / run.optimizer.clip_norm)
         run.optimizer.zero_grad()
     return worst
 
@@ -318,7 +318,7 @@ def test_planted_factor_one_for_nan_is_caught(poisoned: Run, monkeypatch: pytest
 
 
 def test_clipping_other_than_flat_is_refused_with_the_reason() -> None:
-    for clipping in ("per_layer", "adaptive", "Automatic"):
+    for clipping in ("per_layer", "Adaptive", "Automatic"):
         with pytest.raises(ValueError, match="√ΣC_l²"):
             private_run(clipping=clipping)
     with pytest.raises(ValueError, match="the norm of the whole gradient"):
