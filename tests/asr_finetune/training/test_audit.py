@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from asr_finetune import cli
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.models.recognizer import Recognizer
+from asr_finetune.report import plots
 from asr_finetune.report.report import write_report
 from asr_finetune.training import start
 from asr_finetune.training.audit import PUBLIC_WORDS, audit, audit_record, scores_of, sentence
@@ -206,3 +207,8 @@ def test_the_report_says_whether_the_bounds_agree(tmp_path: Path, right: bool, s
 def test_a_report_without_an_audit_says_nothing_of_one(tmp_path: Path) -> None:
     text = visible(write_report(write_run(tmp_path / "run"), tmp_path / "r.html").read_text())
     assert "attack" not in text.replace("attacker", "")
+
+
+def test_a_plot_of_no_canaries_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plots.canary_scores([0.0, 1.0], [0], [0])
