@@ -71,7 +71,10 @@ def test_an_audit_of_a_finished_run(runs: Path) -> None:
     text = visible((runs / "audit" / "report.html").read_text())
     assert "This run was trained for an audit" in text
     assert "The attack does not contradict the claim" in text
-    assert not RunFolder(runs / "finished").audit.exists()
+    card = "This model was trained for an audit"
+    assert card in (runs / "audit" / "adapter" / "README.md").read_text()
+    assert card not in (runs / "finished" / "adapter" / "README.md").read_text()
+    assert not before.audit.exists()
 
 
 def settings(folder: Path, **changes: Any) -> Config:
