@@ -166,7 +166,15 @@ class RunFolder:
         write_text(self.config, _WITHHELD + nameless.to_yaml())
 
     def written_config(self) -> Config:
-        """The configuration that the folder's run was started with, the names of speakers included."""
+        """The configuration that the folder's run was started with, the names of speakers included.
+
+        Raises:
+            RunFolderError: the folder holds no run.
+        """
+        if not self.config.is_file():
+            raise RunFolderError(
+                f"run={str(self.path)!r} has no config.yaml, so no run is there: give its --output folder"
+            )
         written = Config.from_dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         if self.speakers.is_file():
             written = written.with_values("data", **yaml.safe_load(self.speakers.read_text(encoding="utf-8")))

@@ -215,3 +215,9 @@ def test_a_report_without_an_audit_says_nothing_of_one(tmp_path: Path) -> None:
 def test_a_plot_of_no_canaries_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
         plots.canary_scores([0.0, 1.0], [0], [0])
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    result = invoke("audit", tmp_path)
+    assert isinstance(result.exception, RunFolderError)
+    assert "has no config.yaml" in str(result.exception)
