@@ -179,8 +179,7 @@ def audit(
     from asr_finetune.training.audit import audit as run_audit
     from asr_finetune.training.run_folder import RunFolder
 
-    folder = RunFolder(run)
-    values = folder.written_config().to_dict() if folder.config.is_file() else load_yaml(run)
+    values = RunFolder(run).written_config().to_dict() if run.is_dir() else load_yaml(run)
     values["output"] = str(output) if output is not None else f"{values.get('output') or run.stem}-audit"
     config = Config.from_dict(overridden(values, {}, settings or ()))
     public = PUBLIC_WORDS

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpkernels.rounding import shown_epsilon, shown_sigma
+from dpkernels.rounding import shown_epsilon, shown_lower_bound, shown_sigma
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_epsilon_goes_up_and_sigma_down(value: float, places: int, up: str, down: str) -> None:
     assert shown_epsilon(value, places) == up
     assert shown_sigma(value, places) == down
+    assert shown_lower_bound(value, places) == down
 
 
 def test_for_any_value() -> None:
@@ -39,7 +40,7 @@ def test_for_any_value() -> None:
 
 
 def test_nan_is_refused() -> None:
-    for function in (shown_epsilon, shown_sigma):
+    for function in (shown_epsilon, shown_sigma, shown_lower_bound):
         with pytest.raises(ValueError, match="nan"):
             function(math.nan)
 

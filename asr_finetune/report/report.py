@@ -114,6 +114,7 @@ def _context(folder: RunFolder, run: Mapping[str, Any]) -> dict[str, Any]:
             ),
         ),
         "stopped": run.get("stopped", False),
+        "audited": audit is not None or run.get("audited", False),
         "steps": run["steps"],
         "time": duration(run["seconds"]),
         "test_sets": _test_sets(data, evaluation, private),

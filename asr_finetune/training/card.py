@@ -64,6 +64,7 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str) -> Path:
         steps=record["steps"],
         planned_steps=record["training"]["steps"],
         stopped=record.get("stopped", False),
+        audited=record.get("audited", False),
         rates=_rates(record),
         scoring=record["scoring"],
         versions=record["versions"],

@@ -47,6 +47,7 @@ def run_record(
     privacy = privacy_record(run.config, spent_by(run.engine, run.config) if run.engine else None, epsilon)
     progress = {"steps": run.step, "seconds": run.seconds, "curve": run.curve}
     progress["origin"] = None if run.origin is None else str(run.origin)
+    progress["audited"] = run.audited
     return _record(run.config, run.recognizer, privacy, data, evaluation, progress)
 
 
@@ -66,6 +67,7 @@ def stopped_record(
     progress = {"steps": saved.step, "seconds": saved.seconds, "curve": saved.curve, "stopped": True}
     origin = origin_by_ledger(config, folder.ledger)
     progress["origin"] = None if origin is None else str(origin)
+    progress["audited"] = folder.coins.is_file()
     privacy = privacy_record(config, spent, epsilon)
     evaluation = {"before": metrics.get("before"), "after": None, "non_private": None}
     return _record(config, recognizer, privacy, data, evaluation, progress)

@@ -200,9 +200,13 @@ class RunFolder:
         """The configuration that the folder's run was started with, the names of speakers included.
 
         Raises:
-            RunFolderError: a file is damaged.
+            RunFolderError: the folder holds no run, or a file is damaged.
             ConfigError: it has values that no configuration has.
         """
+        if not self.config.is_file():
+            raise RunFolderError(
+                f"run={str(self.path)!r} has no config.yaml, so no run is there: give its --output folder"
+            )
         with _readable(self.config):
             values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         written = Config.from_dict(values)

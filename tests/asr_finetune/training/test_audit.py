@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from asr_finetune import cli
 from asr_finetune.config.schema import Config, ConfigError
 from asr_finetune.models.recognizer import Recognizer
+from asr_finetune.report import plots
 from asr_finetune.report.report import write_report
 from asr_finetune.training import start
 from asr_finetune.training.audit import PUBLIC_WORDS, audit, audit_record, scores_of, sentence
@@ -70,7 +71,10 @@ def test_an_audit_of_a_finished_run(runs: Path) -> None:
     text = visible((runs / "audit" / "report.html").read_text())
     assert "This run was trained for an audit" in text
     assert "The attack does not contradict the claim" in text
-    assert not RunFolder(runs / "finished").audit.exists()
+    card = "This model was trained for an audit"
+    assert card in (runs / "audit" / "adapter" / "README.md").read_text()
+    assert card not in (runs / "finished" / "adapter" / "README.md").read_text()
+    assert not before.audit.exists()
 
 
 def settings(folder: Path, **changes: Any) -> Config:
@@ -206,3 +210,14 @@ def test_the_report_says_whether_the_bounds_agree(tmp_path: Path, right: bool, s
 def test_a_report_without_an_audit_says_nothing_of_one(tmp_path: Path) -> None:
     text = visible(write_report(write_run(tmp_path / "run"), tmp_path / "r.html").read_text())
     assert "attack" not in text.replace("attacker", "")
+
+
+def test_a_plot_of_no_canaries_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plots.canary_scores([0.0, 1.0], [0], [0])
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    result = invoke("audit", tmp_path)
+    assert isinstance(result.exception, RunFolderError)
+    assert "has no config.yaml" in str(result.exception)
