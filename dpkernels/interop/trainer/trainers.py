@@ -105,8 +105,8 @@ class PrivateTrainerMixin(Trainer):
             raise RuntimeError(
                 "PrivateTrainer.train was called before: a trainer serves one run, whose steps are planned and "
                 "counted. Make another trainer; to go on, give its train resume_from_checkpoint. Training these "
-                "weights further spends further ε, which only a ledger that both runs share counts "
-                "(PrivacyArguments.ledger; close it first: trainer.engine.close())"
+                "weights further spends further ε, which the other trainer counts in this process, and a ledger that "
+                "both share (PrivacyArguments.ledger) in any process"
             )
         try:
             return super().train(*args, **arguments)
