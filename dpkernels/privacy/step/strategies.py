@@ -212,8 +212,7 @@ def strategy_of(name: str, tape: Tape, clipping: Rule | PerLayerClipNorms | Adap
     """The strategy of a name that `keywords.strategy_called` returns; norms by layer for "per_layer" only."""
     if isinstance(clipping, PerLayerClipNorms | AdaptiveLayers):
         return PerLayer(tape, clipping)
-    rule = clipping
-    return TwoPass(tape, rule) if name == "two_pass" else BookKeeping(tape, rule)
+    return TwoPass(tape, clipping) if name == "two_pass" else BookKeeping(tape, clipping)
 
 
 def _of_units(record: Record, unit: int) -> Record:

@@ -54,6 +54,7 @@ def stream() -> SecretStream:
 # --- C
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("clip", [1e-3, 0.5, 100.0])
 def test_c_moves_by_the_count_over_the_expected_batch_size(strategy: str, clip: float) -> None:
@@ -175,6 +176,7 @@ def multipliers(count: NoisyCount) -> tuple[float, float]:
     return count.sums_noise_multiplier, count.noise / count.sensitivity
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 20.0])
 @pytest.mark.parametrize("std", [None, 400.0])
 @pytest.mark.parametrize(
