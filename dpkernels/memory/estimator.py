@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -113,6 +113,8 @@ class MemoryEstimator:
             self._weights = self._memory.live
             engine = stack.enter_context(closing(_engine()))
             self._private = _private(engine, self._copy, self._trained, self._strategy)
+            # fake tensors are on the CPU, whatever the target
+            self._private.tape.choice = replace(self._private.tape.choice, target=self._target)
             self._stack = stack.pop_all()
         return self
 

@@ -46,6 +46,7 @@ class RunArguments:
     clipping: str
     clipping_unit: str | None
     strategy: str
+    memory_share: float | None
     physical_batch_size: int | None
     max_batch_size: int | None
     unit: str
@@ -219,6 +220,7 @@ def run_settings(setup: Setup, processes: int) -> dict[str, Any]:
         "max_grad_norm": setup.norm,
         **_clipping_settings(setup),
         "clipping_unit": "speaker" if setup.whole_units else "example",
+        "strategy": setup.arguments.strategy,
         "sensitivity": setup.sensitivity,
         "max_examples_per_unit": setup.sampling.per_unit,
         "expected_batch_size": setup.sampling.expected_batch_size,

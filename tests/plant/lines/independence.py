@@ -12,6 +12,9 @@ LINES = (
             "tests/privacy/self_check/test_independence.py::test_a_loss_that_mixes_examples_is_found": "a loss that mixes examples is found",
             "tests/privacy/self_check/test_independence.py::test_a_wrong_norm_rule_is_found": "a norm rule that gives too small norms is found",
             "tests/privacy/self_check/test_independence.py::test_the_rest_of_the_batch_does_not_change_what_an_example_adds": "what an example adds does not depend on the rest of its batch",
+            "tests/nn/recording/test_choice.py::test_the_form_of_an_examples_norm_does_not_depend_on_the_batchs_padded_length": "an example that lengthens its batch leaves the form of the others' norms as it is, in every strategy",
+            "tests/nn/recording/test_choice.py::test_the_frames_that_count_are_an_examples_own": "the frames that decide what is materialised are an example's own",
+            "tests/nn/recording/test_choice.py::test_examples_that_are_clipped_together_go_the_same_way": "the examples of a speaker are materialised together or not at all",
             "tests/privacy/self_check/test_independence.py::test_dropout_is_drawn_per_example": "two copies of one example get dropout masks of their own",
             "tests/privacy/test_torch_layers.py::test_the_self_check_goes_through_attention_in_training_mode": "the self-check switches off attention's dropout",
             "tests/privacy/test_torch_layers.py::test_the_checks_look_within_transformers_and_at_attentions_first_output": "the checks see outputs that are within tuples",
@@ -71,6 +74,21 @@ LINES = (
             "tests/ops/test_native_transducer.py::test_a_nan_is_never_lost": "a NaN in its states or flows drops this utterance and no other",
         },
         faults=(
+            Fault(
+                "the batch's frames decide what is materialised",
+                "dpkernels/nn/recording/choice.py",
+                "enough = _count(g[..., 0] != 0) >= least",
+                "enough = torch.ones(len(g), dtype=torch.bool)",
+                "tests/nn/recording/test_choice.py::test_the_frames_that_count_are_an_examples_own",
+                "tests/nn/recording/test_choice.py::test_the_form_of_an_examples_norm_does_not_depend_on_the_batchs_padded_length[linear-auto]",
+            ),
+            Fault(
+                "part of a speaker materialised",
+                "dpkernels/nn/recording/choice.py",
+                ".view(-1, unit).all(1).repeat_interleave(unit)",
+                "",
+                "tests/nn/recording/test_choice.py::test_examples_that_are_clipped_together_go_the_same_way",
+            ),
             Fault(
                 "differences that fail nothing",
                 "dpkernels/privacy/self_check/check.py",
