@@ -33,7 +33,7 @@ CACHES = 2**26
 """Bytes of the tensors of all layers that are timed in turn, at least."""
 
 LINEAR = ((64, 64), (256, 256), (1024, 256), (256, 1024), (512, 512), (384, 1536), (1024, 1024))
-LORA = ((256, 256), (1024, 256), (512, 512), (1024, 1024))
+LORA = ((64, 64), (256, 256), (1024, 256), (512, 512), (1024, 1024))
 RANKS = (2, 8, 32)
 FRAMES = (12, 50, 150, 400)
 
@@ -151,6 +151,7 @@ def lora_parts(outputs: int, inputs: int, rank: int, frames: int, rounds: int) -
                     f"lora_{way}": frames * rank * both,
                     f"lora_{way}_frame": frames * both,
                     f"lora_{way}_entry": rank * both,
+                    f"lora_{way}_call": 1.0,
                 },
             )
         ]

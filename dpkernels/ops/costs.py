@@ -12,8 +12,11 @@ and whose gradient is materialised, read for its norm and read again for the sum
 
 LoRA of rank r has n = r(p + d) entries. Kept, x and g are read for norm and sum; materialised, they are read once:
 
-    lora_kept · L·n + lora_kept_frame · L(p + d) + lora_kept_entry · n
-    lora_made · L·n + lora_made_frame · L(p + d) + lora_made_entry · n
+    lora_kept · L·n + lora_kept_frame · L(p + d) + lora_kept_entry · n + lora_kept_call
+    lora_made · L·n + lora_made_frame · L(p + d) + lora_made_entry · n + lora_made_call
+
+The calls' own time is that of one example of the fit's batch: a constant too, since the choice must not depend on the
+batch at hand.
 
 The constants of a backend are measured (`python -m bench.fit_costs`) and kept in `costs.json`. They are times of one
 machine, but only their ratios decide, and these differ less between machines.
@@ -51,9 +54,11 @@ class Costs:
     lora_kept: float
     lora_kept_frame: float
     lora_kept_entry: float
+    lora_kept_call: float
     lora_made: float
     lora_made_frame: float
     lora_made_entry: float
+    lora_made_call: float
 
     def kept(self, frames: int, outputs: int, inputs: int, rank: int = 0) -> float:
         """Nanoseconds of norm and sum of one example where the layer's tensors are kept.
@@ -63,7 +68,7 @@ class Costs:
         entries, both = outputs * inputs, outputs + inputs
         if rank:
             products = (self.lora_kept * frames + self.lora_kept_entry) * rank
-            return both * (products + self.lora_kept_frame * frames)
+            return both * (products + self.lora_kept_frame * frames) + self.lora_kept_call
         by_gram = frames * both < GRAM_SHARE * 2 * entries
         norm = (
             (self.gram * frames + self.gram_frame) * frames * both
@@ -76,7 +81,7 @@ class Costs:
         """Nanoseconds of materialising an example's gradient, of its norm and of its part in the sum."""
         if rank:
             products = (self.lora_made * frames + self.lora_made_entry) * rank
-            return (outputs + inputs) * (products + self.lora_made_frame * frames)
+            return (outputs + inputs) * (products + self.lora_made_frame * frames) + self.lora_made_call
         return (self.product * frames + self.entry) * outputs * inputs
 
     @cache  # noqa: B019 - a few instances, and a few hundred shapes

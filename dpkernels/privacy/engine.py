@@ -203,8 +203,9 @@ class PrivacyEngine:
                 first. "per_layer": clips each layer on its own within one backward and keeps nothing; its
                 gradients are not those of flat clipping. Both keep x and g of tied and reused parameters.
             memory_share: with strategy="auto", how much more than its output gradient a layer's materialised gradients
-                may take; default 0.25. What is kept until the norms are known then takes at most 1.25 times as much as
-                with "bookkeeping" (as long as no two layers have the same output gradient). 0: never more.
+                may take; default 1. What is kept until the norms are known then takes at most twice as much as with
+                "bookkeeping" (as long as no two layers have the same output gradient); the peak of a step, early in
+                the backward, seldom grows. 0: never more.
             physical_batch_size: largest micro-batch; default the DataLoader's batch_size.
             poisson_sampling: must stay True.
             max_batch_size: capacity in examples: truncated Poisson sampling, with its own accounting ("pld"

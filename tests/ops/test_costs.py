@@ -25,9 +25,11 @@ SIMPLE = Costs(
     lora_kept=0.04,
     lora_kept_frame=0.2,
     lora_kept_entry=0.5,
+    lora_kept_call=100.0,
     lora_made=0.03,
     lora_made_frame=0.1,
     lora_made_entry=2.0,
+    lora_made_call=200.0,
 )
 
 
@@ -39,7 +41,8 @@ SIMPLE = Costs(
         (1024, 256, 0, 144),
         (256, 1024, 0, 144),
         (1024, 1024, 8, 67),  # L(0.01·8 + 0.1) > 1.5·8
-        (1024, 1024, 1, 14),
+        (1024, 1024, 1, 15),  # and 100 of the calls, for 2048 inputs and outputs
+        (8, 8, 1, 71),
     ],
 )
 def test_both_sides_of_a_crossing(outputs: int, inputs: int, rank: int, crossing: int) -> None:

@@ -33,7 +33,7 @@ from dpkernels.ops.costs import costs_on
 MATERIALISED_BYTES = 4
 """Of an entry of a materialised gradient: float32."""
 
-MEMORY_SHARE = 0.25
+MEMORY_SHARE = 1.0
 """By how much the records may take more memory than those of book-keeping, by default."""
 
 
