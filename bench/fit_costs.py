@@ -3,10 +3,10 @@
     python -m bench.fit_costs              under two minutes; prints the constants, and how far the model is off
     python -m bench.fit_costs --write      also writes dpkernels/ops/costs.json
 
-Norms, sums and materialised gradients of linear and LoRA layers are timed as in a backward, shape by shape: of as many
-layers in turn as the caches do not hold, all materialised first, then all norms, then all sums. Times are the process's
-(all threads together), the least of the rounds, so that other processes disturb them little. The constants minimise the
-sum of squared relative errors, and are at least 0.
+Norms, sums and materialised gradients of linear layers are timed shape by shape, of as many layers in turn as the
+caches do not hold. Of LoRA layers, whose calls take as long as their arithmetic, whole forwards and backwards of a
+stack are timed, kept and materialised. Times are the process's (all threads together), the least of the rounds, so that
+other processes disturb them little. The constants minimise the sum of squared relative errors, and are at least 0.
 """
 
 from __future__ import annotations
@@ -25,24 +25,46 @@ from torch import Tensor, nn
 from bench.harness import machine
 from dpkernels import ops
 from dpkernels.backends import registry
-from dpkernels.nn import LinearRecord, LoRARecord, Record, add_weighted_sums, norms_sq
+from dpkernels.nn import (
+    Choice,
+    GhostLoRALinear,
+    LayerSizes,
+    LinearRecord,
+    Record,
+    add_weighted_sums,
+    attach,
+    detach,
+    norms_sq,
+    swap,
+)
 from dpkernels.ops.costs import FILE, GRAM_SHARE, Costs
 
-BATCH = 8
+BATCH = 4
+PAIRS = 3
+"""Of LoRA layers in a stack, the second of each back to the first one's width."""
 CACHES = 2**26
 """Bytes of the tensors of all layers that are timed in turn, at least."""
 
 LINEAR = ((64, 64), (256, 256), (1024, 256), (256, 1024), (512, 512), (384, 1536), (1024, 1024))
-LORA = ((64, 64), (256, 256), (1024, 256), (512, 512), (1024, 1024))
+LORA = ((64, 64), (256, 256), (1024, 256), (512, 512))
 RANKS = (2, 8, 32)
-FRAMES = (12, 50, 150, 400)
+FRAMES = (25, 75, 150, 400)
 
 
 class Part(NamedTuple):
-    """One measurement: nanoseconds of an example, and the factor of each constant in the model's formula."""
+    """One measurement: nanoseconds of an example, and the factor of each constant in the model's formula.
+
+    scale: the nanoseconds that errors are relative to, if these are not it.
+    """
 
     nanoseconds: float
     factors: dict[str, float]
+    scale: float | None = None
+
+    @property
+    def unit(self) -> float:
+        """The nanoseconds that errors are relative to."""
+        return self.nanoseconds if self.scale is None else self.scale
 
 
 def process_nanoseconds(call: Callable[[], object], rounds: int) -> float:
@@ -59,10 +81,11 @@ def process_nanoseconds(call: Callable[[], object], rounds: int) -> float:
 def fit(parts: Sequence[Part]) -> dict[str, float]:
     """Constants >= 0 that minimise the sum of squared relative errors."""
     names = sorted({name for part in parts for name in part.factors})
-    rows = np.array([[part.factors.get(name, 0.0) / part.nanoseconds for name in names] for part in parts])
+    rows = np.array([[part.factors.get(name, 0.0) / part.unit for name in names] for part in parts])
+    wanted = np.array([part.nanoseconds / part.unit for part in parts])
     kept = list(range(len(names)))
     while True:
-        found = np.linalg.lstsq(rows[:, kept], np.ones(len(parts)), rcond=None)[0]
+        found = np.linalg.lstsq(rows[:, kept], wanted, rcond=None)[0]
         if (found >= 0).all():
             return dict.fromkeys(names, 0.0) | {
                 names[i]: float(value) for i, value in zip(kept, found, strict=True)
@@ -71,9 +94,10 @@ def fit(parts: Sequence[Part]) -> dict[str, float]:
 
 
 def errors(parts: Sequence[Part], constants: dict[str, float]) -> list[float]:
-    """Model over measurement, minus 1, of each."""
+    """Model minus measurement, relative to its unit, of each."""
     return [
-        sum(constants[name] * factor for name, factor in part.factors.items()) / part.nanoseconds - 1
+        (sum(constants[name] * factor for name, factor in part.factors.items()) - part.nanoseconds)
+        / part.unit
         for part in parts
     ]
 
@@ -84,22 +108,6 @@ def _copies(size: int) -> int:
 
 def _zero_sums(records: Sequence[Record]) -> dict[nn.Parameter, Tensor]:
     return {p: torch.zeros(p.shape, dtype=torch.float64) for record in records for p in record.parameters}
-
-
-def _both_ways(records: Sequence[Record], rounds: int) -> tuple[float, float]:
-    """Nanoseconds of an example of a layer: kept (norms, sums), and materialised (gradients, norms, sums)."""
-    sums, factors = _zero_sums(records), torch.rand(BATCH)
-
-    def norms_and_sums(held: Sequence[Record]) -> None:
-        norms_sq(held)
-        add_weighted_sums(held, factors, sums)
-
-    def materialised() -> None:
-        norms_and_sums([part for record in records for part in record.materialised()])
-
-    count = BATCH * len(records)
-    kept = process_nanoseconds(lambda: norms_and_sums(records), rounds) / count
-    return kept, process_nanoseconds(materialised, rounds) / count
 
 
 def linear_parts(outputs: int, inputs: int, frames: int, rounds: int) -> dict[str, list[Part]]:
@@ -129,34 +137,57 @@ def linear_parts(outputs: int, inputs: int, frames: int, rounds: int) -> dict[st
         found["direct"] = [Part(norms("direct"), {"direct": frames * entries, "direct_frame": frames * both})]
     summed = process_nanoseconds(lambda: add_weighted_sums(records, factors, sums), rounds) / (count * BATCH)
     found["sum"] = [Part(summed, {"summed": frames * entries, "widened": entries})]
-    made = _both_ways(records, rounds)[1]
+
+    def materialise() -> None:
+        held = [part for record in records for part in record.materialised()]
+        norms_sq(held)
+        add_weighted_sums(held, factors, sums)
+
+    made = process_nanoseconds(materialise, rounds) / (count * BATCH)
     found["made"] = [Part(made, {"product": frames * entries, "entry": entries})]
     return found
 
 
+class Always(Choice):
+    """Materialises everything."""
+
+    def least_frames(self, layer: LayerSizes, device_type: str = "cpu") -> int | None:
+        """From the first frame on."""
+        return 1
+
+
 def lora_parts(outputs: int, inputs: int, rank: int, frames: int, rounds: int) -> dict[str, list[Part]]:
-    """Measurements of one shape of LoRA layer."""
-    both = outputs + inputs
-    records = []
-    for i in range(_copies(4 * BATCH * (frames + rank) * both)):
-        a, b = nn.Parameter(torch.zeros(rank, inputs)), nn.Parameter(torch.zeros(outputs, rank))
-        x, h, g, dh = (torch.randn(BATCH, frames, width) for width in (inputs, rank, outputs, rank))
-        records.append(LoRARecord(str(i), a, b, x, h, g, dh, 2.0))
-    times = _both_ways(records, rounds)
-    return {
-        f"lora {way}": [
-            Part(
-                time_of,
-                {
-                    f"lora_{way}": frames * rank * both,
-                    f"lora_{way}_frame": frames * both,
-                    f"lora_{way}_entry": rank * both,
-                    f"lora_{way}_call": 1.0,
-                },
-            )
+    """The measurement of one shape of LoRA layer: what materialising saves of a whole forward and backward."""
+    both, layers = outputs + inputs, []
+    for _ in range(PAIRS):
+        layers += [
+            GhostLoRALinear(inputs, outputs, r=rank),
+            nn.Tanh(),
+            GhostLoRALinear(outputs, inputs, r=rank),
         ]
-        for way, time_of in zip(("kept", "made"), times, strict=True)
-    }
+    model, x, factors = swap(nn.Sequential(*layers)), torch.randn(BATCH, frames, inputs), torch.rand(BATCH)
+    sums = {p: torch.zeros(p.shape, dtype=torch.float64) for p in model.parameters() if p.requires_grad}
+    tape = attach(model)
+
+    def step() -> None:
+        losses = model(x).square().sum((1, 2))
+        tape.open(BATCH)
+        losses.sum().backward()
+        records = tape.close()
+        with torch.no_grad():
+            norms_sq(records)
+            add_weighted_sums(records, factors, sums)
+
+    times = []
+    for choice in (Choice(), Always()):
+        tape.choice = choice
+        times.append(process_nanoseconds(step, rounds) / (2 * PAIRS * BATCH))
+    detach(model)
+    kept, made = times
+    # A constant of what is saved less one of what is added: both are at least 0.
+    saved = {"lora_product": frames * rank * both, "lora_frame": frames * both}
+    added = {"lora_entry": -rank * both, "lora_call": -1.0}
+    return {"lora": [Part(kept - made, saved | added, scale=kept)]}
 
 
 def measure(

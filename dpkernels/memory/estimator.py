@@ -115,9 +115,7 @@ class MemoryEstimator:
                 self._memory.count(tensor)
             self._weights = self._memory.live
             engine = stack.enter_context(closing(_engine()))
-            self._private = _private(
-                engine, self._copy, self._trained, strategy=self._strategy, memory_share=self._memory_share
-            )
+            self._private = self._make_private(engine)
             # fake tensors are on the CPU, whatever the target
             self._private.tape.choice = replace(self._private.tape.choice, target=self._target)
             self._stack = stack.pop_all()
@@ -125,6 +123,19 @@ class MemoryEstimator:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    def _make_private(self, engine: PrivacyEngine) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="noise_multiplier=0")
+            return engine.make_private(
+                module=self._copy,
+                optimizer=torch.optim.SGD(self._trained, lr=0.0),
+                data_loader=DataLoader(range(1), batch_size=1),  # type: ignore[arg-type]
+                noise_multiplier=0.0,  # without noise nothing is claimed, so any batch may follow any other
+                max_grad_norm=1.0,
+                strategy=self._strategy,
+                memory_share=self._memory_share,
+            )[1]
 
     def peak(self, losses: Losses, size: int) -> Peak:
         """The peak of a micro-batch; seconds for a model of 24 blocks.
@@ -176,18 +187,3 @@ def _engine() -> PrivacyEngine:
             "ignore"
         )  # a fixed key: nothing is trained, and torch's generators stay as they are
         return PrivacyEngine(noise_key=bytes(32))
-
-
-def _private(
-    engine: PrivacyEngine, model: nn.Module, trained: list[nn.Parameter], **arguments: str | float | None
-) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="noise_multiplier=0")
-        return engine.make_private(
-            module=model,
-            optimizer=torch.optim.SGD(trained, lr=0.0),
-            data_loader=DataLoader(range(1), batch_size=1),  # type: ignore[arg-type]
-            noise_multiplier=0.0,  # without noise nothing is claimed, so any batch may follow any other
-            max_grad_norm=1.0,
-            **arguments,
-        )[1]

@@ -10,13 +10,12 @@ and whose gradient is materialised, read for its norm and read again for the sum
 
     product · L·p·d + entry · p·d
 
-LoRA of rank r has n = r(p + d) entries. Kept, x and g are read for norm and sum; materialised, they are read once:
+LoRA of rank r has n = r(p + d) entries. What materialising saves an example is
 
-    lora_kept · L·n + lora_kept_frame · L(p + d) + lora_kept_entry · n + lora_kept_call
-    lora_made · L·n + lora_made_frame · L(p + d) + lora_made_entry · n + lora_made_call
+    lora_frame · L(p + d) + lora_product · L·n − lora_entry · n − lora_call
 
-The calls' own time is that of one example of the fit's batch: a constant too, since the choice must not depend on the
-batch at hand.
+since x and g are read once, not for norm and sum each. The call's own time is that of one example in the fit's batch: a
+constant too, since the choice must not depend on the batch at hand.
 
 The constants of a backend are measured (`python -m bench.fit_costs`) and kept in `costs.json`. They are times of one
 machine, but only their ratios decide, and these differ less between machines.
@@ -51,24 +50,14 @@ class Costs:
     widened: float
     product: float
     entry: float
-    lora_kept: float
-    lora_kept_frame: float
-    lora_kept_entry: float
-    lora_kept_call: float
-    lora_made: float
-    lora_made_frame: float
-    lora_made_entry: float
-    lora_made_call: float
+    lora_product: float
+    lora_frame: float
+    lora_entry: float
+    lora_call: float
 
-    def kept(self, frames: int, outputs: int, inputs: int, rank: int = 0) -> float:
-        """Nanoseconds of norm and sum of one example where the layer's tensors are kept.
-
-        rank: LoRA's r; 0 for a linear layer.
-        """
+    def kept(self, frames: int, outputs: int, inputs: int) -> float:
+        """Nanoseconds of norm and sum of one example of a linear layer whose tensors are kept."""
         entries, both = outputs * inputs, outputs + inputs
-        if rank:
-            products = (self.lora_kept * frames + self.lora_kept_entry) * rank
-            return both * (products + self.lora_kept_frame * frames) + self.lora_kept_call
         by_gram = frames * both < GRAM_SHARE * 2 * entries
         norm = (
             (self.gram * frames + self.gram_frame) * frames * both
@@ -77,12 +66,19 @@ class Costs:
         )
         return norm + (self.summed * frames + self.widened) * entries
 
-    def made(self, frames: int, outputs: int, inputs: int, rank: int = 0) -> float:
-        """Nanoseconds of materialising an example's gradient, of its norm and of its part in the sum."""
-        if rank:
-            products = (self.lora_made * frames + self.lora_made_entry) * rank
-            return (outputs + inputs) * (products + self.lora_made_frame * frames) + self.lora_made_call
+    def made(self, frames: int, outputs: int, inputs: int) -> float:
+        """Nanoseconds of materialising an example's gradient of a linear layer, of its norm and its part in the sum."""
         return (self.product * frames + self.entry) * outputs * inputs
+
+    def saved(self, frames: int, outputs: int, inputs: int, rank: int = 0) -> float:
+        """Nanoseconds that materialising saves an example of so many frames; negative where it takes longer.
+
+        rank: LoRA's r; 0 for a linear layer.
+        """
+        if not rank:
+            return self.kept(frames, outputs, inputs) - self.made(frames, outputs, inputs)
+        of_frames = (self.lora_product * rank + self.lora_frame) * frames
+        return (of_frames - self.lora_entry * rank) * (outputs + inputs) - self.lora_call
 
     @cache  # noqa: B019 - a few instances, and a few hundred shapes
     def crossing(self, outputs: int, inputs: int, rank: int = 0) -> int | None:
@@ -90,19 +86,16 @@ class Costs:
 
         What is saved grows with the frames, except for the step from the Gram form to the direct one.
         """
-        if not self._saves(LONGEST, outputs, inputs, rank):
+        if self.saved(LONGEST, outputs, inputs, rank) <= 0:
             return None
         costs, saves = 0, LONGEST
         while saves - costs > 1:
             middle = (costs + saves) // 2
-            if self._saves(middle, outputs, inputs, rank):
+            if self.saved(middle, outputs, inputs, rank) > 0:
                 saves = middle
             else:
                 costs = middle
         return saves
-
-    def _saves(self, *sizes: int) -> bool:
-        return self.made(*sizes) < self.kept(*sizes)
 
 
 @cache

@@ -22,14 +22,10 @@ SIMPLE = Costs(
     widened=0.5,
     product=0.02,
     entry=1.5,
-    lora_kept=0.04,
-    lora_kept_frame=0.2,
-    lora_kept_entry=0.5,
-    lora_kept_call=100.0,
-    lora_made=0.03,
-    lora_made_frame=0.1,
-    lora_made_entry=2.0,
-    lora_made_call=200.0,
+    lora_product=0.01,
+    lora_frame=0.1,
+    lora_entry=1.5,
+    lora_call=100.0,
 )
 
 
@@ -49,12 +45,12 @@ def test_both_sides_of_a_crossing(outputs: int, inputs: int, rank: int, crossing
     assert SIMPLE.crossing(outputs, inputs, rank) == crossing
     for frames, saves in ((crossing - 1, False), (crossing, True), (2 * crossing, True), (LONGEST, True)):
         sizes = (frames, outputs, inputs, rank)
-        assert (SIMPLE.made(*sizes) < SIMPLE.kept(*sizes)) == saves
+        assert (SIMPLE.saved(*sizes) > 0) == saves
 
 
 def test_materialising_that_never_pays_has_no_crossing() -> None:
     assert replace(SIMPLE, product=0.1).crossing(64, 64) is None
-    assert replace(SIMPLE, lora_made=0.1, lora_made_frame=0.3).crossing(64, 64, 4) is None
+    assert replace(SIMPLE, lora_product=0.0, lora_frame=0.0).crossing(64, 64, 4) is None
 
 
 def test_the_norms_form_is_that_of_the_native_kernel() -> None:

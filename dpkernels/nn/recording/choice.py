@@ -131,14 +131,14 @@ def decide(
     known = [frames for frames in least if frames is not None]
     frames, examples = max(_frames_of(g) for _, g in given), len(given[0][1])
     everywhere = max(known) if len(known) == len(least) else None
-    found: bool | Tensor = False
-    if everywhere is not None:
-        if all(g.device.type == "cpu" and has_values(g) for _, g in given):
-            enough = [reaching(g, needed) for (_, g), needed in zip(given, known, strict=True)]
-            rows = torch.stack(enough).all(0).view(-1, unit).all(1).repeat_interleave(unit)
-            found = bool(rows.all()) or (bool(rows.any()) and rows)
-        else:
-            found = all(_frames_of(g) >= needed for (_, g), needed in zip(given, known, strict=True))
+    found: bool | Tensor = everywhere is not None and all(
+        _frames_of(g) >= needed for (_, g), needed in zip(given, known, strict=True)
+    )
+    if found and all(g.device.type == "cpu" and has_values(g) for _, g in given):
+        enough = [reaching(g, needed) for (_, g), needed in zip(given, known, strict=True)]
+        rows = torch.stack(enough).all(0) if len(enough) > 1 else enough[0]
+        rows = rows.view(-1, unit).all(1).repeat_interleave(unit) if unit > 1 else rows
+        found = bool(rows.all()) or (bool(rows.any()) and rows)
     count = int(found.sum()) if isinstance(found, Tensor) else examples * found
     return found, Chosen(layer, everywhere, frames, examples, count)
 
@@ -146,15 +146,16 @@ def decide(
 def reaching(g: Tensor, least: int) -> Tensor:
     """Which examples have at least `least` frames of their own: [B] bool.
 
-    g: [B,*,p], output gradients of frames, in one or more dimensions. A frame counts if an entry of it is not 0; a NaN
-    is not 0.
+    g: [B,*,p], output gradients of frames, in one or more dimensions. A frame counts if its norm is not 0 in g's dtype;
+    a NaN is not 0.
     """
-    if _frames_of(g) < least:
-        return torch.zeros(len(g), dtype=torch.bool, device=g.device)
-    # Mostly the first entries show it, a p-th of what there is to read.
-    enough = _count(g[..., 0] != 0) >= least
+    # Mostly the first entries show it, a p-th of what there is to read; then only frames that begin with 0 are read.
+    own = g[..., 0] != 0
+    enough = _count(own) >= least
     if not bool(enough.all()):
-        enough = _count(torch.linalg.vector_norm(g, torch.inf, dim=-1) != 0) >= least
+        doubtful = ~own & ~enough.view(-1, *[1] * (own.dim() - 1))
+        own[doubtful] = torch.linalg.vector_norm(g[doubtful], dim=-1) != 0
+        enough = _count(own) >= least
     return enough
 
 

@@ -77,16 +77,16 @@ LINES = (
             Fault(
                 "the batch's frames decide what is materialised",
                 "dpkernels/nn/recording/choice.py",
-                "enough = _count(g[..., 0] != 0) >= least",
-                "enough = torch.ones(len(g), dtype=torch.bool)",
+                "own = g[..., 0] != 0",
+                "own = torch.ones(g.shape[:-1], dtype=torch.bool)",
                 "tests/nn/recording/test_choice.py::test_the_frames_that_count_are_an_examples_own",
                 "tests/nn/recording/test_choice.py::test_the_form_of_an_examples_norm_does_not_depend_on_the_batchs_padded_length[linear-auto]",
             ),
             Fault(
                 "part of a speaker materialised",
                 "dpkernels/nn/recording/choice.py",
-                ".view(-1, unit).all(1).repeat_interleave(unit)",
-                "",
+                "rows.view(-1, unit).all(1).repeat_interleave(unit) if unit > 1 else rows",
+                "rows",
                 "tests/nn/recording/test_choice.py::test_examples_that_are_clipped_together_go_the_same_way",
             ),
             Fault(
