@@ -86,7 +86,7 @@ class PackedLinearRecord(Record):
         """Those of the blocks, each as a linear layer."""
         return tuple(linear_sizes(block.x, block.g, block.g) for block in self.blocks)
 
-    def of_rows(self, rows: Tensor) -> PackedLinearRecord:
+    def of_rows(self, rows: Tensor | slice) -> PackedLinearRecord:
         """The blocks' tensors of some of the examples."""
         blocks = tuple(replace(block, x=block.x[rows], g=block.g[rows]) for block in self.blocks)
         return replace(self, blocks=blocks)

@@ -121,8 +121,8 @@ class Record(ABC):
         """
         return ()
 
-    def of_rows(self, rows: Tensor) -> Self:
-        """The record of some of the examples, with copies of their tensors. rows: [n] int64."""
+    def of_rows(self, rows: Tensor | slice) -> Self:
+        """The record of some of the examples, with copies of their tensors (rows: [n] int64), or views (a slice)."""
         part = copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):

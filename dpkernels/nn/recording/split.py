@@ -26,7 +26,7 @@ class SplitRecord(Record):
     def of(cls, record: Record, materialise: Tensor) -> SplitRecord:
         """The record with the gradients of the examples `materialise` [B] (bool) materialised."""
         kept_rows, made_rows = (~materialise).nonzero().flatten(), materialise.nonzero().flatten()
-        made = record.of_rows(made_rows).materialised()
+        made = record.of_rows(_without_a_copy(made_rows)).materialised()
         return cls(record.layer, record.of_rows(kept_rows), made, kept_rows, made_rows)
 
     @property
@@ -61,3 +61,9 @@ class SplitRecord(Record):
         rows = (t[::size] // size for t in (self.kept_rows, self.made_rows))
         made = tuple(part.of_units(size) for part in self.made)
         return SplitRecord(self.layer, self.kept.of_units(size), made, *rows)
+
+
+def _without_a_copy(rows: Tensor) -> Tensor | slice:
+    """The rows as a slice if they follow on one another, as they do in a micro-batch that is sorted by length."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
