@@ -157,12 +157,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("second", metavar="REV2", help=f"a commit, or {WORKING!r}")
     parser.add_argument("--cases", default="parakeet-lora,parakeet-full", help="default: %(default)s")
     parser.add_argument("--contender", default="dpkernels bookkeeping", help="default: %(default)s")
+    parser.add_argument("--against", metavar="CONTENDER", help="REV2's contender, if it is another")
     parser.add_argument("--pairs", type=int, default=8, help="at least 6 for a verdict; default: %(default)s")
     parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=5, help="steps a process; its median counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of all threads, in place of the wall clock"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         temporary = Path(name)
@@ -174,16 +178,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.enter_context(checkout(revision, temporary / f"rev{number}"))
             for number, revision in enumerate((options.first, options.second), 1)
         ]
+        contenders = (options.contender, options.against or options.contender)
+        unit = "processor time" if options.processor_time else "time"
         print(
-            f"time of {options.second} over {options.first}, {options.contender}, median and 95 % interval:"
+            f"{unit} of {contenders[1]} at {options.second} over {contenders[0]} at {options.first}, median and 95 % "
+            "interval:"
         )
         for case in options.cases.split(","):
-            given = [case, options.contender]
+            given: list[str] = []
             for field in ("size", "frames", "rounds", "threads", "device"):
                 given += [f"--{field}", str(getattr(options, field))]
+            if options.processor_time:
+                given.append("--processor-time")
             first, second = alternate(
                 options.pairs,
-                lambda which, given=given: _probe(harness, packages[which], given),  # type: ignore[misc]
+                lambda which, case=case, given=given: _probe(  # type: ignore[misc]
+                    harness, packages[which], [case, contenders[which], *given]
+                ),
             )
             print(f"  {case}: {compare(first, second)}", flush=True)
     return 0

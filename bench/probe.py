@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 import warnings
+from functools import partial
 
 import torch
 
 from bench.cases.models import CASES
 from bench.contenders import Settings, registry
-from bench.harness.timer import interleave, stopwatch
+from bench.harness.timer import host_seconds, interleave, stopwatch
 
 
 def main() -> None:
@@ -27,6 +29,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of all threads, in place of the wall clock"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
@@ -34,7 +39,12 @@ def main() -> None:
     model = case.model(options.frames, device=options.device)
     batch = case.batch(options.size, options.frames, device=options.device)
     contender = registry()[options.contender](case, model, batch, Settings())
-    taken = interleave({"it": contender}, rounds=options.rounds, measure=stopwatch(options.device))
+    measure = (
+        partial(host_seconds, clock=time.process_time)
+        if options.processor_time
+        else stopwatch(options.device)
+    )
+    taken = interleave({"it": contender}, rounds=options.rounds, measure=measure)
     print(json.dumps({"seconds": taken["it"].median}))
 
 

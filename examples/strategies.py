@@ -1,4 +1,4 @@
-"""Mixed precision, and the four clipping strategies side by side.
+"""Mixed precision, and the clipping strategies side by side.
 
 The model computes in bfloat16 under autocast, its parameters stay float32. Each strategy trains the same
 model on the same batch, without noise so that the results can be compared. The three that clip the whole

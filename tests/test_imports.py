@@ -228,6 +228,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "gpu": {"cases", "contenders", "harness", "reports"},
         "compare": {"harness"},
         "probe": {"cases", "contenders", "harness"},
+        "fit_costs": {"harness"},
         "conftest": {"harness"},
         **{
             f"test_{what}": {"names", "cases", "contenders", "harness"}

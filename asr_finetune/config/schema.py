@@ -235,9 +235,9 @@ class PrivacyConfig:
     accountant: Literal["pld", "rdp"] = "pld"
     """pld (tight) or rdp"""
     strategy: Annotated[
-        Literal["bookkeeping", "mixed", "two_pass", "per_layer"], BeforeValidator(_present_strategy)
+        Literal["bookkeeping", "mixed", "auto", "two_pass", "per_layer"], BeforeValidator(_present_strategy)
     ] = "bookkeeping"
-    """tensors kept until norms are known: inputs; per-sample gradients where smaller; none (a second
+    """tensors kept until norms are known: inputs; per-sample gradients where smaller, or where faster; none (a second
     backward); none (each layer clipped on its own: other gradients)"""
     enabled: StrictBool = True
     """false: ordinary training, for comparison; nothing is private then"""

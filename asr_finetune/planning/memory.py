@@ -31,7 +31,7 @@ SHORTER = (0.75, 0.5, 0.25)
 """Shares of the longest utterance that a plan also looks at."""
 
 # Fastest first: a strategy that keeps less computes more. per_layer is left out, since its gradients differ.
-_BY_SPEED = ("bookkeeping", "mixed", "two_pass")
+_BY_SPEED = ("bookkeeping", "auto", "mixed", "two_pass")
 
 
 def strategies() -> list[str]:

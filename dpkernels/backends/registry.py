@@ -217,6 +217,12 @@ def implementation(op: str, device_type: str) -> Implementation:
     return _chosen[key][1]
 
 
+def backend_of(op: str, device_type: str) -> str:
+    """The name of the backend that serves `op` on a device type; raises as `implementation` does."""
+    implementation(op, device_type)
+    return _chosen[op, device_type, forced()][0].backend
+
+
 def explain(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[OpBackend]:
     """Return the backend of every op on each device type, with the reason; "none" if no backend serves the op."""
     rows = []

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -72,7 +72,8 @@ class MemoryEstimator:
 
     Args:
         model: any model that `PrivacyEngine` accepts; it is not changed, and may be on the meta device.
-        strategy: as in `PrivacyEngine.make_private`.
+        strategy, memory_share: as in `PrivacyEngine.make_private`. Under "auto" every example is taken to be as long as
+            its batch, so that all or none of a layer's gradients are materialised.
         optimizer: the optimizer whose state is counted.
         target: the run's device type, which decides attention's memory, the rounding of sizes, and the workspace.
         checkpointing: recompute each block's activations in the backward (transformers' models; non-reentrant).
@@ -86,12 +87,14 @@ class MemoryEstimator:
         model: nn.Module,
         *,
         strategy: str = "bookkeeping",
+        memory_share: float | None = None,
         optimizer: Literal["adam", "adamw", "sgd"] = "adamw",
         target: Target = "cuda",
         checkpointing: bool = False,
     ) -> None:
         self._model, self._strategy, self._optimizer = model, strategy, optimizer
         self._target, self._checkpointing = target, checkpointing
+        self._memory_share = memory_share
         self._size_of = cuda_size if target == "cuda" else int
         self._stack = ExitStack()
         self._warm = False
@@ -112,12 +115,27 @@ class MemoryEstimator:
                 self._memory.count(tensor)
             self._weights = self._memory.live
             engine = stack.enter_context(closing(_engine()))
-            self._private = _private(engine, self._copy, self._trained, self._strategy)
+            self._private = self._make_private(engine)
+            # fake tensors are on the CPU, whatever the target
+            self._private.tape.choice = replace(self._private.tape.choice, target=self._target)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    def _make_private(self, engine: PrivacyEngine) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="noise_multiplier=0")
+            return engine.make_private(
+                module=self._copy,
+                optimizer=torch.optim.SGD(self._trained, lr=0.0),
+                data_loader=DataLoader(range(1), batch_size=1),  # type: ignore[arg-type]
+                noise_multiplier=0.0,  # without noise nothing is claimed, so any batch may follow any other
+                max_grad_norm=1.0,
+                strategy=self._strategy,
+                memory_share=self._memory_share,
+            )[1]
 
     def peak(self, losses: Losses, size: int) -> Peak:
         """The peak of a micro-batch; seconds for a model of 24 blocks.
@@ -169,16 +187,3 @@ def _engine() -> PrivacyEngine:
             "ignore"
         )  # a fixed key: nothing is trained, and torch's generators stay as they are
         return PrivacyEngine(noise_key=bytes(32))
-
-
-def _private(engine: PrivacyEngine, model: nn.Module, trained: list[nn.Parameter], strategy: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="noise_multiplier=0")
-        return engine.make_private(
-            module=model,
-            optimizer=torch.optim.SGD(trained, lr=0.0),
-            data_loader=DataLoader(range(1), batch_size=1),  # type: ignore[arg-type]
-            noise_multiplier=0.0,  # without noise nothing is claimed, so any batch may follow any other
-            max_grad_norm=1.0,
-            strategy=strategy,
-        )[1]

@@ -69,6 +69,7 @@ from dpkernels.nn.layers.transformer import (
     GhostTransformerEncoderLayer,
     transformer_refusal,
 )
+from dpkernels.nn.recording.choice import MEMORY_SHARE, Choice, Choices, Chosen, LayerSizes
 from dpkernels.nn.recording.grouping import add_weighted_sums, norms_sq
 from dpkernels.nn.recording.grouping import share as _share
 from dpkernels.nn.recording.module import GhostModule, modules_of, named_modules
@@ -82,6 +83,7 @@ from dpkernels.nn.recording.records import (
 )
 from dpkernels.nn.recording.row_check import RowCheck, RowError
 from dpkernels.nn.recording.sharing import sharing_inputs
+from dpkernels.nn.recording.split import SplitRecord
 from dpkernels.nn.recording.tape import Tape
 
 register_swap(_nn.Linear, GhostLinear)
@@ -116,8 +118,12 @@ register_refusal(transformer_refusal)
 
 __all__ = [
     "EXPANSION_LIMIT",
+    "MEMORY_SHARE",
     "BiasRecord",
     "Change",
+    "Choice",
+    "Choices",
+    "Chosen",
     "Conv1dRecord",
     "Conv2dRecord",
     "Conv3dRecord",
@@ -163,6 +169,7 @@ __all__ = [
     "GhostTransformerEncoder",
     "GhostTransformerEncoderLayer",
     "JointRecord",
+    "LayerSizes",
     "LinearRecord",
     "LoRARecord",
     "NormRecord",
@@ -171,6 +178,7 @@ __all__ = [
     "RowCheck",
     "RowError",
     "SharedTensor",
+    "SplitRecord",
     "Tape",
     "Uncovered",
     "add_weighted_sums",

@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from dpkernels.privacy.keywords import (
     STRATEGIES,
     AccountantName,
     check_clipping,
+    check_memory_share,
     check_opacus_keywords,
     strategy_called,
 )
@@ -50,7 +52,7 @@ from dpkernels.privacy.setup import (
 )
 from dpkernels.privacy.step.adaptive import AdaptiveClipping
 from dpkernels.privacy.step.optimizer import DPOptimizer
-from dpkernels.privacy.step.strategies import strategy_of
+from dpkernels.privacy.step.strategies import choice_of, strategy_of
 
 logger = logging.getLogger("dpkernels")
 
@@ -95,6 +97,7 @@ class PrivacyEngine:
         self._optimizer: DPOptimizer | None = None
         self._loader: DPDataLoader | None = None
         self._warns_unchecked = True  # at the first step, unless a self_check has passed
+        self._strategy = ""  # the name, once the run is set up
         self._needs_order = False  # whether a self-check must find that rows keep the examples' order
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -159,6 +162,7 @@ class PrivacyEngine:
         noise_multiplier: float,
         max_grad_norm: float | Sequence[float] | Mapping[str, float],
         strategy: str = "bookkeeping",
+        memory_share: float | None = None,
         physical_batch_size: int | None = None,
         poisson_sampling: bool = True,
         max_batch_size: int | None = None,
@@ -209,10 +213,17 @@ class PrivacyEngine:
                 known. "mixed": the same, but a layer whose per-sample gradients take at most half the memory of its
                 x and g (LoRA with r well below T, long inputs to narrow layers) materialises and keeps those
                 instead: less memory, and x and g are read once, not twice.
+                "auto": the same, but for each example and layer whichever of the two takes less time, by a cost model
+                of the backend (`dpkernels.ops.costs`): the choice depends on the layer's shape and the example's own
+                length, never on its batch. `print(optimizer.last_choices)` shows it.
                 "two_pass": one backward for the norms and a second for the sums. It keeps no x and g, which suits
                 activation checkpointing (use_reentrant=False), and refuses a second backward that differs from the
                 first. "per_layer": clips each layer on its own within one backward and keeps nothing; its
                 gradients are not those of flat clipping. Both keep x and g of tied and reused parameters.
+            memory_share: with strategy="auto", how much more than its output gradient a layer's materialised gradients
+                may take; default 1. What is kept until the norms are known then takes at most twice as much as with
+                "bookkeeping" (as long as no two layers have the same output gradient); the peak of a step, early in
+                the backward, seldom grows. 0: never more.
             physical_batch_size: largest micro-batch; default the DataLoader's batch_size.
             poisson_sampling: must stay True.
             max_batch_size: capacity in examples: truncated Poisson sampling, with its own accounting ("pld"
@@ -270,6 +281,7 @@ class PrivacyEngine:
                 "physical_frames", physical_frames, "max_padded_frames", max_padded_frames
             )
             check_clipping(clipping, max_grad_norm, strategy)
+            check_memory_share(memory_share, strategy)
             check_opacus_keywords(
                 poisson_sampling=poisson_sampling,
                 noise_generator=noise_generator,
@@ -289,6 +301,7 @@ class PrivacyEngine:
                 clipping=clipping,
                 clipping_unit=clipping_unit,
                 strategy=strategy,
+                memory_share=memory_share,
                 physical_batch_size=physical_batch_size,
                 max_batch_size=max_batch_size,
                 unit=unit,
@@ -331,7 +344,7 @@ class PrivacyEngine:
         module = run.module
         self._join(setup, ranks)
         # Outside of the try: if attach raises, nothing was attached, and another engine's tape must stay.
-        tape = attach(module, mixed=run.strategy == "mixed")
+        tape = attach(module, choice=choice_of(run.strategy, run.memory_share))
         adaptive = adaptive_norms(setup)
         budget: Budget | None = None
         try:
@@ -389,6 +402,7 @@ class PrivacyEngine:
             if budget is not None:
                 budget.close()
             raise
+        self._strategy = run.strategy
         self._needs_order = setup.whole_units and setup.sampling.per_unit > 1
         note_run(trained_parameters(module).values(), budget.spent)
         self._budget, self._module, self._optimizer, self._loader = budget, module, private, loader
@@ -547,6 +561,7 @@ class PrivacyEngine:
             samples=samples,
             tolerance=tolerance,
         )
+        report = replace(report, strategy=self._strategy)
         if self._needs_order:
             self._check_order(loss_fn, batch, report)
             self._needs_order = False

@@ -1,6 +1,7 @@
 """Strategy and clipping names, and Opacus's keywords: accepted if they mean the same here, else refused with the
 reason."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,6 +12,7 @@ from dpkernels.privacy.step.clipping import check_norm, is_per_layer
 STRATEGIES = {
     "bookkeeping": "keeps x and g of every trained layer until the norms are known",
     "mixed": "keeps per-sample gradients instead, materialised in the backward, where they are at most half as large",
+    "auto": "keeps x and g of a layer, or materialises its per-sample gradients, whichever takes less time",
     "two_pass": "keeps no trained layer's x and g: one backward for the norms, a second for the sums",
     "per_layer": "clips each layer on its own within one backward and keeps nothing; not flat clipping",
 }
@@ -82,6 +84,22 @@ def check_clipping(
             "of the whole gradient."
         )
     check_norm(max_grad_norm)
+
+
+def check_memory_share(memory_share: float | None, strategy: str) -> None:
+    """Raise ValueError unless memory_share is None, or a finite number >= 0 for strategy="auto"."""
+    if memory_share is None:
+        return
+    if strategy != "auto":
+        raise ValueError(
+            f"memory_share={memory_share!r} with strategy={strategy!r}: it limits what strategy='auto' materialises; "
+            "use that strategy, or leave memory_share out"
+        )
+    if not 0 <= memory_share < math.inf:
+        raise ValueError(
+            f"memory_share={memory_share!r}: expected a finite number of at least 0; 0.25 lets the records take a "
+            "quarter more memory than book-keeping's"
+        )
 
 
 def clips_speakers(clipping_unit: str | None, unit: str) -> bool:

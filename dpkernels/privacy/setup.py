@@ -55,6 +55,7 @@ class RunArguments:
     clipping: str | AdaptiveClipping
     clipping_unit: str | None
     strategy: str
+    memory_share: float | None
     physical_batch_size: int | None
     max_batch_size: int | None
     unit: str
@@ -250,6 +251,7 @@ def run_settings(setup: Setup, processes: int) -> dict[str, Any]:
         "max_grad_norm": setup.norm,
         **_clipping_settings(setup),
         "clipping_unit": "speaker" if setup.whole_units else "example",
+        "strategy": setup.arguments.strategy,
         "sensitivity": setup.sensitivity,
         "max_examples_per_unit": setup.sampling.per_unit,
         "expected_batch_size": setup.sampling.expected_batch_size,

@@ -71,3 +71,13 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
 def test_a_model_that_cannot_recompute_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential has no activation checkpointing"):
         MemoryEstimator(network(), checkpointing=True).__enter__()
+
+
+def test_auto_is_estimated_for_its_target() -> None:
+    """Fake tensors are on the CPU, which has costs; a GPU has none, and "auto" keeps there what book-keeping does."""
+    chosen = {}
+    for target in ("cpu", "cuda"):
+        with MemoryEstimator(network(), strategy="auto", memory_share=9.0, target=target) as estimator:
+            chosen[target] = estimator._private.tape.choice
+    assert {target: choice.target for target, choice in chosen.items()} == {"cpu": "cpu", "cuda": "cuda"}
+    assert {choice.memory_share for choice in chosen.values()} == {9.0}

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpkernels.nn import GhostLoRALinear
+from dpkernels.nn import Choice, GhostLoRALinear, LayerSizes
 from tests.privacy.private_run import Net, Run, losses_of, private_run
 
 WIDTH, WORDS = 12, 9
@@ -202,3 +203,13 @@ class Exploding(Net):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(torch.tanh(self.first(x)))
         return self.last(Explodes.apply(hidden) if self.on else hidden).mean(1)
+
+
+def auto_materialises(monkeypatch: pytest.MonkeyPatch, least: int = 3) -> None:
+    """From so many frames on "auto" materialises every layer, as the fitted costs make it do in wide layers only."""
+    honest = Choice.least_frames
+
+    def of_small_layers(self: Choice, layer: LayerSizes, device_type: str = "cpu") -> int | None:
+        return least if self.by_time and layer.entries else honest(self, layer, device_type)
+
+    monkeypatch.setattr(Choice, "least_frames", of_small_layers)

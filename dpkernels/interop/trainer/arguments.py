@@ -22,7 +22,8 @@ class PrivacyArguments:
         target_epsilon: ε of the whole run; σ is the smallest that keeps it.
         noise_multiplier: σ, in place of the one that follows from target_epsilon. With both, target_epsilon is a limit
             that no step exceeds.
-        strategy, unit, max_examples_per_speaker, max_batch_size, max_padded_frames: as in `PrivacyEngine.make_private`.
+        strategy, memory_share, unit, max_examples_per_speaker, max_batch_size, max_padded_frames: as in
+            `PrivacyEngine.make_private`.
         accountant, ledger: as in `PrivacyEngine`. Give a ledger to any run whose result is released: a checkpoint
             does not count the steps after it.
         noise_key: 64 hexadecimal digits that fix noise and sampling. For tests only; warns.
@@ -38,6 +39,7 @@ class PrivacyArguments:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     strategy: str = "bookkeeping"
+    memory_share: float | None = None
     unit: str = "example"
     max_examples_per_speaker: int | None = None
     max_batch_size: int | None = None
@@ -63,7 +65,8 @@ class PrivacyArguments:
     def of_run(self) -> dict[str, Any]:
         """Those arguments of `PrivacyEngine.make_private` that have the same names here."""
         names = ("target_epsilon", "target_delta", "max_grad_norm", "noise_multiplier", "strategy")
-        return {name: getattr(self, name) for name in (*names, "max_padded_frames")} | self.of_sampling()
+        more = ("memory_share", "max_padded_frames")
+        return {name: getattr(self, name) for name in (*names, *more)} | self.of_sampling()
 
     def of_sampling(self) -> dict[str, Any]:
         """The arguments of `plan_sampling` that have the same names here."""

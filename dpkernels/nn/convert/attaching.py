@@ -20,6 +20,7 @@ from dpkernels.nn.convert.swapping import has_ghost_class, load_library_rules, s
 from dpkernels.nn.copying import HANDLES, reduce_root
 from dpkernels.nn.layers.batch_norm import FrozenBatchNorm
 from dpkernels.nn.layers.expanded import ExpandingModule, expanding_class, expansion_refusal
+from dpkernels.nn.recording.choice import Choice
 from dpkernels.nn.recording.compiled import number_layer
 from dpkernels.nn.recording.module import GhostModule
 from dpkernels.nn.recording.tape import Tape
@@ -37,12 +38,14 @@ class Uncovered:
         return f"{self.name!r} ({self.module_type}): {self.reason}"
 
 
-def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = None) -> Tape:
+def attach(
+    model: nn.Module, *, mixed: bool = False, choice: Choice | None = None, keep_small: bool | None = None
+) -> Tape:
     """Make `model` private: set a new tape on every ghost layer, and expand small raw parameters. Call it after
     `swap`.
 
     Frozen parameters stay frozen. To train more of them later, detach, unfreeze them and attach again.
-    `mixed`: see `Tape`; `keep_small` is its old name.
+    `mixed` and `choice`: see `Tape`; `keep_small` is an old name of `mixed`.
 
     Raises ValueError naming every trained parameter that no rule covers, RuntimeError if a tape is attached already.
     """
@@ -58,7 +61,7 @@ def attach(model: nn.Module, *, mixed: bool = False, keep_small: bool | None = N
     if keep_small is not None:
         warn_renamed("attach(keep_small=...)", "mixed")
         mixed = keep_small
-    tape = Tape(model.named_parameters(), mixed=mixed)
+    tape = Tape(model.named_parameters(), mixed=mixed, choice=choice)
     tape.needs_to_ask = any(parameter.requires_grad for parameter in model.parameters())
     for name, module in model.named_modules():
         if not isinstance(module, GhostModule):

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
+from dpkernels.nn.recording.choice import LayerSizes
 from dpkernels.nn.recording.records import (
     ExpandedRecord,
     LinearRecord,
     Record,
     join_names,
+    linear_sizes,
     materialised_gradient,
     unit_frames,
 )
@@ -79,6 +81,15 @@ class PackedLinearRecord(Record):
     def entries(self) -> int:
         """p·d, the size of the weight."""
         return self.weight.numel()
+
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
+        """Those of the blocks, each as a linear layer."""
+        return tuple(linear_sizes(block.x, block.g, block.g) for block in self.blocks)
+
+    def of_rows(self, rows: Tensor | slice) -> PackedLinearRecord:
+        """The blocks' tensors of some of the examples."""
+        blocks = tuple(replace(block, x=block.x[rows], g=block.g[rows]) for block in self.blocks)
+        return replace(self, blocks=blocks)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
         """g_iᵀ x_i of each block at the block's rows, zeros elsewhere."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
+from dpkernels.nn.recording.choice import LayerSizes
 from dpkernels.nn.recording.records import (
     ExpandedRecord,
     LinearRecord,
@@ -197,9 +198,25 @@ class ConvRecord(Record):
         """p·d/groups·∏k, the size of the weight."""
         return self.weight.numel()
 
-    def worth_materialising_bytes(self) -> int:
-        """Half of what the record holds, or the windows of all groups if these take more."""
-        return max(super().worth_materialising_bytes(), self.batch_size * self.groups * self._window_bytes())
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
+        """The sizes for one position of the output gradient, and these positions."""
+        gradient = self.output_gradient
+        channels, of_gradient = (
+            self.x.shape[1] * self.x.element_size(),
+            self.g.shape[1] * self.g.element_size(),
+        )
+        window_bytes = self.groups * self.weight[0].numel() * self.x.element_size()
+        steps = math.prod(self.stride)
+        if self.exchanged:  # there are ∏stride output positions for each position that has a window
+            held = channels + of_gradient // steps
+            window_bytes, of_gradient = window_bytes // steps, channels
+        else:
+            held = channels * steps + of_gradient
+        outputs, inputs = self.weight.shape[0] // self.groups, self.weight[0].numel()
+        sizes = LayerSizes(
+            outputs, inputs, self.entries(), held, of_gradient, window_bytes=max(window_bytes, 1)
+        )
+        return ((sizes, gradient.movedim(1, -1)),)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
         """gᵀ windows, with the groups concatenated."""

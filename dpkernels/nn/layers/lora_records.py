@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from dpkernels import ops
+from dpkernels.nn.recording.choice import LayerSizes
 from dpkernels.nn.recording.records import ExpandedRecord, Record, join_names, unit_frames
 from dpkernels.nn.tensors import cat_time, common_dtype, sum_up
 from dpkernels.ops import GroupedLayer
@@ -47,6 +48,13 @@ class LoRARecord(Record):
     def entries(self) -> int:
         """r·(d + p), the size of A and B."""
         return self.a.numel() + self.b.numel()
+
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
+        """p, d and r, and the frames of the output gradient."""
+        held = sum(t.shape[2] * t.element_size() for t in (self.x, self.h, self.g, self.dh))
+        outputs, inputs, rank = self.g.shape[2], self.x.shape[2], self.h.shape[2]
+        gradient_bytes = outputs * self.g.element_size()
+        return ((LayerSizes(outputs, inputs, self.entries(), held, gradient_bytes, rank), self.g),)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
         """dh_iᵀ x_i for A and s·g_iᵀ h_i for B."""

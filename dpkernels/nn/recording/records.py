@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
 from dpkernels.deprecation import warn_renamed
+from dpkernels.nn.recording.choice import LayerSizes
 from dpkernels.nn.tensors import accumulation_dtype, cat_time, common_dtype, per_sample_product
 from dpkernels.ops import GroupedLayer
 
@@ -111,6 +113,22 @@ class Record(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not materialise per-sample gradients")
 
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
+        """What decides whether an example's gradient is materialised: sizes, and output gradients of frames `[B,*,p]`.
+
+        An example must have enough frames in all of them. () if the rule has no such form: `held_bytes` and
+        `worth_materialising_bytes` then decide for the whole batch.
+        """
+        return ()
+
+    def of_rows(self, rows: Tensor | slice) -> Self:
+        """The record of some of the examples, with copies of their tensors (rows: [n] int64), or views (a slice)."""
+        part = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                setattr(part, name, value[rows])
+        return part
+
     def as_linear(self, dtype: torch.dtype) -> LinearRecord | None:
         """The same gradient as the record of a linear layer, for `merge`; None if the rule has no such form.
 
@@ -194,6 +212,10 @@ class LinearRecord(Record):
     def entries(self) -> int:
         """p·d, the size of the weight."""
         return self.weight.numel()
+
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
+        """p, d, and the frames of the output gradient."""
+        return (linear_sizes(self.x, self.g, self.output_gradient),)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
         """g_iᵀ x_i."""
@@ -353,6 +375,13 @@ def _not_combined(first: Record, second: Record) -> TypeError:
         f"{first.layer!r} ({type(first).__name__}) and {second.layer!r} ({type(second).__name__}) use the same "
         "trained parameter in ways that cannot be combined; untie them, or freeze it (requires_grad_(False))"
     )
+
+
+def linear_sizes(x: Tensor, g: Tensor, output_gradient: Tensor) -> tuple[LayerSizes, Tensor]:
+    """An entry of `Record.chosen_by` for a linear layer: x [B,T,d], g [B,T,p], and which of them is the gradient."""
+    x_bytes, g_bytes, gradient_bytes = (t.shape[2] * t.element_size() for t in (x, g, output_gradient))
+    outputs, inputs = g.shape[2], x.shape[2]
+    return LayerSizes(outputs, inputs, outputs * inputs, x_bytes + g_bytes, gradient_bytes), output_gradient
 
 
 def unit_frames(t: Tensor, size: int) -> Tensor:

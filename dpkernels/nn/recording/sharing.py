@@ -19,8 +19,9 @@ from dpkernels.nn.recording.records import LinearRecord, Record
 def sharing_inputs(records: Sequence[Record]) -> list[Record]:
     """The records to compute norms from in place of `records`: the sum of their squared norms is the same.
 
-    Use them for norms only: a joint record has the weight of its first layer. Layers are joined if the joint layer
-    is cheaper in Gram form, the only form with a shared part.
+    Use them for norms only: a joint record has the weight of its first layer. Layers are joined whatever the length is,
+    also where only the Gram form of shorter examples has a shared part: if the padded length decided, an example that
+    lengthens its batch would change the form of the others' norms (Gram of the joint layer, direct of its parts).
     """
     if len(records) < 2:
         return list(records)
@@ -34,9 +35,6 @@ def sharing_inputs(records: Sequence[Record]) -> list[Record]:
         else:
             rest.append(record)
     for group in readers.values():
-        frames, d, p = group[0].x.shape[1], group[0].x.shape[2], sum(r.g.shape[2] for r in group)
-        if len(group) > 1 and frames * (p + d) < 2 * p * d:
-            rest.append(replace(group[0], g=torch.cat([r.g for r in group], 2)))
-        else:
-            rest += group
+        joint = replace(group[0], g=torch.cat([r.g for r in group], 2)) if len(group) > 1 else group[0]
+        rest.append(joint)
     return rest

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dpkernels.nn.batch.batch_axis import BatchAxes, run_at_other_sizes
+from dpkernels.nn.recording.choice import MATERIALISED_BYTES, Choice, Chosen, decide
 from dpkernels.nn.recording.compiled import CompiledCalls
 from dpkernels.nn.recording.records import Record
-
-_MATERIALISED_BYTES = 4  # per entry of a materialised gradient: float32
+from dpkernels.nn.recording.split import SplitRecord
 
 
 class Inspector(Protocol):
@@ -47,19 +47,29 @@ class Tape:
     two backwards over the same forward ends with `close(again=True)`.
 
     Materialising: a record whose parameters were used once in the forward is replaced by the per-sample gradients
-    themselves if these take at most half its memory (`Record.materialised`), which frees the layer's input and
-    output gradient at once. With `mixed` this holds for every record, else for rules that materialise by default, up to
-    the size that is worth it to the rule (`Record.worth_materialising_bytes`).
+    themselves (`Record.materialised`) for those examples for which `choice` says so, which frees the layer's input and
+    output gradient at once: see `dpkernels.nn.recording.choice`. Their own frames are counted on a CPU; on other
+    devices, where that would wait for the device, and with fake tensors, all frames of the batch count for each.
+    `mixed` is `Choice(mixed=True)`.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]] = (), *, mixed: bool = False) -> None:
-        self.mixed = mixed
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]] = (),
+        *,
+        mixed: bool = False,
+        choice: Choice | None = None,
+    ) -> None:
+        self.choice = Choice(mixed=mixed) if choice is None else choice
+        # What was chosen for the records of the last backward, in its order. NOT PRIVATE.
+        self.chosen: list[Chosen] = []
         self._names: dict[nn.Parameter, str] = {p: name for name, p in parameters}
         self._records: list[Record] = []
         # the first record of each rule and its parameters: a later use that it absorbs is not kept
         self._first: dict[tuple[type[Record], tuple[nn.Parameter, ...]], Record] = {}
         self._batch_size: int | None = None
         self._sink: Callable[[Record], None] | None = None
+        self._unit = 1
         self._sunk: set[nn.Parameter] = set()
         self._uses: Counter[nn.Parameter] = Counter()
         self._recording = True
@@ -196,14 +206,18 @@ class Tape:
         """Whether each of these parameters was used once in the forwards since the last backward."""
         return all(self._uses[p] == 1 for p in parameters)
 
-    def open(self, batch_size: int, sink: Callable[[Record], None] | None = None) -> None:
-        """Start to take the records of a backward over `batch_size` samples. Raises RuntimeError if already open."""
+    def open(self, batch_size: int, sink: Callable[[Record], None] | None = None, *, unit: int = 1) -> None:
+        """Start to take the records of a backward over `batch_size` samples. Raises RuntimeError if already open.
+
+        unit: so many consecutive samples are clipped together, and are materialised or kept together.
+        """
         if self.is_open:
             raise RuntimeError("Tape.open: the tape is already open; close() or discard() it first")
         if batch_size < 0:
             raise ValueError(f"Tape.open: batch_size must be >= 0, got {batch_size}")
         self._batch_size = batch_size
-        self._sink = sink
+        self._sink, self._unit = sink, unit
+        self.chosen = []
         self._records, self._first = [], {}
         self._sunk = set()
         self.compiled.begin()
@@ -245,7 +259,7 @@ class Tape:
                 )
         if self.inspector is not None and not self.inspector.see(record):
             return
-        parts = record.materialised() if self._is_worth_materialising(record) else (record,)
+        parts = self._parts(record)
         if self._sink is None or not self.used_once(record.parameters):
             for part in parts:
                 first = self._first.setdefault((type(part), part.parameters), part)
@@ -256,16 +270,27 @@ class Tape:
         for part in parts:
             self._sink(part)
 
-    def _is_worth_materialising(self, record: Record) -> bool:
-        if not (self.mixed or record.materialises_by_default):
-            return False
-        entries = record.entries()
-        if entries is None:
-            return False
+    def _parts(self, record: Record) -> tuple[Record, ...]:
+        """The record, its per-sample gradients, or a record that has some examples of each."""
         if not self.used_once(record.parameters):
-            return False  # the uses are merged: for a few of them that is cheaper without materialising
-        limit = record.held_bytes() // 2 if self.mixed else record.worth_materialising_bytes()
-        return _MATERIALISED_BYTES * entries * record.batch_size <= limit
+            return (record,)  # the uses are merged: for a few of them that is cheaper without materialising
+        materialise = self._materialises(record)
+        if isinstance(materialise, Tensor):
+            return (SplitRecord.of(record, materialise),)
+        return record.materialised() if materialise else (record,)
+
+    def _materialises(self, record: Record) -> bool | Tensor:
+        """Whether all examples' gradients are materialised or none, or else which examples' ([B] bool)."""
+        given = record.chosen_by()
+        if given:
+            found, row = decide(self.choice, record.layer, given, self._unit)
+            self.chosen.append(row)
+            return found
+        entries = record.entries()
+        if entries is None or not (self.choice.mixed or record.materialises_by_default):
+            return False
+        limit = record.held_bytes() // 2 if self.choice.mixed else record.worth_materialising_bytes()
+        return MATERIALISED_BYTES * entries * record.batch_size <= limit
 
     def close(self, *, again: bool = False) -> list[Record]:
         """End the backward and return its records, merged so that each parameter is in exactly one of them.

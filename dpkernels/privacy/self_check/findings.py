@@ -50,6 +50,7 @@ class SelfCheckReport:
         padded: whether an example was compared that is larger in its batch than alone. It is False if the data set has
             no such examples, if collate_fn pads nothing, or if its batches were not checked: see `unchecked`.
         unchecked: the checks that were not possible, each with the reason.
+        strategy: the strategy under which the private gradients were computed; "" if it is not known.
     """
 
     differences: list[Difference] = field(default_factory=list)
@@ -58,6 +59,7 @@ class SelfCheckReport:
     norm_shortfall: float = 0.0
     padded: bool = False
     unchecked: tuple[str, ...] = ()
+    strategy: str = ""
 
     @property
     def modes(self) -> set[str]:
@@ -75,6 +77,8 @@ class SelfCheckReport:
             f"{len(self.differences)} comparisons of {len(worst)} parameters in {_listed(sorted(self.modes))} mode: "
             f"{len(self.failures)} beyond the tolerance of {self.tolerance:g} (NOT PRIVATE)"
         ]
+        if self.strategy:
+            parts.append(f"private gradients of strategy={self.strategy!r}")
         if worst:
             parts += _table(worst[:_SHOWN])
         if len(worst) > _SHOWN:

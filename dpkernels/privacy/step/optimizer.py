@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn import RowCheck, Tape
+from dpkernels.nn import Choices, RowCheck, Tape
 from dpkernels.privacy.guards.model import ModelGuard
 from dpkernels.privacy.guards.preconditions import check_losses
 from dpkernels.privacy.ranks.agreement import bits_of
@@ -274,6 +274,11 @@ class DPOptimizer(WrappedOptimizer):
     def last_step(self) -> StepStats | None:
         """Statistics of the last applied step, or None before it. NOT PRIVATE."""
         return None if self._last_seen is None else statistics(self._last_seen)
+
+    @property
+    def last_choices(self) -> Choices:
+        """What the tape kept and materialised in the last micro-batch, layer by layer, as a table. NOT PRIVATE."""
+        return Choices(tuple(self.tape.chosen))
 
     @property
     def attempt(self) -> int:

@@ -2,7 +2,7 @@
 
 | strategy | backwards | holds until it ends | clipping |
 |---|---|---|---|
-| bookkeeping, mixed | 1 | every record of the backward | of the whole gradient: flat, automatic or adaptive |
+| bookkeeping, mixed, auto | 1 | every record of the backward | of the whole gradient: flat, automatic or adaptive |
 | two_pass | 2 | the graph; [B] numbers for each layer | the same |
 | per_layer | 1 | nothing | each layer on its own, constant or adaptive |
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkernels import ops
-from dpkernels.nn import Record, Tape, norms_sq
+from dpkernels.nn import MEMORY_SHARE, Choice, Record, Tape, norms_sq
 from dpkernels.nn.tensors import factors_within
 from dpkernels.privacy.step.adaptive import AdaptiveLayers, AdaptiveRule
 from dpkernels.privacy.step.clipping import ClipRule, PerLayerClipNorms, add_up, total_norm_sq
@@ -77,7 +77,7 @@ class Strategy(ABC):
         def of_unit(record: Record) -> None:
             take(_of_units(record, unit))
 
-        self.tape.open(losses.shape[0], sink=of_unit)
+        self.tape.open(losses.shape[0], sink=of_unit, unit=unit)
         losses.sum().backward(retain_graph=again)
         for record in self.tape.close(again=again):
             of_unit(record)
@@ -96,7 +96,7 @@ class BookKeeping(Strategy):
     def backward(self, losses: Tensor, add: Add, check: Check, unit: int = 1) -> Clipped:
         """Compute norms, then factors, then sums."""
         batch_size = losses.shape[0] // unit
-        self.tape.open(losses.shape[0])
+        self.tape.open(losses.shape[0], unit=unit)
         losses.sum().backward()
         records = [_of_units(record, unit) for record in self.tape.close()]
         check()
@@ -213,6 +213,12 @@ def strategy_of(name: str, tape: Tape, clipping: Rule | PerLayerClipNorms | Adap
     if isinstance(clipping, PerLayerClipNorms | AdaptiveLayers):
         return PerLayer(tape, clipping)
     return TwoPass(tape, clipping) if name == "two_pass" else BookKeeping(tape, clipping)
+
+
+def choice_of(name: str, memory_share: float | None = None) -> Choice:
+    """What the tape materialises in the backward under a strategy of that name; `memory_share`: of "auto"."""
+    share = MEMORY_SHARE if memory_share is None else memory_share
+    return Choice(mixed=name == "mixed", by_time=name == "auto", memory_share=share)
 
 
 def _of_units(record: Record, unit: int) -> Record:

@@ -67,7 +67,7 @@ def test_the_old_name_of_mixed_is_accepted(tmp_path: Path) -> None:
     assert config == Config.from_dict(with_(privacy={"strategy": "mixed"}))
     with pytest.warns(DeprecationWarning, match="mixed"):
         assert Config.from_dict(overridden(LEAST, settings=["privacy.strategy=keep_small"])) == config
-    with pytest.raises(ConfigError, match="expected one of bookkeeping, mixed, two_pass, per_layer"):
+    with pytest.raises(ConfigError, match="expected one of bookkeeping, mixed, auto, two_pass, per_layer"):
         Config.from_dict(with_(privacy={"strategy": "smallest"}))
 
 

@@ -29,7 +29,7 @@ from tests.nn.per_sample import assert_same_module, check_private
 @pytest.fixture(autouse=True)
 def never_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are about the ghost rules; test_materialised.py forms the same layers' gradients."""
-    monkeypatch.setattr(Tape, "_is_worth_materialising", lambda *_: False)
+    monkeypatch.setattr(Tape, "_materialises", lambda *_: False)
 
 
 def squares(model: nn.Module, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 @pytest.fixture
 def always_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape, "_is_worth_materialising", lambda _, record: record.entries() is not None)
+    monkeypatch.setattr(Tape, "_materialises", lambda _, record: record.entries() is not None)
 
 
 def only_materialised(records: list[Record]) -> bool:
@@ -150,7 +150,7 @@ def test_a_materialised_record_holds_less() -> None:
 
 
 def test_catches_a_materialised_gradient_without_its_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape, "_is_worth_materialising", lambda _, record: record.entries() is not None)
+    monkeypatch.setattr(Tape, "_materialises", lambda _, record: record.entries() is not None)
     honest = LoRARecord.materialised
 
     def faulty(self: LoRARecord) -> tuple[ExpandedRecord, ...]:

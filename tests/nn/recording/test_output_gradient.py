@@ -55,7 +55,7 @@ def test_it_is_linear_in_the_losses_example_by_example(
     make: Any, materialised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        Tape, "_is_worth_materialising", lambda _, record: materialised and record.entries() is not None
+        Tape, "_materialises", lambda _, record: materialised and record.entries() is not None
     )
     model = swap(make().double())
     tape = attach(model)

@@ -34,11 +34,11 @@ def norms(records: list[Record]) -> Tensor:
     return torch.stack([r.norm_sq().double() for r in records]).sum(0)
 
 
-@pytest.mark.parametrize(("frames", "asked"), [(5, 2), (40, 4)])
-def test_joined_where_gram_is_cheaper(frames: int, asked: int) -> None:
+@pytest.mark.parametrize("frames", [5, 40])
+def test_layers_of_one_input_are_joined(frames: int) -> None:
     records = records_of(Attention(16), torch.randn(3, frames, 16))
     joined = sharing_inputs(records)
-    assert (len(records), len(joined)) == (4, asked)
+    assert (len(records), len(joined)) == (4, 2)
     assert torch.allclose(norms(joined), norms(records), rtol=1e-3)
     exact = torch.stack(
         [
@@ -48,6 +48,21 @@ def test_joined_where_gram_is_cheaper(frames: int, asked: int) -> None:
         ]
     ).sum(0)
     assert (norms(joined) >= exact).all()
+
+
+def test_padding_does_not_change_the_form_of_a_joint_norm() -> None:
+    """16 frames of 16 → 16 are in Gram form where q, k and v are joined, and in direct form each alone: see `norms`."""
+    torch.manual_seed(1)
+    x, gs = torch.randn(2, 16, 16), torch.randn(3, 2, 16, 16)
+    weights = [nn.Parameter(torch.zeros(16, 16)) for _ in range(3)]
+
+    def norm_sq(padding: int) -> Tensor:
+        longer = torch.nn.functional.pad(x, (0, 0, 0, padding))
+        padded = [torch.nn.functional.pad(g, (0, 0, 0, padding)) for g in gs]
+        records = [LinearRecord("", w, longer, g) for w, g in zip(weights, padded, strict=True)]
+        return norms(sharing_inputs(records))
+
+    torch.testing.assert_close(norm_sq(100), norm_sq(0), rtol=1e-9, atol=0)
 
 
 def test_views_of_one_tensor_are_not_one_input() -> None:

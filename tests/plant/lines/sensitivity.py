@@ -23,8 +23,23 @@ LINES = (
             "tests/nn/layers/test_joint.py::test_cells_in_pieces_and_gradients_made_twice": "so it has where its cells are made in pieces, twice",
             "tests/nn/layers/test_joint.py::test_an_example_adds_at_most_its_norm_whatever_the_second_product": "cells that are made again add no more than was measured",
             "tests/privacy/test_transducer.py::test_every_strategy_sums_one_by_one_clipped_gradients": "a transducer's clipped sum is right in every strategy",
+            "tests/nn/recording/test_choice.py::test_split_records_have_right_norms_and_sums": "norms and sums are right where some examples of a micro-batch are kept and others materialised",
         },
         faults=(
+            Fault(
+                "norms of materialised examples given to the kept ones",
+                "dpkernels/nn/recording/split.py",
+                "norms[self.kept_rows], norms[self.made_rows] = kept, made",
+                "norms[: len(kept)], norms[len(kept) :] = kept, made",
+                "tests/nn/recording/test_choice.py::test_split_records_have_right_norms_and_sums[linear]",
+            ),
+            Fault(
+                "factors of the kept examples given to materialised ones",
+                "dpkernels/nn/recording/split.py",
+                "part.add_weighted_sum(factors[self.made_rows], sums)",
+                "part.add_weighted_sum(factors[: len(self.made_rows)], sums)",
+                "tests/nn/recording/test_choice.py::test_split_records_have_right_norms_and_sums[linear]",
+            ),
             Fault(
                 "norm rounded to bf16",
                 "dpkernels/privacy/step/strategies.py",

@@ -18,7 +18,7 @@ from dpkernels.privacy import back_propagate
 from dpkernels.privacy.sampling.units import Units
 from dpkernels.privacy.self_check.findings import SelfCheckError
 from tests.privacy.private_run import Net, Run, norm_of, private_run
-from tests.privacy.strategy_models import KINDS, small
+from tests.privacy.strategy_models import KINDS, auto_materialises, small
 from tests.slow import covering
 
 K = 3
@@ -26,7 +26,13 @@ SPEAKERS = [f"s{number}" for number in range(8) for _ in range(5)]
 """Of 40 examples: five of each of eight speakers."""
 COUNTS = (3, 3, 1, 2, 3, 2, 0, 1)
 """How many of each are in the logical batch of these tests."""
-STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer")
+STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer", "auto")
+FLAT = tuple(name for name in STRATEGIES if name != "per_layer")
+
+
+@pytest.fixture(autouse=True)
+def auto_materialises_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto_materialises(monkeypatch)
 
 
 def speaker_run(**arguments: Any) -> Run:
@@ -86,9 +92,7 @@ def check_clipped_sum(run: Run) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("strategy", "kind", "clip"), covering(STRATEGIES[:3], KINDS, [1e-3, 0.5, 100.0]), ids=str
-)
+@pytest.mark.parametrize(("strategy", "kind", "clip"), covering(FLAT, KINDS, [1e-3, 0.5, 100.0]), ids=str)
 def test_the_sum_is_that_of_speakers_one_by_one(strategy: str, kind: str, clip: float) -> None:
     check_clipped_sum(speaker_run(clip=clip, strategy=strategy, model=small(kind)))
 
@@ -119,7 +123,7 @@ class Zoo(nn.Module):
         return self.last(self.slope(h + self.table(ids[:, 0]).mean(1) + self.bag(ids[:, 1])))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[:3])
+@pytest.mark.parametrize("strategy", FLAT)
 def test_every_kind_of_record_has_a_form_for_speakers(strategy: str) -> None:
     torch.manual_seed(3)
     check_clipped_sum(speaker_run(clip=0.3, strategy=strategy, model=Zoo()))

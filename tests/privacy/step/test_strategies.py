@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dpkernels import ops
-from dpkernels.nn import Record, RowCheck, RowError, Tape, tensors
+from dpkernels.nn import Choice, Record, RowCheck, RowError, Tape, tensors
 from dpkernels.privacy import PrivacyEngine
 from dpkernels.privacy.step import strategies
 from dpkernels.privacy.step.clipping import rounding_slack
@@ -27,6 +28,7 @@ from tests.privacy.strategy_models import (
     KINDS,
     Exploding,
     added,
+    auto_materialises,
     backward_alone,
     check_sum,
     excess,
@@ -37,8 +39,13 @@ from tests.privacy.strategy_models import (
 )
 from tests.slow import covering, slow_cases
 
-STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer")
+STRATEGIES = ("bookkeeping", "mixed", "two_pass", "per_layer", "auto")
 both_ways = pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+
+
+@pytest.fixture(autouse=True)
+def auto_materialises_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto_materialises(monkeypatch)
 
 
 def way(value: Any) -> str | None:
@@ -470,6 +477,59 @@ def test_epsilon_is_that_of_the_stated_sensitivity() -> None:
         run.release((0, 1))
         epsilons.add(run.engine.get_epsilon(1e-3))
         assert run.optimizer.sensitivity == run.optimizer.max_grad_norm * (1 + rounding_slack(40))
+        assert isinstance(run.optimizer._strategy, PerLayer) == (strategy == "per_layer")
     assert len(epsilons) == 1
     assert isinstance(run.engine, PrivacyEngine)
-    assert isinstance(run.optimizer._strategy, PerLayer)
+
+
+# --- what "auto" says and takes
+
+
+def test_auto_says_what_it_chose() -> None:
+    run = run_of("auto", "lora")
+    assert run.optimizer.last_choices.rows == ()
+    run.release(INDICES[:3], INDICES[3:])
+    rows = run.optimizer.last_choices.rows
+    assert {row.layer for row in rows} == {
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("q", "v", "down")
+    }
+    assert {(row.least, row.examples, row.materialised) for row in rows} == {(3, 4, 4)}
+    assert "blocks.0.down" in repr(run.optimizer.last_choices)
+
+
+def test_the_choice_is_made_anew_for_every_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("auto")
+    chosen = []
+    for least in (3, 99, 3):
+        auto_materialises(monkeypatch, least)
+        run.release(INDICES)
+        chosen.append({row.materialised for row in run.optimizer.last_choices.rows})
+    assert chosen == [{7}, {0}, {7}]
+
+
+def test_the_ledger_and_the_self_check_say_the_strategy(tmp_path: Path) -> None:
+    run = private_run(strategy="auto", ledger=tmp_path / "ledger")
+    assert '"strategy": "auto"' in (tmp_path / "ledger").read_text()
+    report = run.engine.self_check(losses_of)
+    assert report.strategy == "auto"
+    assert "strategy='auto'" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "share", "message"),
+    [
+        ("bookkeeping", 0.25, "memory_share=0.25 with strategy='bookkeeping'.*use that strategy, or leave"),
+        ("auto", -0.1, "memory_share=-0.1: expected a finite number of at least 0"),
+        ("auto", math.inf, "memory_share=inf"),
+        ("auto", math.nan, "memory_share=nan"),
+    ],
+)
+def test_wrong_memory_shares_are_refused(strategy: str, share: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        private_run(strategy=strategy, memory_share=share)
+
+
+def test_the_memory_share_reaches_the_choice() -> None:
+    assert private_run(strategy="auto", memory_share=0.5).optimizer.tape.choice.memory_share == 0.5
+    assert private_run(strategy="auto").optimizer.tape.choice == Choice(by_time=True)
+    assert private_run(strategy="mixed").optimizer.tape.choice == Choice(mixed=True)
