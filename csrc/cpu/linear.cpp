@@ -87,7 +87,7 @@ void pack_transposed(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0,
     }
     return;
   }
-  const bool in_place = v.dtype == kDtype<R> && v.stride[2] == 1 && frames == width;
+  const bool in_place = n > 0 && v.dtype == kDtype<R> && v.stride[2] == 1 && frames == width;
   const Scratch<R> space(in_place ? 0 : width * n);
   for (int64_t r = 0; !in_place && r < width; ++r) {
     R* row = space.get() + r * n;

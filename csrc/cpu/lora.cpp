@@ -172,7 +172,7 @@ class LoRA {
     const int64_t length = length_of(lengths_, i, frames());
     R* rows = narrow_ + slot * frames() * padded_;
     const Rows<R> source(v, i, 0, length, 0, r_, k_.mr, rows);
-    for (int64_t t = 0; source.data != rows && t < length; ++t)
+    for (int64_t t = 0; r_ > 0 && source.data != rows && t < length; ++t)
       std::copy_n(source.data + t * source.ld, r_, rows + t * padded_);
     for (int64_t t = 0; t < length; t += kBoundFrames)
       narrow_squares_[slot * ceil_div(frames(), kBoundFrames) + t / kBoundFrames] =

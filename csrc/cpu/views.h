@@ -22,6 +22,7 @@ template <class R>
 constexpr dpk_dtype kDtype = sizeof(R) == 4 ? DPK_F32 : DPK_F64;
 
 inline const char* at(const dpk_tensor& v, int64_t i, int64_t t, int64_t j) {
+  if (v.data == nullptr) return nullptr;  // of an empty tensor, and C++ lets nothing be added to it
   const int64_t offset = i * v.stride[0] + t * v.stride[1] + j * v.stride[2];
   return static_cast<const char*>(v.data) + offset * element_size(v.dtype);
 }

@@ -80,7 +80,8 @@ class Layer:
         n = self.frames(i)
         if self.family == "depthwise_conv1d":
             x, g = (_norms(self.tensors[name][i]) for name in ("x", "g"))
-            return [float(np.sqrt(((x * g) ** 2).sum())) * self.options["kernel_size"]]
+            with np.errstate(all="ignore"):
+                return [float(np.sqrt(((x * g) ** 2).sum())) * self.options["kernel_size"]]
         rows = {name: t[i, :n] for name, t in self.tensors.items()}
         if self.family == "linear":
             return [_dot(rows["x"], rows["g"])]

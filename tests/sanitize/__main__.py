@@ -19,12 +19,14 @@ from tests.sanitize.faults import ADDRESS_FAULTS, THREAD_FAULTS, NativeFault
 # Where native kernels run. The part is what .ci/run has time for: each kernel once, and the fuzzer.
 TESTS = ("tests/ops", "tests/privacy/step/test_fused.py", "tests/privacy/step/test_noise.py")
 PART = ("tests/ops/test_native.py", "tests/ops/test_native_transducer.py", "tests/ops/test_optim.py")
-# What starts threads, or is called from several at once.
+# What several threads do; not how many threads there are, of which ThreadSanitizer has one.
 THREADED = (
-    "tests/ops/test_threads.py",
     "tests/ops/test_native.py::test_threads_change_no_bit",
     "tests/ops/test_native_transducer.py::test_threads_change_no_bit",
     "tests/ops/test_native_transducer.py::test_several_callers_at_once",
+    "tests/ops/test_optim.py::test_same_bits_for_every_instruction_set_and_thread_count",
+    "tests/ops/test_threads.py::test_several_callers_at_once",
+    "tests/ops/test_threads.py::test_a_forked_child_computes_the_same",
 )
 CASES, PART_CASES, THREADED_CASES = 5_000, 300, 300
 

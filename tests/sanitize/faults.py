@@ -54,7 +54,7 @@ THREAD_FAULTS = (
             "csrc/common/parallel.cpp",
             "if (busy_.exchange(true, std::memory_order_acquire)) return false;",
             "busy_.store(true);",
-            "tests/ops/test_native_transducer.py::test_several_callers_at_once",
+            "tests/ops/test_threads.py::test_several_callers_at_once",
         ),
         "data race",
     ),
