@@ -13,8 +13,8 @@ number of frames whose output gradient is not zero: from `least_frames` on, a fu
 gradient is materialised. The padded length would not do. The norm of a materialised gradient has no rounding bound to
 be added, while that of kept tensors is rounded up by one, of up to 1 % of the square in Gram form. One long example
 would change the padded length of its micro-batch, hence the form of all others' norms, and with it their clip factors,
-all in one direction: more than any slack in the sensitivity covers. (`Tape` has the exception: a GPU, where counting
-frames would wait for the device.)
+all in one direction: more than any slack in the sensitivity covers. Frames are counted on every device. On a GPU that
+waits for the device, but only at a layer whose padded length would be enough.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def decide(
     found: bool | Tensor = everywhere is not None and all(
         _frames_of(g) >= needed for (_, g), needed in zip(given, known, strict=True)
     )
-    if found and all(g.device.type == "cpu" and has_values(g) for _, g in given):
+    if found and all(has_values(g) for _, g in given):
         enough = [reaching(g, needed) for (_, g), needed in zip(given, known, strict=True)]
         rows = torch.stack(enough).all(0) if len(enough) > 1 else enough[0]
         rows = rows.view(-1, unit).all(1).repeat_interleave(unit) if unit > 1 else rows

@@ -48,9 +48,8 @@ class Tape:
 
     Materialising: a record whose parameters were used once in the forward is replaced by the per-sample gradients
     themselves (`Record.materialised`) for those examples for which `choice` says so, which frees the layer's input and
-    output gradient at once: see `dpkernels.nn.recording.choice`. Their own frames are counted on a CPU; on other
-    devices, where that would wait for the device, and with fake tensors, all frames of the batch count for each.
-    `mixed` is `Choice(mixed=True)`.
+    output gradient at once: see `dpkernels.nn.recording.choice`. With fake tensors, all frames of the batch count for
+    each. `mixed` is `Choice(mixed=True)`.
     """
 
     def __init__(

@@ -85,6 +85,13 @@ LINES = (
                 "tests/privacy/step/test_noise.py::test_streams_are_distinct_by_parameter_and_step",
             ),
             Fault(
+                "two purposes with one number",
+                "dpkernels/privacy/rng/streams.py",
+                "PURPOSE_COUNT = 6",
+                "PURPOSE_COUNT = 5",
+                "tests/privacy/step/test_noise.py::test_no_two_purposes_share_a_number",
+            ),
+            Fault(
                 "one stream for two parameters let through",
                 "dpkernels/ops/_secrets.py",
                 "if len({*nonces, *rounding_nonces}) != len(nonces) + len(rounding_nonces):",

@@ -367,6 +367,12 @@ def check_streams_distinct() -> None:
             assert not torch.equal(one, other), "two parameters or steps share their noise"
 
 
+def test_no_two_purposes_share_a_number() -> None:
+    numbers = [value for name, value in vars(noise_module).items() if name.startswith("PURPOSE_")]
+    assert len(numbers) >= 6
+    assert len(set(numbers)) == len(numbers)
+
+
 def test_streams_are_distinct_by_parameter_and_step() -> None:
     check_streams_distinct()
     fields = {nonce(p, i, d, r) for p in (1, 2) for i in (0, 1, 256) for d in (1, 2, 2**40) for r in (0, 1)}
