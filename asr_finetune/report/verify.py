@@ -252,19 +252,27 @@ def composed(chain: Chain, delta: float, accountant: str) -> float:
             mechanism = settings["mechanism"]
             if not steps:
                 continue
-            if mechanism["noise_multiplier"] == 0:
+            sigma = _sigma(settings) if mechanism["noise_multiplier"] else 0.0
+            if sigma == 0:
                 return math.inf
-            total.compose(_event(mechanism, _sigma(settings)), steps)
+            total.compose(_event(mechanism, sigma), steps)
         return float(total.get_epsilon(delta))
 
 
 def _sigma(settings: Mapping[str, Any]) -> float:
     """The noise multiplier of a whole step. Where C adapts, a step releases the sums and a count: one vector, whose
-    sensitivity in units of the noise is the root of the sum of both squares."""
+    sensitivity in units of the noise is the root of the sum of both squares. That of the counts is computed here: a
+    vote lies between −γ and 1 − γ, and a unit has one for each norm, and for each of its gradients."""
     count = settings.get("noisy_count")
     if count is None:
-        return float(settings["mechanism"]["noise_multiplier"])
-    return 1 / math.hypot(1 / count["sums_noise_multiplier"], count["sensitivity"] / count["noise"])
+        return (
+            0.0
+            if settings.get("clipping") == "adaptive"
+            else float(settings["mechanism"]["noise_multiplier"])
+        )
+    votes = 1 if settings["clipping_unit"] == "speaker" else settings["max_examples_per_unit"]
+    most = max(count["quantile"], 1 - count["quantile"]) * math.sqrt(count["counts"]) * votes
+    return 1 / math.hypot(1 / count["sums_noise_multiplier"], most / count["noise"])
 
 
 def _event(mechanism: Mapping[str, Any], sigma: float) -> dp_accounting.DpEvent:
@@ -319,7 +327,10 @@ def _facts(chain: Chain, taken: list[Mapping[str, Any]], privacy: Mapping[str, A
         ("most units in a step", "max_batch_size"),
     ):
         yield _same(what, [settings["mechanism"][key] for settings in taken], privacy[key])
-    counted = [settings for settings in taken if settings.get("noisy_count") and privacy["noise_multiplier"]]
+    adaptive = [
+        settings for settings in taken if "noisy_count" in settings or settings.get("clipping") == "adaptive"
+    ]
+    counted = adaptive if privacy["noise_multiplier"] else []
     if counted:
         together, claimed = min(map(_sigma, counted)), privacy["noise_multiplier"]
         agrees = math.isclose(together, claimed, rel_tol=_TOLERANCE)

@@ -640,8 +640,9 @@ class PrivacyEngine:
         assert self._optimizer is not None
         clip_norm = state.get("clip_norm")
         with self._ranks.meeting(LOAD, lambda: {"steps of": state["runs"], "clip_norm": clip_norm}):
-            self._optimizer.restore_clip_state(clip_norm)
+            take_over_norms = self._optimizer.continuation(clip_norm)
         budget.load_state_dict(state)
+        take_over_norms()
 
     def wait_for_ranks(self) -> None:
         """Wait until all processes of the run have come here; with one process do nothing.

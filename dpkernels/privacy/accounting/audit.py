@@ -100,9 +100,21 @@ def _noisy_count(path: Path, runs: Sequence[Run]) -> Mapping[str, float] | None:
     """The constants of the counts of adaptive clipping, once the noise of sums and counts was found to be that of σ."""
     counts = [run.settings.get("noisy_count") for run in runs]
     for run, count in zip(runs, counts, strict=True):
+        if count is None and run.settings.get("clipping") == "adaptive":
+            raise ClaimError(
+                f"{path}: clipping is adaptive, and no noise of its counts is stated: they are not private"
+            )
         sigma = run.mechanism.noise_multiplier
         if count is None or sigma == 0:
             continue
+        # One unit's vote lies in [−γ, 1 − γ], in each of K counts; examples of a unit that are clipped apart all vote.
+        votes = 1 if run.settings["clipping_unit"] == "speaker" else run.settings["max_examples_per_unit"]
+        least = max(count["quantile"], 1 - count["quantile"]) * math.sqrt(count["counts"]) * votes
+        if not count["sensitivity"] >= least * (1 - 1e-9):
+            raise ClaimError(
+                f"{path}: one {run.settings['unit']} adds up to {least:.6g} to the counts of adaptive clipping, and "
+                f"the run says {count['sensitivity']:.6g}: its steps cost more than they count for"
+            )
         # Two Gaussian releases of one batch are one, of the vector of both in units of their noise.
         together = 1 / math.hypot(1 / count["sums_noise_multiplier"], count["sensitivity"] / count["noise"])
         if not together >= sigma * (1 - 1e-9):

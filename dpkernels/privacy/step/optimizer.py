@@ -173,21 +173,26 @@ class DPOptimizer(WrappedOptimizer):
         """`clip_norm`, or the norms by parameter of adaptive per-layer clipping: plain values, for a checkpoint."""
         return self.max_grad_norm if self._adaptive is None else self._adaptive.state()
 
-    def restore_clip_state(self, state: object) -> None:
-        """Continue from a checkpoint's `clip_state`. Other clippings have constant norms, and ignore it.
+    def continuation(self, state: object) -> Callable[[], None]:
+        """What continues from a checkpoint's `clip_state`. Other clippings have constant norms, and ignore it.
+
+        The norms are taken over only by the call of what is returned: those of a checkpoint that is refused must not
+        stay, since nothing has counted the steps that made them.
 
         Raises:
             ValueError: nothing that this run can have come to.
             RuntimeError: within a logical batch, some of whose gradients are clipped to the present norms.
         """
-        if self._adaptive is None:
-            return
+        adaptive = self._adaptive
+        if adaptive is None:
+            return lambda: None
         if self._batch.drawn is not None or self._batch.dirty:
             raise RuntimeError(
                 "load_state_dict within a logical batch is refused: its gradients are clipped to another C than that "
                 "of the checkpoint, which would scale their noise. Load before the loop, or after step()"
             )
-        self._adaptive.norms = self._adaptive.of_state(state)
+        norms = adaptive.of_state(state)
+        return lambda: setattr(adaptive, "norms", norms)
 
     def _noise_scale(self) -> float:
         """Standard deviation of the noise on the sums of the step at hand."""

@@ -138,7 +138,8 @@ def write_ledger(
         "sensitivity": sensitivity,
     }
     if noisy_count is not None:
-        settings |= {"clipping": "adaptive", "noisy_count": noisy_count}
+        settings |= {"clipping": "adaptive", "clipping_unit": "example", "max_examples_per_unit": 1}
+        settings |= {"noisy_count": {"counts": 1, **noisy_count}}
     ledger = Ledger(path, settings)
     for _ in range(steps):
         ledger.spend_step()

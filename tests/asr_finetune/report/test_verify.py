@@ -246,9 +246,20 @@ def test_sums_and_counts_of_adaptive_clipping_are_added_up(tmp_path: Path) -> No
             assert (
                 "and a standard deviation of 2 on the count, to which one recording adds at most 0.5" in text
             )
-    spent = composed(read_chain((run / "ledger.jsonl").read_bytes()), DELTA, "rdp")
+    chain = read_chain((run / "ledger.jsonl").read_bytes())
     together = 1 / math.sqrt(1 / SIGMA**2 + 1 / 16)
-    assert spent == pytest.approx(epsilon(together, RATE, STEPS, DELTA, accountant="rdp"))
+    assert composed(chain, DELTA, "rdp") == pytest.approx(
+        epsilon(together, RATE, STEPS, DELTA, accountant="rdp")
+    )
+    (settings, _), *_ = chain.runs.values()
+    for changes in ({"quantile": 0.95}, {"counts": 4}):  # the sensitivity is not what the ledger says it is
+        settings["noisy_count"] = {**count, "counts": 1, "sums_noise_multiplier": SIGMA, **changes}
+        most = 0.95 if "quantile" in changes else 1.0
+        together = 1 / math.hypot(1 / SIGMA, most / 2.0)
+        expected = epsilon(together, RATE, STEPS, DELTA, accountant="rdp")
+        assert composed(chain, DELTA, "rdp") == pytest.approx(expected)
+    del settings["noisy_count"]
+    assert composed(chain, DELTA, "rdp") == math.inf
 
 
 def test_without_a_ledger_there_is_nothing_to_verify(tmp_path: Path) -> None:

@@ -209,6 +209,31 @@ FAULTS = (
         f"{_FILE}::test_the_ledger_holds_both_noises_and_an_audit_adds_them_up",
     ),
     Fault(
+        "an audit of the stated sensitivity of the counts",
+        "dpkernels/privacy/accounting/audit.py",
+        'if not count["sensitivity"] >= least * (1 - 1e-9):',
+        "if False:",
+        f"{_FILE}::test_the_ledger_holds_both_noises_and_an_audit_adds_them_up",
+    ),
+    Fault(
+        "the norms of a refused checkpoint",
+        "dpkernels/privacy/engine.py",
+        """        budget.load_state_dict(state)
+        take_over_norms()
+""",
+        """        take_over_norms()
+        budget.load_state_dict(state)
+""",
+        f"{_FILE}::test_a_refused_checkpoint_leaves_no_norm",
+    ),
+    Fault(
+        "an auditor who takes the counts' sensitivity from the ledger",
+        "asr_finetune/report/verify.py",
+        'most / count["noise"]',
+        'count["sensitivity"] / count["noise"]',
+        "tests/asr_finetune/report/test_verify.py::test_sums_and_counts_of_adaptive_clipping_are_added_up",
+    ),
+    Fault(
         "counts of K layers as if they were one",
         _RULE,
         " * math.sqrt(counts)",

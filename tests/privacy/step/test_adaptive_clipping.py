@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.privacy import AdaptiveClipping, ClaimError, Sampling, audit_ledger, noisy_count, read_ledger
+from dpkernels.privacy import (
+    AdaptiveClipping,
+    ClaimError,
+    LedgerError,
+    Sampling,
+    audit_ledger,
+    noisy_count,
+    read_ledger,
+)
 from dpkernels.privacy.accounting.ledger import Ledger
 from dpkernels.privacy.rng import streams
 from dpkernels.privacy.rng.streams import SecretStream
@@ -299,6 +307,17 @@ def test_a_resumed_run_goes_on_with_the_same_c() -> None:
     private_run().engine.load_state_dict(state)  # of a run that goes on with a constant C
 
 
+def test_a_refused_checkpoint_leaves_no_norm(tmp_path: Path) -> None:
+    """That of a run without noise was computed from counts without noise."""
+    run = adaptive_run(sigma=1.0, ledger=tmp_path / "ledger")
+    state = {**run.engine.state_dict(), "clip_norm": 0.25}
+    run.engine.close()
+    other = adaptive_run(sigma=1.0, ledger=tmp_path / "other")
+    with pytest.raises(LedgerError):
+        other.engine.load_state_dict(state)
+    assert other.optimizer.clip_norm == 0.5
+
+
 @pytest.mark.parametrize("norm", [None, 0.0, -1.0, math.nan, math.inf, "0.5"])
 def test_a_norm_that_no_run_comes_to_is_not_loaded(norm: Any) -> None:
     run = adaptive_run(sigma=1.0)
@@ -338,6 +357,19 @@ def test_the_ledger_holds_both_noises_and_an_audit_adds_them_up(tmp_path: Path) 
     assert audit_ledger(tmp_path / "as it is", claims).noisy_count == count
     with pytest.raises(ClaimError, match="its steps cost more than they count for"):
         audit_ledger(tmp_path / "less noise", claims)
+    for name, change in {"gamma": {"quantile": 0.95}, "K": {"counts": 100}}.items():
+        other = Ledger(tmp_path / name, {**run.settings, "noisy_count": count | change})
+        other.spend_step()
+        other.close()
+        with pytest.raises(ClaimError, match=r"adds up to .* to the counts"):
+            audit_ledger(tmp_path / name, claims)
+    other = Ledger(
+        tmp_path / "none", {key: value for key, value in run.settings.items() if key != "noisy_count"}
+    )
+    other.spend_step()
+    other.close()
+    with pytest.raises(ClaimError, match="no noise of its counts is stated"):
+        audit_ledger(tmp_path / "none", claims)
 
 
 def test_what_is_not_covered_is_refused() -> None:
