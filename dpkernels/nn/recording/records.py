@@ -42,6 +42,9 @@ class Record(ABC):
     parameter_fields: ClassVar[tuple[str, ...]] = ("weight",)
     # whether to materialise by default where that is smaller: for rules that otherwise repeat work in norm and sum
     materialises_by_default: ClassVar[bool] = False
+    # whether layers that read one tensor may have one norm (`sharing_inputs`); the tape clears it where an example may
+    # be materialised, since the others' form would then depend on whether one is
+    may_share_input = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

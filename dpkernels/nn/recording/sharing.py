@@ -21,14 +21,16 @@ def sharing_inputs(records: Sequence[Record]) -> list[Record]:
 
     Use them for norms only: a joint record has the weight of its first layer. Layers are joined whatever the length is,
     also where only the Gram form of shorter examples has a shared part: if the padded length decided, an example that
-    lengthens its batch would change the form of the others' norms (Gram of the joint layer, direct of its parts).
+    lengthens its batch would change the form of the others' norms (Gram of the joint layer, direct of its parts). For
+    the same reason no layer is joined of which examples may be materialised: those that are kept then have copies of x,
+    and would be joined only in batches where no example is materialised.
     """
     if len(records) < 2:
         return list(records)
     readers: dict[tuple[object, ...], list[LinearRecord]] = {}
     rest: list[Record] = []
     for record in records:
-        if isinstance(record, LinearRecord):
+        if isinstance(record, LinearRecord) and record.may_share_input:
             x, g = record.x, record.g
             same = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, g.dtype, g.shape[:2])
             readers.setdefault(same, []).append(record)

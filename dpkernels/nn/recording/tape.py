@@ -283,6 +283,7 @@ class Tape:
         given = record.chosen_by()
         if given:
             found, row = decide(self.choice, record.layer, given, self._unit)
+            record.may_share_input = row.least is None
             self.chosen.append(row)
             return found
         entries = record.entries()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpkernels.nn import LinearRecord, Record, attach, detach, sharing_inputs, swap
+from dpkernels.nn import Choice, LinearRecord, Record, attach, detach, sharing_inputs, swap
+from dpkernels.nn.recording.split import SplitRecord
 
 
 class Attention(nn.Module):
@@ -48,6 +49,29 @@ def test_layers_of_one_input_are_joined(frames: int) -> None:
         ]
     ).sum(0)
     assert (norms(joined) >= exact).all()
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_an_example_that_is_materialised_does_not_part_the_others(joins: bool) -> None:
+    """With `mixed`, 12 frames of 16 → 16 are kept, and 20 materialised; the bits of the norms of the first two are
+    the same beside either."""
+    torch.manual_seed(2)
+    model = swap(Attention(16))
+    x = torch.randn(3, 20, 16)
+    x[:2, 12:] = 0
+
+    def of_batch(rows: Tensor) -> Tensor:
+        tape = attach(model, choice=Choice(mixed=True))
+        losses = (model(rows) * (rows != 0)).sum((1, 2))
+        tape.open(len(rows))
+        losses.sum().backward()
+        records = tape.close()
+        detach(model)
+        assert any(isinstance(record, SplitRecord) for record in records) == (len(rows) == 3)
+        return norms(sharing_inputs(records))
+
+    others = of_batch(x[:2]) if joins else of_batch(x[:2, :12])
+    assert torch.equal(of_batch(x)[:2], others)
 
 
 def test_padding_does_not_change_the_form_of_a_joint_norm() -> None:

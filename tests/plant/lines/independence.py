@@ -14,6 +14,7 @@ LINES = (
             "tests/privacy/self_check/test_independence.py::test_the_rest_of_the_batch_does_not_change_what_an_example_adds": "what an example adds does not depend on the rest of its batch",
             "tests/nn/recording/test_choice.py::test_the_form_of_an_examples_norm_does_not_depend_on_the_batchs_padded_length": "an example that lengthens its batch leaves the form of the others' norms as it is, in every strategy",
             "tests/nn/recording/test_sharing.py::test_padding_does_not_change_the_form_of_a_joint_norm": "so it does of norms that layers of one input have together",
+            "tests/nn/recording/test_sharing.py::test_an_example_that_is_materialised_does_not_part_the_others": "nor does an example that is materialised",
             "tests/nn/recording/test_choice.py::test_the_frames_that_count_are_an_examples_own": "the frames that decide what is materialised are an example's own",
             "tests/nn/recording/test_choice.py::test_examples_that_are_clipped_together_go_the_same_way": "the examples of a speaker are materialised together or not at all",
             "tests/privacy/self_check/test_independence.py::test_dropout_is_drawn_per_example": "two copies of one example get dropout masks of their own",
@@ -89,6 +90,13 @@ LINES = (
                 "        rest.append(joint)",
                 "        rest += [joint] if group[0].x.shape[1] < 24 else group",
                 "tests/nn/recording/test_sharing.py::test_padding_does_not_change_the_form_of_a_joint_norm",
+            ),
+            Fault(
+                "layers of one input joined where no example is materialised",
+                "dpkernels/nn/recording/sharing.py",
+                "isinstance(record, LinearRecord) and record.may_share_input",
+                "isinstance(record, LinearRecord)",
+                "tests/nn/recording/test_sharing.py::test_an_example_that_is_materialised_does_not_part_the_others",
             ),
             Fault(
                 "part of a speaker materialised",
