@@ -68,7 +68,8 @@ class Choice:
             device type that has no costs, and without this (unless `mixed`).
         memory_share: with `by_time`, how much more than its output gradient a layer's materialised gradient may take.
             What is held until the norms are known is then at most 1 + memory_share times what book-keeping holds, as
-            long as no two layers have one output gradient.
+            long as no two layers have one output gradient, and where all examples of a micro-batch go the same way (a
+            `SplitRecord` copies the kept examples' part of an input that several layers read).
         target: the device type whose costs count, for estimates; None: that of the tensors.
     """
 

@@ -56,10 +56,10 @@ class Shortage:
         seen = 0
         original_open, original_add, original_stream = Tape.open, Tape.add, Strategy._stream
 
-        def open_(tape: Tape, batch_size: int, sink: Any = None) -> None:
+        def open_(tape: Tape, batch_size: int, sink: Any = None, **options: Any) -> None:
             nonlocal seen
             seen = 0
-            original_open(tape, batch_size, sink)
+            original_open(tape, batch_size, sink, **options)
 
         def add(tape: Tape, record: Record) -> None:
             nonlocal seen
