@@ -32,8 +32,8 @@ DPK_API const char* dpk_isa(void);
 DPK_API dpk_status dpk_set_isa(const char* name);
 
 // ChaCha20 (RFC 8439), blocks `counter`, `counter` + 1, ...: out[64 * blocks] bytes. key has 32 bytes,
-// nonce 12. The counter has 32 bits and never wraps: counter < 0 or counter + blocks > 2^32 is refused. Same
-// bits for every `threads` >= 1.
+// nonce 12. The counter has 32 bits and never wraps: a counter outside of 0 .. 2^32 - 1, and
+// counter + blocks > 2^32, is refused. Same bits for every `threads` >= 1.
 DPK_API dpk_status dpk_cpu_chacha20_keystream(const uint8_t* key, int64_t counter, const uint8_t* nonce,
                                               int64_t blocks, int32_t threads, uint8_t* out);
 

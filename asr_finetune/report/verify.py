@@ -36,7 +36,7 @@ _TOLERANCE = (
 # The pages that state ε: "(1.234, 1 × 10⁻⁵)-differential privacy".
 _STATED = re.compile(r"\(([\d.]+), [^()]*\)-differential privacy")
 # The end of a whole line, but for some bytes: its hash, `"}`, and the newline if that became another byte.
-_WHOLE = re.compile(rb'(?:[0-9a-f]{40}.{24}(?!",).{2,3}|[0-9a-f]{16}"\})\Z', re.DOTALL)
+_WHOLE = re.compile(rb'(?:"sha256": "[0-9a-f]{40}.{24}(?!",).{2,3}|[0-9a-f]{8}"\})\Z', re.DOTALL)
 # How JSON fails where it was cut: in a string, in an escape, or where more is expected.
 _CUT = ("Unterminated string", "Invalid \\uXXXX escape", "Expecting")
 _START = "0" * 64

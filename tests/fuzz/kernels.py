@@ -77,7 +77,7 @@ def noise(draw: Draw) -> None:
     counter = draw.note(
         "counter", end - blocks - draw.integer(0, 3) if near_end else draw.integer(0, 1 << 20)
     )
-    counter = min(counter, end - blocks)
+    counter = min(counter, end - max(1, blocks))  # a block's own number is below 2³²
 
     def stream() -> list[Tensor]:
         with Guarded().outputs():

@@ -34,7 +34,7 @@ FORMAT = 1
 _START = "0" * 64
 _OPENING = b'{"entry": '
 # The end of a whole line, but for some bytes: its hash, `"}`, and the newline if that became another byte.
-_WHOLE = re.compile(rb'(?:[0-9a-f]{40}.{24}(?!",).{2,3}|[0-9a-f]{16}"\})\Z', re.DOTALL)
+_WHOLE = re.compile(rb'(?:"sha256": "[0-9a-f]{40}.{24}(?!",).{2,3}|[0-9a-f]{8}"\})\Z', re.DOTALL)
 # How JSON fails where it was cut: in a string, in an escape, or where more is expected.
 _CUT = ("Unterminated string", "Invalid \\uXXXX escape", "Expecting")
 _SAME = ("unit", "dataset_size", "adjacency")  # settings that all runs of one ledger share
@@ -207,6 +207,10 @@ def _seal_of(torn: bytes) -> dict[str, Any]:
 
 def _half_sealed(line: bytes, following: bytes, previous: str) -> bool:
     """Whether a line and the seal after it are both torn. An edit leaves a whole line, or no beginning of a seal."""
+    if not following and line.endswith(
+        b'"}'
+    ):  # the end of a line and nothing of a seal: bytes within it are missing
+        return False
     seal, _ = _line(previous, _seal_of(line))
     return _is_torn(line) and seal.startswith(following.rstrip(b"\0"))
 
