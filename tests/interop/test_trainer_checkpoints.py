@@ -47,6 +47,7 @@ def crashed(folder: Path, of: Case, after: int, **given: Any) -> None:
         run(folder, of, callbacks=[Stop(after)], **{**SAVED, **given})
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["causal", "sequence", "seq2seq"])
 def test_a_checkpoint_loads_in_plain_transformers(name: str, tmp_path: Path) -> None:
     of = case(name)

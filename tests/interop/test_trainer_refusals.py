@@ -77,6 +77,7 @@ def test_optimizers_that_act_before_the_step_are_refused(kind: str, tmp_path: Pa
         check_arguments(arguments(tmp_path, optim=kind))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop"])
 def test_optimizers_that_act_in_the_step_train(kind: str, tmp_path: Path) -> None:
     of = case("sequence")

@@ -65,7 +65,7 @@ def test_keystream(blocks: int, shift: int) -> None:
     assert not memory[64 * blocks + shift :].any()
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("count", [1, 7, 8, 3001])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -99,6 +99,7 @@ def test_fused_step(name: str, dtype: torch.dtype) -> None:
     assert_same(*both(step))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "options",
     [{"noise_scale": 0.0, "nonces": []}, {"grid": 0.0}, {"noise_scale": 0.0, "grid": 0.0, "nonces": []}],

@@ -133,6 +133,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.thinned(3)
 def test_a_layer_that_is_worth_all_threads(backend: str, threads: None) -> None:
     if backend == "reference":
         pytest.skip("the size is the native code's affair, and the reference takes long over it")
@@ -189,6 +190,7 @@ def noise(outs: list[Tensor], **changes: Any) -> dict[str, Any]:
     return {"key": KEY, "nonces": nonces, "noise_scale": 1.5, "grid": 2.0**-12, "divisor": 6.0} | changes
 
 
+@pytest.mark.thinned(3)
 def test_the_epilogue_noises_and_divides(backend: str) -> None:
     cases = many(1)
     outs = empty(cases)

@@ -33,6 +33,7 @@ def test_large_linear_norms_do_not_depend_on_the_rest_of_the_batch(bounded_backe
     alone_is_the_same(make("linear", *size, lengths=lengths), method=method)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sample_with_factor_zero_is_not_read(backend: str, family: str) -> None:
     case, factors = make(family, 4, 40, 21, 18), torch.tensor([0.5, 0.0, 1.0, -0.0])

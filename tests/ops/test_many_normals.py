@@ -165,7 +165,7 @@ def radius_shared(z: Tensor) -> Tensor:
     return rounds.view(-1)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @needs_native
 @pytest.mark.parametrize(
     ("fault", "message"),

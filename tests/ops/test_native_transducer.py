@@ -80,7 +80,7 @@ def test_every_instruction_set_computes_the_same(instructions: str) -> None:
             torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("seed", range(40))
 def test_random_sizes(seed: int) -> None:
     """Sizes around those of vectors, panels, blocks and slices; lengths of 0; scales from tiny to large."""

@@ -153,7 +153,7 @@ def of_torch(name: str, params: list[Tensor], dtype: torch.dtype, steps: int) ->
     return [p.detach() for p in mine]
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize(
     ("name", "dtype"), covering(OPTIMIZERS, [torch.float64, torch.float32], together=1), ids=str
 )
@@ -266,6 +266,7 @@ def test_noise_differs_between_tensors_and_is_standard_normal(backend: str) -> N
 # ---- bfloat16 parameters
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["AdamW", "SGD with momentum"])
 def test_bf16_parameters_have_float32_arithmetic(name: str, backend: str) -> None:
     half, wide = State(name, torch.bfloat16), State(name)
@@ -280,6 +281,7 @@ def test_bf16_parameters_have_float32_arithmetic(name: str, backend: str) -> Non
         torch.testing.assert_close(ours, exact)
 
 
+@pytest.mark.thinned(3)
 def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average(backend: str) -> None:
     count = 4000
     target = torch.linspace(1.0, 1.0 + 2**-7, count + 1)[:-1]  # between two neighbouring bfloat16

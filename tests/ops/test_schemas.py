@@ -66,7 +66,7 @@ def arguments(op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (*case.tensors.values(), torch.rand(3), *outs), case.sum_options
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("op", TENSOR_OPS)
 def test_opcheck(op: str) -> None:
     args, kwargs = arguments(op)

@@ -61,7 +61,7 @@ def test_an_assumed_device_is_found_out_and_stays_within_its_bound(
         assert found.worst >= 0.6
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("late", "final", "align"), covering([False, True], CUTS, CUTS))
 def test_every_property_of_a_device_is_told_from_the_others(align: str, final: str, late: bool) -> None:
     for block, extra in ((4, 0), (16, 3), (32, 2)):
@@ -240,7 +240,7 @@ def worst_frames(extra: int) -> Case:
     return dataclasses.replace(make("linear", 1, 64, 16, 16, dtype=torch.float16), tensors=tensors)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="puts a device in software into interpreted kernels")
 @pytest.mark.parametrize("architecture", [0, 80, 90])
 @pytest.mark.parametrize("method", ["direct", "gram"])

@@ -46,7 +46,7 @@ def varied(dtype: torch.dtype = torch.float32) -> list[Case]:
     return [*cases, make("linear", 3, 40, 50, 60, dtype=dtype)]
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_sum_of_all_layers(backend: str, dtype: torch.dtype) -> None:
     never_below_nor_far_above(varied(dtype))
@@ -65,6 +65,7 @@ def test_empty_batches_and_layers(backend: str) -> None:
     torch.testing.assert_close(total(cases), total(cases[2:]))
 
 
+@pytest.mark.thinned(3)
 def test_nothing_that_cancels_is_missed(bounded_backend: str) -> None:
     """The true norm is a thousandth of its terms."""
     cases = [
@@ -84,6 +85,7 @@ def test_not_finite_stays_so(backend: str) -> None:
     assert found.isfinite().tolist() == [True, False, False]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", ["lora", "linear", "bias"])
 def test_a_sample_does_not_depend_on_the_rest_of_its_batch(triton_backend: str, family: str) -> None:
     frames = 1 if family == "bias" else 70

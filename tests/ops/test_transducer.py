@@ -66,7 +66,7 @@ def test_losses_and_gradients(backend: str, durations: tuple[int, ...], dtype: t
             close(given, wanted, DTYPES[dtype])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.thinned(9, backend="triton")
 @pytest.mark.parametrize(
     ("frames", "labels"), [((40, 17), (21, 9)), ((3, 2), (70, 33)), ((130,), (2,))], ids=str
@@ -84,6 +84,7 @@ def test_many_frames_or_labels(
         close(given, wanted, 1e-4)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.thinned(3, backend="triton")
 @every_variant
 def test_each_op_is_its_definition(backend: str, durations: tuple[int, ...]) -> None:
@@ -138,6 +139,7 @@ def test_an_utterance_without_a_path_changes_nothing(backend: str) -> None:
     assert torch.equal(of_bias, wanted[1])
 
 
+@pytest.mark.thinned(3)
 def test_extreme_logits_stay_finite(backend: str) -> None:
     batch = make(TDT, frames=(9, 5), labels=(4, 2))
     batch.encoder.mul_(300.0)
@@ -148,6 +150,7 @@ def test_extreme_logits_stay_finite(backend: str) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.thinned(3)
 @every_variant
 def test_gradcheck(durations: tuple[int, ...], torch_backend: str) -> None:
     batch = make(durations, frames=(5, 3), labels=(2, 1), hidden=3, classes=4, activation="tanh")
@@ -160,6 +163,7 @@ def test_gradcheck(durations: tuple[int, ...], torch_backend: str) -> None:
     assert torch.autograd.gradcheck(losses, tuple(t.requires_grad_() for t in exact.states))
 
 
+@pytest.mark.thinned(3)
 def test_transformers_tdt_loss_agrees(backend: str) -> None:
     loss_tdt = pytest.importorskip("transformers.loss.loss_tdt", reason="transformers has no TDT loss")
     batch = make(TDT, frames=(11, 6, 9), labels=(4, 3, 0))

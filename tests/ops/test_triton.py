@@ -110,6 +110,7 @@ def test_no_gram_kernel_where_every_sample_is_long(launched: list[tuple[str, tup
     assert {name for name, _ in launched} == {"linear_gram", "finish_gram", "linear_direct", "finish_direct"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("rank", "dtype"), [(1, torch.bfloat16), (16, torch.float32), (40, torch.bfloat16)])
 def test_every_lora_rank(rank: int, dtype: torch.dtype) -> None:
     """Below, at and above what one program takes of the narrow matrix."""
@@ -119,7 +120,7 @@ def test_every_lora_rank(rank: int, dtype: torch.dtype) -> None:
     alone_is_the_same(case)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", ["linear", "lora", "bias"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_aligned_loads_change_nothing(family: str, dtype: torch.dtype) -> None:

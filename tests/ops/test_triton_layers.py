@@ -52,7 +52,7 @@ TAPS = [(1, "contiguous"), (12, "channels last"), (13, "contiguous"), (33, "cont
 
 
 # around depthwise_conv1d.MOST_TAPS
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("taps", "layout"),
     slow_unless(
@@ -166,7 +166,7 @@ IDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("kind", "dtype"), in_turns(IDS, [d for d in DTYPES if d != torch.float64]))
 def test_runs_of_equal_ids(triton_backend: str, kind: str, dtype: torch.dtype) -> None:
     ids, g = IDS[kind](3, 40), torch.randn(3, 40, 7).to(dtype)

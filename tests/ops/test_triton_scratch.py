@@ -33,7 +33,7 @@ def stale(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> fl
 TIES = [(16, 16, 16), (24, 16, 48), (15, 16, 16), (17, 16, 16), (1, 1, 1)]
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize("method", ["auto", "gram", "direct"])
 @pytest.mark.parametrize("size", TIES)
 def test_linear_norms(triton_backend: str, stale: float, size: tuple[int, int, int], method: str) -> None:
@@ -49,6 +49,7 @@ def test_linear_norms(triton_backend: str, stale: float, size: tuple[int, int, i
         assert torch.equal(given, case.norms(method=method)[0])
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", ["bias", "lora", "layer_norm", "depthwise_conv1d", "embedding"])
 def test_other_norms(triton_backend: str, stale: float, family: str) -> None:
     torch.manual_seed(4)

@@ -62,7 +62,7 @@ def close(given: Results, wanted: Results, tolerance: float) -> None:
 # ---- tiles -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("cells", [(8, 8), (9, 7), (13, 5)], ids=["full", "one less", "one more"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str

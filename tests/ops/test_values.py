@@ -15,7 +15,7 @@ OF_FRAMES = [family for family in FAMILIES if family != "depthwise_conv1d"]  # t
 GRID = [(torch.float32, size) for size in SIZES] + [(dtype, (2, 139, 33, 17)) for dtype in DTYPES[1:]]
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize(("dtype", "size"), GRID, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_and_sums(backend: str, family: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:

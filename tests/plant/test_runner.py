@@ -61,6 +61,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
             yield made
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("word", "old", "new", "test"),
     [

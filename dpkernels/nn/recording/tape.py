@@ -101,6 +101,11 @@ class Tape:
         return (_no_tape, ())
 
     @property
+    def mixed(self) -> bool:
+        """Whether gradients of every layer are materialised where that takes less memory (`Choice.mixed`)."""
+        return self.choice.mixed
+
+    @property
     def recording(self) -> bool:
         """False inside `paused()`: the layers then run as their torch classes do."""
         return self._recording

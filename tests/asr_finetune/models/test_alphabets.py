@@ -75,6 +75,7 @@ def test_the_alphabet_of_a_file(tmp_path: Path) -> None:
         read_alphabet("klingon")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "wav2vec2-bert"])
 def test_a_new_head_with_an_alphabet_is_saved_and_loads(
     folders: dict[str, Path], tmp_path: Path, family: str

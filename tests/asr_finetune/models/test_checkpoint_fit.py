@@ -138,6 +138,7 @@ def test_a_token_table_of_another_shape_is_refused(folders: dict[str, Path], tmp
         small_models.load(folder)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("family", "endings"),
     [

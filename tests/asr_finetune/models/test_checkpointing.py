@@ -54,7 +54,7 @@ def test_the_masks_of_dropout_are_those_of_the_forward(
         assert torch.equal(again[name], value), name
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", sorted(small_models.FAMILIES))
 def test_blocks_are_recomputed_in_training_only(folders: dict[str, Path], family: str) -> None:
     recognizer = prepared(folders[family], "lora")

@@ -40,6 +40,7 @@ def prepared(folder: Path, **method: Any) -> Recognizer:
     return recognizer
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("family", "method", "expected"),
     [

@@ -81,7 +81,7 @@ def automatic_class(family: str) -> str:
     return "AutoModelForSpeechSeq2Seq" if family in families.SEQ2SEQ else "AutoModelForCTC"
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_step_loads_in_plain_transformers(
     folders: dict[str, Path], tmp_path: Path, family: str

@@ -23,7 +23,7 @@ CTC = [name for name in small_models.FAMILIES if name != "whisper"]
 RATE = small_models.RATE
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", small_models.FAMILIES)
 def test_save_and_load_back(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
     recognizer = small_models.load(folders[family])
@@ -41,7 +41,7 @@ def test_save_and_load_back(folders: dict[str, Path], family: str, tmp_path: Pat
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in again.base.state_dict().items())
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", CTC)
 def test_a_new_head_is_for_public_characters(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
     old = small_models.load(folders[family])
@@ -63,7 +63,7 @@ def test_a_new_head_is_for_public_characters(folders: dict[str, Path], family: s
     assert torch.equal(loaded.encode_text("it's 5"), labels)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", CTC)
 def test_a_new_head_on_the_checkpoints_own_vocabulary(
     folders: dict[str, Path], family: str, tmp_path: Path
@@ -218,6 +218,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         small_models.load(tmp_path)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", UNEQUAL)
 def test_half_precision_weights(folders: dict[str, Path], family: str) -> None:
     recognizer = small_models.load(folders[family], dtype="bfloat16")

@@ -25,6 +25,7 @@ def test_frames_that_labels_need(labels: list[int]) -> None:
         assert bool(loss.isfinite()) == (frames >= needed)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-bert", "wav2vec2", "wav2vec2-conformer"])
 def test_one_utterance_has_transformers_own_ctc_loss(family: str, tmp_path: Path) -> None:
     small_models.FAMILIES[family](tmp_path)

@@ -97,7 +97,7 @@ def private_step(recognizer: Recognizer, lengths: tuple[int, ...] = small_models
     model.eval()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("family", "kind"), covering(small_models.FAMILIES, EXPECTED, together=1))
 def test_exactly_these_parameters_train_and_all_take_a_private_step(
     folders: dict[str, Path], family: str, kind: str
@@ -139,7 +139,7 @@ def test_adapters_load_in_plain_peft(
     torch.testing.assert_close(small_models.logits(own, batch), expected)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("family", "kind"), covering(["parakeet", "wav2vec2-bert"], EXPECTED, together=1))
 def test_an_old_head_trains_with_any_method_where_asked(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
@@ -157,7 +157,7 @@ def test_an_old_head_trains_with_any_method_where_asked(
     torch.testing.assert_close(small_models.logits(loaded, batch), small_models.logits(recognizer, batch))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("family", "kind"), covering(["parakeet", "wav2vec2-bert"], EXPECTED, together=1))
 def test_a_new_head_trains_with_any_method_and_is_saved(
     folders: dict[str, Path], family: str, kind: str, tmp_path: Path
@@ -236,6 +236,7 @@ def test_dp_rp_trains_half_of_what_lora_does(folders: dict[str, Path]) -> None:
     assert all(p.abs().min() > 0 and not p.requires_grad for p in frozen_factors)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["full", "lora", "bitfit"])
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_one_half_of_whisper(folders: dict[str, Path], kind: str, half: str) -> None:

@@ -29,6 +29,7 @@ def relative_difference(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", small_models.FAMILIES)
 def test_an_utterance_is_independent_of_the_rest_of_the_batch_and_padding(
     folders: dict[str, Path], family: str
@@ -45,6 +46,7 @@ def test_an_utterance_is_independent_of_the_rest_of_the_batch_and_padding(
         assert relative_difference(gradient(recognizer, losses[index]), expected) < 1e-8
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", UNEQUAL)
 def test_transcripts_are_independent_of_the_rest_of_the_batch(folders: dict[str, Path], family: str) -> None:
     recognizer = small_models.load(folders[family])
@@ -87,6 +89,7 @@ def test_unequal_lengths_are_refused_with_the_mend(folders: dict[str, Path], fam
     assert len(recognizer.transcribe(recognizer.collate([items[0], items[0]]))) == 2
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", small_models.FAMILIES)
 def test_an_unusable_utterance_has_loss_and_gradient_zero(folders: dict[str, Path], family: str) -> None:
     recognizer = small_models.load(folders[family])
@@ -99,7 +102,7 @@ def test_an_unusable_utterance_has_loss_and_gradient_zero(folders: dict[str, Pat
     assert recognizer.transcribe(batch)[0] == recognizer.transcribe(batch, ["low"])[0] == ""
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", CTC)
 def test_lengths_are_the_frames_of_the_output(folders: dict[str, Path], family: str) -> None:
     """For any length that is no problem the features exist, and `length` counts the logits' frames."""
@@ -121,6 +124,7 @@ def test_lengths_are_the_frames_of_the_output(folders: dict[str, Path], family: 
     assert "too short" in too_short
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", CTC)
 def test_what_the_vocabulary_or_the_length_forbids_is_named(folders: dict[str, Path], family: str) -> None:
     recognizer = small_models.load(folders[family])
@@ -134,7 +138,7 @@ def test_what_the_vocabulary_or_the_length_forbids_is_named(folders: dict[str, P
     assert "no CTC alignment" in long
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", CTC)
 def test_where_no_problem_is_seen_the_loss_is_finite(folders: dict[str, Path], family: str) -> None:
     """The longest transcript that passes has an alignment, the next has none."""
@@ -163,6 +167,7 @@ def test_double_letters_survive_greedy_decoding(folders: dict[str, Path]) -> Non
     assert recognizer.transcribe({}) == ["llo"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("family", small_models.FAMILIES)
 def test_shared_randomness_is_off(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
     """In training mode too, two forwards agree: no LayerDrop, no masks of the model's own."""

@@ -119,7 +119,7 @@ def test_what_is_trained_is_float32_and_the_rest_is_half(
         assert parameter.dtype == (torch.float32 if whole else HALF), name
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_each_utterances_gradient_is_what_autograd_says(
     folders: dict[str, Path], family: str, kind: str
@@ -142,7 +142,7 @@ def test_each_utterances_gradient_is_what_autograd_says(
     }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("family", "kind"), COVERING)
 def test_the_private_sum_is_the_gradient_in_float32(folders: dict[str, Path], family: str, kind: str) -> None:
     exact = one_by_one(prepared(folders[family], kind, "float32"))

@@ -154,7 +154,7 @@ TAMPERED: dict[str, Callable[[list[bytes]], list[bytes]]] = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("tampered", TAMPERED)
 def test_a_tampered_ledger_differs(run: Path, tampered: str) -> None:
     ledger = run / "ledger.jsonl"

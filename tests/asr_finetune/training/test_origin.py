@@ -99,7 +99,7 @@ def test_other_recordings_have_their_own_epsilon(runs: Path, capsys: pytest.Capt
     assert result.epsilon == pytest.approx(epsilon(5.0, RATE, 2, DELTA), rel=1e-9)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -51,6 +51,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("changes", "message"),
     slow_unless(lambda changes, _: {*changes} & {"train__batch_size", "data__valid"}, WRONG),

@@ -108,7 +108,7 @@ def _count_calls(model: nn.Module) -> Counter[str]:
     return calls
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize(
     ("family", "strategy", "kind", "blocks"),
     covering(

@@ -121,6 +121,7 @@ LISTINGS: dict[str, tuple[Callable[[Path, Path], Path], list[tuple[str, float, f
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", LISTINGS)
 def test_every_listing_that_trains_is_transcribed_without_its_transcripts(
     folders: Any, tmp_path: Path, kind: str
@@ -231,6 +232,7 @@ def test_a_pause_ends_a_segment(folders: Any) -> None:
     assert [(round(part.start, 1), round(part.end, 1)) for part in found] == [(0.2, 9.8), (14.2, 29.8)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "family", ["parakeet", "parakeet_tdt", "parakeet_rnnt", "wav2vec2-bert", "wav2vec2", "wav2vec2-group"]
 )

@@ -24,6 +24,7 @@ TESTS = {
     f"{_FILE}::test_what_is_released_of_the_count_lies_on_a_grid": "and on a grid",
     f"{_FILE}::test_all_ranks_take_over_the_noisy_count_of_the_first": "one draw of it for all processes",
     f"{_FILE}::test_a_resumed_run_goes_on_with_the_same_c": "a resumed run goes on with the same C and noise",
+    f"{_FILE}::test_a_refused_checkpoint_leaves_no_norm": "a checkpoint that is refused leaves no norm",
     f"{_FILE}::test_a_norm_that_no_run_comes_to_is_not_loaded": "a norm that no run comes to is not loaded",
     f"{_FILE}::test_c_is_not_loaded_within_a_batch_that_was_clipped_to_another": "C does not change within a logical batch",
     f"{_FILE}::test_the_ledger_holds_both_noises_and_an_audit_adds_them_up": "the ledger holds both noises, and an audit adds them up",
@@ -176,8 +177,8 @@ FAULTS = (
     Fault(
         "any C from a checkpoint",
         _OPTIMIZER,
-        "self._adaptive.norms = self._adaptive.of_state(state)",
-        "self._adaptive.norms = [state]  # type: ignore[list-item]",
+        "norms = adaptive.of_state(state)",
+        "norms = [state]",
         f"{_FILE}::test_a_norm_that_no_run_comes_to_is_not_loaded",
     ),
     Fault(

@@ -124,8 +124,8 @@ LINES = (
             Fault(
                 "streamed records: kept to the end of the backward",
                 "dpkernels/privacy/step/strategies.py",
-                "self.tape.open(losses.shape[0], sink=of_unit)",
-                "self.tape.open(losses.shape[0])",
+                "self.tape.open(losses.shape[0], sink=of_unit, unit=unit)",
+                "self.tape.open(losses.shape[0], unit=unit)",
                 "tests/privacy/step/test_strategies.py::test_streaming_strategies_hold_no_record[plain]",
             ),
             Fault(

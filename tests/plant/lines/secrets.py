@@ -10,6 +10,7 @@ LINES = (
             "tests/privacy/step/test_noise.py::test_every_engine_draws_a_fresh_key": "every engine has a key of its own for noise and another one for sampling",
             "tests/privacy/step/test_noise.py::test_torch_seeds_do_not_touch_noise_or_sampling": "seeding torch, numpy or Python changes neither noise nor sampling",
             "tests/privacy/step/test_noise.py::test_streams_are_distinct_by_parameter_and_step": "every parameter and step has a stream of its own",
+            "tests/privacy/step/test_noise.py::test_no_two_purposes_share_a_number": "every purpose has streams of its own",
             "tests/privacy/step/test_noise.py::test_a_rollback_never_repeats_noise": "a step that is repeated after a rollback has other noise",
             "tests/privacy/step/test_noise.py::test_a_fork_draws_its_own_key": "a forked process draws a new key",
             "tests/privacy/step/test_noise.py::test_a_fixed_key_warns_and_repeats": "a fixed key warns that it is for tests",

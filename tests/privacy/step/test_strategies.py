@@ -392,6 +392,7 @@ def check_fault_is_caught(strategy: str, fault: Callable, monkeypatch: pytest.Mo
         check_sum(run, strategy)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("fault", [factor_twice, stale_factors, summed_in_both, twice_in_one])
 def test_planted_faults_of_two_passes_are_caught(fault: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     check_fault_is_caught("two_pass", fault, monkeypatch)
