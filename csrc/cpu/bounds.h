@@ -6,9 +6,9 @@
 // Sum in blocks (micro.h: `tile`). Within a chunk of 64 frames the sum starts at 0 and takes one fused
 // multiply-add a frame: each product passes through at most 64 roundings (a separate multiplication adds one;
 // counted). Up to 8 chunks are then added, 7 more. Blocks of 512 frames are added in float64. So every
-// product of the entry carries at most kappa(T) = min(T,64) + 1 + min(ceil(T/64),8) roundings, whatever T,
-// and |computed - exact| <= gamma sum_t |a_t||b_t| with gamma = kappa u / (1 - kappa u) (Higham, Accuracy and
-// Stability of Numerical Algorithms, 2002, section 3.1). Over the entries of g^T x, by the triangle
+// product of the entry carries at most kappa(T) = min(T,64) + 1 + min(ceil(T/64),8) <= 73 roundings, whatever
+// T, and |computed - exact| <= gamma sum_t |a_t||b_t| with gamma = kappa u / (1 - kappa u) (Higham, Accuracy
+// and Stability of Numerical Algorithms, 2002, section 3.1). Over the entries of g^T x, by the triangle
 // inequality over frames:
 //     ||computed - exact||_F <= gamma S,   S = sum_t ||x_t|| ||g_t||.
 // The weighted sum computes the same products in the same way, so its gradient of a sample is off by at most
@@ -45,10 +45,12 @@ double absolute(int64_t n, int64_t entries) {
   return 4.0 * static_cast<double>(n) * std::sqrt(static_cast<double>(entries)) * kTiniest<R>;
 }
 
-// e of the derivation, for sums of n products with S = `scale`.
+// e of the derivation, for sums of n frames with S = `scale`. The relative part takes the largest kappa, not
+// that of n: where n has padding in it, one long example would raise the norms of all that are padded to its
+// length.
 template <class R>
 double error_bound(int64_t n, int64_t entries, double scale) {
-  return (2.0 * kappa(n) + 1.0) * kUnit<R> * 1.01 * scale + absolute<R>(n, entries);
+  return (2.0 * kappa(kBlock) + 1.0) * kUnit<R> * 1.01 * scale + absolute<R>(n, entries);
 }
 
 // a * b of numbers >= 0, and never below it: a product that underflows is low by 2^-1075 at most. That

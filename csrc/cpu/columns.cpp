@@ -74,7 +74,10 @@ class ColumnSums {
         squares = k_.add_products(x.data, x.ld, g.data, g.ld, count, columns, part);
       }
       micro<R>().accumulate(sum, part, columns, factor);
-      scale += std::sqrt(squares * static_cast<double>(count));
+      // The sum of m norms is at most the root of m times their squares; padding is not among the m.
+      int64_t own = 0;
+      for (int64_t t = t0; t < t0 + count; ++t) own += is_zero(g_, i, t, first, columns) ? 0 : 1;
+      scale += std::sqrt(squares * static_cast<double>(own));
     }
     return scale;
   }

@@ -16,19 +16,27 @@ namespace dpk {
 
 template <class R>
 int64_t effective_length(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length) {
-  const Micro<R>& k = micro<R>();
-  const int64_t p = g.size[2], d = x.size[2];
-  std::vector<R> space(static_cast<size_t>(std::max<int64_t>({p, d, 1})));
+  std::vector<R> space(static_cast<size_t>(std::max<int64_t>({g.size[2], x.size[2], 1})));
+  const auto finite = [&](const dpk_tensor& v, int64_t t) {
+    const Rows<R> row(v, i, t, 1, 0, v.size[2], 1, space.data());
+    return micro<R>().all_finite(row.data, v.size[2]);
+  };
   int64_t end = length;
   for (; end > 0; --end) {
-    const Rows<R> row(g, i, end - 1, 1, 0, p, 1, space.data());
-    if (!k.all_zero(row.data, p)) break;
-  }
-  for (int64_t t = end; t < length; ++t) {
-    const Rows<R> row(x, i, t, 1, 0, d, 1, space.data());
-    if (!k.all_finite(row.data, d)) return length;
+    const bool g_is_zero = is_zero(g, i, end - 1, 0, g.size[2]),
+               x_is_zero = is_zero(x, i, end - 1, 0, x.size[2]);
+    if (!g_is_zero && !x_is_zero) break;
+    if (!(g_is_zero || finite(g, end - 1)) || !(x_is_zero || finite(x, end - 1))) return length;
   }
   return end;
+}
+
+// Frames of sample i that add to its gradient: those where neither row is all zero.
+int64_t contributing_frames(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < length; ++t)
+    if (!is_zero(g, i, t, 0, g.size[2]) && !is_zero(x, i, t, 0, x.size[2])) ++count;
+  return count;
 }
 
 // Whether a column's frames lie side by side in memory: a convolution's layout, [B,C,T] seen as [B,T,C].
@@ -113,7 +121,10 @@ class Norms {
     std::vector<Sample> gram, direct;
     for (int64_t i = 0; i < x_.size[0]; ++i) {
       const int64_t length = effective_length<R>(x_, g_, i, length_of(lengths, i, x_.size[1]));
-      const bool fewer = static_cast<double>(length) * (p + d) < kGramShare * 2.0 * p * d;
+      // By the frames that add something, of which padding is none, wherever it is: a norm's form is then the
+      // sample's own.
+      const auto frames = static_cast<double>(contributing_frames(x_, g_, i, length));
+      const bool fewer = frames * (p + d) < kGramShare * 2.0 * p * d;
       const bool by_gram = method == DPK_GRAM || (method == DPK_AUTO && fewer);
       (by_gram ? gram : direct).push_back({i, length, 1.0, 0, 0, 0});
     }

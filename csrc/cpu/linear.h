@@ -8,9 +8,9 @@
 
 namespace dpk {
 
-// Frames of sample i that can matter: the given length less trailing frames where g is all zero (and x
-// finite, so that 0 * x is 0). Padding that a loss ignores has g = 0 exactly, so skipping it changes no
-// bit of a sum.
+// Frames of sample i that can matter: the given length less trailing frames where g or x is all zero (and the
+// other finite, so that the product is 0). Padding that a loss ignores has g = 0 exactly, so skipping it
+// changes no bit of a sum; where the caller has exchanged the two, it is x.
 template <class R>
 int64_t effective_length(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length);
 

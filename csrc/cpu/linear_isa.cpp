@@ -295,18 +295,6 @@ constexpr Panel<R> panel() {
 }
 
 template <class R>
-bool all_zero(const R* v, int64_t n) {
-  // Bits, not values: a processor set to read subnormals as zero must not hide them. +0 and -0 both count.
-  const unsigned char* bytes = reinterpret_cast<const unsigned char*>(v);
-  for (int64_t j = 0; j < n; ++j) {
-    uint64_t bits = 0;
-    __builtin_memcpy(&bits, bytes + j * static_cast<int64_t>(sizeof(R)), sizeof(R));
-    if ((bits << (65 - 8 * sizeof(R))) != 0) return false;
-  }
-  return true;
-}
-
-template <class R>
 bool all_finite(const R* v, int64_t n) {
   R zero = 0;
   for (int64_t j = 0; j < n; ++j) zero += v[j] * R(0);
@@ -330,7 +318,6 @@ constexpr Micro<R> make() {
           column_squares<R>,
           accumulate<R>,
           dot,
-          all_zero<R>,
           all_finite<R>};
 }
 

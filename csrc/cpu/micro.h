@@ -71,8 +71,7 @@ struct Micro {
   // sum a[j] * b[j] in float64.
   double (*dot)(const double* a, const double* b, int64_t n);
 
-  // Every v[j] is 0 / is finite.
-  bool (*all_zero)(const R* v, int64_t n);
+  // Every v[j] is finite.
   bool (*all_finite)(const R* v, int64_t n);
 };
 

@@ -27,6 +27,27 @@ inline const char* at(const dpk_tensor& v, int64_t i, int64_t t, int64_t j) {
   return static_cast<const char*>(v.data) + offset * element_size(v.dtype);
 }
 
+// Whether n entries, `stride` bytes apart, have no set bit but signs. Bits, not values: a processor set to
+// read subnormals as zero must not hide them. Nearly always the first entry tells.
+template <class Bits>
+bool are_zero(const char* entries, int64_t stride, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    Bits bits;
+    __builtin_memcpy(&bits, entries + j * stride, sizeof(Bits));
+    if (static_cast<Bits>(bits << 1) != 0) return false;
+  }
+  return true;
+}
+
+// Whether columns [j0, j0 + n) of a frame are all zero.
+inline bool is_zero(const dpk_tensor& v, int64_t i, int64_t t, int64_t j0, int64_t n) {
+  const int64_t size = element_size(v.dtype), stride = v.stride[2] * size;
+  const char* entries = at(v, i, t, j0);
+  if (size == 2) return are_zero<uint16_t>(entries, stride, n);
+  if (size == 4) return are_zero<uint32_t>(entries, stride, n);
+  return are_zero<uint64_t>(entries, stride, n);
+}
+
 inline void check_tensor(const char* name, const dpk_tensor& v) {
   for (int64_t size : v.size)
     if (size < 0) invalid_argument("%s has the negative size %lld", name, static_cast<long long>(size));

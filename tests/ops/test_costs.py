@@ -57,7 +57,7 @@ def test_the_norms_form_is_that_of_the_native_kernel() -> None:
     """At the share of operations of csrc/cpu/linear.cpp the model changes from the Gram form to the direct one."""
     source = (ROOT / "csrc/cpu/linear.cpp").read_text()
     assert re.search(r"kGramShare = ([0-9.]+);", source)[1] == str(GRAM_SHARE)  # type: ignore[index]
-    assert "fewer = static_cast<double>(length) * (p + d) < kGramShare * 2.0 * p * d;" in source
+    assert "fewer = frames * (p + d) < kGramShare * 2.0 * p * d;" in source
     changes = math.ceil(GRAM_SHARE * 2 * 64 * 64 / 128)
     norm = replace(SIMPLE, summed=0, widened=0)
     assert norm.kept(changes - 1, 64, 64) == pytest.approx(0.01 * (changes - 1) ** 2 * 128)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -373,6 +373,39 @@ def test_a_norm_does_not_depend_on_the_rest_of_the_batch_or_padding() -> None:
                 own = Call(**{**vars(own), "inputs": tuple(t[:, :n].clone() for t in own.inputs)})
             alone = own.norms(native_ops)
             assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True)), call.name
+
+
+@pytest.mark.parametrize("padded", ["g", "x", "between"])
+def test_padding_changes_neither_form_nor_bound_of_a_linear_norm(padded: str) -> None:
+    """20 frames of 32 → 32 are in Gram form, and 24 in direct form; 40 with 20 of padding are in Gram form, whichever
+    operand it is whose padding is 0 (a caller may exchange them), and wherever the padding is."""
+    x, g = torch.randn(2, 40, 32), torch.randn(2, 40, 32)
+    padding = slice(10, 30) if padded == "between" else slice(20, None)
+    (x if padded == "x" else g)[:, padding] = 0
+    own = native_ops.linear_norm_sq(x, g)
+    assert torch.equal(own, native_ops.linear_norm_sq(x, g, method="gram"))
+    assert not torch.equal(own, native_ops.linear_norm_sq(x, g, method="direct"))
+    kept = torch.ones(40, dtype=torch.bool)
+    kept[padding] = False
+    alone = native_ops.linear_norm_sq(x[:, kept], g[:, kept])
+    torch.testing.assert_close(own, alone, rtol=2e-7 if padded != "between" else 1e-6, atol=0.0)
+
+
+def test_padding_changes_no_bound_of_a_streaming_norm() -> None:
+    """75 frames of which 55 are zeros have the norm of the 20, to the rounding to float32."""
+    seen = set()
+    for call in calls(2, 20, 16, 16):
+        last = call.name == "depthwise_conv1d"
+        if call.name == "linear" or (last and call.inputs[1].shape[2] != 20):
+            continue
+        pad = (0, 55) if last else (0, 0, 0, 55)
+        inputs = tuple(torch.nn.functional.pad(t, pad) for t in call.inputs)
+        ids = None if call.ids is None else torch.nn.functional.pad(call.ids, (0, 55))
+        longer = replace(call, inputs=inputs, ids=ids).norms(native_ops)
+        for given, wanted in zip(longer, call.norms(native_ops), strict=True):
+            torch.testing.assert_close(given, wanted, rtol=3e-7, atol=0.0)
+        seen.add(call.name)
+    assert seen == {"bias", "layer_norm", "lora", "embedding", "depthwise_conv1d"}
 
 
 def test_trailing_zero_gradients_change_no_bit_of_a_linear_norm() -> None:

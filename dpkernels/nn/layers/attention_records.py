@@ -82,7 +82,7 @@ class PackedLinearRecord(Record):
         """p·d, the size of the weight."""
         return self.weight.numel()
 
-    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor, Tensor | None], ...]:
         """Those of the blocks, each as a linear layer."""
         return tuple(linear_sizes(block.x, block.g, block.g) for block in self.blocks)
 

@@ -198,7 +198,7 @@ class ConvRecord(Record):
         """p·d/groups·∏k, the size of the weight."""
         return self.weight.numel()
 
-    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor, Tensor | None], ...]:
         """The sizes for one position of the output gradient, and these positions."""
         gradient = self.output_gradient
         channels, of_gradient = (
@@ -216,7 +216,7 @@ class ConvRecord(Record):
         sizes = LayerSizes(
             outputs, inputs, self.entries(), held, of_gradient, window_bytes=max(window_bytes, 1)
         )
-        return ((sizes, gradient.movedim(1, -1)),)
+        return ((sizes, gradient.movedim(1, -1), None),)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
         """gᵀ windows, with the groups concatenated."""

@@ -49,12 +49,12 @@ class LoRARecord(Record):
         """r·(d + p), the size of A and B."""
         return self.a.numel() + self.b.numel()
 
-    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor, Tensor | None], ...]:
         """p, d and r, and the frames of the output gradient."""
         held = sum(t.shape[2] * t.element_size() for t in (self.x, self.h, self.g, self.dh))
         outputs, inputs, rank = self.g.shape[2], self.x.shape[2], self.h.shape[2]
         gradient_bytes = outputs * self.g.element_size()
-        return ((LayerSizes(outputs, inputs, self.entries(), held, gradient_bytes, rank), self.g),)
+        return ((LayerSizes(outputs, inputs, self.entries(), held, gradient_bytes, rank), self.g, self.x),)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
         """dh_iᵀ x_i for A and s·g_iᵀ h_i for B."""

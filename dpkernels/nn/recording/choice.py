@@ -9,12 +9,13 @@ An example's gradient of a layer is materialised
   times the memory of the output gradient; of a convolution as by default.
 
 **Each example is looked at alone.** All of these are conditions on the example's own number of frames, which is the
-number of frames whose output gradient is not zero: from `least_frames` on, a function of the layer's shape, the
-gradient is materialised. The padded length would not do. The norm of a materialised gradient has no rounding bound to
-be added, while that of kept tensors is rounded up by one, of up to 1 % of the square in Gram form. One long example
-would change the padded length of its micro-batch, hence the form of all others' norms, and with it their clip factors,
-all in one direction: more than any slack in the sensitivity covers. Frames are counted on every device. On a GPU that
-waits for the device, but only at a layer whose padded length would be enough.
+number of frames whose output gradient is not zero (and, of a linear or LoRA layer, whose input): from `least_frames`
+on, a function of the layer's shape, the gradient is materialised. The padded length would not do. The norm of a
+materialised gradient has no rounding bound to be added, while that of kept tensors is rounded up by one, of up to 1 %
+of the square in Gram form. One long example would change the padded length of its micro-batch, hence the form of all
+others' norms, and with it their clip factors, all in one direction: more than any slack in the sensitivity covers.
+Frames are counted on every device. On a GPU that waits for the device, but only at a layer whose padded length would be
+enough.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Chosen(NamedTuple):
 
 
 def decide(
-    choice: Choice, layer: str, given: Sequence[tuple[LayerSizes, Tensor]], unit: int = 1
+    choice: Choice, layer: str, given: Sequence[tuple[LayerSizes, Tensor, Tensor | None]], unit: int = 1
 ) -> tuple[bool | Tensor, Chosen]:
     """Whether all examples' gradients are materialised or none, or else which ([B] bool); and the row of the table.
 
@@ -128,15 +129,15 @@ def decide(
         given: as from `Record.chosen_by`; an example must have enough frames in each entry.
         unit: so many consecutive examples are clipped together, and go the same way.
     """
-    least = [choice.least_frames(sizes, g.device.type) for sizes, g in given]
+    least = [choice.least_frames(sizes, g.device.type) for sizes, g, _ in given]
     known = [frames for frames in least if frames is not None]
-    frames, examples = max(_frames_of(g) for _, g in given), len(given[0][1])
+    frames, examples = max(_frames_of(g) for _, g, _ in given), len(given[0][1])
     everywhere = max(known) if len(known) == len(least) else None
     found: bool | Tensor = everywhere is not None and all(
-        _frames_of(g) >= needed for (_, g), needed in zip(given, known, strict=True)
+        _frames_of(g) >= needed for (_, g, _), needed in zip(given, known, strict=True)
     )
-    if found and all(has_values(g) for _, g in given):
-        enough = [reaching(g, needed) for (_, g), needed in zip(given, known, strict=True)]
+    if found and all(has_values(g) for _, g, _ in given):
+        enough = [reaching(g, needed, x) for (_, g, x), needed in zip(given, known, strict=True)]
         rows = torch.stack(enough).all(0) if len(enough) > 1 else enough[0]
         rows = rows.view(-1, unit).all(1).repeat_interleave(unit) if unit > 1 else rows
         found = bool(rows.all()) or (bool(rows.any()) and rows)
@@ -144,18 +145,21 @@ def decide(
     return found, Chosen(layer, everywhere, frames, examples, count)
 
 
-def reaching(g: Tensor, least: int) -> Tensor:
+def reaching(g: Tensor, least: int, x: Tensor | None = None) -> Tensor:
     """Which examples have at least `least` frames of their own: [B] bool.
 
     g: [B,*,p], output gradients of frames, in one or more dimensions. A frame counts if its norm is not 0 in g's dtype;
     a NaN is not 0.
+    x: [B,*,d], inputs, whose frames must not be 0 either: a layer behind may give padding an output gradient.
     """
+    both = (g,) if x is None else (g, x)
     # Mostly the first entries show it, a p-th of what there is to read; then only frames that begin with 0 are read.
-    own = g[..., 0] != 0
+    own = torch.stack([t[..., 0] != 0 for t in both]).all(0)
     enough = _count(own) >= least
     if not bool(enough.all()):
         doubtful = ~own & ~enough.view(-1, *[1] * (own.dim() - 1))
-        own[doubtful] = torch.linalg.vector_norm(g[doubtful], dim=-1) != 0
+        rows = [torch.linalg.vector_norm(t[doubtful], dim=-1) != 0 for t in both]
+        own[doubtful] = torch.stack(rows).all(0)
         enough = _count(own) >= least
     return enough
 

@@ -116,8 +116,9 @@ class Record(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not materialise per-sample gradients")
 
-    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
-        """What decides whether an example's gradient is materialised: sizes, and output gradients of frames `[B,*,p]`.
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor, Tensor | None], ...]:
+        """What decides whether an example's gradient is materialised: sizes, and of frames the output gradients
+        `[B,*,p]` and, of a linear layer, the inputs `[B,*,d]`.
 
         An example must have enough frames in all of them. () if the rule has no such form: `held_bytes` and
         `worth_materialising_bytes` then decide for the whole batch.
@@ -216,8 +217,8 @@ class LinearRecord(Record):
         """p·d, the size of the weight."""
         return self.weight.numel()
 
-    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor], ...]:
-        """p, d, and the frames of the output gradient."""
+    def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor, Tensor | None], ...]:
+        """p, d, and the frames of both factors."""
         return (linear_sizes(self.x, self.g, self.output_gradient),)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
@@ -380,11 +381,12 @@ def _not_combined(first: Record, second: Record) -> TypeError:
     )
 
 
-def linear_sizes(x: Tensor, g: Tensor, output_gradient: Tensor) -> tuple[LayerSizes, Tensor]:
+def linear_sizes(x: Tensor, g: Tensor, output_gradient: Tensor) -> tuple[LayerSizes, Tensor, Tensor]:
     """An entry of `Record.chosen_by` for a linear layer: x [B,T,d], g [B,T,p], and which of them is the gradient."""
     x_bytes, g_bytes, gradient_bytes = (t.shape[2] * t.element_size() for t in (x, g, output_gradient))
     outputs, inputs = g.shape[2], x.shape[2]
-    return LayerSizes(outputs, inputs, outputs * inputs, x_bytes + g_bytes, gradient_bytes), output_gradient
+    sizes = LayerSizes(outputs, inputs, outputs * inputs, x_bytes + g_bytes, gradient_bytes)
+    return sizes, output_gradient, g if output_gradient is x else x
 
 
 def unit_frames(t: Tensor, size: int) -> Tensor:

@@ -145,7 +145,8 @@ def test_a_unit_of_several_utterances_has_the_norm_of_their_sum(
     unit = record.of_units(3)
     assert unit.batch_size == 1
     square = sum(float(total.square().sum()) for total in expected)
-    assert float(unit.norm_sq()) == pytest.approx(square, rel=1e-5)
+    # the norm is rounded up as a sum of any length is
+    assert float(unit.norm_sq()) == pytest.approx(square, rel=5e-5)
     sums = {p: torch.zeros(p.shape, dtype=torch.float64) for p in record.parameters}
     unit.add_weighted_sum(torch.tensor([0.5]), sums)
     for total, one in zip(sums.values(), expected, strict=True):

@@ -157,7 +157,7 @@ def test_the_frames_that_count_are_an_examples_own() -> None:
 
 def test_examples_that_are_clipped_together_go_the_same_way() -> None:
     _, own = padded((9, 5, 3, 9))
-    given = [(LayerSizes(5, 6, 30, 44, 20), torch.randn(4, FRAMES, 5) * own[..., None])]
+    given = [(LayerSizes(5, 6, 30, 44, 20), torch.randn(4, FRAMES, 5) * own[..., None], None)]
 
     def rows(unit: int, monkeypatched: int = 4) -> Any:
         class Fixed(Choice):

@@ -33,7 +33,7 @@ def check_clipped_sum(run: Run, indices: Sequence[int] = INDICES) -> None:
     released = run.release(indices[:3], indices[3:])
     for name, total in expected.items():
         torch.testing.assert_close(
-            released[name], total / 8, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            released[name], total / 8, rtol=3e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
