@@ -14,6 +14,8 @@ LINES = (
             "tests/privacy/self_check/test_independence.py::test_the_rest_of_the_batch_does_not_change_what_an_example_adds": "what an example adds does not depend on the rest of its batch",
             "tests/nn/recording/test_choice.py::test_the_form_of_an_examples_norm_does_not_depend_on_the_batchs_padded_length": "an example that lengthens its batch leaves the form of the others' norms as it is, in every strategy",
             "tests/nn/recording/test_sharing.py::test_padding_does_not_change_the_form_of_a_joint_norm": "so it does of norms that layers of one input have together",
+            "tests/ops/test_native.py::test_padding_changes_neither_form_nor_bound_of_a_linear_norm": "a kernel's choice between Gram and direct form is that of the example's own frames, wherever its padding is",
+            "tests/ops/test_native.py::test_padding_changes_no_bound_of_a_streaming_norm": "no other kernel's rounding bound grows with padding",
             "tests/nn/recording/test_sharing.py::test_an_example_that_is_materialised_does_not_part_the_others": "nor does an example that is materialised",
             "tests/nn/recording/test_choice.py::test_the_frames_that_count_are_an_examples_own": "the frames that decide what is materialised are an example's own",
             "tests/nn/recording/test_choice.py::test_examples_that_are_clipped_together_go_the_same_way": "the examples of a speaker are materialised together or not at all",
@@ -79,7 +81,7 @@ LINES = (
             Fault(
                 "the batch's frames decide what is materialised",
                 "dpkernels/nn/recording/choice.py",
-                "own = g[..., 0] != 0",
+                "own = torch.stack([t[..., 0] != 0 for t in both]).all(0)",
                 "own = torch.ones(g.shape[:-1], dtype=torch.bool)",
                 "tests/nn/recording/test_choice.py::test_the_frames_that_count_are_an_examples_own",
                 "tests/nn/recording/test_choice.py::test_the_form_of_an_examples_norm_does_not_depend_on_the_batchs_padded_length[linear-auto]",
