@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpkernels
 
 FEATURES, FRAMES, WORDS = 12, 9, 11
-# Relative L2 distance to the float64 sum: the forward and backward of the model itself round in the model's dtype.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
+# Relative L2 distance to the float64 sum: the forward and backward of the model itself round in the model's dtype, and
+# norms are rounded up by the bound of a sum of any length, by some 10⁻⁵ here.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 
 class SharedInput(nn.Module):

@@ -66,7 +66,7 @@ def show(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[Tab
     tables = []
     for name, profiles in cases.items():
         table = Table(title=f"{CASES[name].title}, ms a step", title_justify="left", box=None, pad_edge=False)
-        table.add_column("self time in")
+        table.add_column("self time in", no_wrap=True)
         for contender in profiles:
             table.add_column(contender, justify="right")
         kinds = dict.fromkeys(kind for times in profiles.values() for kind in times)

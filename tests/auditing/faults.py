@@ -48,6 +48,9 @@ def _factors(change: Callable[[Tensor], Tensor]) -> Callable[[DPOptimizer], None
         def factors(self, norm_sq: Tensor) -> Tensor:
             return change(self._rule.factors(norm_sq))
 
+        def votes(self, norm_sq: Tensor) -> None:
+            """C is constant: no count moves it."""
+
     def plant(optimizer: DPOptimizer) -> None:
         strategy: Any = optimizer._strategy
         strategy._rule = Faulty(strategy._rule)
