@@ -155,6 +155,19 @@ def test_the_frames_that_count_are_an_examples_own() -> None:
     assert reaching(image, 6).tolist() == [True, False]
 
 
+def test_frames_whose_input_is_padding_do_not_count() -> None:
+    """A layer behind, a convolution over frames for example, gives padding an output gradient."""
+    x, g = torch.randn(2, 20, 4), torch.randn(2, 20, 4)
+    x[0, 9:] = 0
+    assert reaching(g, 10, x).tolist() == [False, True]
+    g[:, :, 0] = 0
+    assert reaching(g, 10, x).tolist() == [False, True]
+    weight = nn.Parameter(torch.zeros(4, 4))
+    for record in (LinearRecord("layer", weight, x, g), LinearRecord("layer", weight, g, x)):
+        ((_, *factors),) = record.chosen_by()
+        assert {id(factor) for factor in factors} == {id(x), id(g)}
+
+
 def test_examples_that_are_clipped_together_go_the_same_way() -> None:
     _, own = padded((9, 5, 3, 9))
     given = [(LayerSizes(5, 6, 30, 44, 20), torch.randn(4, FRAMES, 5) * own[..., None], None)]

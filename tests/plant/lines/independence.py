@@ -18,6 +18,7 @@ LINES = (
             "tests/ops/test_native.py::test_padding_changes_no_bound_of_a_streaming_norm": "no other kernel's rounding bound grows with padding",
             "tests/nn/recording/test_sharing.py::test_an_example_that_is_materialised_does_not_part_the_others": "nor does an example that is materialised",
             "tests/nn/recording/test_choice.py::test_the_frames_that_count_are_an_examples_own": "the frames that decide what is materialised are an example's own",
+            "tests/nn/recording/test_choice.py::test_frames_whose_input_is_padding_do_not_count": "frames of padding do not count where a later layer gives them an output gradient",
             "tests/nn/recording/test_choice.py::test_examples_that_are_clipped_together_go_the_same_way": "the examples of a speaker are materialised together or not at all",
             "tests/privacy/self_check/test_independence.py::test_dropout_is_drawn_per_example": "two copies of one example get dropout masks of their own",
             "tests/privacy/test_torch_layers.py::test_the_self_check_goes_through_attention_in_training_mode": "the self-check switches off attention's dropout",
@@ -99,6 +100,13 @@ LINES = (
                 "isinstance(record, LinearRecord) and record.may_share_input",
                 "isinstance(record, LinearRecord)",
                 "tests/nn/recording/test_sharing.py::test_an_example_that_is_materialised_does_not_part_the_others",
+            ),
+            Fault(
+                "padding counts that a later layer gives a gradient",
+                "dpkernels/nn/recording/choice.py",
+                "both = (g,) if x is None else (g, x)",
+                "both = (g,)",
+                "tests/nn/recording/test_choice.py::test_frames_whose_input_is_padding_do_not_count",
             ),
             Fault(
                 "part of a speaker materialised",
