@@ -24,6 +24,7 @@ class GhostPeftLoRAEmbedding(GhostModule, LoraEmbedding):
 
     ghost_covers = ()
     ghost_asks_axes = True
+    ghost_in_graph = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's. Raises NotImplementedError for `adapter_names` in a private forward."""
@@ -70,6 +71,7 @@ class GhostPeftTrainableTokens(GhostModule, TrainableTokensLayer):
 
     ghost_covers = ()
     ghost_asks_axes = True
+    ghost_in_graph = True
 
     def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's."""

@@ -87,6 +87,7 @@ class SharedPeftLayer(GhostModule):
     """Mixin of PEFT layers that read their SharedParameterDicts in their own forward."""
 
     ghost_covers = ()
+    ghost_in_graph = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's."""

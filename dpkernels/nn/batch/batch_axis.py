@@ -109,6 +109,13 @@ class BatchAxes:
         """Mark the current assumptions as confirmed, after a check of the gradients."""
         self._confirmed |= self._assumed
 
+    def is_shared(self, layer: str, dims: int) -> bool:
+        """Whether examples shared one of a layer's tensors of so many dimensions in an earlier call."""
+        return any(
+            site.layer == layer and of == dims and not evidence.axes
+            for (site, of), evidence in self._evidence.items()
+        )
+
     def of(self, site: Site, shape: tuple[int, ...], size: int) -> int | None:
         """The axis of a tensor of this shape that carries a batch of `size` examples; None if examples share it.
 

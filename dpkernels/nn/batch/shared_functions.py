@@ -69,6 +69,7 @@ class Shared:
         )
 
 
+@torch.compiler.disable(reason="what examples share is told apart outside of the compiled graph")
 def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """func(*args, **kwargs), where some of the tensors are shared."""
     leaves, spec = tree_flatten((args, kwargs))

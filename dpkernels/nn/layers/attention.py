@@ -7,6 +7,7 @@ packed weight, one record) and `out_proj` are linear layers. The arithmetic betw
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
     """
 
     ghost_covers = (*_PROJECTIONS, "in_proj_weight", "in_proj_bias", "bias_k", "bias_v")
+    ghost_in_graph = True
+    ghost_reads_output = True  # the weights
 
     def forward(
         self,
@@ -102,6 +105,39 @@ class GhostMultiheadAttention(GhostModule, nn.MultiheadAttention):
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
         # contiguous like torch's output, so that the caller can view it
         return y if axis == 0 else y.transpose(0, 1).contiguous(), weights
+
+    def ghost_result(self, tensors: list[Tensor]) -> Any:
+        """Output, and weights or None."""
+        return tensors[0], tensors[1] if len(tensors) > 1 else None
+
+    def ghost_shapes(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As GhostModule's; torch's own forward might take a fused path, which is not traced."""
+        return self._empty(*args, **kwargs)
+
+    def _empty(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        y = query.new_empty(query.shape, dtype=autocast_dtype(query) or query.dtype)
+        if not need_weights:
+            return y, None
+        *batch, frames, source = (
+            (query.shape[0], key.shape[0])
+            if query.dim() == 2
+            else (query.shape[0], query.shape[1], key.shape[1])
+            if self.batch_first
+            else (query.shape[1], query.shape[0], key.shape[0])
+        )
+        source += (self.bias_k is not None) + self.add_zero_attn
+        heads = () if average_attn_weights else (self.num_heads,)
+        return y, F.softmax(y.new_empty((*batch, *heads, frames, source)), -1)
 
     def _private(self) -> bool:
         active = self._ghost_active(*(getattr(self, name) for name in self.ghost_covers))

@@ -35,6 +35,7 @@ class FrozenBatchNorm(GhostModule, _BatchNorm):
 
     ghost_channels_second = True
     ghost_forms = ("weight", "bias")
+    ghost_in_graph = True
 
     def forward(self, input: Tensor) -> Tensor:
         """input [B,C,*] (or [B,C]) -> the same shape."""

@@ -30,6 +30,7 @@ class GhostEmbedding(GhostModule, nn.Embedding):
 
     ghost_covers = ("weight",)
     ghost_asks_axes = True
+    ghost_in_graph = True
 
     def ghost_refusal(self) -> str | None:
         """Refuse max_norm, sparse and scale_grad_by_freq."""

@@ -32,6 +32,7 @@ class GhostEmbeddingBag(GhostModule, nn.EmbeddingBag):
     """
 
     ghost_covers = ("weight",)
+    ghost_in_graph = True
 
     def ghost_refusal(self) -> str | None:
         """Refuse mode="max", max_norm, sparse and scale_grad_by_freq."""

@@ -60,7 +60,16 @@ class ExpandingModule(GhostModule):
 
     ghost_original: type[nn.Module]
     _ghost_substitutes: Mapping[str, Any] | None = None
+    # Whether the last forward at another batch size (`Tape.ask`) returned one tensor.
+    _ghost_one_output: bool = False
     ghost_asks_axes = True
+    ghost_in_graph = True
+    ghost_reads_output = True
+
+    def _ghost_fits_in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """As GhostModule's, and the module has no children, whose records are their own, and one output."""
+        alone = next(cast(nn.Module, self).children(), None) is None
+        return alone and self._ghost_one_output and super()._ghost_fits_in_graph(args, kwargs)
 
     @contextmanager
     def _substituted(self, values: Mapping[str, Any]) -> Iterator[None]:
@@ -93,7 +102,9 @@ class ExpandingModule(GhostModule):
         label, size = self.ghost_label(), tape.examples
         if next(self.children(), None) is None and _carries_batch(label, tape, args, kwargs):
             if tape.asking:
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+                self.__dict__["_ghost_one_output"] = type(output) is Tensor
+                return output
             tape.note_use(trained.values())
 
             def run(values: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -40,6 +40,9 @@ _FUSED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 class _Recurrent(GhostModule):
     """Mixin: the private forward of a torch.nn.RNNBase, layer by layer."""
 
+    ghost_in_graph = True
+    ghost_reads_output = True
+
     @property
     def ghost_covers(self) -> tuple[str, ...]:  # type: ignore[override]
         """All parameters of torch's class: weight_ih_l0, weight_hh_l0, bias_ih_l0, ..."""
@@ -78,6 +81,21 @@ class _Recurrent(GhostModule):
         if packed is not None:
             return PackedSequence(out, *packed[1:]), self.permute_hidden(hidden, packed.unsorted_indices)
         return (out.transpose(0, 1) if self.batch_first else out), hidden
+
+    def ghost_result(self, tensors: list[Tensor]) -> Any:
+        """Output and last state, which of an LSTM is a pair."""
+        return tensors[0], tensors[1] if len(tensors) == 2 else (tensors[1], tensors[2])
+
+    def ghost_shapes(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As GhostModule's; torch's own forward would be traced step by step."""
+        assert isinstance(self, nn.RNNBase)
+        x = args[0]
+        directions = 2 if self.bidirectional else 1
+        width = self.proj_size or self.hidden_size
+        y = x.new_empty((*x.shape[:-1], directions * width), dtype=autocast_dtype(x) or x.dtype)
+        batch = x.shape[0 if self.batch_first else 1]
+        widths = (width, self.hidden_size) if isinstance(self, nn.LSTM) else (width,)
+        return y, tuple(y.new_empty((self.num_layers * directions, batch, n)) for n in widths)
 
     def _private_layers(
         self, data: Tensor, layout: _Layout, states: tuple[Tensor, ...]

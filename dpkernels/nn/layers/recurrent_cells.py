@@ -18,6 +18,8 @@ class _Cell(GhostModule):
     """Mixin: the two products of a torch.nn.RNNCellBase as ghost linear layers."""
 
     ghost_covers: ClassVar[tuple[str, ...]] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    ghost_in_graph = True
+    ghost_reads_output = True
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As torch's: input [B,d], hx [B,H]. A private forward raises ValueError for an input without a batch."""
@@ -47,6 +49,10 @@ class _Cell(GhostModule):
 
 class GhostLSTMCell(_Cell, nn.LSTMCell):
     """nn.LSTMCell: same constructor, same state_dict, same results; privately both weights are linear records."""
+
+    def ghost_result(self, tensors: list[Tensor]) -> Any:
+        """The pair of states."""
+        return tensors[0], tensors[1]
 
     def _step(self, ih: Tensor, hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         i, f, g, o = (ih + hh).chunk(4, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dpkernels.nn.batch.batch_axis import Site
 from dpkernels.nn.batch.shared import SharedTensor
 from dpkernels.nn.copying import ordinary
-from dpkernels.nn.recording.compiled import call_in_graph
+from dpkernels.nn.recording.compiled import call_in_graph, fits_in_graph, is_shared
 from dpkernels.nn.recording.tape import Tape
 
 
@@ -39,9 +39,11 @@ class GhostModule:
     # Whether the forward itself finds out which of its tensors carry the batch (`Tape.axes`).
     ghost_asks_axes: ClassVar[bool] = False
 
-    # Whether torch.compile may put the layer into its graph, as one op (`dpkernels.nn.recording.compiled`): one tensor
-    # that carries the batch in, one new tensor out, which its backward does not read (a compiler may write over it).
+    # Whether torch.compile may put the layer into its graph, as one op (`dpkernels.nn.recording.compiled`): tensors in,
+    # new tensors out.
     ghost_in_graph: ClassVar[bool] = False
+    # Whether the layer's backward may read its output. A graph then gets a copy, since a compiler may write over it.
+    ghost_reads_output: ClassVar[bool] = False
     # By which compiled graphs name the layer; `attach` sets it.
     ghost_number: int = -1
 
@@ -57,9 +59,34 @@ class GhostModule:
         trained = any(p.requires_grad for p in module.parameters())
         if self.ghost_container or not trained or not self._ghost_records():
             return nn.Module.__call__(module, *args, **kwargs)
-        if self.ghost_in_graph and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
-            return call_in_graph(self, args[0])
+        if self.ghost_in_graph and self._ghost_fits_in_graph(args, kwargs):
+            return call_in_graph(self, args, kwargs)
         return _outside_graphs(self, *args, **kwargs)
+
+    def _ghost_fits_in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a graph can hold this call: ordinary tensors that carry the batch, as far as earlier calls show."""
+        if not args or type(args[0]) is not Tensor or not fits_in_graph(args):
+            return False
+        if not all(fits_in_graph(value) for value in kwargs.values()):
+            return False
+        return args[0].requires_grad or not is_shared(self.ghost_number, args[0].dim())
+
+    def ghost_result(self, tensors: list[Tensor]) -> Any:
+        """The layer's output from its tensors, which a compiled graph returns as a list."""
+        return tensors[0]
+
+    def ghost_shapes(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's output as a compiler needs it, for shapes and dtypes: by default that of the plain forward.
+
+        Args:
+            tensors: its parameters and buffers, in their order, which may be fake as the arguments are.
+            args: of the forward.
+            kwargs: of the forward.
+        """
+        module = cast(nn.Module, self)
+        names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+        values = dict(zip(names, tensors, strict=True))
+        return torch.func.functional_call(module, values, args, kwargs)
 
     def _ghost_call(self, *args: Any, **kwargs: Any) -> Any:
         if (kwargs or len(args) > 1) and not self.ghost_asks_axes:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpkernels.nn.batch.batch_axis import BatchAxes, run_at_other_sizes
 from dpkernels.nn.recording.choice import MATERIALISED_BYTES, Choice, Chosen, decide
-from dpkernels.nn.recording.compiled import CompiledCalls
+from dpkernels.nn.recording.compiled_calls import CompiledCalls
 from dpkernels.nn.recording.records import Record
 from dpkernels.nn.recording.split import SplitRecord
 
@@ -150,6 +150,7 @@ class Tape:
         """Begin a forward of the root module over `batch_size` examples."""
         self.forward_batch_size = batch_size
         self.axes.begin_forward()
+        self.compiled.begin_forward()
 
     def ask(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> None:
         """Run the model's forward at other batch sizes than this one's, once, as evidence for `axes`."""
@@ -308,14 +309,14 @@ class Tape:
         if not self.is_open:
             raise RuntimeError("Tape.close: the tape is not open")
         records, uses = self._records, self._uses.copy()
+        try:
+            self.compiled.check(again=again)
+        except RuntimeError:
+            self.discard()
+            raise
+        self._end()
         if again:
-            self._end()
             self._uses = uses
-        else:
-            try:
-                self.compiled.check()
-            finally:
-                self.discard()
         records.reverse()  # popped one at a time, so that each record is freed as soon as it is stacked
         return merge_records(records.pop() for _ in range(len(records)))
 
@@ -332,6 +333,7 @@ class Tape:
         self._uses.clear()
         self._axis_calls.clear()
         self.axes.begin_forward()
+        self.compiled.end()
 
 
 def outside_message(layer: str) -> str:

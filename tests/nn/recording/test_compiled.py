@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpkernels import nn as ghost
 from dpkernels.nn import Record, norms_sq
-from dpkernels.nn.recording import compiled
+from dpkernels.nn.recording.compiled_calls import Call, CompiledCalls
 
 LIMIT = 4  # forms of one graph: the first shape, any batch and any length, and evaluation
 
@@ -147,7 +147,7 @@ def test_the_first_layer_is_recorded_though_nobody_needs_its_dx() -> None:
     """Without the anchor a compiler drops every layer's backward, and the records: this is refused by name."""
     model = Net()
     tape = private(model)
-    tape.compiled.anchor.requires_grad_(False)
+    tape.compiled.anchor = tape.compiled.anchor.detach()
     with pytest.raises(
         RuntimeError, match="'first', 'last', 'norm' ran in the compiled forward, and no backward"
     ):
@@ -158,11 +158,11 @@ def test_the_first_layer_is_recorded_though_nobody_needs_its_dx() -> None:
 def test_a_backward_that_the_graph_did_not_count_is_refused() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(compiled._Call("repeated", x, x))
+    key = tape.compiled.wait(Call("repeated", [], [x]))
     tape.open(4)
-    tape.compiled.take(key)
+    tape.compiled.take(key, "repeated", [])
     with pytest.raises(
-        RuntimeError, match="the backwards of 1 compiled private layers ran, but the graph counted 0"
+        RuntimeError, match="the backwards of 1 calls of compiled private layers ran, but the graph counted 0"
     ):
         tape.close()
 
@@ -170,7 +170,7 @@ def test_a_backward_that_the_graph_did_not_count_is_refused() -> None:
 def test_a_lost_record_is_refused_by_name() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    tape.compiled.wait(compiled._Call("lost", x, x))  # a call whose backward the graph does not run
+    tape.compiled.wait(Call("lost", [], [x]))  # a call whose backward the graph does not run
     tape.open(4)
     with pytest.raises(
         RuntimeError, match="'lost' ran in the compiled forward, and no backward reached them"
@@ -184,14 +184,14 @@ def test_a_lost_record_is_refused_by_name() -> None:
 def test_a_forward_that_is_gone_is_refused() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(compiled._Call("first", x, x))
+    key = tape.compiled.wait(Call("first", [], [x]))
     copy = key.clone()
     del key
     tape.open(4)
     with pytest.raises(
         RuntimeError, match="the forward of a compiled private layer is gone before its backward"
     ):
-        tape.compiled.take(copy)
+        tape.compiled.take(copy, "first", [])
     tape.discard()
 
 
@@ -309,10 +309,11 @@ def test_a_record_does_not_change_with_the_tensors_of_the_graph() -> None:
     model = Net()
     tape = private(model)
     x, g = batch(4)[0], torch.ones(4, 5, 8)
-    arguments = [*model.first.parameters()], tape.compiled.anchor, model.first.ghost_number, False, None
-    _, kept, key = torch.ops.dpkernels.ghost_forward(x, *arguments)
+    number = model.first.ghost_number
+    arguments = [*model.first.parameters()], tape.compiled.anchor, number, "((0,), {})", "", [True], None
+    _, kept, key = torch.ops.dpkernels.ghost_forward([x], *arguments)
     tape.open(4)
-    torch.ops.dpkernels.ghost_backward(g, kept, key, model.first.ghost_number, False)
+    torch.ops.dpkernels.ghost_backward([g], [kept], key, number)
     found = tape._records
     before = sums(found)
     x.zero_()
@@ -325,7 +326,7 @@ def test_a_record_does_not_change_with_the_tensors_of_the_graph() -> None:
 def test_a_forward_that_is_not_trained_on_keeps_nothing() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(compiled._Call("first", x, x))
+    key = tape.compiled.wait(Call("first", [], [x]))
     assert len(tape.compiled._waiting) == 1
     del key  # the graph is gone
     assert not tape.compiled._waiting
@@ -364,7 +365,7 @@ def check_named(model: nn.Module, run: Callable[..., Tensor]) -> None:
 
 
 def test_a_compiled_graph_is_a_likely_cause_of_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled.CompiledCalls, "in_use", True)
+    monkeypatch.setattr(CompiledCalls, "in_use", True)
     model = Mixed()
     check_named(model, model)
 
