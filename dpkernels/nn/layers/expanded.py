@@ -71,6 +71,12 @@ class ExpandingModule(GhostModule):
         alone = next(cast(nn.Module, self).children(), None) is None
         return alone and self._ghost_one_output and super()._ghost_fits_in_graph(args, kwargs)
 
+    def _ghost_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As GhostModule's; what a module with children calls in its forward is compiled."""
+        if next(cast(nn.Module, self).children(), None) is None:
+            return super()._ghost_outside(args, kwargs)
+        return _between_graphs(self, *args, **kwargs)
+
     @contextmanager
     def _substituted(self, values: Mapping[str, Any]) -> Iterator[None]:
         before = self._ghost_substitutes
@@ -86,6 +92,11 @@ class ExpandingModule(GhostModule):
             return getattr(self, target)
         return nn.Module.get_parameter(cast(nn.Module, self), target)
 
+    @torch.compiler.disable(recursive=False)
+    def _ghost_call(self, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(cast(nn.Module, self), *args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
     def _expanded_forward(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -123,6 +134,12 @@ class ExpandingModule(GhostModule):
             )
         with self._substituted(SharedParameters(trained, label, size, tape)):
             return forward(*args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False, reason="this module reads parameters of its own outside of the graphs")
+def _between_graphs(module: ExpandingModule, *args: Any, **kwargs: Any) -> Any:
+    module._ghost_note_outside()
+    return module._ghost_call(*args, **kwargs)
 
 
 class SharedParameters(Mapping[str, SharedTensor]):
@@ -165,6 +182,11 @@ def _carries_batch(label: str, tape: Tape, args: tuple[Any, ...], kwargs: dict[s
 
 def _property(name: str) -> property:
     def read(self: Any) -> Any:
+        if torch.compiler.is_compiling() and self._parameters[name].requires_grad and self._ghost_records():
+            return read_outside(self)
+        return read_now(self)
+
+    def read_now(self: Any) -> Any:
         substitutes, parameter = self._ghost_substitutes, self._parameters[name]
         if substitutes is None and parameter.requires_grad and self._ghost_records():
             # Read outside of the module's own forward: from a ParameterList, or by the parent of the module.
@@ -175,6 +197,7 @@ def _property(name: str) -> property:
             return parameter
         return substitutes[name]
 
+    read_outside = torch.compiler.disable(read_now, reason="a parameter is read outside of the compiled graph")
     return property(read)
 
 
@@ -182,6 +205,7 @@ def _property(name: str) -> property:
 def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of `original` that expands its parameters `names`."""
 
+    @torch.compiler.disable(recursive=False)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._expanded_forward(original.forward.__get__(self), args, kwargs)
 

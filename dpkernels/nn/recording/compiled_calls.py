@@ -67,12 +67,14 @@ class CompiledCalls:
 
     Attributes:
         anchor: of the present forward; every call takes it.
+        outside: classes of layers that ran as eager code beside a compiled graph, of which the user has been told.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[int, Call] = {}
         self._recorded: Counter[str] = Counter()
         self._is_open = False
+        self.outside: set[str] = set()
         # The forwards whose graphs are alive, and the present one, which is expected even if its graph has no backward.
         self._forwards: WeakSet[_Forward] = WeakSet()
         self._renew()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
@@ -61,6 +62,10 @@ class GhostModule:
             return nn.Module.__call__(module, *args, **kwargs)
         if self.ghost_in_graph and self._ghost_fits_in_graph(args, kwargs):
             return call_in_graph(self, args, kwargs)
+        return self._ghost_outside(args, kwargs)
+
+    def _ghost_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`__call__` where the compiled graph ends before the layer."""
         return _outside_graphs(self, *args, **kwargs)
 
     def _ghost_fits_in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -87,6 +92,21 @@ class GhostModule:
         names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
         values = dict(zip(names, tensors, strict=True))
         return torch.func.functional_call(module, values, args, kwargs)
+
+    @torch.compiler.disable(reason="a warning that this private layer runs outside of the compiled graph")
+    def _ghost_note_outside(self) -> None:
+        """Warn once for each class of layer that a compiled graph ends before."""
+        assert self.ghost_tape is not None
+        kind = type(self).__name__
+        if kind not in self.ghost_tape.compiled.outside:
+            self.ghost_tape.compiled.outside.add(kind)
+            warnings.warn(
+                f"torch.compile: {self.ghost_label()!r} ({kind}) runs as eager code: the compiled graph ends before it "
+                "and begins anew behind it (its input is not of a kind that a graph can hold, examples share it, or "
+                "the layer has parameters of its own beside other layers). The sums are the same; "
+                "docs/notes/compile.md lists these layers",
+                stacklevel=2,
+            )
 
     def _ghost_call(self, *args: Any, **kwargs: Any) -> Any:
         if (kwargs or len(args) > 1) and not self.ghost_asks_axes:
@@ -180,6 +200,7 @@ class GhostModule:
 
 @torch.compiler.disable(reason="this private layer runs outside of the compiled graph")
 def _outside_graphs(layer: GhostModule, *args: Any, **kwargs: Any) -> Any:
+    layer._ghost_note_outside()
     return layer._ghost_call(*args, **kwargs)
 
 
