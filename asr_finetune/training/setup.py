@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from asr_finetune.config.schema import Config, ConfigError, DataConfig, TrainConfig
 from asr_finetune.config.values import as_config_error
@@ -251,10 +251,26 @@ def check_public(valid: Corpus, train: Corpus, unit: str) -> None:
         )
 
 
+def readable_part(
+    dataset: SpeechDataset, lengths: Sequence[int], coins: np.ndarray | None
+) -> tuple[Dataset[Any], Sequence[int]]:
+    """What a check before training may read, and its lengths: all, or in an audit what the coins left in the run.
+
+    Args:
+        dataset: the training data.
+        lengths: of its examples.
+        coins: of an audit; the last examples are then its canaries.
+    """
+    if coins is None:
+        return dataset, lengths
+    present = CanaryDataset(dataset, coins).present.tolist()
+    return Subset(dataset, present), [lengths[index] for index in present]
+
+
 def self_check(
     engine: PrivacyEngine,
     recognizer: Recognizer,
-    dataset: SpeechDataset,
+    dataset: Dataset[Any],
     lengths: Sequence[int],
     physical_batch_size: int,
     reporter: Reporter,

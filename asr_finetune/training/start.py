@@ -30,6 +30,7 @@ from asr_finetune.training.setup import (
     make_optimizer,
     make_private,
     prepare_blocks,
+    readable_part,
     recognizer_of,
     self_check,
 )
@@ -235,7 +236,8 @@ class Run:
             self._make_private(plain, lengths)
             assert self.engine is not None
             size = config.train.physical_batch_size
-            self_check(self.engine, recognizer, self.dataset, lengths, size, self.reporter)
+            readable = readable_part(self.dataset, lengths, self.coins)
+            self_check(self.engine, recognizer, *readable, size, self.reporter)
         else:
             self._make_plain(plain, lengths)
         return ""

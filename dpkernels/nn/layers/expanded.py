@@ -136,7 +136,9 @@ class ExpandingModule(GhostModule):
             return forward(*args, **kwargs)
 
 
-@torch.compiler.disable(recursive=False, reason="this module reads parameters of its own outside of the graphs")
+@torch.compiler.disable(
+    recursive=False, reason="this module reads parameters of its own outside of the graphs"
+)
 def _between_graphs(module: ExpandingModule, *args: Any, **kwargs: Any) -> Any:
     module._ghost_note_outside()
     return module._ghost_call(*args, **kwargs)
@@ -197,7 +199,9 @@ def _property(name: str) -> property:
             return parameter
         return substitutes[name]
 
-    read_outside = torch.compiler.disable(read_now, reason="a parameter is read outside of the compiled graph")
+    read_outside = torch.compiler.disable(
+        read_now, reason="a parameter is read outside of the compiled graph"
+    )
     return property(read)
 
 
@@ -209,7 +213,7 @@ def expanding_class(original: type[nn.Module], names: tuple[str, ...]) -> type[n
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._expanded_forward(original.forward.__get__(self), args, kwargs)
 
-    forward.__wrapped__ = original.forward  # type: ignore[attr-defined] # the original's signature
+    forward.__wrapped__ = original.forward  # the original's signature
     body: dict[str, Any] = {name: _property(name) for name in names}
     body |= {
         "forward": forward,

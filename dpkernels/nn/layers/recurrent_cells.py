@@ -5,6 +5,7 @@ A loop calls a cell T times. The T records of each weight are stacked after the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dpkernels.nn.layers.linear import ghost_linear
 from dpkernels.nn.recording.module import GhostModule
+from dpkernels.nn.tensors import autocast_dtype
 
 
 class _Cell(GhostModule):
@@ -37,6 +39,21 @@ class _Cell(GhostModule):
         h = states[0] if zeros is None else zeros
         c = states[-1] if zeros is None else zeros
         return self._step(self._product("ih", input), self._product("hh", h), h, c)
+
+    def ghost_shapes(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As GhostModule's; fake tensors do not see autocast within torch's own cell."""
+        return self._empty(*args, **kwargs)
+
+    def _empty(self, input: Tensor, hx: Any = None) -> Any:
+        assert isinstance(self, nn.RNNCellBase)
+        kept = (
+            hx[-1] if isinstance(hx, tuple | list) else input if hx is None else hx
+        )  # what the new state adds to
+        dtype = autocast_dtype(input) or input.dtype
+        if not isinstance(self, nn.RNNCell):
+            dtype = torch.promote_types(dtype, kept.dtype)
+        states = [input.new_empty((input.shape[0], self.hidden_size), dtype=dtype) for _ in range(2)]
+        return states if isinstance(self, nn.LSTMCell) else states[0]
 
     def _product(self, name: str, x: Tensor) -> Tensor:
         weight, bias = getattr(self, f"weight_{name}"), getattr(self, f"bias_{name}")

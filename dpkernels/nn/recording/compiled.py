@@ -61,8 +61,8 @@ def fits_in_graph(value: Any) -> bool:
 def is_shared(number: int, dims: int) -> bool:
     """Whether the first input of a layer, of so many dimensions, was without the batch in an earlier call.
 
-    A graph cannot hold such a call, whose result is a SharedTensor. The answer is a constant of the graph; if it becomes
-    wrong, the op raises.
+    A graph cannot hold such a call, whose result is a SharedTensor. The answer is a constant of the graph. If it
+    becomes wrong, the op raises.
     """
     layer = _layer(number)
     return bool(layer.ghost_tape.axes.is_shared(layer.ghost_label(), dims))
@@ -81,7 +81,9 @@ def call_in_graph(layer: GhostModule, args: tuple[Any, ...], kwargs: dict[str, A
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     tensors = [*layer.parameters(), *layer.buffers()]
     anchor, number = tape.compiled.anchor, layer.ghost_number
-    found = _forward(inputs, tensors, anchor, number, form, _new_site(), needs, dtype)
+    # Beside a graph, where dynamo lets the op run by itself, a checkpoint would repeat the call at another site.
+    site = _new_site() if torch.compiler.is_dynamo_compiling() else ""
+    found = _forward(inputs, tensors, anchor, number, form, site, needs, dtype)
     return layer.ghost_result(found[: len(found) - sum(needs) - 1])
 
 
@@ -150,7 +152,7 @@ def _forward(
         )
     kept = [x for x, need in zip(copies, needs, strict=True) if need]
     waiting = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    key = module.ghost_tape.compiled.wait(Call(module.ghost_label(), waiting, ys))
+    key = module.ghost_tape.compiled.wait(Call(module.ghost_label(), site, waiting, ys))
     # Generated code writes over what the graph no longer reads, and the layer's or a hook's backward may read y.
     copied = module.ghost_reads_output or bool(module._forward_hooks)
     ys = [y.clone() if copied else y for y in (y.detach() for y in ys)]
@@ -180,15 +182,22 @@ def _(
 
 
 @torch.library.custom_op("dpkernels::ghost_backward", mutates_args=())
-def _backward(gs: Sequence[Tensor | None], kept: Sequence[Tensor], key: Tensor, layer: int) -> list[Tensor]:
+def _backward(
+    gs: Sequence[Tensor | None], kept: Sequence[Tensor], key: Tensor, layer: int, site: str
+) -> list[Tensor]:
     module = _layer(layer)
-    call = module.ghost_tape.compiled.take(key, module.ghost_label(), list(kept))
-    given = [(y, g.clone()) for y, g in zip(call.outputs, gs, strict=True) if g is not None and y.requires_grad]
+    call = module.ghost_tape.compiled.take(key, module.ghost_label(), site)
+    given = [
+        (y, g.clone()) for y, g in zip(call.outputs, gs, strict=True) if g is not None and y.requires_grad
+    ]
     with _as_eager(given[0][1].device.type, None):
         torch.autograd.backward([y for y, _ in given], [g for _, g in given], retain_graph=True)
     # A view of g is no result of its own, as the graph expects.
     records = {g.untyped_storage().data_ptr() for _, g in given}
-    return [*(_gradient_of(leaf, x, records) for leaf, x in zip(call.inputs, kept, strict=True)), torch.ones(())]
+    return [
+        *(_gradient_of(leaf, x, records) for leaf, x in zip(call.inputs, kept, strict=True)),
+        torch.ones(()),
+    ]
 
 
 def _gradient_of(leaf: Tensor, x: Tensor, records: set[int]) -> Tensor:
@@ -202,20 +211,22 @@ def _gradient_of(leaf: Tensor, x: Tensor, records: set[int]) -> Tensor:
 
 
 @_backward.register_fake
-def _(gs: Sequence[Tensor | None], kept: Sequence[Tensor], key: Tensor, layer: int) -> list[Tensor]:
+def _(
+    gs: Sequence[Tensor | None], kept: Sequence[Tensor], key: Tensor, layer: int, site: str
+) -> list[Tensor]:
     return [*(torch.empty_like(x) for x in kept), torch.empty((), device="cpu")]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    _, tensors, _, ctx.layer, _, _, ctx.needs, _ = inputs
+    _, tensors, _, ctx.layer, _, ctx.site, ctx.needs, _ = inputs
     ctx.tensors = len(tensors)
     ctx.save_for_backward(*output[len(output) - sum(ctx.needs) - 1 :])
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     *kept, key = ctx.saved_tensors
-    *found, token = _backward(list(grads[: len(grads) - len(kept) - 1]), kept, key, ctx.layer)
+    *found, token = _backward(list(grads[: len(grads) - len(kept) - 1]), kept, key, ctx.layer, ctx.site)
     dxs = iter(found)
     inputs = [next(dxs) if need else None for need in ctx.needs]
     return inputs, [None] * ctx.tensors, token, None, None, None, None, None

@@ -28,11 +28,13 @@ class Call:
 
     Args:
         layer: its label.
+        site: the place of the call in the graph.
         inputs: those of its tensors that need a gradient.
         outputs: its output tensors.
     """
 
     layer: str
+    site: str
     inputs: list[Tensor]
     outputs: list[Tensor]
 
@@ -100,13 +102,13 @@ class CompiledCalls:
         weakref.finalize(key, self._waiting.pop, number, None).atexit = False
         return key
 
-    def take(self, key: Tensor, layer: str, inputs: list[Tensor]) -> Call:
+    def take(self, key: Tensor, layer: str, site: str) -> Call:
         """The call of this key, whose backward runs now. It stays: another backward may follow over the same forward.
 
         Args:
             key: as the graph kept it.
             layer: label of the layer whose backward this is.
-            inputs: as the graph kept them.
+            site: of the call whose backward this is.
 
         Raises:
             RuntimeError: the call is gone, since the graph kept another tensor than the key, or it is another's.
@@ -117,8 +119,7 @@ class CompiledCalls:
                 "torch.compile: the forward of a compiled private layer is gone before its backward: this backend does "
                 "not keep the tensors that an op saves. Compile with another backend, or train without torch.compile"
             )
-        places = ([x.data_ptr() for x in tensors] for tensors in (call.inputs, inputs))
-        if call.layer != layer or len({tuple(place) for place in places}) > 1:
+        if (call.layer, call.site) != (layer, site):
             raise RuntimeError(
                 f"torch.compile: the backward of {layer!r} got what a forward of {call.layer!r} kept: the graph "
                 "exchanged two calls. Train without torch.compile, and report this"

@@ -40,8 +40,9 @@ class CanaryDataset(Subset[Any]):
     """A data set whose last m examples are canaries, each present or absent by its coin.
 
     `make_private` takes a DataLoader over it and trains on the present ones: absent canaries never leave the sampler.
-    Reading an absent one raises, so that nothing can be trained on it by another way. The attacker reads all canaries
-    from `dataset`. An audited run has one process, unit="example" and no max_batch_size. The ledger records m.
+    Reading an absent one raises, so that nothing can be trained on it by another way; the error does not name it, so that
+    no log shows a coin. The attacker reads all canaries from `dataset`. An audited run has one process, unit="example"
+    and no max_batch_size. The ledger records m.
 
     Args:
         dataset: map-style, N examples. An example of its first N − m must not be that of a canary, too: its two copies
@@ -83,11 +84,12 @@ class CanaryDataset(Subset[Any]):
         return super().__getitems__(indices)
 
     def _check_present(self, indices: Sequence[int]) -> None:
-        absent = [index for index in indices if not self._present[index]]
-        if absent:
+        if not all(self._present[index] for index in indices):
+            # No index: which canaries are absent is secret, and messages are written to logs.
             raise RuntimeError(
-                f"example {absent[0]} is a canary that its coin left out of this run, so it must not be trained on. "
-                "To score it, read it from the data set that CanaryDataset was given (.dataset)"
+                f"CanaryDataset: {len(indices)} examples were asked for, among them a canary that its coin left out of "
+                "this run, so it must not be trained on. To score canaries, read them from the data set that "
+                "CanaryDataset was given (.dataset); read the others by the indices in .present"
             )
 
 

@@ -20,6 +20,7 @@ from asr_finetune.training import start
 from asr_finetune.training.audit import PUBLIC_WORDS, audit, audit_record, scores_of, sentence
 from asr_finetune.training.run import Interrupted, train
 from asr_finetune.training.run_folder import RunFolder, RunFolderError
+from asr_finetune.training.setup import readable_part
 from dpkernels.auditing import draw_coins, lower_bound, read_coins, write_coins
 from dpkernels.privacy import read_ledger
 from tests.asr_finetune import small_models, tones
@@ -32,16 +33,27 @@ def invoke(*arguments: object) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _without_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes most of the time of a run this small, and has tests of its own."""
-    monkeypatch.setattr(start, "self_check", lambda *arguments: None)
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of self-checks, in place of them: they take most of the time of a run, and have tests."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(start, "self_check", lambda *arguments: calls.append(arguments))
+    return calls
 
 
 def mode_of(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_an_audit_of_a_finished_run(runs: Path) -> None:
+def test_checks_before_training_read_no_absent_canary() -> None:
+    coins = np.array([True, False, False, True])
+    dataset: Any = [f"recording {index}" for index in range(6)]
+    readable, lengths = readable_part(dataset, [10, 11, 12, 13, 14, 15], coins)
+    assert [readable[index] for index in range(len(lengths))] == [dataset[index] for index in (0, 1, 2, 5)]
+    assert lengths == [10, 11, 12, 15]
+    assert readable_part(dataset, [1] * 6, None) == (dataset, [1] * 6)
+
+
+def test_an_audit_of_a_finished_run(runs: Path, checked: list[tuple[Any, ...]]) -> None:
     result = invoke("audit", runs / "finished", "--output", runs / "audit")
     assert result.exit_code == 0, result.output
     folder, before = RunFolder(runs / "audit"), RunFolder(runs / "finished")
@@ -61,6 +73,9 @@ def test_an_audit_of_a_finished_run(runs: Path) -> None:
     assert line.settings["canaries"] == values["canaries"] == 8
     # what says anything about one recording is in files that are not passed on
     coins, canaries = read_coins(folder.coins), json.loads(folder.canaries.read_text())
+    size = stated["dataset_size"]
+    absent = set(size - len(coins) + np.flatnonzero(~coins))
+    assert checked[-1][2].indices == [index for index in range(size) if index not in absent]
     assert mode_of(folder.coins) == mode_of(folder.canaries) == 0o600
     assert len(coins) == len(canaries["texts"]) == len(canaries["start"]) == len(canaries["final"]) == 8
     assert {word for text in canaries["texts"] for word in text.split()} <= set(tones.WORDS)

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dpkernels import nn as ghost
-from dpkernels.nn import Record, norms_sq
 from dpkernels.nn.recording.compiled_calls import Call, CompiledCalls
+from tests.nn.recording.compiling import Net, batch, private, records, records_of, same, sums
 
 LIMIT = 4  # forms of one graph: the first shape, any batch and any length, and evaluation
 
@@ -25,17 +25,6 @@ LIMIT = 4  # forms of one graph: the first shape, any batch and any length, and 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
-
-
-class Net(nn.Module):
-    """Linear layers and a norm, with code between them that a compiler fuses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.norm(self.first(x)) * 1.5)).mean(1)
 
 
 class Convolutions(nn.Module):
@@ -50,42 +39,6 @@ class Convolutions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.conv(x.transpose(1, 2)))).transpose(1, 2)
         return self.last(x + self.lora(x)).mean(1)
-
-
-def private(model: nn.Module) -> ghost.Tape:
-    return ghost.attach(ghost.swap(model))
-
-
-def batch(size: int, length: int = 5) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(size * 100 + length)
-    return torch.randn(size, length, 6, generator=generator), torch.arange(size) % 3
-
-
-def records(model: Callable[..., Tensor], tape: ghost.Tape, x: Tensor, y: Tensor) -> list[Record]:
-    return records_of(tape, cross_entropy(model(x), y, reduction="none"))
-
-
-def records_of(tape: ghost.Tape, losses: Tensor) -> list[Record]:
-    tape.open(len(losses))
-    losses.sum().backward()
-    return tape.close()
-
-
-def sums(found: list[Record]) -> dict[nn.Parameter, Tensor]:
-    totals = {p: torch.zeros(p.shape, dtype=torch.float64) for record in found for p in record.parameters}
-    ghost.add_weighted_sums(found, torch.linspace(0.1, 1, found[0].batch_size), totals)
-    return totals
-
-
-def same(first: list[Record], second: list[Record]) -> bool:
-    """Whether norms and sums of two backwards of one model agree to rounding, for the same parameters."""
-    norms = [torch.stack(norms_sq(found)).sum(0) for found in (first, second)]
-    torch.testing.assert_close(*norms, rtol=1e-5, atol=1e-7)
-    one, two = sums(first), sums(second)
-    assert one.keys() == two.keys()
-    for parameter, total in one.items():
-        torch.testing.assert_close(two[parameter], total, rtol=1e-5, atol=1e-6)
-    return True
 
 
 def test_a_compiled_model_has_the_eager_sums_in_one_graph() -> None:
@@ -158,9 +111,9 @@ def test_the_first_layer_is_recorded_though_nobody_needs_its_dx() -> None:
 def test_a_backward_that_the_graph_did_not_count_is_refused() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(Call("repeated", [], [x]))
+    key = tape.compiled.wait(Call("repeated", "", [], [x]))
     tape.open(4)
-    tape.compiled.take(key, "repeated", [])
+    tape.compiled.take(key, "repeated", "")
     with pytest.raises(
         RuntimeError, match="the backwards of 1 calls of compiled private layers ran, but the graph counted 0"
     ):
@@ -170,7 +123,7 @@ def test_a_backward_that_the_graph_did_not_count_is_refused() -> None:
 def test_a_lost_record_is_refused_by_name() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    tape.compiled.wait(Call("lost", [], [x]))  # a call whose backward the graph does not run
+    tape.compiled.wait(Call("lost", "", [], [x]))  # a call whose backward the graph does not run
     tape.open(4)
     with pytest.raises(
         RuntimeError, match="'lost' ran in the compiled forward, and no backward reached them"
@@ -184,14 +137,14 @@ def test_a_lost_record_is_refused_by_name() -> None:
 def test_a_forward_that_is_gone_is_refused() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(Call("first", [], [x]))
+    key = tape.compiled.wait(Call("first", "", [], [x]))
     copy = key.clone()
     del key
     tape.open(4)
     with pytest.raises(
         RuntimeError, match="the forward of a compiled private layer is gone before its backward"
     ):
-        tape.compiled.take(copy, "first", [])
+        tape.compiled.take(copy, "first", "")
     tape.discard()
 
 
@@ -313,7 +266,7 @@ def test_a_record_does_not_change_with_the_tensors_of_the_graph() -> None:
     arguments = [*model.first.parameters()], tape.compiled.anchor, number, "((0,), {})", "", [True], None
     _, kept, key = torch.ops.dpkernels.ghost_forward([x], *arguments)
     tape.open(4)
-    torch.ops.dpkernels.ghost_backward([g], [kept], key, number)
+    torch.ops.dpkernels.ghost_backward([g], [kept], key, number, "")
     found = tape._records
     before = sums(found)
     x.zero_()
@@ -326,7 +279,7 @@ def test_a_record_does_not_change_with_the_tensors_of_the_graph() -> None:
 def test_a_forward_that_is_not_trained_on_keeps_nothing() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(Call("first", [], [x]))
+    key = tape.compiled.wait(Call("first", "", [], [x]))
     assert len(tape.compiled._waiting) == 1
     del key  # the graph is gone
     assert not tape.compiled._waiting
