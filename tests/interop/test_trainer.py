@@ -15,7 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from dpkernels.interop.trainer import PrivacyArguments, PrivateTrainer, TrainerError  # noqa: E402
-from dpkernels.privacy import SelfCheckError, read_ledger  # noqa: E402
+from dpkernels.privacy import AdaptiveClipping, SelfCheckError, read_ledger  # noqa: E402
 from tests.interop.trainers import (  # noqa: E402
     Case,
     Weights,
@@ -51,6 +51,31 @@ def test_it_takes_the_steps_of_the_engines_own_loop(name: str, tmp_path: Path) -
     _, after = run(tmp_path, of)
     assert_same(after, expected)
     assert not torch.equal(*(torch.cat([p.flatten() for p in w.values()]) for w in (after[0], after[-1])))
+
+
+CLIPPINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"clipping": "automatic"}, {"clipping": "automatic"}),
+    ({"clipping": "adaptive"}, {"clipping": "adaptive"}),
+    (
+        {"clipping": "adaptive", "target_unclipped_quantile": 0.25, "strategy": "per_layer"},
+        {"clipping": AdaptiveClipping(target_unclipped_quantile=0.25), "strategy": "per_layer"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), CLIPPINGS, ids=["automatic", "adaptive", "per_layer"])
+def test_a_clipping_is_that_of_the_engines_own_loop(
+    given: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    of = case("sequence")
+    theirs = engine_loop(of, steps=2, **expected)
+    made, ours = run(tmp_path, of, private=privacy(**given, accountant="rdp"), max_steps=2, logging_steps=1)
+    assert_same(ours, theirs)
+    adapts = given["clipping"] == "adaptive"
+    norms = [entry["clip_norm"] for entry in made.state.log_history[:2] if "clip_norm" in entry]
+    assert len(norms) == 2 * adapts
+    if adapts:
+        assert norms[1] == made.engine.clip_norm != norms[0]
 
 
 @pytest.mark.parametrize(

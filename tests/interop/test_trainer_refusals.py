@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 from dpkernels.errors import UserError  # noqa: E402
 from dpkernels.interop.trainer import PrivacyArguments, PrivateTrainer, TrainerError  # noqa: E402
 from dpkernels.interop.trainer.arguments import REFUSALS, check_accelerator, check_arguments  # noqa: E402
+from dpkernels.privacy import AdaptiveClipping  # noqa: E402
 from tests.interop.trainers import arguments, case, privacy, trainer  # noqa: E402
 
 # Values that TrainingArguments itself accepts here, and the fix that the message names.
@@ -61,6 +62,39 @@ def test_an_argument_that_needs_other_machines_is_refused_by_name(name: str, tmp
     setattr(args, name, value)
     with pytest.raises(TrainerError, match=rf"{name.strip('_')}=.* is refused: [\s\S]*{fix}"):
         check_arguments(args)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"clipping": "ghost"}, r"clipping='ghost' is refused: .*'flat', 'automatic' or 'adaptive'"),
+        (
+            {"clipping": "automatic", "strategy": "per_layer"},
+            r"clipping='automatic' with strategy='per_layer' is refused",
+        ),
+        ({"clipbound_learning_rate": 0.1}, r"clipbound_learning_rate=0.1 with clipping='flat': .*'adaptive'"),
+        (
+            {"clipping": "adaptive", "target_unclipped_quantile": 1.0},
+            r"target_unclipped_quantile=1.0 must lie between 0 and 1",
+        ),
+        ({"clipping_unit": "speaker"}, r"clipping_unit='speaker' with unit='example'"),
+        (
+            {"clipping_unit": "speaker", "unit": "speaker", "self_check": False},
+            r"clipping_unit='speaker' with self_check=False",
+        ),
+    ],
+)
+def test_a_clipping_that_cannot_be_is_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainerError, match=f"PrivacyArguments: .*{message}"):
+        PrivacyArguments(target_epsilon=8, target_delta=1e-3, max_grad_norm=1.0, **given)
+
+
+def test_a_command_line_gives_the_clipping() -> None:
+    line = (
+        "--target_delta 1e-3 --max_grad_norm 1 --target_epsilon 8 --clipping adaptive --unclipped_num_std 5"
+    )
+    (parsed,) = transformers.HfArgumentParser(PrivacyArguments).parse_args_into_dataclasses(line.split())
+    assert parsed.of_run()["clipping"] == AdaptiveClipping(unclipped_num_std=5)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

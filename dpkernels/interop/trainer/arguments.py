@@ -10,6 +10,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from dpkernels.interop.trainer.losses import TrainerError
+from dpkernels.privacy import AdaptiveClipping
+from dpkernels.privacy.keywords import check_clipping, clips_speakers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,12 @@ class PrivacyArguments:
         target_epsilon: ε of the whole run; σ is the smallest that keeps it.
         noise_multiplier: σ, in place of the one that follows from target_epsilon. With both, target_epsilon is a limit
             that no step exceeds.
-        strategy, memory_share, unit, max_examples_per_speaker, max_batch_size, max_padded_frames: as in
-            `PrivacyEngine.make_private`.
+        strategy, memory_share, unit, max_examples_per_speaker, max_batch_size, max_padded_frames, clipping_unit: as in
+            `PrivacyEngine.make_private`. clipping_unit="speaker" needs the self-check.
+        clipping: "flat", "automatic" or "adaptive", as there. Adaptive clipping starts from max_grad_norm, and the log
+            has its norm C, which ε covers, as `clip_norm`.
+        target_unclipped_quantile, clipbound_learning_rate, unclipped_num_std: of adaptive clipping, as in
+            `dpkernels.privacy.AdaptiveClipping`; None: its defaults.
         accountant, ledger: as in `PrivacyEngine`. Give a ledger to any run whose result is released: a checkpoint
             does not count the steps after it.
         noise_key: 64 hexadecimal digits that fix noise and sampling. For tests only; warns.
@@ -31,7 +37,7 @@ class PrivacyArguments:
         log_training_loss: log the loss of the training batches, which is NOT PRIVATE, under names that say so.
 
     Raises:
-        TrainerError: neither target_epsilon nor noise_multiplier.
+        TrainerError: neither target_epsilon nor noise_multiplier, or a clipping that make_private refuses.
     """
 
     target_delta: float
@@ -44,6 +50,11 @@ class PrivacyArguments:
     max_examples_per_speaker: int | None = None
     max_batch_size: int | None = None
     max_padded_frames: int | None = None
+    clipping: str = "flat"
+    clipping_unit: str | None = None
+    target_unclipped_quantile: float | None = None
+    clipbound_learning_rate: float | None = None
+    unclipped_num_std: float | None = None
     accountant: str = "pld"
     ledger: str | None = None
     noise_key: str | None = None
@@ -56,6 +67,30 @@ class PrivacyArguments:
                 "PrivacyArguments: target_epsilon and noise_multiplier are both missing: give target_epsilon (σ "
                 "follows from it), or noise_multiplier"
             )
+        given = [f"{name}={value}" for name, value in self._adaptive_options().items()]
+        if given and self.clipping != "adaptive":
+            raise TrainerError(
+                f"PrivacyArguments: {', '.join(given)} with clipping={self.clipping!r}: an option of adaptive clipping "
+                "only. Give clipping='adaptive', or leave it out"
+            )
+        try:
+            check_clipping(self._clipping(), self.max_grad_norm, self.strategy)
+            whole_speakers = clips_speakers(self.clipping_unit, self.unit)
+        except (ValueError, TypeError) as error:
+            raise TrainerError(f"PrivacyArguments: {error}") from error
+        if whole_speakers and not self.self_check:
+            raise TrainerError(
+                "PrivacyArguments: clipping_unit='speaker' with self_check=False: ε then rests on the order of the "
+                "losses, which the self-check looks at. Leave self_check out, or clipping_unit"
+            )
+
+    def _adaptive_options(self) -> dict[str, float]:
+        names = [field.name for field in dataclasses.fields(AdaptiveClipping)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _clipping(self) -> str | AdaptiveClipping:
+        options = self._adaptive_options()
+        return AdaptiveClipping(**options) if options else self.clipping
 
     def of_engine(self) -> dict[str, Any]:
         """The arguments of `PrivacyEngine`."""
@@ -65,8 +100,9 @@ class PrivacyArguments:
     def of_run(self) -> dict[str, Any]:
         """Those arguments of `PrivacyEngine.make_private` that have the same names here."""
         names = ("target_epsilon", "target_delta", "max_grad_norm", "noise_multiplier", "strategy")
-        more = ("memory_share", "max_padded_frames")
-        return {name: getattr(self, name) for name in (*names, *more)} | self.of_sampling()
+        more = ("memory_share", "max_padded_frames", "clipping_unit")
+        values = {name: getattr(self, name) for name in (*names, *more)}
+        return values | {"clipping": self._clipping()} | self.of_sampling()
 
     def of_sampling(self) -> dict[str, Any]:
         """The arguments of `plan_sampling` that have the same names here."""

@@ -278,6 +278,8 @@ class PrivateTrainerMixin(Trainer):
             epsilon = self.engine.get_epsilon(self.privacy.target_delta)
             shown = epsilon if math.isinf(epsilon) else float(shown_epsilon(epsilon))
             self._spent = self.engine.steps, {"epsilon": shown, "delta": self.privacy.target_delta}
+            if self.privacy.clipping == "adaptive":
+                self._spent[1]["clip_norm"] = self.engine.clip_norm
         return self._spent[1]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

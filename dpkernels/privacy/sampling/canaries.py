@@ -40,9 +40,9 @@ class CanaryDataset(Subset[Any]):
     """A data set whose last m examples are canaries, each present or absent by its coin.
 
     `make_private` takes a DataLoader over it and trains on the present ones: absent canaries never leave the sampler.
-    Reading an absent one raises, so that nothing can be trained on it by another way; the error does not name it, so that
-    no log shows a coin. The attacker reads all canaries from `dataset`. An audited run has one process, unit="example"
-    and no max_batch_size. The ledger records m.
+    Reading an absent one raises, so that nothing can be trained on it by another way. The error does not name it, so
+    that no log shows a coin. The attacker reads all canaries from `dataset`. An audited run has one process,
+    unit="example" and no max_batch_size. The ledger records m.
 
     Args:
         dataset: map-style, N examples. An example of its first N − m must not be that of a canary, too: its two copies
