@@ -11,6 +11,11 @@ OPACUS_OURS = "Opacus ghost + dpkernels"
 FASTDP = "fastDP"
 
 
+def compiled(name: str) -> str:
+    """The name of a contender whose model runs under torch.compile."""
+    return f"{name}, compiled"
+
+
 def ours(strategy: str = "bookkeeping") -> str:
     """The name of this package's contender of a strategy."""
     return f"dpkernels {strategy}"

@@ -6,6 +6,7 @@ Every contender: gradients cleared, forward, backward, clip, sum, noise (the pri
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench.cases.models import CASES, Case
 from bench.harness import memory
@@ -28,6 +29,16 @@ def test_step(bench: Bench, name: str) -> None:
         return
     rows = bench.run("step", CASES[name], SIZE, FRAMES, with_memory=True)
     assert any(row.status == OK for row in rows), "no contender gives the right gradient"
+
+
+@pytest.mark.parametrize("name", ["parakeet-lora", "whisper-lora"])
+def test_compiled_step(bench: Bench, name: str) -> None:
+    """A step under torch.compile beside eager code. Its rows have an axis of their own, apart from the main tables."""
+    if bench.quick:
+        pytest.skip("--benchmark-quick: compiling takes longer than all other cases")
+    torch._dynamo.reset()
+    rows = bench.run("step", CASES[name], SIZE, FRAMES, axis="compiled", compiled=True)
+    assert all(row.status == OK for row in rows)
 
 
 @pytest.mark.parametrize("name", ["parakeet-lora"])

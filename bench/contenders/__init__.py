@@ -16,10 +16,11 @@ from bench.names import (
     OWN_LAYERS,
     TIMED_STRATEGIES,
     TORCH_FUNC,
+    compiled,
     ours,
 )
 
-__all__ = ["CannotRun", "Contender", "Factory", "Settings", "registry", "with_fastdp"]
+__all__ = ["CannotRun", "Contender", "Factory", "Settings", "compiled_pairs", "registry", "with_fastdp"]
 
 
 def registry() -> dict[str, Factory]:
@@ -37,6 +38,16 @@ def registry() -> dict[str, Factory]:
         fastdp.package()  # now, so that no measured step imports it
         known[FASTDP] = fastdp.BookKeeping
     return known
+
+
+def compiled_pairs() -> dict[str, Factory]:
+    """Training without and with privacy, each in eager code and under torch.compile. Compiling takes up to minutes."""
+    return {
+        NON_PRIVATE: plain.NonPrivate,
+        compiled(NON_PRIVATE): plain.Compiled,
+        ours(): own.with_strategy("bookkeeping"),
+        compiled(ours()): own.with_strategy("bookkeeping", compiled=True),
+    }
 
 
 def with_fastdp(names: Sequence[str]) -> tuple[str, ...]:

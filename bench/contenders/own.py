@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
@@ -31,6 +32,7 @@ class Private(Contender):
         *,
         strategy: str,
         process_group: dist.ProcessGroup | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__(case, model, batch, settings)
         if case.mixed:  # as asr_finetune does
@@ -52,6 +54,8 @@ class Private(Contender):
         )  # the checker's run, which reads the released gradients
         self._drawn: list[Batch] = []
         self._ready = False
+        self._must_compile = compiled
+        self._run = torch.compile(self.model) if compiled else self.model
         # As in a long run, the row check's backwards are skipped: two for every doubling of the steps.
         self.optimizer._rows.due = lambda losses: False
         # Several private runs take turns in this process: each would take the others' secret seeds for known ones.
@@ -61,6 +65,10 @@ class Private(Contender):
         # The data loader draws and collates; no contender's time includes that.
         if self._ready:
             return
+        if self._must_compile:
+            self._must_compile = False
+            self.prepare()
+            self.step()  # compiles; with lr=0, as the checker has it, it changes nothing
         self._ready = True
         self.optimizer.zero_grad()
         device = self.batch["labels"].device
@@ -71,15 +79,15 @@ class Private(Contender):
     def step(self) -> None:
         self.optimizer.zero_grad()
         for batch in self._drawn:
-            self.optimizer.backward(self.case.losses(forward(self.model, batch), batch["labels"]))
+            self.optimizer.backward(self.case.losses(forward(self._run, batch), batch["labels"]))
         self.optimizer.step()
         self._ready = False
 
 
-def with_strategy(strategy: str) -> Factory:
-    """The factory of one of `dpkernels.privacy.keywords.STRATEGIES`."""
+def with_strategy(strategy: str, *, compiled: bool = False) -> Factory:
+    """The factory of one of `dpkernels.privacy.keywords.STRATEGIES`, eager or under torch.compile."""
 
     def make(case: Case, model: nn.Module, batch: Batch, settings: Settings) -> Contender:
-        return Private(case, model, batch, settings, strategy=strategy)
+        return Private(case, model, batch, settings, strategy=strategy, compiled=compiled)
 
     return make

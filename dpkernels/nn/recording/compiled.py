@@ -23,6 +23,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -111,8 +112,11 @@ def _filled(form: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _arguments(form: str, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = _filled(ast.literal_eval(form), tensors)
+    args, kwargs = _filled(_parsed(form), tensors)
     return args, kwargs
+
+
+_parsed = cache(ast.literal_eval)
 
 
 @torch.compiler.assume_constant_result
@@ -152,7 +156,8 @@ def _forward(
         )
     kept = [x for x, need in zip(copies, needs, strict=True) if need]
     waiting = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    key = module.ghost_tape.compiled.wait(Call(module.ghost_label(), site, waiting, ys))
+    call = Call(module.ghost_label(), site, waiting, module._ghost_all_trained(), ys)
+    key = module.ghost_tape.compiled.wait(call)
     # Generated code writes over what the graph no longer reads, and the layer's or a hook's backward may read y.
     copied = module.ghost_reads_output or bool(module._forward_hooks)
     ys = [y.clone() if copied else y for y in (y.detach() for y in ys)]
@@ -190,19 +195,23 @@ def _backward(
     given = [
         (y, g.clone()) for y, g in zip(call.outputs, gs, strict=True) if g is not None and y.requires_grad
     ]
-    with _as_eager(given[0][1].device.type, None):
-        torch.autograd.backward([y for y, _ in given], [g for _, g in given], retain_graph=True)
+    ys, outputs = [y for y, _ in given], [g for _, g in given]
+    with _as_eager(outputs[0].device.type, None):
+        # To all parameters, so that every part of the layer records. Unlike backward, grad copies no gradient.
+        found = torch.autograd.grad(
+            ys, [*call.inputs, *call.parameters], outputs, retain_graph=True, allow_unused=True
+        )
+    dxs, past = found[: len(kept)], zip(call.parameters, found[len(kept) :], strict=True)
+    for parameter, gradient in past:
+        if gradient is not None:  # read past its rule: the engine looks for filled gradients
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     # A view of g is no result of its own, as the graph expects.
-    records = {g.untyped_storage().data_ptr() for _, g in given}
-    return [
-        *(_gradient_of(leaf, x, records) for leaf, x in zip(call.inputs, kept, strict=True)),
-        torch.ones(()),
-    ]
+    records = {g.untyped_storage().data_ptr() for g in outputs}
+    return [*(_own_gradient(dx, x, records) for dx, x in zip(dxs, kept, strict=True)), torch.ones(())]
 
 
-def _gradient_of(leaf: Tensor, x: Tensor, records: set[int]) -> Tensor:
-    """Take dx from the leaf: with x's strides, and memory of its own."""
-    dx, leaf.grad = leaf.grad, None
+def _own_gradient(dx: Tensor | None, x: Tensor, records: set[int]) -> Tensor:
+    """dx with x's strides, and memory of its own; zeros where the layer has none."""
     if dx is None:
         return torch.zeros_like(x)
     if dx.stride() != x.stride() or dx.untyped_storage().data_ptr() in records:
@@ -250,12 +259,12 @@ def _as_eager(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
     """Within an op: run code as outside of it, where autograd records, under the forward's autocast."""
     include = torch._C._dispatch_tls_local_include_set().add(torch._C.DispatchKey.ADInplaceOrView)
     exclude = torch._C._dispatch_tls_local_exclude_set() & _AUTOCAST
-    with (
-        torch._C._ForceDispatchKeyGuard(include, exclude),
-        torch.enable_grad(),
-        _autocast(device_type, dtype),
-    ):
-        yield
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        if dtype is None and not torch.is_autocast_enabled(device_type):
+            yield
+        else:
+            with _autocast(device_type, dtype):
+                yield
 
 
 # Of the dispatcher: all that ordinary code may exclude. An op's kernel runs without autograd and vmap, which have

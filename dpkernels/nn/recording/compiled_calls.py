@@ -30,12 +30,14 @@ class Call:
         layer: its label.
         site: the place of the call in the graph.
         inputs: those of its tensors that need a gradient.
+        parameters: those that it may use.
         outputs: its output tensors.
     """
 
     layer: str
     site: str
     inputs: list[Tensor]
+    parameters: list[Tensor]
     outputs: list[Tensor]
 
 

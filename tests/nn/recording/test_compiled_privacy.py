@@ -247,3 +247,19 @@ def test_two_uses_with_one_input_stay_two_in_the_graph() -> None:
     expected = records_of(tape, cross_entropy(model(x), y, reduction="none"))
     losses = cross_entropy(compiled_by(lambda graph: None, model)(x), y, reduction="none")
     assert same(expected, records_of(tape, losses))
+
+
+def test_a_gradient_past_the_records_is_found_in_ops() -> None:
+    """As in eager code it lands in `.grad`, where the engine finds it."""
+    model = nn.Sequential(nn.Linear(6, 6))
+    tape = private(model)
+    past = model[0].weight
+    model[0].register_forward_hook(lambda layer, args, y: y * past.sum())
+    x, _ = batch(4)
+    y = op(model[0], x)
+    tape.open(4)
+    y.sum().backward()
+    tape.close()
+    assert past.grad is not None
+    expected = (torch.nn.functional.linear(x, past, model[0].bias)).sum()
+    torch.testing.assert_close(past.grad, expected.detach().expand(6, 6))

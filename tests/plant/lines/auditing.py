@@ -57,8 +57,8 @@ LINES = (
             Fault(
                 "absent canaries that can be read",
                 _SAMPLING,
-                "absent = [index for index in indices if not self._present[index]]",
-                "absent: list[int] = []",
+                "if not all(self._present[index] for index in indices):",
+                "if False:",
                 f"{_CANARIES}::test_where_a_wrapper_hides_the_coins_training_stops",
             ),
             Fault(
