@@ -70,11 +70,13 @@ class CompiledCalls:
     """The calls of one tape's layers in compiled graphs, from their forwards to the end of the backward.
 
     Attributes:
+        leaf: a scalar that all anchors come from, so that a graph has one leaf that is no parameter of the model.
         anchor: of the present forward; every call takes it.
         outside: classes of layers that ran as eager code beside a compiled graph, of which the user has been told.
     """
 
     def __init__(self) -> None:
+        self.leaf = torch.zeros((), requires_grad=True)
         self._waiting: dict[int, Call] = {}
         self._recorded: Counter[str] = Counter()
         self._is_open = False
@@ -87,7 +89,7 @@ class CompiledCalls:
         self._present = _Forward()
         self._forwards.add(self._present)
         with torch.enable_grad():
-            self.anchor: Tensor = _Reached.apply(torch.zeros((), requires_grad=True), self._present)
+            self.anchor: Tensor = _Reached.apply(self.leaf, self._present)
 
     def begin_forward(self) -> None:
         """Begin to count the calls of another forward of the model."""

@@ -42,15 +42,15 @@ _FOLLOWS = frozenset(
 )
 
 
-def check_graph(losses: Tensor, model: nn.Module, anchor: Tensor) -> None:
+def check_graph(losses: Tensor, model: nn.Module, leaf_of_tape: Tensor) -> None:
     """Raise RuntimeError, by name, if the losses depend on parts outside of the private model that void the claim.
 
     The check visits every node, so callers run it only now and then. A graph of torch.compile is one node: its
     parameters are seen, its batch statistics are not, and the batch-independence check has to find them.
 
-    anchor: the tape's own leaf, on which compiled layers depend.
+    leaf_of_tape: a scalar on which compiled layers depend.
     """
-    of_model = {id(parameter) for parameter in model.parameters()} | {id(anchor)}
+    of_model = {id(parameter) for parameter in model.parameters()} | {id(leaf_of_tape)}
     foreign, mixing = [], []
     for node in _nodes(losses):
         name = type(node).__name__  # node.name may be an attribute of a Python Function

@@ -98,7 +98,7 @@ class ModelGuard:
         self._buffers = buffer_marks(model)
         self._buffer_watch = BufferWatch(model)
         self._parameter_watch = ParameterWatch(model)
-        self._anchor = tape.compiled.anchor
+        self._leaf = tape.compiled.leaf
         tape.before_forward, tape.after_forward = self._before_forward, self._after_forward
         modules = list(modules_of(model))
         self._initial = snapshot(modules)
@@ -147,7 +147,7 @@ class ModelGuard:
         """
         self._backwards += 1
         if not self._backwards & (self._backwards - 1):
-            check_graph(losses, self._model, self._anchor)
+            check_graph(losses, self._model, self._leaf)
             self._look_at_scale(losses)
         # Only the modules that had state at make_private: a walk over all modules takes a per cent of a step.
         # before_step walks over all of them before anything is released, and finds additions and replacements.

@@ -38,6 +38,7 @@ LINES = (
             "tests/nn/recording/test_compiled.py::test_a_record_does_not_change_with_the_tensors_of_the_graph": "a record does not change when generated code writes over its graph's tensors",
             "tests/nn/recording/test_compiled.py::test_a_lost_record_is_refused_by_name": "a compiled layer that leaves no record is refused by name",
             "tests/nn/recording/test_compiled.py::test_a_backward_that_the_graph_did_not_count_is_refused": "a graph that repeats or drops a layer's backward is refused",
+            "tests/privacy/test_compiled.py::test_a_step_in_the_ops_of_a_graph_is_the_eager_one": "the engine's steps in the ops of compiled graphs are those of eager code, in every strategy",
             "tests/nn/recording/test_compiled_layers.py::test_the_ops_of_a_layer_have_the_eager_sums": "the ops of every kind of layer in a compiled graph have the norms and sums of eager code",
             "tests/nn/recording/test_compiled_layers.py::test_an_output_that_the_backward_reads_is_a_copy": "what a layer's backward reads is not what generated code may write over",
             "tests/nn/recording/test_compiled_privacy.py::test_a_graph_that_a_compiler_got_wrong_is_refused": "a compiled graph that loses one of two uses of a layer is refused by name",

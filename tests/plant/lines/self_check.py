@@ -196,7 +196,7 @@ LINES = (
             Fault(
                 "no look at the graph",
                 "dpkernels/privacy/guards/model.py",
-                "check_graph(losses, self._model, self._anchor)",
+                "check_graph(losses, self._model, self._leaf)",
                 "pass",
                 "tests/privacy/guards/test_graph.py::test_a_batch_norm_beside_the_model_is_refused_while_it_trains",
                 "tests/privacy/guards/test_graph.py::test_trained_parameters_beside_the_model_are_refused_by_shape",
