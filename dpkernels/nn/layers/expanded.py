@@ -71,6 +71,13 @@ class ExpandingModule(GhostModule):
         alone = next(cast(nn.Module, self).children(), None) is None
         return alone and self._ghost_one_output and super()._ghost_fits_in_graph(args, kwargs)
 
+    def _ghost_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As GhostModule's; an evaluation stays in the graph."""
+        hooked = bool(self._forward_hooks or self._forward_pre_hooks)  # type: ignore[attr-defined]
+        if not self._ghost_records() and not hooked:
+            return self.ghost_original.forward(self, *args, **kwargs)
+        return super()._ghost_compiled(args, kwargs)
+
     def _ghost_outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As GhostModule's; what a module with children calls in its forward is compiled."""
         if next(cast(nn.Module, self).children(), None) is None:

@@ -227,6 +227,22 @@ def test_a_compiled_layer_has_the_eager_sums_in_few_graphs(kind: str) -> None:
         assert ops == [held, held]
 
 
+# torch 2.13 does not evaluate a transposed batch norm in a graph, in a model of its own either.
+EVALUATED = [kind for kind in KINDS if kind not in ("lstm", "gru", "frozen_batch_norm")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EVALUATED)
+def test_an_evaluation_is_one_graph(kind: str) -> None:
+    model = torch.compile(
+        KINDS[kind][0](), backend="aot_eager", fullgraph=True
+    )  # before attach: hooks are outside
+    private(model)
+    x, _ = batch(4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model._orig_mod(x))
+
+
 @pytest.mark.slow
 def test_recurrent_layers_may_be_allowed_in_the_graph() -> None:
     model = KINDS["lstm"][0]()
