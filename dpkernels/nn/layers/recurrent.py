@@ -89,7 +89,7 @@ class _Recurrent(GhostModule):
     def ghost_shapes(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As GhostModule's; torch's own forward would be traced step by step."""
         assert isinstance(self, nn.RNNBase)
-        x = args[0]
+        x = args[0] if args else kwargs["input"]
         directions = 2 if self.bidirectional else 1
         width = self.proj_size or self.hidden_size
         y = x.new_empty((*x.shape[:-1], directions * width), dtype=autocast_dtype(x) or x.dtype)

@@ -50,8 +50,8 @@ def number_layer(layer: Any) -> int:
 
 
 def fits_in_graph(value: Any) -> bool:
-    """Whether a graph can hold these arguments: ordinary tensors, constants that are no integers, tuples of both."""
-    if value is None or type(value) in (Tensor, bool, float, str):
+    """Whether a graph can hold these arguments: ordinary tensors, constants that are no numbers, tuples of both."""
+    if value is None or type(value) in (Tensor, bool, str):
         return True
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return all(fits_in_graph(part) for part in value)

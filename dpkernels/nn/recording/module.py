@@ -70,11 +70,10 @@ class GhostModule:
 
     def _ghost_fits_in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a graph can hold this call: ordinary tensors that carry the batch, as far as earlier calls show."""
-        if not args or type(args[0]) is not Tensor or not fits_in_graph(args):
+        values = (*args, *kwargs.values())
+        if not values or type(values[0]) is not Tensor or not fits_in_graph(values):
             return False
-        if not all(fits_in_graph(value) for value in kwargs.values()):
-            return False
-        return args[0].requires_grad or not is_shared(self.ghost_number, args[0].dim())
+        return values[0].requires_grad or not is_shared(self.ghost_number, values[0].dim())
 
     def ghost_result(self, tensors: list[Tensor]) -> Any:
         """The layer's output from its tensors, which a compiled graph returns as a list."""

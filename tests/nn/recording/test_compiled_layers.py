@@ -107,6 +107,10 @@ def crossed(attention: Any, h: Tensor) -> Tensor:
     return attention(h, memory, memory, key_padding_mask=h[..., 0] > 0.9, need_weights=False)[0]
 
 
+def by_keyword(attention: Any, h: Tensor) -> Tensor:
+    return attention(query=h, key=h, value=h, need_weights=False)[0]
+
+
 def time_first(layer: Any, h: Tensor) -> Tensor:
     return layer(h.transpose(0, 1)).transpose(0, 1)
 
@@ -141,6 +145,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
     "attention": (lambda: Around(attention(), weighted), 3),
     "attention_with_frames": (lambda: Around(attention(add_bias_kv=True, add_zero_attn=True), weighted), 3),
     "cross_attention": (lambda: Around(attention(), crossed), 3),
+    "attention_by_keyword": (lambda: Around(attention(), by_keyword), 3),
     "encoder": (lambda: Around(encoder(True)), 7),
     "encoder_time_first": (lambda: Around(encoder(False), time_first), 7),
     "lstm_cell": (lambda: Around(nn.LSTMCell(8, 8), unrolled), 5),
