@@ -35,7 +35,9 @@ use whether it rounds as its architecture should; `tests/ops/test_tensor_cores.p
 For the subnormal factors of 2., S is Σ_t (‖x_t‖ + δ√d)(‖g_t‖ + δ√p), δ being the smallest normal number, or more.
 
 **Chains.** Roundings add up along an accumulation, so one accumulation covers `CHAIN` terms; the pieces are added in
-float32, one rounding each, outside of the matrix instruction.
+float32, one rounding each, outside of the matrix instruction. `PIECES` of them make a part, which is then added in
+float64. So κ is a constant, whatever the length: a bound that grew with the frames of the longest sample of a batch
+would raise the norms of all others when that one joins.
 
 Sources: M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
 Science 7:e330, 2021. F. A. Khattak, M. Mikaitis, Accurate models of NVIDIA tensor cores, arXiv:2512.07004, with the
@@ -98,6 +100,9 @@ CHAIN = 64
 Twice as many would halve the pieces, which are added in float32, and double the other roundings: for a sum of 1024 at
 0.65625 roundings a product, 84 + 1 + 8 against 42 + 1 + 16. From 1,000 to 4,000 terms 64 is within a tenth of the best.
 """
+
+PIECES = 32
+"""Accumulations that are added in float32, at most; their sums are added in float64."""
 
 
 def smallest(dtype: torch.dtype) -> float:
