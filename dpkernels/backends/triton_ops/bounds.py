@@ -119,6 +119,21 @@ def tensor_core(architecture: int) -> TensorCore:
     return TENSOR_CORES.get(architecture, COARSEST)
 
 
+def sum_roundings(chain: int, per_term: float, pieces: int = PIECES) -> float:
+    """Return κ of a sum of any number of products, which its length does not enter.
+
+    Args:
+        chain: products in one accumulation, at most. It counts whole: the tensor core decides which share a block.
+        per_term: roundings of a product in it, for each product.
+        pieces: accumulations that are added in float32, one rounding each; 0 where all are added in float64.
+
+    A term's own rounding counts one (that of a product, of a float32 factor, or of a total to float32), and one stands
+    for all additions in float64: a sum has fewer than 2³¹ frames, and 2²⁹ pieces, of 2⁻⁵³ each. A frame whose product
+    is 0 rounds nothing, so padding, wherever it is, adds nothing to κ.
+    """
+    return chain * per_term + pieces + 2.0
+
+
 def roundings(dtype: torch.dtype, architecture: int) -> float:
     """Return the roundings of a product in one accumulation of `tl.dot`, which uses no tensor cores for float32."""
     return ROUNDINGS_FMA if dtype == torch.float32 else tensor_core(architecture).roundings

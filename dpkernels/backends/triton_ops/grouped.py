@@ -310,13 +310,13 @@ def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
     partials = scratch(x, batch, pieces, 2)
     constants = group.constants(sums=False)
     arguments: tuple[Any, ...] = (work, table, partials, pieces)
-    sizes, chain, per_term = constants["W_ALIGN"], (1, 1), bounds.ROUNDINGS_FMA
+    sizes, chain, per_term = constants["W_ALIGN"], 1, bounds.ROUNDINGS_FMA
     if not group.vectors:
         arguments = (*arguments, 1.0)
         constants["SMALLEST"] = bounds.smallest(x.dtype)
         sizes *= constants["N_ALIGN"]
         kernels = ("grouped_norms", *configs.SUMS["linear"], *configs.SUMS["lora"])
-        chain = configs.extremes(kernels, "BT", x.dtype, architecture(x.device))
+        chain = configs.largest(kernels, "BT", x.dtype, architecture(x.device))
         per_term = tensor_cores.roundings(x)
     launch(group.kernel, batch * pieces, x, *arguments, aligned=group.aligned, **constants)
     launch(
@@ -331,9 +331,7 @@ def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
         norms.shape[1],
         first_column,
         SIZES=sizes,
-        PER_TERM=per_term,
-        LEAST=chain[0],
-        MOST=chain[1],
+        ROUNDINGS=bounds.sum_roundings(chain, per_term),
     )
 
 

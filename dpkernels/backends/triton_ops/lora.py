@@ -2,13 +2,14 @@
 
 Each is the product of a wide matrix [T, n] (x or g) and a narrow one [T, r] (dh or h). One launch computes both: a
 program takes a strip of BN columns of one wide matrix and up to R columns of its narrow one, and computes wideᵀ narrow
-[BN, R] by `device.product`, BT frames at a time.
+[BN, R] by `device.product`, BT frames at a time, PIECES of these in float32, and from there in float64.
 
 **Norms.** Entries are squared and added in float64. The bound is by strips: the entries of a strip are off by at most
 γ Σ_t ‖wide_t‖‖narrow_t‖ over the strip's columns, and the errors of different strips are of different entries, so
 they add in squares. These norms of rows are computed from the loaded tiles in float32 and enlarged by
 2⁻¹⁴, which covers their own rounding (squares and sums: (BN + BT + 4)u < 2⁻¹⁵; PTX's approximate square roots:
-2⁻²²), and never 0: a square below 2⁻¹²⁶ counts as that, and δ of `bounds` is added.
+2⁻²²). They are 0 for rows of zeros only (`device.squares_above_zero`); to others δ of `bounds` is added. So a frame of
+padding, in the wide matrix or in the narrow one, adds nothing to the bound.
 
 **Gradients.** The same products, stored in float32 by sample, so that x and g are read once and can then be freed.
 
@@ -23,13 +24,14 @@ from torch import Tensor
 
 from dpkernels.backends.triton_ops import bounds, configs, tensor_cores, vectors
 from dpkernels.backends.triton_ops.device import (
-    TINIEST,
+    PIECES,
     float64_of,
     frames_added,
     frames_of,
     load_rows,
     product,
     sample_at,
+    squares_above_zero,
     times,
 )
 from dpkernels.backends.triton_ops.launching import (
@@ -72,21 +74,28 @@ def strip_product(
     W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """One sample's wideᵀ narrow at (columns, ranks), and Σ_t ‖wide_t‖‖narrow_t‖ over these columns (NORMS)."""
-    acc = tl.zeros((BN, R), tl.float32)
+    """One sample's wideᵀ narrow at (columns, ranks), and Σ_t ‖wide_t‖‖narrow_t‖ over these columns (NORMS).
+
+    Both are float64.
+    """
+    total = tl.zeros((BN, R), tl.float64)
     terms = tl.zeros((), tl.float64)
-    for t in range(0, n, BT):
-        at = t + tl.arange(0, BT)
-        a = load_rows(wide, at, columns, n, width, w_t, w_n, W_ALIGN)
-        b = load_rows(narrow, at, ranks, n, rank, n_t, n_n, N_ALIGN)
-        acc = product(tl.trans(a), b, acc, one, UPCAST)
-        if NORMS:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-            of_wide = tl.sum(a * a, axis=1) + 2.0 * BN * TINIEST
-            of_narrow = tl.sum(b * b, axis=1) + 2.0 * R * TINIEST
-            both = (tl.sqrt(of_wide) + SMALLEST * BN**0.5) * (tl.sqrt(of_narrow) + SMALLEST * R**0.5)
-            terms += tl.sum(tl.where(at < n, both, 0.0), axis=0).to(tl.float64)
-    return acc, terms * (1.0 + 2.0**-14)
+    for first in range(0, n, PIECES * BT):
+        acc = tl.zeros((BN, R), tl.float32)
+        for t in range(first, tl.minimum(first + PIECES * BT, n), BT):
+            at = t + tl.arange(0, BT)
+            a = load_rows(wide, at, columns, n, width, w_t, w_n, W_ALIGN)
+            b = load_rows(narrow, at, ranks, n, rank, n_t, n_n, N_ALIGN)
+            acc = product(tl.trans(a), b, acc, one, UPCAST)
+            if NORMS:
+                of_wide = tl.sum(squares_above_zero(a.to(tl.float32)), axis=1)
+                of_narrow = tl.sum(squares_above_zero(b.to(tl.float32)), axis=1)
+                both = (tl.sqrt(of_wide) + SMALLEST * BN**0.5) * (tl.sqrt(of_narrow) + SMALLEST * R**0.5)
+                terms += tl.sum(tl.where((of_wide != 0.0) & (of_narrow != 0.0), both, 0.0), axis=0).to(
+                    tl.float64
+                )
+        total += acc.to(tl.float64)
+    return total, terms * (1.0 + 2.0**-14)
 
 
 @triton.jit
@@ -99,13 +108,12 @@ def strip_norms(
     width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
     columns, ranks = strip(piece, rank_tiles, BN, R)
     n = frames_of(lengths, sample, frames)
-    acc, terms = strip_product(
+    total, terms = strip_product(
         sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
         rank, columns, ranks, n, one, True, SMALLEST, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
     )  # fmt: skip
-    exact = acc.to(tl.float64)
     at = out + (sample.to(tl.int64) * pieces + piece) * 2
-    tl.store(at, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
+    tl.store(at, tl.sum(tl.sum(total * total, axis=1), axis=0))
     tl.store(at + 1, terms * terms)
 
 
@@ -123,11 +131,11 @@ def strip_sums(
         sample = i + tl.zeros((), tl.int64)
         factor = tl.load(factors + sample).to(tl.float64)
         n = frames_added(factor, lengths, sample, frames)
-        acc, _ = strip_product(
+        gradient, _ = strip_product(
             sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t,
             n_n, rank, columns, ranks, n, one, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
         )  # fmt: skip
-        total += factor * scale * acc.to(tl.float64)
+        total += factor * scale * gradient
     size = (tl.full((), 1, tl.int64) * width) * rank
     at, inside = entries_of(columns, width, ranks, rank, COLUMNS_FIRST)
     tl.store(out + group * size + at, total, mask=inside)
@@ -215,13 +223,13 @@ def strip_gradient(
     """out [B, width, rank] (COLUMNS_FIRST) or [B, rank, width]: one piece of one sample's scale·wideᵀ narrow."""
     width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
     columns, ranks = strip(piece, rank_tiles, BN, R)
-    acc, _ = strip_product(
+    gradient, _ = strip_product(
         sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
         rank, columns, ranks, frames + tl.zeros((), tl.int32), one, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
     )  # fmt: skip
     at, inside = entries_of(columns, width, ranks, rank, COLUMNS_FIRST)
     at = out + (sample.to(tl.int64) * width) * rank + at
-    tl.store(at, (acc.to(tl.float64) * scale).to(tl.float32), mask=inside)
+    tl.store(at, (gradient * scale).to(tl.float32), mask=inside)
 
 
 @kernel
@@ -338,23 +346,11 @@ def lora_norm_sq(
     x: Tensor, h: Tensor, g: Tensor, dh: Tensor, *, scaling: float = 1.0, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(‖dh_iᵀx_i‖², s²‖g_iᵀh_i‖²), rounded up; see `dpkernels.ops.lora_norm_sq`."""
-    lengths, frames, rank = dense(lengths), x.shape[1], h.shape[2]
     of_a, of_b = _run(x, h, g, dh, lengths, None, scaling)
-    least, chain = configs.extremes(configs.SUMS["lora"], "BT", x.dtype, architecture(x.device))
-    norm_a, norm_b = (
-        vectors.finish(
-            partials,
-            lengths,
-            frames,
-            rank * width,
-            per_term=tensor_cores.roundings(x),
-            chain=chain,
-            least=least,
-            wide=False,
-            scaling=factor,
-        )
-        for partials, width, factor in ((of_a, x.shape[2], 1.0), (of_b, g.shape[2], scaling))
-    )
+    chain = configs.largest(configs.SUMS["lora"], "BT", x.dtype, architecture(x.device))
+    roundings, rank = bounds.sum_roundings(chain, tensor_cores.roundings(x)), h.shape[2]
+    norm_a = vectors.finish(of_a, rank * x.shape[2], roundings)
+    norm_b = vectors.finish(of_b, rank * g.shape[2], roundings, scaling)
     return norm_a, norm_b
 
 
