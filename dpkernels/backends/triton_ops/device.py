@@ -85,6 +85,12 @@ def product(a, b, acc, one, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def run_ends(chunk, chunks):
+    """Whether a float32 sum ends with this one of a sample's `chunks`: it is the last, or PIECES are in the sum."""
+    return (chunk == chunks - 1) | (chunk % PIECES == PIECES - 1)
+
+
+@triton.jit
 def squares_above_zero(values):
     """Float32 squares that are 0 for 0 only, and else too large by 2⁻¹²⁵: more than underflow takes from one.
 

@@ -17,6 +17,7 @@ from dpkernels.backends.triton_ops.device import (
     load_rows,
     product,
     round_up,
+    run_ends,
     times,
     upper_square,
     weighted,
@@ -117,7 +118,7 @@ def grouped_sums(
             narrow + times(sample * narrow_b, N_ALIGN), at, ranks, frames, rank, narrow_t, 1, N_ALIGN
         )
         acc = product(tl.trans(a), b, acc, one, UPCAST)
-        if step % chunks == chunks - 1:
+        if run_ends(step % chunks, chunks):
             total += weighted(tl.load(factors + sample), acc) * scale
             acc = tl.zeros((BN, R), tl.float32)
     inside = (columns < width)[:, None] & (ranks < rank)[None, :]

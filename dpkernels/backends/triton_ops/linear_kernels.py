@@ -32,6 +32,7 @@ from dpkernels.backends.triton_ops.device import (
     lost,
     product,
     roundings_of,
+    run_ends,
     sample_at,
     sum_of_products,
     times,
@@ -406,7 +407,9 @@ def linear_sum(
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 product times its factor, in float64.
+    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 products times its factor, in float64.
+
+    A product covers PIECES·BT frames; a longer sample has several.
 
     Without lengths it is one loop over all samples' frames, so that a sample's first loads are on their way while the
     one before is computed (nothing they need may wait for a factor, so samples with factor 0 are read, and left out);
@@ -424,7 +427,7 @@ def linear_sum(
             a = load_rows(sample_at(g, sample, g_b, G_ALIGN), rows, outputs, frames, p, g_t, g_n, G_ALIGN)
             b = load_rows(sample_at(x, sample, x_b, X_ALIGN), rows, inputs, frames, d, x_t, x_n, X_ALIGN)
             acc = product(tl.trans(a), b, acc, one, UPCAST)
-            if step % chunks == chunks - 1:
+            if run_ends(step % chunks, chunks):
                 total += weighted(tl.load(factors + sample), acc)
                 acc = tl.zeros((BP, BD), tl.float32)
     else:
@@ -432,11 +435,12 @@ def linear_sum(
             sample = i + tl.zeros((), tl.int64)
             factor = tl.load(factors + sample).to(tl.float64)
             n = frames_added(factor, lengths, sample, frames)
-            acc = sample_product(
-                sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
-                row, column, 0, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
-            )  # fmt: skip
-            total += factor * acc.to(tl.float64)
+            for first in range(0, n, PIECES * BT):
+                acc = sample_product(
+                    sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
+                    row, column, first, tl.minimum(first + PIECES * BT, n), one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
+                )  # fmt: skip
+                total += factor * acc.to(tl.float64)
     # read only now: addresses held over the loop would spill
     at = out + outputs.to(tl.int64)[:, None] * d + inputs[None, :]
     inside = (outputs < p)[:, None] & (inputs < d)[None, :]
