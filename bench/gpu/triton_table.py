@@ -41,7 +41,15 @@ OUTPUT = Path(__file__).resolve().parents[1] / "results" / "triton_table.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("aligned", "ragged", "transposed")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    103: 227 * 1024,
+    120: 99 * 1024,
+}
 """Bytes of shared memory that one block may have (CUDA C programming guide, technical specifications)."""
 
 

@@ -270,7 +270,12 @@ def test_catches_a_sum_that_multiplies_by_zero(plant: Fault, family: str) -> Non
     case.tensors["g"][1] = torch.nan
     factors = torch.tensor([1.0, 0.0])
     assert all(out.isfinite().all() for out in case.sums(factors))
-    for module in (linear_kernels, lora, bias):
+
+    def faulty(total: Any, rest: Any, sample: Any, factors: Any, gradient: Any, *_: Any) -> tuple[Any, Any]:
+        return total + linear_kernels.tl.load(factors + sample) * gradient, rest
+
+    plant(linear_kernels, "add_sample", faulty)
+    for module in (lora, bias):
         plant(module, "frames_added", lambda factor, lengths, sample, frames: frames)
     plant(vectors.tl, "where", lambda condition, a, b: a)
     assert not all(out.isfinite().all() for out in case.sums(factors))

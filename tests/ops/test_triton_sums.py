@@ -1,7 +1,11 @@
 """Weighted sums by Triton's kernels: how many float32 additions a term meets, and what examples do to each other's."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dpkernels import ops
@@ -10,7 +14,11 @@ from tests.ops.conftest import TRITON_DEVICE
 
 if availability.unavailable_reason(TRITON_DEVICE):
     pytest.skip(availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
-from dpkernels.backends.triton_ops import bounds, configs, grouped
+import triton.language as tl
+
+from dpkernels.backends.triton_ops import bounds, configs, grouped, launching
+from dpkernels.backends.triton_ops.device import add_sample
+from dpkernels.backends.triton_ops.launching import kernel
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -42,3 +50,88 @@ def test_a_long_sample_meets_no_more_roundings_than_its_norm_counts(
     lost = 2.0**24 + pieces - 1 - given
     assert (lost >= 1).all()  # the first pieces do meet in float32
     assert (lost <= bounds.PIECES).all()
+
+
+@kernel
+def pairs_of(values, factors, out, samples: int, one):
+    """out [2, 16] float64: both numbers of the pair of Σ_i factors_i·values_i, values [samples, 16]."""
+    columns = tl.arange(0, 16)
+    total, rest = tl.zeros((16,), tl.float32), tl.zeros((16,), tl.float32)
+    for i in range(0, samples):
+        sample = i + tl.zeros((), tl.int64)
+        value = tl.load(values + sample * 16 + columns)
+        total, rest = add_sample(total, rest, sample, factors, value, one, True)
+    tl.store(out + columns, total.to(tl.float64))
+    tl.store(out + 16 + columns, rest.to(tl.float64))
+
+
+def pairs(values: Tensor, factors: Tensor) -> Tensor:
+    """[2, 16]: the pair of each column."""
+    out = torch.zeros(2, 16, dtype=torch.float64)
+    launching.execute(pairs_of, 1, values.device, (values, factors, out, len(values), 1.0), {})
+    return out
+
+
+def exact_sum(values: Tensor, factors: Tensor) -> Tensor:
+    """Σ_i fl(c_i v_i) [16], of which only the last place of a float64 is rounded."""
+    addends = (factors[:, None] * values).double().cpu()
+    return torch.tensor([math.fsum(column) for column in addends.T.tolist()], dtype=torch.float64)
+
+
+def most_off(samples: int) -> float:
+    """What `bounds` derives for `samples` of norm 1."""
+    return 20.2 * samples**2 * 2.0**-48
+
+
+@pytest.mark.parametrize("samples", [1, 15, 16, 90])
+@given(seed=st.integers(0, 2**31), spread=st.sampled_from([0, 1, 12, 24, 40]), cancel=st.booleans())
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_pair_holds_the_sum_of_any_examples(samples: int, seed: int, spread: int, cancel: bool) -> None:
+    """Clipped vectors of norm 1 and of any smaller ones, in any order, each of which may take back the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(samples, 16, generator=generator)
+    values /= values.norm(dim=1, keepdim=True) * 2.0 ** (torch.rand(samples, 1, generator=generator) * spread)
+    if cancel:
+        values[1::2] = -values[: samples // 2 * 2 : 2] * (1 + 2.0**-22)
+    factors = torch.rand(samples, generator=generator)
+    off = pairs(values, factors).cpu().sum(0) - exact_sum(values, factors)
+    assert float(off.norm()) <= most_off(samples)
+
+
+def test_a_pair_is_renewed() -> None:
+    """Roundings of one sign leave a rest of several units in the last place, unless it is brought back to the total."""
+    samples = bounds.RENEWED
+    values = torch.full((samples, 16), 1.0 + 3 * 2.0**-23)
+    total, rest = pairs(values, torch.ones(samples))
+    assert (rest.abs() <= bounds.UNIT * total).all()
+    longer = torch.full((samples - 1, 16), 1.0 + 3 * 2.0**-23)
+    total, rest = pairs(longer, torch.ones(samples - 1))
+    assert (rest.abs() > bounds.UNIT * total).all()  # so the first assertion can fail
+
+
+@pytest.mark.parametrize("way", ["single", "lengths", "grouped"])
+def test_sums_are_in_pairs_where_float64_is_slow(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sum of float32 numbers comes as close; an example that is left out leaves no NaN behind."""
+    samples = 20
+    x, g = torch.ones(samples, 1, 16), torch.randn(samples, 1, 16)
+    g[3] = torch.nan
+    factors = torch.rand(samples).index_fill(0, torch.tensor([3]), 0.0)
+    monkeypatch.setattr(bounds, "FLOAT64", ())
+    given = summed(way, x, g, factors, monkeypatch)
+    exact = exact_sum(g[:, 0].nan_to_num(), factors)
+    assert float((given[:, 0].cpu() - exact).norm()) <= most_off(samples) * float(
+        g[:, 0].nan_to_num().norm(dim=1).max()
+    )
+
+
+@pytest.mark.parametrize("way", ["single", "lengths", "grouped"])
+def test_examples_of_several_pieces_are_never_in_pairs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that cancel are far above C, and so would be the rounding that others share with them."""
+    monkeypatch.setattr(bounds, "FLOAT64", ())
+    said: list[bool] = []
+    monkeypatch.setattr(launching, "execute", lambda *arguments: said.append(arguments[-1]["PAIRS"]))
+    kernel_name = "grouped_sums" if way == "grouped" else "linear_sum"
+    longest = bounds.PIECES * configs.config(kernel_name, torch.float32, 0).tiles["BT"]
+    for frames in (longest, longest + 1):
+        summed(way, torch.ones(1, frames, 16), torch.ones(1, frames, 16), torch.ones(1), monkeypatch)
+    assert said == [True, False]

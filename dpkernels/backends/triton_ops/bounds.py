@@ -39,6 +39,16 @@ float32, one rounding each, outside of the matrix instruction. `PIECES` of them 
 float64. So κ is a constant, whatever the length: a bound that grew with the frames of the longest sample of a batch
 would raise the norms of all others when that one joins.
 
+**Pairs.** Where float64 is slow, a weighted sum over samples is a pair of float32 numbers a + b. A sample's value v is
+added by Knuth's two-sum: a' = fl(a + v), and the error e = a + v − a', a float32 number, is found exactly by five more
+additions (in round-to-nearest, for subnormal numbers too); b' = fl(b + e). Only this last addition rounds. The values
+have norms of at most C, and n of them are added, so that ‖a‖ is nC at most, and a few u more. Every RENEWED-th sample a
+becomes fl(a + b), and b what that leaves out, at most u‖a‖. Until the next exchange b grows by ‖e‖ ≤ u‖a‖ a sample,
+to (RENEWED + 1) u nC at most, of which an addition rounds off u, and an exchange 3u (where b is larger than a, two of
+its additions round, too). In all n (1 + 3/RENEWED)(RENEWED + 1) u² nC < 20.2 n² 2⁻⁴⁸ C, which is below n² 2⁻⁴³ C:
+`privacy.step.clipping.rounding_slack` allows n (n + 2¹⁷) 2⁻⁴³ C, for float64 sums of samples in pieces. Pairs are for
+samples of one piece: the pieces of a longer one may cancel, and are up to 2¹⁷ C.
+
 Sources: M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
 Science 7:e330, 2021. F. A. Khattak, M. Mikaitis, Accurate models of NVIDIA tensor cores, arXiv:2512.07004, with the
 models in github.com/north-numerical-computing/MATLAB-tensor-core (V100, A100, A30, A2, L40S, RTX 1000 Ada, H100, H200,
@@ -103,6 +113,14 @@ Twice as many would halve the pieces, which are added in float32, and double the
 
 PIECES = 32
 """Accumulations that are added in float32, at most; their sums are added in float64."""
+
+
+FLOAT64 = (0, 80, 90, 100)
+"""Architectures whose float64 units keep up with a sum over samples, and the interpreter; others have 2 a clock and SM,
+and the sums are in pairs there. `docs/notes/sums.md` counts both."""
+
+RENEWED = 16
+"""Samples between two exchanges of a pair that bring its sum back to the first number."""
 
 
 def smallest(dtype: torch.dtype) -> float:

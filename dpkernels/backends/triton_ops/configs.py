@@ -130,6 +130,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
     },
     "grouped_sums": {
+        (4, 80): Config({"BT": 32, "BN": 64}, warps=8, stages=2),
         (2, ANY): Config({"BT": 64, "BN": 64}, warps=4, stages=3),
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
     },

@@ -13,6 +13,7 @@ UNIT = tl.constexpr(bounds.UNIT)
 TINIEST = tl.constexpr(bounds.TINIEST)
 SLACK = tl.constexpr(bounds.SLACK)
 PIECES = tl.constexpr(bounds.PIECES)
+RENEWED = tl.constexpr(bounds.RENEWED)
 
 
 @triton.jit
@@ -28,12 +29,6 @@ def frames_of(lengths, sample, frames):
 def frames_added(factor, lengths, sample, frames):
     """L_i of a sample in a weighted sum; 0 if its factor is 0, because multiplying by 0 would keep a NaN."""
     return tl.where(factor != 0.0, frames_of(lengths, sample, frames), 0)
-
-
-@triton.jit
-def weighted(factor, product):
-    """factor·product in float64; 0 if the factor is 0, for any product."""
-    return tl.where(factor != 0.0, factor.to(tl.float64) * product.to(tl.float64), 0.0)
 
 
 @triton.jit
@@ -88,6 +83,41 @@ def product(a, b, acc, one, UPCAST: tl.constexpr):
 def run_ends(chunk, chunks):
     """Whether a float32 sum ends with this one of a sample's `chunks`: it is the last, or PIECES are in the sum."""
     return (chunk == chunks - 1) | (chunk % PIECES == PIECES - 1)
+
+
+@triton.jit
+def add_sample(total, rest, sample, factors, gradient, one, PAIRS: tl.constexpr):
+    """(total, rest) after the addition of a sample's factor times its float32 `gradient`, unless the factor is 0.
+
+    PAIRS: both are float32, and their sum is what float64 would hold (`bounds`, "Pairs"). Otherwise `total` is float64
+    and `rest` stays as it is. `one` is that of `product`.
+    """
+    factor = tl.load(factors + sample)
+    if factor != 0.0:
+        if PAIRS:
+            # Adding 0 makes the product one float32, compiled or not: it cannot be fused with the additions below.
+            value = factor * gradient + (one - 1.0)
+            before = total
+            total = before + value
+            of_value = total - before
+            rest += (before - (total - of_value)) + (value - of_value)
+        else:
+            total += factor.to(tl.float64) * gradient.to(tl.float64)
+    if PAIRS:  # noqa: SIM102 (decided when compiled)
+        if sample % RENEWED == RENEWED - 1:
+            before = total
+            total = before + rest
+            rest = rest - (total - before)
+    return total, rest
+
+
+@triton.jit
+def float64_total(total, rest, PAIRS: tl.constexpr):
+    """The sum of `add_sample`, in float64."""
+    if PAIRS:
+        return total.to(tl.float64) + rest.to(tl.float64)
+    else:
+        return total
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from dpkernels.backends.triton_ops.launching import (
     architecture,
     dense,
     float64_int,
+    in_pairs,
     launch,
     rows,
     scratch,
@@ -356,16 +357,12 @@ def total_norm_sq(layers: Sequence[GroupedLayer]) -> Tensor:
 def _group_sums(group: Group, factors: Tensor) -> None:
     work, table = group.tables()
     arguments: tuple[Any, ...] = (work, table, dense(factors), len(factors))
+    constants = group.constants(sums=True)
     if not group.vectors:
         arguments = (*arguments, 1.0)
-    launch(
-        group.kernel,
-        group.pieces,
-        group.like,
-        *arguments,
-        aligned=group.aligned,
-        **group.constants(sums=True),
-    )
+        frames = max(problem.wide.shape[1] for problem in group.problems)
+        constants["PAIRS"] = in_pairs(group.kernel, group.like, frames, group.aligned)
+    launch(group.kernel, group.pieces, group.like, *arguments, aligned=group.aligned, **constants)
 
 
 def weighted_sums(layers: Sequence[GroupedLayer], factors: Tensor) -> None:

@@ -13,14 +13,15 @@ import triton.language as tl
 
 from dpkernels.backends.triton_ops.device import (
     SLACK,
+    add_sample,
     error_of,
+    float64_total,
     load_rows,
     product,
     round_up,
     run_ends,
     times,
     upper_square,
-    weighted,
 )
 from dpkernels.backends.triton_ops.launching import kernel
 from dpkernels.backends.triton_ops.lora import strip_product
@@ -91,11 +92,12 @@ def grouped_sums(
     W_ALIGN: tl.constexpr,
     N_ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
+    PAIRS: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program a piece: every sample's float32 product times its factor, in order, in float64, added to `out`.
+    """One program a piece: every sample's float32 products times its factor, in order, added to `out`.
 
     One loop over all samples' frames, as in `linear_kernels.linear_sum`.
     """
@@ -108,7 +110,8 @@ def grouped_sums(
     wide_b, wide_t = tl.load(row + WIDE_B), tl.load(row + WIDE_T)
     narrow_b, narrow_t = tl.load(row + NARROW_B), tl.load(row + NARROW_T)
     scale = tl.load(row + SCALE).to(tl.float64, bitcast=True)
-    total, acc = tl.zeros((BN, R), tl.float64), tl.zeros((BN, R), tl.float32)
+    total = tl.zeros((BN, R), tl.float32 if PAIRS else tl.float64)
+    rest, acc = tl.zeros((BN, R), tl.float32), tl.zeros((BN, R), tl.float32)
     chunks = (frames + BT - 1) // BT
     for step in range(0, batch * chunks):
         sample = step // chunks + tl.zeros((), tl.int64)
@@ -119,15 +122,15 @@ def grouped_sums(
         )
         acc = product(tl.trans(a), b, acc, one, UPCAST)
         if run_ends(step % chunks, chunks):
-            total += weighted(tl.load(factors + sample), acc) * scale
+            total, rest = add_sample(total, rest, sample, factors, acc, one, PAIRS)
             acc = tl.zeros((BN, R), tl.float32)
     inside = (columns < width)[:, None] & (ranks < rank)[None, :]
     out = tl.load(row + OUT).to(tl.pointer_type(OUT_DTYPE))
     out += columns.to(tl.int64)[:, None] * tl.load(row + OUT_COLUMN) + ranks[None, :] * tl.load(
         row + OUT_RANK
     )
-    total += tl.load(out, mask=inside, other=0.0).to(tl.float64)
-    tl.store(out, total.to(OUT_DTYPE), mask=inside)
+    wide = tl.load(out, mask=inside, other=0.0).to(tl.float64) + scale * float64_total(total, rest, PAIRS)
+    tl.store(out, wide.to(OUT_DTYPE), mask=inside)
 
 
 @kernel

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from dpkernels.backends import registry
-from dpkernels.backends.triton_ops import availability, configs
+from dpkernels.backends.triton_ops import availability, bounds, configs
 
 INTERPRETED = availability.interpreting()
 """Whether kernels are interpreted, decided when they are defined, that is when this package is imported."""
@@ -95,6 +95,12 @@ def tile_of(function: Any, like: Tensor, name: str, aligned: bool = True, varian
 def _config(function: Any, like: Tensor, aligned: bool, variant: str) -> configs.Config:
     name = f"{function.__name__} {variant}" if variant else function.__name__
     return configs.config(name, like.dtype, architecture(like.device), aligned)
+
+
+def in_pairs(function: Any, like: Tensor, frames: int, aligned: bool) -> bool:
+    """Return whether a kernel adds samples of `frames` in pairs of float32 numbers (`bounds`, "Pairs")."""
+    one_piece = bounds.PIECES * tile_of(function, like, "BT", aligned)
+    return architecture(like.device) not in bounds.FLOAT64 and frames <= one_piece
 
 
 def aligned(tensor: Tensor) -> Tensor:

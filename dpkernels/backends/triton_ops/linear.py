@@ -16,6 +16,7 @@ from dpkernels.backends.triton_ops.launching import (
     architecture,
     dense,
     float64_by_torch,
+    in_pairs,
     launch,
     rows,
     scratch,
@@ -246,6 +247,7 @@ def linear_weighted_sum(
         X_ALIGN=x_align,
         G_ALIGN=g_align,
         UPCAST=upcast(x),
+        PAIRS=in_pairs(linear_sum, x, frames, aligned),
     )
     if total is not out:
         out.copy_(total)

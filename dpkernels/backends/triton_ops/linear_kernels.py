@@ -26,6 +26,8 @@ from dpkernels.backends.triton_ops.device import (
     PIECES,
     TINIEST,
     UNIT,
+    add_sample,
+    float64_total,
     frames_added,
     gamma,
     load_rows,
@@ -38,7 +40,6 @@ from dpkernels.backends.triton_ops.device import (
     times,
     upper_norms,
     upper_square,
-    weighted,
 )
 from dpkernels.backends.triton_ops.frame_kernels import own_count, own_end, own_places
 from dpkernels.backends.triton_ops.launching import kernel
@@ -403,13 +404,14 @@ def linear_sum(
     X_ALIGN: tl.constexpr,
     G_ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
+    PAIRS: tl.constexpr,
     BT: tl.constexpr,
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 products times its factor, in float64.
+    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 products times its factor.
 
-    A product covers PIECES·BT frames; a longer sample has several.
+    A product covers PIECES·BT frames; a longer sample has several. They are added in float64, or in PAIRS of float32.
 
     Without lengths it is one loop over all samples' frames, so that a sample's first loads are on their way while the
     one before is computed (nothing they need may wait for a factor, so samples with factor 0 are read, and left out);
@@ -417,7 +419,8 @@ def linear_sum(
     """
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     row, column = program // across * BP, program % across * BD
-    total = tl.zeros((BP, BD), tl.float64)
+    total = tl.zeros((BP, BD), tl.float32 if PAIRS else tl.float64)
+    rest = tl.zeros((BP, BD), tl.float32)
     outputs, inputs = row + tl.arange(0, BP), column + tl.arange(0, BD)
     if lengths is None:
         acc, chunks = tl.zeros((BP, BD), tl.float32), (frames + BT - 1) // BT
@@ -428,21 +431,20 @@ def linear_sum(
             b = load_rows(sample_at(x, sample, x_b, X_ALIGN), rows, inputs, frames, d, x_t, x_n, X_ALIGN)
             acc = product(tl.trans(a), b, acc, one, UPCAST)
             if run_ends(step % chunks, chunks):
-                total += weighted(tl.load(factors + sample), acc)
+                total, rest = add_sample(total, rest, sample, factors, acc, one, PAIRS)
                 acc = tl.zeros((BP, BD), tl.float32)
     else:
         for i in range(0, batch):
             sample = i + tl.zeros((), tl.int64)
-            factor = tl.load(factors + sample).to(tl.float64)
-            n = frames_added(factor, lengths, sample, frames)
+            n = frames_added(tl.load(factors + sample), lengths, sample, frames)
             for first in range(0, n, PIECES * BT):
                 acc = sample_product(
                     sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
                     row, column, first, tl.minimum(first + PIECES * BT, n), one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
                 )  # fmt: skip
-                total += factor * acc.to(tl.float64)
+                total, rest = add_sample(total, rest, sample, factors, acc, one, PAIRS)
     # read only now: addresses held over the loop would spill
     at = out + outputs.to(tl.int64)[:, None] * d + inputs[None, :]
     inside = (outputs < p)[:, None] & (inputs < d)[None, :]
-    total += tl.load(at, mask=inside, other=0.0).to(tl.float64)
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    wide = float64_total(total, rest, PAIRS) + tl.load(at, mask=inside, other=0.0).to(tl.float64)
+    tl.store(at, wide.to(out.dtype.element_ty), mask=inside)

@@ -24,6 +24,10 @@ LINES = (
             "tests/nn/layers/test_joint.py::test_an_example_adds_at_most_its_norm_whatever_the_second_product": "cells that are made again add no more than was measured",
             "tests/privacy/test_transducer.py::test_every_strategy_sums_one_by_one_clipped_gradients": "a transducer's clipped sum is right in every strategy",
             "tests/ops/test_triton_sums.py::test_a_long_sample_meets_no_more_roundings_than_its_norm_counts": "a GPU's sums of a long example are added in float64 as often as its norm's bound assumes",
+            "tests/ops/test_triton_sums.py::test_a_pair_holds_the_sum_of_any_examples": "pairs of float32 numbers hold a sum as closely as the slack counts",
+            "tests/ops/test_triton_sums.py::test_a_pair_is_renewed": "for any number of examples",
+            "tests/ops/test_triton_sums.py::test_sums_are_in_pairs_where_float64_is_slow": "so do the sums of the kernels that add in pairs",
+            "tests/ops/test_triton_sums.py::test_examples_of_several_pieces_are_never_in_pairs": "pieces of one example, which may cancel, are added in float64",
             "tests/nn/recording/test_choice.py::test_split_records_have_right_norms_and_sums": "norms and sums are right where some examples of a micro-batch are kept and others materialised",
         },
         faults=(
@@ -47,6 +51,27 @@ LINES = (
                 "return (chunk == chunks - 1) | (chunk % PIECES == PIECES - 1)",
                 "return chunk == chunks - 1",
                 "tests/ops/test_triton_sums.py::test_a_long_sample_meets_no_more_roundings_than_its_norm_counts",
+            ),
+            Fault(
+                "pairs that lose what the first number rounds off",
+                "dpkernels/backends/triton_ops/device.py",
+                "rest += (before - (total - of_value)) + (value - of_value)",
+                "rest += value - of_value",
+                "tests/ops/test_triton_sums.py::test_a_pair_holds_the_sum_of_any_examples",
+            ),
+            Fault(
+                "pairs that are never renewed",
+                "dpkernels/backends/triton_ops/device.py",
+                "if sample % RENEWED == RENEWED - 1:",
+                "if sample < 0:",
+                "tests/ops/test_triton_sums.py::test_a_pair_is_renewed",
+            ),
+            Fault(
+                "pieces of long examples added in pairs",
+                "dpkernels/backends/triton_ops/launching.py",
+                "not in bounds.FLOAT64 and frames <= one_piece",
+                "not in bounds.FLOAT64",
+                "tests/ops/test_triton_sums.py::test_examples_of_several_pieces_are_never_in_pairs",
             ),
             Fault(
                 "norm rounded to bf16",
