@@ -1,6 +1,7 @@
 """Weighted sums by Triton's kernels: how many float32 additions a term meets, and what examples do to each other's."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,15 @@ if availability.unavailable_reason(TRITON_DEVICE):
     pytest.skip(availability.unavailable_reason(TRITON_DEVICE), allow_module_level=True)
 import triton.language as tl
 
-from dpkernels.backends.triton_ops import bounds, configs, grouped, launching
-from dpkernels.backends.triton_ops.device import add_sample
+from dpkernels.backends.triton_ops import (
+    bounds,
+    configs,
+    grouped,
+    grouped_kernels,
+    launching,
+    linear_kernels,
+)
+from dpkernels.backends.triton_ops.device import add_sample, renewed
 from dpkernels.backends.triton_ops.launching import kernel
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -60,7 +68,8 @@ def pairs_of(values, factors, out, samples: int, one):
     for i in range(0, samples):
         sample = i + tl.zeros((), tl.int64)
         value = tl.load(values + sample * 16 + columns)
-        total, rest = add_sample(total, rest, sample, factors, value, one, True)
+        total, rest = add_sample(total, rest, tl.load(factors + sample), value, one, True)
+        total, rest = renewed(total, rest, sample, True)
     tl.store(out + columns, total.to(tl.float64))
     tl.store(out + 16 + columns, rest.to(tl.float64))
 
@@ -107,6 +116,26 @@ def test_a_pair_is_renewed() -> None:
     longer = torch.full((samples - 1, 16), 1.0 + 3 * 2.0**-23)
     total, rest = pairs(longer, torch.ones(samples - 1))
     assert (rest.abs() > bounds.UNIT * total).all()  # so the first assertion can fail
+
+
+@pytest.mark.parametrize("way", ["single", "lengths", "grouped"])
+def test_samples_that_are_left_out_do_not_put_the_renewal_off(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An example whose factor is 0 may stand wherever a pair is due."""
+    if TRITON_DEVICE == "cuda":
+        pytest.skip("what kernels call is seen in the interpreter")
+    seen: list[int] = []
+
+    def watch(total: Any, rest: Any, sample: Any, pairs: Any) -> tuple[Any, Any]:
+        seen.append(int(sample))
+        return total, rest
+
+    for module in (linear_kernels, grouped_kernels):
+        monkeypatch.setattr(module, "renewed", watch)
+    factors = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    summed(way, torch.ones(4, 1, 16), torch.ones(4, 1, 16), factors, monkeypatch)
+    assert seen == list(range(4))
 
 
 @pytest.mark.parametrize("way", ["single", "lengths", "grouped"])

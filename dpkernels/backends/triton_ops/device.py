@@ -86,23 +86,27 @@ def run_ends(chunk, chunks):
 
 
 @triton.jit
-def add_sample(total, rest, sample, factors, gradient, one, PAIRS: tl.constexpr):
-    """(total, rest) after the addition of a sample's factor times its float32 `gradient`, unless the factor is 0.
+def add_sample(total, rest, factor, gradient, one, PAIRS: tl.constexpr):
+    """(total, rest) after the addition of a sample's factor times its float32 `gradient`.
 
     PAIRS: both are float32, and their sum is what float64 would hold (`bounds`, "Pairs"). Otherwise `total` is float64
     and `rest` stays as it is. `one` is that of `product`.
     """
-    factor = tl.load(factors + sample)
-    if factor != 0.0:
-        if PAIRS:
-            # Adding 0 makes the product one float32, compiled or not: it cannot be fused with the additions below.
-            value = factor * gradient + (one - 1.0)
-            before = total
-            total = before + value
-            of_value = total - before
-            rest += (before - (total - of_value)) + (value - of_value)
-        else:
-            total += factor.to(tl.float64) * gradient.to(tl.float64)
+    if PAIRS:
+        # Adding 0 makes the product one float32, compiled or not: it cannot be fused with the additions below.
+        value = factor * gradient + (one - 1.0)
+        before = total
+        total = before + value
+        of_value = total - before
+        rest += (before - (total - of_value)) + (value - of_value)
+    else:
+        total += factor.to(tl.float64) * gradient.to(tl.float64)
+    return total, rest
+
+
+@triton.jit
+def renewed(total, rest, sample, PAIRS: tl.constexpr):
+    """A pair after `sample`, added or left out: every RENEWED-th time its sum is brought back to `total`."""
     if PAIRS:  # noqa: SIM102 (decided when compiled)
         if sample % RENEWED == RENEWED - 1:
             before = total

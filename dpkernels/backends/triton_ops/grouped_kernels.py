@@ -18,6 +18,7 @@ from dpkernels.backends.triton_ops.device import (
     float64_total,
     load_rows,
     product,
+    renewed,
     round_up,
     run_ends,
     times,
@@ -122,7 +123,10 @@ def grouped_sums(
         )
         acc = product(tl.trans(a), b, acc, one, UPCAST)
         if run_ends(step % chunks, chunks):
-            total, rest = add_sample(total, rest, sample, factors, acc, one, PAIRS)
+            factor = tl.load(factors + sample)
+            if factor != 0.0:
+                total, rest = add_sample(total, rest, factor, acc, one, PAIRS)
+            total, rest = renewed(total, rest, sample, PAIRS)
             acc = tl.zeros((BN, R), tl.float32)
     inside = (columns < width)[:, None] & (ranks < rank)[None, :]
     out = tl.load(row + OUT).to(tl.pointer_type(OUT_DTYPE))

@@ -33,6 +33,7 @@ from dpkernels.backends.triton_ops.device import (
     load_rows,
     lost,
     product,
+    renewed,
     roundings_of,
     run_ends,
     sample_at,
@@ -431,18 +432,23 @@ def linear_sum(
             b = load_rows(sample_at(x, sample, x_b, X_ALIGN), rows, inputs, frames, d, x_t, x_n, X_ALIGN)
             acc = product(tl.trans(a), b, acc, one, UPCAST)
             if run_ends(step % chunks, chunks):
-                total, rest = add_sample(total, rest, sample, factors, acc, one, PAIRS)
+                factor = tl.load(factors + sample)
+                if factor != 0.0:  # a select for every entry would cost as much as the addition
+                    total, rest = add_sample(total, rest, factor, acc, one, PAIRS)
+                total, rest = renewed(total, rest, sample, PAIRS)
                 acc = tl.zeros((BP, BD), tl.float32)
     else:
         for i in range(0, batch):
             sample = i + tl.zeros((), tl.int64)
-            n = frames_added(tl.load(factors + sample), lengths, sample, frames)
+            factor = tl.load(factors + sample)
+            n = frames_added(factor, lengths, sample, frames)
             for first in range(0, n, PIECES * BT):
                 acc = sample_product(
                     sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
                     row, column, first, tl.minimum(first + PIECES * BT, n), one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
                 )  # fmt: skip
-                total, rest = add_sample(total, rest, sample, factors, acc, one, PAIRS)
+                total, rest = add_sample(total, rest, factor, acc, one, PAIRS)
+            total, rest = renewed(total, rest, sample, PAIRS)
     # read only now: addresses held over the loop would spill
     at = out + outputs.to(tl.int64)[:, None] * d + inputs[None, :]
     inside = (outputs < p)[:, None] & (inputs < d)[None, :]

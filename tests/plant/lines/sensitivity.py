@@ -26,6 +26,7 @@ LINES = (
             "tests/ops/test_triton_sums.py::test_a_long_sample_meets_no_more_roundings_than_its_norm_counts": "a GPU's sums of a long example are added in float64 as often as its norm's bound assumes",
             "tests/ops/test_triton_sums.py::test_a_pair_holds_the_sum_of_any_examples": "pairs of float32 numbers hold a sum as closely as the slack counts",
             "tests/ops/test_triton_sums.py::test_a_pair_is_renewed": "for any number of examples",
+            "tests/ops/test_triton_sums.py::test_samples_that_are_left_out_do_not_put_the_renewal_off": "and whichever of them are left out",
             "tests/ops/test_triton_sums.py::test_sums_are_in_pairs_where_float64_is_slow": "so do the sums of the kernels that add in pairs",
             "tests/ops/test_triton_sums.py::test_examples_of_several_pieces_are_never_in_pairs": "pieces of one example, which may cancel, are added in float64",
             "tests/nn/recording/test_choice.py::test_split_records_have_right_norms_and_sums": "norms and sums are right where some examples of a micro-batch are kept and others materialised",
@@ -65,6 +66,13 @@ LINES = (
                 "if sample % RENEWED == RENEWED - 1:",
                 "if sample < 0:",
                 "tests/ops/test_triton_sums.py::test_a_pair_is_renewed",
+            ),
+            Fault(
+                "renewals that wait for an example with a factor",
+                "dpkernels/backends/triton_ops/linear_kernels.py",
+                "                total, rest = renewed(total, rest, sample, PAIRS)\n                acc = ",
+                "                    total, rest = renewed(total, rest, sample, PAIRS)\n                acc = ",
+                "tests/ops/test_triton_sums.py::test_samples_that_are_left_out_do_not_put_the_renewal_off",
             ),
             Fault(
                 "pieces of long examples added in pairs",
