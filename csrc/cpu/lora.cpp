@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kNarrowBytes = int64_t{8} << 20;
 
 // Frames whose part of S is bounded together, sum_t ||a_t|| ||b_t|| <= sqrt(sum_t ||a_t||^2 sum_t ||b_t||^2):
-// a row's own norm would take as long as its products.
+// a row's own norm would take as long as its products. Frames in which either row is 0 are left out of both
+// sums: beside the sample's last frames, padding with content in one of the two would enlarge the bound.
 constexpr int64_t kBoundFrames = 16;
 
 struct Factor {
@@ -191,6 +192,15 @@ class LoRA {
     }
   }
 
+  // Frames of [t, t + count) that add to the products of `piece`: those where neither row is all zero.
+  int64_t own_frames(const Piece& piece, int64_t i, int64_t t, int64_t count) const {
+    const Factor& f = factors_[piece.which];
+    int64_t own = 0;
+    for (int64_t end = t + count; t < end; ++t)
+      if (!is_zero(*f.narrow, i, t, 0, r_) && !is_zero(*f.wide, i, t, piece.column, piece.columns)) ++own;
+    return own;
+  }
+
   // sum [padded_, kStrip] += factor * narrow^T wide over one sample's frames, columns of `piece`. Returns,
   // on request, a number >= S = sum_t ||narrow_t|| ||wide_t|| of these columns.
   double product(const Piece& piece, int64_t i, size_t slot, double factor, double* sum,
@@ -214,9 +224,19 @@ class LoRA {
                   t0 % kBlock != 0);
       for (int64_t t = 0; with_scale && t < count; t += kBoundFrames) {
         const int64_t few = std::min(kBoundFrames, count - t);
-        scale += std::sqrt(
-            product_above(narrow_squares[(t0 + t) / kBoundFrames],
-                          k_.square_sum_above_rows(rows.data + t * rows.ld, rows.ld, few, piece.columns)));
+        if (own_frames(piece, i, t0 + t, few) == few) {
+          scale += std::sqrt(
+              product_above(narrow_squares[(t0 + t) / kBoundFrames],
+                            k_.square_sum_above_rows(rows.data + t * rows.ld, rows.ld, few, piece.columns)));
+          continue;
+        }
+        double of_narrow = 0.0, of_wide = 0.0;
+        for (int64_t n = t; n < t + few; ++n) {
+          if (own_frames(piece, i, t0 + n, 1) == 0) continue;
+          of_narrow += k_.square_sum_above(a + n * padded_, padded_);
+          of_wide += k_.square_sum_above(rows.data + n * rows.ld, piece.columns);
+        }
+        scale += std::sqrt(product_above(of_narrow, of_wide));
       }
       if (t0 + count == length || (t0 + kChunk) % kBlock == 0)
         for (int64_t m = 0; m < r_; ++m)
@@ -239,7 +259,8 @@ class LoRA {
     const double s = std::fabs(f.scaling), entries = static_cast<double>(r_) * static_cast<double>(n);
     // A scaling in (0, infinity) takes part in float64; s * s * square and s * e keep the relative errors.
     const double e = error_bound<R>(length_of(lengths_, i, frames()), r_ * n, std::sqrt(scale));
-    f.norm_sq[i] = scale == 0.0 ? 0.0f : upper_square(s * s * square, entries + 4.0, s * e);
+    // A row of zeros beside a NaN is not in the scale, but in the square.
+    f.norm_sq[i] = scale == 0.0 && square == 0.0 ? 0.0f : upper_square(s * s * square, entries + 4.0, s * e);
   }
 
   const Factor factors_[2];
