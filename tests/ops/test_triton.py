@@ -25,6 +25,7 @@ from dpkernels.backends.triton_ops import (
     bias,
     bounds,
     configs,
+    device,
     frame_kernels,
     launching,
     linear,
@@ -188,6 +189,24 @@ def test_every_norm_is_rounded_up_for_every_kernel_that_sums(
                 for keywords in given:
                     said = keywords.get("ROUNDINGS", keywords.get("SUM_ROUNDINGS"))
                     assert said >= frames + 1 + bounds.PIECES
+
+
+@pytest.mark.parametrize("way", ["linear", "lora", "grouped"])
+def test_a_norms_float32_sums_end_after_some_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1, and behind it pieces that float32 cannot add to 1 one by one: without a bound, the norm shows which it has."""
+    if CUDA:
+        pytest.skip("a bound of 0 is planted in interpreted kernels")
+    for module in (linear_kernels, device):
+        monkeypatch.setattr(module, "gamma", lambda roundings: roundings * 0.0)
+    case = make("linear" if way == "linear" else "lora", 1, 192, 1, 1, rank=1)
+    for tensor in case.tensors.values():
+        tensor[:, 0], tensor[:, 1:] = 1.0, 2.0**-15
+    direct, given = {"method": "direct"} if way == "linear" else {}, {}
+    for pieces in (2, bounds.PIECES):
+        for module in (bounds, linear_kernels, lora):
+            monkeypatch.setattr(module, "PIECES", pieces)
+        given[pieces] = float(total([case]) if way == "grouped" else case.norms(**direct)[0])
+    assert given[2] > given[bounds.PIECES] * (1.0 + 2.0**-23)
 
 
 @pytest.mark.parametrize("method", ["gram", "direct"])
