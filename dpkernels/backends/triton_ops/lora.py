@@ -17,6 +17,8 @@ padding, in the wide matrix or in the narrow one, adds nothing to the bound.
 such group and are added in order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -293,6 +295,10 @@ def rank_columns(rank: int) -> int:
     return min(_MOST_COLUMNS, max(16, 1 << (rank - 1).bit_length()))
 
 
+def _aligns(views: dict[str, tuple[tuple[Any, ...], int]]) -> dict[str, Any]:
+    return {f"{name}_ALIGN": align for name, (_, align) in views.items()}
+
+
 def _run(
     x: Tensor,
     h: Tensor,
@@ -336,7 +342,7 @@ def _run(
         SMALLEST=bounds.smallest(x.dtype),
         UPCAST=upcast(x),
         R=columns,
-        **{f"{name}_ALIGN": align for name, (_, align) in views.items()},
+        **_aligns(views),
     )
     return of_a, of_b
 
@@ -383,7 +389,7 @@ def lora_gradients(
         aligned=aligned,
         UPCAST=upcast(x),
         R=columns,
-        **{f"{name}_ALIGN": align for name, (_, align) in views.items()},
+        **_aligns(views),
     )
     return of_a, of_b
 
