@@ -158,6 +158,25 @@ def test_the_bound_of_the_sum_covers_every_configuration(family: str) -> None:
                     assert tile <= most <= bounds.CHAIN
 
 
+def test_a_variant_for_long_samples_has_the_same_bound() -> None:
+    """A longer example may send all others there: accumulations and strips, by which S is bounded, stay as they are."""
+    variants = {name for name in configs.CONFIGS if name.split(" ")[1:2] == ["long"]}
+    assert {name.split(" ")[0] for name in variants} == {
+        "linear_direct",
+        "lora_pieces",
+        "lora_forms",
+        "grouped_norms",
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        for architecture in (0, 80, 90, 100, 103, 120):
+            for name in variants:
+                usual, long = (
+                    configs.config(n, dtype, architecture) for n in (name.replace(" long", ""), name)
+                )
+                same = {"BT"} if name.startswith("linear_direct") else long.tiles.keys()
+                assert all(usual.tiles[tile] == long.tiles[tile] for tile in same), name
+
+
 @pytest.mark.parametrize("way", ["single", "grouped"])
 @pytest.mark.parametrize("family", MAKERS)
 def test_every_norm_is_rounded_up_for_every_kernel_that_sums(

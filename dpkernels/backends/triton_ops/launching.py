@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from dpkernels.backends import registry
-from dpkernels.backends.triton_ops import availability, configs
+from dpkernels.backends.triton_ops import availability, bounds, configs
 
 INTERPRETED = availability.interpreting()
 """Whether kernels are interpreted, decided when they are defined, that is when this package is imported."""
@@ -95,6 +95,16 @@ def tile_of(function: Any, like: Tensor, name: str, aligned: bool = True, varian
 def _config(function: Any, like: Tensor, aligned: bool, variant: str) -> configs.Config:
     name = f"{function.__name__} {variant}" if variant else function.__name__
     return configs.config(name, like.dtype, architecture(like.device), aligned)
+
+
+def is_long(function: Any, like: Tensor, aligned: bool = True, frames: int | None = None) -> bool:
+    """Return whether samples of `frames` (None: those of `like` [B, T, n]) may have more than PIECES·BT of them.
+
+    A kernel's variant "long" then adds parts of so many frames in float64. The rest of its batch may send a sample
+    there, which changes the order of its sums, and not its bound.
+    """
+    count = like.shape[1] if frames is None else frames
+    return count > bounds.PIECES * tile_of(function, like, "BT", aligned)
 
 
 def aligned(tensor: Tensor) -> Tensor:
