@@ -26,6 +26,7 @@ from dpkernels.backends.triton_ops import (
     bias,
     bounds,
     configs,
+    device,
     frame_kernels,
     launching,
     linear,
@@ -158,6 +159,25 @@ def test_the_bound_of_the_sum_covers_every_configuration(family: str) -> None:
                     assert tile <= most <= bounds.CHAIN
 
 
+def test_a_variant_for_long_samples_has_the_same_bound() -> None:
+    """A longer example may send all others there: accumulations and strips, by which S is bounded, stay as they are."""
+    variants = {name for name in configs.CONFIGS if name.split(" ")[1:2] == ["long"]}
+    assert {name.split(" ")[0] for name in variants} == {
+        "linear_direct",
+        "lora_pieces",
+        "lora_forms",
+        "grouped_norms",
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        for architecture in (0, 80, 90, 100, 103, 120):
+            for name in variants:
+                usual, long = (
+                    configs.config(n, dtype, architecture) for n in (name.replace(" long", ""), name)
+                )
+                same = {"BT"} if name.startswith("linear_direct") else long.tiles.keys()
+                assert all(usual.tiles[tile] == long.tiles[tile] for tile in same), name
+
+
 @pytest.mark.parametrize("way", ["single", "grouped"])
 @pytest.mark.parametrize("family", MAKERS)
 def test_every_norm_is_rounded_up_for_every_kernel_that_sums(
@@ -189,6 +209,24 @@ def test_every_norm_is_rounded_up_for_every_kernel_that_sums(
                 for keywords in given:
                     said = keywords.get("ROUNDINGS", keywords.get("SUM_ROUNDINGS"))
                     assert said >= frames + 1 + bounds.PIECES
+
+
+@pytest.mark.parametrize("way", ["linear", "lora", "grouped"])
+def test_a_norms_float32_sums_end_after_some_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1, and behind it pieces that float32 cannot add to 1 one by one: without a bound, the norm shows which it has."""
+    if CUDA:
+        pytest.skip("a bound of 0 is planted in interpreted kernels")
+    for module in (linear_kernels, device):
+        monkeypatch.setattr(module, "gamma", lambda roundings: roundings * 0.0)
+    case = make("linear" if way == "linear" else "lora", 1, 192, 1, 1, rank=1)
+    for tensor in case.tensors.values():
+        tensor[:, 0], tensor[:, 1:] = 1.0, 2.0**-15
+    direct, given = {"method": "direct"} if way == "linear" else {}, {}
+    for pieces in (2, bounds.PIECES):
+        for module in (bounds, linear_kernels, lora):
+            monkeypatch.setattr(module, "PIECES", pieces)
+        given[pieces] = float(total([case]) if way == "grouped" else case.norms(**direct)[0])
+    assert given[2] > given[bounds.PIECES] * (1.0 + 2.0**-23)
 
 
 @pytest.mark.parametrize("method", ["gram", "direct"])

@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "finish_norms": {(4, ANY): Config({"BLOCK": 256}, warps=1)},
     "add_weighted": {(4, ANY): Config({"BLOCK": 128}, warps=4)},
     "bias_sums": {
+        (2, 100): Config({"BT": 64, "BN": 64}),
         (2, ANY): Config({"BT": 128, "BN": 64}),
         (4, ANY): Config({"BT": 32, "BN": 64}),
     },
@@ -66,6 +67,22 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "lora_pieces unaligned": {
         (2, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+    },
+    "lora_pieces long": {
+        (2, ANY): Config({"BT": 64, "BN": 64, "SAMPLES": 4}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+    },
+    "lora_pieces long unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+    },
+    "lora_forms long": {
+        (2, ANY): Config({"BT": 64, "BN": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
+    },
+    "lora_forms long unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
     },
     "lora_forms": {
         (2, ANY): Config({"BT": 64, "BN": 64}, warps=4, stages=4),
@@ -104,7 +121,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     },
     "linear_direct long unaligned": {
         (2, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=2),
-        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 32, "BD": 32}, warps=8, stages=2),
     },
     "linear_direct unaligned": {
         (2, ANY): Config({"BT": 32, "BP": 64, "BD": 128}, warps=8, stages=2),
@@ -124,6 +141,14 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, 100): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 64, "BN": 128}, warps=4, stages=2),
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
+    },
+    "grouped_norms long": {
+        (2, ANY): Config({"BT": 64, "BN": 128}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
+    },
+    "grouped_norms long unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
     },
     "grouped_norms unaligned": {
         (2, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=1),

@@ -25,7 +25,7 @@ from dpkernels.backends.triton_ops.launching import (
     tiles,
 )
 
-MOST_TAPS = 12
+MOST_TAPS = 11
 """The taps of one program, whose sums are in registers: a longer filter is divided evenly among programs."""
 
 _VECTOR = 8

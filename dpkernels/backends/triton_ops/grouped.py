@@ -35,6 +35,7 @@ from dpkernels.backends.triton_ops.launching import (
     dense,
     float64_int,
     in_pairs,
+    is_long,
     launch,
     rows,
     scratch,
@@ -312,14 +313,18 @@ def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
     constants = group.constants(sums=False)
     arguments: tuple[Any, ...] = (work, table, partials, pieces)
     sizes, chain, per_term = constants["W_ALIGN"], 1, bounds.ROUNDINGS_FMA
+    long = False
     if not group.vectors:
         arguments = (*arguments, 1.0)
+        longest = max(problem.wide.shape[1] for problem in group.problems)
+        long = constants["LONG"] = is_long(group.kernel, x, group.aligned, longest)
         constants["SMALLEST"] = bounds.smallest(x.dtype)
         sizes *= constants["N_ALIGN"]
         kernels = ("grouped_norms", *configs.SUMS["linear"], *configs.SUMS["lora"])
         chain = configs.largest(kernels, "BT", x.dtype, architecture(x.device))
         per_term = tensor_cores.roundings(x)
-    launch(group.kernel, batch * pieces, x, *arguments, aligned=group.aligned, **constants)
+    variant = "long" if long else ""
+    launch(group.kernel, batch * pieces, x, *arguments, aligned=group.aligned, variant=variant, **constants)
     launch(
         finish_group,
         batch * len(group.problems),

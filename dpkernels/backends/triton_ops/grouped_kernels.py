@@ -60,6 +60,7 @@ def grouped_norms(
     N_ALIGN: tl.constexpr,
     SMALLEST: tl.constexpr,
     UPCAST: tl.constexpr,
+    LONG: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -73,11 +74,12 @@ def grouped_norms(
     narrow = address(row, NARROW, DTYPE) + times(sample * tl.load(row + NARROW_B), N_ALIGN)
     total, terms = strip_product(
         wide, tl.load(row + WIDE_T), 1, times(integer(row, WIDTH), W_ALIGN), narrow, tl.load(row + NARROW_T), 1,
-        times(integer(row, RANK), N_ALIGN), columns, ranks, integer(row, FRAMES), one, True, SMALLEST, W_ALIGN,
-        N_ALIGN, UPCAST, BT, BN, R,
+        times(integer(row, RANK), N_ALIGN), columns, ranks, integer(row, FRAMES), one, LONG, True, SMALLEST,
+        W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
     )  # fmt: skip
+    exact = total.to(tl.float64)
     at = partials + (sample * pieces + integer(row, FIRST) + piece) * 2
-    tl.store(at, tl.sum(tl.sum(total * total, axis=1), axis=0))
+    tl.store(at, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
     tl.store(at + 1, terms * terms)
 
 

@@ -97,10 +97,19 @@ def _config(function: Any, like: Tensor, aligned: bool, variant: str) -> configs
     return configs.config(name, like.dtype, architecture(like.device), aligned)
 
 
+def is_long(function: Any, like: Tensor, aligned: bool = True, frames: int | None = None) -> bool:
+    """Return whether samples of `frames` (None: those of `like` [B, T, n]) may have more than PIECES·BT of them.
+
+    A kernel's variant "long" then adds parts of so many frames in float64. The rest of its batch may send a sample
+    there, which changes the order of its sums, and not its bound.
+    """
+    count = like.shape[1] if frames is None else frames
+    return count > bounds.PIECES * tile_of(function, like, "BT", aligned)
+
+
 def in_pairs(function: Any, like: Tensor, frames: int, aligned: bool) -> bool:
     """Return whether a kernel adds samples of `frames` in pairs of float32 numbers (`bounds`, "Pairs")."""
-    one_piece = bounds.PIECES * tile_of(function, like, "BT", aligned)
-    return architecture(like.device) not in bounds.FLOAT64 and frames <= one_piece
+    return architecture(like.device) not in bounds.FLOAT64 and not is_long(function, like, aligned, frames)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dpkernels.backends.triton_ops.launching import (
     dense,
     float64_by_torch,
     in_pairs,
+    is_long,
     launch,
     rows,
     scratch,
@@ -161,7 +162,7 @@ class _Norms:
                 **self.aligns,
                 **self.method,
             )
-        long = "long" if self.frames > bounds.PIECES * self._tile(linear_direct, "BT") else ""
+        long = "long" if is_long(linear_direct, x, self.aligned) else ""
         across = tiles(self.d, self._tile(linear_direct, "BD", long))
         count = across * tiles(self.p, self._tile(linear_direct, "BP", long))
         squares = scratch(x, self.batch, count)

@@ -17,6 +17,8 @@ padding, in the wide matrix or in the narrow one, adds nothing to the bound.
 such group and are added in order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,7 @@ from dpkernels.backends.triton_ops.launching import (
     dense,
     float64_bits,
     float64_by_torch,
+    is_long,
     kernel,
     launch,
     rows,
@@ -69,39 +72,63 @@ def entries_of(columns, width, ranks, rank, COLUMNS_FIRST: tl.constexpr):
 
 
 @triton.jit
-def strip_product(
-    wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, n, one, NORMS: tl.constexpr, SMALLEST: tl.constexpr,
-    W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    R: tl.constexpr,
+def strip_pieces(
+    wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, first, n, one, NORMS: tl.constexpr,
+    SMALLEST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """One sample's wideᵀ narrow at (columns, ranks), and Σ_t ‖wide_t‖‖narrow_t‖ over these columns (NORMS).
+    """One sample's wideᵀ narrow at (columns, ranks) over frames first <= t < n, in float32.
 
-    Both are float64.
+    With NORMS also Σ_t ‖wide_t‖‖narrow_t‖ over these columns, in float64.
     """
-    total = tl.zeros((BN, R), tl.float64)
+    acc = tl.zeros((BN, R), tl.float32)
     terms = tl.zeros((), tl.float64)
-    for first in range(0, n, PIECES * BT):
-        acc = tl.zeros((BN, R), tl.float32)
-        for t in range(first, tl.minimum(first + PIECES * BT, n), BT):
-            at = t + tl.arange(0, BT)
-            a = load_rows(wide, at, columns, n, width, w_t, w_n, W_ALIGN)
-            b = load_rows(narrow, at, ranks, n, rank, n_t, n_n, N_ALIGN)
-            acc = product(tl.trans(a), b, acc, one, UPCAST)
-            if NORMS:
-                of_wide = tl.sum(squares_above_zero(a.to(tl.float32)), axis=1)
-                of_narrow = tl.sum(squares_above_zero(b.to(tl.float32)), axis=1)
-                both = (tl.sqrt(of_wide) + SMALLEST * BN**0.5) * (tl.sqrt(of_narrow) + SMALLEST * R**0.5)
-                terms += tl.sum(tl.where((of_wide != 0.0) & (of_narrow != 0.0), both, 0.0), axis=0).to(
-                    tl.float64
-                )
-        total += acc.to(tl.float64)
-    return total, terms * (1.0 + 2.0**-14)
+    for t in range(first, n, BT):
+        at = t + tl.arange(0, BT)
+        a = load_rows(wide, at, columns, n, width, w_t, w_n, W_ALIGN)
+        b = load_rows(narrow, at, ranks, n, rank, n_t, n_n, N_ALIGN)
+        acc = product(tl.trans(a), b, acc, one, UPCAST)
+        if NORMS:
+            of_wide = tl.sum(squares_above_zero(a.to(tl.float32)), axis=1)
+            of_narrow = tl.sum(squares_above_zero(b.to(tl.float32)), axis=1)
+            both = (tl.sqrt(of_wide) + SMALLEST * BN**0.5) * (tl.sqrt(of_narrow) + SMALLEST * R**0.5)
+            own = (of_wide != 0.0) & (of_narrow != 0.0)
+            terms += tl.sum(tl.where(own, both, 0.0), axis=0).to(tl.float64)
+    return acc, terms * (1.0 + 2.0**-14)
+
+
+@triton.jit
+def strip_product(
+    wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, n, one, LONG: tl.constexpr, NORMS: tl.constexpr,
+    SMALLEST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """`strip_pieces` of a sample's n frames. LONG: there may be more than PIECES·BT, and the products are float64.
+
+    The float64 products need registers of their own, which would be most of the kernel's.
+    """
+    if LONG:
+        total = tl.zeros((BN, R), tl.float64)
+        terms = tl.zeros((), tl.float64)
+        for first in range(0, n, PIECES * BT):
+            acc, of_part = strip_pieces(
+                wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, first,
+                tl.minimum(first + PIECES * BT, n), one, NORMS, SMALLEST, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+            )  # fmt: skip
+            total += acc.to(tl.float64)
+            terms += of_part
+        return total, terms
+    else:
+        return strip_pieces(
+            wide, w_t, w_n, width, narrow, n_t, n_n, rank, columns, ranks, 0, n, one, NORMS, SMALLEST, W_ALIGN,
+            N_ALIGN, UPCAST, BT, BN, R,
+        )  # fmt: skip
 
 
 @triton.jit
 def strip_norms(
     wide, w_b, w_t, w_n, width, narrow, n_b, n_t, n_n, rank, lengths, out, frames, sample, piece, pieces,
-    rank_tiles, one, SMALLEST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
+    rank_tiles, one, LONG: tl.constexpr, SMALLEST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
     UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out [B, pieces, 2]: squares and terms of one sample's piece, for `vectors.finish`."""
@@ -110,18 +137,20 @@ def strip_norms(
     n = frames_of(lengths, sample, frames)
     total, terms = strip_product(
         sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
-        rank, columns, ranks, n, one, True, SMALLEST, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+        rank, columns, ranks, n, one, LONG, True, SMALLEST, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
     )  # fmt: skip
+    exact = total.to(tl.float64)
     at = out + (sample.to(tl.int64) * pieces + piece) * 2
-    tl.store(at, tl.sum(tl.sum(total * total, axis=1), axis=0))
+    tl.store(at, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
     tl.store(at + 1, terms * terms)
 
 
 @triton.jit
 def strip_sums(
     wide, w_b, w_t, w_n, width, narrow, n_b, n_t, n_n, rank, lengths, factors, out, frames, batch, group, piece,
-    rank_tiles, scale, one, COLUMNS_FIRST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
-    UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, SAMPLES: tl.constexpr,
+    rank_tiles, scale, one, LONG: tl.constexpr, COLUMNS_FIRST: tl.constexpr, W_ALIGN: tl.constexpr,
+    N_ALIGN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """out [groups, width, rank] (COLUMNS_FIRST) or [groups, rank, width]: a group's weighted sum of one piece."""
     width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
@@ -133,9 +162,9 @@ def strip_sums(
         n = frames_added(factor, lengths, sample, frames)
         gradient, _ = strip_product(
             sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t,
-            n_n, rank, columns, ranks, n, one, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+            n_n, rank, columns, ranks, n, one, LONG, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
         )  # fmt: skip
-        total += factor * scale * gradient
+        total += factor * scale * gradient.to(tl.float64)
     size = (tl.full((), 1, tl.int64) * width) * rank
     at, inside = entries_of(columns, width, ranks, rank, COLUMNS_FIRST)
     tl.store(out + group * size + at, total, mask=inside)
@@ -181,6 +210,7 @@ def lora_pieces(
     H_ALIGN: tl.constexpr,
     SMALLEST: tl.constexpr,
     UPCAST: tl.constexpr,
+    LONG: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -192,44 +222,45 @@ def lora_pieces(
         if piece < pieces_a:
             strip_norms(
                 x, x_b, x_t, x_n, d, dh, dh_b, dh_t, dh_n, dh_rank, lengths, of_a, frames, which, piece, pieces_a,
-                rank_tiles, one, SMALLEST, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R,
+                rank_tiles, one, LONG, SMALLEST, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R,
             )  # fmt: skip
         else:
             strip_norms(
                 g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, lengths, of_b, frames, which, piece - pieces_a,
-                pieces_b, rank_tiles, one, SMALLEST, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R,
+                pieces_b, rank_tiles, one, LONG, SMALLEST, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R,
             )  # fmt: skip
     else:
         if piece < pieces_a:
             scale = tl.full((), 1.0, tl.float64)
             strip_sums(
                 x, x_b, x_t, x_n, d, dh, dh_b, dh_t, dh_n, dh_rank, lengths, factors, of_a, frames, batch, which,
-                piece, rank_tiles, scale, one, False, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R, SAMPLES,
+                piece, rank_tiles, scale, one, LONG, False, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R, SAMPLES,
             )  # fmt: skip
         else:
             scale = float64_of(scale_high, scale_low)
             strip_sums(
                 g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, lengths, factors, of_b, frames, batch, which,
-                piece - pieces_a, rank_tiles, scale, one, True, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R, SAMPLES,
+                piece - pieces_a, rank_tiles, scale, one, LONG, True, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R, SAMPLES,
             )  # fmt: skip
 
 
 @triton.jit
 def strip_gradient(
     wide, w_b, w_t, w_n, width, narrow, n_b, n_t, n_n, rank, out, frames, sample, piece, rank_tiles, scale, one,
-    COLUMNS_FIRST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, UPCAST: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+    LONG: tl.constexpr, COLUMNS_FIRST: tl.constexpr, W_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out [B, width, rank] (COLUMNS_FIRST) or [B, rank, width]: one piece of one sample's scale·wideᵀ narrow."""
     width, rank = times(width, W_ALIGN), times(rank, N_ALIGN)
     columns, ranks = strip(piece, rank_tiles, BN, R)
     gradient, _ = strip_product(
         sample_at(wide, sample, w_b, W_ALIGN), w_t, w_n, width, sample_at(narrow, sample, n_b, N_ALIGN), n_t, n_n,
-        rank, columns, ranks, frames + tl.zeros((), tl.int32), one, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
+        rank, columns, ranks, frames + tl.zeros((), tl.int32), one, LONG, False, 0.0, W_ALIGN, N_ALIGN, UPCAST, BT, BN,
+        R,
     )  # fmt: skip
     at, inside = entries_of(columns, width, ranks, rank, COLUMNS_FIRST)
     at = out + (sample.to(tl.int64) * width) * rank + at
-    tl.store(at, (gradient * scale).to(tl.float32), mask=inside)
+    tl.store(at, (gradient.to(tl.float64) * scale).to(tl.float32), mask=inside)
 
 
 @kernel
@@ -268,6 +299,7 @@ def lora_forms(
     G_ALIGN: tl.constexpr,
     H_ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
+    LONG: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -278,19 +310,23 @@ def lora_forms(
         scale = tl.full((), 1.0, tl.float64)
         strip_gradient(
             x, x_b, x_t, x_n, d, dh, dh_b, dh_t, dh_n, dh_rank, of_a, frames, sample, piece, rank_tiles, scale, one,
-            False, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R,
+            LONG, False, X_ALIGN, DH_ALIGN, UPCAST, BT, BN, R,
         )  # fmt: skip
     else:
         scale = float64_of(scale_high, scale_low)
         strip_gradient(
             g, g_b, g_t, g_n, p, h, h_b, h_t, h_n, h_rank, of_b, frames, sample, piece - pieces_a, rank_tiles, scale,
-            one, True, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R,
+            one, LONG, True, G_ALIGN, H_ALIGN, UPCAST, BT, BN, R,
         )  # fmt: skip
 
 
 def rank_columns(rank: int) -> int:
     """R: columns of the narrow matrix a program takes, the power of two, from 16, that covers the rank; at most 32."""
     return min(_MOST_COLUMNS, max(16, 1 << (rank - 1).bit_length()))
+
+
+def _aligns(views: dict[str, tuple[tuple[Any, ...], int]]) -> dict[str, Any]:
+    return {f"{name}_ALIGN": align for name, (_, align) in views.items()}
 
 
 def _run(
@@ -307,6 +343,7 @@ def _run(
     views = {"X": rows(x), "DH": rows(dh), "G": rows(g), "H": rows(h)}
     aligned = views["X"][1] > 1 and views["G"][1] > 1
     strip = tile_of(lora_pieces, x, "BN", aligned)
+    long = is_long(lora_pieces, x, aligned)
     columns = rank_columns(rank)
     rank_tiles = tiles(rank, columns)
     pieces_a, pieces_b = tiles(d, strip) * rank_tiles, tiles(p, strip) * rank_tiles
@@ -333,10 +370,12 @@ def _run(
         *float64_bits(scaling),
         1.0,
         aligned=aligned,
+        variant="long" if long else "",
         SMALLEST=bounds.smallest(x.dtype),
         UPCAST=upcast(x),
+        LONG=long,
         R=columns,
-        **{f"{name}_ALIGN": align for name, (_, align) in views.items()},
+        **_aligns(views),
     )
     return of_a, of_b
 
@@ -365,6 +404,7 @@ def lora_gradients(
     views = {"X": rows(x), "DH": rows(dh), "G": rows(g), "H": rows(h)}
     aligned = views["X"][1] > 1 and views["G"][1] > 1
     strip, columns = tile_of(lora_forms, x, "BN", aligned), rank_columns(rank)
+    long = is_long(lora_forms, x, aligned)
     rank_tiles = tiles(rank, columns)
     pieces_a, pieces_b = tiles(d, strip) * rank_tiles, tiles(p, strip) * rank_tiles
     launch(
@@ -381,9 +421,11 @@ def lora_gradients(
         *float64_bits(scaling),
         1.0,
         aligned=aligned,
+        variant="long" if long else "",
         UPCAST=upcast(x),
+        LONG=long,
         R=columns,
-        **{f"{name}_ALIGN": align for name, (_, align) in views.items()},
+        **_aligns(views),
     )
     return of_a, of_b
 

@@ -77,7 +77,7 @@ LINES = (
             Fault(
                 "pieces of long examples added in pairs",
                 "dpkernels/backends/triton_ops/launching.py",
-                "not in bounds.FLOAT64 and frames <= one_piece",
+                "not in bounds.FLOAT64 and not is_long(function, like, aligned, frames)",
                 "not in bounds.FLOAT64",
                 "tests/ops/test_triton_sums.py::test_examples_of_several_pieces_are_never_in_pairs",
             ),
