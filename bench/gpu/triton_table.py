@@ -145,6 +145,8 @@ def examples(
         for kind in (torch.float64, torch.float32):
             sums = tuple(torch.empty(*shape, dtype=kind, device="meta") for shape in outs)
             yield f"{family}_weighted_sum", (*tensors, factors, *sums), options
+            if family == "linear":  # without lengths, as the engine has it, its sum is another loop
+                yield f"{family}_weighted_sum", (*tensors, factors, *sums), {}
 
 
 def _transducer(

@@ -129,7 +129,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     },
     "linear_sum unaligned": {
         (2, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
-        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=1),
     },
     "linear_sum": {
         (2, 80): Config({"BT": 32, "BP": 128, "BD": 64}, warps=8, stages=3),
