@@ -27,6 +27,7 @@ from dpkernels.backends.triton_ops import (
 )
 from dpkernels.backends.triton_ops.device import add_sample, renewed
 from dpkernels.backends.triton_ops.launching import kernel
+from dpkernels.privacy.step.clipping import rounding_slack
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -164,3 +165,24 @@ def test_examples_of_several_pieces_are_never_in_pairs(way: str, monkeypatch: py
     for frames in (longest, longest + 1):
         summed(way, torch.ones(1, frames, 16), torch.ones(1, frames, 16), torch.ones(1), monkeypatch)
     assert said == [True, False]
+
+
+def test_the_slack_covers_pairs() -> None:
+    """Neighbouring sums are each off by what `bounds` derives from the number of samples between renewals."""
+    assert most_off(1) >= (1 + 3 / bounds.RENEWED) * (bounds.RENEWED + 1) * 2.0**-48
+    for samples in (1, 2**10, 2**15, 2**20):
+        assert 2 * most_off(samples) <= rounding_slack(samples)
+
+
+@pytest.mark.parametrize("float64", [bounds.FLOAT64, ()], ids=["float64", "pairs"])
+def test_every_kernel_adds_to_the_same_bits(
+    float64: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles and launches are no part of a sum: each entry has its samples in order."""
+    monkeypatch.setattr(bounds, "FLOAT64", float64)
+    x, g, factors = torch.randn(18, 2, 16), torch.randn(18, 2, 16), torch.rand(18)
+    single, lengths, many = (
+        summed(way, x, g, factors, monkeypatch) for way in ("single", "lengths", "grouped")
+    )
+    assert torch.equal(single, lengths)
+    assert torch.equal(single, many)
