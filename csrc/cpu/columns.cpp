@@ -58,8 +58,8 @@ class ColumnSums {
   }
 
  private:
-  // The entries of a piece of one frame's work: some microseconds, and 32 KiB of the sum.
-  static constexpr int64_t kEntries = 4096;
+  // The entries of a piece of one frame's work: some microseconds of reading, and 32 KiB of the sum.
+  static constexpr int64_t kRead = 16384, kEntries = 4096;
 
   float upper(int64_t i, double square, double squared_scale) const {
     const double e = error_bound<R>(length_of(lengths_, i, g_.size[1]), g_.size[2], std::sqrt(squared_scale));
@@ -75,13 +75,17 @@ class ColumnSums {
 
   const R* entries(int64_t i, int64_t first) const { return reinterpret_cast<const R*>(at(g_, i, 0, first)); }
 
+  // Squares of float32 numbers are exact in float64, and none underflows.
+  static double squares_of(const float* v, int64_t n) { return micro<float>().square_sum(v, n); }
+  static double squares_of(const double* v, int64_t n) { return micro<double>().square_sum_above(v, n); }
+
   void norms_of_one_frame(float* out) const {
-    const int64_t n = g_.size[2], pieces = ceil_div(n, kEntries);
+    const int64_t n = g_.size[2], pieces = ceil_div(n, kRead);
     std::vector<double> squares(static_cast<size_t>(g_.size[0] * pieces));
     parallel_for(static_cast<int64_t>(squares.size()), threads_, [&](int64_t piece, int) {
-      const int64_t first = piece % pieces * kEntries;
+      const int64_t first = piece % pieces * kRead;
       squares[static_cast<size_t>(piece)] =
-          micro<R>().square_sum_above(entries(piece / pieces, first), std::min(kEntries, n - first));
+          squares_of(entries(piece / pieces, first), std::min(kRead, n - first));
     });
     for (int64_t i = 0; i < g_.size[0]; ++i) {
       double square = 0.0;

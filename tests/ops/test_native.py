@@ -412,7 +412,7 @@ def test_padding_changes_no_bound_of_a_streaming_norm() -> None:
 def test_a_gradient_of_one_frame_is_read_in_place(dtype: torch.dtype) -> None:
     """By a path of its own, for long rows that lie in memory as they are: materialised gradients."""
     g = randn(3, 1, 10_007, dtype=dtype)
-    g[1] *= 1e-30
+    g[1] *= 1e-15
     exact = g.double().square().sum((1, 2))
     norms = native_ops.bias_norm_sq(g)
     assert bool((norms.double() >= exact).all())
