@@ -138,6 +138,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
     },
     "grouped_norms": {
+        (4, 80): Config({"BT": 32, "BN": 64}, warps=8, stages=2),
         (4, 100): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 64, "BN": 128}, warps=4, stages=2),
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
@@ -147,6 +148,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
     },
     "grouped_norms long unaligned": {
+        (4, 100): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
     },
