@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "finish_norms": {(4, ANY): Config({"BLOCK": 256}, warps=1)},
     "add_weighted": {(4, ANY): Config({"BLOCK": 128}, warps=4)},
     "bias_sums": {
-        (2, 100): Config({"BT": 64, "BN": 64}),
+        (2, 100): Config({"BT": 64, "BN": 64}, warps=8),
         (2, ANY): Config({"BT": 128, "BN": 64}),
         (4, ANY): Config({"BT": 32, "BN": 64}),
     },
