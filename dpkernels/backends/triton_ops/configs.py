@@ -81,6 +81,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
     },
     "lora_forms long unaligned": {
+        (4, 80): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
     },
