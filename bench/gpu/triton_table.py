@@ -125,7 +125,7 @@ def examples(
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     takes = inspect.signature(getattr(triton_ops, f"{family}_norm_sq")).parameters
     # taps: a usual filter's, and the most that a program takes
-    for frames, rank, taps in ((188, 16, 5), (3000, 64, 36), (188, 8, 9)):
+    for frames, rank, taps in ((188, 16, 5), (3000, 64, 33), (188, 8, 9)):
         tensors, outs = _layer(family, empty, (batch, frames, width, wide), rank, taps)
         options: dict[str, Any] = {"lengths": lengths} if "lengths" in takes else {}
         if "padding" in takes:
@@ -197,8 +197,8 @@ def _grouped(
 ) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """As `examples`, for the ops on many layers: a LoRA layer and a vector, so many that they are grouped."""
     batch, layers = len(factors), 16
-    for rank in (8, 16, 64):
-        x, h, g, dh = (empty(batch, 188, n) for n in (width, rank, wide, rank))
+    for frames, rank in ((188, 8), (188, 16), (188, 64), (3000, 16), (3000, 64)):
+        x, h, g, dh = (empty(batch, frames, n) for n in (width, rank, wide, rank))
         if family == "lora_gradients":
             yield "lora_gradients", (x, h, g, dh), {}
             continue

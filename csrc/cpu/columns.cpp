@@ -125,7 +125,9 @@ class ColumnSums {
       micro<R>().accumulate(sum, part, columns, factor);
       // The sum of m norms is at most the root of m times their squares; padding is not among the m.
       int64_t own = 0;
-      for (int64_t t = t0; t < t0 + count; ++t) own += is_zero(g_, i, t, first, columns) ? 0 : 1;
+      for (int64_t t = t0; t < t0 + count; ++t)
+        own += is_zero(g_, i, t, first, columns) || (x_ != nullptr && is_zero(*x_, i, t, first, columns)) ? 0
+                                                                                                          : 1;
       scale += std::sqrt(squares * static_cast<double>(own));
     }
     return scale;

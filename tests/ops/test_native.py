@@ -216,8 +216,8 @@ def test_a_non_finite_input_makes_its_own_norm_non_finite(bad: float) -> None:
                 continue
             for place in (0, -1):
                 invalidated = [t.clone() for t in call.inputs]
-                # Frame 2 is read by every tap, stride and length; g = 0 there must not hide a NaN in x.
-                index = (1, place, 2) if call.name == "depthwise_conv1d" else (1, 2, place)
+                # A tap of every convolution above reads frame 3; g = 0 there must not hide a NaN in x.
+                index = (1, place, 3) if call.name == "depthwise_conv1d" else (1, 2, place)
                 if call.ids is not None:
                     call.ids[1, 2] = 0
                 invalidated[which][index] = bad

@@ -35,7 +35,9 @@ use whether it rounds as its architecture should; `tests/ops/test_tensor_cores.p
 For the subnormal factors of 2., S is Σ_t (‖x_t‖ + δ√d)(‖g_t‖ + δ√p), δ being the smallest normal number, or more.
 
 **Chains.** Roundings add up along an accumulation, so one accumulation covers `CHAIN` terms; the pieces are added in
-float32, one rounding each, outside of the matrix instruction.
+float32, one rounding each, outside of the matrix instruction. `PIECES` of them make a part, which is then added in
+float64. So κ is a constant, whatever the length: a bound that grew with the frames of the longest sample of a batch
+would raise the norms of all others when that one joins.
 
 Sources: M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
 Science 7:e330, 2021. F. A. Khattak, M. Mikaitis, Accurate models of NVIDIA tensor cores, arXiv:2512.07004, with the
@@ -99,6 +101,9 @@ Twice as many would halve the pieces, which are added in float32, and double the
 0.65625 roundings a product, 84 + 1 + 8 against 42 + 1 + 16. From 1,000 to 4,000 terms 64 is within a tenth of the best.
 """
 
+PIECES = 32
+"""Accumulations that are added in float32, at most; their sums are added in float64."""
+
 
 def smallest(dtype: torch.dtype) -> float:
     """Return δ, above the value that a tensor core assumes for a subnormal factor; 0 if none is used.
@@ -112,6 +117,21 @@ def smallest(dtype: torch.dtype) -> float:
 def tensor_core(architecture: int) -> TensorCore:
     """Return the tensor core of an architecture (compute capability × 10): the coarsest if none is published."""
     return TENSOR_CORES.get(architecture, COARSEST)
+
+
+def sum_roundings(chain: int, per_term: float, pieces: int = PIECES) -> float:
+    """Return κ of a sum of any number of products, which its length does not enter.
+
+    Args:
+        chain: products in one accumulation, at most. It counts whole: the tensor core decides which share a block.
+        per_term: roundings of a product in it, for each product.
+        pieces: accumulations that are added in float32, one rounding each; 0 where all are added in float64.
+
+    A term's own rounding counts one (that of a product, of a float32 factor, or of a total to float32), and one stands
+    for all additions in float64: a sum has fewer than 2³¹ frames, and 2²⁹ pieces, of 2⁻⁵³ each. A frame whose product
+    is 0 rounds nothing, so padding, wherever it is, adds nothing to κ.
+    """
+    return chain * per_term + pieces + 2.0
 
 
 def roundings(dtype: torch.dtype, architecture: int) -> float:
