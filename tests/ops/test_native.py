@@ -408,6 +408,31 @@ def test_padding_changes_no_bound_of_a_streaming_norm() -> None:
     assert seen == {"bias", "layer_norm", "lora", "embedding", "depthwise_conv1d"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_of_one_frame_is_read_in_place(dtype: torch.dtype) -> None:
+    """By a path of its own, for long rows that lie in memory as they are: materialised gradients."""
+    g = randn(3, 1, 10_007, dtype=dtype)
+    g[1] *= 1e-15
+    exact = g.double().square().sum((1, 2))
+    norms = native_ops.bias_norm_sq(g)
+    assert bool((norms.double() >= exact).all())
+    torch.testing.assert_close(norms.double(), exact, rtol=3e-5, atol=0.0)
+    padded = native_ops.bias_norm_sq(torch.cat([g, torch.zeros_like(g)], 1))
+    torch.testing.assert_close(norms, padded, rtol=1.2e-7, atol=0.0)  # one rounding to float32
+
+    factors = torch.tensor([0.5, 3.0, 0.0])
+    for out in (torch.ones(10_007, dtype=torch.float64), torch.ones(20_014)[::2]):
+        g[2] = torch.nan  # a sample of factor 0 is not read
+        native_ops.bias_weighted_sum(g, factors, out)
+        tolerance = SUM_OFF[torch.float64 if out.dtype == torch.float64 else torch.float32]
+        torch.testing.assert_close(
+            out.double(),
+            1.0 + 0.5 * g[0, 0].double() + 3.0 * g[1, 0].double(),
+            rtol=tolerance,
+            atol=tolerance,
+        )
+
+
 def test_trailing_zero_gradients_change_no_bit_of_a_linear_norm() -> None:
     x, g = torch.randn(1, 90, 40), torch.randn(1, 90, 50)
     g[:, 41:] = 0.0

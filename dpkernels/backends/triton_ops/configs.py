@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "finish_norms": {(4, ANY): Config({"BLOCK": 256}, warps=1)},
     "add_weighted": {(4, ANY): Config({"BLOCK": 128}, warps=4)},
     "bias_sums": {
-        (2, 100): Config({"BT": 64, "BN": 64}),
+        (2, 100): Config({"BT": 64, "BN": 64}, warps=8),
         (2, ANY): Config({"BT": 128, "BN": 64}),
         (4, ANY): Config({"BT": 32, "BN": 64}),
     },
@@ -81,6 +81,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
     },
     "lora_forms long unaligned": {
+        (4, 80): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
     },
@@ -138,6 +139,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
     },
     "grouped_norms": {
+        (4, 80): Config({"BT": 32, "BN": 64}, warps=8, stages=2),
         (4, 100): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 64, "BN": 128}, warps=4, stages=2),
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
@@ -147,6 +149,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
     },
     "grouped_norms long unaligned": {
+        (4, 100): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
     },
