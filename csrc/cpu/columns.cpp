@@ -26,6 +26,7 @@ class ColumnSums {
   }
 
   void norms(float* out) const {
+    if (is_one_frame()) return norms_of_one_frame(out);
     std::vector<double> squares(static_cast<size_t>(g_.size[0] * strips_)), scales(squares.size());
     parallel_for(static_cast<int64_t>(squares.size()), threads_, [&](int64_t n, int) {
       double sum[kStrip] = {};
@@ -40,12 +41,12 @@ class ColumnSums {
         // different columns: errors add in squares
         scale += product_above(scales[static_cast<size_t>(n)], scales[static_cast<size_t>(n)]);
       }
-      const double e = error_bound<R>(length_of(lengths_, i, g_.size[1]), g_.size[2], std::sqrt(scale));
-      out[i] = scale == 0.0 ? 0.0f : upper_square(square, static_cast<double>(g_.size[2]), e);
+      out[i] = upper(i, square, scale);
     }
   }
 
   void sums(const double* factors, void* out, dpk_dtype dtype) const {
+    if (is_one_frame()) return sums_of_one_frame(factors, out, dtype);
     parallel_for(strips_, threads_, [&](int64_t strip, int) {
       double sum[kStrip];
       const int64_t first = strip * kStrip, columns = std::min(kStrip, g_.size[2] - first);
@@ -57,6 +58,54 @@ class ColumnSums {
   }
 
  private:
+  // The entries of a piece of one frame's work: some microseconds of reading, and 32 KiB of the sum.
+  static constexpr int64_t kRead = 16384, kEntries = 4096;
+
+  float upper(int64_t i, double square, double squared_scale) const {
+    const double e = error_bound<R>(length_of(lengths_, i, g_.size[1]), g_.size[2], std::sqrt(squared_scale));
+    return squared_scale == 0.0 ? 0.0f : upper_square(square, static_cast<double>(g_.size[2]), e);
+  }
+
+  // Whether each sample is a row in memory, as a gradient that exists already is: it is read as fast as
+  // memory allows, with no sum over frames, and no copy.
+  bool is_one_frame() const {
+    return x_ == nullptr && lengths_ == nullptr && g_.size[1] == 1 && g_.stride[2] == 1 &&
+           g_.dtype == kDtype<R>;
+  }
+
+  const R* entries(int64_t i, int64_t first) const { return reinterpret_cast<const R*>(at(g_, i, 0, first)); }
+
+  // Squares of float32 numbers are exact in float64, and none underflows.
+  static double squares_of(const float* v, int64_t n) { return micro<float>().square_sum(v, n); }
+  static double squares_of(const double* v, int64_t n) { return micro<double>().square_sum_above(v, n); }
+
+  void norms_of_one_frame(float* out) const {
+    const int64_t n = g_.size[2], pieces = ceil_div(n, kRead);
+    std::vector<double> squares(static_cast<size_t>(g_.size[0] * pieces));
+    parallel_for(static_cast<int64_t>(squares.size()), threads_, [&](int64_t piece, int) {
+      const int64_t first = piece % pieces * kRead;
+      squares[static_cast<size_t>(piece)] =
+          squares_of(entries(piece / pieces, first), std::min(kRead, n - first));
+    });
+    for (int64_t i = 0; i < g_.size[0]; ++i) {
+      double square = 0.0;
+      for (int64_t piece = i * pieces; piece < (i + 1) * pieces; ++piece)
+        square += squares[static_cast<size_t>(piece)];
+      out[i] = upper(i, square, square);
+    }
+  }
+
+  void sums_of_one_frame(const double* factors, void* out, dpk_dtype dtype) const {
+    parallel_for(ceil_div(g_.size[2], kEntries), threads_, [&](int64_t piece, int) {
+      const int64_t first = piece * kEntries, n = std::min(kEntries, g_.size[2] - first);
+      alignas(64) double sum[kEntries];
+      read_out(out, dtype, first, n, sum);
+      for (int64_t i = 0; i < g_.size[0]; ++i)
+        if (factors[i] != 0.0) micro<R>().accumulate(sum, entries(i, first), n, factors[i]);
+      write_out(out, dtype, first, n, sum);
+    });
+  }
+
   // sum += factor * (sample i's column sums); returns S of these columns.
   double add(int64_t i, int64_t strip, double factor, double* sum) const {
     const int64_t first = strip * kStrip, columns = std::min(kStrip, g_.size[2] - first),
@@ -76,7 +125,9 @@ class ColumnSums {
       micro<R>().accumulate(sum, part, columns, factor);
       // The sum of m norms is at most the root of m times their squares; padding is not among the m.
       int64_t own = 0;
-      for (int64_t t = t0; t < t0 + count; ++t) own += is_zero(g_, i, t, first, columns) ? 0 : 1;
+      for (int64_t t = t0; t < t0 + count; ++t)
+        own += is_zero(g_, i, t, first, columns) || (x_ != nullptr && is_zero(*x_, i, t, first, columns)) ? 0
+                                                                                                          : 1;
       scale += std::sqrt(squares * static_cast<double>(own));
     }
     return scale;

@@ -16,7 +16,8 @@ namespace {
 //
 // Bound: a lane of the vector sums at most 64 products and the lanes are then added pairwise (at most 4
 // levels), so a product meets min(n,64) + 5 roundings; pieces of 16*64 frames are added in float64. |error of
-// tap j| <= gamma sum_t |g_t||x_..| <= gamma ||g_c|| ||x_c||, so S of the channel is sqrt(k) ||g_c|| ||x_c||.
+// tap j| <= gamma sum_t |g_t||x_..|, the same correlation of |x| and |g|, and S of the channel is the root of
+// the sum of their squares. ||g_c|| ||x_c|| would be cheaper, but padding adds to it: x is rarely 0 there.
 // kappa() counts up to 8 merges, which covers the 5.
 template <class R>
 class Depthwise {
@@ -46,8 +47,9 @@ class Depthwise {
       Channel channel(*this);
       double square = 0.0, scale = 0.0;
       for (int64_t c = n % pieces * kChannels, end = std::min(c + kChannels, x_.size[1]); c < end; ++c) {
-        scale += channel.correlate(*this, n / pieces, c, true);
+        channel.correlate(*this, n / pieces, c);
         square += micro<double>().square_sum(channel.sums.data(), taps_);
+        scale += channel.scale(*this);
       }
       squares[static_cast<size_t>(n)] = square;
       scales[static_cast<size_t>(n)] = scale;
@@ -59,8 +61,9 @@ class Depthwise {
         scale += scales[static_cast<size_t>(n)];
       }
       const int64_t entries = x_.size[1] * taps_;
-      const double e = error_bound<R>(g_.size[2], entries, std::sqrt(scale * static_cast<double>(taps_)));
-      out[i] = scale == 0.0 ? 0.0f : upper_square(square, static_cast<double>(entries), e);
+      const double e = error_bound<R>(g_.size[2], entries, std::sqrt(scale));
+      // Where a zero meets a NaN, the square has it; the scale may be one of zeros.
+      out[i] = scale == 0.0 && square == 0.0 ? 0.0f : upper_square(square, static_cast<double>(entries), e);
     }
   }
 
@@ -72,7 +75,7 @@ class Depthwise {
         read_out(out, dtype, c * taps_, taps_, total.data());
         for (int64_t i = 0; i < x_.size[0]; ++i) {
           if (factors[i] == 0.0) continue;
-          channel.correlate(*this, i, c, false);
+          channel.correlate(*this, i, c);
           micro<double>().accumulate(total.data(), channel.sums.data(), taps_, factors[i]);
         }
         write_out(out, dtype, c * taps_, taps_, total.data());
@@ -91,8 +94,8 @@ class Depthwise {
           row(static_cast<size_t>(of.x_.size[2])),
           sums(static_cast<size_t>(of.taps_)) {}
 
-    // Leaves the channel's gradient in `sums`; returns an upper bound of ||g||^2 ||x||^2 on request.
-    double correlate(const Depthwise& of, int64_t i, int64_t c, bool with_scale) {
+    // Leaves the channel's gradient in `sums`.
+    void correlate(const Depthwise& of, int64_t i, int64_t c) {
       const Micro<R>& k = micro<R>();
       const int64_t out_frames = of.g_.size[2], frames = of.x_.size[2];
       k.load(at(of.g_, i, c, 0), of.g_.dtype, of.g_.stride[2], out_frames, g.data());
@@ -109,19 +112,37 @@ class Depthwise {
               row[static_cast<size_t>(t)];
         }
       }
+      add_taps(of);
+    }
+
+    // S^2 of the channel that `correlate` left here, and no smaller; its x, g and sums are lost. 1e-5 covers
+    // the rounding of a tap's terms. A tap whose products all underflowed to 0 counts as the smallest number:
+    // what was taken from it is in absolute().
+    double scale(const Depthwise& of) {
+      const Micro<R>& k = micro<R>();
+      const double most = product_above(k.square_sum_above(g.data(), of.g_.size[2]),
+                                        k.square_sum_above(x.data(), static_cast<int64_t>(x.size())));
+      if (most == 0.0) return 0.0;
+      for (R& value : x) value = std::fabs(value);
+      for (R& value : g) value = std::fabs(value);
+      add_taps(of);
+      double squares = 0.0;
+      for (double terms : sums) squares += product_above(terms, terms);
+      return std::max(squares * 1.00002, std::numeric_limits<double>::denorm_min());
+    }
+
+    std::vector<R> x, g, part, row;
+    std::vector<double> sums;
+
+   private:
+    void add_taps(const Depthwise& of) {
       std::fill(sums.begin(), sums.end(), 0.0);
       for (int64_t t = 0; t < of.frames_; t += kMost) {
         layer_micro<R>().correlate(x.data() + t, of.offsets_.data(), of.taps_, g.data() + t,
                                    std::min(kMost, of.frames_ - t), part.data());
         for (int64_t j = 0; j < of.taps_; ++j) sums[static_cast<size_t>(j)] += part[static_cast<size_t>(j)];
       }
-      if (!with_scale) return 0.0;
-      return product_above(k.square_sum_above(g.data(), out_frames),
-                           k.square_sum_above(x.data(), static_cast<int64_t>(x.size())));
     }
-
-    std::vector<R> x, g, part, row;
-    std::vector<double> sums;
   };
 
   const dpk_tensor& x_;

@@ -51,17 +51,6 @@ int64_t band_product(const R* a, int64_t apart, const R* b, int64_t frames, int6
 // A sum takes samples in groups whose panels fit in about this much memory: its output is read and written
 // once a group.
 constexpr int64_t kGroupBytes = int64_t{16} << 20;
-// A norm has no output to go through again, and takes groups that stay in the threads' second-level caches:
-// so much for each of them.
-constexpr int64_t kNormGroupBytes = int64_t{1} << 20;
-
-struct Sample {
-  int64_t index, length;
-  double factor;
-  int64_t x_at, g_at;  // where its panels start, in elements
-  int64_t rows_at;     // where its row norms start
-};
-
 // Frames packed by one call.
 constexpr int64_t kPackFrames = 32;
 

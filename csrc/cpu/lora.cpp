@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kNarrowBytes = int64_t{8} << 20;
 
 // Frames whose part of S is bounded together, sum_t ||a_t|| ||b_t|| <= sqrt(sum_t ||a_t||^2 sum_t ||b_t||^2):
-// a row's own norm would take as long as its products.
+// a row's own norm would take as long as its products. Frames in which either row is 0 are not among them, so
+// that padding, wherever it is, neither adds to a sum nor moves the others to another one.
 constexpr int64_t kBoundFrames = 16;
 
 struct Factor {
@@ -148,12 +149,12 @@ class LoRA {
   // Converts the narrow matrices of a group of samples, then calls body(first, count).
   template <class Body>
   void for_groups(Body&& body) {
-    const int64_t size = frames() * padded_, bounds = ceil_div(frames(), kBoundFrames);
+    const int64_t size = frames() * padded_;
     const int64_t bytes = std::max<int64_t>(1, 2 * size * static_cast<int64_t>(sizeof(R)));
     const size_t most = static_cast<size_t>(std::max<int64_t>(1, kNarrowBytes / bytes));
     const int64_t slots = 2 * static_cast<int64_t>(std::min(most, indices_.size()));
     const Scratch<R> space(size * slots);
-    const Scratch<double> bound_space(bounds * slots);
+    const Scratch<double> bound_space(frames() * slots);
     narrow_ = space.get();
     narrow_squares_ = bound_space.get();
     for (size_t first = 0; first < indices_.size(); first += most) {
@@ -165,8 +166,8 @@ class LoRA {
     }
   }
 
-  // Sample i's narrow matrix [length, padded_], and upper bounds of the squares of kBoundFrames frames of it
-  // at a time.
+  // Sample i's narrow matrix [length, padded_], and upper bounds of the squares of its rows: 0 for rows of
+  // zeros only.
   void convert(int64_t slot, int64_t i) const {
     const dpk_tensor& v = *factors_[slot % 2].narrow;
     const int64_t length = length_of(lengths_, i, frames());
@@ -174,9 +175,8 @@ class LoRA {
     const Rows<R> source(v, i, 0, length, 0, r_, k_.mr, rows);
     for (int64_t t = 0; r_ > 0 && source.data != rows && t < length; ++t)
       std::copy_n(source.data + t * source.ld, r_, rows + t * padded_);
-    for (int64_t t = 0; t < length; t += kBoundFrames)
-      narrow_squares_[slot * ceil_div(frames(), kBoundFrames) + t / kBoundFrames] =
-          k_.square_sum_above(rows + t * padded_, std::min(kBoundFrames, length - t) * padded_);
+    for (int64_t t = 0; t < length; ++t)
+      narrow_squares_[slot * frames() + t] = k_.square_sum_above(rows + t * padded_, padded_);
   }
 
   // Prefetches frames [t0, t0+kChunk) of a strip: a strip of a wide matrix takes a few cache
@@ -191,6 +191,43 @@ class LoRA {
     }
   }
 
+  // S of the columns of a piece, or more, kBoundFrames own frames at a time.
+  class Bound {
+   public:
+    // Frames [t0, t0 + count) of a sample, of which `rows` has the piece's columns.
+    void add(const dpk_tensor& wide, int64_t i, int64_t t0, const Rows<R>& rows, int64_t count,
+             const Piece& piece, const double* narrow_squares) {
+      const auto own = [&](int64_t t) {
+        return narrow_squares[t0 + t] != 0.0 && !is_zero(wide, i, t0 + t, piece.column, piece.columns);
+      };
+      for (int64_t t = 0; t < count;) {
+        int64_t run = 0;
+        for (; t + run < count && frames_ + run < kBoundFrames && own(t + run); ++run)
+          of_narrow_ += narrow_squares[t0 + t + run];
+        if (run > 0)
+          of_wide_ += micro<R>().square_sum_above_rows(rows.data + t * rows.ld, rows.ld, run, piece.columns);
+        frames_ += run;
+        t += frames_ == kBoundFrames ? run : run + 1;  // the next frame is not the sample's own
+        if (frames_ == kBoundFrames) end_group();
+      }
+    }
+
+    double total() {
+      end_group();
+      return scale_;
+    }
+
+   private:
+    void end_group() {
+      scale_ += std::sqrt(product_above(of_narrow_, of_wide_));
+      of_narrow_ = of_wide_ = 0.0;
+      frames_ = 0;
+    }
+
+    double scale_ = 0.0, of_narrow_ = 0.0, of_wide_ = 0.0;
+    int64_t frames_ = 0;
+  };
+
   // sum [padded_, kStrip] += factor * narrow^T wide over one sample's frames, columns of `piece`. Returns,
   // on request, a number >= S = sum_t ||narrow_t|| ||wide_t|| of these columns.
   double product(const Piece& piece, int64_t i, size_t slot, double factor, double* sum,
@@ -198,10 +235,10 @@ class LoRA {
     const dpk_tensor& wide = *factors_[piece.which].wide;
     const int64_t narrow_slot = 2 * static_cast<int64_t>(slot) + piece.which;
     const R* narrow_rows = narrow_ + narrow_slot * frames() * padded_;
-    const double* narrow_squares = narrow_squares_ + narrow_slot * ceil_div(frames(), kBoundFrames);
+    const double* narrow_squares = narrow_squares_ + narrow_slot * frames();
     const int64_t length = length_of(lengths_, i, frames());
     const Scratch<R> block(padded_ * kStrip), space(kChunk * kStrip);
-    double scale = 0.0;
+    Bound bound;
     prefetch(wide, i, 0, length, piece);
     for (int64_t t0 = 0; t0 < length; t0 += kChunk) {
       const int64_t count = std::min(kChunk, length - t0);
@@ -212,17 +249,12 @@ class LoRA {
         for (int64_t m = 0; m < padded_; m += k_.mr)
           k_.tile(a + m, padded_, rows.data + j, rows.ld, count, block.get() + m * kStrip + j, kStrip,
                   t0 % kBlock != 0);
-      for (int64_t t = 0; with_scale && t < count; t += kBoundFrames) {
-        const int64_t few = std::min(kBoundFrames, count - t);
-        scale += std::sqrt(
-            product_above(narrow_squares[(t0 + t) / kBoundFrames],
-                          k_.square_sum_above_rows(rows.data + t * rows.ld, rows.ld, few, piece.columns)));
-      }
+      if (with_scale) bound.add(wide, i, t0, rows, count, piece, narrow_squares);
       if (t0 + count == length || (t0 + kChunk) % kBlock == 0)
         for (int64_t m = 0; m < r_; ++m)
           k_.accumulate(sum + m * kStrip, block.get() + m * kStrip, piece.columns, factor);
     }
-    return scale;
+    return bound.total();
   }
 
   // Errors of different strips are errors of different entries, so they add in squares: e = gamma sqrt(sum of
@@ -239,7 +271,8 @@ class LoRA {
     const double s = std::fabs(f.scaling), entries = static_cast<double>(r_) * static_cast<double>(n);
     // A scaling in (0, infinity) takes part in float64; s * s * square and s * e keep the relative errors.
     const double e = error_bound<R>(length_of(lengths_, i, frames()), r_ * n, std::sqrt(scale));
-    f.norm_sq[i] = scale == 0.0 ? 0.0f : upper_square(s * s * square, entries + 4.0, s * e);
+    // A row of zeros beside a NaN is not in the scale, but in the square.
+    f.norm_sq[i] = scale == 0.0 && square == 0.0 ? 0.0f : upper_square(s * s * square, entries + 4.0, s * e);
   }
 
   const Factor factors_[2];
@@ -249,7 +282,7 @@ class LoRA {
   int threads_ = 1;
   std::vector<int64_t> indices_;
   R* narrow_ = nullptr;               // [2 * samples of the group, T, padded_]
-  double* narrow_squares_ = nullptr;  // [2 * samples of the group, T / kBoundFrames]
+  double* narrow_squares_ = nullptr;  // [2 * samples of the group, T]
 };
 
 void check(const dpk_tensor& x, const dpk_tensor& h, const dpk_tensor& g, const dpk_tensor& dh,

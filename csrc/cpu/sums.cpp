@@ -10,15 +10,28 @@ namespace {
 
 // Columns of the output that one piece of work holds in float64, in units of a panel.
 constexpr int64_t kPanelsWide = 4;
+// Pieces of work for each thread, at least: a thread that the system takes away for a while delays the end by
+// no more than a piece.
+constexpr int64_t kPiecesPerThread = 3;
 
-// Each piece of work owns a tile of the output: it takes the samples in order, computes a sample's product
-// in R (in the order of the norm's, bounds.h), and adds factor * product in float64. The tile is read from
-// `out` first and written back at the end.
+// Each piece of work owns a part of the output: it takes the samples in order, computes a sample's product
+// in R (in the order of the norm's, bounds.h), and adds factor * product in float64, tile by tile. A tile is
+// read from `out` first and written back at the end.
+//
+// The part is some whole rows if there are more rows than columns, else some whole columns, and the piece
+// packs what only it reads of g, or of x: those panels stay in its core's cache. The other tensor's panels,
+// which all pieces read, are packed before.
 template <class R>
 class WeightedSum {
  public:
   WeightedSum(const dpk_tensor& x, const dpk_tensor& g, int32_t threads, void* out, dpk_dtype out_dtype)
-      : x_(x), g_(g), threads_(threads), out_(out), out_dtype_(out_dtype), k_(micro<R>()) {}
+      : x_(x),
+        g_(g),
+        threads_(threads),
+        out_(out),
+        out_dtype_(out_dtype),
+        k_(micro<R>()),
+        by_rows_(g.size[2] >= x.size[2]) {}
 
   void run(const double* factors, const int64_t* lengths) const {
     std::vector<Sample> group;
@@ -26,24 +39,67 @@ class WeightedSum {
     for (int64_t i = 0; i < x_.size[0]; ++i) {
       if (factors[i] == 0.0) continue;
       const int64_t length = effective_length<R>(x_, g_, i, length_of(lengths, i, x_.size[1]));
-      const int64_t x_size = packed_size(k_.wide, length, x_.size[2]),
-                    g_size = packed_size(k_.tall, length, g_.size[2]);
-      if (!group.empty() && (size + x_size + g_size) * static_cast<int64_t>(sizeof(R)) > kGroupBytes) {
+      const int64_t shared = packed_size(panel(!by_rows_), length, tensor(!by_rows_).size[2]);
+      if (!group.empty() && (size + shared) * static_cast<int64_t>(sizeof(R)) > kGroupBytes) {
         add(group, size);
         group.clear();
         size = 0;
       }
-      group.push_back({i, length, factors[i], size, size + x_size, 0});
-      size += x_size + g_size;
+      group.push_back({i, length, factors[i], size});
+      size += shared;
     }
     if (!group.empty()) add(group, size);
   }
 
  private:
+  // A tile of the output.
+  struct Place {
+    int64_t row, column, rows, columns;
+  };
+
+  // A sample's frames, its factor, and where its shared panels start, in elements.
+  struct Sample {
+    int64_t index, length;
+    double factor;
+    int64_t shared_at;
+  };
+
+  // g and its panels, or x and its.
+  const dpk_tensor& tensor(bool of_g) const { return of_g ? g_ : x_; }
+  const Panel<R>& panel(bool of_g) const { return of_g ? k_.tall : k_.wide; }
+
   void add(const std::vector<Sample>& group, int64_t size) const {
-    const int64_t d = x_.size[2], p = g_.size[2], width = k_.nr;
+    const int64_t d = x_.size[2], p = g_.size[2];
+    int64_t frames = 0;
+    for (const Sample& s : group) frames += s.length;
+    const int threads = worthwhile_threads(
+        threads_, static_cast<double>(frames) * static_cast<double>(p) * static_cast<double>(d) / 16);
     const Workspace workspace(size * static_cast<int64_t>(sizeof(R)));
-    R* const panels = workspace.as<R>();
+    R* const shared = workspace.as<R>();
+    pack_shared(group, shared, threads);
+
+    const int64_t unit = by_rows_ ? kBandPanels * k_.tall.width : kPanelsWide * k_.nr,
+                  other = by_rows_ ? kPanelsWide * k_.nr : kBandPanels * k_.tall.width;
+    const int64_t parts = ceil_div(by_rows_ ? p : d, unit), across = ceil_div(by_rows_ ? d : p, other);
+    // Where there are few parts for the threads, several pieces pack the same part.
+    const int64_t pieces = std::clamp<int64_t>(ceil_div(kPiecesPerThread * threads, parts), 1, across);
+    parallel_for(parts * pieces, threads, [&](int64_t n, int worker) {
+      const int64_t first = n / pieces * unit, count = std::min(unit, (by_rows_ ? p : d) - first);
+      const int64_t from = n % pieces * across / pieces, to = (n % pieces + 1) * across / pieces;
+      const Workspace own(frames * round_to(count, panel(by_rows_).width) * static_cast<int64_t>(sizeof(R)),
+                          worker + 1);
+      pack_own(group, first, count, own.as<R>());
+      for (int64_t m = from; m < to; ++m) {
+        const int64_t second = m * other, width = std::min(other, (by_rows_ ? d : p) - second);
+        if (by_rows_)
+          tile(group, {first, second, count, width}, own.as<R>(), shared);
+        else
+          tile(group, {second, first, width, count}, shared, own.as<R>());
+      }
+    });
+  }
+
+  void pack_shared(const std::vector<Sample>& group, R* panels, int threads) const {
     struct Piece {
       const Sample* sample;
       int64_t t0;
@@ -51,45 +107,52 @@ class WeightedSum {
     std::vector<Piece> pieces;
     for (const Sample& s : group)
       for (int64_t t = 0; t < s.length; t += kPackFrames) pieces.push_back({&s, t});
-    const int threads =
-        worthwhile_threads(threads_, static_cast<double>(size) * static_cast<double>(std::min(p, d)) / 16);
     parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t n, int) {
       const auto [s, t0] = pieces[static_cast<size_t>(n)];
-      const int64_t t1 = std::min(t0 + kPackFrames, s->length);
-      pack_frames<R>(x_, s->index, s->length, t0, t1, k_.wide, panels + s->x_at, nullptr);
-      pack_frames<R>(g_, s->index, s->length, t0, t1, k_.tall, panels + s->g_at, nullptr);
-    });
-
-    const int64_t wide = kPanelsWide * width, across = ceil_div(d, wide), band = kBandPanels * k_.tall.width;
-    parallel_for(ceil_div(p, band) * across, threads, [&](int64_t n, int) {
-      const Place place{n / across * band, n % across * wide, std::min(band, p - n / across * band),
-                        std::min(wide, d - n % across * wide)};
-      alignas(64) R tiles[kMostBand];
-      alignas(64) double sum[kPanelsWide * kMostBand];
-      for_runs(place, sum, [&](double* run, int64_t index, int64_t count) {
-        read_out(out_, out_dtype_, index, count, run);
-      });
-      for (const Sample& s : group) {
-        for (int64_t t0 = 0; t0 < s.length; t0 += kBlock) {
-          const int64_t frames = std::min(kBlock, s.length - t0), apart = s.length * k_.tall.width;
-          const R* a = panels + s.g_at + place.row * s.length + t0 * k_.tall.width;
-          for (int64_t j = 0; j < place.columns; j += width) {
-            const R* b = panels + s.x_at + (place.column + j) * s.length + t0 * width;
-            const int64_t rows = band_product(a, apart, b, frames, place.rows, tiles);
-            k_.accumulate(sum + j * band, tiles, rows * width, s.factor);
-          }
-        }
-      }
-      for_runs(place, sum, [&](const double* run, int64_t index, int64_t count) {
-        write_out(out_, out_dtype_, index, count, run);
-      });
+      pack_frames<R>(tensor(!by_rows_), s->index, s->length, t0, std::min(t0 + kPackFrames, s->length),
+                     panel(!by_rows_), panels + s->shared_at, nullptr);
     });
   }
 
-  // A piece of the output.
-  struct Place {
-    int64_t row, column, rows, columns;
-  };
+  // Columns [first, first + count) of every sample, one sample after the other.
+  void pack_own(const std::vector<Sample>& group, int64_t first, int64_t count, R* panels) const {
+    const dpk_tensor columns = columns_of(tensor(by_rows_), first, count);
+    for (const Sample& s : group) {
+      pack_frames<R>(columns, s.index, s.length, 0, s.length, panel(by_rows_), panels, nullptr);
+      panels += packed_size(panel(by_rows_), s.length, count);
+    }
+  }
+
+  // The tile of `out` at `place`: own panels begin with the place's first row (or column), shared ones with
+  // 0.
+  void tile(const std::vector<Sample>& group, const Place& place, const R* g_panels,
+            const R* x_panels) const {
+    const int64_t width = k_.nr, tall = k_.tall.width, band = kBandPanels * tall;
+    alignas(64) R tiles[kMostBand];
+    alignas(64) double sum[kPanelsWide * kMostBand];
+    for_runs(place, sum, [&](double* run, int64_t index, int64_t count) {
+      read_out(out_, out_dtype_, index, count, run);
+    });
+    for (const Sample& s : group) {
+      const R* g = by_rows_ ? g_panels : g_panels + s.shared_at + place.row * s.length;
+      const R* x = by_rows_ ? x_panels + s.shared_at + place.column * s.length : x_panels;
+      for (int64_t t0 = 0; t0 < s.length; t0 += kBlock) {
+        const int64_t frames = std::min(kBlock, s.length - t0);
+        for (int64_t j = 0; j < place.columns; j += width) {
+          const int64_t rows = band_product(g + t0 * tall, s.length * tall, x + j * s.length + t0 * width,
+                                            frames, place.rows, tiles);
+          k_.accumulate(sum + j * band, tiles, rows * width, s.factor);
+        }
+      }
+      if (by_rows_)
+        g_panels += packed_size(k_.tall, s.length, place.rows);
+      else
+        x_panels += packed_size(k_.wide, s.length, place.columns);
+    }
+    for_runs(place, sum, [&](const double* run, int64_t index, int64_t count) {
+      write_out(out_, out_dtype_, index, count, run);
+    });
+  }
 
   // Copies between a piece's float64 tile and `out`, run by run.
   template <class Copy>
@@ -106,6 +169,7 @@ class WeightedSum {
   void* out_;
   dpk_dtype out_dtype_;
   const Micro<R>& k_;
+  const bool by_rows_;  // whether a piece of work has whole rows of the output, and packs g itself
 };
 
 // factor^2 * square <= limit^2, decided exactly: each product is split into its rounded value and the rest

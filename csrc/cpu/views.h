@@ -27,6 +27,13 @@ inline const char* at(const dpk_tensor& v, int64_t i, int64_t t, int64_t j) {
   return static_cast<const char*>(v.data) + offset * element_size(v.dtype);
 }
 
+// Columns [first, first + count) of every frame.
+inline dpk_tensor columns_of(dpk_tensor v, int64_t first, int64_t count) {
+  v.data = const_cast<char*>(at(v, 0, 0, first));
+  v.size[2] = count;
+  return v;
+}
+
 // Whether n entries, `stride` bytes apart, have no set bit but signs. Bits, not values: a processor set to
 // read subnormals as zero must not hide them. Nearly always the first entry tells.
 template <class Bits>
@@ -108,11 +115,11 @@ class Scratch {
   T* data_;
 };
 
-// Memory of one call's panels, uninitialised, on a cache line. The block is kept for the next call: fresh
-// pages from the system cost more than the packing.
+// Memory of one call's panels, uninitialised, on a cache line. A worker's block is kept for its next call:
+// fresh pages from the system cost more than the packing, and so do lines of another core's cache.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes);
+  explicit Workspace(int64_t bytes, int worker = 0);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -123,6 +130,7 @@ class Workspace {
 
  private:
   void* data_;
+  int worker_;
 };
 
 // Frames [t0, t0+count) x columns [j0, j0+columns) of one sample with unit column stride: in place where the

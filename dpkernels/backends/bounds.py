@@ -18,11 +18,16 @@ OpenBLAS nor cuBLAS use for these products).
 
     upper = (‖Ĝ‖ + e)²,   e = (γ_norm + γ_sum + 2u) S =: κ u S.
 
-Here n is the number of frames that one float32 accumulation covers, at most `CHUNK`: longer samples are cut,
-and the pieces are added in float64, where the same argument gives γ of the number of pieces with u = 2⁻⁵³.
+Here n is the number of the sample's own frames in one float32 accumulation, at most `CHUNK`: longer samples are cut,
+and the pieces are added in float64, where the same argument gives γ of the number of additions with u = 2⁻⁵³.
 
-**Underflow.** A float32 product or sum below 2⁻¹²⁶ may lose up to 2⁻¹²⁶ (flushed). That adds at most 2n·2⁻¹²⁶
-to an entry, `2n·2⁻¹²⁶·√(pd)` to the norm, which is in e unless S = 0 (all products are exact zeros then).
+**Own frames.** A frame in which x or g is 0 (padding, wherever it is) adds exact zeros: a product of 0, and an addition
+of 0, round nothing. So a term of L own frames meets min(L, CHUNK) roundings in its piece at most, and L additions of
+pieces, however many other frames the sum runs over and whichever pieces they fill: `product_error` takes L alone, and
+the bound of a norm does not grow with the batch's longest sample.
+
+**Underflow.** A float32 product or sum below 2⁻¹²⁶ may lose up to 2⁻¹²⁶ (flushed). That adds at most 2L·2⁻¹²⁶
+to an entry, `2L·2⁻¹²⁶·√(pd)` to the norm, which is in e unless S = 0 (all products are exact zeros then).
 
 Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms (2nd ed.), lemma 3.1 and section 3.1.
 """
@@ -59,10 +64,9 @@ def gamma(n: int, dtype: torch.dtype) -> float:
 
 
 def product_error(frames: int, entries: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the bound on ‖Ĝ − G‖, as (relative to S, absolute), of a gradient of `entries` over `frames`."""
-    pieces = math.ceil(frames / CHUNK)
-    relative = gamma(min(frames, CHUNK), dtype) + gamma(pieces + 1, torch.float64)
-    return relative * SLACK, 2.0 * min(frames, CHUNK) * pieces * _TINY * math.sqrt(entries)
+    """Return the bound on ‖Ĝ − G‖, as (relative to S, absolute), of a gradient of `entries` over own `frames`."""
+    relative = gamma(min(frames, CHUNK), dtype) + gamma(frames + 1, torch.float64)
+    return relative * SLACK, 2.0 * frames * _TINY * math.sqrt(entries)
 
 
 def upper_square(square: Tensor, error: Tensor) -> Tensor:

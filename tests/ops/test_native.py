@@ -216,8 +216,8 @@ def test_a_non_finite_input_makes_its_own_norm_non_finite(bad: float) -> None:
                 continue
             for place in (0, -1):
                 invalidated = [t.clone() for t in call.inputs]
-                # Frame 2 is read by every tap, stride and length; g = 0 there must not hide a NaN in x.
-                index = (1, place, 2) if call.name == "depthwise_conv1d" else (1, 2, place)
+                # A tap of every convolution above reads frame 3; g = 0 there must not hide a NaN in x.
+                index = (1, place, 3) if call.name == "depthwise_conv1d" else (1, 2, place)
                 if call.ids is not None:
                     call.ids[1, 2] = 0
                 invalidated[which][index] = bad
@@ -406,6 +406,31 @@ def test_padding_changes_no_bound_of_a_streaming_norm() -> None:
             torch.testing.assert_close(given, wanted, rtol=3e-7, atol=0.0)
         seen.add(call.name)
     assert seen == {"bias", "layer_norm", "lora", "embedding", "depthwise_conv1d"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_of_one_frame_is_read_in_place(dtype: torch.dtype) -> None:
+    """By a path of its own, for long rows that lie in memory as they are: materialised gradients."""
+    g = randn(3, 1, 10_007, dtype=dtype)
+    g[1] *= 1e-15
+    exact = g.double().square().sum((1, 2))
+    norms = native_ops.bias_norm_sq(g)
+    assert bool((norms.double() >= exact).all())
+    torch.testing.assert_close(norms.double(), exact, rtol=3e-5, atol=0.0)
+    padded = native_ops.bias_norm_sq(torch.cat([g, torch.zeros_like(g)], 1))
+    torch.testing.assert_close(norms, padded, rtol=1.2e-7, atol=0.0)  # one rounding to float32
+
+    factors = torch.tensor([0.5, 3.0, 0.0])
+    for out in (torch.ones(10_007, dtype=torch.float64), torch.ones(20_014)[::2]):
+        g[2] = torch.nan  # a sample of factor 0 is not read
+        native_ops.bias_weighted_sum(g, factors, out)
+        tolerance = SUM_OFF[torch.float64 if out.dtype == torch.float64 else torch.float32]
+        torch.testing.assert_close(
+            out.double(),
+            1.0 + 0.5 * g[0, 0].double() + 3.0 * g[1, 0].double(),
+            rtol=tolerance,
+            atol=tolerance,
+        )
 
 
 def test_trailing_zero_gradients_change_no_bit_of_a_linear_norm() -> None:

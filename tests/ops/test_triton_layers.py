@@ -48,7 +48,7 @@ def every_other(tensor: Tensor) -> Tensor:
 LAYOUTS = {"contiguous": Tensor.contiguous, "channels last": channels_last, "every other": every_other}
 
 
-TAPS = [(1, "contiguous"), (12, "channels last"), (13, "contiguous"), (33, "contiguous")]
+TAPS = [(1, "contiguous"), (11, "channels last"), (12, "contiguous"), (33, "contiguous")]
 
 
 # around depthwise_conv1d.MOST_TAPS
@@ -57,7 +57,7 @@ TAPS = [(1, "contiguous"), (12, "channels last"), (13, "contiguous"), (33, "cont
     ("taps", "layout"),
     slow_unless(
         lambda taps, layout: (taps, layout) in TAPS,
-        itertools.product([1, 5, 9, 12, 13, 31, 33], ["contiguous", "channels last"]),
+        itertools.product([1, 5, 9, 11, 12, 31, 33], ["contiguous", "channels last"]),
     ),
 )
 def test_any_number_of_taps(triton_backend: str, taps: int, layout: str) -> None:
@@ -142,13 +142,13 @@ def test_a_convolutions_bound_holds_where_squares_leave_float32(
 
 @pytest.mark.parametrize(("stride", "frames"), [(1, 2100), (3, 700)])
 def test_the_bound_of_a_convolution_counts_every_frame(triton_backend: str, stride: int, frames: int) -> None:
-    """One program's squares, beside float64 ones of all that its taps meet: never below."""
+    """One program's sums of absolute values, beside float64 ones of all that its taps meet: hardly below."""
     x, g = torch.randn(1, 8, (frames - 1) * stride + 5), torch.randn(1, 8, frames)
     with mock.patch.object(vectors, "finish") as finish:
         triton_ops.depthwise_conv1d_norm_sq(x, g, kernel_size=5, stride=stride)
     magnitude = float(finish.call_args.args[0][..., 1].sum())
-    exact = 5 * float((x.double().square().sum(2) * g.double().square().sum(2)).sum())
-    assert exact <= magnitude <= exact * (1 + 2.0**-12)
+    exact = float(gradients(x.abs(), g.abs(), 5, {"stride": stride}).square().sum())
+    assert exact * (1 - 2.0**-15) <= magnitude <= exact * (1 + 2.0**-15)
 
 
 def table_gradients(ids: Tensor, g: Tensor, rows: int, padding_idx: int | None = None) -> Tensor:

@@ -21,8 +21,10 @@ STALE = (0.0, -1e8, 1e30, float("nan"))
 
 @pytest.fixture(params=STALE)
 def stale(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
-    def scratch(like: Tensor, *shape: int) -> Tensor:
-        return torch.full(shape, request.param, dtype=torch.float64, device=like.device)
+    def scratch(like: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        # of an integer dtype there is no NaN: any other frame's number, or count
+        value = request.param if dtype.is_floating_point else 1
+        return torch.full(shape, value, dtype=dtype, device=like.device)
 
     for module in (bias, depthwise_conv1d, embedding, layer_norm, linear, lora, vectors):
         monkeypatch.setattr(module, "scratch", scratch)

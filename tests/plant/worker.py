@@ -37,7 +37,10 @@ def main() -> None:
     sys.path[0] = os.getcwd()
     for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+            module = importlib.import_module(name)
+            # before a library imports triton, which then decides whether it interprets kernels (`tests/conftest.py`)
+            if name == "torch" and not module.cuda.is_available():
+                os.environ.setdefault("TRITON_INTERPRET", "1")
     gc.freeze()  # what is there by now needs no collector: pytest collects several times in every fork
     for line in sys.stdin:
         seconds, *arguments = json.loads(line)

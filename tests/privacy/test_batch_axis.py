@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -393,3 +394,48 @@ def test_a_time_first_layer_behind_a_gate_that_is_zero() -> None:
         run.model.gate.fill_(0.5)
     for batch in (zoo.T, 5, zoo.T):
         check(run, batch, "bookkeeping")
+
+
+class Remembering(nn.Module):
+    """Notes, whenever it is called, how many of its earlier outputs still exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 7), nn.Linear(7, 2)
+        self.outputs: list[weakref.ref[Tensor]] = []
+        self.alive: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.alive.append(sum(earlier() is not None for earlier in self.outputs))
+        hidden = self.inner(x).exp()  # autograd saves its result
+        self.outputs.append(weakref.ref(hidden))
+        return self.outer(hidden)
+
+
+def test_asking_at_other_sizes_keeps_no_activations() -> None:
+    run = private_run(model=Remembering(), loss_fn=losses, sigma=0, physical_batch_size=1)
+    run.model(run.data[:1][0])
+    assert len(run.model.alive) == 9  # four forwards at each of two sizes, and the private one
+    assert not any(run.model.alive)
+
+
+class TakesGradients(nn.Module):
+    """A forward that needs what autograd saves: the output has the inner layer's derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.inner(at).tanh().sum(), at)
+        return self.outer(slope)
+
+
+def test_a_forward_that_takes_gradients_is_asked_with_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = TakesGradients()
+    model.inner.requires_grad_(False)
+    run = private_run(model=model, loss_fn=losses, sigma=0, physical_batch_size=4)
+    with caplog.at_level("INFO", "dpkernels"):
+        run.model(run.data[:4][0])
+    assert "batch axes: the model's forward" not in caplog.text

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from dpkernels.backends.torch_ops.samples import frames_of, live, sample, sum_of_rows, upper_in_float64
+from dpkernels.backends.torch_ops.samples import frames_of, live, of_frames, own_frames, upper_of_sums
 
 
 def bias_norm_sq(g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
     """‖Σ_t g_it‖², summed in float64; see `dpkernels.ops.bias_norm_sq`."""
-    frames = frames_of(lengths, g.shape[0], g.shape[1])
-    sums = [sum_of_rows(sample(g[i, :n], torch.float64)) for i, n in enumerate(frames)]
-    return upper_in_float64([s for s, _ in sums], [t for _, t in sums], frames, g)
+    samples = (g[i, :n] for i, n in enumerate(frames_of(lengths, g.shape[0], g.shape[1])))
+    return upper_of_sums((of_frames(own_frames(rows), rows, torch.float64) for rows in samples), g)
 
 
 def bias_weighted_sum(g: Tensor, factors: Tensor, out: Tensor, *, lengths: Tensor | None = None) -> None:

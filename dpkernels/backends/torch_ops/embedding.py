@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpkernels.backends.torch_ops.samples import live, sample, square_of, upper_in_float64
+from dpkernels.backends.torch_ops.samples import live, of_frames, own_frames, square_of, upper_in_float64
 
 
 def _kept(ids: Tensor, g: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
@@ -27,10 +27,11 @@ def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None)
     values, terms, roundings = [], [], []
     for i in range(len(ids)):
         rows, kept = _kept(ids[i], g[i], padding_idx)
-        wide = sample(kept, torch.float64)
-        values.append(_rows_by_id(rows, wide)[1])
-        terms.append(square_of(wide).sqrt() * math.sqrt(len(rows)))
-        roundings.append(len(rows))
+        own = own_frames(kept)
+        wide = of_frames(own, kept, torch.float64)
+        values.append(_rows_by_id(rows[own], wide)[1])
+        terms.append(square_of(wide).sqrt() * math.sqrt(len(wide)))
+        roundings.append(len(wide))
     return upper_in_float64(values, terms, roundings, g)
 
 

@@ -3,17 +3,19 @@
 import torch
 from torch import Tensor
 
-from dpkernels.backends.torch_ops.samples import frames_of, live, sample, sum_of_rows, upper_in_float64
+from dpkernels.backends.torch_ops.samples import frames_of, live, of_frames, own_frames, upper_of_sums
+
+
+def _products(x_hat: Tensor, g: Tensor) -> Tensor:
+    """x̂_t ⊙ g_t in the own frames of one sample, float64."""
+    own = own_frames(x_hat, g)
+    return of_frames(own, x_hat, torch.float64) * of_frames(own, g, torch.float64)
 
 
 def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
     """‖Σ_t x̂_it ⊙ g_it‖², in float64; see `dpkernels.ops.layer_norm_norm_sq`."""
     frames = frames_of(lengths, g.shape[0], g.shape[1])
-    sums = [
-        sum_of_rows(sample(x_hat[i, :n], torch.float64) * sample(g[i, :n], torch.float64))
-        for i, n in enumerate(frames)
-    ]
-    return upper_in_float64([s for s, _ in sums], [t for _, t in sums], frames, g)
+    return upper_of_sums((_products(x_hat[i, :n], g[i, :n]) for i, n in enumerate(frames)), g)
 
 
 def layer_norm_weighted_sum(

@@ -6,7 +6,7 @@ other samples. `dpkernels.backends.bounds` derives the bounds.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,6 +30,28 @@ def sample(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.clone() if matrix.data_ptr() % 64 else matrix
 
 
+def own_frames(*rows: Tensor) -> Tensor:
+    """Which frames of one sample add to its gradient, Σ_t over products of `rows` [L, n_k]: [L] bool.
+
+    A frame adds nothing if one of its rows is all zero. Without those frames everything that a norm is decided by (its
+    form, the pieces of its sums, its bound) is the sample's own, whatever its padding is and wherever that is. Where
+    a row that is not finite faces a zero row, all frames count: 0·NaN must stay NaN.
+    """
+    # Mostly the first entries show it, an n-th of what there is to read; then only frames that begin with 0 are read.
+    own = torch.stack([(row[:, :1] != 0).any(1) for row in rows]).all(0)
+    if bool(own.all()):
+        return own
+    doubtful = ~own
+    own[doubtful] = torch.stack([(row[doubtful] != 0).any(1) for row in rows]).all(0)
+    finite = all(bool(row[~own].isfinite().all()) for row in rows)
+    return own if finite else torch.ones_like(own)
+
+
+def of_frames(own: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the `own` frames of one sample, as `sample` does."""
+    return sample(rows if bool(own.all()) else rows[own], dtype)
+
+
 def vector(values: list[Tensor], like: Tensor) -> Tensor:
     """Return the 0-d values as one vector; an empty one is float64."""
     return torch.stack(values) if values else like.new_zeros(0, dtype=torch.float64)
@@ -51,6 +73,11 @@ def upper_in_float64(values: list[Tensor], terms: list[Tensor], roundings: list[
     return upper_square(vector([square_of(v) for v in values], like), vector(bounds, like))
 
 
-def sum_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (Σ_t rows_t, a bound ≥ Σ_t ‖rows_t‖ by Cauchy and Schwarz) of float64 rows [L, p]."""
-    return rows.sum(0), square_of(rows).sqrt() * math.sqrt(len(rows))
+def upper_of_sums(samples: Iterable[Tensor], like: Tensor) -> Tensor:
+    """‖Σ_t rows_t‖² rounded up, of every sample's float64 rows [L, p], which are looked at one sample at a time."""
+    values, terms, roundings = [], [], []
+    for rows in samples:
+        values.append(rows.sum(0))
+        terms.append(square_of(rows).sqrt() * math.sqrt(len(rows)))  # ≥ Σ_t ‖rows_t‖, by Cauchy and Schwarz
+        roundings.append(len(rows))
+    return upper_in_float64(values, terms, roundings, like)

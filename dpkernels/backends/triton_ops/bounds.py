@@ -35,7 +35,19 @@ use whether it rounds as its architecture should; `tests/ops/test_tensor_cores.p
 For the subnormal factors of 2., S is Σ_t (‖x_t‖ + δ√d)(‖g_t‖ + δ√p), δ being the smallest normal number, or more.
 
 **Chains.** Roundings add up along an accumulation, so one accumulation covers `CHAIN` terms; the pieces are added in
-float32, one rounding each, outside of the matrix instruction.
+float32, one rounding each, outside of the matrix instruction. `PIECES` of them make a part, which is then added in
+float64. So κ is a constant, whatever the length: a bound that grew with the frames of the longest sample of a batch
+would raise the norms of all others when that one joins.
+
+**Pairs.** Where float64 is slow, a weighted sum over samples is a pair of float32 numbers a + b. A sample's value v is
+added by Knuth's two-sum: a' = fl(a + v), and the error e = a + v − a', a float32 number, is found exactly by five more
+additions (in round-to-nearest, for subnormal numbers too); b' = fl(b + e). Only this last addition rounds. The values
+have norms of at most C, and n of them are added, so that ‖a‖ is nC at most, and a few u more. Every RENEWED-th sample a
+becomes fl(a + b), and b what that leaves out, at most u‖a‖. Until the next exchange b grows by ‖e‖ ≤ u‖a‖ a sample,
+to (RENEWED + 1) u nC at most, of which an addition rounds off u, and an exchange 3u (where b is larger than a, two of
+its additions round, too). In all n (1 + 3/RENEWED)(RENEWED + 1) u² nC < 20.2 n² 2⁻⁴⁸ C, which is below n² 2⁻⁴³ C:
+`privacy.step.clipping.rounding_slack` allows n (n + 2¹⁷) 2⁻⁴³ C, for float64 sums of samples in pieces. Pairs are for
+samples of one piece: the pieces of a longer one may cancel, and are up to 2¹⁷ C.
 
 Sources: M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
 Science 7:e330, 2021. F. A. Khattak, M. Mikaitis, Accurate models of NVIDIA tensor cores, arXiv:2512.07004, with the
@@ -99,6 +111,17 @@ Twice as many would halve the pieces, which are added in float32, and double the
 0.65625 roundings a product, 84 + 1 + 8 against 42 + 1 + 16. From 1,000 to 4,000 terms 64 is within a tenth of the best.
 """
 
+PIECES = 32
+"""Accumulations that are added in float32, at most; their sums are added in float64."""
+
+
+FLOAT64 = (0, 80, 90, 100)
+"""Architectures whose float64 units keep up with a sum over samples, and the interpreter; others have 2 a clock and SM,
+and the sums are in pairs there. `docs/notes/sums.md` counts both."""
+
+RENEWED = 16
+"""Samples between two exchanges of a pair that bring its sum back to the first number."""
+
 
 def smallest(dtype: torch.dtype) -> float:
     """Return δ, above the value that a tensor core assumes for a subnormal factor; 0 if none is used.
@@ -112,6 +135,21 @@ def smallest(dtype: torch.dtype) -> float:
 def tensor_core(architecture: int) -> TensorCore:
     """Return the tensor core of an architecture (compute capability × 10): the coarsest if none is published."""
     return TENSOR_CORES.get(architecture, COARSEST)
+
+
+def sum_roundings(chain: int, per_term: float, pieces: int = PIECES) -> float:
+    """Return κ of a sum of any number of products, which its length does not enter.
+
+    Args:
+        chain: products in one accumulation, at most. It counts whole: the tensor core decides which share a block.
+        per_term: roundings of a product in it, for each product.
+        pieces: accumulations that are added in float32, one rounding each; 0 where all are added in float64.
+
+    A term's own rounding counts one (that of a product, of a float32 factor, or of a total to float32), and one stands
+    for all additions in float64: a sum has fewer than 2³¹ frames, and 2²⁹ pieces, of 2⁻⁵³ each. A frame whose product
+    is 0 rounds nothing, so padding, wherever it is, adds nothing to κ.
+    """
+    return chain * per_term + pieces + 2.0
 
 
 def roundings(dtype: torch.dtype, architecture: int) -> float:

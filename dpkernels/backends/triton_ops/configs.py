@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "finish_norms": {(4, ANY): Config({"BLOCK": 256}, warps=1)},
     "add_weighted": {(4, ANY): Config({"BLOCK": 128}, warps=4)},
     "bias_sums": {
+        (2, 100): Config({"BT": 64, "BN": 64}, warps=8),
         (2, ANY): Config({"BT": 128, "BN": 64}),
         (4, ANY): Config({"BT": 32, "BN": 64}),
     },
@@ -52,12 +53,12 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 8, "BN": 128}),
     },
     "depthwise_conv1d_sums": {
-        (2, ANY): Config({"BC": 8, "BT": 16, "EACH": 2, "AHEAD": 8, "SPAN": 1024}),
-        (4, ANY): Config({"BC": 8, "BT": 16, "EACH": 1, "AHEAD": 8, "SPAN": 1024}),
+        (2, ANY): Config({"BC": 8, "BT": 16, "EACH": 2, "SPAN": 1024}),
+        (4, ANY): Config({"BC": 8, "BT": 16, "EACH": 1, "SPAN": 1024}),
     },
     "depthwise_conv1d_sums channels_last": {
-        (2, ANY): Config({"BC": 64, "BT": 4, "EACH": 2, "AHEAD": 8, "SPAN": 256}),
-        (4, ANY): Config({"BC": 64, "BT": 4, "EACH": 2, "AHEAD": 8, "SPAN": 256}),
+        (2, ANY): Config({"BC": 64, "BT": 4, "EACH": 2, "SPAN": 256}),
+        (4, ANY): Config({"BC": 64, "BT": 4, "EACH": 2, "SPAN": 256}),
     },
     "lora_pieces": {
         (2, ANY): Config({"BT": 64, "BN": 64, "SAMPLES": 4}, warps=4, stages=4),
@@ -66,6 +67,23 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "lora_pieces unaligned": {
         (2, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+    },
+    "lora_pieces long": {
+        (2, ANY): Config({"BT": 64, "BN": 64, "SAMPLES": 4}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+    },
+    "lora_pieces long unaligned": {
+        (2, ANY): Config({"BT": 32, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64, "SAMPLES": 4}, warps=8, stages=1),
+    },
+    "lora_forms long": {
+        (2, ANY): Config({"BT": 64, "BN": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
+    },
+    "lora_forms long unaligned": {
+        (4, 80): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
+        (2, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
     },
     "lora_forms": {
         (2, ANY): Config({"BT": 64, "BN": 64}, warps=4, stages=4),
@@ -85,6 +103,11 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (2, ANY): Config({"BS": 64, "BT": 64, "BK": 64}, warps=8, stages=3),
         (4, ANY): Config({"BS": 64, "BT": 64, "BK": 16}, warps=8, stages=1),
     },
+    "frames_that_count": {
+        (2, ANY): Config({"BT": 64, "BN": 32}),
+        (4, ANY): Config({"BT": 64, "BN": 32}),
+    },
+    "order_frames": {(4, ANY): Config({"BLOCK": 1024})},
     "linear_rows": {
         (2, ANY): Config({"BT": 8, "BN": 256}),
         (4, ANY): Config({"BT": 16, "BN": 128}),
@@ -93,13 +116,21 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (2, ANY): Config({"BT": 64, "BP": 128, "BD": 64}, warps=4, stages=3),
         (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
     },
+    "linear_direct long": {
+        (2, ANY): Config({"BT": 64, "BP": 64, "BD": 64}, warps=8, stages=3),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
+    },
+    "linear_direct long unaligned": {
+        (2, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 32, "BD": 32}, warps=8, stages=2),
+    },
     "linear_direct unaligned": {
         (2, ANY): Config({"BT": 32, "BP": 64, "BD": 128}, warps=8, stages=2),
         (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
     },
     "linear_sum unaligned": {
         (2, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
-        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BP": 64, "BD": 32}, warps=8, stages=1),
     },
     "linear_sum": {
         (2, 80): Config({"BT": 32, "BP": 128, "BD": 64}, warps=8, stages=3),
@@ -108,15 +139,26 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, ANY): Config({"BT": 32, "BP": 64, "BD": 64}, warps=8, stages=2),
     },
     "grouped_norms": {
+        (4, 80): Config({"BT": 32, "BN": 64}, warps=8, stages=2),
         (4, 100): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
         (2, ANY): Config({"BT": 64, "BN": 128}, warps=4, stages=2),
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
+    },
+    "grouped_norms long": {
+        (2, ANY): Config({"BT": 64, "BN": 128}, warps=8, stages=2),
+        (4, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
+    },
+    "grouped_norms long unaligned": {
+        (4, 100): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
+        (2, ANY): Config({"BT": 32, "BN": 64}, warps=8, stages=1),
+        (4, ANY): Config({"BT": 16, "BN": 64}, warps=8, stages=1),
     },
     "grouped_norms unaligned": {
         (2, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=1),
         (4, ANY): Config({"BT": 16, "BN": 64}, warps=4, stages=1),
     },
     "grouped_sums": {
+        (4, 80): Config({"BT": 32, "BN": 64}, warps=8, stages=2),
         (2, ANY): Config({"BT": 64, "BN": 64}, warps=4, stages=3),
         (4, ANY): Config({"BT": 32, "BN": 64}, warps=4, stages=2),
     },
@@ -190,11 +232,10 @@ SUMS: dict[str, tuple[str, ...]] = {
 """The kernels that may compute a family's weighted sum."""
 
 
-def extremes(kernels: tuple[str, ...], tile: str, dtype: torch.dtype, architecture: int) -> tuple[int, int]:
-    """Return (smallest, largest) tile size over kernels and layouts, for a bound that must hold for each of them."""
-    sizes = [
+def largest(kernels: tuple[str, ...], tile: str, dtype: torch.dtype, architecture: int) -> int:
+    """Return the largest tile size over kernels and layouts, for a bound that must hold for each of them."""
+    return max(
         config(kernel, dtype, architecture, aligned).tiles[tile]
         for kernel in kernels
         for aligned in (True, False)
-    ]
-    return min(sizes), max(sizes)
+    )

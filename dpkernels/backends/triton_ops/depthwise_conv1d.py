@@ -2,19 +2,20 @@
 
 A program computes BC channels of one sample and K taps. BT threads share its frames, EACH neighbouring ones a thread at
 a time, so that a frame of x that several of them use is read once into a register, and otherwise from L1. Only border
-tiles have masks. The norm first reads a SPAN of frames for the bound, with many loads in flight.
+tiles have masks.
 
 Products are added in float32, one sum for each thread, over SPAN frames, and all else is float64: a term meets its
-product's rounding and at most SPAN/BT others, or as many as there are frames. The bound: tap (c, j) is off by at most
-γ Σ_t |g x| ≤ γ ‖x_c‖‖g_c‖ (Cauchy and Schwarz), whose squares cost one addition a frame and not one a product.
+product's rounding and at most SPAN/BT others. The bound: tap (c, j) is off by at most γ Σ_t |g x|, which the norm adds
+up too. ‖x_c‖‖g_c‖ would cost one addition a frame and not one a product, but padding adds to it: a convolution's input
+is rarely 0 there, though its output gradient is.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import configs, launching, vectors
-from dpkernels.backends.triton_ops.device import times
+from dpkernels.backends.triton_ops import bounds, configs, launching, vectors
+from dpkernels.backends.triton_ops.device import TINIEST, times
 from dpkernels.backends.triton_ops.launching import (
     aligned,
     dense,
@@ -24,7 +25,7 @@ from dpkernels.backends.triton_ops.launching import (
     tiles,
 )
 
-MOST_TAPS = 12
+MOST_TAPS = 11
 """The taps of one program, whose sums are in registers: a longer filter is divided evenly among programs."""
 
 _VECTOR = 8
@@ -41,43 +42,10 @@ def placed(places, LAST: tl.constexpr):
 
 
 @triton.jit
-def squares(
-    base,
-    step,
-    here,
-    first,
-    last,
-    SPAN: tl.constexpr,
-    BT: tl.constexpr,
-    AHEAD: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """Σ_t a_ct² over frames first <= t < last, SPAN of them at most, of every channel: float64, never below.
-
-    Squares are float32: off by γ of SPAN/BT + BT roundings, fewer than 2⁸, which 1 + 2⁻¹⁵ is more than. Outside of
-    2⁻⁶⁰ to 2¹²⁰, where they may have underflowed or overflowed, it is SPAN times the largest.
-    """
-    tl.static_assert(SPAN // BT + BT < 256)
-    place = placed(tl.arange(0, BT), LAST)
-    pointer = base + (place.to(tl.int64) + first) * step
-    square = tl.zeros(pointer.shape, tl.float32)
-    largest = tl.zeros(pointer.shape, tl.float32)
-    for t in range(first, last, BT * AHEAD):
-        for i in tl.static_range(AHEAD):
-            read = here & (place < last - t - i * BT)
-            a = tl.load(pointer + i * BT * step, mask=read, other=0.0).to(tl.float32)
-            square += a * a
-            largest = tl.maximum(largest, tl.abs(a))
-        pointer += step * (BT * AHEAD)
-    total = tl.sum(square, axis=0 if LAST else 1)
-    peak = tl.max(largest, axis=0 if LAST else 1).to(tl.float64)
-    extreme = (total < 2.0**-60) | (total > 2.0**120)
-    return tl.where(extreme, peak * peak * SPAN, total.to(tl.float64) * (1.0 + 2.0**-15))
-
-
-@triton.jit
 def added(
     sums,
+    terms,
+    met,
     x_tile,
     x_step,
     g_tile,
@@ -92,10 +60,12 @@ def added(
     DILATION: tl.constexpr,
     EACH: tl.constexpr,
     WHOLE: tl.constexpr,
+    NORMS: tl.constexpr,
 ):
     """`sums`, one tile for each tap, and the products of EACH frames from `at` on, whose first tap is at `place`.
 
-    A frame that several taps meet is loaded by name for each; the compiler loads it once. WHOLE: all exist.
+    A frame that several taps meet is loaded by name for each; the compiler loads it once. WHOLE: all exist. With
+    NORMS also `terms`, the sums of the products' absolute values, and `met`: where any factors were both not 0.
     """
     for r in tl.static_range(EACH):
         read = here & (at + r < n)
@@ -103,7 +73,7 @@ def added(
             b = tl.load(g_tile + r * g_step).to(tl.float32)
         else:
             b = tl.load(g_tile + r * g_step, mask=read, other=0.0).to(tl.float32)
-        after = ()
+        after, after_terms = (), ()
         for j in tl.static_range(K):
             shift = r * STRIDE + j * DILATION
             if WHOLE:
@@ -111,9 +81,15 @@ def added(
             else:
                 exists = read & (place + shift >= 0) & (place + shift < x_frames)
                 a = tl.load(x_tile + shift * x_step, mask=exists, other=0.0)
-            after += (sums[j] + a.to(tl.float32) * b,)  # type: ignore[assignment]
+            product = a.to(tl.float32) * b
+            after += (sums[j] + product,)  # type: ignore[assignment]
+            if NORMS:
+                after_terms += (terms[j] + tl.abs(product),)  # type: ignore[assignment]
+                met = tl.where((a != 0.0) & (b != 0.0), 1, met)
         sums = after
-    return sums
+        if NORMS:
+            terms = after_terms
+    return sums, terms, met
 
 
 @triton.jit
@@ -123,6 +99,15 @@ def zeros(K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.
     for _ in tl.static_range(K):
         zero_tiles += (tl.zeros((ROWS, COLUMNS), dtype),)  # type: ignore[assignment]
     return zero_tiles
+
+
+@triton.jit
+def widened(totals, sums, K: tl.constexpr):
+    """K float64 tiles, and the float32 ones of a span added to them."""
+    after = ()
+    for j in tl.static_range(K):
+        after += (totals[j] + sums[j].to(tl.float64),)  # type: ignore[assignment]
+    return after
 
 
 @kernel
@@ -150,7 +135,6 @@ def depthwise_conv1d_sums(
     BC: tl.constexpr,
     BT: tl.constexpr,
     EACH: tl.constexpr,
-    AHEAD: tl.constexpr,
     SPAN: tl.constexpr,
 ):
     """One program a (sample, BC channels, K taps): squares for the norm, or with factors the sums themselves.
@@ -183,48 +167,45 @@ def depthwise_conv1d_sums(
     g_tile = g_base + offsets.to(tl.int64) * g_frame
     full = first_channel + BC <= channels
     totals = zeros(K, BT if LAST else BC, BC if LAST else BT, tl.float64)
-    of_g = tl.zeros((BC,), tl.float64)
-    of_x = tl.zeros((BC,), tl.float64)
+    all_terms = zeros(K if factors is None else 0, BT if LAST else BC, BC if LAST else BT, tl.float64)
+    met = tl.zeros((BT if LAST else BC, BC if LAST else BT), tl.int32)
     for first in range(0, n, SPAN):
         end = tl.minimum(first + SPAN, n)
-        if factors is None:
-            of_g += squares(g_base, g_frame, here, first, end, SPAN, BT, AHEAD, LAST)
-            x_end = tl.minimum(end.to(tl.int64) * STRIDE, x_frames).to(tl.int32)
-            x_end = tl.where(end == n, x_frames, x_end)
-            for t in range(first * STRIDE, x_end, SPAN):
-                of_x += squares(x_base, x_frame, here, t, tl.minimum(t + SPAN, x_end), SPAN, BT, AHEAD, LAST)
         sums = zeros(K, BT if LAST else BC, BC if LAST else BT, tl.float32)
+        terms = zeros(K if factors is None else 0, BT if LAST else BC, BC if LAST else BT, tl.float32)
         for t in range(first, end, BT * EACH):
             place = t * STRIDE + shift
             x_at, g_at = x_tile + place.to(tl.int64) * x_frame, g_tile + t * g_frame
             inside = (place >= 0) & (place + (BT * EACH - 1) * STRIDE + (K - 1) * DILATION < x_frames)
             at, start = t + offsets, place + offsets * STRIDE
             if full & inside & (t + BT * EACH <= end):
-                sums = added(
-                    sums, x_at, x_frame, g_at, g_frame, here, at, end, start, x_frames,
-                    K, STRIDE, DILATION, EACH, True,
+                sums, terms, met = added(
+                    sums, terms, met, x_at, x_frame, g_at, g_frame, here, at, end, start, x_frames,
+                    K, STRIDE, DILATION, EACH, True, factors is None,
                 )  # fmt: skip
             else:
-                sums = added(
-                    sums, x_at, x_frame, g_at, g_frame, here, at, end, start, x_frames,
-                    K, STRIDE, DILATION, EACH, False,
+                sums, terms, met = added(
+                    sums, terms, met, x_at, x_frame, g_at, g_frame, here, at, end, start, x_frames,
+                    K, STRIDE, DILATION, EACH, False, factors is None,
                 )  # fmt: skip
-        after = ()
-        for j in tl.static_range(K):
-            after += (totals[j] + sums[j].to(tl.float64),)  # type: ignore[assignment]
-        totals = after
+        totals = widened(totals, sums, K)
+        all_terms = widened(all_terms, terms, K if factors is None else 0)
     square = tl.zeros((BC,), tl.float64)
+    magnitude = tl.zeros((BC,), tl.float64)
     entry = (sample.to(tl.int64) * channels + channel) * taps + first_tap
     for j in tl.static_range(K):
         total = tl.sum(totals[j], axis=0 if LAST else 1)
         if factors is None:
             square += tl.where(first_tap + j < taps, total * total, 0.0)
+            total = tl.sum(all_terms[j], axis=0 if LAST else 1)
+            magnitude += tl.where(first_tap + j < taps, total * total, 0.0)
         else:
             tl.store(out + entry + j, total, mask=channel < tl.where(first_tap + j < taps, channels, 0))
     if factors is None:
-        magnitude = tl.sum(of_x * of_g, axis=0) * tl.minimum(taps - first_tap, K)
+        # where all products underflowed to 0, the bound is not 0
+        least = tl.where(tl.sum(tl.max(met, axis=1), axis=0) > 0, TINIEST, 0.0)
         tl.store(out + program.to(tl.int64) * 2, tl.sum(square, axis=0))
-        tl.store(out + program.to(tl.int64) * 2 + 1, magnitude)
+        tl.store(out + program.to(tl.int64) * 2 + 1, tl.maximum(tl.sum(magnitude, axis=0), least))
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -299,7 +280,7 @@ def depthwise_conv1d_norm_sq(
     sizes = [_config(x, last).tiles for last in (False, True)]
     chain = max(size["SPAN"] // size["BT"] for size in sizes)
     entries = x.shape[1] * kernel_size
-    return vectors.finish(partials, None, g.shape[2], entries, per_term=1, chain=chain, wide=True)
+    return vectors.finish(partials, entries, bounds.sum_roundings(chain, bounds.ROUNDINGS_FMA, pieces=0))
 
 
 @float64_by_torch

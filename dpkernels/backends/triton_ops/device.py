@@ -12,6 +12,8 @@ from dpkernels.backends.triton_ops import bounds
 UNIT = tl.constexpr(bounds.UNIT)
 TINIEST = tl.constexpr(bounds.TINIEST)
 SLACK = tl.constexpr(bounds.SLACK)
+PIECES = tl.constexpr(bounds.PIECES)
+RENEWED = tl.constexpr(bounds.RENEWED)
 
 
 @triton.jit
@@ -27,12 +29,6 @@ def frames_of(lengths, sample, frames):
 def frames_added(factor, lengths, sample, frames):
     """L_i of a sample in a weighted sum; 0 if its factor is 0, because multiplying by 0 would keep a NaN."""
     return tl.where(factor != 0.0, frames_of(lengths, sample, frames), 0)
-
-
-@triton.jit
-def weighted(factor, product):
-    """factor·product in float64; 0 if the factor is 0, for any product."""
-    return tl.where(factor != 0.0, factor.to(tl.float64) * product.to(tl.float64), 0.0)
 
 
 @triton.jit
@@ -84,6 +80,60 @@ def product(a, b, acc, one, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def run_ends(chunk, chunks):
+    """Whether a float32 sum ends with this one of a sample's `chunks`: it is the last, or PIECES are in the sum."""
+    return (chunk == chunks - 1) | (chunk % PIECES == PIECES - 1)
+
+
+@triton.jit
+def add_sample(total, rest, factor, gradient, one, PAIRS: tl.constexpr):
+    """(total, rest) after the addition of a sample's factor times its float32 `gradient`.
+
+    PAIRS: both are float32, and their sum is what float64 would hold (`bounds`, "Pairs"). Otherwise `total` is float64
+    and `rest` stays as it is. `one` is that of `product`.
+    """
+    if PAIRS:
+        # Adding 0 makes the product one float32, compiled or not: it cannot be fused with the additions below.
+        value = factor * gradient + (one - 1.0)
+        before = total
+        total = before + value
+        of_value = total - before
+        rest += (before - (total - of_value)) + (value - of_value)
+    else:
+        total += factor.to(tl.float64) * gradient.to(tl.float64)
+    return total, rest
+
+
+@triton.jit
+def renewed(total, rest, sample, PAIRS: tl.constexpr):
+    """A pair after `sample`, added or left out: every RENEWED-th time its sum is brought back to `total`."""
+    if PAIRS:  # noqa: SIM102 (decided when compiled)
+        if sample % RENEWED == RENEWED - 1:
+            before = total
+            total = before + rest
+            rest = rest - (total - before)
+    return total, rest
+
+
+@triton.jit
+def float64_total(total, rest, PAIRS: tl.constexpr):
+    """The sum of `add_sample`, in float64."""
+    if PAIRS:
+        return total.to(tl.float64) + rest.to(tl.float64)
+    else:
+        return total
+
+
+@triton.jit
+def squares_above_zero(values):
+    """Float32 squares that are 0 for 0 only, and else too large by 2⁻¹²⁵: more than underflow takes from one.
+
+    Their sum over a row is 0 if and only if all of the row is, which adds nothing to a gradient.
+    """
+    return values * values + tl.where(values != 0.0, 2.0 * TINIEST, 0.0)
+
+
+@triton.jit
 def upper_norms(squares, width, SMALLEST: tl.constexpr):
     """‖row‖ + δ√n in float64, not below, of rows of n features from float64 sums of their float32 squares.
 
@@ -101,12 +151,24 @@ def sum_of_products(a, b, GROUP: tl.constexpr):
 
 
 @triton.jit
-def roundings_of(n, LEAST: tl.constexpr, MOST: tl.constexpr, PER_TERM: tl.constexpr):
-    """Roundings that a term meets in a sum of n by `product`, over pieces of LEAST to MOST terms; float64.
+def roundings_of(n, CHAIN: tl.constexpr, PER_TERM: tl.constexpr):
+    """Roundings that a term meets in a sum of n by `product`, all in float32, in pieces of CHAIN terms; float64.
 
-    A piece counts whole, however few of its terms are there: which products share a block is the tensor core's.
+    A piece counts whole, however few of its terms are there: which products share a block is the tensor core's. n must
+    be a size of the layer; for frames see `bounds.sum_roundings`.
     """
-    return (MOST * PER_TERM + 1.0) + ((n + LEAST - 1) // LEAST).to(tl.float64)
+    return (CHAIN * PER_TERM + 1.0) + ((n + CHAIN - 1) // CHAIN).to(tl.float64)
+
+
+@triton.jit
+def lost(entries):
+    """What underflow can take from the norm of a gradient, in the norm and in the sum: 2⁻⁹³√entries, in float64.
+
+    Each of the two flushes less than 2·2⁻¹²⁶ of a product and its addition, and a sample has fewer than 2³¹ frames.
+    The frames are not counted: below 2⁻⁷⁵ a norm's square is the smallest float32 in any case.
+    """
+    one = tl.full((), 1.0, tl.float64)
+    return one * (4.0 * TINIEST * 2.0**31) * tl.sqrt(one * entries)
 
 
 @triton.jit
@@ -114,6 +176,15 @@ def gamma(roundings):
     """κu/(1−κu) in float64; infinite if κu is so large that there is no bound."""
     nu = roundings * tl.full((), UNIT, tl.float64)
     return tl.where(nu < 0.5, nu / (1.0 - nu), float("inf"))
+
+
+@triton.jit
+def error_of(magnitude, entries, ROUNDINGS: tl.constexpr):
+    """e of a norm: its own error and that of the sum, at most γ√magnitude each, and what underflow takes."""
+    relative = gamma(tl.full((), ROUNDINGS, tl.float64))
+    # the magnitude may be too small by `relative`
+    error = 2.0 * relative / (1.0 - relative) * tl.sqrt(magnitude)
+    return error + tl.where(magnitude == 0.0, 0.0, lost(entries))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import vectors
+from dpkernels.backends.triton_ops import bounds, vectors
 from dpkernels.backends.triton_ops.device import load_rows, sample_at, times
 from dpkernels.backends.triton_ops.launching import (
     dense,
@@ -163,9 +163,9 @@ def embedding_norm_sq(ids: Tensor, g: Tensor, *, padding_idx: int | None = None)
         strips,
         ALIGN=align,
     )
-    # No id has more terms than the sample has kept ids, and in all entries' errors Σ_v n_v² ≤ (Σ_v n_v)².
+    # What underflow takes is one row's, since the n_v terms of the ids v have Σ_v n_v² ≤ (Σ_v n_v)².
     chain = tile_of(embedding_squares, g, "BT")
-    return vectors.finish(partials, kept, frames, width, per_term=1, chain=chain, wide=True)
+    return vectors.finish(partials, width, bounds.sum_roundings(chain, bounds.ROUNDINGS_FMA, pieces=0))
 
 
 @float64_by_torch

@@ -34,6 +34,8 @@ from dpkernels.backends.triton_ops.launching import (
     architecture,
     dense,
     float64_int,
+    in_pairs,
+    is_long,
     launch,
     rows,
     scratch,
@@ -310,15 +312,19 @@ def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
     partials = scratch(x, batch, pieces, 2)
     constants = group.constants(sums=False)
     arguments: tuple[Any, ...] = (work, table, partials, pieces)
-    sizes, chain, per_term = constants["W_ALIGN"], (1, 1), bounds.ROUNDINGS_FMA
+    sizes, chain, per_term = constants["W_ALIGN"], 1, bounds.ROUNDINGS_FMA
+    long = False
     if not group.vectors:
         arguments = (*arguments, 1.0)
+        longest = max(problem.wide.shape[1] for problem in group.problems)
+        long = constants["LONG"] = is_long(group.kernel, x, group.aligned, longest)
         constants["SMALLEST"] = bounds.smallest(x.dtype)
         sizes *= constants["N_ALIGN"]
         kernels = ("grouped_norms", *configs.SUMS["linear"], *configs.SUMS["lora"])
-        chain = configs.extremes(kernels, "BT", x.dtype, architecture(x.device))
+        chain = configs.largest(kernels, "BT", x.dtype, architecture(x.device))
         per_term = tensor_cores.roundings(x)
-    launch(group.kernel, batch * pieces, x, *arguments, aligned=group.aligned, **constants)
+    variant = "long" if long else ""
+    launch(group.kernel, batch * pieces, x, *arguments, aligned=group.aligned, variant=variant, **constants)
     launch(
         finish_group,
         batch * len(group.problems),
@@ -331,9 +337,7 @@ def _group_norms(group: Group, norms: Tensor, first_column: int) -> None:
         norms.shape[1],
         first_column,
         SIZES=sizes,
-        PER_TERM=per_term,
-        LEAST=chain[0],
-        MOST=chain[1],
+        ROUNDINGS=bounds.sum_roundings(chain, per_term),
     )
 
 
@@ -358,16 +362,12 @@ def total_norm_sq(layers: Sequence[GroupedLayer]) -> Tensor:
 def _group_sums(group: Group, factors: Tensor) -> None:
     work, table = group.tables()
     arguments: tuple[Any, ...] = (work, table, dense(factors), len(factors))
+    constants = group.constants(sums=True)
     if not group.vectors:
         arguments = (*arguments, 1.0)
-    launch(
-        group.kernel,
-        group.pieces,
-        group.like,
-        *arguments,
-        aligned=group.aligned,
-        **group.constants(sums=True),
-    )
+        frames = max(problem.wide.shape[1] for problem in group.problems)
+        constants["PAIRS"] = in_pairs(group.kernel, group.like, frames, group.aligned)
+    launch(group.kernel, group.pieces, group.like, *arguments, aligned=group.aligned, **constants)
 
 
 def weighted_sums(layers: Sequence[GroupedLayer], factors: Tensor) -> None:

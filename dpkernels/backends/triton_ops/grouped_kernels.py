@@ -13,15 +13,16 @@ import triton.language as tl
 
 from dpkernels.backends.triton_ops.device import (
     SLACK,
-    TINIEST,
-    gamma,
+    add_sample,
+    error_of,
+    float64_total,
     load_rows,
     product,
+    renewed,
     round_up,
-    roundings_of,
+    run_ends,
     times,
     upper_square,
-    weighted,
 )
 from dpkernels.backends.triton_ops.launching import kernel
 from dpkernels.backends.triton_ops.lora import strip_product
@@ -59,6 +60,7 @@ def grouped_norms(
     N_ALIGN: tl.constexpr,
     SMALLEST: tl.constexpr,
     UPCAST: tl.constexpr,
+    LONG: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -70,12 +72,12 @@ def grouped_norms(
     columns, ranks = piece // rank_tiles * BN + tl.arange(0, BN), piece % rank_tiles * R + tl.arange(0, R)
     wide = address(row, WIDE, DTYPE) + times(sample * tl.load(row + WIDE_B), W_ALIGN)
     narrow = address(row, NARROW, DTYPE) + times(sample * tl.load(row + NARROW_B), N_ALIGN)
-    acc, terms = strip_product(
+    total, terms = strip_product(
         wide, tl.load(row + WIDE_T), 1, times(integer(row, WIDTH), W_ALIGN), narrow, tl.load(row + NARROW_T), 1,
-        times(integer(row, RANK), N_ALIGN), columns, ranks, integer(row, FRAMES), one, True, SMALLEST, W_ALIGN,
-        N_ALIGN, UPCAST, BT, BN, R,
+        times(integer(row, RANK), N_ALIGN), columns, ranks, integer(row, FRAMES), one, LONG, True, SMALLEST,
+        W_ALIGN, N_ALIGN, UPCAST, BT, BN, R,
     )  # fmt: skip
-    exact = acc.to(tl.float64)
+    exact = total.to(tl.float64)
     at = partials + (sample * pieces + integer(row, FIRST) + piece) * 2
     tl.store(at, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
     tl.store(at + 1, terms * terms)
@@ -93,11 +95,12 @@ def grouped_sums(
     W_ALIGN: tl.constexpr,
     N_ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
+    PAIRS: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program a piece: every sample's float32 product times its factor, in order, in float64, added to `out`.
+    """One program a piece: every sample's float32 products times its factor, in order, added to `out`.
 
     One loop over all samples' frames, as in `linear_kernels.linear_sum`.
     """
@@ -110,7 +113,8 @@ def grouped_sums(
     wide_b, wide_t = tl.load(row + WIDE_B), tl.load(row + WIDE_T)
     narrow_b, narrow_t = tl.load(row + NARROW_B), tl.load(row + NARROW_T)
     scale = tl.load(row + SCALE).to(tl.float64, bitcast=True)
-    total, acc = tl.zeros((BN, R), tl.float64), tl.zeros((BN, R), tl.float32)
+    total = tl.zeros((BN, R), tl.float32 if PAIRS else tl.float64)
+    rest, acc = tl.zeros((BN, R), tl.float32), tl.zeros((BN, R), tl.float32)
     chunks = (frames + BT - 1) // BT
     for step in range(0, batch * chunks):
         sample = step // chunks + tl.zeros((), tl.int64)
@@ -120,32 +124,34 @@ def grouped_sums(
             narrow + times(sample * narrow_b, N_ALIGN), at, ranks, frames, rank, narrow_t, 1, N_ALIGN
         )
         acc = product(tl.trans(a), b, acc, one, UPCAST)
-        if step % chunks == chunks - 1:
-            total += weighted(tl.load(factors + sample), acc) * scale
+        if run_ends(step % chunks, chunks):
+            factor = tl.load(factors + sample)
+            if factor != 0.0:
+                total, rest = add_sample(total, rest, factor, acc, one, PAIRS)
+            total, rest = renewed(total, rest, sample, PAIRS)
             acc = tl.zeros((BN, R), tl.float32)
     inside = (columns < width)[:, None] & (ranks < rank)[None, :]
     out = tl.load(row + OUT).to(tl.pointer_type(OUT_DTYPE))
     out += columns.to(tl.int64)[:, None] * tl.load(row + OUT_COLUMN) + ranks[None, :] * tl.load(
         row + OUT_RANK
     )
-    total += tl.load(out, mask=inside, other=0.0).to(tl.float64)
-    tl.store(out, total.to(OUT_DTYPE), mask=inside)
+    wide = tl.load(out, mask=inside, other=0.0).to(tl.float64) + scale * float64_total(total, rest, PAIRS)
+    tl.store(out, wide.to(OUT_DTYPE), mask=inside)
 
 
 @kernel
 def grouped_vector_norms(
     work, table, partials, pieces: int, DTYPE: tl.constexpr, W_ALIGN: tl.constexpr, BN: tl.constexpr
 ):
-    """partials [B, pieces, 2]: the squares of a piece of one sample's vector, twice: one term each is its own bound."""
+    """partials [B, pieces, 2]: the squares of a piece of one sample's vector, and 0: one term each is exact."""
     sample, place = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
     row, piece = table + tl.load(work + 2 * place) * FIELDS, tl.load(work + 2 * place + 1)
     columns = piece * BN + tl.arange(0, BN)
     at = address(row, WIDE, DTYPE) + times(sample * tl.load(row + WIDE_B), W_ALIGN) + columns
     entries = tl.load(at, mask=columns < times(integer(row, WIDTH), W_ALIGN), other=0.0).to(tl.float64)
-    square = tl.sum(entries * entries, axis=0)
     at = partials + (sample * pieces + integer(row, FIRST) + piece) * 2
-    tl.store(at, square)
-    tl.store(at + 1, square)
+    tl.store(at, tl.sum(entries * entries, axis=0))
+    tl.store(at + 1, 0.0)
 
 
 @kernel
@@ -185,14 +191,12 @@ def finish_group(
     columns: int,
     first_column: int,
     SIZES: tl.constexpr,
-    PER_TERM: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    ROUNDINGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out [B, columns] at first_column on: (|s|√Σ squares + |s|e)² rounded up; one program a (sample, problem).
 
-    e as in `vectors.finish_norms`. SIZES: the ALIGN of width times that of rank.
+    SIZES: the ALIGN of width times that of rank.
     """
     sample, problem = (tl.program_id(0) // problems).to(tl.int64), tl.program_id(0) % problems
     row = table + problem * FIELDS
@@ -203,12 +207,8 @@ def finish_group(
         at = partials + (sample * pieces + integer(row, FIRST) + piece) * 2
         square += tl.sum(tl.load(at, mask=piece < problem_pieces, other=0.0), axis=0)
         magnitude += tl.sum(tl.load(at + 1, mask=piece < problem_pieces, other=0.0), axis=0)
-    n = integer(row, FRAMES)
-    relative = gamma(roundings_of(n, LEAST, MOST, PER_TERM))
-    error = 2.0 * relative / (1.0 - relative) * tl.sqrt(magnitude)
     entries = (tl.load(row + WIDTH) * tl.load(row + RANK) * SIZES).to(tl.float64)
-    lost = tl.full((), 4.0 * TINIEST, tl.float64) * n * tl.sqrt(entries)
-    error += tl.where(magnitude == 0.0, 0.0, lost)
+    error = error_of(magnitude, entries, ROUNDINGS)
     scale = tl.abs(tl.load(row + SCALE).to(tl.float64, bitcast=True))
     upper = upper_square(square * scale * scale, error * scale)
     tl.store(out + sample * columns + first_column + problem, upper.to(tl.float64))

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from dpkernels.backends import registry
-from dpkernels.backends.triton_ops import availability, configs
+from dpkernels.backends.triton_ops import availability, bounds, configs
 
 INTERPRETED = availability.interpreting()
 """Whether kernels are interpreted, decided when they are defined, that is when this package is imported."""
@@ -51,6 +51,7 @@ def launch(
     like: Tensor,
     *arguments: Any,
     aligned: bool = True,
+    variant: str = "",
     **constants: Any,
 ) -> None:
     """Run a kernel on `programs` programs, with the configuration for its name, `like`'s dtype and device.
@@ -61,11 +62,12 @@ def launch(
         like: a tensor of the kernel's device and input dtype.
         arguments: tensors, integers, None.
         aligned: whether the configuration is for tensors that `rows` found aligned.
+        variant: of the configuration, where a kernel has several: a word after its name.
         constants: constexprs besides those of the configuration.
     """
     if programs == 0:
         return
-    chosen = configs.config(function.__name__, like.dtype, architecture(like.device), aligned)
+    chosen = _config(function, like, aligned, variant)
     execute(function, programs, like.device, arguments, chosen.options | constants)
 
 
@@ -85,9 +87,29 @@ def tiles(size: int, tile: int) -> int:
     return -(-size // tile)
 
 
-def tile_of(function: Any, like: Tensor, name: str, aligned: bool = True) -> int:
+def tile_of(function: Any, like: Tensor, name: str, aligned: bool = True, variant: str = "") -> int:
     """Return the size of a tile in the configuration that `launch` uses."""
-    return configs.config(function.__name__, like.dtype, architecture(like.device), aligned).tiles[name]
+    return _config(function, like, aligned, variant).tiles[name]
+
+
+def _config(function: Any, like: Tensor, aligned: bool, variant: str) -> configs.Config:
+    name = f"{function.__name__} {variant}" if variant else function.__name__
+    return configs.config(name, like.dtype, architecture(like.device), aligned)
+
+
+def is_long(function: Any, like: Tensor, aligned: bool = True, frames: int | None = None) -> bool:
+    """Return whether samples of `frames` (None: those of `like` [B, T, n]) may have more than PIECES·BT of them.
+
+    A kernel's variant "long" then adds parts of so many frames in float64. The rest of its batch may send a sample
+    there, which changes the order of its sums, and not its bound.
+    """
+    count = like.shape[1] if frames is None else frames
+    return count > bounds.PIECES * tile_of(function, like, "BT", aligned)
+
+
+def in_pairs(function: Any, like: Tensor, frames: int, aligned: bool) -> bool:
+    """Return whether a kernel adds samples of `frames` in pairs of float32 numbers (`bounds`, "Pairs")."""
+    return architecture(like.device) not in bounds.FLOAT64 and not is_long(function, like, aligned, frames)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpkernels.backends.triton_ops import vectors
+from dpkernels.backends.triton_ops import bounds, vectors
 from dpkernels.backends.triton_ops.device import TINIEST, frames_of, load_rows, sample_at, times
 from dpkernels.backends.triton_ops.launching import (
     dense,
@@ -99,11 +99,11 @@ def _launch(x_hat: Tensor, g: Tensor, lengths: Tensor | None, factors: Tensor | 
 @float64_by_torch
 def layer_norm_norm_sq(x_hat: Tensor, g: Tensor, *, lengths: Tensor | None = None) -> Tensor:
     """‖Σ_t x̂_it ⊙ g_it‖², rounded up; see `dpkernels.ops.layer_norm_norm_sq`."""
-    batch, frames, width = g.shape
+    batch, _, width = g.shape
     partials = scratch(g, batch, tiles(width, tile_of(layer_norm_sums, g, "BN")), 2)
     _launch(x_hat, g, lengths, None, partials)
     chain = tile_of(layer_norm_sums, g, "BT")
-    return vectors.finish(partials, dense(lengths), frames, width, per_term=1, chain=chain, wide=True)
+    return vectors.finish(partials, width, bounds.sum_roundings(chain, bounds.ROUNDINGS_FMA, pieces=0))
 
 
 @float64_by_torch

@@ -1,7 +1,8 @@
-"""Linear layers: norms by half-Gram or direct, chosen by each sample's length, and weighted sums.
+"""Linear layers: norms by half-Gram or direct, chosen by each sample's own frames, and weighted sums.
 
-No matrix of size T×T or p×d reaches device memory, and the host does not wait: the device decides which samples a
-kernel computes, from lengths, the layer's shape, and the flags of samples whose gram bound was too loose.
+No matrix of size T×T or p×d reaches device memory, and the host does not wait: the device counts the frames that add
+something, and decides which samples a kernel computes, from these counts, the layer's shape, and the flags of samples
+whose gram bound was too loose.
 """
 
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from dpkernels.backends.triton_ops import bounds, configs, tensor_cores
+from dpkernels.backends.triton_ops.frame_kernels import frames_that_count, order_frames
 from dpkernels.backends.triton_ops.launching import (
     architecture,
     dense,
     float64_by_torch,
+    in_pairs,
+    is_long,
     launch,
     rows,
     scratch,
@@ -38,7 +42,7 @@ class _Norms:
 
     def __init__(self, x: Tensor, g: Tensor, lengths: Tensor | None, method: str) -> None:
         (self.batch, self.frames, self.d), self.p = x.shape, g.shape[2]
-        self.x, self.lengths = x, dense(lengths)
+        self.x = x
         self.out = torch.empty(self.batch, dtype=torch.float32, device=x.device)
         (x_view, x_align), (g_view, g_align) = rows(x), rows(g)
         self.views = (*x_view, *g_view)
@@ -48,16 +52,38 @@ class _Norms:
         # the kernels' own choice, sample by sample; without half-Gram's results none may ask for them
         self.method: dict[str, Any] = {"METHOD": _METHODS[method if self.most else "direct"]}
         self.smallest = bounds.smallest(x.dtype)
+        self.per_term = tensor_cores.roundings(x)
         # the norm is rounded up for the weighted sum, whichever of its configurations makes that
-        least, most = configs.extremes(configs.SUMS["linear"], "BT", x.dtype, architecture(x.device))
-        self.rounding: dict[str, Any] = {
-            "SUM_LEAST": least,
-            "SUM_MOST": most,
-            "PER_TERM": tensor_cores.roundings(x),
-        }
+        chain = configs.largest(configs.SUMS["linear"], "BT", x.dtype, architecture(x.device))
+        self.of_sum: dict[str, Any] = {"SUM_ROUNDINGS": bounds.sum_roundings(chain, self.per_term)}
+        self.own, self.order, self.found = self._own_frames(dense(lengths))
 
-    def _tile(self, kernel: Any, name: str) -> int:
-        return tile_of(kernel, self.x, name, self.aligned)
+    def _tile(self, kernel: Any, name: str, variant: str = "") -> int:
+        return tile_of(kernel, self.x, name, self.aligned, variant)
+
+    def _largest_direct(self, name: str) -> int:
+        """A tile's size in the bound of direct, which is one for short and for long batches."""
+        return max(self._tile(linear_direct, name), self._tile(linear_direct, name, "long"))
+
+    def _own_frames(self, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Which frames count, [B, T]; their numbers, [B, T]; how many they are and where they end, [B, 2]."""
+        x, blocks = self.x, tiles(self.frames, tile_of(frames_that_count, self.x, "BT"))
+        own = scratch(x, self.batch, self.frames, dtype=torch.int8)
+        order = scratch(x, self.batch, self.frames, dtype=torch.int32)
+        found = scratch(x, self.batch, 2, dtype=torch.int32)
+        launch(
+            frames_that_count,
+            self.batch * blocks,
+            x,
+            *self.views,
+            lengths,
+            own,
+            self.frames,
+            blocks,
+            **self.aligns,
+        )
+        launch(order_frames, self.batch, x, own, order, found, self.frames)
+        return own, order, found
 
     def by_gram(self) -> tuple[Tensor, Tensor]:
         """Norms of the samples that half-Gram takes into `out`.
@@ -77,7 +103,8 @@ class _Norms:
             self.batch * pairs * strips,
             x,
             *self.views,
-            self.lengths,
+            self.order,
+            self.found,
             products,
             diagonals,
             self.frames,
@@ -98,11 +125,10 @@ class _Norms:
             x,
             products,
             diagonals,
-            self.lengths,
+            self.found,
             self.out,
             scale,
             again,
-            self.frames,
             self.p,
             self.d,
             blocks,
@@ -110,7 +136,8 @@ class _Norms:
             GRAM_BS=bs,
             GRAM_BT=bt,
             GRAM_BK=bk,
-            **self.rounding,
+            PER_TERM=self.per_term,
+            **self.of_sum,
             **self.method,
         )
         return scale, again
@@ -126,7 +153,8 @@ class _Norms:
                 self.batch * blocks,
                 x,
                 *self.views,
-                self.lengths,
+                self.own,
+                self.found,
                 terms,
                 self.frames,
                 blocks,
@@ -134,23 +162,25 @@ class _Norms:
                 **self.aligns,
                 **self.method,
             )
-        across = tiles(self.d, self._tile(linear_direct, "BD"))
-        count = across * tiles(self.p, self._tile(linear_direct, "BP"))
+        long = "long" if is_long(linear_direct, x, self.aligned) else ""
+        across = tiles(self.d, self._tile(linear_direct, "BD", long))
+        count = across * tiles(self.p, self._tile(linear_direct, "BP", long))
         squares = scratch(x, self.batch, count)
         launch(
             linear_direct,
             self.batch * count,
             x,
             *self.views,
-            self.lengths,
+            self.found,
             again,
             squares,
-            self.frames,
             across,
             count,
             1.0,
             aligned=self.aligned,
+            variant=long,
             UPCAST=upcast(x),
+            LONG=bool(long),
             **self.aligns,
         )
         launch(
@@ -160,24 +190,23 @@ class _Norms:
             squares,
             terms,
             terms if scale is None else scale,
-            self.lengths,
+            self.found,
             again,
             self.out,
-            self.frames,
             self.p,
             self.d,
             count,
             blocks,
             ROWS_BT=rows_bt,
-            DIRECT_BT=self._tile(linear_direct, "BT"),
-            DIRECT_BD=self._tile(linear_direct, "BD"),
-            **self.rounding,
+            DIRECT_BD=self._largest_direct("BD"),
+            NORM_ROUNDINGS=bounds.sum_roundings(self._largest_direct("BT"), self.per_term),
+            **self.of_sum,
             **self.method,
         )
 
 
 def _most_by_gram(method: str, frames: int, p: int, d: int) -> int:
-    """Return the longest sample that `linear_kernels.by_gram` may choose half-Gram for; 0 if there is none."""
+    """Return the most own frames that `linear_kernels.by_gram` may choose half-Gram for; 0 if it is for none."""
     if method != "auto":
         return frames if method == "gram" else 0
     # At equal operations `by_gram` chooses direct, whose passes must include that length.
@@ -219,6 +248,7 @@ def linear_weighted_sum(
         X_ALIGN=x_align,
         G_ALIGN=g_align,
         UPCAST=upcast(x),
+        PAIRS=in_pairs(linear_sum, x, frames, aligned),
     )
     if total is not out:
         out.copy_(total)

@@ -1,41 +1,48 @@
 """Kernels of the linear family: half-Gram, direct, their last steps, and the weighted sum.
 
-Everything below is for one sample with L frames, x [L, d] and g [L, p]; u, γ and S (with its δ) as in `bounds`.
+Everything below is for one sample with L frames, x [L, d] and g [L, p]; u, γ and S (with its δ) as in `bounds`. Only
+frames that add something count (`frame_kernels`): the form of the norm, S and the rest of the bound are the same with
+any padding, wherever it is.
 
-**direct** squares and sums tiles of gᵀx. An entry is made by `product` in pieces of BT frames, so
-κ = PER·BT + 1 + ⌈L/BT⌉. Squares are added in float32 along one side of a tile (a relative error of the
-square of γ_{BD+2}), and in float64 from there.
+**direct** squares and sums tiles of gᵀx. An entry is made by `product` in pieces of BT frames, PIECES of them in
+float32 and the rest in float64, and rounded to float32: κ is a constant (`bounds.sum_roundings`). Squares are added in
+float32 along one side of a tile (a relative error of the square of γ_{BD+2}), and in float64 from there.
 
 **gram** sums (x_s·x_t)(g_s·g_t) over blocks on and below the diagonal, those below counted twice. A term
 x_sj x_tj g_sk g_tk meets κ_d + κ_p roundings in the two products, one in multiplying them, and as many as GRAM_GROUP
 in float32 sums of so many, which are added in float64 (a whole row in float32 would cost a third of the bound): with n
 of them in all, the square is off by at most γ_n S² (Cauchy and Schwarz, twice). S comes from the diagonal, x_t·x_t
-and g_t·g_t, whose roots rounding makes too small by at most 2γ_n each.
+and g_t·g_t, whose roots rounding makes too small by at most 2γ_n each. It gathers the L frames, blocks of BT of them.
 
-**Underflow.** A float32 result below 2⁻¹²⁶ may be flushed to 0: 4L√(pd)·2⁻¹²⁶ on the norm, as in
-`dpkernels.backends.bounds`; n·2⁻¹²⁶ on a sum of n squares. In gram, an entry of x_s·x_t is off by 2d·2⁻¹²⁶ at most,
-which counts times Σ_st |g_s·g_t| ≤ L Σ_t ‖g_t‖², and the same with x and g exchanged.
+**Underflow.** A float32 result below 2⁻¹²⁶ may be flushed to 0: `device.lost` on the norm; n·2⁻¹²⁶ on a sum of n
+squares. In gram, an entry of x_s·x_t is off by 2d·2⁻¹²⁶ at most, which counts times Σ_st |g_s·g_t| ≤ L Σ_t ‖g_t‖², and
+the same with x and g exchanged.
 """
 
 import triton
 import triton.language as tl
 
 from dpkernels.backends.triton_ops.device import (
+    PIECES,
     TINIEST,
     UNIT,
+    add_sample,
+    float64_total,
     frames_added,
-    frames_of,
     gamma,
     load_rows,
+    lost,
     product,
+    renewed,
     roundings_of,
+    run_ends,
     sample_at,
     sum_of_products,
     times,
     upper_norms,
     upper_square,
-    weighted,
 )
+from dpkernels.backends.triton_ops.frame_kernels import own_count, own_end, own_places
 from dpkernels.backends.triton_ops.launching import kernel
 
 GRAM = tl.constexpr(1)
@@ -63,16 +70,15 @@ def by_gram(n, p, d, METHOD: tl.constexpr):
 
 @triton.jit
 def gram_tile(
-    tensor, width, stride_t, stride_n, row, column, n, one, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
-    BS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    tensor, width, stride_t, stride_n, rows, columns, frames, one, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
+    BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BS, BT] inner products of the frames `row`... and `column`... of one sample. WHOLE: BK divides the width."""
-    rows, columns = row + tl.arange(0, BS), column + tl.arange(0, BT)
-    acc = tl.zeros((BS, BT), tl.float32)
+    """Inner products of the frames `rows` and `columns` of one sample. WHOLE: BK divides the width."""
+    acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for k in range(0, width, BK):
         features = k + tl.arange(0, BK)
-        a = load_rows(tensor, rows, features, n, width, stride_t, stride_n, ALIGN, WHOLE)
-        b = load_rows(tensor, columns, features, n, width, stride_t, stride_n, ALIGN, WHOLE)
+        a = load_rows(tensor, rows, features, frames, width, stride_t, stride_n, ALIGN, WHOLE)
+        b = load_rows(tensor, columns, features, frames, width, stride_t, stride_n, ALIGN, WHOLE)
         acc = product(a, tl.trans(b), acc, one, UPCAST)
     return acc
 
@@ -95,7 +101,8 @@ def linear_gram(
     g_t: int,
     g_n: int,
     p: int,
-    lengths,
+    order,
+    found,
     partials,
     diagonals,
     frames: int,
@@ -116,7 +123,7 @@ def linear_gram(
     """One program a (sample, pair of blocks s ≥ t of BT frames, strip of BS of the frames of s).
 
     partials [B, pairs, BT/BS]: its part of the square; diagonals [B, blocks, BT/BS, 3]: S, Σ_t ‖x_t‖², Σ_t ‖g_t‖² of
-    a strip. Of pairs that lie beyond a sample's length nothing is written.
+    a strip. Of pairs that lie beyond a sample's frames nothing is written.
     """
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     strip, program = program % (BT // BS), program // (BT // BS)
@@ -126,14 +133,16 @@ def linear_gram(
     s = tl.where(s * (s + 1) // 2 > pair, s - 1, s)
     s = tl.where((s + 1) * (s + 2) // 2 <= pair, s + 1, s)
     t = pair - s * (s + 1) // 2
-    n = frames_of(lengths, sample, frames)
+    n = own_count(found, sample)
     if s * BT >= tl.where(by_gram(n, p, d, METHOD), n, 0):
         return
     x_at, g_at = sample_at(x, sample, x_b, X_ALIGN), sample_at(g, sample, g_b, G_ALIGN)
-    row = s * BT + strip * BS
-    # a strip beyond the length, in a block that is not, has nothing to read
-    xx = gram_tile(x_at, d, x_t, x_n, row, t * BT, n, one, X_ALIGN, X_WHOLE, BS, BT, BK, UPCAST)
-    gg = gram_tile(g_at, p, g_t, g_n, row, t * BT, n, one, G_ALIGN, G_WHOLE, BS, BT, BK, UPCAST)
+    places = s * BT + strip * BS + tl.arange(0, BS)
+    # a strip beyond the n-th frame, in a block that is not, has nothing to read
+    rows = own_places(order, sample, places, n, frames)
+    columns = own_places(order, sample, t * BT + tl.arange(0, BT), n, frames)
+    xx = gram_tile(x_at, d, x_t, x_n, rows, columns, frames, one, X_ALIGN, X_WHOLE, BK, UPCAST)
+    gg = gram_tile(g_at, p, g_t, g_n, rows, columns, frames, one, G_ALIGN, G_WHOLE, BK, UPCAST)
     at = partials + program.to(tl.int64) * (BT // BS) + strip
     tl.store(at, sum_of_products(xx, gg, GRAM_GROUP) * occurrences(s, t))
     if s == t:
@@ -142,7 +151,7 @@ def linear_gram(
         g_square = tl.sum(tl.where(of_diagonal, gg, 0.0), axis=1).to(tl.float64)
         at = diagonals + ((sample.to(tl.int64) * blocks + s) * (BT // BS) + strip) * 3
         both = upper_norms(x_square, d, SMALLEST) * upper_norms(g_square, p, SMALLEST)
-        tl.store(at, tl.sum(tl.where(row + tl.arange(0, BS) < n, both, 0.0), axis=0))
+        tl.store(at, tl.sum(tl.where(places < n, both, 0.0), axis=0))
         tl.store(at + 1, tl.sum(x_square, axis=0))
         tl.store(at + 2, tl.sum(g_square, axis=0))
 
@@ -151,11 +160,10 @@ def linear_gram(
 def finish_gram(
     partials,
     diagonals,
-    lengths,
+    found,
     out,
     scale,
     again,
-    frames: int,
     p: int,
     d: int,
     blocks: int,
@@ -164,14 +172,13 @@ def finish_gram(
     GRAM_BS: tl.constexpr,
     GRAM_BT: tl.constexpr,
     GRAM_BK: tl.constexpr,
-    SUM_LEAST: tl.constexpr,
-    SUM_MOST: tl.constexpr,
     PER_TERM: tl.constexpr,
+    SUM_ROUNDINGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a sample: its norm, S, and whether direct must do it (again)."""
     sample = tl.program_id(0).to(tl.int64)
-    n = frames_of(lengths, sample, frames)
+    n = own_count(found, sample)
     if not by_gram(n, p, d, METHOD):
         tl.store(again + sample, 1)
         return
@@ -192,9 +199,7 @@ def finish_gram(
         of_x += tl.sum(tl.load(at + 1, mask=block < sample_blocks, other=0.0), axis=0)
         of_g += tl.sum(tl.load(at + 2, mask=block < sample_blocks, other=0.0), axis=0)
     int_d, int_p = d + tl.zeros((), tl.int32), p + tl.zeros((), tl.int32)
-    roundings = roundings_of(int_d, GRAM_BK, GRAM_BK, PER_TERM) + roundings_of(
-        int_p, GRAM_BK, GRAM_BK, PER_TERM
-    )
+    roundings = roundings_of(int_d, GRAM_BK, PER_TERM) + roundings_of(int_p, GRAM_BK, PER_TERM)
     relative = gamma(roundings + GRAM_GROUP + 2.0)
     tiny_x, tiny_g = one * TINIEST * 2.0 * d, one * TINIEST * 2.0 * p
     terms = (terms + 2.0 * n * tl.sqrt(tiny_x * of_g + tiny_g * of_x + tiny_x * tiny_g * n)) / (
@@ -203,18 +208,11 @@ def finish_gram(
     underflow = tiny_x * of_g + tiny_g * of_x + (tiny_x * tiny_g + one * TINIEST) * n
     error = relative * terms * terms + 2.0 * n * underflow
     loose = tl.where(error <= square * GRAM_SHARE, 0, 1)  # of NaN and of a negative square too
-    of_sum = gamma(roundings_of(n, SUM_LEAST, SUM_MOST, PER_TERM)) * terms + lost(n, p, d)
+    of_sum = gamma(one * SUM_ROUNDINGS) * terms + lost(one * p * d)
     upper = upper_square(tl.where(loose == 0, square + error, 0.0), of_sum)
     tl.store(scale + sample, terms)
     tl.store(again + sample, tl.where(n > 0, loose, 0))
     tl.store(out + sample, tl.where(n > 0, upper, 0.0))
-
-
-@triton.jit
-def lost(n, p, d):
-    """What underflow can take from the norm of a [p, d] gradient, in the norm and in the sum."""
-    one = tl.full((), 1.0, tl.float64)
-    return one * (4.0 * TINIEST) * n * tl.sqrt((one * p) * d)
 
 
 @triton.jit
@@ -243,7 +241,8 @@ def linear_rows(
     g_t: int,
     g_n: int,
     p: int,
-    lengths,
+    own,
+    found,
     partials,
     frames: int,
     blocks: int,
@@ -257,14 +256,15 @@ def linear_rows(
     """partials [B, blocks]: S over blocks of BT frames, of the samples that direct does at once."""
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     sample, first = program // blocks, (program % blocks) * BT
-    n = frames_of(lengths, sample, frames)
-    if first >= tl.where(by_gram(n, p, d, METHOD), 0, n):
+    n = own_end(found, sample)
+    if first >= tl.where(by_gram(own_count(found, sample), p, d, METHOD), 0, n):
         return
     rows = first + tl.arange(0, BT)
     x_square = row_squares(sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, rows, n, X_ALIGN, BT, BN)
     g_square = row_squares(sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n, rows, n, G_ALIGN, BT, BN)
     both = upper_norms(x_square, d, SMALLEST) * upper_norms(g_square, p, SMALLEST)
-    tl.store(partials + program.to(tl.int64), tl.sum(tl.where(rows < n, both, 0.0), axis=0))
+    counted = tl.load(own + sample.to(tl.int64) * frames + rows, mask=rows < n, other=0) != 0
+    tl.store(partials + program.to(tl.int64), tl.sum(tl.where(counted, both, 0.0), axis=0))
 
 
 @kernel
@@ -279,44 +279,58 @@ def linear_direct(
     g_t: int,
     g_n: int,
     p: int,
-    lengths,
+    found,
     again,
     partials,
-    frames: int,
     across: int,
     tiles: int,
     one,
     X_ALIGN: tl.constexpr,
     G_ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
+    LONG: tl.constexpr,
     BT: tl.constexpr,
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """partials [B, tiles]: Σ of squares of a [BP, BD] tile of gᵀx; one program each. again: None means all."""
+    """partials [B, tiles]: Σ of squares of a [BP, BD] tile of gᵀx; one program each. again: None means all.
+
+    LONG: samples may have more than PIECES·BT frames. The float64 total has registers of its own only there.
+    """
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     sample, tile = program // tiles, program % tiles
     if again is not None:  # noqa: SIM102 (decided when compiled)
         if tl.load(again + sample) == 0:
             return
-    n = frames_of(lengths, sample, frames)
-    acc = sample_product(
-        sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
-        tile // across * BP, tile % across * BD, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
-    )  # fmt: skip
+    n = own_end(found, sample)
+    row, column = tile // across * BP, tile % across * BD
+    x_at, g_at = sample_at(x, sample, x_b, X_ALIGN), sample_at(g, sample, g_b, G_ALIGN)
+    if LONG:
+        total = tl.zeros((BP, BD), tl.float64)
+        for first in range(0, n, PIECES * BT):
+            acc = sample_product(
+                x_at, d, x_t, x_n, g_at, p, g_t, g_n, row, column, first, tl.minimum(first + PIECES * BT, n), one,
+                X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
+            )  # fmt: skip
+            total += acc.to(tl.float64)
+        acc = total.to(tl.float32)
+    else:
+        acc = sample_product(
+            x_at, d, x_t, x_n, g_at, p, g_t, g_n, row, column, 0, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
+        )  # fmt: skip
     in_rows = tl.sum(acc * acc, axis=1).to(tl.float64)
     tl.store(partials + program.to(tl.int64), tl.sum(in_rows, axis=0))
 
 
 @triton.jit
 def sample_product(
-    x, d, x_t, x_n, g, p, g_t, g_n, row, column, n, one, X_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
+    x, d, x_t, x_n, g, p, g_t, g_n, row, column, first, n, one, X_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
     UPCAST: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The tile of gᵀx [BP, BD] of one sample at (row, column), over its n frames."""
+    """The tile of gᵀx [BP, BD] of one sample at (row, column), over frames first <= t < n."""
     outputs, inputs = row + tl.arange(0, BP), column + tl.arange(0, BD)
     acc = tl.zeros((BP, BD), tl.float32)
-    for t in range(0, n, BT):
+    for t in range(first, n, BT):
         rows = t + tl.arange(0, BT)
         a = load_rows(g, rows, outputs, n, p, g_t, g_n, G_ALIGN)
         b = load_rows(x, rows, inputs, n, d, x_t, x_n, X_ALIGN)
@@ -329,21 +343,18 @@ def finish_direct(
     partials,
     rows,
     scale,
-    lengths,
+    found,
     again,
     out,
-    frames: int,
     p: int,
     d: int,
     tiles: int,
     blocks: int,
     METHOD: tl.constexpr,
     ROWS_BT: tl.constexpr,
-    DIRECT_BT: tl.constexpr,
     DIRECT_BD: tl.constexpr,
-    SUM_LEAST: tl.constexpr,
-    SUM_MOST: tl.constexpr,
-    PER_TERM: tl.constexpr,
+    NORM_ROUNDINGS: tl.constexpr,
+    SUM_ROUNDINGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a sample: its norm, where direct computed it. scale: S of those that gram tried; None: of none."""
@@ -351,13 +362,13 @@ def finish_direct(
     if again is not None:  # noqa: SIM102 (decided when compiled)
         if tl.load(again + sample) == 0:
             return
-    n = frames_of(lengths, sample, frames)
+    n = own_end(found, sample)
     one = tl.full((), 1.0, tl.float64)
     square, terms = one * 0.0, one * 0.0
     for first in range(0, tiles, BLOCK):
         tile = first + tl.arange(0, BLOCK)
         square += tl.sum(tl.load(partials + sample * tiles + tile, mask=tile < tiles, other=0.0), axis=0)
-    if by_gram(n, p, d, METHOD):
+    if by_gram(own_count(found, sample), p, d, METHOD):
         terms = tl.load(scale + sample)
     else:
         sample_blocks = (n + ROWS_BT - 1) // ROWS_BT
@@ -367,9 +378,8 @@ def finish_direct(
                 tl.load(rows + sample * blocks + block, mask=block < sample_blocks, other=0.0), axis=0
             )
     square = square * (1.0 + gamma(one * (DIRECT_BD + 2))) + one * TINIEST * 2.0 * p * d
-    of_norm = gamma(roundings_of(n, DIRECT_BT, DIRECT_BT, PER_TERM))
-    of_sum = gamma(roundings_of(n, SUM_LEAST, SUM_MOST, PER_TERM))
-    upper = upper_square(square, (of_norm + of_sum) * terms + lost(n, p, d))
+    relative = gamma(one * NORM_ROUNDINGS) + gamma(one * SUM_ROUNDINGS)
+    upper = upper_square(square, relative * terms + lost(one * p * d))
     tl.store(out + sample, tl.where(n > 0, upper, 0.0))
 
 
@@ -395,11 +405,14 @@ def linear_sum(
     X_ALIGN: tl.constexpr,
     G_ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
+    PAIRS: tl.constexpr,
     BT: tl.constexpr,
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 product times its factor, in float64.
+    """One program a [BP, BD] tile of `out` [p, d]: every sample's float32 products times its factor.
+
+    A product covers PIECES·BT frames; a longer sample has several. They are added in float64, or in PAIRS of float32.
 
     Without lengths it is one loop over all samples' frames, so that a sample's first loads are on their way while the
     one before is computed (nothing they need may wait for a factor, so samples with factor 0 are read, and left out);
@@ -407,7 +420,8 @@ def linear_sum(
     """
     program, d, p = tl.program_id(0), times(d, X_ALIGN), times(p, G_ALIGN)
     row, column = program // across * BP, program % across * BD
-    total = tl.zeros((BP, BD), tl.float64)
+    total = tl.zeros((BP, BD), tl.float32 if PAIRS else tl.float64)
+    rest = tl.zeros((BP, BD), tl.float32)
     outputs, inputs = row + tl.arange(0, BP), column + tl.arange(0, BD)
     if lengths is None:
         acc, chunks = tl.zeros((BP, BD), tl.float32), (frames + BT - 1) // BT
@@ -417,21 +431,26 @@ def linear_sum(
             a = load_rows(sample_at(g, sample, g_b, G_ALIGN), rows, outputs, frames, p, g_t, g_n, G_ALIGN)
             b = load_rows(sample_at(x, sample, x_b, X_ALIGN), rows, inputs, frames, d, x_t, x_n, X_ALIGN)
             acc = product(tl.trans(a), b, acc, one, UPCAST)
-            if step % chunks == chunks - 1:
-                total += weighted(tl.load(factors + sample), acc)
+            if run_ends(step % chunks, chunks):
+                factor = tl.load(factors + sample)
+                if factor != 0.0:  # a select for every entry would cost as much as the addition
+                    total, rest = add_sample(total, rest, factor, acc, one, PAIRS)
+                total, rest = renewed(total, rest, sample, PAIRS)
                 acc = tl.zeros((BP, BD), tl.float32)
     else:
         for i in range(0, batch):
             sample = i + tl.zeros((), tl.int64)
-            factor = tl.load(factors + sample).to(tl.float64)
+            factor = tl.load(factors + sample)
             n = frames_added(factor, lengths, sample, frames)
-            acc = sample_product(
-                sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
-                row, column, n, one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
-            )  # fmt: skip
-            total += factor * acc.to(tl.float64)
+            for first in range(0, n, PIECES * BT):
+                acc = sample_product(
+                    sample_at(x, sample, x_b, X_ALIGN), d, x_t, x_n, sample_at(g, sample, g_b, G_ALIGN), p, g_t, g_n,
+                    row, column, first, tl.minimum(first + PIECES * BT, n), one, X_ALIGN, G_ALIGN, UPCAST, BT, BP, BD,
+                )  # fmt: skip
+                total, rest = add_sample(total, rest, factor, acc, one, PAIRS)
+            total, rest = renewed(total, rest, sample, PAIRS)
     # read only now: addresses held over the loop would spill
     at = out + outputs.to(tl.int64)[:, None] * d + inputs[None, :]
     inside = (outputs < p)[:, None] & (inputs < d)[None, :]
-    total += tl.load(at, mask=inside, other=0.0).to(tl.float64)
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    wide = float64_total(total, rest, PAIRS) + tl.load(at, mask=inside, other=0.0).to(tl.float64)
+    tl.store(at, wide.to(out.dtype.element_ty), mask=inside)

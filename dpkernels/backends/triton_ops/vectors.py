@@ -5,31 +5,19 @@ import triton.language as tl
 from torch import Tensor
 
 from dpkernels.backends.triton_ops import launching
-from dpkernels.backends.triton_ops.device import (
-    TINIEST,
-    float64_of,
-    frames_of,
-    gamma,
-    roundings_of,
-    upper_square,
-)
+from dpkernels.backends.triton_ops.device import error_of, float64_of, upper_square
 from dpkernels.backends.triton_ops.launching import float64_bits, kernel, launch, scratch
 
 
 @kernel
 def finish_norms(
     partials,
-    lengths,
     out,
-    frames: int,
     pieces: int,
     entries: int,
     scale_high: int,
     scale_low: int,
-    PER_TERM: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
-    WIDE: tl.constexpr,
+    ROUNDINGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[i] = (|s|√Σ squares + |s|e)² rounded up, over a sample's pieces in order; one program a sample."""
@@ -41,45 +29,20 @@ def finish_norms(
         at = partials + (sample * pieces + piece) * 2
         square += tl.sum(tl.load(at, mask=piece < pieces, other=0.0), axis=0)
         magnitude += tl.sum(tl.load(at + 1, mask=piece < pieces, other=0.0), axis=0)
-    n = frames_of(lengths, sample, frames)
-    if WIDE:  # noqa: SIM108 (decided when compiled)
-        roundings = (tl.minimum(n, MOST) * PER_TERM + 1).to(tl.float64)
-    else:
-        roundings = roundings_of(n, LEAST, MOST, PER_TERM)
-    relative = gamma(roundings)
-    # 2: the error of the norm and that of the sum. The magnitude may be too small by `relative`.
-    error = 2.0 * relative / (1.0 - relative) * tl.sqrt(magnitude)
-    lost = tl.full((), 4.0 * TINIEST, tl.float64) * n * tl.sqrt(tl.full((), 1.0, tl.float64) * entries)
-    error += tl.where(magnitude == 0.0, 0.0, lost)
+    error = error_of(magnitude, entries, ROUNDINGS)
     scale = tl.abs(float64_of(scale_high, scale_low))
     tl.store(out + sample, upper_square(square * scale * scale, error * scale))
 
 
-def finish(
-    partials: Tensor,
-    lengths: Tensor | None,
-    frames: int,
-    entries: int,
-    *,
-    per_term: float,
-    chain: int,
-    wide: bool,
-    least: int | None = None,
-    scaling: float = 1.0,
-) -> Tensor:
+def finish(partials: Tensor, entries: int, roundings: float, scaling: float = 1.0) -> Tensor:
     """‖G_i‖², rounded up, from each sample's pieces of it.
 
     Args:
         partials: [B, pieces, 2] float64: of every piece the sum of squares of its entries, and the sum of squares of
             bounds on what their terms add up to in absolute value (Σ_t |a_t||b_t| for each entry, or Σ_t ‖a_t‖‖b_t‖
-            for a block of entries).
-        lengths: [B] int64 or None.
-        frames: T, the terms of an entry where there are no lengths.
+            for a block of entries). A frame that adds nothing must not be in them.
         entries: of one sample's gradient.
-        per_term: roundings a term meets in one float32 accumulation, for each term that it covers.
-        chain: terms in one such accumulation, at most, of the norm or of the weighted sum.
-        least: of the shortest accumulations that a long sum is made of; `chain` where all are as long.
-        wide: whether accumulations are added in float64, and not in float32.
+        roundings: κ of the norm's sums and of the weighted sum's, whichever is larger (`bounds.sum_roundings`).
         scaling: s, for |s|·‖G_i‖.
 
     Returns:
@@ -91,16 +54,11 @@ def finish(
         partials.shape[0],
         out,
         partials,
-        lengths,
         out,
-        frames,
         partials.shape[1],
         entries,
         *float64_bits(scaling),
-        PER_TERM=per_term,
-        LEAST=chain if least is None else least,
-        MOST=chain,
-        WIDE=wide,
+        ROUNDINGS=roundings,
     )
     return out
 

@@ -19,7 +19,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,14 +219,20 @@ def run_at_other_sizes(
     def outputs(rows: int, shared: str) -> list[Any] | Exception:
         some_args, some_kwargs = _with_rows((args, dict(kwargs)), size, rows, shared)
         nonlocal draws
-        try:
-            with torch.random.fork_rng(devices=devices):
-                state = torch.get_rng_state()
-                leaves = tree_flatten(model(*some_args, **some_kwargs))[0]
-                draws = not torch.equal(state, torch.get_rng_state())
-                return leaves
-        except Exception as error:  # noqa: BLE001 (a user's model may raise anything; it is only evidence)
-            return error
+        raised: Exception | None = None
+        # A forward that takes gradients itself, by torch.autograd or torch.func, needs what the first context drops.
+        for context in (_without_saved_tensors, nullcontext):
+            try:
+                with torch.random.fork_rng(devices=devices), context():
+                    state = torch.get_rng_state()
+                    leaves = tree_flatten(model(*some_args, **some_kwargs))[0]
+                    draws = not torch.equal(state, torch.get_rng_state())
+                # detached, so that no graph outlives its forward
+                return [leaf.detach() if type(leaf) is Tensor else leaf for leaf in leaves]
+            except Exception as error:  # noqa: BLE001 (a user's model may raise anything; it is only evidence)
+                raised = raised or error
+        assert raised is not None
+        return raised
 
     for rows in [n for n in (2, 3, 4) if n != size][:2]:
         reason: Exception | None = None
@@ -255,6 +261,18 @@ def run_at_other_sizes(
             break
         else:
             logger.info("batch axes: the model's forward over %d of %d rows raised %r", rows, size, reason)
+
+
+def _without_saved_tensors() -> AbstractContextManager[Any]:
+    """A forward within it is recorded by autograd, and keeps no tensor for a backward.
+
+    The rows asked for may be more than the batch has: their activations would be the largest memory of a whole run.
+    """
+
+    def dropped(_: None) -> Tensor:
+        raise RuntimeError("no backward can follow a forward that only asks for the batch axes")
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, dropped)
 
 
 @contextmanager

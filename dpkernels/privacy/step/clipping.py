@@ -169,7 +169,9 @@ def rounding_slack(examples: int, ranks: int = 1) -> float:
     an entry. The pieces may cancel, so one can be far above C. The ops' own rounding bounds limit its size:
     a norm is stated as at least e ≥ (2κ + 1)·2⁻²⁴·S, S = Σ_t ‖x_t‖‖g_t‖ (csrc/cpu/bounds.h), so that
     c·S ≤ C/(e/S) = K·C with K ≤ 2¹⁷ for two pieces of 64 frames or more (κ ≥ 66), and P·K ≤ 2²³
-    for an embedding. (On a GPU an example is added as one piece, times its factor, which is at most C.) A partial
+    for an embedding. (On a GPU only linear layers have pieces, of 32 accumulations of at least 16 frames, with
+    κ = `triton_ops.bounds.sum_roundings` ≥ 66. Of other layers an example is added as one piece, at most C. Pairs of
+    float32 numbers, for GPUs without float64 units, are covered too: `triton_ops.bounds` has the proof.) A partial
     sum is then below (n + K)·C, a sum of n·P additions lies within n·P·(n + K)·2⁻⁵³·C of the exact one, and two
     neighbouring sums differ by at most twice that more than exact sums do. The factor 2⁻⁵¹ instead of 2⁻⁵² leaves a
     factor of two for terms of second order. P = 2⁹ is 32,768 frames, or 512 equal tokens. R processes sum their
