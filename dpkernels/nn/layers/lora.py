@@ -8,6 +8,7 @@ update into the base product (`addmm` on the output), and in the backward into d
 from __future__ import annotations
 
 import math
+from itertools import compress
 from typing import Any
 
 import torch
@@ -243,8 +244,7 @@ def _record(
     tape, layer = ctx.tape, ctx.layer
     if dh is not None:
         dh = dh.view(*g.shape[:-1], -1)
-    trained = (ctx.weight, ctx.bias, ctx.a, ctx.b)
-    used = tuple(p for p, needed in zip(trained, ctx.needs_input_grad[2:6], strict=True) if needed)
+    used = tuple(compress((ctx.weight, ctx.bias, ctx.a, ctx.b), ctx.needs_input_grad[2:6]))
     if used and (axis := tape.batch_axis(used, g)):
         x, source, h, dh = (None if t is None else t.transpose(0, axis) for t in (x, source, h, dh))
         g = g.transpose(0, axis)

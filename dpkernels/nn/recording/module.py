@@ -49,6 +49,10 @@ class GhostModule:
         """As nn.Module's; a shared input is processed once for each example."""
         if torch.compiler.is_compiling():
             return self._ghost_compiled(args, kwargs)
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].requires_grad:
+            return nn.Module.__call__(
+                cast(nn.Module, self), args[0]
+            )  # from an earlier layer: see `_ghost_shared`
         return self._ghost_call(*args, **kwargs)
 
     def _ghost_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
