@@ -78,23 +78,32 @@ class GhostPeftLoRALinear(GhostModule, LoraLinear):
         if len(active) != 1 or active[0] in self.lora_variant or not self.cast_input_dtype_enabled:
             return None
         (name,) = active
-        base = children["base_layer"]
-        a, b, dropout = [children[key]._modules[name] for key in _ADAPTER_PARTS]
-        plain = _is_plain(base) and _is_plain(a) and _is_plain(b) and b.bias is None
-        known = isinstance(dropout, nn.Dropout | nn.Identity)
-        return (base, a, b, dropout, self.scaling[name]) if plain and known else None
+        base, a, b = (
+            children["base_layer"],
+            children["lora_A"]._modules[name],
+            children["lora_B"]._modules[name],
+        )
+        dropout = children["lora_dropout"]._modules[name]
+        plain = _are_plain(base, a, b) and b._parameters["bias"] is None
+        return (base, a, b, dropout, self.scaling[name]) if plain and isinstance(dropout, _DROPOUTS) else None
 
 
-_ADAPTER_PARTS = ("lora_A", "lora_B", "lora_dropout")
+_DROPOUTS = (nn.Dropout, nn.Identity)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether it is a linear layer with a weight of its own and without hooks, which the fused path would not run."""
-    if type(layer) not in (nn.Linear, GhostLinear):
-        return False
-    return "weight" in layer._parameters and not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+def _are_plain(*layers: nn.Module) -> bool:
+    """Whether they are linear layers with a weight of their own and without hooks, which the fused path would skip."""
+    for layer in layers:
+        if type(layer) not in (nn.Linear, GhostLinear) or "weight" not in layer._parameters:
+            return False
+        if (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+        ):
+            return False
+    return True
 
 
 def _register_shared() -> None:

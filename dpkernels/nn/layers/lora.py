@@ -156,9 +156,9 @@ def ghost_lora(
     result has the dtype of the base product, as in PEFT.
     """
     dtype = autocast_dtype(x)
-    return _LoRA.apply(
-        maybe_cast(x, dtype), maybe_cast(adapter_input, dtype), weight, bias, a, b, scaling, layer, dtype
-    )
+    if dtype is not None:
+        x, adapter_input = maybe_cast(x, dtype), maybe_cast(adapter_input, dtype)
+    return _LoRA.apply(x, adapter_input, weight, bias, a, b, scaling, layer, dtype)
 
 
 class _LoRA(torch.autograd.Function):
@@ -185,7 +185,7 @@ class _LoRA(torch.autograd.Function):
         with no_autocast(x.device.type):
             compute = a.dtype if dtype is None else dtype
             y = F.linear(x, maybe_cast(weight, dtype), maybe_cast(bias, dtype))
-            h = torch.mm(maybe_cast(as_rows(source), compute), maybe_cast(a, compute).t())
+            h = F.linear(maybe_cast(as_rows(source), compute), maybe_cast(a, compute))
             rows, up = as_rows(y), maybe_cast(b, compute).t()
             if compute == y.dtype:
                 rows.addmm_(h, up, alpha=scaling)
