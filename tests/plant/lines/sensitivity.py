@@ -24,8 +24,16 @@ LINES = (
             "tests/nn/layers/test_joint.py::test_an_example_adds_at_most_its_norm_whatever_the_second_product": "cells that are made again add no more than was measured",
             "tests/privacy/test_transducer.py::test_every_strategy_sums_one_by_one_clipped_gradients": "a transducer's clipped sum is right in every strategy",
             "tests/nn/recording/test_choice.py::test_split_records_have_right_norms_and_sums": "norms and sums are right where some examples of a micro-batch are kept and others materialised",
+            "tests/ops/test_total_norm.py::test_one_native_call_has_the_bits_of_a_call_a_layer": "one native call for all layers' norms has the bits of a call for each",
         },
         faults=(
+            Fault(
+                "a layer left out of the native call for all norms",
+                "dpkernels/backends/native_ops/grouped.py",
+                "_table(layers, kept)",
+                "_table(layers[1:], kept)",
+                "tests/ops/test_total_norm.py::test_one_native_call_has_the_bits_of_a_call_a_layer",
+            ),
             Fault(
                 "norms of materialised examples given to the kept ones",
                 "dpkernels/nn/recording/split.py",
