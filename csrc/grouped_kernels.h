@@ -1,4 +1,4 @@
-// Weighted sums of many layers in one call, and noise on finished sums; CPU.
+// Norms and weighted sums of many layers in one call each, and noise on finished sums; CPU.
 #ifndef DPK_GROUPED_KERNELS_H
 #define DPK_GROUPED_KERNELS_H
 
@@ -18,8 +18,8 @@ enum {
   DPK_LAYER_DEPTHWISE_CONV1D = 5,  // x, g, kernel_size, stride, padding, dilation, out
 };
 
-// One layer; fields that its kind does not name are not read. Meanings are those of the weighted sum of that
-// name.
+// One layer; fields that its kind does not name are not read, and a norm reads no out. Meanings are those of
+// the norm and the weighted sum of that name.
 typedef struct {
   int32_t kind;
   dpk_dtype out_dtype;
@@ -31,6 +31,11 @@ typedef struct {
   void* out;
   void* out_b;
 } dpk_layer;
+
+// out[i] >= the sum over layers of their squared norms, with the bits of each one's own function (a linear
+// layer's by DPK_AUTO), added in float64 in the order of the layers and rounded up. Threads as below.
+DPK_API dpk_status dpk_cpu_total_norm_sq(const dpk_layer* layers, int64_t layer_count, int64_t batch,
+                                         int32_t threads, float* out);
 
 // Every layer's weighted sum, with the bits of its own function. Each small layer is computed by
 // one thread; each large one by all threads. No two outs may overlap.

@@ -229,6 +229,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "compare": {"harness"},
         "probe": {"cases", "contenders", "harness"},
         "fit_costs": {"harness"},
+        "host": {"names", "cases", "contenders", "harness"},
         "conftest": {"harness"},
         **{
             f"test_{what}": {"names", "cases", "contenders", "harness"}

@@ -382,9 +382,10 @@ CASES = {
         ),
         *(Case(f"{kind}-layer", f"One {title}", f"{kind}-layer", rank, 512) for kind, title, rank in _LAYERS),
         *(Case(name, title, name, None, width, layers) for name, title, _, _, width, layers in _OPACUS),
-        # For `bench.compare --size 2 --frames 2`: the host's time of a step.
+        # For `bench.host`, and `bench.compare --size 2 --frames 2`: the host's time of a step.
         Case("host-lora", "192 LoRA layers 8→8, r=2", "stack", 2, 8, 192),
         Case("host-linear", "192 linear layers 8→8", "stack", None, 8, 192),
+        Case("host-parakeet-lora", "Narrow Parakeet-CTC, 192 LoRA layers, r=2", "parakeet", 2, 16, 24),
         # For tests of the benchmarks themselves.
         Case("tiny-lora", "Parakeet-CTC, tiny, LoRA r=2", "parakeet", 2, 32, 1),
         Case("tiny-lora-mixed", "Parakeet-CTC, tiny, LoRA r=2, mixed", "parakeet", 2, 32, 1, mixed=True),

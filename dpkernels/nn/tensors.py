@@ -46,9 +46,12 @@ def maybe_cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | Non
     return tensor if tensor is None or dtype is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # looked up once: that takes as long as the call
+
+
 def not_a_view(y: Tensor) -> Tensor:
     """`y` without autograd's view flag: autograd refuses `y *= mask` on a view that a custom function returns."""
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return _UNSAFE_VIEW(y, y.shape) if y._is_view() else y
 
 
 def as_tokens(t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """total_norm_sq: the squared norms of many layers' gradients in one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from dpkernels import ops
-from dpkernels.backends import registry
+from dpkernels.backends import native, registry
+from dpkernels.backends.native_ops import grouped as native_grouped
 from dpkernels.backends.torch_ops import grouped as torch_grouped
+from dpkernels.ops import layers
 from tests.ops.cases import Case, as_lists, cancelling, make, served
 from tests.ops.conftest import TRITON_DEVICE
 
@@ -110,6 +112,30 @@ def test_layers_that_read_one_tensor(triton_backend: str) -> None:
     never_below_nor_far_above(cases)
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    if native.library("cpu").handle is None:
+        pytest.skip(native.library("cpu").reason)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_native_call_has_the_bits_of_a_call_a_layer(threads: None) -> None:
+    """For every number of threads, with a layer that is worth all of them."""
+    cases = [*varied(), make("linear", 3, 80, 640, 520)]
+    cases[0].tensors["g"][1] = torch.nan
+    given = as_lists(cases, norms=True)
+    grouped = layers.from_columns(given.pop("xs"), given.pop("gs"), given.pop("kinds"), given)
+    apart = torch_grouped.total_norm_sq(grouped)
+    assert apart.isfinite().tolist() == [True, False, True]
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        torch.testing.assert_close(
+            native_grouped.total_norm_sq(grouped), apart, rtol=0, atol=0, equal_nan=True
+        )
+
+
 def test_refused_by_name() -> None:
     case = make("lora").tensors
     lists = {"hs": [case["h"]], "dhs": [case["dh"]], "scalings": [1.0]}
@@ -129,6 +155,13 @@ def test_refused_by_name() -> None:
 def test_catches_a_layer_left_out(monkeypatch: pytest.MonkeyPatch, torch_backend: str) -> None:
     real = torch_grouped.norms_of
     monkeypatch.setattr(torch_grouped, "norms_of", lambda layer: real(layer)[:1])  # A's norm without B's
+    with pytest.raises(AssertionError):
+        never_below_nor_far_above(varied())
+
+
+def test_catches_a_layer_left_out_of_the_native_call(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    real = native_grouped._table
+    monkeypatch.setattr(native_grouped, "_table", lambda layers, kept: real(layers[1:], kept))
     with pytest.raises(AssertionError):
         never_below_nor_far_above(varied())
 

@@ -119,6 +119,7 @@ def unavailable_reason(device_type: str, op: str = "") -> str:
     return library(device_type).reason
 
 
+@functools.cache
 def element_type(dtype: torch.dtype) -> int:
     """Return the dpk_dtype of a torch dtype.
 

@@ -55,8 +55,9 @@ class GhostConv1d(_GhostConv, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Conv1d's."""
-        if not self._ghost_active(self.weight, self.bias):
-            return self._conv_forward(input, self.weight, self.bias)
+        weight, bias = self.weight, self.bias  # once: nn.Module looks them up last
+        if not self._ghost_active(weight, bias):
+            return self._conv_forward(input, weight, bias)
         return self._ghost_forward(input)
 
 
@@ -65,8 +66,9 @@ class GhostConv2d(_GhostConv, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Conv2d's."""
-        if not self._ghost_active(self.weight, self.bias):
-            return self._conv_forward(input, self.weight, self.bias)
+        weight, bias = self.weight, self.bias  # once: nn.Module looks them up last
+        if not self._ghost_active(weight, bias):
+            return self._conv_forward(input, weight, bias)
         return self._ghost_forward(input)
 
 
@@ -75,8 +77,9 @@ class GhostConv3d(_GhostConv, nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Conv3d's."""
-        if not self._ghost_active(self.weight, self.bias):
-            return self._conv_forward(input, self.weight, self.bias)
+        weight, bias = self.weight, self.bias  # once: nn.Module looks them up last
+        if not self._ghost_active(weight, bias):
+            return self._conv_forward(input, weight, bias)
         return self._ghost_forward(input)
 
 

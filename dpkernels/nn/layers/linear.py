@@ -34,9 +34,10 @@ class GhostLinear(GhostModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear's."""
-        if not self._ghost_active(self.weight, self.bias):
-            return F.linear(input, self.weight, self.bias)
-        return ghost_linear(self, input, self.weight, self.bias)
+        weight, bias = self.weight, self.bias  # once: nn.Module looks them up last
+        if not self._ghost_active(weight, bias):
+            return F.linear(input, weight, bias)
+        return ghost_linear(self, input, weight, bias)
 
 
 def ghost_linear(

@@ -8,6 +8,7 @@ update into the base product (`addmm` on the output), and in the backward into d
 from __future__ import annotations
 
 import math
+from itertools import compress
 from typing import Any
 
 import torch
@@ -155,9 +156,9 @@ def ghost_lora(
     result has the dtype of the base product, as in PEFT.
     """
     dtype = autocast_dtype(x)
-    return _LoRA.apply(
-        maybe_cast(x, dtype), maybe_cast(adapter_input, dtype), weight, bias, a, b, scaling, layer, dtype
-    )
+    if dtype is not None:
+        x, adapter_input = maybe_cast(x, dtype), maybe_cast(adapter_input, dtype)
+    return _LoRA.apply(x, adapter_input, weight, bias, a, b, scaling, layer, dtype)
 
 
 class _LoRA(torch.autograd.Function):
@@ -184,7 +185,7 @@ class _LoRA(torch.autograd.Function):
         with no_autocast(x.device.type):
             compute = a.dtype if dtype is None else dtype
             y = F.linear(x, maybe_cast(weight, dtype), maybe_cast(bias, dtype))
-            h = torch.mm(maybe_cast(as_rows(source), compute), maybe_cast(a, compute).t())
+            h = F.linear(maybe_cast(as_rows(source), compute), maybe_cast(a, compute))
             rows, up = as_rows(y), maybe_cast(b, compute).t()
             if compute == y.dtype:
                 rows.addmm_(h, up, alpha=scaling)
@@ -243,8 +244,7 @@ def _record(
     tape, layer = ctx.tape, ctx.layer
     if dh is not None:
         dh = dh.view(*g.shape[:-1], -1)
-    trained = (ctx.weight, ctx.bias, ctx.a, ctx.b)
-    used = tuple(p for p, needed in zip(trained, ctx.needs_input_grad[2:6], strict=True) if needed)
+    used = tuple(compress((ctx.weight, ctx.bias, ctx.a, ctx.b), ctx.needs_input_grad[2:6]))
     if used and (axis := tape.batch_axis(used, g)):
         x, source, h, dh = (None if t is None else t.transpose(0, axis) for t in (x, source, h, dh))
         g = g.transpose(0, axis)

@@ -51,10 +51,11 @@ class LoRARecord(Record):
 
     def chosen_by(self) -> tuple[tuple[LayerSizes, Tensor, Tensor | None], ...]:
         """p, d and r, and the frames of the output gradient."""
-        held = sum(t.shape[2] * t.element_size() for t in (self.x, self.h, self.g, self.dh))
-        outputs, inputs, rank = self.g.shape[2], self.x.shape[2], self.h.shape[2]
-        gradient_bytes = outputs * self.g.element_size()
-        return ((LayerSizes(outputs, inputs, self.entries(), held, gradient_bytes, rank), self.g, self.x),)
+        x, h, g, dh = self.x, self.h, self.g, self.dh
+        outputs, inputs, rank = g.shape[2], x.shape[2], h.shape[2]
+        gradient_bytes = outputs * g.element_size()
+        held = gradient_bytes + inputs * x.element_size() + rank * (h.element_size() + dh.element_size())
+        return ((LayerSizes(outputs, inputs, rank * (inputs + outputs), held, gradient_bytes, rank), g, x),)
 
     def materialised(self) -> tuple[ExpandedRecord, ...]:
         """dh_iᵀ x_i for A and s·g_iᵀ h_i for B."""

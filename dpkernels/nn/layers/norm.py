@@ -30,9 +30,10 @@ class GhostLayerNorm(GhostModule, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.LayerNorm's."""
-        if not self._ghost_active(self.weight, self.bias):
-            return super().forward(input)
-        return _LayerNorm.apply(input, self.weight, self.bias, self)
+        weight, bias = self.weight, self.bias  # once: nn.Module looks them up last
+        if not self._ghost_active(weight, bias):
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        return _LayerNorm.apply(input, weight, bias, self)
 
 
 class GhostRMSNorm(GhostModule, nn.RMSNorm):

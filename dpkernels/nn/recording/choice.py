@@ -81,6 +81,8 @@ class Choice:
 
     def least_frames(self, layer: LayerSizes, device_type: str = "cpu") -> int | None:
         """The number of own frames from which on an example's gradient is materialised; None: it never is."""
+        if not (self.mixed or self.by_time or layer.window_bytes):
+            return None
         made = MATERIALISED_BYTES * layer.entries
         if not made:
             return None
@@ -131,9 +133,10 @@ def decide(
     """
     least = [choice.least_frames(sizes, g.device.type) for sizes, g, _ in given]
     known = [frames for frames in least if frames is not None]
-    frames, examples = max(_frames_of(g) for _, g, _ in given), len(given[0][1])
-    everywhere = max(known) if len(known) == len(least) else None
-    found: bool | Tensor = everywhere is not None and all(
+    frames, examples = max([_frames_of(g) for _, g, _ in given]), given[0][1].shape[0]
+    if len(known) < len(least):
+        return False, Chosen(layer, None, frames, examples, 0)
+    found: bool | Tensor = all(
         _frames_of(g) >= needed for (_, g, _), needed in zip(given, known, strict=True)
     )
     if found and all(has_values(g) for _, g, _ in given):
@@ -142,7 +145,7 @@ def decide(
         rows = rows.view(-1, unit).all(1).repeat_interleave(unit) if unit > 1 else rows
         found = bool(rows.all()) or (bool(rows.any()) and rows)
     count = int(found.sum()) if isinstance(found, Tensor) else examples * found
-    return found, Chosen(layer, everywhere, frames, examples, count)
+    return found, Chosen(layer, max(known), frames, examples, count)
 
 
 def reaching(g: Tensor, least: int, x: Tensor | None = None) -> Tensor:

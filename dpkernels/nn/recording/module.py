@@ -52,6 +52,10 @@ class GhostModule:
         """As nn.Module's; a shared input is processed once for each example."""
         if torch.compiler.is_compiling():
             return self._ghost_compiled(args, kwargs)
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].requires_grad:
+            return nn.Module.__call__(
+                cast(nn.Module, self), args[0]
+            )  # from an earlier layer: see `_ghost_shared`
         return self._ghost_call(*args, **kwargs)
 
     def _ghost_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -152,13 +156,17 @@ class GhostModule:
         if tape is None or not isinstance(x, Tensor) or x.requires_grad or not self._ghost_records():
             return None
         size = tape.examples
-        trained = any(p.requires_grad for p in cast(nn.Module, self).parameters())
-        if size is None or not trained or not x.is_floating_point():
+        if size is None or not x.is_floating_point() or not self._ghost_trains():
             return None
         site = Site(self.ghost_label(), "its input", tape.axes.next_call(self.ghost_label()))
         if tape.axes.of(site, x.shape, size) is not None:
             return None
         return SharedTensor(x.unsqueeze(0).expand(size, *x.shape), self.ghost_label(), tape.axes)
+
+    def _ghost_trains(self) -> bool:
+        """Whether a parameter of this layer or one below it is trained."""
+        inside = modules_of(cast(nn.Module, self))  # a tenth of the time of `parameters()`
+        return any(p is not None and p.requires_grad for m in inside for p in m._parameters.values())
 
     def ghost_refusal(self) -> str | None:
         """Why this layer, as configured, cannot be trained privately, with the fix; None if it can."""
@@ -170,16 +178,16 @@ class GhostModule:
 
     def _ghost_active(self, *parameters: Tensor | None) -> bool:
         """Whether this forward is private; if it is, count it as a use of the trained ones among `parameters`."""
-        trained = self._ghost_trained(*parameters)
-        if trained:
-            assert self.ghost_tape is not None
-            self.ghost_tape.note_use(trained)
-        return bool(trained)
+        # A frozen layer never reads the tape, so torch.compile of frozen blocks does not depend on the tape's state.
+        trained = [p for p in parameters if p is not None and p.requires_grad]
+        if not trained or not self._ghost_records():
+            return False
+        assert self.ghost_tape is not None
+        self.ghost_tape.note_use(trained)
+        return True
 
     def _ghost_trained(self, *parameters: Tensor | None) -> list[Tensor]:
         """The trained ones among `parameters` if this forward is private, else none. Counts no use."""
-        # Checked first: a frozen layer never reads the tape, so torch.compile of frozen blocks does not depend on the
-        # tape's state.
         trained = [p for p in parameters if p is not None and p.requires_grad]
         return trained if trained and self._ghost_records() else []
 

@@ -177,18 +177,21 @@ class Tape:
         the row check finds the gradient of each example's loss at one index of axis 1. Once the row check has
         confirmed an axis, the tape remembers it for this backward of the layer.
         """
-        call = (parameters, self._axis_calls[parameters])
-        self._axis_calls[parameters] += 1
-        known = self._gradient_axes.get(call)
-        if known is not None:
+        number = self._axis_calls.get(parameters, 0)
+        self._axis_calls[parameters] = number + 1
+        call = (parameters, number)
+        if self._gradient_axes and (known := self._gradient_axes.get(call)) is not None:
             return known
-        fits = [axis for axis in (0, 1) if g.dim() > axis + features and g.shape[axis] == self._batch_size]
-        axis = fits[0] if len(fits) == 1 else 0
+        shape, size = g.shape, self._batch_size
+        axes = len(shape) - features
+        first, second = axes > 0 and shape[0] == size, axes > 1 and shape[1] == size
+        axis = int(second and not first)
+        unclear = first and second and shape[0] > 1
         if self.inspector is not None:
-            if len(fits) == 2 and g.shape[0] > 1:
+            if unclear:
                 axis = self.inspector.see_axes(call, g)
             self._proposed_axes[call] = axis
-        elif len(fits) == 2 and g.shape[0] > 1:
+        elif unclear:
             others = {axis for (known, _), axis in self._gradient_axes.items() if known == parameters}
             axis = others.pop() if len(others) == 1 else 0
         return axis
@@ -203,13 +206,14 @@ class Tape:
     def note_use(self, parameters: Iterable[Tensor]) -> None:
         """Count a use of each parameter in a forward (one recomputed within the backward does not count)."""
         if self._batch_size is None and not self.asking:
+            uses = self._uses
             for p in parameters:
                 if isinstance(p, nn.Parameter):
-                    self._uses[p] += 1
+                    uses[p] = uses.get(p, 0) + 1  # `+=` calls Counter's __missing__
 
     def used_once(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether each of these parameters was used once in the forwards since the last backward."""
-        return all(self._uses[p] == 1 for p in parameters)
+        return all(self._uses.get(p) == 1 for p in parameters)
 
     def open(self, batch_size: int, sink: Callable[[Record], None] | None = None, *, unit: int = 1) -> None:
         """Start to take the records of a backward over `batch_size` samples. Raises RuntimeError if already open.
@@ -247,21 +251,21 @@ class Tape:
                 "cannot be split by example. Give it an input whose first dimension is the batch "
                 f"({self._batch_size}), or freeze it (requires_grad_(False))"
             )
+        parameters = record.parameters
         if self._names:
-            for parameter in record.parameters:
+            for parameter in parameters:
                 if parameter not in self._names:
                     raise RuntimeError(
                         f"{record.layer!r}: it used a tensor of shape {tuple(parameter.shape)} which is not "
                         "one of the attached parameters: a parameter was replaced, parametrised or substituted "
                         "after attach. Detach and attach again"
                     )
-        for parameter in record.parameters:
-            if parameter in self._sunk:
-                raise RuntimeError(
-                    f"{record.layer!r}: a second record of a parameter whose first record was already "
-                    "consumed: several forwards share this backward. Use strategy='bookkeeping', or one "
-                    "forward per backward"
-                )
+        if self._sunk and not self._sunk.isdisjoint(parameters):
+            raise RuntimeError(
+                f"{record.layer!r}: a second record of a parameter whose first record was already "
+                "consumed: several forwards share this backward. Use strategy='bookkeeping', or one "
+                "forward per backward"
+            )
         if self.inspector is not None and not self.inspector.see(record):
             return
         parts = self._parts(record)
@@ -271,7 +275,7 @@ class Tape:
                 if first is part or not first.absorb(part):
                     self._records.append(part)
             return
-        self._sunk.update(record.parameters)
+        self._sunk.update(parameters)
         for part in parts:
             self._sink(part)
 

@@ -28,6 +28,7 @@ class ParameterWatch:
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = list(model.parameters())
+        self._whole = all(type(parameter) is nn.Parameter for parameter in self._parameters)
         self._begun = self._checks = 0
         self._is_open = False
         self._versions: list[int] | None = None
@@ -67,7 +68,7 @@ class ParameterWatch:
         if self._versions is None:
             return
         self._checks += 1
-        now = list(map(version_of, self._parameters))
+        now = self._versions_now()
         moved = set()
         if now != self._versions:
             moved = {i for i, (a, b) in enumerate(zip(self._versions, now, strict=True)) if a != b}
@@ -81,9 +82,14 @@ class ParameterWatch:
 
     def _note(self) -> None:
         self._begun, self._checks = self._begun + 1, 0
-        self._versions = list(map(version_of, self._parameters))
+        self._versions = self._versions_now()
         everything = is_power_of_two(self._begun)
         self._bits = self._read(range(len(self._parameters)) if everything else self._rewritten)
+
+    def _versions_now(self) -> list[int]:
+        if self._whole:  # `version_of` without its calls, which are thousands in every step
+            return [0 if p.is_inference() else p._version for p in self._parameters]
+        return list(map(version_of, self._parameters))
 
     def _read(self, places: Iterable[int]) -> dict[int, Tensor]:
         read = ((place, sum_of_bits(self._parameters[place])) for place in places)
@@ -108,9 +114,7 @@ def is_power_of_two(count: int) -> bool:
 def version_of(parameter: Tensor) -> int:
     """Autograd's version counter; of a sharded tensor, also that of its local part."""
     version = 0 if parameter.is_inference() else parameter._version
-    if type(parameter) is nn.Parameter or not is_sharded(
-        parameter
-    ):  # thousands in every step: the usual case first
+    if type(parameter) is nn.Parameter or not is_sharded(parameter):
         return version
     return version + version_of(local_part(parameter))
 

@@ -35,6 +35,8 @@ class Span:
 
     def cut(self, part: Tensor) -> list[Tensor]:
         """The pieces of a tensor of these entries (what `of` returns), as views."""
+        if len(self.pieces) == 1:
+            return [part]
         start = self.pieces[0].start
         return [Piece(p.index, p.place, p.start - start, p.stop - start).of(part) for p in self.pieces]
 

@@ -161,6 +161,23 @@ def test_uses_of_a_raw_parameter_of_a_module_with_children(use: Any, batch: int)
     check_private(Using(use).double(), squares, (torch.randn(batch, 3, 4).double(),))
 
 
+class Positions(nn.Module):
+    """A trained table that all examples share, through trained layers, added to what carries the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 4))
+        self.proj, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.proj(self.table))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_a_raw_parameter_through_layers(batch: int) -> None:
+    check_private(Positions().double(), squares, (torch.randn(batch, 3, 4).double(),))
+
+
 @pytest.mark.parametrize(
     ("use", "says"),
     [

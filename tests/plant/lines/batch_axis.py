@@ -23,6 +23,7 @@ LINES = (
             "tests/privacy/test_batch_axis.py::test_layers_that_hold_a_batch_of_their_own_layout": "torch's time-first layers are right",
             "tests/privacy/step/test_clipping.py::test_an_input_broadcast_over_the_batch_is_clipped_example_by_example": "a layer over positions that all examples share is clipped example by example",
             "tests/nn/layers/test_expanded.py::test_uses_of_a_raw_parameter_of_a_module_with_children": "every way to use a raw parameter gives right per-sample gradients, or is refused",
+            "tests/nn/layers/test_expanded.py::test_a_raw_parameter_through_layers": "a trained table that all examples share is right behind trained layers",
             "tests/nn/layers/test_expanded.py::test_raw_parameters_that_another_module_reads": "raw parameters that another module reads are right",
             "tests/nn/layers/test_expanded.py::test_a_leaf_that_draws_is_asked_with_its_own_draws": "a module that draws at random is recomputed with its own draws",
             "tests/nn/layers/test_embedding.py::test_ids_that_examples_share_at_every_batch_size": "ids that examples share are right at every batch size",
@@ -108,6 +109,20 @@ LINES = (
                 "if channels_second and self.shape[:1] != (1,):",
                 "if False:",
                 "tests/privacy/test_batch_axis.py::test_channels_of_what_examples_share_are_not_taken_for_others",
+            ),
+            Fault(
+                "a shared input taken for the batch's, as one from an earlier layer is",
+                "dpkernels/nn/recording/module.py",
+                "type(args[0]) is Tensor and args[0].requires_grad",
+                "type(args[0]) is Tensor",
+                "tests/privacy/step/test_clipping.py::test_an_input_broadcast_over_the_batch_is_clipped_example_by_example",
+            ),
+            Fault(
+                "a shared tensor given to a layer as it is",
+                "dpkernels/nn/recording/module.py",
+                "if args and not self.ghost_asks_axes and (shared",
+                "if False and (shared",
+                "tests/nn/layers/test_expanded.py::test_a_raw_parameter_through_layers",
             ),
             Fault(
                 "shared rows sliced like the batch's",
