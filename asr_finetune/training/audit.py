@@ -148,13 +148,11 @@ class AuditedRun(Run):
         stated = epsilon_spent(self)
         record = audit_record(bound, scores, self.coins, stated)
         write_json(self.folder.audit, record)
-        upper = (
-            "infinite (no noise)" if stated is None else f"at most {shown_epsilon(stated)} by the accountant"
-        )
+        upper = "infinite, for there is no noise" if stated is None else f"at most {shown_epsilon(stated)}"
         shown = f"{shown_lower_bound(bound.epsilon)} at {bound.confidence:.0%} confidence"
         self.reporter.say(
-            f"audit [not private]: epsilon is at least {shown}{'' if bound.epsilon else ' (nothing was shown)'}, and "
-            f"{upper}",
+            f"audit [not private]: epsilon is at least {shown}{'' if bound.epsilon else ' (nothing was shown)'}; by "
+            f"the accountant it is {upper}",
             style="bold",
         )
         self.reporter.say(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,18 @@ def test_the_report_says_whether_the_bounds_agree(tmp_path: Path, right: bool, s
     )
     assert ("nothing was shown" in text) is (not right)
     assert page.count("<svg ") == 3
+
+
+def test_the_report_of_an_audit_without_noise_speaks_of_no_claim(tmp_path: Path) -> None:
+    coins = np.random.default_rng(0).random(400) < 0.5
+    values = audit_record(lower_bound(coins + 0.0, coins, delta=1e-5), coins + 0.0, coins, None)
+    nothing = dict.fromkeys(("epsilon", "epsilon_pld", "epsilon_rdp"))
+    run = write_run(tmp_path / "run", record(noise_multiplier=0.0, **nothing), sigma=0.0)
+    (run / "audit.json").write_text(json.dumps(values))
+    text = visible(write_report(run, tmp_path / "r.html").read_text())
+    assert "no claim that the attack could contradict" in text
+    assert "does not contradict the claim" not in text
+    assert re.search(r"shown by an attack\s*ε\s≥\s4\.19\s*with 95\s% confidence", text)
 
 
 def test_a_report_without_an_audit_says_nothing_of_one(tmp_path: Path) -> None:
