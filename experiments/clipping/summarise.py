@@ -16,12 +16,15 @@ from asr_finetune.report import plots
 from dpkernels.rounding import shown_sigma
 from experiments import runs
 from experiments.clipping.run import (
+    CHOSEN,
+    CHOSEN_EPSILON,
     CLIPPED,
     CLIPPINGS,
     EPSILONS,
     RESULTS,
     Trial,
     every_trial,
+    of_chosen_norm,
     of_clipping,
     of_sessions,
 )
@@ -61,11 +64,18 @@ def grid() -> str:
         "|---|---|---|---|---|",
     ]
     for model, recogniser in RECOGNISERS.items():
-        for clipping in CLIPPINGS:
-            rates = [
-                runs.shown([wer(result) for result in cell(model, clipping, epsilon)]) for epsilon in EPSILONS
+        cells = {
+            TITLES[clipping]: [cell(model, clipping, epsilon) for epsilon in EPSILONS]
+            for clipping in CLIPPINGS
+        }
+        if model in CHOSEN:
+            chosen = made([of_chosen_norm(model, seed) for seed in range(SEEDS)])
+            cells[f"flat, C = {CHOSEN[model]} instead of 1"] = [
+                chosen if epsilon == CHOSEN_EPSILON else [] for epsilon in EPSILONS
             ]
-            rows.append(f"| {recogniser.title} | {TITLES[clipping]} | {' | '.join(rates)} |")
+        for title, results_of in cells.items():
+            rates = [runs.shown([wer(result) for result in results]) for results in results_of]
+            rows.append(f"| {recogniser.title} | {title} | {' | '.join(rates)} |")
     return "\n".join(rows)
 
 
@@ -145,14 +155,18 @@ def figure() -> Figure:
         panels[0].set_ylabel("WER on the test digits")
         drawn.supxlabel("ε (further right: more private)", fontsize=9)
         drawn.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+            *panels[0].get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=4,
+            frameon=False,
+            handlelength=3.5,
         )
     return drawn
 
 
 def draw(panel: Axes, model: str) -> None:
     """The lines of one recogniser, side by side so that no point hides another."""
-    highest = 0.0
+    shown: list[float] = []
     for number, (clipping, line) in enumerate(LINES.items()):
         places, means = [], []
         for place, epsilon in enumerate(EPSILONS):
@@ -161,7 +175,7 @@ def draw(panel: Axes, model: str) -> None:
                 continue
             places.append(place + 0.11 * (number - 1.5))
             means.append(mean(rates))
-            highest = max(highest, *rates)
+            shown += rates
             panel.plot(
                 [places[-1]] * len(rates),
                 rates,
@@ -173,7 +187,9 @@ def draw(panel: Axes, model: str) -> None:
         panel.plot(places, means, **line, linewidth=1.4, label=TITLES[clipping])
     panel.set_xticks(range(len(EPSILONS)), EPSILONS)
     panel.set_xlim(-0.4, len(EPSILONS) - 0.6)
-    panel.set_ylim(0, 1.1 * highest or 1)
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    # From 0 on where that leaves the lines apart.
+    panel.set_ylim(0 if low < 0.5 * high else low - 0.1 * (high - low), high + 0.1 * (high - low))
     panel.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
