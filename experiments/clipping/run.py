@@ -90,10 +90,8 @@ def every_trial() -> Iterator[Trial]:
         for seed in range(SEEDS):
             for epsilon in EPSILONS:
                 yield from (of_clipping(model, clipping, epsilon, seed) for clipping in CLIPPINGS)
-            if seed == 0:
-                yield from (
-                    of_sessions(model, clipped, number) for number in range(SEEDS) for clipped in CLIPPED
-                )
+        for seed in range(SEEDS):
+            yield from (of_sessions(model, clipped, seed) for clipped in CLIPPED)
         if model in CHOSEN:
             yield from (of_chosen_norm(model, seed) for seed in range(SEEDS))
 

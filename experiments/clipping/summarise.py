@@ -64,17 +64,20 @@ def grid() -> str:
         "|---|---|---|---|---|",
     ]
     for model, recogniser in RECOGNISERS.items():
-        cells = {
+        cells: dict[str, list[list[dict[str, Any]] | None]] = {
             TITLES[clipping]: [cell(model, clipping, epsilon) for epsilon in EPSILONS]
             for clipping in CLIPPINGS
         }
         if model in CHOSEN:
             chosen = made([of_chosen_norm(model, seed) for seed in range(SEEDS)])
             cells[f"flat, C = {CHOSEN[model]} instead of 1"] = [
-                chosen if epsilon == CHOSEN_EPSILON else [] for epsilon in EPSILONS
+                chosen if epsilon == CHOSEN_EPSILON else None for epsilon in EPSILONS
             ]
         for title, results_of in cells.items():
-            rates = [runs.shown([wer(result) for result in results]) for results in results_of]
+            rates = [
+                "–" if results is None else runs.shown([wer(result) for result in results])
+                for results in results_of
+            ]
             rows.append(f"| {recogniser.title} | {title} | {' | '.join(rates)} |")
     return "\n".join(rows)
 
@@ -127,14 +130,17 @@ _CLIPPED = {"example": "each recording", "speaker": "a session's recordings toge
 
 
 def counted() -> str:
-    """How many runs there are, which are missing, and what training began from."""
-    planned = list(every_trial())
-    missing = [trial.name for trial in planned if not made([trial])]
+    """How many runs there are of each recogniser, and what training began from."""
     start = runs.load(RESULTS, ZERO_SHOT)
     assert start is not None, f"results/{ZERO_SHOT}.json is missing; run run.py"
-    text = f"{len(planned) - len(missing)} of {len(planned)} runs were made"
-    text += f"; not made: {', '.join(f'`{name}`' for name in missing)}." if missing else "."
-    return f"{text} Before training the small Parakeet has a WER of {float(start['evaluation']['wer']):.1%}."
+    counts = []
+    for model, recogniser in RECOGNISERS.items():
+        planned = [trial for trial in every_trial() if trial.model == model]
+        counts.append(f"{len(made(planned))} of {len(planned)} of {recogniser.title}")
+    return (
+        f"Runs that were made: {', '.join(counts)}. Before training the small Parakeet has a WER of "
+        f"{float(start['evaluation']['wer']):.1%}."
+    )
 
 
 def commands() -> str:
