@@ -1,13 +1,16 @@
-"""What the experiments with spoken digits share: the command, results, and pages made from results.
+"""What the experiments with spoken digits share: options, the command, results, and pages made from results.
 
 Run the experiments as modules from the repository's root, so that they use the packages beside them.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,7 +18,54 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from asr_finetune.files import write_json
+
 ROOT = Path(__file__).parents[1]
+
+
+def options(description: str | None, *, work: str, checkpoint: bool = True) -> argparse.Namespace:
+    """The command line of an experiment: absolute paths `speech`, `checkpoint` and `work`, and `only`.
+
+    Args:
+        description: the module's docstring.
+        work: the default of `--work`.
+        checkpoint: whether the experiment trains whisper-tiny.en.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--speech", type=Path, required=True, help="folder of manifest.jsonl")
+    if checkpoint:
+        parser.add_argument("--checkpoint", type=Path, required=True, help="folder of whisper-tiny.en")
+    parser.add_argument("--work", type=Path, default=Path(work), help="where the runs are trained")
+    parser.add_argument("--only", default="", help="only runs whose name holds this text")
+    given = parser.parse_args()
+    for name, value in vars(given).items():
+        if isinstance(value, Path):
+            setattr(given, name, value.resolve())
+    given.work.mkdir(parents=True, exist_ok=True)
+    return given
+
+
+def make_missing(results: Path, runs: Mapping[str, Callable[[], dict[str, Any]]], only: str = "") -> None:
+    """Make the results that are not there, one at a time and in this order, so that the set can be cut anywhere.
+
+    Args:
+        results: the folder of the results; it is made.
+        runs: a result's name -> what returns the result.
+        only: make those whose name holds this text.
+    """
+    import peft  # noqa: F401
+    import transformers.models.parakeet.modeling_parakeet
+    import transformers.models.whisper.modeling_whisper  # noqa: F401 - imported once, for all runs
+
+    import asr_finetune.training.run  # noqa: F401
+
+    results.mkdir(exist_ok=True)
+    for name, run in runs.items():
+        result = results / f"{name}.json"
+        if only in name and not result.exists():
+            write_json(result, run())
 
 
 def asr_finetune(arguments: list[str], paths: list[str | Path]) -> str:
@@ -54,13 +104,40 @@ def _command(arguments: list[str]) -> None:
     main()
 
 
-def trained(output: Path, *, command: str, data: str, model: str) -> dict[str, Any]:
-    """The record of a finished run, without machine paths."""
+def train(arguments: list[str], *, model: Path, data: Path, output: Path, title: str) -> dict[str, Any]:
+    """The record of one training run, without machine paths.
+
+    Args:
+        arguments: options of `asr-finetune train` but those with paths.
+        model, data: the model's folder, and the manifest with training and test recordings.
+        output: the run's folder; it is removed.
+        title: the model's name in the record.
+    """
+    # Cut: resumed, it would end early, for what the lost steps spent counts.
+    shutil.rmtree(output, ignore_errors=True)
+    paths: list[str | Path] = ["--model", model, "--train", data, "--test", data, "--output", output]
+    command = asr_finetune(["train", *arguments], paths)
     record: dict[str, Any] = json.loads((output / "run.json").read_text(encoding="utf-8"))
     record["command"] = command
-    record["data"]["source"] = data
-    record["model"]["name"] = model
+    record["data"]["source"] = data.name
+    record["model"]["name"] = title
+    shutil.rmtree(output)
     return record
+
+
+def zero_shot(arguments: list[str], *, model: Path, data: Path, out: Path) -> dict[str, Any]:
+    """Error rates on the test recordings without training.
+
+    Args:
+        arguments: options of `asr-finetune evaluate` but those with paths.
+        model, data: the model's folder, and the manifest.
+        out: a file that is written.
+    """
+    paths: list[str | Path] = ["--model", model, "--data", data, "--out", out]
+    command = asr_finetune(["evaluate", "--split=test", *arguments], paths)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    result.pop("hypotheses", None)
+    return {"command": command, "evaluation": result}
 
 
 def load(folder: Path, name: str) -> dict[str, Any] | None:

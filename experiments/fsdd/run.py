@@ -9,12 +9,10 @@ exists is skipped, so the set can be cut anywhere and started again. `summarise.
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from asr_finetune.files import write_json
-from experiments.runs import asr_finetune, trained
+from experiments import runs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -38,15 +36,15 @@ _COMMON = ["--set=data.corpus=fsdd", "--set=data.text_case=lower", "--set=data.t
 
 def training_runs() -> dict[str, list[str]]:
     """Every training run by name: its arguments besides the paths."""
-    runs = {
+    named = {
         f"eps{epsilon}_seed{seed}": [*arguments, f"--seed={seed}"]
         for seed in range(3)
         for epsilon, arguments in PRIVACY.items()
     }
     for epsilon in ("8", "inf"):
         for speaker in SPEAKERS:
-            runs[f"without_{speaker}_eps{epsilon}"] = PRIVACY[epsilon]
-    return runs
+            named[f"without_{speaker}_eps{epsilon}"] = PRIVACY[epsilon]
+    return named
 
 
 def manifest(name: str, speech: Path, work: Path) -> Path:
@@ -66,46 +64,33 @@ def manifest(name: str, speech: Path, work: Path) -> Path:
     return path
 
 
-def zero_shot(name: str, speech: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
+def zero_shot(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Error rates without training."""
-    work.mkdir(parents=True, exist_ok=True)
-    out = work / f"{name}.json"
-    arguments = ["evaluate", "--split=test", "--set=evaluate.normalize=english", *_COMMON, *ZERO_SHOT[name]]
-    paths: list[str | Path] = ["--model", checkpoint, "--data", speech / "manifest.jsonl"]
-    command = asr_finetune(arguments, [*paths, "--out", out])
-    result = json.loads(out.read_text())
-    result.pop("hypotheses", None)
-    return {"command": command, "evaluation": result}
+    return runs.zero_shot(
+        ["--set=evaluate.normalize=english", *_COMMON, *ZERO_SHOT[name]],
+        model=options.checkpoint,
+        data=options.speech / "manifest.jsonl",
+        out=options.work / f"{name}.json",
+    )
 
 
-def train(name: str, speech: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
-    """The record of one training run, without machine paths."""
-    data, output = manifest(name, speech, work), work / name
-    arguments = ["train", "--config", CONFIG, *training_runs()[name]]
-    paths: list[str | Path] = ["--model", checkpoint, "--train", data, "--test", data]
-    command = asr_finetune(arguments, [*paths, "--output", output])
-    record = trained(output, command=command, data=data.name, model="whisper-tiny.en")
-    shutil.rmtree(output)
-    return record
+def train(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The record of one training run."""
+    return runs.train(
+        ["--config", CONFIG, *training_runs()[name]],
+        model=options.checkpoint,
+        data=manifest(name, options.speech, options.work),
+        output=options.work / name,
+        title="whisper-tiny.en",
+    )
 
 
 def main() -> None:
     """Parse the command line and do what is missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--speech", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/fsdd"), help="where the runs are trained")
-    parser.add_argument("--only", default="", help="only runs whose name holds this text")
-    options = parser.parse_args()
-    places = (options.speech.resolve(), options.checkpoint.resolve(), options.work.resolve())
-    RESULTS.mkdir(exist_ok=True)
-    for name in [*ZERO_SHOT, *training_runs()]:
-        result = RESULTS / f"{name}.json"
-        if options.only in name and not result.exists():
-            run = zero_shot if name in ZERO_SHOT else train
-            write_json(result, run(name, *places))
+    options = runs.options(__doc__, work="runs/fsdd")
+    results = {name: lambda name=name: zero_shot(name, options) for name in ZERO_SHOT}
+    results |= {name: lambda name=name: train(name, options) for name in training_runs()}
+    runs.make_missing(RESULTS, results, options.only)
 
 
 if __name__ == "__main__":

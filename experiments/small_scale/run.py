@@ -9,15 +9,12 @@ first. `summarise.py` makes the tables and the plots.
 """
 
 import argparse
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asr_finetune.files import write_json
-from experiments.runs import asr_finetune, trained
+from experiments import runs
 from experiments.small_scale.public import public_parakeet
 
 HERE = Path(__file__).parent
@@ -87,7 +84,6 @@ class Run:
         """The command's options but those with paths of this machine."""
         rate = RECOGNISERS[self.model].rates[self.method]
         return [
-            "train",
             f"--config=experiments/small_scale/{self.model}.yaml",
             PRIVACY.get(self.epsilon, f"--epsilon={self.epsilon}"),
             f"--batch-size={self.batch}",
@@ -115,15 +111,17 @@ def along(model: str, axis: str, seed: int) -> list[Run]:
 
 def every_run() -> Iterator[Run]:
     """All runs, each once, in the order in which they are worth most."""
-    runs = [
+    planned = [
         run
         for seed in range(SEEDS)
         for axis in ("epsilon", "method", "batch")
         for model in RECOGNISERS
         for run in along(model, axis, seed)
     ]
-    runs += [run for seed in range(SEEDS) for run in controls(seed)]
-    yield from sorted(dict.fromkeys(runs), key=lambda run: (slow(run) and run.seed > 0, run.seed, slow(run)))
+    planned += [run for seed in range(SEEDS) for run in controls(seed)]
+    yield from sorted(
+        dict.fromkeys(planned), key=lambda run: (slow(run) and run.seed > 0, run.seed, slow(run))
+    )
 
 
 def slow(run: Run) -> bool:
@@ -131,65 +129,45 @@ def slow(run: Run) -> bool:
     return not {run.method, run.batch}.isdisjoint(RECOGNISERS[run.model].slow)
 
 
-def train(run: Run, speech: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
-    """The record of one training run, without machine paths."""
-    model = checkpoint if run.model == "whisper" else public_parakeet(work)
-    data, output = speech / "manifest.jsonl", work / run.name
-    # Cut: resumed, it would end early, for what the lost steps spent counts.
-    shutil.rmtree(output, ignore_errors=True)
-    paths: list[str | Path] = ["--model", model, "--train", data, "--test", data, "--output", output]
-    command = asr_finetune(run.arguments(), paths)
-    record = trained(output, command=command, data=data.name, model=RECOGNISERS[run.model].title)
-    shutil.rmtree(output)
-    return record
+def train(
+    name: str, model: str, arguments: list[str], options: argparse.Namespace, data: Path | None = None
+) -> dict[str, Any]:
+    """The record of one training run.
+
+    Args:
+        name: of the run's folder.
+        model: a key of RECOGNISERS.
+        arguments: the command's options but those with paths.
+        options: the experiment's own command line.
+        data: the manifest; None: that of all recordings.
+    """
+    return runs.train(
+        arguments,
+        model=options.checkpoint if model == "whisper" else public_parakeet(options.work),
+        data=data or options.speech / "manifest.jsonl",
+        output=options.work / name,
+        title=RECOGNISERS[model].title,
+    )
 
 
-def zero_shot(speech: Path, work: Path) -> dict[str, Any]:
+def zero_shot(options: argparse.Namespace) -> dict[str, Any]:
     """The small Parakeet's error rates on real speech before it has heard any."""
-    out = work / "zero_shot.json"
-    arguments = ["evaluate", "--split=test", "--set=data.corpus=fsdd", "--set=data.text_case=lower"]
-    paths: list[str | Path] = [
-        "--model",
-        public_parakeet(work),
-        "--data",
-        speech / "manifest.jsonl",
-        "--out",
-        out,
-    ]
-    command = asr_finetune(arguments, paths)
-    result = json.loads(out.read_text(encoding="utf-8"))
-    result.pop("hypotheses", None)
-    return {"command": command, "evaluation": result}
+    return runs.zero_shot(
+        ["--set=data.corpus=fsdd", "--set=data.text_case=lower"],
+        model=public_parakeet(options.work),
+        data=options.speech / "manifest.jsonl",
+        out=options.work / "zero_shot.json",
+    )
 
 
 def main() -> None:
     """Parse the command line and do what is missing."""
-    import peft  # noqa: F401
-    import transformers.models.parakeet.modeling_parakeet
-    import transformers.models.whisper.modeling_whisper  # noqa: F401 - imported once, for all runs
-
-    import asr_finetune.training.run  # noqa: F401
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--speech", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/small_scale"), help="where the runs are trained"
-    )
-    parser.add_argument("--only", default="", help="only runs whose name holds this text")
-    options = parser.parse_args()
-    speech, checkpoint, work = options.speech.resolve(), options.checkpoint.resolve(), options.work.resolve()
-    RESULTS.mkdir(exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
-    result = RESULTS / f"{ZERO_SHOT}.json"
-    if options.only in ZERO_SHOT and not result.exists():
-        write_json(result, zero_shot(speech, work))
-    for run in every_run():
-        result = RESULTS / f"{run.name}.json"
-        if options.only in run.name and not result.exists():
-            write_json(result, train(run, speech, checkpoint, work))
+    options = runs.options(__doc__, work="runs/small_scale")
+    results = {ZERO_SHOT: lambda: zero_shot(options)}
+    results |= {
+        run.name: lambda run=run: train(run.name, run.model, run.arguments(), options) for run in every_run()
+    }
+    runs.make_missing(RESULTS, results, options.only)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,14 @@ the first seed of every run comes first. The results' table in README.md is writ
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from asr_finetune.demo.demo import DIGITS
-from asr_finetune.files import write_json
 from asr_finetune.models.loading import Recognizer, tiny_parakeet, tiny_transducer
 from dpkernels.rounding import shown_sigma
-from experiments.runs import asr_finetune, between, load, shown, trained
+from experiments import runs
 from experiments.small_scale.public import CONFIG, speech
 
 HERE = Path(__file__).parent
@@ -43,27 +39,23 @@ def warm_start(model: str, work: Path) -> Path:
         fresh = work / f"fresh_{model}"
         MODELS[model]().save(fresh)
         paths: list[str | Path] = ["--model", fresh, "--train", speech(work / "public_speech")]
-        asr_finetune(["train", "--config", CONFIG], [*paths, "--output", finished.parent])
+        runs.asr_finetune(["train", "--config", CONFIG], [*paths, "--output", finished.parent])
     return finished
 
 
 def zero_shot(model: str, data: Path, work: Path) -> dict[str, Any]:
     """Error rates on real speech before any was heard."""
-    out = work / f"{model}_zero_shot.json"
-    arguments = ["evaluate", "--split=test", "--set=data.corpus=fsdd", "--set=data.text_case=lower"]
-    paths: list[str | Path] = ["--model", warm_start(model, work), "--data", data, "--out", out]
-    command = asr_finetune(arguments, paths)
-    result = json.loads(out.read_text(encoding="utf-8"))
-    result.pop("hypotheses", None)
-    return {"command": command, "evaluation": result}
+    return runs.zero_shot(
+        ["--set=data.corpus=fsdd", "--set=data.text_case=lower"],
+        model=warm_start(model, work),
+        data=data,
+        out=work / f"{model}_zero_shot.json",
+    )
 
 
 def train(model: str, epsilon: str, seed: int, data: Path, work: Path) -> dict[str, Any]:
-    """The record of one training run, without machine paths."""
-    output = work / f"{model}_eps{epsilon}_seed{seed}"
-    shutil.rmtree(output, ignore_errors=True)
+    """The record of one training run."""
     arguments = [
-        "train",
         f"--config={PRIVATE}",
         "--not-private" if epsilon == "inf" else f"--epsilon={epsilon}",
         f"--batch-size={BATCH}",
@@ -71,23 +63,25 @@ def train(model: str, epsilon: str, seed: int, data: Path, work: Path) -> dict[s
         f"--learning-rate={RATE:g}",
         f"--seed={seed}",
     ]
-    paths: list[str | Path] = ["--model", warm_start(model, work), "--train", data, "--test", data]
-    command = asr_finetune(arguments, [*paths, "--output", output])
-    record = trained(output, command=command, data=data.name, model=f"small Parakeet, {model}")
-    shutil.rmtree(output)
-    return record
+    return runs.train(
+        arguments,
+        model=warm_start(model, work),
+        data=data,
+        output=work / f"{model}_eps{epsilon}_seed{seed}",
+        title=f"small Parakeet, {model}",
+    )
 
 
 def table() -> str:
     """The results as a table."""
     lines = ["| model | ε | trained parameters | σ | WER, mean (each seed) |", "|---|---|--:|--:|---|"]
     for model in MODELS:
-        start = load(RESULTS, f"{model}_zero_shot")
+        start = runs.load(RESULTS, f"{model}_zero_shot")
         if start is not None:
             lines.append(f"| {model} | before | – | – | {start['evaluation']['wer']:.1%} |")
         for epsilon in EPSILONS:
             names = [f"{model}_eps{epsilon}_seed{seed}" for seed in range(SEEDS)]
-            records = [record for name in names if (record := load(RESULTS, name)) is not None]
+            records = [record for name in names if (record := runs.load(RESULTS, name)) is not None]
             if not records:
                 continue
             sigma = records[0]["privacy"]["noise_multiplier"]
@@ -95,38 +89,27 @@ def table() -> str:
             lines.append(
                 f"| {model} | {'∞' if epsilon == 'inf' else epsilon} | "
                 f"{records[0]['model']['trained_parameters']:,} | {'–' if epsilon == 'inf' else shown_sigma(sigma)} | "
-                f"{shown(rates)} |"
+                f"{runs.shown(rates)} |"
             )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Parse the command line, do what is missing, and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--speech", type=Path, required=True)
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/transducer"), help="where the runs are trained"
-    )
-    parser.add_argument("--only", default="", help="only runs whose name holds this text")
-    options = parser.parse_args()
-    data, work = options.speech.resolve() / "manifest.jsonl", options.work.resolve()
-    RESULTS.mkdir(exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, Callable[[], dict[str, Any]]] = {
+    options = runs.options(__doc__, work="runs/transducer", checkpoint=False)
+    data, work = options.speech / "manifest.jsonl", options.work
+    results: dict[str, Callable[[], dict[str, Any]]] = {
         f"{model}_zero_shot": lambda model=model: zero_shot(model, data, work) for model in MODELS
     }
     for seed in range(SEEDS):
         for epsilon in EPSILONS:
             for model in MODELS:
-                runs[f"{model}_eps{epsilon}_seed{seed}"] = lambda model=model, epsilon=epsilon, seed=seed: (
+                results[f"{model}_eps{epsilon}_seed{seed}"] = lambda model=model, epsilon=epsilon, seed=seed: (
                     train(model, epsilon, seed, data, work)
                 )
-    for name, run in runs.items():
-        if options.only in name and not (RESULTS / f"{name}.json").exists():
-            write_json(RESULTS / f"{name}.json", run())
-    README.write_text(between(README.read_text(encoding="utf-8"), "results", table()), encoding="utf-8")
+    runs.make_missing(RESULTS, results, options.only)
+    text = README.read_text(encoding="utf-8")
+    README.write_text(runs.between(text, "results", table()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ def test_an_audit_of_a_finished_run(runs: Path, checked: list[tuple[Any, ...]]) 
     assert len(values["scores"]["included"]) > 8  # bins, not canaries
     scores = scores_of(np.array(canaries["start"]), np.array(canaries["final"]))
     assert values["epsilon"] == lower_bound(scores, coins, delta=1e-3).epsilon
+    assert "epsilon is at least 0.00 at 95% confidence (nothing was shown)" in result.output
+    assert result.output.count("audit [not private]:") == 2
+    assert "an audit measures no error rates" in result.output
+    assert "data.test is not set" not in result.output
+    assert f"delete {folder.not_private}" in result.output
     text = visible((runs / "audit" / "report.html").read_text())
     assert "This run was trained for an audit" in text
     assert "The attack does not contradict the claim" in text
@@ -198,6 +204,15 @@ def test_a_canarys_sentence_is_as_long_as_its_own_or_as_the_audio_allows() -> No
         of(0)
 
 
+def test_a_canarys_sentence_is_never_its_own() -> None:
+    recognizer: Recognizer = Aligned(1)  # type: ignore[assignment]
+    utterance = small_models.recording(16000, "one")
+    drawn = {sentence(utterance, ("one", "two"), random.Random(seed), recognizer) for seed in range(10)}
+    assert drawn == {"two"}
+    with pytest.raises(ConfigError, match="no other transcript than its own"):
+        sentence(utterance, ("one",), random.Random(0), recognizer)
+
+
 def test_scores_are_how_much_the_loss_fell() -> None:
     start, final = np.array([3.0, 2.0, np.inf, 1.0, np.nan]), np.array([1.0, 2.5, 1.0, np.inf, 1.0])
     assert scores_of(start, final).tolist() == [2.0, -0.5, 0.0, 0.0, 0.0]
@@ -219,7 +234,24 @@ def test_the_report_says_whether_the_bounds_agree(tmp_path: Path, right: bool, s
     assert said in text
     assert "ε does not cover them" in text
     assert "It cannot show more than 4.19" in text
+    assert (
+        f"{sum(values['guessed_' + kind] for kind in ('included', 'excluded')) / 2:g} are expected by chance"
+        in text
+    )
+    assert ("nothing was shown" in text) is (not right)
     assert page.count("<svg ") == 3
+
+
+def test_the_report_of_an_audit_without_noise_speaks_of_no_claim(tmp_path: Path) -> None:
+    coins = np.random.default_rng(0).random(400) < 0.5
+    values = audit_record(lower_bound(coins + 0.0, coins, delta=1e-5), coins + 0.0, coins, None)
+    nothing = dict.fromkeys(("epsilon", "epsilon_pld", "epsilon_rdp"))
+    run = write_run(tmp_path / "run", record(noise_multiplier=0.0, **nothing), sigma=0.0)
+    (run / "audit.json").write_text(json.dumps(values))
+    text = visible(write_report(run, tmp_path / "r.html").read_text())
+    assert "no claim that the attack could contradict" in text
+    assert "does not contradict the claim" not in text
+    assert re.search(r"shown by an attack\s*ε\s≥\s4\.19\s*with 95\s% confidence", text)
 
 
 def test_a_report_without_an_audit_says_nothing_of_one(tmp_path: Path) -> None:
