@@ -106,29 +106,64 @@ class ColumnSums {
     });
   }
 
+  // Whether frame t adds something to these columns' sums: a row of zeros beside finite numbers does not.
+  // Chunks are of such frames only, so that padding moves no bound, wherever it is.
+  bool adds(int64_t i, int64_t t, int64_t first, int64_t columns, R* space) const {
+    const auto finite = [&](const dpk_tensor& v) {
+      return micro<R>().all_finite(Rows<R>(v, i, t, 1, first, columns, 1, space).data, columns);
+    };
+    const bool g_is_zero = is_zero(g_, i, t, first, columns);
+    if (x_ == nullptr) return !g_is_zero;
+    const bool x_is_zero = is_zero(*x_, i, t, first, columns);
+    return !(g_is_zero || x_is_zero) || !(g_is_zero || finite(g_)) || !(x_is_zero || finite(*x_));
+  }
+
+  // Frames `own` of a tensor, `ld` apart: in place where they follow on one another, else copied.
+  struct Chunk {
+    Chunk(const dpk_tensor& v, int64_t i, const int64_t* own, int64_t count, int64_t first, int64_t columns,
+          R* space) {
+      if (own[count - 1] - own[0] == count - 1) {
+        const Rows<R> rows(v, i, own[0], count, first, columns, 1, space);
+        data = rows.data;
+        ld = rows.ld;
+        return;
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        R* const to = space + r * columns;
+        const Rows<R> row(v, i, own[r], 1, first, columns, 1, to);
+        if (row.data != to) std::copy_n(row.data, columns, to);
+      }
+      data = space;
+      ld = columns;
+    }
+
+    const R* data;
+    int64_t ld;
+  };
+
   // sum += factor * (sample i's column sums); returns S of these columns.
   double add(int64_t i, int64_t strip, double factor, double* sum) const {
     const int64_t first = strip * kStrip, columns = std::min(kStrip, g_.size[2] - first),
                   length = length_of(lengths_, i, g_.size[1]);
     alignas(64) R part[kStrip], g_space[kRows * kStrip], x_space[kRows * kStrip];
+    int64_t own[kRows];
     double scale = 0.0;
-    for (int64_t t0 = 0; t0 < length; t0 += kRows) {
-      const int64_t count = std::min(kRows, length - t0);
-      const Rows<R> g(g_, i, t0, count, first, columns, 1, g_space);
+    for (int64_t t = 0; t < length;) {
+      int64_t count = 0;
+      for (; t < length && count < kRows; ++t)
+        if (adds(i, t, first, columns, part)) own[count++] = t;
+      if (count == 0) break;
+      const Chunk g(g_, i, own, count, first, columns, g_space);
       double squares;
       if (x_ == nullptr) {
         squares = k_.add_rows(g.data, g.ld, count, columns, part);
       } else {
-        const Rows<R> x(*x_, i, t0, count, first, columns, 1, x_space);
+        const Chunk x(*x_, i, own, count, first, columns, x_space);
         squares = k_.add_products(x.data, x.ld, g.data, g.ld, count, columns, part);
       }
       micro<R>().accumulate(sum, part, columns, factor);
-      // The sum of m norms is at most the root of m times their squares; padding is not among the m.
-      int64_t own = 0;
-      for (int64_t t = t0; t < t0 + count; ++t)
-        own += is_zero(g_, i, t, first, columns) || (x_ != nullptr && is_zero(*x_, i, t, first, columns)) ? 0
-                                                                                                          : 1;
-      scale += std::sqrt(squares * static_cast<double>(own));
+      // The sum of m norms is at most the root of m times their squares.
+      scale += std::sqrt(squares * static_cast<double>(count));
     }
     return scale;
   }

@@ -84,7 +84,7 @@ class Depthwise {
   }
 
  private:
-  static constexpr int64_t kLanesMost = 16, kMost = kLanesMost * kChunk, kChannels = 16;
+  static constexpr int64_t kLanesMost = 16, kChannels = 16;
 
   struct Channel {
     explicit Channel(const Depthwise& of)
@@ -137,9 +137,11 @@ class Depthwise {
    private:
     void add_taps(const Depthwise& of) {
       std::fill(sums.begin(), sums.end(), 0.0);
-      for (int64_t t = 0; t < of.frames_; t += kMost) {
-        layer_micro<R>().correlate(x.data() + t, of.offsets_.data(), of.taps_, g.data() + t,
-                                   std::min(kMost, of.frames_ - t), part.data());
+      const LayerMicro<R>& k = layer_micro<R>();
+      const int64_t most = k.lanes * kChunk;
+      for (int64_t t = 0; t < of.frames_; t += most) {
+        k.correlate(x.data() + t, of.offsets_.data(), of.taps_, g.data() + t, std::min(most, of.frames_ - t),
+                    part.data());
         for (int64_t j = 0; j < of.taps_; ++j) sums[static_cast<size_t>(j)] += part[static_cast<size_t>(j)];
       }
     }

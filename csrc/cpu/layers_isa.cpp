@@ -136,10 +136,10 @@ void correlate(const R* x, const int64_t* offsets, int64_t taps, const R* g, int
   }
 }
 
-constexpr LayerMicro<float> table_f32 = {add_rows<float>, add_products<float>, add_row<float>,
+constexpr LayerMicro<float> table_f32 = {add_rows<float>, add_products<float>, add_row<float>, kLanes<float>,
                                          correlate<float>};
 constexpr LayerMicro<double> table_f64 = {add_rows<double>, add_products<double>, add_row<double>,
-                                          correlate<double>};
+                                          kLanes<double>, correlate<double>};
 
 }  // namespace
 

@@ -15,28 +15,20 @@
 namespace dpk {
 
 template <class R>
-int64_t effective_length(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length) {
+std::vector<int64_t> own_frames(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length) {
   std::vector<R> space(static_cast<size_t>(std::max<int64_t>({g.size[2], x.size[2], 1})));
   const auto finite = [&](const dpk_tensor& v, int64_t t) {
     const Rows<R> row(v, i, t, 1, 0, v.size[2], 1, space.data());
     return micro<R>().all_finite(row.data, v.size[2]);
   };
-  int64_t end = length;
-  for (; end > 0; --end) {
-    const bool g_is_zero = is_zero(g, i, end - 1, 0, g.size[2]),
-               x_is_zero = is_zero(x, i, end - 1, 0, x.size[2]);
-    if (!g_is_zero && !x_is_zero) break;
-    if (!(g_is_zero || finite(g, end - 1)) || !(x_is_zero || finite(x, end - 1))) return length;
+  std::vector<int64_t> own;
+  own.reserve(static_cast<size_t>(length));
+  for (int64_t t = 0; t < length; ++t) {
+    const bool g_is_zero = is_zero(g, i, t, 0, g.size[2]), x_is_zero = is_zero(x, i, t, 0, x.size[2]);
+    if ((g_is_zero || x_is_zero) && (g_is_zero || finite(g, t)) && (x_is_zero || finite(x, t))) continue;
+    own.push_back(t);
   }
-  return end;
-}
-
-// Frames of sample i that add to its gradient: those where neither row is all zero.
-int64_t contributing_frames(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length) {
-  int64_t count = 0;
-  for (int64_t t = 0; t < length; ++t)
-    if (!is_zero(g, i, t, 0, g.size[2]) && !is_zero(x, i, t, 0, x.size[2])) ++count;
-  return count;
+  return own;
 }
 
 // Whether a column's frames lie side by side in memory: a convolution's layout, [B,C,T] seen as [B,T,C].
@@ -47,13 +39,14 @@ bool channels_first(const dpk_tensor& v) {
 }
 
 template <class R>
-void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int64_t t1,
+void pack_frames(const dpk_tensor& v, int64_t i, const std::vector<int64_t>& own, int64_t t0, int64_t t1,
                  const Panel<R>& panel, R* panels, double* square_norms) {
   const Micro<R>& k = micro<R>();
-  const int64_t n = v.size[2], width = panel.width;
+  const int64_t n = v.size[2], width = panel.width, length = static_cast<int64_t>(own.size());
+  const int64_t* const frame = own.data();
   R* dst = panels + t0 * width;
-  if (channels_first<R>(v)) {
-    const R* rows = reinterpret_cast<const R*>(at(v, i, t0, 0));
+  if (channels_first<R>(v) && t0 < t1 && frame[t1 - 1] - frame[t0] == t1 - 1 - t0) {
+    const R* rows = reinterpret_cast<const R*>(at(v, i, frame[t0], 0));
     // The float64 roundings of n additions are below the slack that the bounds leave for them (bounds.h).
     if (square_norms != nullptr) k.column_squares(rows, v.stride[2], n, t1 - t0, square_norms + t0);
     for (int64_t j = 0; j < n; j += width, dst += length * width) {
@@ -71,7 +64,7 @@ void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int
   }
   std::vector<R> space(static_cast<size_t>(n));
   for (int64_t t = t0; t < t1; ++t, dst += width) {
-    const Rows<R> row(v, i, t, 1, 0, n, 1, space.data());
+    const Rows<R> row(v, i, frame[t], 1, 0, n, 1, space.data());
     if (square_norms != nullptr) square_norms[t] = k.square_sum_above(row.data, n);
     panel.pack(row.data, n, dst, length * width);
   }
@@ -79,15 +72,17 @@ void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int
 
 namespace {
 
-// Copies frames [t0, t0+nr) of sample i feature by feature: feature j of frame t0+r at j*nr + r, zeros for
-// frames >= length.
+// Copies own frames [t0, t0+nr) of sample i feature by feature: feature j of own frame t0+r at j*nr + r,
+// zeros for frames that it does not have.
 template <class R>
-void pack_transposed(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, R* panel,
+void pack_transposed(const dpk_tensor& v, int64_t i, const std::vector<int64_t>& own, int64_t t0, R* panel,
                      double* square_norms) {
   const Micro<R>& k = micro<R>();
-  const int64_t n = v.size[2], width = k.nr, frames = std::min(width, length - t0);
-  if (channels_first<R>(v)) {
-    const R* rows = reinterpret_cast<const R*>(at(v, i, t0, 0));
+  const int64_t n = v.size[2], width = k.nr, frames = std::min(width, static_cast<int64_t>(own.size()) - t0);
+  const int64_t* const frame = own.data() + t0;
+  const bool adjacent = frame[frames - 1] - frame[0] == frames - 1;
+  if (channels_first<R>(v) && adjacent) {
+    const R* rows = reinterpret_cast<const R*>(at(v, i, frame[0], 0));
     k.column_squares(rows, v.stride[2], n, frames, square_norms + t0);
     for (int64_t j = 0; j < n; ++j, panel += width) {
       std::copy_n(rows + j * v.stride[2], frames, panel);
@@ -95,16 +90,16 @@ void pack_transposed(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0,
     }
     return;
   }
-  const bool in_place = n > 0 && v.dtype == kDtype<R> && v.stride[2] == 1 && frames == width;
+  const bool in_place = n > 0 && v.dtype == kDtype<R> && v.stride[2] == 1 && frames == width && adjacent;
   const Scratch<R> space(in_place ? 0 : width * n);
   for (int64_t r = 0; !in_place && r < width; ++r) {
     R* row = space.get() + r * n;
     if (r < frames)
-      k.load(at(v, i, t0 + r, 0), v.dtype, v.stride[2], n, row);
+      k.load(at(v, i, frame[r], 0), v.dtype, v.stride[2], n, row);
     else
       std::fill_n(row, n, R(0));
   }
-  const R* data = in_place ? reinterpret_cast<const R*>(at(v, i, t0, 0)) : space.get();
+  const R* data = in_place ? reinterpret_cast<const R*>(at(v, i, frame[0], 0)) : space.get();
   const int64_t ld = in_place ? v.stride[1] : n;
   for (int64_t r = 0; r < frames; ++r) square_norms[t0 + r] = k.square_sum_above(data + r * ld, n);
   k.wide.transpose(data, ld, n, panel);
@@ -146,20 +141,22 @@ class Norms {
 
   void norm(int64_t i, int64_t given, int32_t method, int threads, int worker) const {
     const double p = static_cast<double>(g_.size[2]), d = static_cast<double>(x_.size[2]);
-    const int64_t length = effective_length<R>(x_, g_, i, given);
-    // By the frames that add something, of which padding is none, wherever it is: a norm's form is then the
-    // sample's own.
-    const auto frames = static_cast<double>(contributing_frames(x_, g_, i, length));
+    // By the sample's own frames: a norm's form, and whether Gram's bound is tight enough, are then its own.
+    const std::vector<int64_t> own = own_frames<R>(x_, g_, i, given);
+    const auto frames = static_cast<double>(own.size());
     const bool fewer = frames * (p + d) < kGramShare * 2.0 * p * d;
     const bool by_gram = method == DPK_GRAM || (method == DPK_AUTO && fewer);
-    const Task task{i, length, threads, worker};
+    const Task task{i, own, threads, worker};
     if (!by_gram || !gram(task)) direct(task);
   }
 
   // One sample's norm, by so many threads; `worker`'s memory holds its panels.
   struct Task {
-    int64_t index, length;
+    int64_t index;
+    const std::vector<int64_t>& own;
     int threads, worker;
+
+    int64_t length() const { return static_cast<int64_t>(own.size()); }
   };
 
   // S = sum_t ||x_t|| ||g_t||, and the sums of the row norms themselves.
@@ -206,7 +203,7 @@ class Norms {
   }
 
   void direct(const Task& task) const {
-    const int64_t d = x_.size[2], p = g_.size[2], length = task.length;
+    const int64_t d = x_.size[2], p = g_.size[2], length = task.length();
     const int64_t band = kBandPanels * k_.tall.width, bands = ceil_div(p, band), columns = panels(d);
     const int64_t x_size = packed_size(k_.wide, length, d);
     const Workspace workspace((x_size + packed_size(k_.tall, length, p)) * kSize, task.worker);
@@ -215,8 +212,8 @@ class Norms {
     std::vector<double> x_rows(static_cast<size_t>(length)), g_rows(static_cast<size_t>(length));
     parallel_for(ceil_div(length, kPackFrames), task.threads, [&](int64_t n, int) {
       const int64_t t0 = n * kPackFrames, t1 = std::min(t0 + kPackFrames, length);
-      pack_frames<R>(x_, task.index, length, t0, t1, k_.wide, x, x_rows.data());
-      pack_frames<R>(g_, task.index, length, t0, t1, k_.tall, g, g_rows.data());
+      pack_frames<R>(x_, task.index, task.own, t0, t1, k_.wide, x, x_rows.data());
+      pack_frames<R>(g_, task.index, task.own, t0, t1, k_.tall, g, g_rows.data());
     });
 
     std::vector<double> partial(static_cast<size_t>(bands));
@@ -245,15 +242,15 @@ class Norms {
   // S^2. An entry below the smallest normal number is off by n * 2^-126, which counts times the other factor:
   // (sum_t ||g_t||)^2 or (sum_t ||x_t||)^2.
   bool gram(const Task& task) const {
-    const int64_t d = x_.size[2], p = g_.size[2], length = task.length, width = k_.nr;
+    const int64_t d = x_.size[2], p = g_.size[2], length = task.length(), width = k_.nr;
     const int64_t rows = panels(length), x_size = rows * width * d;
     const Workspace workspace((x_size + rows * width * p) * kSize, task.worker);
     R* const x = workspace.as<R>();
     R* const g = x + x_size;
     std::vector<double> x_rows(static_cast<size_t>(length)), g_rows(static_cast<size_t>(length));
     parallel_for(rows, task.threads, [&](int64_t n, int) {
-      pack_transposed<R>(x_, task.index, length, n * width, x + n * width * d, x_rows.data());
-      pack_transposed<R>(g_, task.index, length, n * width, g + n * width * p, g_rows.data());
+      pack_transposed<R>(x_, task.index, task.own, n * width, x + n * width * d, x_rows.data());
+      pack_transposed<R>(g_, task.index, task.own, n * width, g + n * width * p, g_rows.data());
     });
 
     std::vector<double> partial(static_cast<size_t>(rows));
@@ -306,12 +303,12 @@ class Norms {
 
 }  // namespace
 
-template int64_t effective_length<float>(const dpk_tensor&, const dpk_tensor&, int64_t, int64_t);
-template int64_t effective_length<double>(const dpk_tensor&, const dpk_tensor&, int64_t, int64_t);
-template void pack_frames<float>(const dpk_tensor&, int64_t, int64_t, int64_t, int64_t, const Panel<float>&,
-                                 float*, double*);
-template void pack_frames<double>(const dpk_tensor&, int64_t, int64_t, int64_t, int64_t, const Panel<double>&,
-                                  double*, double*);
+template std::vector<int64_t> own_frames<float>(const dpk_tensor&, const dpk_tensor&, int64_t, int64_t);
+template std::vector<int64_t> own_frames<double>(const dpk_tensor&, const dpk_tensor&, int64_t, int64_t);
+template void pack_frames<float>(const dpk_tensor&, int64_t, const std::vector<int64_t>&, int64_t, int64_t,
+                                 const Panel<float>&, float*, double*);
+template void pack_frames<double>(const dpk_tensor&, int64_t, const std::vector<int64_t>&, int64_t, int64_t,
+                                  const Panel<double>&, double*, double*);
 
 }  // namespace dpk
 

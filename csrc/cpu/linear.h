@@ -8,16 +8,15 @@
 
 namespace dpk {
 
-// Frames of sample i that can matter: the given length less trailing frames where g or x is all zero (and the
-// other finite, so that the product is 0). Padding that a loss ignores has g = 0 exactly, so skipping it
-// changes no bit of a sum; where the caller has exchanged the two, it is x.
+// The frames of sample i that add to its gradient: all but those where one row is all zero and the other
+// finite. Padding is none of them, wherever it is, so neither a norm nor the bits of a sum depend on it.
 template <class R>
-int64_t effective_length(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length);
+std::vector<int64_t> own_frames(const dpk_tensor& x, const dpk_tensor& g, int64_t i, int64_t length);
 
-// Copies frames [t0, t1) of sample i into panels (micro.h), frame t at t*width; panels lie length*width
-// apart. square_norms[t], unless null, becomes an upper bound of ||row t||^2.
+// Copies own frames [t0, t1) of sample i into panels (micro.h), frame own[t] at t*width; panels lie
+// own.size()*width apart. square_norms[t], unless null, becomes an upper bound of the square of its norm.
 template <class R>
-void pack_frames(const dpk_tensor& v, int64_t i, int64_t length, int64_t t0, int64_t t1,
+void pack_frames(const dpk_tensor& v, int64_t i, const std::vector<int64_t>& own, int64_t t0, int64_t t1,
                  const Panel<R>& panel, R* panels, double* square_norms);
 
 // Elements of all panels of `length` frames of n columns.

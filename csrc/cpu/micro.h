@@ -87,7 +87,10 @@ struct LayerMicro {
   // sum[j] += row[j].
   void (*add_row)(R* sum, const R* row, int64_t n);
 
-  // out[j] = sum over t < n of g[t] * x[t + offsets[j]], n a multiple of 16 and at most 16 * kChunk.
+  // Entries of a vector: `correlate` adds every so many products in one chain.
+  int64_t lanes;
+
+  // out[j] = sum over t < n of g[t] * x[t + offsets[j]], n a multiple of `lanes` and at most lanes * kChunk.
   void (*correlate)(const R* x, const int64_t* offsets, int64_t taps, const R* g, int64_t n, R* out);
 };
 

@@ -1,6 +1,8 @@
 // out += sum_i c_i g_i^T x_i for a linear layer, and the clip factors c_i.
 #include <algorithm>
 #include <cmath>
+#include <utility>
+#include <vector>
 
 #include "common/parallel.h"
 #include "cpu/linear.h"
@@ -34,18 +36,25 @@ class WeightedSum {
         by_rows_(g.size[2] >= x.size[2]) {}
 
   void run(const double* factors, const int64_t* lengths) const {
+    std::vector<std::vector<int64_t>> own(static_cast<size_t>(x_.size[0]));
+    const double rows = static_cast<double>(x_.size[0]) * static_cast<double>(x_.size[1]);
+    parallel_for(x_.size[0], worthwhile_threads(threads_, 8.0 * rows), [&](int64_t i, int) {
+      if (factors[i] != 0.0)
+        own[static_cast<size_t>(i)] = own_frames<R>(x_, g_, i, length_of(lengths, i, x_.size[1]));
+    });
     std::vector<Sample> group;
     int64_t size = 0;
     for (int64_t i = 0; i < x_.size[0]; ++i) {
       if (factors[i] == 0.0) continue;
-      const int64_t length = effective_length<R>(x_, g_, i, length_of(lengths, i, x_.size[1]));
+      std::vector<int64_t>& frames = own[static_cast<size_t>(i)];
+      const auto length = static_cast<int64_t>(frames.size());
       const int64_t shared = packed_size(panel(!by_rows_), length, tensor(!by_rows_).size[2]);
       if (!group.empty() && (size + shared) * static_cast<int64_t>(sizeof(R)) > kGroupBytes) {
         add(group, size);
         group.clear();
         size = 0;
       }
-      group.push_back({i, length, factors[i], size});
+      group.push_back({i, std::move(frames), length, factors[i], size});
       size += shared;
     }
     if (!group.empty()) add(group, size);
@@ -57,9 +66,11 @@ class WeightedSum {
     int64_t row, column, rows, columns;
   };
 
-  // A sample's frames, its factor, and where its shared panels start, in elements.
+  // A sample's own frames, their number, its factor, and where its shared panels start, in elements.
   struct Sample {
-    int64_t index, length;
+    int64_t index;
+    std::vector<int64_t> own;
+    int64_t length;
     double factor;
     int64_t shared_at;
   };
@@ -109,7 +120,7 @@ class WeightedSum {
       for (int64_t t = 0; t < s.length; t += kPackFrames) pieces.push_back({&s, t});
     parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t n, int) {
       const auto [s, t0] = pieces[static_cast<size_t>(n)];
-      pack_frames<R>(tensor(!by_rows_), s->index, s->length, t0, std::min(t0 + kPackFrames, s->length),
+      pack_frames<R>(tensor(!by_rows_), s->index, s->own, t0, std::min(t0 + kPackFrames, s->length),
                      panel(!by_rows_), panels + s->shared_at, nullptr);
     });
   }
@@ -118,7 +129,7 @@ class WeightedSum {
   void pack_own(const std::vector<Sample>& group, int64_t first, int64_t count, R* panels) const {
     const dpk_tensor columns = columns_of(tensor(by_rows_), first, count);
     for (const Sample& s : group) {
-      pack_frames<R>(columns, s.index, s.length, 0, s.length, panel(by_rows_), panels, nullptr);
+      pack_frames<R>(columns, s.index, s.own, 0, s.length, panel(by_rows_), panels, nullptr);
       panels += packed_size(panel(by_rows_), s.length, count);
     }
   }

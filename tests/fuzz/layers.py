@@ -308,6 +308,16 @@ def _check_grouped(draw: Draw, layer: Layer, given: Sequence[Any], factors: Tens
         layers.append(GroupedLayer(layer.family, tuple(given), options, outs))
     native_ops.weighted_sums(layers, factors)
     guarded.check()
+    norms = getattr(native_ops, f"{layer.family}_norm_sq")(*given, **layer.options)
+    of_layer = torch.stack(norms if isinstance(norms, tuple) else (norms,)).double().sum(0)
+    one = GroupedLayer(layer.family, tuple(given), layer.options)
+    total = native_ops.total_norm_sq([one] * len(layers)).double()
+    expected = of_layer * len(layers)
+    known = expected < torch.finfo(torch.float32).max  # beyond it the norm is infinite
+    assert bool((total >= expected * (1 - 2.0**-50))[known].all()), "the grouped norm is too small"
+    assert bool((total <= expected * (1 + 2.0**-22) + 2.0**-148)[known].all()), (
+        "the grouped norm is too large"
+    )
     for outs in together:
         for one, other in zip(alone, outs, strict=True):
             assert same_bits(one, other), "the grouped sum has other bits"

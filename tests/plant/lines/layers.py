@@ -41,7 +41,7 @@ LINES = (
             "tests/privacy/test_compiled.py::test_a_step_in_the_ops_of_a_graph_is_the_eager_one": "the engine's steps in the ops of compiled graphs are those of eager code, in every strategy",
             "tests/nn/recording/test_compiled_layers.py::test_the_ops_of_a_layer_have_the_eager_sums": "the ops of every kind of layer in a compiled graph have the norms and sums of eager code",
             "tests/nn/recording/test_compiled_layers.py::test_an_output_that_the_backward_reads_is_a_copy": "what a layer's backward reads is not what generated code may write over",
-            "tests/nn/recording/test_compiled_privacy.py::test_a_graph_that_a_compiler_got_wrong_is_refused": "a compiled graph that loses one of two uses of a layer is refused by name",
+            "tests/nn/recording/test_compiled_privacy.py::test_a_graph_that_loses_one_of_two_uses_is_refused": "a compiled graph that loses one of two uses of a layer is refused by name",
             "tests/nn/recording/test_compiled_privacy.py::test_each_use_of_a_layer_is_expected": "each use of a compiled layer has to leave a record",
             "tests/nn/recording/test_compiled_privacy.py::test_a_record_too_many_is_refused": "a compiled layer that leaves more records than it had uses is refused",
             "tests/nn/recording/test_compiled_privacy.py::test_a_waiting_forward_is_checked_when_its_backward_comes": "of two compiled forwards that wait each is checked in its own backward",
@@ -249,7 +249,7 @@ LINES = (
                 "if lost := []:",
                 "tests/nn/recording/test_compiled.py::test_the_first_layer_is_recorded_though_nobody_needs_its_dx",
                 "tests/nn/recording/test_compiled.py::test_a_lost_record_is_refused_by_name",
-                "tests/nn/recording/test_compiled_privacy.py::test_a_graph_that_a_compiler_got_wrong_is_refused[lose_one_of_two]",
+                "tests/nn/recording/test_compiled_privacy.py::test_a_graph_that_loses_one_of_two_uses_is_refused",
                 "tests/nn/recording/test_compiled_privacy.py::test_each_use_of_a_layer_is_expected",
             ),
             Fault(
