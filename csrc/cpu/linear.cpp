@@ -38,6 +38,19 @@ bool channels_first(const dpk_tensor& v) {
   return v.dtype == kDtype<R> && v.stride[1] == 1 && v.stride[2] != 1;
 }
 
+// The squared norms of a convolution's frames, run by run: their bits are those of adjacent frames.
+template <class R>
+void squares_of_channels(const dpk_tensor& v, int64_t i, const int64_t* frame, int64_t frames, double* out) {
+  for (int64_t r = 0; r < frames;) {
+    int64_t run = 1;
+    while (r + run < frames && frame[r + run] == frame[r] + run) ++run;
+    // The float64 roundings of n additions are below the slack that the bounds leave for them (bounds.h).
+    micro<R>().column_squares(reinterpret_cast<const R*>(at(v, i, frame[r], 0)), v.stride[2], v.size[2], run,
+                              out + r);
+    r += run;
+  }
+}
+
 template <class R>
 void pack_frames(const dpk_tensor& v, int64_t i, const std::vector<int64_t>& own, int64_t t0, int64_t t1,
                  const Panel<R>& panel, R* panels, double* square_norms) {
@@ -45,10 +58,11 @@ void pack_frames(const dpk_tensor& v, int64_t i, const std::vector<int64_t>& own
   const int64_t n = v.size[2], width = panel.width, length = static_cast<int64_t>(own.size());
   const int64_t* const frame = own.data();
   R* dst = panels + t0 * width;
-  if (channels_first<R>(v) && t0 < t1 && frame[t1 - 1] - frame[t0] == t1 - 1 - t0) {
+  const bool by_channel = channels_first<R>(v) && t0 < t1;
+  if (by_channel && square_norms != nullptr)
+    squares_of_channels<R>(v, i, frame + t0, t1 - t0, square_norms + t0);
+  if (by_channel && frame[t1 - 1] - frame[t0] == t1 - 1 - t0) {
     const R* rows = reinterpret_cast<const R*>(at(v, i, frame[t0], 0));
-    // The float64 roundings of n additions are below the slack that the bounds leave for them (bounds.h).
-    if (square_norms != nullptr) k.column_squares(rows, v.stride[2], n, t1 - t0, square_norms + t0);
     for (int64_t j = 0; j < n; j += width, dst += length * width) {
       const R* src = rows + j * v.stride[2];
       const int64_t columns = std::min(width, n - j);
@@ -65,7 +79,7 @@ void pack_frames(const dpk_tensor& v, int64_t i, const std::vector<int64_t>& own
   std::vector<R> space(static_cast<size_t>(n));
   for (int64_t t = t0; t < t1; ++t, dst += width) {
     const Rows<R> row(v, i, frame[t], 1, 0, n, 1, space.data());
-    if (square_norms != nullptr) square_norms[t] = k.square_sum_above(row.data, n);
+    if (square_norms != nullptr && !by_channel) square_norms[t] = k.square_sum_above(row.data, n);
     panel.pack(row.data, n, dst, length * width);
   }
 }
@@ -81,9 +95,10 @@ void pack_transposed(const dpk_tensor& v, int64_t i, const std::vector<int64_t>&
   const int64_t n = v.size[2], width = k.nr, frames = std::min(width, static_cast<int64_t>(own.size()) - t0);
   const int64_t* const frame = own.data() + t0;
   const bool adjacent = frame[frames - 1] - frame[0] == frames - 1;
-  if (channels_first<R>(v) && adjacent) {
+  const bool by_channel = channels_first<R>(v);
+  if (by_channel) squares_of_channels<R>(v, i, frame, frames, square_norms + t0);
+  if (by_channel && adjacent) {
     const R* rows = reinterpret_cast<const R*>(at(v, i, frame[0], 0));
-    k.column_squares(rows, v.stride[2], n, frames, square_norms + t0);
     for (int64_t j = 0; j < n; ++j, panel += width) {
       std::copy_n(rows + j * v.stride[2], frames, panel);
       std::fill(panel + frames, panel + width, R(0));
@@ -101,7 +116,8 @@ void pack_transposed(const dpk_tensor& v, int64_t i, const std::vector<int64_t>&
   }
   const R* data = in_place ? reinterpret_cast<const R*>(at(v, i, frame[0], 0)) : space.get();
   const int64_t ld = in_place ? v.stride[1] : n;
-  for (int64_t r = 0; r < frames; ++r) square_norms[t0 + r] = k.square_sum_above(data + r * ld, n);
+  for (int64_t r = 0; r < frames && !by_channel; ++r)
+    square_norms[t0 + r] = k.square_sum_above(data + r * ld, n);
   k.wide.transpose(data, ld, n, panel);
 }
 

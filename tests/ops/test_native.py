@@ -408,6 +408,44 @@ def test_padding_changes_no_bound_of_a_streaming_norm() -> None:
     assert seen == {"bias", "layer_norm", "lora", "embedding", "depthwise_conv1d"}
 
 
+@pytest.mark.parametrize("layout", ["frames first", "channels first"])
+@pytest.mark.parametrize("name", ["auto", "gram", "direct", "bias", "layer_norm"])
+def test_frames_that_add_nothing_change_no_bit(name: str, layout: str) -> None:
+    """Before, between and after a sample's own frames, a row of zeros in g or x beside content in the other."""
+    torch.manual_seed(5)
+    x, g = torch.randn(2, 150, 200), torch.randn(2, 150, 200)
+    if name == "bias":
+        x = torch.zeros_like(g)
+    longer = 290
+    own = torch.randperm(longer)[:150].sort().values
+    long_x, long_g = torch.randn(2, longer, 200), torch.randn(2, longer, 200)
+    others = torch.ones(longer, dtype=torch.bool)
+    others[own] = False
+    in_g = others.clone() if name == "bias" else others & (torch.rand(longer) < 0.5)
+    long_g[:, in_g], long_x[:, others & ~in_g] = 0.0, 0.0
+    long_x[:, own], long_g[:, own] = x, g
+    factors, results = torch.tensor([0.3, 0.7]), []
+    for a, b in ((x, g), (long_x, long_g)):
+        if layout == "channels first":
+            a, b = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (a, b))
+        if name == "bias":
+            out = torch.zeros(200, dtype=torch.float64)
+            norms = native_ops.bias_norm_sq(b)
+            native_ops.bias_weighted_sum(b, factors, out)
+        elif name == "layer_norm":
+            out = torch.zeros(200, dtype=torch.float64)
+            norms = native_ops.layer_norm_norm_sq(a, b)
+            native_ops.layer_norm_weighted_sum(a, b, factors, out)
+        else:
+            out = torch.zeros(200, 200, dtype=torch.float64)
+            norms = native_ops.linear_norm_sq(a, b, method=name)
+            native_ops.linear_weighted_sum(a, b, factors, out)
+        results.append((norms, out))
+    (norms, out), (long_norms, long_out) = results
+    assert torch.equal(norms, long_norms)
+    assert torch.equal(out, long_out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_gradient_of_one_frame_is_read_in_place(dtype: torch.dtype) -> None:
     """By a path of its own, for long rows that lie in memory as they are: materialised gradients."""
