@@ -53,7 +53,7 @@ class GhostPeftLoRALinear(GhostModule, LoraLinear):
         weight, bias = of_base["weight"], of_base["bias"]
         if not self._ghost_active(weight, bias, a, b):
             return super().forward(x)
-        dropped = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+        dropped = type(dropout) is nn.Dropout and dropout.training and dropout.p > 0
         # PEFT casts before dropout.
         adapter_input = dropout(self._cast_input_dtype(x, a.dtype)) if dropped else None
         return ghost_lora(self, x, adapter_input, weight, bias, a, b, scaling)
@@ -85,25 +85,27 @@ class GhostPeftLoRALinear(GhostModule, LoraLinear):
         )
         dropout = children["lora_dropout"]._modules[name]
         plain = _are_plain(base, a, b) and b._parameters["bias"] is None
-        return (base, a, b, dropout, self.scaling[name]) if plain and isinstance(dropout, _DROPOUTS) else None
+        plain = plain and type(dropout) in _DROPOUTS and not _has_hooks(dropout)
+        return (base, a, b, dropout, self.scaling[name]) if plain else None
 
 
 _DROPOUTS = (nn.Dropout, nn.Identity)
 
 
 def _are_plain(*layers: nn.Module) -> bool:
-    """Whether they are linear layers with a weight of their own and without hooks, which the fused path would skip."""
-    for layer in layers:
-        if type(layer) not in (nn.Linear, GhostLinear) or "weight" not in layer._parameters:
-            return False
-        if (
-            layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-        ):
-            return False
-    return True
+    """Whether they are linear layers with their own parameters and without hooks, which the fused path would skip."""
+    return all(
+        type(layer) in (nn.Linear, GhostLinear)
+        and layer._parameters.keys() >= {"weight", "bias"}
+        and not _has_hooks(layer)
+        for layer in layers
+    )
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
 
 
 def _register_shared() -> None:

@@ -4,7 +4,7 @@ A ghost layer's backward puts a record on the tape: Python code with an effect o
 would trace once and never run again. So a compiled graph does not contain the layer's code. It calls two ops that
 torch.compile cannot look into:
 
-    [*y, *x', call] = ghost_forward([*x], parameters, anchor, layer's number, form)   runs the layer as eager code does
+    [*y, *x', call] = ghost_layer([*x], parameters, anchor, layer's number, form)   runs the layer as eager code does
     [*dx, token] = ghost_backward([*g], [*x'], call)                     runs its backward: the record is made here
 
 What the layer does is therefore the same code, with the same bits, as without torch.compile; everything between the
@@ -132,7 +132,8 @@ def _tensors_of(output: Any) -> list[Tensor]:
     return [] if output is None else [output]
 
 
-@torch.library.custom_op("dpkernels::ghost_forward", mutates_args=())
+# The tag: a layer may draw at random, and a checkpoint that is compiled must draw again what the forward drew.
+@torch.library.custom_op("dpkernels::ghost_layer", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _forward(
     inputs: Sequence[Tensor],
     tensors: Sequence[Tensor],

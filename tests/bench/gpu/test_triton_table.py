@@ -103,9 +103,13 @@ def test_the_direct_kernel_compiles_for_every_architecture(tmp_path: Path) -> No
 def test_a_spill_too_much_shared_memory_and_a_missing_wgmma_fail_the_command(tmp_path: Path) -> None:
     spills, shared, matrix = tables(tmp_path, "90", TILES, (SPILLS, TOO_MUCH_SHARED, NO_WGMMA))
     assert [status for status, _ in (spills, shared, matrix)] == [1, 1, 1]
-    assert all(row["spilled"] > 0 for row in spills[1])
-    assert all(row["shared"] > row["shared_limit"] for row in shared[1])
-    assert {row["matrix"] for row in matrix[1]} == {"mma.sync"}
+    # the variant for long samples has tiles of its own, which nothing was planted in
+    [of_spills], [of_shared], [of_matrix] = (
+        [row for row in rows if "LONG=False" in row["config"]] for _, rows in (spills, shared, matrix)
+    )
+    assert of_spills["spilled"] > 0
+    assert of_shared["shared"] > of_shared["shared_limit"]
+    assert of_matrix["matrix"] == "mma.sync"
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_a_compiled_model_has_the_eager_sums_in_one_graph() -> None:
 
 def check_graphs(counter: CompileCounterWithBackend, *, layers: int) -> None:
     """Each graph holds all layers, so none is broken at one of them, and there are few graphs."""
-    assert [sum("ghost_forward" in str(node.target) for node in g.graph.nodes) for g in counter.graphs] == [
+    assert [sum("ghost_layer" in str(node.target) for node in g.graph.nodes) for g in counter.graphs] == [
         layers
     ] * counter.frame_count
     assert counter.frame_count <= LIMIT
@@ -264,7 +264,7 @@ def test_a_record_does_not_change_with_the_tensors_of_the_graph() -> None:
     x, g = batch(4)[0], torch.ones(4, 5, 8)
     number = model.first.ghost_number
     arguments = [*model.first.parameters()], tape.compiled.anchor, number, "((0,), {})", "", [True], None
-    _, kept, key = torch.ops.dpkernels.ghost_forward([x], *arguments)
+    _, kept, key = torch.ops.dpkernels.ghost_layer([x], *arguments)
     tape.open(4)
     torch.ops.dpkernels.ghost_backward([g], [kept], key, number, "")
     found = tape._records
@@ -324,6 +324,11 @@ def test_a_compiled_graph_is_a_likely_cause_of_wrong_rows(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_dropout_that_a_compiled_graph_draws_again_is_named() -> None:
+def test_dropout_under_a_compiled_checkpoint_is_drawn_as_in_the_forward() -> None:
+    """The row check finds rows that another mask made."""
     model = Recomputed()
-    check_named(model, torch.compile(model, backend="aot_eager"))
+    tape = private(model)
+    x, y = batch(4)
+    losses = cross_entropy(torch.compile(model, backend="aot_eager")(x), y, reduction="none")
+    with ghost.RowCheck(tape).checking(losses):
+        records_of(tape, losses)

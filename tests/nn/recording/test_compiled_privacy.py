@@ -14,6 +14,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from dpkernels import nn as ghost
 from dpkernels.nn.recording.compiled import call_in_graph
@@ -126,7 +127,7 @@ def test_the_key_of_another_call_is_refused(twice: tuple[nn.Module, ghost.Tape])
     arguments = [*model.layer.parameters()], tape.compiled.anchor, model.layer.ghost_number
     x = batch(4)[0]
     calls = [
-        torch.ops.dpkernels.ghost_forward([x], *arguments, "((0,), {})", site, [False], None) for site in "ab"
+        torch.ops.dpkernels.ghost_layer([x], *arguments, "((0,), {})", site, [False], None) for site in "ab"
     ]
     tape.open(4)
     with pytest.raises(RuntimeError, match="the graph exchanged two calls"):
@@ -241,6 +242,42 @@ def test_a_graph_that_loses_one_of_two_uses_is_refused() -> None:
 )
 def test_a_graph_that_a_compiler_got_wrong_is_refused(change: Callable[[Any], None]) -> None:
     check_refused(change)
+
+
+class Dropping(nn.Module):
+    """A layer with a mask of its own, which a checkpoint computes again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return checkpoint(
+            lambda h: self.attention(h, h, h, need_weights=False)[0], h, use_reentrant=False
+        ).mean(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_a_checkpoint_draws_again_what_the_forward_drew(backend: str) -> None:
+    """The loss is linear in the attention's output projection: its gradient times the weight is the loss."""
+    torch.manual_seed(0)
+    model = Dropping()
+    tape = private(model)
+    nn.init.zeros_(model.attention.out_proj.bias)
+    x, _ = batch(4)
+    losses = torch.compile(model, backend=backend)(x).sum(1)
+    tape.open(len(losses))
+    losses.sum().backward()
+    weight = model.attention.out_proj.weight
+    sums = {p: torch.zeros(p.shape, dtype=torch.float64) for p in model.parameters()}
+    for record in tape.close():
+        record.add_weighted_sum(torch.ones(len(losses)), sums)
+    torch.testing.assert_close(
+        (sums[weight] * weight).sum().float(), losses.sum().detach(), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.slow
