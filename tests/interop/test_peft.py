@@ -285,6 +285,39 @@ class Mixed(nn.Module):
         return self.conv(torch.tanh(self.first(x)).transpose(1, 2))
 
 
+class Halving(nn.Dropout):
+    """A dropout of another kind."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.5 * input
+
+
+@pytest.mark.parametrize("change", ["hook", "subclass", "mode"])
+def test_what_is_done_to_dropout_later_is_done_in_the_fused_path(change: str) -> None:
+    """Outputs are those of plain PEFT with the same change."""
+    model = adapted(lora_dropout=0.5)
+    randomise(model)
+    plain = copy.deepcopy(model)
+    tape = attach(swap(model))
+    for one in (model, plain):
+        one.eval()
+        for module in one.modules():
+            if hasattr(module, "lora_dropout"):
+                dropouts = module.lora_dropout
+                if change == "hook":
+                    dropouts["default"].register_forward_hook(lambda module, given, output: 3.0 * output)
+                elif change == "subclass":
+                    dropouts["default"] = Halving()
+                else:
+                    dropouts.train()
+    outputs = []
+    for one in (model, plain):
+        torch.manual_seed(0)
+        outputs.append(one(torch.ones(2, 3, 6)))
+    tape.discard()
+    torch.testing.assert_close(*outputs)
+
+
 def test_gpt2s_conv1d_and_convolutions_run_over_the_inner_layers() -> None:
     model = adapted(Mixed(), target_modules=["first", "conv"], fan_in_fan_out=True)
     check_private(model, squares, (X,))
