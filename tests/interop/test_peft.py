@@ -296,7 +296,6 @@ class Halving(nn.Dropout):
 def test_what_is_done_to_dropout_later_is_done_in_the_fused_path(change: str) -> None:
     """Outputs are those of plain PEFT with the same change."""
     model = adapted(lora_dropout=0.5)
-    randomise(model)
     plain = copy.deepcopy(model)
     tape = attach(swap(model))
     for one in (model, plain):
